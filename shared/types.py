@@ -9,8 +9,7 @@ from enum import StrEnum
 class TrainingConfig:
     """How a client trains in one round; sent with every order.
 
-    `lr` is the step size, `clip_norm` the largest global L2 norm of a gradient (None: no
-    clipping). `log_steps` prints a line every that many steps (0: never).
+    `lr` is the step size, `clip_norm` the largest global L2 norm of a gradient (None: no clipping).
     """
 
     epochs: int = 2
@@ -52,3 +51,133 @@ class Incident:
     epoch: int | None = None
     tensor: str | None = None
     detail: Mapping[str, float] = field(default_factory=dict)
+
+
+MODEL_SECTION = "model"
+"""The payload section that holds a whole state_dict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A named part of a payload: one safetensors file of `size_bytes` bytes."""
+
+    name: str
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partitioning:
+    """How a simulation deals one data set out over `num_partitions` clients."""
+
+    scheme: str
+    num_partitions: int
+    seed: int
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registration:
+    """What a client says of itself; `num_examples` is empty until it has read its data."""
+
+    client_ids: tuple[int, ...]
+    instance_key: str
+    software_version: str
+    task: str = ""
+    num_examples: tuple[int, ...] = ()
+    capabilities: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionInfo:
+    """What the server answers a registration; durations in seconds."""
+
+    session_id: str
+    run_id: str
+    task: str
+    partitioning: Partitioning
+    max_wait_s: float
+    lease_s: float
+    total_rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkOrder:
+    """One piece of work for one client; ends exactly once."""
+
+    order_id: str
+    client_id: int
+    round_number: int
+    attempt: int
+    sections: tuple[Section, ...]
+    training: TrainingConfig
+    seed: int
+    last_counted_order_id: str = ""
+
+
+class WorkState(StrEnum):
+    """What a pull for work may answer."""
+
+    ORDER = "order"
+    WAIT = "wait"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The answer to a pull for work; `order` is there if `state` is ORDER."""
+
+    state: WorkState
+    order: WorkOrder | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientUpdate:
+    """What a client says of the payload it sends for an order.
+
+    `num_examples` is the update's weight in the mean, `num_steps` counts optimizer steps; the
+    payload is the sections' bytes one after another and `digest` its content's name.
+    """
+
+    order_id: str
+    digest: str
+    size_bytes: int
+    sections: tuple[Section, ...]
+    num_examples: int
+    num_steps: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Receipt(StrEnum):
+    """The server's final word on an upload."""
+
+    STORED = "stored"
+    DUPLICATE = "duplicate"
+    REFUSED = "refused"
+    LATE = "late"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadAnswer:
+    """A receipt; `reason` says what is wrong where it is REFUSED."""
+
+    receipt: Receipt
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counters:
+    """How far a client is with an order; each number only ever grows."""
+
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    batches: int = 0
+    batches_total: int = 0
+    replays: int = 0
+
+
+class Directive(StrEnum):
+    """What a client that reports progress is to do."""
+
+    CONTINUE = "continue"
+    ABANDON = "abandon"

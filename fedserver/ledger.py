@@ -1,0 +1,47 @@
+"""One entry a finished round, chained by digest: what went in, what came out.
+
+The chain finds accidents (a flipped bit, a changed or missing row). Against somebody who can
+rewrite the whole store it proves nothing.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from blake3 import blake3
+
+GENESIS = "0" * 64
+
+
+def entry_bytes(
+    *,
+    run_id: str,
+    round_number: int,
+    attempt: int,
+    base_digest: str,
+    model_digest: str,
+    settings: Mapping[str, Any],
+    updates: Sequence[Mapping[str, Any]],
+    previous: str,
+) -> bytes:
+    """Return the canonical JSON of a round's entry.
+
+    `updates` are in the order of aggregation, each with order_id, client, num_examples, digest and
+    verdict; `previous` is the digest of the entry before, GENESIS for the first.
+    """
+    entry = {
+        "run": run_id,
+        "round": round_number,
+        "attempt": attempt,
+        "base": base_digest,
+        "model": model_digest,
+        "settings": settings,
+        "updates": list(updates),
+        "previous": previous,
+    }
+    return json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def entry_digest(entry: bytes) -> str:
+    """Return the BLAKE3-256 digest that names an entry and that the next one carries."""
+    return blake3(entry).hexdigest()

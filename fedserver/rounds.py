@@ -1,0 +1,123 @@
+"""The life of a round and of an order: everything that changes a phase is in this file.
+
+    round:  COLLECTING -close-> AGGREGATING -finish-> DONE
+                |                    |
+                +------- fail -------+-------------> FAILED      (tried again, next attempt)
+
+    order:  OPEN -store-> STORED -count-> COUNTED
+             |               +-exclude-> EXCLUDED                 (screened out at the close)
+             +-refuse-> REFUSED                                   (the update is bad in itself)
+             +-miss---> LATE                                      (the round closed without it)
+             +-abandon> ABANDONED   (given up by the client, stalled, lost, or the round failed)
+
+An order ends exactly once, and the event that ends it is applied in the transaction that also
+records what it rests on.
+"""
+
+from collections.abc import Collection, Mapping
+from enum import StrEnum
+
+from shared.errors import FederationError
+
+
+class Phase(StrEnum):
+    """Where an attempt at a round stands."""
+
+    COLLECTING = "COLLECTING"
+    AGGREGATING = "AGGREGATING"
+    DONE = "DONE"
+    FAILED = "FAILED"
+
+
+class RoundEvent(StrEnum):
+    """What moves a round on."""
+
+    CLOSE = "close"
+    FINISH = "finish"
+    FAIL = "fail"
+
+
+class OrderState(StrEnum):
+    """Where an order stands; all but OPEN and STORED are final."""
+
+    OPEN = "OPEN"
+    STORED = "STORED"
+    COUNTED = "COUNTED"
+    EXCLUDED = "EXCLUDED"
+    REFUSED = "REFUSED"
+    LATE = "LATE"
+    ABANDONED = "ABANDONED"
+
+
+class OrderEvent(StrEnum):
+    """What moves an order on."""
+
+    STORE = "store"
+    COUNT = "count"
+    EXCLUDE = "exclude"
+    REFUSE = "refuse"
+    MISS = "miss"
+    ABANDON = "abandon"
+
+
+ROUND_TABLE: Mapping[tuple[Phase, RoundEvent], Phase] = {
+    (Phase.COLLECTING, RoundEvent.CLOSE): Phase.AGGREGATING,
+    (Phase.COLLECTING, RoundEvent.FAIL): Phase.FAILED,
+    (Phase.AGGREGATING, RoundEvent.FINISH): Phase.DONE,
+    (Phase.AGGREGATING, RoundEvent.FAIL): Phase.FAILED,
+}
+
+ORDER_TABLE: Mapping[tuple[OrderState, OrderEvent], OrderState] = {
+    (OrderState.OPEN, OrderEvent.STORE): OrderState.STORED,
+    (OrderState.OPEN, OrderEvent.REFUSE): OrderState.REFUSED,
+    (OrderState.OPEN, OrderEvent.MISS): OrderState.LATE,
+    (OrderState.OPEN, OrderEvent.ABANDON): OrderState.ABANDONED,
+    (OrderState.STORED, OrderEvent.COUNT): OrderState.COUNTED,
+    (OrderState.STORED, OrderEvent.EXCLUDE): OrderState.EXCLUDED,
+    (OrderState.STORED, OrderEvent.ABANDON): OrderState.ABANDONED,
+}
+
+
+class ForbiddenTransition(FederationError):
+    """An event came that has no place in the phase; nothing was changed."""
+
+
+def next_phase(phase: Phase, event: RoundEvent) -> Phase:
+    """Return the phase that follows.
+
+    Raises:
+        ForbiddenTransition: the event has no place in this phase.
+    """
+    try:
+        return ROUND_TABLE[phase, event]
+    except KeyError:
+        raise ForbiddenTransition(f"a round in phase {phase} can't {event}") from None
+
+
+def next_order_state(state: OrderState, event: OrderEvent) -> OrderState:
+    """Return the state that follows.
+
+    Raises:
+        ForbiddenTransition: the order has ended, or the event has no place in its state.
+    """
+    try:
+        return ORDER_TABLE[state, event]
+    except KeyError:
+        raise ForbiddenTransition(f"an order in state {state} can't {event}") from None
+
+
+def due_event(
+    states: Collection[OrderState], *, min_updates: int, is_overdue: bool
+) -> RoundEvent | None:
+    """Return what is to happen to a collecting round whose orders have these states.
+
+    It closes when no order is open any more, or its deadline is past, with at least `min_updates`
+    stored; it fails when that minimum can't be reached. None: go on waiting.
+    """
+    num_open = sum(state is OrderState.OPEN for state in states)
+    num_stored = sum(state is OrderState.STORED for state in states)
+    if num_stored + num_open < min_updates:
+        return RoundEvent.FAIL
+    if num_open and not is_overdue:
+        return None
+    return RoundEvent.CLOSE if num_stored >= min_updates else RoundEvent.FAIL

@@ -1,0 +1,135 @@
+"""Updates on disk that are on their way into a round.
+
+One file an update, named by order and digest. While it arrives, its length is what is committed; it
+becomes durable by `make_durable` (fdatasync of the file, then of the folder), and only after that
+may the store record it. Only one stream writes a file at a time: the newest.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shared.errors import StreamFenced, WrongOffset
+from shared.files import naming_full_disk, sync_folder
+
+_SYNC_EVERY_BYTES = 8 << 20
+
+
+class UpdateStream:
+    """The one open file of an update that is being written; made by `Spool.open_stream`."""
+
+    def __init__(self, path: Path, *, offset: int) -> None:
+        self.path = path
+        self.offset = offset
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        self._unsynced_bytes = 0
+        self._lock = threading.Lock()
+        self._is_fenced = False
+
+    def append(self, data: memoryview) -> None:
+        """Write `data` behind what is committed.
+
+        Raises:
+            StreamFenced: a newer stream of the same update took over.
+            OutOfSpace: the disk is full; what is committed stays.
+        """
+        with self._lock, naming_full_disk(self.path.parent):
+            self._examine_fence()
+            self._unsynced_bytes += len(data)
+            while data:
+                written = os.pwrite(self._descriptor, data, self.offset)
+                self.offset += written
+                data = data[written:]
+            if self._unsynced_bytes >= _SYNC_EVERY_BYTES:
+                # Little by little, so that the fdatasync before the receipt is short.
+                os.fdatasync(self._descriptor)
+                self._unsynced_bytes = 0
+
+    def make_durable(self) -> None:
+        """Return when the file and its name survive a loss of power.
+
+        Raises:
+            StreamFenced: a newer stream of the same update took over.
+            OutOfSpace: the disk is full.
+        """
+        with self._lock, naming_full_disk(self.path.parent):
+            self._examine_fence()
+            os.fdatasync(self._descriptor)
+            sync_folder(self.path.parent)
+
+    def fence(self) -> None:
+        """Return when this stream has written its last byte."""
+        with self._lock:
+            self._is_fenced = True
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        with self._lock:
+            self._is_fenced = True
+            os.close(self._descriptor)
+
+    def _examine_fence(self) -> None:
+        if self._is_fenced:
+            raise StreamFenced(f"a newer upload of {self.path.name} took over; this one stops")
+
+
+class Spool:
+    """Owns the folder. Its methods block on the disk: call them from worker threads."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._streams: dict[Path, UpdateStream] = {}
+        self._lock = threading.Lock()
+
+    def path(self, order_id: str, digest: str) -> Path:
+        """Where the update of this order with this content lies."""
+        return self._folder / f"{order_id}.{digest}"
+
+    def committed_bytes(self, order_id: str, digest: str) -> int:
+        """How many bytes of this payload have arrived, over all its streams."""
+        try:
+            return self.path(order_id, digest).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    @contextmanager
+    def open_stream(self, order_id: str, digest: str, *, offset: int) -> Iterator[UpdateStream]:
+        """Write from `offset` on, fencing any older stream of the same update.
+
+        Raises:
+            WrongOffset: `offset` isn't what is committed.
+            OutOfSpace: the disk is full.
+        """
+        path = self.path(order_id, digest)
+        with self._lock:
+            if older := self._streams.get(path):
+                older.fence()
+            committed = self.committed_bytes(order_id, digest)
+            if offset != committed:
+                raise WrongOffset(
+                    f"order {order_id}: the upload begins at byte {offset}, "
+                    f"but {committed} bytes are committed; go on from there"
+                )
+            with naming_full_disk(self._folder):
+                stream = UpdateStream(path, offset=offset)
+            self._streams[path] = stream
+        try:
+            yield stream
+        finally:
+            stream.close()
+            with self._lock:
+                if self._streams.get(path) is stream:
+                    del self._streams[path]
+
+    def drop(self, order_id: str, digest: str) -> None:
+        """Delete an update's file, if it is there."""
+        self.path(order_id, digest).unlink(missing_ok=True)
+
+    def drop_all_but(self, order_ids: set[str]) -> None:
+        """Delete the files of all orders but these."""
+        for path in self._folder.iterdir():
+            if path.name.partition(".")[0] not in order_ids:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,94 @@
+"""What happened in a run, as plain values for people and programs."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, select
+
+from fedserver.records import Run
+from fedserver.store import schema
+from fedserver.store.store import Store
+
+
+def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
+    """Return one object for every attempt at a round, in order.
+
+    Keys: round, attempt, phase, cohort (client ids), updates (each client, num_examples, digest,
+    verdict, metrics, reason), base_digest, model_digest (None until DONE), evaluation (accuracy
+    and loss, None until known), started_at, closed_at, finished_at (ISO 8601, UTC, or None), orders
+    (each order_id, client, state, handed_out_at) and incidents (each kind, at, client, and what
+    belongs to the kind).
+    """
+    table = schema.rounds
+    with store.reading() as connection:
+        rows = connection.execute(
+            select(table)
+            .where(table.c.run_id == run.run_id)
+            .order_by(table.c.round, table.c.attempt)
+        ).all()
+        return [_round_object(connection, row) for row in rows]
+
+
+def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:
+    orders, updates, events = schema.orders, schema.updates, schema.events
+    order_rows = connection.execute(
+        select(orders, updates)
+        .outerjoin(updates, updates.c.order_id == orders.c.order_id)
+        .where(
+            orders.c.run_id == row.run_id,
+            orders.c.round == row.round,
+            orders.c.attempt == row.attempt,
+        )
+        .order_by(orders.c.client_id)
+    ).all()
+    incident_rows = connection.execute(
+        select(events)
+        .where(
+            events.c.run_id == row.run_id,
+            events.c.round == row.round,
+            events.c.attempt == row.attempt,
+            events.c.is_incident,
+        )
+        .order_by(events.c.sequence)
+    ).all()
+    return {
+        "round": row.round,
+        "attempt": row.attempt,
+        "phase": row.phase,
+        "cohort": [order.client_id for order in order_rows],
+        "updates": [
+            {
+                "client": order.client_id,
+                "num_examples": order.num_examples,
+                "digest": order.digest,
+                "verdict": order.state,
+                "metrics": order.metrics,
+                "reason": order.reason,
+            }
+            for order in order_rows
+            if order.digest is not None
+        ],
+        "base_digest": row.base_digest,
+        "model_digest": row.model_digest,
+        "evaluation": row.evaluation,
+        "started_at": _iso(row.started_at),
+        "closed_at": _iso(row.closed_at),
+        "finished_at": _iso(row.finished_at),
+        "orders": [
+            {
+                "order_id": order.order_id,
+                "client": order.client_id,
+                "state": order.state,
+                "handed_out_at": _iso(order.handed_out_at),
+            }
+            for order in order_rows
+        ],
+        "incidents": [
+            {"kind": one.kind, "at": _iso(one.at), "client": one.client_id, **one.fields}
+            for one in incident_rows
+        ],
+    }
+
+
+def _iso(at: float | None) -> str | None:
+    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat()

@@ -1,0 +1,120 @@
+"""The tables. Columns named *_at hold seconds since the epoch, JSON columns hold plain values."""
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+)
+
+SCHEMA_VERSION = 1
+
+metadata = MetaData()
+
+about = Table(
+    "about",
+    metadata,
+    Column("schema_version", Integer, nullable=False),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run_id", String, primary_key=True),
+    Column("number", Integer, nullable=False, unique=True),
+    Column("state", String, nullable=False),
+    Column("settings", JSON, nullable=False),
+    Column("started_at", Float, nullable=False),
+    Column("finished_at", Float),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("session_id", String, primary_key=True),
+    Column("run_id", ForeignKey("runs.run_id"), nullable=False),
+    Column("instance_key", String, nullable=False),
+    Column("client_ids", JSON, nullable=False),
+    Column("num_examples", JSON, nullable=False),
+    Column("software_version", String, nullable=False),
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("run_id", ForeignKey("runs.run_id"), primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("phase", String, nullable=False),
+    Column("base_digest", String, nullable=False),
+    Column("max_delta_norm", Float, nullable=False),
+    Column("model_digest", String),
+    Column("evaluation", JSON),
+    Column("started_at", Float, nullable=False),
+    Column("closed_at", Float),
+    Column("finished_at", Float),
+)
+
+orders = Table(
+    "orders",
+    metadata,
+    Column("order_id", String, primary_key=True),
+    Column("run_id", String, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("client_id", Integer, nullable=False),
+    Column("state", String, nullable=False),
+    Column("handed_out_at", Float),
+    Column("ended_at", Float),
+    ForeignKeyConstraint(
+        ["run_id", "round", "attempt"], ["rounds.run_id", "rounds.round", "rounds.attempt"]
+    ),
+    Index("orders_by_round", "run_id", "round", "attempt"),
+)
+
+updates = Table(
+    "updates",
+    metadata,
+    Column("order_id", ForeignKey("orders.order_id"), primary_key=True),
+    Column("digest", String, nullable=False),
+    Column("size_bytes", Integer, nullable=False),
+    Column("sections", JSON, nullable=False),
+    Column("num_examples", Integer, nullable=False),
+    Column("num_steps", Integer, nullable=False),
+    Column("metrics", JSON, nullable=False),
+    Column("received_at", Float, nullable=False),
+    Column("reason", String),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=True),
+    Column("run_id", ForeignKey("runs.run_id"), nullable=False),
+    Column("kind", String, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("round", Integer),
+    Column("attempt", Integer),
+    Column("client_id", Integer),
+    Column("is_incident", Boolean, nullable=False),
+    Column("fields", JSON, nullable=False),
+    # Tells an incident reported twice from two incidents; empty for what the server saw itself.
+    Column("report_key", String, unique=True),
+    Index("events_by_round", "run_id", "round"),
+)
+
+ledger = Table(
+    "ledger",
+    metadata,
+    Column("run_id", ForeignKey("runs.run_id"), primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("entry", String, nullable=False),
+    Column("digest", String, nullable=False),
+)

@@ -1,0 +1,174 @@
+"""state_dict <-> safetensors bytes, and the digest that names them.
+
+A safetensors file is 8 bytes of header length (little-endian), a JSON header that gives every
+tensor's dtype, shape and byte range, and the tensors' bytes. Encoding is the safetensors library's;
+reading the header is ours, because the server works on files it never loads whole.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeGuard
+
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError
+from safetensors import torch as safetensors_torch
+
+from shared.errors import InvalidInput
+
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+_LENGTH_BYTES = 8
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its bytes are [begin, end) from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every tensor of a safetensors file lies; entries are in the order of their bytes."""
+
+    header: bytes
+    entries: Mapping[str, Entry]
+    size_bytes: int
+
+
+def digest_bytes(payload: bytes | bytearray | memoryview) -> str:
+    """Return the BLAKE3-256 digest of `payload` as 64 hexadecimal digits."""
+    return blake3(payload).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Return the BLAKE3-256 digest of a file's content, read in blocks of 1 MiB."""
+    hasher = blake3()
+    buffer = bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            hasher.update(memoryview(buffer)[:count])
+    return hasher.hexdigest()
+
+
+def encode_state(state_dict: Mapping[str, torch.Tensor]) -> bytes:
+    """Return the safetensors bytes of a state_dict.
+
+    The same tensors give the same bytes, in whatever order the mapping holds them. Tensors that
+    share memory (tied weights) are written once for each name; 0-dim and empty ones keep their
+    shape.
+
+    Raises:
+        InvalidInput: an entry's dtype has no place in the format (complex numbers, say).
+    """
+    known = set(DTYPES.values())
+    owned: dict[str, torch.Tensor] = {}
+    seen_storages: set[int] = set()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        if tensor.dtype not in known:
+            raise InvalidInput(
+                f"tensor {name!r} has dtype {tensor.dtype}, which can't be sent; "
+                f"use one of {', '.join(str(dtype) for dtype in DTYPES.values())}"
+            )
+        storage = tensor.untyped_storage().data_ptr()
+        owned[name] = tensor.clone() if storage in seen_storages else tensor
+        seen_storages.add(storage)
+    return safetensors_torch.save(owned)
+
+
+def decode_state(payload: bytes) -> dict[str, torch.Tensor]:
+    """Return the state_dict held by safetensors bytes; the inverse of `encode_state`.
+
+    Raises:
+        InvalidInput: the bytes aren't a safetensors file.
+    """
+    try:
+        return safetensors_torch.load(payload)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"the payload is not a safetensors file: {error}") from error
+
+
+def read_layout(path: Path, *, offset: int = 0, size_bytes: int | None = None) -> Layout:
+    """Read where each tensor lies in the safetensors file at [offset, offset + size_bytes).
+
+    Every byte must belong to the header or to exactly one tensor, as the format demands.
+
+    Raises:
+        InvalidInput: the bytes aren't such a file; the message says where it breaks.
+    """
+    total = (path.stat().st_size - offset) if size_bytes is None else size_bytes
+    with path.open("rb") as file:
+        file.seek(offset)
+        prefix = file.read(_LENGTH_BYTES)
+        header_bytes = int.from_bytes(prefix, "little")
+        if len(prefix) < _LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, total):
+            raise InvalidInput(
+                f"the payload of {total} bytes is not a safetensors file: "
+                f"its header claims {header_bytes} bytes"
+            )
+        header = prefix + file.read(header_bytes)
+    try:
+        described = json.loads(header[_LENGTH_BYTES:])
+        entries = [
+            (name, _parse_entry(name, fields, len(header)))
+            for name, fields in described.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise InvalidInput(f"the payload's safetensors header can't be read: {error}") from error
+    entries.sort(key=lambda item: (item[1].begin, item[1].end))
+    position = len(header)
+    for name, entry in entries:
+        if entry.begin != position:
+            raise InvalidInput(
+                f"tensor {name!r} begins at byte {entry.begin}, expected {position}: "
+                "tensors must follow each other without gap or overlap"
+            )
+        position = entry.end
+    if position != total:
+        raise InvalidInput(f"the payload has {total} bytes, its tensors end at byte {position}")
+    return Layout(header=header, entries=dict(entries), size_bytes=total)
+
+
+def _parse_entry(name: str, fields: Mapping[str, object], data_start: int) -> Entry:
+    dtype_name, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+        raise InvalidInput(f"tensor {name!r} has dtype {dtype_name!r}; known: {', '.join(DTYPES)}")
+    if not _is_list_of_counts(shape) or not _is_list_of_counts(offsets) or len(offsets) != 2:
+        raise InvalidInput(f"tensor {name!r} has shape {shape!r} and offsets {offsets!r}")
+    dtype = DTYPES[dtype_name]
+    begin, end = offsets
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise InvalidInput(
+            f"tensor {name!r} of shape {shape} and dtype {dtype_name} takes "
+            f"{math.prod(shape) * dtype.itemsize} bytes, its offsets span {end - begin}"
+        )
+    return Entry(dtype=dtype, shape=tuple(shape), begin=data_start + begin, end=data_start + end)
+
+
+def _is_list_of_counts(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(
+        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value
+    )

@@ -1,0 +1,116 @@
+"""Every error of the service.
+
+    FederationError
+    +- InvalidInput          INVALID_ARGUMENT     somebody's mistake; also a ValueError
+    |  +- CorruptPayload     DATA_LOSS, retry     the bytes are not those of the digest
+    |  +- WrongSettings      FAILED_PRECONDITION  the state-dir or the client belongs to another run
+    +- DataUnavailable       FAILED_PRECONDITION  a data set can't be had
+    +- NotFound              NOT_FOUND            no such order, blob, round or run
+    |  +- UnknownSession     UNAUTHENTICATED      register again
+    +- ClientIdTaken         ALREADY_EXISTS       another instance holds this client id
+    +- StreamFenced          ABORTED              a newer upload of the same order took over
+    +- WrongOffset           OUT_OF_RANGE         ask QueryUpload where to go on
+    +- OutOfSpace            RESOURCE_EXHAUSTED, retry
+    +- StorageDamaged        INTERNAL             the store or a blob is not what was written
+    +- Locked                FAILED_PRECONDITION  another process works in this state-dir
+    +- RunFailed             ABORTED              the run can't go on
+    +- ServerUnreachable     UNAVAILABLE, retry
+
+`status` is the name of the gRPC status code that carries the error; `retry` says whether the
+same call may succeed later without a person's help. A message says what happened (with the
+values), to which item, and what to do.
+"""
+
+from typing import ClassVar
+
+
+class FederationError(Exception):
+    """The root: whoever catches this catches all that the service raises on purpose."""
+
+    status: ClassVar[str] = "INTERNAL"
+    retry: ClassVar[bool] = False
+
+
+class InvalidInput(FederationError, ValueError):
+    """A setting, an argument or a message is wrong; the message says which and what to type."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class CorruptPayload(InvalidInput):
+    """The bytes that arrived are not those the digest names; send them again from the start."""
+
+    status = "DATA_LOSS"
+    retry = True
+
+
+class WrongSettings(InvalidInput):
+    """What is already there was made with other settings; the message says which differ."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class DataUnavailable(FederationError):
+    """A data set can't be had; the message names the ways to get it."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class NotFound(FederationError):
+    """The order, blob, round or run named doesn't exist."""
+
+    status = "NOT_FOUND"
+
+
+class UnknownSession(NotFound):
+    """The server doesn't know this session; register again."""
+
+    status = "UNAUTHENTICATED"
+
+
+class ClientIdTaken(FederationError):
+    """Another instance holds this client id until its lease ends; choose another id or stop it."""
+
+    status = "ALREADY_EXISTS"
+
+
+class StreamFenced(FederationError):
+    """A newer upload of the same order took over; this one stops."""
+
+    status = "ABORTED"
+
+
+class WrongOffset(FederationError):
+    """The offset isn't what is committed; ask QueryUpload and go on from there."""
+
+    status = "OUT_OF_RANGE"
+
+
+class OutOfSpace(FederationError):
+    """The disk is full; nothing acknowledged is lost, and the call may be repeated."""
+
+    status = "RESOURCE_EXHAUSTED"
+    retry = True
+
+
+class StorageDamaged(FederationError):
+    """The store or a blob on disk isn't what was written; nothing is deleted."""
+
+
+class Locked(FederationError):
+    """Another process works in this state-dir; stop it or choose another one."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class RunFailed(FederationError):
+    """The run can't go on; the message says why and what would help."""
+
+    status = "ABORTED"
+
+
+class ServerUnreachable(FederationError):
+    """The server doesn't answer; try again later."""
+
+    status = "UNAVAILABLE"
+    retry = True

@@ -1,0 +1,85 @@
+"""Files that are whole or not there, and the locked folder of a process."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from shared.errors import InvalidInput, Locked, OutOfSpace
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the operating system's word for a full disk into OutOfSpace."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OutOfSpace(
+                f"no room to write in {folder} ({error.strerror}); free some space: "
+                "nothing acknowledged is lost, and work goes on by itself"
+            ) from error
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the entries of `folder` (new and renamed files) survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, *parts: bytes | memoryview, survive_power_loss: bool) -> None:
+    """Write the parts to `path` so that a reader finds the old content or the new, never a mix.
+
+    With `survive_power_loss` the content is on the disk when this returns; without, it survives
+    the death of the process only.
+
+    Raises:
+        OutOfSpace: the disk is full; the old content stands.
+    """
+    draft = path.with_name(path.name + ".draft")
+    with naming_full_disk(path.parent):
+        with draft.open("wb") as file:
+            file.writelines(parts)
+            if survive_power_loss:
+                file.flush()
+                os.fdatasync(file.fileno())
+        draft.replace(path)
+        if survive_power_loss:
+            sync_folder(path.parent)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[Path]:
+    """Make `folder` if it isn't there and hold its lock; the lock ends with the process.
+
+    Raises:
+        InvalidInput: the folder can't be made or written to.
+        Locked: another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise Locked(
+            f"the state-dir {folder} is in use by another process; stop that one "
+            "or give this one another --state-dir"
+        ) from None
+    except OSError as error:
+        raise InvalidInput(
+            f"the state-dir {folder} can't be used ({error.strerror}); "
+            "give a folder that can be written to with --state-dir"
+        ) from error
+    try:
+        yield folder
+    finally:
+        lock.release()
