@@ -48,6 +48,20 @@ class Order:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OrderRecord:
+    """What the store knows of an order; `digest` and `reason` are of the update it ended with."""
+
+    order_id: str
+    run_id: str
+    round_number: int
+    attempt: int
+    client_id: int
+    state: OrderState
+    digest: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Round:
     """An attempt at a round; `max_delta_norm` is the norm cap frozen when it opened."""
 

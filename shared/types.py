@@ -181,3 +181,8 @@ class Directive(StrEnum):
 
     CONTINUE = "continue"
     ABANDON = "abandon"
+
+
+METRIC_NAMES = frozenset({"accuracy", "loss", "train_s"})
+"""The metrics an update may carry: share of right answers and mean loss over the last local epoch,
+seconds of training."""

@@ -20,17 +20,17 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import DatabaseError
 
 from fedserver import ledger
-from fedserver.records import Event, Round, Run, RunState, Session, StoredUpdate
+from fedserver.records import Event, OrderRecord, Round, Run, RunState, Session, StoredUpdate
 from fedserver.rounds import OrderEvent, OrderState, Phase, RoundEvent, next_order_state
 from fedserver.store import schema
 from fedserver.store.transitions import (
     add_events,
     examine_version,
+    find_order,
     in_round,
     insert_round,
     move_orders,
     move_round,
-    order_state,
     read_round,
     read_run,
     read_update,
@@ -254,28 +254,23 @@ class Store:
                 insert_round(connection, next_round, happened[-1])
 
     def record_evaluation(
-        self, run_id: str, round_number: int, evaluation: Mapping[str, float], happened: Event
+        self, evaluated: Round, evaluation: Mapping[str, object], happened: Event
     ) -> None:
         """Record how good the model is that a DONE round produced."""
-        table = schema.rounds
         with self._engine.begin() as connection:
             connection.execute(
-                update(table)
-                .where(
-                    table.c.run_id == run_id,
-                    table.c.round == round_number,
-                    table.c.phase == Phase.DONE,
-                )
+                update(schema.rounds)
+                .where(*in_round(schema.rounds, evaluated), schema.rounds.c.phase == Phase.DONE)
                 .values(evaluation=dict(evaluation))
             )
-            add_events(connection, run_id, [happened])
+            add_events(connection, evaluated.run_id, [happened])
 
-    def unevaluated_rounds(self, run_id: str) -> list[tuple[int, str]]:
-        """Return number and model digest of the DONE rounds without an evaluation."""
+    def unevaluated_rounds(self, run_id: str) -> list[Round]:
+        """Return the DONE rounds without an evaluation."""
         table = schema.rounds
         with self._engine.connect() as connection:
             rows = connection.execute(
-                select(table.c.round, table.c.model_digest)
+                select(table)
                 .where(
                     table.c.run_id == run_id,
                     table.c.phase == Phase.DONE,
@@ -283,44 +278,29 @@ class Store:
                 )
                 .order_by(table.c.round)
             ).all()
-        return [(row.round, row.model_digest) for row in rows]
+            return [read_round(connection, row) for row in rows]
 
     # ---- orders and updates
 
-    def order_state(self, order_id: str) -> tuple[OrderState, str | None]:
-        """Return an order's state and the digest of the update recorded for it, if any.
+    def find_order(self, order_id: str) -> OrderRecord:
+        """Return what is known of an order.
 
         Raises:
             NotFound: no such order was ever given.
         """
         with self._engine.connect() as connection:
-            return order_state(connection, order_id)
+            return find_order(connection, order_id)
 
-    def last_counted_order(self, run_id: str, client_id: int) -> str:
-        """Return the id of the client's last COUNTED order, empty if there is none."""
+    def last_counted_orders(self, run_id: str) -> dict[int, str]:
+        """Return each client's last COUNTED order."""
         table = schema.orders
         with self._engine.connect() as connection:
-            found = connection.scalar(
-                select(table.c.order_id)
-                .where(
-                    table.c.run_id == run_id,
-                    table.c.client_id == client_id,
-                    table.c.state == OrderState.COUNTED,
-                )
-                .order_by(table.c.round.desc())
-                .limit(1)
-            )
-        return found or ""
-
-    def record_handed_out(self, order_id: str, at: float) -> None:
-        """Record when an order was handed out first."""
-        table = schema.orders
-        with self._engine.begin() as connection:
-            connection.execute(
-                update(table)
-                .where(table.c.order_id == order_id, table.c.handed_out_at.is_(None))
-                .values(handed_out_at=at)
-            )
+            rows = connection.execute(
+                select(table.c.client_id, table.c.order_id)
+                .where(table.c.run_id == run_id, table.c.state == OrderState.COUNTED)
+                .order_by(table.c.round)
+            ).all()
+        return {row.client_id: row.order_id for row in rows}
 
     def end_order(
         self,
@@ -330,6 +310,7 @@ class Store:
         describe: Callable[[OrderState], Event],
         *,
         reason: str | None = None,
+        handed_out_at: float | None = None,
     ) -> tuple[OrderState, Event | None]:
         """Apply STORE or REFUSE with the update it rests on, if the order is still open.
 
@@ -338,8 +319,9 @@ class Store:
         put on record, and anything else changes nothing and is no event.
         """
         with self._engine.begin() as connection:
-            state, recorded = order_state(connection, received.order_id)
-            if recorded is not None:
+            order = find_order(connection, received.order_id)
+            state = order.state
+            if order.digest is not None:
                 return state, None
             at = time.time()
             if state is OrderState.OPEN:
@@ -347,7 +329,11 @@ class Store:
                 connection.execute(
                     update(schema.orders)
                     .where(schema.orders.c.order_id == received.order_id)
-                    .values(state=state, ended_at=None if state is OrderState.STORED else at)
+                    .values(
+                        state=state,
+                        handed_out_at=handed_out_at,
+                        ended_at=None if state is OrderState.STORED else at,
+                    )
                 )
             values = asdict(received) | {"received_at": at, "reason": reason}
             connection.execute(insert(schema.updates).values(values))
@@ -358,7 +344,7 @@ class Store:
     def abandon_order(self, run_id: str, order_id: str, happened: Event) -> bool:
         """Give an open order up; returns whether it was still open."""
         with self._engine.begin() as connection:
-            state, _ = order_state(connection, order_id)
+            state = find_order(connection, order_id).state
             if state is not OrderState.OPEN:
                 return False
             connection.execute(

@@ -19,7 +19,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Engine
 
-from fedserver.records import Event, Order, Round, Run, RunState
+from fedserver.records import Event, Order, OrderRecord, Round, Run, RunState
 from fedserver.rounds import (
     OrderEvent,
     OrderState,
@@ -136,20 +136,30 @@ def move_orders(
     )
 
 
-def order_state(connection: Connection, order_id: str) -> tuple[OrderState, str | None]:
-    """Return an order's state and the digest of the update recorded for it, if any.
+def find_order(connection: Connection, order_id: str) -> OrderRecord:
+    """Return what is known of an order.
 
     Raises:
         NotFound: no such order was ever given.
     """
+    orders, updates = schema.orders, schema.updates
     row = connection.execute(
-        select(schema.orders.c.state, schema.updates.c.digest)
-        .outerjoin(schema.updates, schema.updates.c.order_id == schema.orders.c.order_id)
-        .where(schema.orders.c.order_id == order_id)
+        select(orders, updates.c.digest, updates.c.reason)
+        .outerjoin(updates, updates.c.order_id == orders.c.order_id)
+        .where(orders.c.order_id == order_id)
     ).first()
     if row is None:
         raise NotFound(f"there is no order {order_id!r}; pull work to learn of the open ones")
-    return OrderState(row.state), row.digest
+    return OrderRecord(
+        order_id=order_id,
+        run_id=row.run_id,
+        round_number=row.round,
+        attempt=row.attempt,
+        client_id=row.client_id,
+        state=OrderState(row.state),
+        digest=row.digest,
+        reason=row.reason,
+    )
 
 
 def add_events(

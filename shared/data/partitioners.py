@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from shared.errors import InvalidInput
 
-type Indices = NDArray[np.int64]
-type Labels = NDArray[np.int64]
-type Partitioner = Callable[..., list[Indices]]
+Indices = NDArray[np.int64]
+Labels = NDArray[np.int64]
+Partitioner = Callable[..., list[Indices]]
 
 
 def partition_indices(
@@ -29,15 +29,11 @@ def partition_indices(
     scheme: str = "iid",
     num_partitions: int,
     seed: int,
-    shards_per_client: int | None = None,
-    classes_per_client: int | None = None,
-    alpha: float | None = None,
+    parameters: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Indices]:
     """Cut the examples labelled `labels` [n] into `num_partitions` shares.
 
-    `shards_per_client`, `classes_per_client` and `alpha` belong to single schemes; None means
-    that scheme's own default, and a value given to a scheme that doesn't take it is an error
-    rather than silently without effect.
+    `parameters` are the scheme's own, by name; one that is left out has its default.
 
     Returns:
         `num_partitions` sorted int64 arrays of indices into `labels`; together every index once.
@@ -51,24 +47,7 @@ def partition_indices(
         raise InvalidInput(
             f"there is no partition scheme {scheme!r}; there are: {', '.join(PARTITIONERS)}"
         )
-    given = {
-        name: value
-        for name, value in (
-            ("shards_per_client", shards_per_client),
-            ("classes_per_client", classes_per_client),
-            ("alpha", alpha),
-        )
-        if value is not None
-    }
-    for name, value in given.items():
-        takers = [key for key, row in PARTITIONERS.items() if name in _own_parameters(row)]
-        if scheme not in takers:
-            raise InvalidInput(
-                f"{name}={value} means nothing to the partition scheme {scheme!r}; leave it out, "
-                f"or choose a scheme that takes it: {', '.join(takers)}"
-            )
-        if not (math.isfinite(value) and value > 0):
-            raise InvalidInput(f"{name} must be a positive number, but is {value}")
+    own = _check_parameters(scheme, split, parameters)
     if num_partitions < 1:
         raise InvalidInput(f"num_partitions must be at least 1, but is {num_partitions}")
     if seed < 0:
@@ -79,7 +58,7 @@ def partition_indices(
             f"ones; use at most {len(labels)} partitions or more data"
         )
     rng = np.random.default_rng((seed, num_partitions))
-    shares = [np.sort(share) for share in split(np.asarray(labels), num_partitions, rng, **given)]
+    shares = [np.sort(share) for share in split(np.asarray(labels), num_partitions, rng, **own)]
     for index, share in enumerate(shares):
         if share.size == 0:
             raise InvalidInput(
@@ -192,9 +171,7 @@ def split_dirichlet(
             taken += step
             left -= step
         stops = left + taken
-        shares[client] = np.concatenate(
-            [stock[k][left[k] : stops[k]] for k in range(len(classes))]
-        )
+        shares[client] = np.concatenate([stock[k][left[k] : stops[k]] for k in range(len(classes))])
     return shares
 
 
@@ -231,12 +208,29 @@ PARTITIONERS: Mapping[str, Partitioner] = MappingProxyType(
 )
 
 
-def _own_parameters(split: Partitioner) -> set[str]:
-    return {
-        name
+def _check_parameters(
+    scheme: str, split: Partitioner, parameters: Mapping[str, float]
+) -> dict[str, float]:
+    """Return `parameters` with those that count things as int."""
+    defaults = {
+        name: parameter.default
         for name, parameter in inspect.signature(split).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
+    checked: dict[str, float] = {}
+    for name, value in parameters.items():
+        if name not in defaults:
+            raise InvalidInput(
+                f"the partition scheme {scheme!r} has no parameter {name!r} (given: {value}); its "
+                f"parameters are: {', '.join(defaults) or 'none'}"
+            )
+        if not (math.isfinite(value) and value > 0):
+            raise InvalidInput(f"{name} must be a positive number, but is {value}")
+        counts = isinstance(defaults[name], int)
+        if counts and value != int(value):
+            raise InvalidInput(f"{name} must be a whole number, but is {value}")
+        checked[name] = int(value) if counts else value
+    return checked
 
 
 def _even_sizes(num_examples: int, num_partitions: int) -> list[int]:

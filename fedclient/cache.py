@@ -1,0 +1,52 @@
+"""Blobs by digest: what a client holds isn't sent to it again."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from shared.codec import digest_file
+from shared.errors import CorruptPayload
+from shared.files import naming_full_disk
+
+_NUM_KEPT = 2
+
+
+class BlobCache:
+    """Owns the folder; keeps the newest blobs."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def fetch(self, digest: str, download: Callable[[int], Iterator[memoryview]]) -> Path:
+        """Return the path of a blob, downloading from the byte on that is missing.
+
+        `download(offset)` yields the bytes from `offset` to the end. What has arrived when it
+        breaks stays for the next call.
+
+        Raises:
+            CorruptPayload: the bytes don't match the digest; they are dropped.
+            OutOfSpace: the disk is full.
+        """
+        path = self._folder / digest
+        if path.exists():
+            return path
+        part = path.with_suffix(".part")
+        with naming_full_disk(self._folder):
+            with part.open("ab") as file:
+                for data in download(file.tell()):
+                    file.write(data)
+            if digest_file(part) != digest:
+                part.unlink()
+                raise CorruptPayload(f"blob {digest} arrived with other bytes; fetching it again")
+            part.replace(path)
+        self._forget_old(keep=path)
+        return path
+
+    def _forget_old(self, *, keep: Path) -> None:
+        blobs = sorted(
+            (path for path in self._folder.iterdir() if path != keep),
+            key=lambda path: path.stat().st_mtime,
+            reverse=True,
+        )
+        for path in blobs[_NUM_KEPT - 1 :]:
+            path.unlink()

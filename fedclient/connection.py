@@ -1,0 +1,306 @@
+"""The calls to the server: protobuf and gRPC stop here, on the client's side.
+
+Every method makes one call and raises the domain's errors; trying again is the loop's business.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from shared.chunks import (
+    CHUNK_BYTES,
+    DOWNLOAD_DATA_FIELD,
+    UPLOAD_DATA_FIELD,
+    frame,
+    unframe,
+)
+from shared.errors import (
+    ClientIdTaken,
+    CorruptPayload,
+    FederationError,
+    InvalidInput,
+    NotFound,
+    OutOfSpace,
+    ServerUnreachable,
+    StreamFenced,
+    UnknownSession,
+    WrongOffset,
+    WrongSettings,
+)
+from shared.pb import federation_pb2 as pb
+from shared.pb.federation_pb2_grpc import FederationServiceStub
+from shared.types import (
+    ClientUpdate,
+    Counters,
+    Directive,
+    Incident,
+    IncidentKind,
+    Partitioning,
+    Receipt,
+    Registration,
+    Section,
+    SessionInfo,
+    TrainingConfig,
+    UploadAnswer,
+    Work,
+    WorkOrder,
+    WorkState,
+)
+
+_OPTIONS = [
+    # A restarted server is found again within a second or two.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # A connection that died without a word is noticed.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
+_CALL_TIMEOUT_S = 30.0
+
+_ERRORS: dict[grpc.StatusCode, type[FederationError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidInput,
+    grpc.StatusCode.FAILED_PRECONDITION: WrongSettings,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.UNAUTHENTICATED: UnknownSession,
+    grpc.StatusCode.ALREADY_EXISTS: ClientIdTaken,
+    grpc.StatusCode.ABORTED: StreamFenced,
+    grpc.StatusCode.OUT_OF_RANGE: WrongOffset,
+    grpc.StatusCode.DATA_LOSS: CorruptPayload,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OutOfSpace,
+    grpc.StatusCode.UNIMPLEMENTED: WrongSettings,
+}
+_STATES = {
+    pb.WORK_STATE_ORDER: WorkState.ORDER,
+    pb.WORK_STATE_WAIT: WorkState.WAIT,
+    pb.WORK_STATE_FINISHED: WorkState.FINISHED,
+}
+_RECEIPTS = {
+    pb.RECEIPT_STORED: Receipt.STORED,
+    pb.RECEIPT_DUPLICATE: Receipt.DUPLICATE,
+    pb.RECEIPT_REFUSED: Receipt.REFUSED,
+    pb.RECEIPT_LATE: Receipt.LATE,
+}
+_INCIDENT_KINDS = {
+    IncidentKind.NON_FINITE_LOSS: pb.INCIDENT_KIND_NON_FINITE_LOSS,
+    IncidentKind.NON_FINITE_GRADIENT: pb.INCIDENT_KIND_NON_FINITE_GRADIENT,
+    IncidentKind.NON_FINITE_PARAMETER: pb.INCIDENT_KIND_NON_FINITE_PARAMETER,
+    IncidentKind.TRAINING_FAILED: pb.INCIDENT_KIND_TRAINING_FAILED,
+    IncidentKind.CLIENT_STATE_LOST: pb.INCIDENT_KIND_CLIENT_STATE_LOST,
+}
+
+
+class Connection:
+    """One channel to the server; `close` ends every call that is under way on it."""
+
+    def __init__(self, target: str) -> None:
+        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._stub = FederationServiceStub(self._channel)
+        service = f"/{pb.DESCRIPTOR.services_by_name['FederationService'].full_name}"
+        # The two calls with payloads pass raw bytes (see shared.chunks).
+        self._download = self._channel.unary_stream(
+            f"{service}/DownloadBlob",
+            request_serializer=pb.DownloadBlobRequest.SerializeToString,
+            response_deserializer=_as_it_is,
+        )
+        self._upload = self._channel.stream_unary(
+            f"{service}/UploadUpdate",
+            request_serializer=_as_it_is,
+            response_deserializer=pb.UploadUpdateResponse.FromString,
+        )
+
+    def close(self) -> None:
+        """End all calls; may be called from another thread."""
+        self._channel.close()
+
+    def register(self, registration: Registration) -> SessionInfo:
+        """Open a session, or take over the one this instance had."""
+        with _errors_translated():
+            answer = self._stub.Register(
+                pb.RegisterRequest(
+                    client_ids=registration.client_ids,
+                    instance_key=registration.instance_key,
+                    software_version=registration.software_version,
+                    task=registration.task,
+                    num_examples=registration.num_examples,
+                    capabilities=registration.capabilities,
+                ),
+                timeout=_CALL_TIMEOUT_S,
+            )
+        return SessionInfo(
+            session_id=answer.session_id,
+            run_id=answer.run_id,
+            task=answer.task,
+            partitioning=Partitioning(
+                scheme=answer.partitioning.scheme,
+                num_partitions=answer.partitioning.num_partitions,
+                seed=answer.partitioning.seed,
+                parameters=dict(answer.partitioning.parameters),
+            ),
+            max_wait_s=answer.max_wait.ToTimedelta().total_seconds(),
+            lease_s=answer.lease.ToTimedelta().total_seconds(),
+            total_rounds=answer.total_rounds,
+        )
+
+    def pull_work(self, session_id: str, *, wait_s: float) -> Work:
+        """Ask for work, parked by the server for at most `wait_s` seconds."""
+        wait = Duration()
+        wait.FromNanoseconds(int(wait_s * 1e9))
+        with _errors_translated():
+            answer = self._stub.PullWork(
+                pb.PullWorkRequest(session_id=session_id, wait=wait),
+                timeout=wait_s + _CALL_TIMEOUT_S,
+            )
+        if answer.state not in _STATES:
+            raise WrongSettings(f"the server answers state {answer.state}; update this client")
+        return Work(
+            state=_STATES[answer.state],
+            order=_order(answer.order) if answer.HasField("order") else None,
+        )
+
+    def download(self, session_id: str, digest: str, *, offset: int) -> Iterator[memoryview]:
+        """Yield a blob's bytes from `offset` to its end."""
+        request = pb.DownloadBlobRequest(session_id=session_id, digest=digest, offset=offset)
+        with _errors_translated():
+            for message in self._download(request):
+                yield unframe(message, field=DOWNLOAD_DATA_FIELD)
+
+    def committed_bytes(self, session_id: str, update: ClientUpdate) -> int:
+        """Return from which byte on an update is to be sent; all of them if it is recorded."""
+        request = pb.QueryUploadRequest(
+            session_id=session_id, order_id=update.order_id, digest=update.digest
+        )
+        with _errors_translated():
+            answer = self._stub.QueryUpload(request, timeout=_CALL_TIMEOUT_S)
+        return update.size_bytes if answer.complete else answer.committed_bytes
+
+    def upload(
+        self,
+        session_id: str,
+        update: ClientUpdate,
+        payload: Path,
+        *,
+        offset: int,
+        on_sent: Callable[[int], None],
+    ) -> UploadAnswer:
+        """Send an update's bytes from `offset` on; `on_sent` hears of every chunk's size."""
+        header = pb.UploadUpdateRequest(
+            header=pb.UploadHeader(
+                session_id=session_id,
+                order_id=update.order_id,
+                digest=update.digest,
+                size_bytes=update.size_bytes,
+                offset=offset,
+                sections=[
+                    pb.Section(name=one.name, digest=one.digest, size_bytes=one.size_bytes)
+                    for one in update.sections
+                ],
+                encoding=pb.ENCODING_STATE_DICT,
+                num_examples=update.num_examples,
+                num_steps=update.num_steps,
+                metrics=update.metrics,
+            )
+        )
+        with payload.open("rb", buffering=0) as file, _errors_translated():
+            file.seek(offset)
+            messages = _upload_messages(header.SerializeToString(), file, on_sent)
+            answer = self._upload(messages)
+        if answer.receipt not in _RECEIPTS:
+            raise WrongSettings(f"the server answers receipt {answer.receipt}; update this client")
+        return UploadAnswer(receipt=_RECEIPTS[answer.receipt], reason=answer.reason)
+
+    def report_progress(
+        self,
+        session_id: str,
+        order_id: str,
+        *,
+        counters: Counters,
+        incident: Incident | None = None,
+        gave_up: bool = False,
+    ) -> Directive:
+        """Tell how far an order is, and what went wrong; the order's first incident only."""
+        request = pb.ReportProgressRequest(
+            session_id=session_id,
+            order_id=order_id,
+            counters=pb.Counters(
+                bytes_received=counters.bytes_received,
+                bytes_sent=counters.bytes_sent,
+                batches=counters.batches,
+                batches_total=counters.batches_total,
+                replays=counters.replays,
+            ),
+            gave_up=gave_up,
+        )
+        if incident is not None:
+            message = request.incidents.add(
+                sequence=1,
+                kind=_INCIDENT_KINDS[incident.kind],
+                step=incident.step,
+                epoch=incident.epoch,
+                tensor=incident.tensor,
+                detail=incident.detail,
+            )
+            message.at.GetCurrentTime()
+        with _errors_translated():
+            answer = self._stub.ReportProgress(request, timeout=_CALL_TIMEOUT_S)
+        goes_on = answer.directive == pb.DIRECTIVE_CONTINUE
+        return Directive.CONTINUE if goes_on else Directive.ABANDON
+
+
+@contextmanager
+def _errors_translated() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        call = cast(grpc.Call, error)
+        # Whatever isn't a clear answer of the server's (UNAVAILABLE, CANCELLED, a deadline, an
+        # error of its own) may go away by itself.
+        raise _ERRORS.get(call.code(), ServerUnreachable)(
+            call.details() or call.code().name
+        ) from error
+    except ValueError as error:
+        if isinstance(error, FederationError):
+            raise
+        # What gRPC says of a call on a channel that was closed.
+        raise ServerUnreachable(str(error)) from error
+
+
+def _upload_messages(
+    header: bytes, file: BinaryIO, on_sent: Callable[[int], None]
+) -> Iterator[bytes]:
+    yield header
+    while data := file.read(CHUNK_BYTES):
+        yield frame(data, field=UPLOAD_DATA_FIELD)
+        on_sent(len(data))
+
+
+def _order(message: pb.WorkOrder) -> WorkOrder:
+    training = message.training
+    return WorkOrder(
+        order_id=message.order_id,
+        client_id=message.client_id,
+        round_number=message.round,
+        attempt=message.attempt,
+        sections=tuple(
+            Section(name=one.name, digest=one.digest, size_bytes=one.size_bytes)
+            for one in message.sections
+        ),
+        training=TrainingConfig(
+            epochs=training.epochs,
+            batch_size=training.batch_size,
+            optimizer=training.optimizer,
+            lr=training.lr,
+            momentum=training.momentum,
+            weight_decay=training.weight_decay,
+            clip_norm=training.clip_norm if training.HasField("clip_norm") else None,
+        ),
+        seed=message.seed,
+        last_counted_order_id=message.last_counted_order_id,
+    )
+
+
+def _as_it_is(message: bytes) -> bytes:
+    return message

@@ -1,0 +1,69 @@
+"""Updates that are trained but not acknowledged yet; they survive the death of the process.
+
+Each is a payload and, written after it, a description; only with both an update is there. After a
+loss of power either may be missing or damaged: then the client trains the order again.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from shared.files import replace_file
+from shared.types import ClientUpdate, Section
+
+
+class Outbox:
+    """Owns the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def payload_path(self, order_id: str) -> Path:
+        """Where the payload of an order's update lies."""
+        return self._folder / f"{order_id}.safetensors"
+
+    def put(self, update: ClientUpdate, payload: bytes) -> None:
+        """Keep an update until it is dropped.
+
+        Raises:
+            OutOfSpace: the disk is full.
+        """
+        replace_file(self.payload_path(update.order_id), payload, survive_power_loss=False)
+        description = asdict(update) | {"metrics": dict(update.metrics)}
+        replace_file(
+            self._description_path(update.order_id),
+            json.dumps(description).encode(),
+            survive_power_loss=False,
+        )
+
+    def find(self, order_id: str) -> ClientUpdate | None:
+        """Return an order's update if it is here, whole."""
+        try:
+            described = json.loads(self._description_path(order_id).read_bytes())
+            described["sections"] = tuple(Section(**one) for one in described["sections"])
+            update = ClientUpdate(**described)
+            is_whole = self.payload_path(order_id).stat().st_size == update.size_bytes
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return update if is_whole else None
+
+    def waiting(self) -> list[ClientUpdate]:
+        """Return all updates that are here, and delete what is left of broken ones."""
+        whole = []
+        for path in sorted(self._folder.iterdir()):
+            order_id = path.name.partition(".")[0]
+            update = self.find(order_id)
+            if update is None:
+                path.unlink()
+            elif path.suffix == ".json":
+                whole.append(update)
+        return whole
+
+    def drop(self, order_id: str) -> None:
+        """Forget an update that the server has acknowledged."""
+        self._description_path(order_id).unlink(missing_ok=True)
+        self.payload_path(order_id).unlink(missing_ok=True)
+
+    def _description_path(self, order_id: str) -> Path:
+        return self._folder / f"{order_id}.json"

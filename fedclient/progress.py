@@ -1,0 +1,91 @@
+"""Telling the server how far an order is, while the client works on it."""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from shared.errors import FederationError
+from shared.types import Counters, Directive
+
+logger = logging.getLogger(__name__)
+
+_INTERVAL_S = 1.0
+
+
+class OrderAbandoned(Exception):
+    """The server wants no update of this order any more."""
+
+
+class Stopped(Exception):
+    """Somebody asked this process to end."""
+
+
+class ProgressReporter:
+    """Reports the counters every second from a thread of its own, as a context manager.
+
+    `report(counters)` makes the call. A report that fails is no harm: the next one says more.
+    `stop` is set when the process is asked to end.
+    """
+
+    def __init__(self, report: Callable[[Counters], Directive], *, stop: threading.Event) -> None:
+        self._report = report
+        self._stop = stop
+        self._counters = Counters()
+        self._is_abandoned = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+
+    @property
+    def counters(self) -> Counters:
+        """How far the order is."""
+        return self._counters
+
+    def add(self, *, bytes_received: int = 0, bytes_sent: int = 0, batches: int = 0) -> None:
+        """Count what was done."""
+        before = self._counters
+        self._counters = replace(
+            before,
+            bytes_received=before.bytes_received + bytes_received,
+            bytes_sent=before.bytes_sent + bytes_sent,
+            batches=before.batches + batches,
+        )
+
+    def expect_batches(self, batches_total: int) -> None:
+        """Say how many batches the order takes."""
+        self._counters = replace(self._counters, batches_total=batches_total)
+
+    def examine(self) -> None:
+        """Return if there is a reason to go on with the order.
+
+        Raises:
+            OrderAbandoned: the server has said that there is none.
+            Stopped: the process is asked to end.
+        """
+        if self._stop.is_set():
+            raise Stopped
+        if self._is_abandoned:
+            raise OrderAbandoned
+
+    def _run(self) -> None:
+        while not self._ended.wait(_INTERVAL_S):
+            try:
+                if self._report(self._counters) is Directive.ABANDON:
+                    self._is_abandoned = True
+                    return
+            except FederationError as error:
+                logger.debug("a progress report failed: %s", error)

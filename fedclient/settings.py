@@ -1,0 +1,42 @@
+"""The client's settings."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from shared.cli import Settings
+
+
+class ClientSettings(Settings):
+    """Take part in a federated run; it exits with 0 when the run is done.
+
+    Stopped or killed and started again with the same state-dir, it goes on where it was.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="FEDCLIENT_", cli_prog_name="python -m fedclient")
+
+    id: int = Field(ge=0, description="this client's number, another one for every client")
+    server: str = Field(default="localhost:50051", description="the coordinator, host:port")
+    device: str = Field(default="cpu", description="cpu, auto, cuda, cuda:1, mps")
+    threads: int = Field(
+        default=1, ge=1, description="threads of training; results repeat for one number of them"
+    )
+    state_dir: Path | None = Field(
+        default=None, description="everything kept is here; state/client-ID"
+    )
+    task: str | None = Field(
+        default=None, description="the task to insist on; a built-in one is taken from the server"
+    )
+    source: Literal["partition", "local"] = Field(
+        default="partition",
+        description="partition: share ID of a public data set; local: all under --data-root",
+    )
+    data_root: Path | None = Field(default=None, description="folder of the data")
+    stay: bool = Field(default=False, description="wait for the next run when one is done")
+
+    @property
+    def folder(self) -> Path:
+        """The state-dir in force."""
+        return self.state_dir or Path(f"state/client-{self.id}")

@@ -1,0 +1,86 @@
+"""One order's training: from the global model's file to an update."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from fedclient.progress import ProgressReporter
+from shared.codec import decode_state, digest_bytes, encode_state
+from shared.data import make_loader
+from shared.errors import WrongSettings
+from shared.seeds import derive_seed
+from shared.tasks import Examples, Task
+from shared.training import StepProgress, train_model
+from shared.types import MODEL_SECTION, ClientUpdate, Section, WorkOrder
+
+
+def train_order(
+    order: WorkOrder,
+    *,
+    task: Task,
+    examples: Examples,
+    global_model: Path,
+    device: torch.device,
+    progress: ProgressReporter,
+) -> tuple[ClientUpdate, bytes]:
+    """Train on one client's examples from the global model; returns the update and its payload.
+
+    A function of the order, the examples and the global model alone: trained again after a crash,
+    it gives the same bytes (on one machine, build, device and number of threads).
+
+    Raises:
+        NonFiniteError: training met a number that isn't finite.
+        WrongSettings: the task's model isn't the one the server holds.
+        OrderAbandoned: the server wants no update any more.
+    """
+    torch.manual_seed(derive_seed(order.seed, "model"))
+    model = task.build_model()
+    try:
+        model.load_state_dict(decode_state(global_model.read_bytes()))
+    except RuntimeError as error:
+        raise WrongSettings(
+            f"the server's model isn't that of task {task.name!r} here ({error}); "
+            "both sides need the same version of the task"
+        ) from error
+    training = order.training
+    loader = make_loader(
+        examples, batch_size=training.batch_size, seed=derive_seed(order.seed, "batches")
+    )
+    progress.expect_batches(training.epochs * len(loader))
+
+    def count_step(_: StepProgress) -> None:
+        progress.add(batches=1)
+        progress.examine()
+
+    began = time.monotonic()
+    result = train_model(
+        model,
+        loader,
+        epochs=training.epochs,
+        lr=training.lr,
+        device=device,
+        loss=task.loss,
+        optimizer=training.optimizer,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        clip_norm=training.clip_norm,
+        on_step=count_step,
+    )
+    train_s = time.monotonic() - began
+    payload = encode_state(result.state_dict)
+    digest = digest_bytes(payload)
+    update = ClientUpdate(
+        order_id=order.order_id,
+        digest=digest,
+        size_bytes=len(payload),
+        sections=(Section(name=MODEL_SECTION, digest=digest, size_bytes=len(payload)),),
+        num_examples=result.report.num_examples,
+        num_steps=result.report.num_steps,
+        metrics={
+            "accuracy": result.accuracy,
+            "loss": result.report.epochs[-1].loss,
+            "train_s": train_s,
+        },
+    )
+    return update, payload

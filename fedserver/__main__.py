@@ -1,0 +1,35 @@
+"""`python -m fedserver`: serve a run, or look at one with a command."""
+
+import importlib
+import sys
+
+from fedserver.settings import ServerSettings
+from shared.cli import log_to_stderr, parse
+from shared.errors import FederationError
+
+COMMANDS = ("history", "export")
+
+
+def main(argv: list[str]) -> int:
+    """Return the exit code: 0 done or stopped, 1 failed, 2 wrong usage."""
+    try:
+        if argv and argv[0] in COMMANDS:
+            # Imported when asked for: looking at a run must not wait for torch.
+            command = importlib.import_module(f"fedserver.commands.{argv[0]}")
+            command.run(argv[1:])
+            return 0
+        settings = parse(ServerSettings, argv)
+        log_to_stderr(settings.log_level)
+        from fedserver.server import run_server  # noqa: PLC0415
+
+        run_server(settings)
+    except FederationError as error:
+        print(f"fedserver: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,118 @@
+"""Global models on disk: content-addressed safetensors files, whole or not there."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+from fedserver.strategies.blocks import Block, BlockReader, StateFile, blocks_of
+from shared.codec import digest_file, encode_state, read_layout
+from shared.errors import FederationError, NotFound, StorageDamaged
+from shared.files import naming_full_disk, sync_folder
+from shared.weights import EntryKind
+
+
+class NonFiniteAggregate(FederationError):
+    """The aggregate holds a NaN or an infinity; it is dropped and the base model stands."""
+
+
+@dataclass(frozen=True)
+class GlobalModel:
+    """A global model on disk; `parameter_norm` is the L2 norm over all parameters."""
+
+    digest: str
+    file: StateFile
+    parameter_norm: float
+
+
+class Checkpoints:
+    """Owns the folder of global models. Its methods block on the disk."""
+
+    def __init__(self, folder: Path, kinds: Mapping[str, EntryKind]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._kinds = kinds
+
+    def path(self, digest: str) -> Path:
+        """Where the model of this digest lies, there or not."""
+        return self._folder / f"{digest}.safetensors"
+
+    def save_initial(self, state_dict: Mapping[str, torch.Tensor]) -> GlobalModel:
+        """Write the model a run begins with."""
+        encoded = encode_state(state_dict)
+        draft = self._folder / "initial.draft"
+        draft.write_bytes(encoded)
+        base = StateFile(path=draft, layout=read_layout(draft))
+        reader = BlockReader()
+        saved = self.save(
+            base, ((block, reader.read(base, block)) for block in blocks_of(base.layout))
+        )
+        draft.unlink()
+        return saved
+
+    def save(self, base: StateFile, blocks: Iterable[tuple[Block, torch.Tensor]]) -> GlobalModel:
+        """Write a model with the layout of `base` from its blocks, durable when this returns.
+
+        Raises:
+            NonFiniteAggregate: a block holds a NaN or an infinity; nothing is kept.
+            OutOfSpace: the disk is full; nothing is kept.
+        """
+        draft = self._folder / "aggregate.draft"
+        hasher = blake3(base.layout.header)
+        squares = 0.0
+        with naming_full_disk(self._folder), draft.open("wb") as file:
+            file.write(base.layout.header)
+            for block, values in blocks:
+                if values.is_floating_point():
+                    squares += self._square_sum(block, values)
+                content = values.view(torch.uint8).numpy().data
+                hasher.update(content)
+                file.write(content)
+            file.flush()
+            os.fdatasync(file.fileno())
+        digest = hasher.hexdigest()
+        path = self.path(digest)
+        draft.replace(path)
+        sync_folder(self._folder)
+        return GlobalModel(
+            digest=digest,
+            file=StateFile(path=path, layout=base.layout),
+            parameter_norm=squares**0.5,
+        )
+
+    def load(self, digest: str) -> GlobalModel:
+        """Find a model written before and examine that its content is still its name.
+
+        Raises:
+            NotFound: there is no such model.
+            StorageDamaged: its bytes aren't those that were written.
+        """
+        path = self.path(digest)
+        if not path.exists():
+            raise NotFound(f"there is no model {digest} in {self._folder}")
+        if (actual := digest_file(path)) != digest:
+            raise StorageDamaged(
+                f"{path} holds other bytes than its name says (digest {actual}); "
+                "restore it from a copy"
+            )
+        file = StateFile(path=path, layout=read_layout(path))
+        reader = BlockReader()
+        squares = 0.0
+        for block in blocks_of(file.layout):
+            if file.layout.entries[block.name].dtype.is_floating_point:
+                squares += self._square_sum(block, reader.read(file, block))
+        return GlobalModel(digest=digest, file=file, parameter_norm=squares**0.5)
+
+    def _square_sum(self, block: Block, values: torch.Tensor) -> float:
+        if not bool(torch.isfinite(values).all()):
+            raise NonFiniteAggregate(
+                f"tensor {block.name!r} of the aggregate holds a NaN or an infinity in elements "
+                f"{block.begin} to {block.begin + block.count - 1}; the base model stands"
+            )
+        if self._kinds[block.name] is not EntryKind.PARAMETER:
+            return 0.0
+        wide = values.to(torch.float64)
+        return float(torch.dot(wide, wide))

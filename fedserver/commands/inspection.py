@@ -1,0 +1,37 @@
+"""What every command that looks at a run needs: where it is, and which one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import Field
+
+from fedserver.records import Run
+from fedserver.store import Store
+from shared.cli import Settings
+from shared.errors import NotFound
+
+
+class InspectionSettings(Settings):
+    """Which run of which state-dir."""
+
+    state_dir: Path = Field(default=Path("state/server"), description="the server's state-dir")
+    run: int | None = Field(default=None, ge=1, description="number of the run; the latest one")
+
+
+@contextmanager
+def opened_run(settings: InspectionSettings) -> Iterator[tuple[Store, Run]]:
+    """Open the store for reading and find the run.
+
+    Raises:
+        NotFound: there is no such store or run.
+    """
+    store = Store(settings.state_dir / "federation.sqlite", read_only=True)
+    try:
+        run = store.latest_run(number=settings.run)
+        if run is None:
+            which = "no run yet" if settings.run is None else f"no run {settings.run}"
+            raise NotFound(f"{settings.state_dir} holds {which}; check --state-dir and --run")
+        yield store, run
+    finally:
+        store.close()

@@ -1,0 +1,213 @@
+"""What clients ask the coordinator for, in the domain's terms; the servicer only translates."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from fedserver.intake import Intake
+from fedserver.parts import Parts
+from fedserver.records import Event, OrderRecord, Session
+from fedserver.rounds import OrderState
+from shared.errors import NotFound, ServerUnreachable, WrongSettings
+from shared.types import (
+    ClientUpdate,
+    Counters,
+    Directive,
+    Incident,
+    Registration,
+    SessionInfo,
+    UploadAnswer,
+    Work,
+    WorkState,
+)
+
+_MAX_WAIT_S = 20.0
+
+
+class Desk:
+    """Answers clients. Every method may be called again with the same arguments."""
+
+    def __init__(self, parts: Parts, intake: Intake) -> None:
+        self._parts = parts
+        self._intake = intake
+        self._is_finished = False
+        self._is_stopping = False
+        self._told: set[str] = set()
+
+    async def register(self, registration: Registration) -> SessionInfo:
+        """Open a session.
+
+        Raises:
+            WrongSettings: the client insists on another task.
+            InvalidInput, ClientIdTaken: see `Sessions.register`.
+        """
+        settings = self._parts.settings
+        if registration.task and registration.task != settings.task:
+            raise WrongSettings(
+                f"this run's task is {settings.task!r}, the client insists on "
+                f"{registration.task!r}; start it with --task {settings.task}, or the server"
+                f" with --task {registration.task}"
+            )
+        session, replaced = self._parts.sessions.register(registration)
+        for session_id in replaced:
+            await self._parts.workers.in_store(self._parts.store.remove_session, session_id)
+        await self._parts.workers.in_store(
+            self._parts.store.save_session, self._parts.run.run_id, session
+        )
+        return SessionInfo(
+            session_id=session.session_id,
+            run_id=self._parts.run.run_id,
+            task=settings.task,
+            partitioning=settings.partitioning,
+            max_wait_s=_MAX_WAIT_S,
+            lease_s=settings.lease,
+            total_rounds=settings.rounds,
+        )
+
+    async def pull_work(self, session_id: str, *, wait_s: float) -> Work:
+        """Return an order, WAIT after at most `wait_s` seconds, or FINISHED.
+
+        Raises:
+            UnknownSession: register again.
+            ServerUnreachable: the server is stopping.
+        """
+        # A parked client is a live one: the lease is renewed at both ends of the wait, so the wait
+        # must be shorter than it.
+        deadline = time.monotonic() + min(wait_s, _MAX_WAIT_S, self._parts.settings.lease / 2)
+        while True:
+            session = self._parts.sessions.touch(session_id)
+            if self._is_stopping:
+                raise ServerUnreachable("the server is stopping; it goes on when started again")
+            if self._is_finished:
+                self._told.add(session_id)
+                return Work(state=WorkState.FINISHED)
+            if (order := self._parts.book.open_order_of(session.client_ids)) is not None:
+                return Work(state=WorkState.ORDER, order=self._parts.book.hand_out(order))
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0 or not await self._parts.book.work_changed.wait(remaining_s):
+                self._parts.sessions.touch(session_id)
+                return Work(state=WorkState.WAIT)
+
+    async def download(self, session_id: str, digest: str, *, offset: int) -> AsyncIterator[bytes]:
+        """Yield a blob's framed chunks; each one that leaves is progress of the session's order."""
+        session = self._parts.sessions.touch(session_id)
+        async for framed in self._parts.downloads.chunks(digest, offset=offset):
+            yield framed
+            self._parts.sessions.touch(session_id)
+            if (order := self._parts.book.open_order_of(session.client_ids)) is not None:
+                self._parts.book.note_bytes(order.order.order_id)
+
+    async def committed_bytes(
+        self, session_id: str, order_id: str, digest: str
+    ) -> tuple[int, bool]:
+        """Return how many bytes of a payload are committed, and whether its update is recorded."""
+        await self._find_order(session_id, order_id)
+        return await self._intake.committed_bytes(order_id, digest)
+
+    async def upload(
+        self,
+        session_id: str,
+        update: ClientUpdate,
+        chunks: AsyncIterator[memoryview],
+        *,
+        offset: int,
+    ) -> UploadAnswer:
+        """Take an update in; see `Intake.receive`."""
+        await self._find_order(session_id, update.order_id)
+        return await self._intake.receive(update, chunks, offset=offset)
+
+    async def report_progress(
+        self,
+        session_id: str,
+        order_id: str,
+        *,
+        counters: Counters,
+        incidents: Sequence[tuple[int, Incident]],
+        gave_up: bool,
+    ) -> Directive:
+        """Note a client's counters and incidents, each with its number within the order."""
+        if not incidents and not gave_up and (found := self._parts.book.find(order_id)) is not None:
+            # The way of nearly all reports: nothing to ask the store for.
+            self._examine_holder(
+                self._parts.sessions.touch(session_id), found.order.client_id, order_id
+            )
+            self._parts.book.advance(order_id, counters)
+            return _directive(found.state)
+        record = await self._find_order(session_id, order_id)
+        self._parts.book.advance(order_id, counters)
+        for sequence, incident in incidents:
+            happened = _incident_event(record, incident)
+            is_new = await self._parts.workers.in_store(
+                self._parts.store.add_events,
+                record.run_id,
+                [happened],
+                report_key=f"{order_id}#{sequence}",
+            )
+            if is_new:
+                self._parts.bus.publish(happened)
+        if gave_up:
+            happened = Event(
+                kind="order-given-up",
+                at=time.time(),
+                round_number=record.round_number,
+                attempt=record.attempt,
+                client_id=record.client_id,
+            )
+            if await self._parts.workers.in_store(
+                self._parts.store.abandon_order, record.run_id, order_id, happened
+            ):
+                self._parts.book.settle(order_id, OrderState.ABANDONED)
+                self._parts.bus.publish(happened)
+            return Directive.ABANDON
+        return _directive(record.state)
+
+    async def finish(self) -> None:
+        """Tell every live client that the run is over; returns when they know or time is up."""
+        self._is_finished = True
+        self._parts.book.work_changed.notify()
+        deadline = time.monotonic() + self._parts.settings.farewell
+        while self._parts.sessions.live_sessions() - self._told and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    def stop(self) -> None:
+        """Send parked calls away: the server is about to end."""
+        self._is_stopping = True
+        self._parts.book.work_changed.notify()
+
+    async def _find_order(self, session_id: str, order_id: str) -> OrderRecord:
+        session = self._parts.sessions.touch(session_id)
+        record = await self._parts.workers.in_store(self._parts.store.find_order, order_id)
+        self._examine_holder(session, record.client_id, order_id)
+        return record
+
+    def _examine_holder(self, session: Session, client_id: int, order_id: str) -> None:
+        if client_id not in session.client_ids:
+            raise NotFound(f"order {order_id!r} isn't one of this session's")
+
+
+def _directive(state: OrderState) -> Directive:
+    is_going_on = state in (OrderState.OPEN, OrderState.STORED)
+    return Directive.CONTINUE if is_going_on else Directive.ABANDON
+
+
+def _incident_event(record: OrderRecord, incident: Incident) -> Event:
+    fields = {
+        "step": incident.step,
+        "epoch": incident.epoch,
+        "tensor": incident.tensor,
+        # JSON has no NaN: non-finite numbers are kept as their names.
+        **{key: _plain(value) for key, value in incident.detail.items()},
+    }
+    return Event(
+        kind=incident.kind,
+        at=time.time(),
+        round_number=record.round_number,
+        attempt=record.attempt,
+        client_id=record.client_id,
+        is_incident=True,
+        fields={key: value for key, value in fields.items() if value is not None},
+    )
+
+
+def _plain(value: float) -> float | str:
+    return value if abs(value) < float("inf") else str(value)

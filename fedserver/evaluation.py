@@ -1,0 +1,68 @@
+"""How good a global model is on the task's held-out set."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.codec import decode_state
+from shared.data import make_loader
+from shared.tasks import Task
+from shared.training import evaluate
+
+_BATCH_SIZE = 256
+
+
+class EvaluationStopped(Exception):
+    """The server is stopping; the evaluation is made again at the next start."""
+
+
+class Evaluator:
+    """Holds the model and the held-out set; `evaluate` computes, so call it from a thread."""
+
+    def __init__(self, task: Task, *, data_root: Path | None) -> None:
+        examples = task.load_test(data_root)
+        self._loader = (
+            None
+            if examples is None
+            else make_loader(examples, batch_size=_BATCH_SIZE, shuffle=False)
+        )
+        self._task = task
+        self._model = task.build_model()
+        self._stop = threading.Event()
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the task has a held-out set here."""
+        return self._loader is not None
+
+    def stop(self) -> None:
+        """End an evaluation that goes on, at its next batch."""
+        self._stop.set()
+
+    def evaluate(self, path: Path) -> dict[str, float]:
+        """Return accuracy and mean loss of the model in the safetensors file at `path`.
+
+        Raises:
+            EvaluationStopped: `stop` was called.
+        """
+        assert self._loader is not None
+        self._model.load_state_dict(decode_state(path.read_bytes()))
+        found = evaluate(self._model, self._batches(), self._task.loss)
+        return {"accuracy": found.accuracy, "loss": found.loss}
+
+    def _batches(self) -> Iterator[Any]:
+        assert self._loader is not None
+        for batch in self._loader:
+            if self._stop.is_set():
+                raise EvaluationStopped
+            yield batch
+
+
+def initial_state(task: Task, *, seed: int) -> dict[str, torch.Tensor]:
+    """Return the weights a run begins with, a function of the task and `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return task.build_model().state_dict()

@@ -1,0 +1,190 @@
+"""The way of an update from the wire to its receipt.
+
+header examined -> bytes appended to the spool -> digest -> content examined -> fdatasync ->
+recorded in one transaction -> receipt. Memory is bounded: one chunk a stream, and a bounded number
+of streams; the others wait in HTTP/2's flow control.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from fedserver.admission import UpdateRefused, examine_content, examine_header
+from fedserver.orderbook import OpenRound
+from fedserver.parts import Parts
+from fedserver.records import Event, OrderRecord
+from fedserver.rounds import OrderEvent, OrderState
+from fedserver.spool import UpdateStream
+from fedserver.strategies.blocks import StateFile
+from shared.codec import digest_file, read_layout
+from shared.errors import CorruptPayload, InvalidInput, ServerUnreachable
+from shared.types import ClientUpdate, IncidentKind, Receipt, UploadAnswer
+
+_ANSWERS = {
+    OrderState.STORED: Receipt.STORED,
+    OrderState.REFUSED: Receipt.REFUSED,
+    OrderState.LATE: Receipt.LATE,
+    OrderState.ABANDONED: Receipt.LATE,
+}
+
+
+class Intake:
+    """Takes updates in; one for the whole server."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._slots = asyncio.Semaphore(parts.settings.max_uploads)
+        # A stream nothing comes from gives its place to others; the client resumes it.
+        self._idle_s = parts.settings.stall_after
+
+    async def committed_bytes(self, order_id: str, digest: str) -> tuple[int, bool]:
+        """Return how much of a payload has arrived and whether its update is recorded."""
+        record = await self._parts.workers.in_store(self._parts.store.find_order, order_id)
+        if record.digest == digest:
+            return 0, True
+        return self._parts.spool.committed_bytes(order_id, digest), False
+
+    async def receive(
+        self, update: ClientUpdate, chunks: AsyncIterator[memoryview], *, offset: int
+    ) -> UploadAnswer:
+        """Take one stream of an update in; returns when the receipt may be given.
+
+        Raises:
+            WrongOffset, StreamFenced: another stream of this update was or is further.
+            CorruptPayload: the bytes don't match the digest; they are dropped.
+            InvalidInput: the stream holds more or fewer bytes than the header says.
+            OutOfSpace: the disk is full; what is committed stays.
+        """
+        record = await self._parts.workers.in_store(self._parts.store.find_order, update.order_id)
+        current = self._parts.book.current
+        if record.state is not OrderState.OPEN:
+            return await self._answer_ended(record, update)
+        if current is None or not current.holds(record):
+            raise ServerUnreachable(f"order {update.order_id}: the round is changing; try again")
+        try:
+            examine_header(update, current.base.file, current.limits)
+            async with self._slots:
+                with self._parts.spool.open_stream(
+                    update.order_id, update.digest, offset=offset
+                ) as stream:
+                    await self._append(update, stream, chunks)
+                    accepting = asyncio.ensure_future(self._accept(record, update, stream, current))
+                    try:
+                        return await asyncio.shield(accepting)
+                    finally:
+                        # A client that hangs up now has sent all there is: go on without it.
+                        await asyncio.wait([accepting])
+        except UpdateRefused as refusal:
+            return await self._end(record, update, OrderEvent.REFUSE, reason=str(refusal))
+
+    async def _append(
+        self, update: ClientUpdate, stream: UpdateStream, chunks: AsyncIterator[memoryview]
+    ) -> None:
+        while True:
+            try:
+                chunk = await asyncio.wait_for(anext(chunks), self._idle_s)
+            except StopAsyncIteration:
+                break
+            if stream.offset + len(chunk) > update.size_bytes:
+                raise InvalidInput(
+                    f"order {update.order_id}: the stream holds more than the "
+                    f"{update.size_bytes} bytes that its header says"
+                )
+            await self._parts.workers.on_disk(stream.append, chunk)
+            self._parts.book.note_bytes(update.order_id)
+        if stream.offset != update.size_bytes:
+            raise InvalidInput(
+                f"order {update.order_id}: the stream ended at byte {stream.offset} of "
+                f"{update.size_bytes}; ask QueryUpload and send the rest"
+            )
+
+    async def _accept(
+        self, record: OrderRecord, update: ClientUpdate, stream: UpdateStream, current: OpenRound
+    ) -> UploadAnswer:
+        if await self._parts.workers.on_disk(digest_file, stream.path) != update.digest:
+            stream.fence()
+            self._parts.spool.drop(update.order_id, update.digest)
+            raise CorruptPayload(
+                f"order {update.order_id}: the bytes don't match digest {update.digest}; "
+                "they were dropped, send the payload again from byte 0"
+            )
+        try:
+            await self._parts.workers.on_disk(self._examine, update, stream, current)
+        except InvalidInput as refusal:
+            self._parts.spool.drop(update.order_id, update.digest)
+            return await self._end(record, update, OrderEvent.REFUSE, reason=str(refusal))
+        await self._parts.workers.on_disk(stream.make_durable)
+        return await self._end(record, update, OrderEvent.STORE)
+
+    def _examine(self, update: ClientUpdate, stream: UpdateStream, current: OpenRound) -> None:
+        received = StateFile(
+            path=stream.path,
+            layout=read_layout(stream.path),
+            num_examples=update.num_examples,
+        )
+        examine_content(
+            received,
+            base=current.base.file,
+            kinds=self._parts.kinds,
+            limits=current.limits,
+            num_steps=update.num_steps,
+        )
+
+    async def _end(
+        self,
+        record: OrderRecord,
+        update: ClientUpdate,
+        order_event: OrderEvent,
+        *,
+        reason: str | None = None,
+    ) -> UploadAnswer:
+        def describe(state: OrderState) -> Event:
+            kind = {
+                OrderState.STORED: "update-stored",
+                OrderState.REFUSED: IncidentKind.UPDATE_REFUSED.value,
+            }.get(state, IncidentKind.UPDATE_LATE.value)
+            fields = {"num_examples": update.num_examples, **update.metrics}
+            return Event(
+                kind=kind,
+                at=time.time(),
+                round_number=record.round_number,
+                attempt=record.attempt,
+                client_id=record.client_id,
+                is_incident=state is not OrderState.STORED,
+                fields=fields if state is OrderState.STORED else {"reason": reason},
+            )
+
+        open_order = self._parts.book.find(update.order_id)
+        state, happened = await self._parts.workers.in_store(
+            self._parts.store.end_order,
+            record.run_id,
+            update,
+            order_event,
+            describe,
+            reason=reason,
+            handed_out_at=open_order.handed_out_at if open_order else None,
+        )
+        self._parts.book.settle(update.order_id, state)
+        if happened is None:
+            record = await self._parts.workers.in_store(
+                self._parts.store.find_order, update.order_id
+            )
+            return await self._answer_ended(record, update)
+        self._parts.bus.publish(happened)
+        if state is not OrderState.STORED:
+            self._parts.spool.drop(update.order_id, update.digest)
+        return UploadAnswer(receipt=_ANSWERS[state], reason=reason or "")
+
+    async def _answer_ended(self, record: OrderRecord, update: ClientUpdate) -> UploadAnswer:
+        if record.digest is None:
+            return await self._end(record, update, OrderEvent.MISS)
+        if record.state is OrderState.REFUSED:
+            return UploadAnswer(receipt=Receipt.REFUSED, reason=record.reason or "")
+        if record.state in (OrderState.LATE, OrderState.ABANDONED):
+            return UploadAnswer(receipt=Receipt.LATE)
+        if record.digest == update.digest:
+            return UploadAnswer(receipt=Receipt.DUPLICATE)
+        return UploadAnswer(
+            receipt=Receipt.REFUSED,
+            reason=f"order {update.order_id} has an update with other bytes; the first one stands",
+        )

@@ -1,0 +1,33 @@
+"""What the parts of the coordinator share: one of each for one run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedserver.checkpoints import Checkpoints
+from fedserver.downloads import Downloads
+from fedserver.events import EventBus
+from fedserver.orderbook import OrderBook
+from fedserver.records import Run
+from fedserver.sessions import Sessions
+from fedserver.settings import ServerSettings
+from fedserver.spool import Spool
+from fedserver.store import Store
+from fedserver.workers import Workers
+from shared.weights import EntryKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The resources of one run; made by the composition root, which also ends them."""
+
+    settings: ServerSettings
+    run: Run
+    kinds: Mapping[str, EntryKind]
+    store: Store
+    spool: Spool
+    checkpoints: Checkpoints
+    downloads: Downloads
+    sessions: Sessions
+    book: OrderBook
+    bus: EventBus
+    workers: Workers

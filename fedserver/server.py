@@ -1,0 +1,131 @@
+"""Wires the coordinator together and serves it until the run is done or somebody stops it."""
+
+import asyncio
+import logging
+import signal
+
+import torch
+
+from fedserver.checkpoints import Checkpoints
+from fedserver.coordinator import Coordinator
+from fedserver.desk import Desk
+from fedserver.downloads import Downloads
+from fedserver.evaluation import Evaluator
+from fedserver.events import EventBus, log_event
+from fedserver.intake import Intake
+from fedserver.orderbook import OrderBook
+from fedserver.parts import Parts
+from fedserver.records import Run, RunState
+from fedserver.service import start_server
+from fedserver.sessions import Sessions
+from fedserver.settings import ServerSettings
+from fedserver.spool import Spool
+from fedserver.store import Store
+from fedserver.workers import Workers
+from shared.errors import WrongSettings
+from shared.files import locked_folder, replace_file
+from shared.tasks import find_task
+from shared.weights import entry_kinds
+
+logger = logging.getLogger(__name__)
+
+_GRACE_S = 1.0
+
+
+def run_server(settings: ServerSettings) -> None:
+    """Serve one run to its end, or until SIGINT or SIGTERM; started again it goes on.
+
+    Raises:
+        FederationError: a person's mistake or a failed run, with a sentence that says which.
+    """
+    torch.set_num_threads(settings.threads)
+    with locked_folder(settings.state_dir) as state_dir:
+        store = Store(state_dir / "federation.sqlite")
+        workers = Workers()
+        try:
+            run = _open_run(store, settings)
+            asyncio.run(_serve(settings, run, store, workers))
+        finally:
+            workers.close()
+            store.close()
+
+
+def _open_run(store: Store, settings: ServerSettings) -> Run:
+    """Return the unfinished run, or begin the next one."""
+    wanted = settings.run_settings()
+    latest = store.latest_run()
+    if latest is None or latest.state is not RunState.OPEN:
+        return store.begin_run(wanted)
+    keys = sorted(wanted.keys() | latest.settings.keys())
+    if differing := [key for key in keys if wanted.get(key) != latest.settings.get(key)]:
+        listed = "; ".join(
+            f"{key} was {latest.settings.get(key)!r}, is now {wanted.get(key)!r}"
+            for key in differing
+        )
+        raise WrongSettings(
+            f"{settings.state_dir} holds an unfinished run with other settings ({listed}); "
+            "start with the old ones to go on, or with another --state-dir for a new run"
+        )
+    logger.info("going on with %s", latest.run_id)
+    return latest
+
+
+async def _serve(settings: ServerSettings, run: Run, store: Store, workers: Workers) -> None:
+    task = find_task(settings.task)
+    evaluator = Evaluator(task, data_root=settings.data_root)
+    kinds = entry_kinds(task.build_model())
+    checkpoints = Checkpoints(settings.state_dir / "models", kinds)
+    parts = Parts(
+        settings=settings,
+        run=run,
+        kinds=kinds,
+        store=store,
+        spool=Spool(settings.state_dir / "spool"),
+        checkpoints=checkpoints,
+        downloads=Downloads(checkpoints, workers),
+        sessions=Sessions(store.load_sessions(run.run_id), lease_s=settings.lease),
+        book=OrderBook(),
+        bus=EventBus(),
+        workers=workers,
+    )
+    parts.bus.subscribe(log_event)
+    desk = Desk(parts, Intake(parts))
+    coordinator = Coordinator(parts, task=task, evaluator=evaluator)
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    server, port = await start_server(desk, host=settings.host, port=settings.port)
+    print(f"fedserver listening on {settings.host}:{port}", flush=True)
+    completing = asyncio.create_task(_complete(parts, coordinator, desk))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({completing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if completing.done():
+            await completing
+        else:
+            logger.info("stopping; the same command goes on with %s", run.run_id)
+    finally:
+        desk.stop()
+        evaluator.stop()
+        await server.stop(_GRACE_S)
+        completing.cancel()
+        stopping.cancel()
+        await asyncio.wait({completing, stopping})
+
+
+async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:
+    try:
+        digest = await coordinator.complete()
+        exported = parts.settings.export or parts.settings.state_dir / "model.safetensors"
+        await parts.workers.on_disk(
+            replace_file,
+            exported,
+            parts.checkpoints.path(digest).read_bytes(),
+            survive_power_loss=True,
+        )
+        logger.info("the final model is in %s", exported)
+    finally:
+        # Clients hear of the end of a failed run too.
+        await desk.finish()

@@ -1,0 +1,321 @@
+"""The servicer: protobuf and gRPC stop here.
+
+Translates each call to one of the desk, and the domain's errors to gRPC statuses. The two calls
+that carry payloads are served as raw bytes (see shared.chunks), the others as messages.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import NoReturn, TypeVar
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError, Message
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from fedserver.desk import Desk
+from shared.chunks import UPLOAD_DATA_FIELD, holds_field, unframe
+from shared.errors import FederationError, InvalidInput
+from shared.pb import federation_pb2 as pb
+from shared.types import (
+    ClientUpdate,
+    Counters,
+    Directive,
+    Incident,
+    IncidentKind,
+    Receipt,
+    Registration,
+    Section,
+    WorkOrder,
+    WorkState,
+)
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FederationService"].full_name
+
+OPTIONS: list[tuple[str, int]] = [
+    # A port in use is an error, not shared silently.
+    ("grpc.so_reuseport", 0),
+    # Beyond 2,000 parked polls gRPC's own limits refuse calls before any handler sees them.
+    ("grpc.server.max_pending_requests", 100_000),
+    ("grpc.server.max_pending_requests_hard_limit", 100_000),
+    # Clients ping to notice a dead connection; more often than this ends in GOAWAY.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+Context = aio.ServicerContext[bytes, bytes]
+Incoming = TypeVar("Incoming")
+Outgoing = TypeVar("Outgoing")
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response", bound=Message)
+
+_STATES = {
+    WorkState.ORDER: pb.WORK_STATE_ORDER,
+    WorkState.WAIT: pb.WORK_STATE_WAIT,
+    WorkState.FINISHED: pb.WORK_STATE_FINISHED,
+}
+_RECEIPTS = {
+    Receipt.STORED: pb.RECEIPT_STORED,
+    Receipt.DUPLICATE: pb.RECEIPT_DUPLICATE,
+    Receipt.REFUSED: pb.RECEIPT_REFUSED,
+    Receipt.LATE: pb.RECEIPT_LATE,
+}
+_DIRECTIVES = {
+    Directive.CONTINUE: pb.DIRECTIVE_CONTINUE,
+    Directive.ABANDON: pb.DIRECTIVE_ABANDON,
+}
+_INCIDENT_KINDS = {
+    pb.INCIDENT_KIND_NON_FINITE_LOSS: IncidentKind.NON_FINITE_LOSS,
+    pb.INCIDENT_KIND_NON_FINITE_GRADIENT: IncidentKind.NON_FINITE_GRADIENT,
+    pb.INCIDENT_KIND_NON_FINITE_PARAMETER: IncidentKind.NON_FINITE_PARAMETER,
+    pb.INCIDENT_KIND_TRAINING_FAILED: IncidentKind.TRAINING_FAILED,
+    pb.INCIDENT_KIND_CLIENT_STATE_LOST: IncidentKind.CLIENT_STATE_LOST,
+}
+
+
+class Servicer:
+    """The calls of fed.v1.FederationService."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
+        """See federation.proto."""
+        info = await self._desk.register(
+            Registration(
+                client_ids=tuple(request.client_ids),
+                instance_key=request.instance_key,
+                software_version=request.software_version,
+                task=request.task,
+                num_examples=tuple(request.num_examples),
+                capabilities=tuple(request.capabilities),
+            )
+        )
+        return pb.RegisterResponse(
+            session_id=info.session_id,
+            run_id=info.run_id,
+            task=info.task,
+            partitioning=pb.Partitioning(
+                scheme=info.partitioning.scheme,
+                num_partitions=info.partitioning.num_partitions,
+                seed=info.partitioning.seed,
+                parameters=info.partitioning.parameters,
+            ),
+            max_wait=_duration(info.max_wait_s),
+            lease=_duration(info.lease_s),
+            total_rounds=info.total_rounds,
+        )
+
+    async def pull_work(self, request: pb.PullWorkRequest) -> pb.PullWorkResponse:
+        """See federation.proto."""
+        work = await self._desk.pull_work(
+            request.session_id, wait_s=request.wait.ToTimedelta().total_seconds()
+        )
+        return pb.PullWorkResponse(
+            state=_STATES[work.state],
+            order=None if work.order is None else _order_message(work.order),
+        )
+
+    async def query_upload(self, request: pb.QueryUploadRequest) -> pb.QueryUploadResponse:
+        """See federation.proto."""
+        committed_bytes, is_complete = await self._desk.committed_bytes(
+            request.session_id, request.order_id, _digest(request.digest)
+        )
+        return pb.QueryUploadResponse(committed_bytes=committed_bytes, complete=is_complete)
+
+    async def report_progress(self, request: pb.ReportProgressRequest) -> pb.ReportProgressResponse:
+        """See federation.proto."""
+        told = request.counters
+        directive = await self._desk.report_progress(
+            request.session_id,
+            request.order_id,
+            counters=Counters(
+                bytes_received=told.bytes_received,
+                bytes_sent=told.bytes_sent,
+                batches=told.batches,
+                batches_total=told.batches_total,
+                replays=told.replays,
+            ),
+            incidents=[(one.sequence, _incident(one)) for one in request.incidents],
+            gave_up=request.gave_up,
+        )
+        return pb.ReportProgressResponse(directive=_DIRECTIVES[directive])
+
+    async def download_blob(self, request: bytes, context: Context) -> None:
+        """See federation.proto; writes framed chunks."""
+        wanted = _parse(pb.DownloadBlobRequest, request)
+        async for framed in self._desk.download(
+            wanted.session_id, _digest(wanted.digest), offset=wanted.offset
+        ):
+            await context.write(framed)
+
+    async def upload_update(self, messages: AsyncIterator[bytes], context: Context) -> bytes:
+        """See federation.proto; reads raw messages."""
+        first = await anext(messages, b"")
+        header = _parse(pb.UploadUpdateRequest, first).header
+        if header.encoding != pb.ENCODING_STATE_DICT:
+            raise InvalidInput(
+                "an upload begins with a header, and its encoding must be ENCODING_STATE_DICT"
+            )
+        update = ClientUpdate(
+            order_id=header.order_id,
+            digest=_digest(header.digest),
+            size_bytes=header.size_bytes,
+            sections=tuple(
+                Section(name=one.name, digest=one.digest, size_bytes=one.size_bytes)
+                for one in header.sections
+            ),
+            num_examples=header.num_examples,
+            num_steps=header.num_steps,
+            metrics=dict(header.metrics),
+        )
+        answer = await self._desk.upload(
+            header.session_id, update, _upload_chunks(messages), offset=header.offset
+        )
+        return pb.UploadUpdateResponse(
+            receipt=_RECEIPTS[answer.receipt], reason=answer.reason
+        ).SerializeToString()
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Return what a gRPC server needs to serve the calls."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                "Register": _unary(self.register, pb.RegisterRequest),
+                "PullWork": _unary(self.pull_work, pb.PullWorkRequest),
+                "QueryUpload": _unary(self.query_upload, pb.QueryUploadRequest),
+                "ReportProgress": _unary(self.report_progress, pb.ReportProgressRequest),
+                "DownloadBlob": grpc.unary_stream_rpc_method_handler(
+                    _with_statuses(self.download_blob)
+                ),
+                "UploadUpdate": grpc.stream_unary_rpc_method_handler(
+                    _with_statuses(self.upload_update)
+                ),
+            },
+        )
+
+
+async def start_server(desk: Desk, *, host: str, port: int) -> tuple[aio.Server, int]:
+    """Serve the desk, standard health checking and reflection; returns the server and its port.
+
+    Raises:
+        InvalidInput: the address can't be listened on.
+    """
+    server = aio.server(options=OPTIONS)
+    server.add_generic_rpc_handlers((Servicer(desk).handlers(),))
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    for name in ("", SERVICE_NAME):
+        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection(
+        (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        bound_port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise InvalidInput(
+            f"can't listen on {address}: the port is in use or the address isn't this machine's; "
+            "choose another --port (0 takes any free one) or --host"
+        ) from error
+    await server.start()
+    return server, bound_port
+
+
+def _unary(
+    call: Callable[[Request], Awaitable[Response]], request_class: type[Request]
+) -> grpc.RpcMethodHandler[bytes, bytes]:
+    async def serve(request: bytes, _: Context) -> bytes:
+        response = await call(_parse(request_class, request))
+        return response.SerializeToString()
+
+    return grpc.unary_unary_rpc_method_handler(_with_statuses(serve))
+
+
+def _with_statuses(
+    call: Callable[[Incoming, Context], Awaitable[Outgoing]],
+) -> Callable[[Incoming, Context], Awaitable[Outgoing]]:
+    """Let the domain's errors end the call with their status and sentence."""
+
+    async def serve(request: Incoming, context: Context) -> Outgoing:
+        try:
+            return await call(request, context)
+        except FederationError as error:
+            await _abort(context, error)
+        except Exception:
+            logger.exception("a call failed in a way nobody foresaw")
+            raise
+
+    return serve
+
+
+async def _abort(context: Context, error: FederationError) -> NoReturn:
+    await context.abort(grpc.StatusCode[error.status], str(error))
+
+
+def _parse(message_class: type[Request], raw: bytes) -> Request:
+    try:
+        return message_class.FromString(raw)
+    except DecodeError as error:
+        raise InvalidInput(f"the bytes aren't a {message_class.__name__}: {error}") from error
+
+
+def _digest(text: str) -> str:
+    """Return `text` if it is a digest; it becomes part of a file's name."""
+    if len(text) != 64 or set(text) - set("0123456789abcdef"):
+        raise InvalidInput(f"{text[:80]!r} isn't a digest of 64 lower-case hexadecimal digits")
+    return text
+
+
+async def _upload_chunks(messages: AsyncIterator[bytes]) -> AsyncIterator[memoryview]:
+    async for message in messages:
+        if not holds_field(message, field=UPLOAD_DATA_FIELD):
+            raise InvalidInput("after the header an upload holds data and nothing else")
+        yield unframe(message, field=UPLOAD_DATA_FIELD)
+
+
+def _incident(message: pb.Incident) -> Incident:
+    if message.kind not in _INCIDENT_KINDS:
+        raise InvalidInput(f"there is no incident kind {message.kind}")
+    return Incident(
+        kind=_INCIDENT_KINDS[message.kind],
+        step=message.step if message.HasField("step") else None,
+        epoch=message.epoch if message.HasField("epoch") else None,
+        tensor=message.tensor if message.HasField("tensor") else None,
+        detail=dict(message.detail),
+    )
+
+
+def _order_message(order: WorkOrder) -> pb.WorkOrder:
+    training = order.training
+    return pb.WorkOrder(
+        order_id=order.order_id,
+        client_id=order.client_id,
+        round=order.round_number,
+        attempt=order.attempt,
+        sections=[
+            pb.Section(name=one.name, digest=one.digest, size_bytes=one.size_bytes)
+            for one in order.sections
+        ],
+        training=pb.TrainingConfig(
+            epochs=training.epochs,
+            batch_size=training.batch_size,
+            optimizer=training.optimizer,
+            lr=training.lr,
+            momentum=training.momentum,
+            weight_decay=training.weight_decay,
+            clip_norm=training.clip_norm,
+        ),
+        seed=order.seed,
+        last_counted_order_id=order.last_counted_order_id,
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

@@ -1,0 +1,162 @@
+"""The coordinator's settings."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from shared.cli import Settings
+from shared.types import Partitioning, TrainingConfig
+
+_TRAINING = TrainingConfig()
+
+
+class ServerSettings(Settings):
+    """Run a federated-learning coordinator; it exits with 0 when the run is done.
+
+    Also: `history` and `export` look at a run, also while it goes on (`history --help`).
+    Started again with the same settings, an unfinished run goes on where it was.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="FEDSERVER_", cli_prog_name="python -m fedserver")
+
+    # Where it listens and keeps things.
+    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(default=50051, ge=0, le=65535, description="0: any free port")
+    state_dir: Path = Field(default=Path("state/server"), description="everything durable is here")
+    export: Path | None = Field(
+        default=None, description="where the final model goes; model.safetensors in the state-dir"
+    )
+    keep_updates: bool = Field(default=False, description="keep the updates of finished rounds")
+    threads: int = Field(default=1, ge=1, description="threads of tensor work")
+
+    # What is learned.
+    task: str = Field(default="mnist-sample", description="a task's name, or package.module:task")
+    data_root: Path | None = Field(default=None, description="folder of the data sets")
+    partition: str = Field(default="iid", description="how a simulation deals the data out")
+    num_partitions: int = Field(default=10, ge=1, description="into how many parts")
+    alpha: float | None = Field(default=None, gt=0, description="spread of partition dirichlet")
+    shards_per_client: int | None = Field(default=None, ge=1, description="of partition shards")
+    classes_per_client: int | None = Field(default=None, ge=1, description="of partition classes")
+    seed: int = Field(default=0, ge=0, description="every random stream derives from it")
+
+    # Rounds.
+    rounds: int = Field(default=10, ge=1, description="rounds in the run")
+    strategy: str = Field(default="fedavg", description="how updates become the next model")
+    min_clients: int = Field(default=2, ge=1, description="clients that must be there to begin")
+    clients_per_round: int = Field(default=0, ge=0, description="size of a cohort; 0: everybody")
+    min_updates: int = Field(
+        default=0, ge=0, description="updates a round needs; 0: as many as --min-clients"
+    )
+    max_attempts: int = Field(default=5, ge=1, description="tries at one round before giving up")
+    require_all: bool = Field(
+        default=False, description="wait for every client of the cohort, however long it takes"
+    )
+    stall_after: float = Field(
+        default=60, gt=0, description="seconds without progress until an order is given up"
+    )
+    round_deadline: float | None = Field(
+        default=None, gt=0, description="seconds after which a round closes with what it has"
+    )
+    lease: float = Field(
+        default=30, gt=0, description="seconds without a call until a client counts as gone"
+    )
+    farewell: float = Field(
+        default=10, ge=0, description="seconds to wait at the end for clients to hear of it"
+    )
+
+    # How clients train.
+    epochs: int = Field(default=_TRAINING.epochs, ge=1, description="local epochs a round")
+    batch_size: int = Field(default=_TRAINING.batch_size, ge=1, description="examples a step")
+    optimizer: str = Field(default=_TRAINING.optimizer, description="local optimizer")
+    lr: float = Field(default=_TRAINING.lr, gt=0, description="local learning rate")
+    momentum: float = Field(default=_TRAINING.momentum, ge=0, lt=1, description="local momentum")
+    weight_decay: float = Field(default=_TRAINING.weight_decay, ge=0, description="L2 penalty")
+    clip_norm: float | None = Field(
+        default=_TRAINING.clip_norm, gt=0, description="largest L2 norm of a gradient"
+    )
+
+    # What is admitted.
+    max_num_examples: int = Field(
+        default=10_000_000, ge=1, lt=2**29, description="largest weight of an update"
+    )
+    max_delta_norm: float | None = Field(
+        default=None,
+        gt=0,
+        description="largest L2 norm of local minus global; 100 * (1 + norm of the global model)",
+    )
+    max_uploads: int = Field(default=16, ge=1, description="uploads written at the same time")
+
+    @model_validator(mode="after")
+    def _examine_numbers(self) -> Self:
+        needed = self.updates_needed
+        if self.clients_per_round and self.clients_per_round < needed:
+            raise ValueError(
+                f"--clients-per-round {self.clients_per_round} is less than the {needed} updates "
+                "a round needs; lower --min-updates"
+            )
+        return self
+
+    @property
+    def updates_needed(self) -> int:
+        """How many updates a round needs to close."""
+        return self.min_updates or self.min_clients
+
+    @property
+    def training(self) -> TrainingConfig:
+        """What is sent to clients with every order."""
+        return TrainingConfig(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            optimizer=self.optimizer,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+        )
+
+    @property
+    def partitioning(self) -> Partitioning:
+        """How the clients of a simulation deal the data out."""
+        given = {
+            "alpha": self.alpha,
+            "shards_per_client": self.shards_per_client,
+            "classes_per_client": self.classes_per_client,
+        }
+        return Partitioning(
+            scheme=self.partition,
+            num_partitions=self.num_partitions,
+            seed=self.seed,
+            parameters={name: value for name, value in given.items() if value is not None},
+        )
+
+    def run_settings(self) -> dict[str, Any]:
+        """Return what makes a run this run: with other values it would be another one."""
+        return self.model_dump(mode="json", include=set(RUN_SETTINGS))
+
+
+RUN_SETTINGS = (
+    "task",
+    "partition",
+    "num_partitions",
+    "alpha",
+    "shards_per_client",
+    "classes_per_client",
+    "seed",
+    "rounds",
+    "strategy",
+    "min_clients",
+    "clients_per_round",
+    "min_updates",
+    "require_all",
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "clip_norm",
+    "max_num_examples",
+    "max_delta_norm",
+)
