@@ -228,7 +228,7 @@ async def start_server(desk: Desk, *, host: str, port: int) -> tuple[aio.Server,
 
 def _unary(
     call: Callable[[Request], Awaitable[Response]], request_class: type[Request]
-) -> grpc.RpcMethodHandler[bytes, bytes]:
+) -> "grpc.RpcMethodHandler[bytes, bytes]":
     async def serve(request: bytes, _: Context) -> bytes:
         response = await call(_parse(request_class, request))
         return response.SerializeToString()
