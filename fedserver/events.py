@@ -50,8 +50,8 @@ def event_of(
     )
 
 
-def log_event(event: Event) -> None:
-    """Write one line, key=value; incidents as warnings."""
+def event_line(event: Event) -> str:
+    """Return an event as key=value words."""
     words = [event.kind]
     for key, value in (
         ("round", event.round_number),
@@ -61,7 +61,12 @@ def log_event(event: Event) -> None:
     ):
         if value is not None:
             words.append(f"{key}={_short(value)}")
-    logger.log(logging.WARNING if event.is_incident else logging.INFO, "%s", " ".join(words))
+    return " ".join(words)
+
+
+def log_event(event: Event) -> None:
+    """Write one line to the log; incidents as warnings."""
+    logger.log(logging.WARNING if event.is_incident else logging.INFO, "%s", event_line(event))
 
 
 def _short(value: object) -> str:

@@ -127,6 +127,10 @@ class OrderBook:
         if (found := self._orders.get(order_id)) is not None:
             found.advanced_at = self._clock()
 
+    def orders(self) -> list[OpenOrder]:
+        """Return the orders of the round that collects, ended ones too."""
+        return list(self._orders.values())
+
     def open_orders(self) -> list[OpenOrder]:
         """Return the orders without an end."""
         return [one for one in self._orders.values() if one.state is OrderState.OPEN]

@@ -5,22 +5,25 @@ import logging
 import signal
 
 import torch
+from rich.console import Console
 
 from fedserver.checkpoints import Checkpoints
 from fedserver.coordinator import Coordinator
 from fedserver.desk import Desk
 from fedserver.downloads import Downloads
 from fedserver.evaluation import Evaluator
-from fedserver.events import EventBus, log_event
+from fedserver.events import EventBus
 from fedserver.intake import Intake
 from fedserver.orderbook import OrderBook
 from fedserver.parts import Parts
 from fedserver.records import Run, RunState
+from fedserver.report import draw_curve, incident_lines, round_table
 from fedserver.service import start_server
 from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
 from fedserver.spool import Spool
-from fedserver.store import Store
+from fedserver.store import Store, read_history
+from fedserver.terminal import showing_progress
 from fedserver.workers import Workers
 from shared.errors import WrongSettings
 from shared.files import locked_folder, replace_file
@@ -88,7 +91,6 @@ async def _serve(settings: ServerSettings, run: Run, store: Store, workers: Work
         bus=EventBus(),
         workers=workers,
     )
-    parts.bus.subscribe(log_event)
     desk = Desk(parts, Intake(parts))
     coordinator = Coordinator(parts, task=task, evaluator=evaluator)
 
@@ -101,9 +103,11 @@ async def _serve(settings: ServerSettings, run: Run, store: Store, workers: Work
     completing = asyncio.create_task(_complete(parts, coordinator, desk))
     stopping = asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait({completing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        with showing_progress(parts.bus, parts.book, total_rounds=settings.rounds):
+            await asyncio.wait({completing, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if completing.done():
             await completing
+            _show_end(parts)
         else:
             logger.info("stopping; the same command goes on with %s", run.run_id)
     finally:
@@ -129,3 +133,14 @@ async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:
     finally:
         # Clients hear of the end of a failed run too.
         await desk.finish()
+
+
+def _show_end(parts: Parts) -> None:
+    history = read_history(parts.store, parts.run)
+    console = Console(stderr=True)
+    console.print(round_table(history, title=f"{parts.run.run_id}: done"))
+    for line in incident_lines(history):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    curve = parts.settings.state_dir / "curve.png"
+    if draw_curve(history, curve):
+        console.print(f"the curve is in {curve}", soft_wrap=True)

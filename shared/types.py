@@ -15,7 +15,7 @@ class TrainingConfig:
     epochs: int = 2
     batch_size: int = 32
     optimizer: str = "sgd"
-    lr: float = 0.05
+    lr: float = 0.03
     momentum: float = 0.9
     weight_decay: float = 0.0
     clip_norm: float | None = None

@@ -1,0 +1,94 @@
+"""A run's history as a person reads it: a table, and a curve."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+History = Sequence[Mapping[str, Any]]
+
+
+def round_table(history: History, *, title: str) -> Table:
+    """Return a table with one row for each attempt at a round."""
+    table = Table(title=title)
+    table.add_column("round", justify="right")
+    table.add_column("phase")
+    for heading in ("cohort", "counted", "accuracy", "loss", "seconds", "incidents"):
+        table.add_column(heading, justify="right")
+    table.add_column("model")
+    for entry in history:
+        evaluation = entry["evaluation"] or {}
+        again = "" if entry["attempt"] == 1 else f" ({entry['attempt']})"
+        table.add_row(
+            f"{entry['round']}{again}",
+            entry["phase"].lower(),
+            str(len(entry["cohort"])),
+            str(sum(update["verdict"] == "COUNTED" for update in entry["updates"])),
+            _number(evaluation.get("accuracy")),
+            _number(evaluation.get("loss")),
+            _seconds(entry),
+            str(len(entry["incidents"]) or ""),
+            (entry["model_digest"] or "")[:8],
+        )
+    return table
+
+
+def incident_lines(history: History) -> list[str]:
+    """Return a line for each incident, in order."""
+    lines = []
+    for entry in history:
+        for incident in entry["incidents"]:
+            rest = " ".join(
+                f"{key}={value}"
+                for key, value in incident.items()
+                if key not in {"kind", "at", "client"} and value is not None
+            )
+            who = "" if incident["client"] is None else f" client {incident['client']}"
+            lines.append(
+                f"{incident['at'][:19]} round {entry['round']}{who}: {incident['kind']} {rest}"
+            )
+    return lines
+
+
+def draw_curve(history: History, path: Path) -> bool:
+    """Draw accuracy and loss over the rounds into a PNG; False without the extra `plot`."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError:
+        return False
+    evaluated = [
+        (entry["round"], entry["evaluation"]["accuracy"], entry["evaluation"]["loss"])
+        for entry in history
+        if entry["evaluation"]
+    ]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="round", ylabel="accuracy")
+    loss_axes = axes.twinx()
+    loss_axes.set_ylabel("loss")
+    if evaluated:
+        rounds, accuracies, losses = zip(*evaluated, strict=True)
+        axes.plot(rounds, accuracies, marker="o", color="tab:blue", label="accuracy")
+        loss_axes.plot(rounds, losses, marker=".", color="tab:orange", label="loss")
+        axes.set_title(f"held-out set: {accuracies[-1]:.2%} after round {rounds[-1]}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(loc="outside lower center", ncols=2)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _seconds(entry: Mapping[str, Any]) -> str:
+    if not entry["finished_at"]:
+        return ""
+    took = datetime.fromisoformat(entry["finished_at"]) - datetime.fromisoformat(
+        entry["started_at"]
+    )
+    return f"{took.total_seconds():.2f}"

@@ -1,0 +1,119 @@
+"""What a person sees while a run goes on: a live view in a terminal, log lines otherwise.
+
+A listener of events that also looks at the order book, twice a second, to show who is how far.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedserver.events import EventBus, event_line, log_event
+from fedserver.orderbook import OpenOrder, OrderBook
+from fedserver.records import Event
+from fedserver.rounds import OrderState
+
+_NUM_CLIENTS_SHOWN = 20
+_NUM_INCIDENTS_SHOWN = 5
+
+
+@contextmanager
+def showing_progress(bus: EventBus, book: OrderBook, *, total_rounds: int) -> Iterator[None]:
+    """Show the run on standard error until the block ends."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        bus.subscribe(log_event)
+        yield
+        return
+    view = LiveView(book, total_rounds=total_rounds)
+    bus.subscribe(view.hear)
+    with Live(
+        get_renderable=view.render, console=console, refresh_per_second=2, redirect_stdout=False
+    ):
+        yield
+
+
+class LiveView:
+    """The last that was heard of the run, as something to draw."""
+
+    def __init__(self, book: OrderBook, *, total_rounds: int) -> None:
+        self._book = book
+        self._total_rounds = total_rounds
+        self._num_done = 0
+        self._accuracies: list[tuple[int, float]] = []
+        self._incidents: deque[str] = deque(maxlen=_NUM_INCIDENTS_SHOWN)
+
+    def hear(self, event: Event) -> None:
+        """Take an event into the view."""
+        if event.is_incident:
+            self._incidents.append(event_line(event))
+        elif event.kind == "round-done" and event.round_number is not None:
+            self._num_done = event.round_number
+        elif event.kind == "evaluated" and event.round_number is not None:
+            accuracy = event.fields["accuracy"]
+            assert isinstance(accuracy, float)
+            self._accuracies.append((event.round_number, accuracy))
+
+    def render(self) -> RenderableType:
+        """Draw the view."""
+        lines: list[RenderableType] = [self._headline(), self._accuracy_line()]
+        orders = self._book.orders()
+        if orders:
+            lines.append(_client_table(orders))
+        lines.extend(Text(f"! {line}", style="yellow") for line in self._incidents)
+        return Group(*lines)
+
+    def _headline(self) -> Text:
+        current = self._book.current
+        if current is None:
+            return Text(f"{self._num_done} of {self._total_rounds} rounds done", style="bold")
+        states = self._book.states()
+        num_stored = sum(state is OrderState.STORED for state in states)
+        attempt = current.record.attempt
+        again = "" if attempt == 1 else f", attempt {attempt}"
+        return Text(
+            f"round {current.record.round_number} of {self._total_rounds}{again}: "
+            f"{num_stored} of {len(states)} updates",
+            style="bold",
+        )
+
+    def _accuracy_line(self) -> Text:
+        if not self._accuracies:
+            return Text("no accuracy yet", style="dim")
+        best_round, best = max(self._accuracies, key=lambda pair: pair[1])
+        last_round, last = self._accuracies[-1]
+        return Text(
+            f"accuracy {last:.2%} after round {last_round}, best {best:.2%} after {best_round}"
+        )
+
+
+def _client_table(orders: list[OpenOrder]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for one in orders[:_NUM_CLIENTS_SHOWN]:
+        done, total = one.counters.batches, one.counters.batches_total
+        table.add_row(
+            f"client {one.order.client_id}",
+            ProgressBar(total=total or 1, completed=done, width=30),
+            _doing(one),
+        )
+    if (hidden := len(orders) - _NUM_CLIENTS_SHOWN) > 0:
+        table.add_row(f"and {hidden} more", "", "")
+    return table
+
+
+def _doing(one: OpenOrder) -> str:
+    if one.state is not OrderState.OPEN:
+        return "update stored" if one.state is OrderState.STORED else one.state.lower()
+    if one.handed_out_at is None:
+        return "not asked yet"
+    counters = one.counters
+    if counters.bytes_sent:
+        return f"uploading, {counters.bytes_sent / 1e6:.1f} MB sent"
+    if counters.batches:
+        return f"training, step {counters.batches} of {counters.batches_total}"
+    return "getting ready"
