@@ -29,7 +29,9 @@ class BlobCache:
         """
         path = self._folder / digest
         if path.exists():
-            return path
+            if digest_file(path) == digest:
+                return path
+            path.unlink()  # after a loss of power a file may hold less than its name says
         part = path.with_suffix(".part")
         with naming_full_disk(self._folder):
             with part.open("ab") as file:

@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from shared.codec import digest_file
 from shared.files import replace_file
 from shared.types import ClientUpdate, Section
 
@@ -43,7 +44,7 @@ class Outbox:
             described = json.loads(self._description_path(order_id).read_bytes())
             described["sections"] = tuple(Section(**one) for one in described["sections"])
             update = ClientUpdate(**described)
-            is_whole = self.payload_path(order_id).stat().st_size == update.size_bytes
+            is_whole = digest_file(self.payload_path(order_id)) == update.digest
         except (OSError, ValueError, TypeError, KeyError):
             return None
         return update if is_whole else None

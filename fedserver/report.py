@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 History = Sequence[Mapping[str, Any]]
@@ -12,20 +13,18 @@ History = Sequence[Mapping[str, Any]]
 
 def round_table(history: History, *, title: str) -> Table:
     """Return a table with one row for each attempt at a round."""
-    table = Table(title=title)
-    table.add_column("round", justify="right")
-    table.add_column("phase")
-    for heading in ("cohort", "counted", "accuracy", "loss", "seconds", "incidents"):
-        table.add_column(heading, justify="right")
-    table.add_column("model")
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for heading in ("round", "phase", "counted", "accuracy", "loss", "seconds", "incidents"):
+        table.add_column(heading, justify="left" if heading == "phase" else "right", no_wrap=True)
+    table.add_column("model", no_wrap=True)
     for entry in history:
         evaluation = entry["evaluation"] or {}
         again = "" if entry["attempt"] == 1 else f" ({entry['attempt']})"
+        num_counted = sum(update["verdict"] == "COUNTED" for update in entry["updates"])
         table.add_row(
             f"{entry['round']}{again}",
             entry["phase"].lower(),
-            str(len(entry["cohort"])),
-            str(sum(update["verdict"] == "COUNTED" for update in entry["updates"])),
+            f"{num_counted} of {len(entry['cohort'])}",
             _number(evaluation.get("accuracy")),
             _number(evaluation.get("loss")),
             _seconds(entry),
@@ -57,6 +56,7 @@ def draw_curve(history: History, path: Path) -> bool:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415
+        from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
     except ImportError:
         return False
     evaluated = [
@@ -74,7 +74,7 @@ def draw_curve(history: History, path: Path) -> bool:
         axes.plot(rounds, accuracies, marker="o", color="tab:blue", label="accuracy")
         loss_axes.plot(rounds, losses, marker=".", color="tab:orange", label="loss")
         axes.set_title(f"held-out set: {accuracies[-1]:.2%} after round {rounds[-1]}")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside lower center", ncols=2)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

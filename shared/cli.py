@@ -20,6 +20,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+from rich.console import Console
+from rich.logging import RichHandler
 
 from shared.errors import FederationError, InvalidInput
 
@@ -86,10 +88,18 @@ def parse(settings_class: type[S], argv: list[str]) -> S:
 
 
 def log_to_stderr(level: str) -> None:
-    """Send log lines to standard error, one a line, with the time."""
-    logging.basicConfig(
-        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    """Send log lines to standard error with the time: a person's in a terminal, plain elsewhere."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        # Writes above a live view, where a plain handler would write into it.
+        handler: logging.Handler = RichHandler(console=console, show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for package in ("shared", "fedserver", "fedclient"):
+        logging.getLogger(package).setLevel(level)
 
 
 def _examine_toml(path: Path) -> None:

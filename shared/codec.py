@@ -20,6 +20,8 @@ from safetensors import torch as safetensors_torch
 from shared.errors import InvalidInput
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
+_MAX_DIMENSIONS = 64
+_MAX_COUNT = 2**63 - 1
 _LENGTH_BYTES = 8
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -84,7 +86,7 @@ def encode_state(state_dict: Mapping[str, torch.Tensor]) -> bytes:
     owned: dict[str, torch.Tensor] = {}
     seen_storages: set[int] = set()
     for name in sorted(state_dict):
-        tensor = state_dict[name].detach().cpu().contiguous()
+        tensor = state_dict[name].detach().cpu().resolve_neg().contiguous()
         if tensor.dtype not in known:
             raise InvalidInput(
                 f"tensor {name!r} has dtype {tensor.dtype}, which can't be sent; "
@@ -128,7 +130,7 @@ def read_layout(path: Path, *, offset: int = 0, size_bytes: int | None = None) -
             )
         header = prefix + file.read(header_bytes)
     try:
-        described = json.loads(header[_LENGTH_BYTES:])
+        described = json.loads(header[_LENGTH_BYTES:].decode())
         entries = [
             (name, _parse_entry(name, fields, len(header)))
             for name, fields in described.items()
@@ -153,6 +155,7 @@ def read_layout(path: Path, *, offset: int = 0, size_bytes: int | None = None) -
 
 
 def _parse_entry(name: str, fields: Mapping[str, object], data_start: int) -> Entry:
+    name.encode()  # a lone surrogate would break whoever writes the name down
     dtype_name, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise InvalidInput(f"tensor {name!r} has dtype {dtype_name!r}; known: {', '.join(DTYPES)}")
@@ -169,6 +172,9 @@ def _parse_entry(name: str, fields: Mapping[str, object], data_start: int) -> En
 
 
 def _is_list_of_counts(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(
-        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value
+    # Bounded, so that nothing computed or printed from them can be absurdly long.
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_DIMENSIONS
+        and all(type(item) is int and 0 <= item <= _MAX_COUNT for item in value)
     )

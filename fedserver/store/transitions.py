@@ -4,8 +4,10 @@ import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import (
+    URL,
     ColumnElement,
     Connection,
     Row,
@@ -39,7 +41,12 @@ def sqlite_engine(path: Path, *, read_only: bool) -> Engine:
     """Return an engine whose transactions take the write lock at once and survive power loss."""
     mode = "ro" if read_only else "rwc"
     engine = create_engine(
-        f"sqlite:///file:{path}?mode={mode}&uri=true",
+        URL.create(
+            "sqlite",
+            # A URI, in which # ? and % of a folder's name would have a meaning of their own.
+            database=f"file:{quote(str(path))}",
+            query={"mode": mode, "uri": "true"},
+        ),
         connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
     )
 

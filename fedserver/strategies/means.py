@@ -34,7 +34,8 @@ def weighted_mean(
                 torch.maximum(largest, reader.read(update, block), out=largest)
             yield block, largest
         else:
-            mean = accumulator[: block.count].zero_()
+            # Minus zero is the sum's neutral element; from plus zero on, a mean of -0.0 were +0.0.
+            mean = accumulator[: block.count].fill_(-0.0)
             for update in updates:
                 values = reader.read(update, block)
                 if values.dtype is torch.float64:

@@ -1,0 +1,1 @@
+"""The tests: unit, integration (one real server), acceptance (real servers, clients, kills)."""

@@ -1,0 +1,1 @@
+"""Real servers and real clients, seen from outside only."""

@@ -1,0 +1,1 @@
+"""Against one real server process, speaking the raw protocol."""

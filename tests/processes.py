@@ -1,0 +1,346 @@
+"""Real processes of the service for tests: started, listened to, killed.
+
+A `Scene` is what one test starts: it knows every process and every log, so that a failure can show
+both sides, and it ends whatever is left. Nothing here sleeps where a line or an exit can be waited
+for; every wait ends after GENEROUS_S with an error that says what didn't come.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+
+GENEROUS_S = 120.0
+"""Far longer than anything takes: who waits this long has found a defect."""
+
+_SHOWN_LINES = 150
+
+
+class Process:
+    """A process of the service; `lines` holds all it has said so far, both streams together."""
+
+    def __init__(self, name: str, argv: list[str], *, environment: Mapping[str, str]) -> None:
+        self.name = name
+        self.lines: list[str] = []
+        self.stdout_lines: list[str] = []
+        self._spoke = threading.Condition()
+        self._popen = subprocess.Popen(
+            [sys.executable, "-u", *argv],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._popen.stdout is not None
+        assert self._popen.stderr is not None
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream, kept), daemon=True)
+            for stream, kept in (
+                (self._popen.stdout, [self.lines, self.stdout_lines]),
+                (self._popen.stderr, [self.lines]),
+            )
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._popen.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it hasn't ended yet."""
+        return self._popen.poll() is None
+
+    def wait_for_line(self, pattern: str, *, times: int = 1, timeout_s: float = GENEROUS_S) -> str:
+        """Return the line that is the `times`-th to match the regular expression, once it is there.
+
+        Lines said before the call count too.
+        """
+        found: list[str] = []
+
+        def is_there() -> bool:
+            found[:] = [line for line in self.lines if re.search(pattern, line)]
+            return len(found) >= times or not any(reader.is_alive() for reader in self._readers)
+
+        with self._spoke:
+            self._spoke.wait_for(is_there, timeout_s)
+        if len(found) < times:
+            state = "goes on" if self.is_running else f"ended with {self._popen.returncode}"
+            raise AssertionError(
+                f"{self.name} ({state}) said {pattern!r} {len(found)} times, not {times}"
+            )
+        return found[times - 1]
+
+    def count_lines(self, pattern: str) -> int:
+        """Return how many lines so far match the regular expression."""
+        return sum(re.search(pattern, line) is not None for line in list(self.lines))
+
+    def wait(self, timeout_s: float = GENEROUS_S) -> int:
+        """Return the exit code once the process has ended and all it said is in `lines`."""
+        try:
+            code = self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.name} didn't end within {timeout_s:g} s") from None
+        for reader in self._readers:
+            reader.join(timeout_s)
+        return code
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self._popen.send_signal(number)
+
+    def kill(self) -> None:
+        """End it with kill -9."""
+        self.signal(signal.SIGKILL)
+        code = self.wait()
+        assert code == -signal.SIGKILL, f"{self.name} had ended with {code} before the kill landed"
+
+    def peak_rss_bytes(self) -> int:
+        """Return the most memory it has held so far, as the kernel counted it."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        assert found is not None
+        return int(found[1]) * 1024
+
+    def rss_bytes(self) -> int:
+        """Return the memory it holds now."""
+        return int(psutil.Process(self.pid).memory_info().rss)
+
+    def _read(self, stream: IO[str], kept: list[list[str]]) -> None:
+        for line in stream:
+            with self._spoke:
+                for lines in kept:
+                    lines.append(line.rstrip("\n"))
+                self._spoke.notify_all()
+        with self._spoke:
+            self._spoke.notify_all()
+
+
+class Server(Process):
+    """A `fedserver` that runs."""
+
+    @property
+    def address(self) -> str:
+        """Where it listens, host:port, once it says so on standard output."""
+        self.wait_for_line("fedserver listening on ")
+        (line,) = (one for one in list(self.stdout_lines) if "listening on" in one)
+        return line.removeprefix("fedserver listening on ")
+
+
+class Scene:
+    """What one test starts, in a folder of its own; ended when the test is over."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[Process] = []
+        self._closing: list[Callable[[], None]] = []
+
+    def server(
+        self, *flags: str | float | Path, state: str = "server", **environment: str
+    ) -> Server:
+        """Start a server with `flags`, on any free port if they name none."""
+        words = [str(flag) for flag in flags]
+        if "--port" not in words:
+            words += ["--port", "0"]
+        argv = ["-m", "fedserver", "--state-dir", str(self.folder / state), *words]
+        return self._keep(Server(f"server #{self._count()}", argv, environment=environment))
+
+    def client(
+        self,
+        client_id: int,
+        address: str,
+        *flags: str | float | Path,
+        state: str | None = None,
+        **environment: str,
+    ) -> Process:
+        """Start a client; `state` names its folder if two processes are to have one id."""
+        folder = self.folder / (state or f"client-{client_id}")
+        argv = ["-m", "fedclient", "--id", str(client_id), "--server", address]
+        argv += ["--state-dir", str(folder), *(str(flag) for flag in flags)]
+        name = f"client {client_id} #{self._count()}"
+        return self._keep(Process(name, argv, environment=environment))
+
+    def command(self, *argv: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run `fedserver COMMAND ...` to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "fedserver", *(str(one) for one in argv)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=GENEROUS_S,
+            check=False,
+        )
+
+    def history(self, *flags: str, state: str = "server") -> list[dict[str, Any]]:
+        """Return what `fedserver history --json` prints; it must be JSON as the standard has it."""
+        done = self.command("history", "--json", "--state-dir", self.folder / state, *flags)
+        assert done.returncode == 0, done.stderr
+        rounds = json.loads(done.stdout, parse_constant=_refuse_constant)
+        assert isinstance(rounds, list)
+        return rounds
+
+    def held_wire(self, address: str) -> "HeldWire":
+        """Put a wire that can be held between clients and the server at `address`."""
+        wire = HeldWire(address)
+        self._closing.append(wire.close)
+        return wire
+
+    def logs(self) -> str:
+        """Return what every process has said."""
+        parts = []
+        for process in self.processes:
+            lines = list(process.lines)
+            left_out = len(lines) - _SHOWN_LINES
+            head = [f"... {left_out} lines before"] if left_out > 0 else []
+            parts.append("\n".join([f"==== {process.name}", *head, *lines[-_SHOWN_LINES:]]))
+        return "\n".join(parts)
+
+    def close(self) -> None:
+        """End everything that still goes on."""
+        for process in self.processes:
+            if process.is_running:
+                process.signal(signal.SIGKILL)
+                process.wait()
+        for close in self._closing:
+            close()
+
+    def _count(self) -> int:
+        return len(self.processes) + 1
+
+    def _keep(self, process: Any) -> Any:
+        self.processes.append(process)
+        return process
+
+
+class HeldWire:
+    """A TCP forwarder: lets bytes through, or `hold`s them once enough have gone to the server."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        self._allowed_bytes: float = float("inf")
+        self._changed = threading.Condition()
+        self._sockets: list[socket.socket] = []
+        self.bytes_up = 0
+        self._is_closed = False
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def hold(self, *, after_bytes: int) -> None:
+        """Let `after_bytes` more go to the server, then nothing until `release`."""
+        with self._changed:
+            self._allowed_bytes = self.bytes_up + after_bytes
+            self._changed.notify_all()
+
+    def wait_until_held(self, timeout_s: float = GENEROUS_S) -> None:
+        """Return once all that may go through has gone."""
+        with self._changed:
+            is_held = self._changed.wait_for(
+                lambda: self.bytes_up >= self._allowed_bytes, timeout_s
+            )
+        assert is_held, f"only {self.bytes_up} of {self._allowed_bytes} bytes went to the server"
+
+    def release(self) -> None:
+        """Let everything through."""
+        with self._changed:
+            self._allowed_bytes = float("inf")
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Cut every connection."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._listener.close()
+        for one in self._sockets:
+            one.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                far = socket.create_connection(self._target)
+            except OSError:
+                near.close()
+                continue
+            self._sockets += [near, far]
+            for pump, source, sink in ((self._pump_up, near, far), (self._pump, far, near)):
+                threading.Thread(target=pump, args=(source, sink), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+        except OSError:
+            pass
+        finally:
+            _cut(source, sink)
+
+    def _pump_up(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                while data:
+                    with self._changed:
+                        self._changed.wait_for(
+                            lambda: self._is_closed or self.bytes_up < self._allowed_bytes
+                        )
+                        room = self._allowed_bytes - self.bytes_up
+                        now = data if room >= len(data) else data[: int(room)]
+                        self.bytes_up += len(now)
+                        self._changed.notify_all()
+                    if self._is_closed:
+                        return
+                    sink.sendall(now)
+                    data = data[len(now) :]
+        except OSError:
+            pass
+        finally:
+            _cut(source, sink)
+
+
+def _cut(*sockets: socket.socket) -> None:
+    for one in sockets:
+        try:
+            one.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            continue
+
+
+def fixed_port() -> int:
+    """Return a free port for a server that is to come back at the same one.
+
+    From below the ports the kernel gives to outgoing connections: while the server is away, a
+    client that dials its port could otherwise be given that very port, and talk to itself.
+    """
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as trial:
+            try:
+                trial.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+def _refuse_constant(name: str) -> None:
+    raise AssertionError(f"the history holds {name}, which is no JSON")

@@ -1,0 +1,102 @@
+"""Small tasks for tests that start real processes: `--task tests.tiny_task:tiny` on both sides.
+
+`tiny` has a few hundred parameters, BatchNorm among them; `big` has 27 MB, so that something can
+happen while an update is on the wire. What one process does differently is told by its environment:
+
+    TINY_STEP_S   seconds that every training step takes longer
+    TINY_TRACE    "1": a line `tiny-step N` on standard error after every training step
+    TINY_BAD      "pixel": one pixel of this client's data is NaN; "gradient": a finite loss whose
+                  gradient isn't
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from shared.tasks import DataRequest, Examples, Task
+
+NUM_FEATURES = 8
+NUM_CLASSES = 3
+BATCH_SIZE = 8
+"""What the tests train with; every client's number of examples is a multiple of it."""
+
+_BIG_WIDTH = 2600
+
+_steps: Iterator[int] = count(1)
+
+
+def num_examples_of(client_id: int) -> int:
+    """Return how many examples a client has: not the same for all, so that weights matter."""
+    return BATCH_SIZE * (4 + client_id % 3)
+
+
+def _tiny_model() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(NUM_FEATURES, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, NUM_CLASSES)
+    )
+
+
+def _big_model() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(NUM_FEATURES, _BIG_WIDTH),
+        nn.ReLU(),
+        nn.Linear(_BIG_WIDTH, _BIG_WIDTH),
+        nn.ReLU(),
+        nn.Linear(_BIG_WIDTH, NUM_CLASSES),
+    )
+
+
+def _draw(seed: int, num_examples: int) -> TensorDataset:
+    """Return points around one centre a class, `num_examples` of them."""
+    centres = torch.randn(NUM_CLASSES, NUM_FEATURES, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(NUM_CLASSES, (num_examples,), generator=generator)
+    noise = torch.randn(num_examples, NUM_FEATURES, generator=generator)
+    return TensorDataset(centres[labels] + 0.5 * noise, labels)
+
+
+def _load_train(request: DataRequest) -> Examples:
+    client_id = 0 if request.partition is None else request.partition.index
+    dataset = _draw(1000 + client_id, num_examples_of(client_id))
+    if os.environ.get("TINY_BAD") == "pixel":
+        dataset.tensors[0][3, 2] = torch.nan
+    return dataset
+
+
+def _load_test(_: Path | None) -> Examples:
+    return _draw(999, 60)
+
+
+def _loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    loss = F.cross_entropy(outputs, targets)
+    if not torch.is_grad_enabled():
+        return loss
+    if os.environ.get("TINY_TRACE") == "1":
+        print(f"tiny-step {next(_steps)}", file=sys.stderr, flush=True)
+    time.sleep(float(os.environ.get("TINY_STEP_S", "0")))
+    if os.environ.get("TINY_BAD") == "gradient":
+        # The root's slope at 0 is infinite: 0 * inf is NaN.
+        loss = loss + (outputs * 0).sum().sqrt()
+    return loss
+
+
+def _task(name: str, *, is_big: bool) -> Task:
+    return Task(
+        name=name,
+        build_model=_big_model if is_big else _tiny_model,
+        load_train=_load_train,
+        load_test=_load_test,
+        loss=_loss,
+    )
+
+
+tiny = _task("tiny", is_big=False)
+big = _task("big", is_big=True)
