@@ -47,11 +47,12 @@ class Checkpoints:
         draft.write_bytes(encoded)
         base = StateFile(path=draft, layout=read_layout(draft))
         reader = BlockReader()
-        saved = self.save(
-            base, ((block, reader.read(base, block)) for block in blocks_of(base.layout))
-        )
-        draft.unlink()
-        return saved
+        try:
+            return self.save(
+                base, ((block, reader.read(base, block)) for block in blocks_of(base.layout))
+            )
+        finally:
+            draft.unlink()
 
     def save(self, base: StateFile, blocks: Iterable[tuple[Block, torch.Tensor]]) -> GlobalModel:
         """Write a model with the layout of `base` from its blocks, durable when this returns.
@@ -63,16 +64,20 @@ class Checkpoints:
         draft = self._folder / "aggregate.draft"
         hasher = blake3(base.layout.header)
         squares = 0.0
-        with naming_full_disk(self._folder), draft.open("wb") as file:
-            file.write(base.layout.header)
-            for block, values in blocks:
-                if values.is_floating_point():
-                    squares += self._square_sum(block, values)
-                content = values.view(torch.uint8).numpy().data
-                hasher.update(content)
-                file.write(content)
-            file.flush()
-            os.fdatasync(file.fileno())
+        try:
+            with naming_full_disk(self._folder), draft.open("wb") as file:
+                file.write(base.layout.header)
+                for block, values in blocks:
+                    if values.is_floating_point():
+                        squares += self._square_sum(block, values)
+                    content = values.view(torch.uint8).numpy().data
+                    hasher.update(content)
+                    file.write(content)
+                file.flush()
+                os.fdatasync(file.fileno())
+        except FederationError:
+            draft.unlink(missing_ok=True)
+            raise
         digest = hasher.hexdigest()
         path = self.path(digest)
         draft.replace(path)

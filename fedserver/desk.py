@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from fedserver.intake import Intake
 from fedserver.parts import Parts
-from fedserver.records import Event, OrderRecord, Session
+from fedserver.records import Event, OrderRecord, Session, json_number
 from fedserver.rounds import OrderState
 from shared.errors import NotFound, ServerUnreachable, WrongSettings
 from shared.types import (
@@ -195,8 +195,7 @@ def _incident_event(record: OrderRecord, incident: Incident) -> Event:
         "step": incident.step,
         "epoch": incident.epoch,
         "tensor": incident.tensor,
-        # JSON has no NaN: non-finite numbers are kept as their names.
-        **{key: _plain(value) for key, value in incident.detail.items()},
+        **{key: json_number(value) for key, value in incident.detail.items()},
     }
     return Event(
         kind=incident.kind,
@@ -207,7 +206,3 @@ def _incident_event(record: OrderRecord, incident: Incident) -> Event:
         is_incident=True,
         fields={key: value for key, value in fields.items() if value is not None},
     )
-
-
-def _plain(value: float) -> float | str:
-    return value if abs(value) < float("inf") else str(value)

@@ -9,6 +9,11 @@ from fedserver.rounds import OrderState, Phase
 from shared.types import ClientUpdate
 
 
+def json_number(value: float) -> float | str:
+    """Return a number as JSON can hold it; JSON has no NaN, so non-finite ones by their names."""
+    return value if abs(value) < float("inf") else str(value)
+
+
 class RunState(StrEnum):
     """Where a run stands."""
 

@@ -161,6 +161,8 @@ class Servicer:
             raise InvalidInput(
                 "an upload begins with a header, and its encoding must be ENCODING_STATE_DICT"
             )
+        if header.size_bytes >= 1 << 63:
+            raise InvalidInput(f"a payload can't have {header.size_bytes} bytes")
         update = ClientUpdate(
             order_id=header.order_id,
             digest=_digest(header.digest),

@@ -20,7 +20,16 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import DatabaseError
 
 from fedserver import ledger
-from fedserver.records import Event, OrderRecord, Round, Run, RunState, Session, StoredUpdate
+from fedserver.records import (
+    Event,
+    OrderRecord,
+    Round,
+    Run,
+    RunState,
+    Session,
+    StoredUpdate,
+    json_number,
+)
 from fedserver.rounds import OrderEvent, OrderState, Phase, RoundEvent, next_order_state
 from fedserver.store import schema
 from fedserver.store.transitions import (
@@ -55,9 +64,7 @@ class Store:
         self._path = path
         self._engine = sqlite_engine(path, read_only=read_only)
         try:
-            if not read_only:
-                schema.metadata.create_all(self._engine)
-            examine_version(self._engine, path)
+            examine_version(self._engine, path, read_only=read_only)
         except DatabaseError as error:
             raise StorageDamaged(
                 f"{path} can't be read as this service's database ({error.orig}); nothing was "
@@ -335,7 +342,8 @@ class Store:
                         ended_at=None if state is OrderState.STORED else at,
                     )
                 )
-            values = asdict(received) | {"received_at": at, "reason": reason}
+            metrics = {name: json_number(value) for name, value in received.metrics.items()}
+            values = asdict(received) | {"metrics": metrics, "received_at": at, "reason": reason}
             connection.execute(insert(schema.updates).values(values))
             happened = describe(state)
             add_events(connection, run_id, [happened])

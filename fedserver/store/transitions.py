@@ -66,20 +66,23 @@ def sqlite_engine(path: Path, *, read_only: bool) -> Engine:
     return engine
 
 
-def examine_version(engine: Engine, path: Path) -> None:
-    """Stamp a new database with the schema's version, or examine the stamp of an old one.
+def examine_version(engine: Engine, path: Path, *, read_only: bool) -> None:
+    """Examine the version that an old database is stamped with; make the tables of a new one.
 
     Raises:
-        NotFound: the database has no tables yet.
-        WrongSettings: a newer version of this software made the database.
+        NotFound: `read_only`, and the database has no tables yet.
+        WrongSettings: a newer version of this software made the database; nothing was changed.
     """
     with engine.begin() as connection:
-        if not inspect(connection).has_table("about"):
+        if inspect(connection).has_table("about"):
+            version = connection.execute(select(schema.about.c.schema_version)).scalar_one()
+        elif read_only:
             raise NotFound(f"{path} holds no run yet")
-        version = connection.scalar(select(schema.about.c.schema_version))
-        if version is None:
-            connection.execute(insert(schema.about).values(schema_version=schema.SCHEMA_VERSION))
-        elif version > schema.SCHEMA_VERSION:
+        else:
+            version = schema.SCHEMA_VERSION
+            schema.metadata.create_all(connection)
+            connection.execute(insert(schema.about).values(schema_version=version))
+        if version > schema.SCHEMA_VERSION:
             raise WrongSettings(
                 f"{path} was made by a newer version of this software (schema {version}, "
                 f"this one knows {schema.SCHEMA_VERSION}); update the software"
