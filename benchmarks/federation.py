@@ -33,7 +33,9 @@ class Federation:
         for process in (self.server, *self.clients):
             if process.wait() != 0:
                 log = (self.folder / "server.log").read_text()
-                raise RuntimeError(f"{process.args} ended with {process.returncode}\n{log[-3000:]}")
+                raise RuntimeError(
+                    f"{process.args!r} ended with {process.returncode}\n{log[-3000:]}"
+                )
 
     def history(self) -> list[dict[str, Any]]:
         """Return what `python -m fedserver history --json` says."""

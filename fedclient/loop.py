@@ -126,15 +126,16 @@ class Client:
         assert self._data is not None
         _, task, examples = self._data
         global_model = self._fetch(order, progress)
-        update, payload = train_order(
+        update = train_order(
             order,
             task=task,
             examples=examples,
             global_model=global_model,
             device=self._device,
             progress=progress,
+            payload=self._outbox.draft_path(order.order_id),
         )
-        self._outbox.put(update, payload)
+        self._outbox.put(update)
         return update
 
     def _fetch(self, order: WorkOrder, progress: ProgressReporter) -> Path:

@@ -24,13 +24,17 @@ class Outbox:
         """Where the payload of an order's update lies."""
         return self._folder / f"{order_id}.safetensors"
 
-    def put(self, update: ClientUpdate, payload: bytes) -> None:
-        """Keep an update until it is dropped.
+    def draft_path(self, order_id: str) -> Path:
+        """Where the payload is to be written before it is put."""
+        return self._folder / f"{order_id}.draft"
+
+    def put(self, update: ClientUpdate) -> None:
+        """Keep an update, whose payload is in its draft, until it is dropped.
 
         Raises:
             OutOfSpace: the disk is full.
         """
-        replace_file(self.payload_path(update.order_id), payload, survive_power_loss=False)
+        self.draft_path(update.order_id).replace(self.payload_path(update.order_id))
         description = asdict(update) | {"metrics": dict(update.metrics)}
         replace_file(
             self._description_path(update.order_id),

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from fedclient.progress import ProgressReporter
-from shared.codec import decode_state, digest_bytes, encode_state
+from shared.codec import digest_file, load_state_into, write_state
 from shared.data import make_loader
-from shared.errors import WrongSettings
+from shared.errors import InvalidInput, WrongSettings
 from shared.seeds import derive_seed
 from shared.tasks import Examples, Task
 from shared.training import StepProgress, train_model
@@ -23,8 +23,9 @@ def train_order(
     global_model: Path,
     device: torch.device,
     progress: ProgressReporter,
-) -> tuple[ClientUpdate, bytes]:
-    """Train on one client's examples from the global model; returns the update and its payload.
+    payload: Path,
+) -> ClientUpdate:
+    """Train on one client's examples from the global model; writes the update's payload.
 
     A function of the order, the examples and the global model alone: trained again after a crash,
     it gives the same bytes (on one machine, build, device and number of threads).
@@ -37,8 +38,8 @@ def train_order(
     torch.manual_seed(derive_seed(order.seed, "model"))
     model = task.build_model()
     try:
-        model.load_state_dict(decode_state(global_model.read_bytes()))
-    except RuntimeError as error:
+        load_state_into(model.state_dict(), global_model)
+    except InvalidInput as error:
         raise WrongSettings(
             f"the server's model isn't that of task {task.name!r} here ({error}); "
             "both sides need the same version of the task"
@@ -68,13 +69,14 @@ def train_order(
         on_step=count_step,
     )
     train_s = time.monotonic() - began
-    payload = encode_state(result.state_dict)
-    digest = digest_bytes(payload)
-    update = ClientUpdate(
+    write_state(payload, result.state_dict)
+    digest = digest_file(payload)
+    size_bytes = payload.stat().st_size
+    return ClientUpdate(
         order_id=order.order_id,
         digest=digest,
-        size_bytes=len(payload),
-        sections=(Section(name=MODEL_SECTION, digest=digest, size_bytes=len(payload)),),
+        size_bytes=size_bytes,
+        sections=(Section(name=MODEL_SECTION, digest=digest, size_bytes=size_bytes),),
         num_examples=result.report.num_examples,
         num_steps=result.report.num_steps,
         metrics={
@@ -83,4 +85,3 @@ def train_order(
             "train_s": train_s,
         },
     )
-    return update, payload

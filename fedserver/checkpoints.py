@@ -9,7 +9,7 @@ import torch
 from blake3 import blake3
 
 from fedserver.strategies.blocks import Block, BlockReader, StateFile, blocks_of
-from shared.codec import digest_file, encode_state, read_layout
+from shared.codec import digest_file, read_layout, write_state
 from shared.errors import FederationError, NotFound, StorageDamaged
 from shared.files import naming_full_disk, sync_folder
 from shared.weights import EntryKind
@@ -42,9 +42,8 @@ class Checkpoints:
 
     def save_initial(self, state_dict: Mapping[str, torch.Tensor]) -> GlobalModel:
         """Write the model a run begins with."""
-        encoded = encode_state(state_dict)
         draft = self._folder / "initial.draft"
-        draft.write_bytes(encoded)
+        write_state(draft, state_dict)
         base = StateFile(path=draft, layout=read_layout(draft))
         reader = BlockReader()
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shared.codec import decode_state
+from shared.codec import load_state_into
 from shared.data import make_loader
 from shared.tasks import Task
 from shared.training import evaluate
@@ -49,7 +49,7 @@ class Evaluator:
             EvaluationStopped: `stop` was called.
         """
         assert self._loader is not None
-        self._model.load_state_dict(decode_state(path.read_bytes()))
+        load_state_into(self._model.state_dict(), path)
         found = evaluate(self._model, self._batches(), self._task.loss)
         return {"accuracy": found.accuracy, "loss": found.loss}
 

@@ -5,6 +5,7 @@ tensor's dtype, shape and byte range, and the tensors' bytes. Encoding is the sa
 reading the header is ours, because the server works on files it never loads whole.
 """
 
+import errno
 import json
 import math
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 
 from shared.errors import InvalidInput
+from shared.files import naming_full_disk
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 _MAX_DIMENSIONS = 64
@@ -73,29 +75,8 @@ def digest_file(path: Path) -> str:
 
 
 def encode_state(state_dict: Mapping[str, torch.Tensor]) -> bytes:
-    """Return the safetensors bytes of a state_dict.
-
-    The same tensors give the same bytes, in whatever order the mapping holds them. Tensors that
-    share memory (tied weights) are written once for each name; 0-dim and empty ones keep their
-    shape.
-
-    Raises:
-        InvalidInput: an entry's dtype has no place in the format (complex numbers, say).
-    """
-    known = set(DTYPES.values())
-    owned: dict[str, torch.Tensor] = {}
-    seen_storages: set[int] = set()
-    for name in sorted(state_dict):
-        tensor = state_dict[name].detach().cpu().resolve_neg().contiguous()
-        if tensor.dtype not in known:
-            raise InvalidInput(
-                f"tensor {name!r} has dtype {tensor.dtype}, which can't be sent; "
-                f"use one of {', '.join(str(dtype) for dtype in DTYPES.values())}"
-            )
-        storage = tensor.untyped_storage().data_ptr()
-        owned[name] = tensor.clone() if storage in seen_storages else tensor
-        seen_storages.add(storage)
-    return safetensors_torch.save(owned)
+    """Return the bytes that `write_state` writes."""
+    return safetensors_torch.save(_without_sharing(state_dict))
 
 
 def decode_state(payload: bytes) -> dict[str, torch.Tensor]:
@@ -108,6 +89,62 @@ def decode_state(payload: bytes) -> dict[str, torch.Tensor]:
         return safetensors_torch.load(payload)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise InvalidInput(f"the payload is not a safetensors file: {error}") from error
+
+
+def write_state(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Write a state_dict as a safetensors file, without a copy of it in memory.
+
+    The same tensors give the same bytes, in whatever order the mapping holds them. Tensors that
+    share memory (tied weights) are written once for each name; 0-dim and empty ones keep their
+    shape.
+
+    Raises:
+        InvalidInput: an entry's dtype has no place in the format (complex numbers, say).
+        OutOfSpace: the disk is full.
+    """
+    with naming_full_disk(path.parent):
+        try:
+            safetensors_torch.save_file(_without_sharing(state_dict), path)
+        except SafetensorError as error:
+            # The library hides the operating system's error in a text of its own.
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, "no space left on device") from error
+            raise
+
+
+def load_state_into(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Fill the tensors of a state_dict (such as a model's own) from a safetensors file.
+
+    Bytes go straight to where they belong: no second copy of the model comes into being.
+
+    Raises:
+        InvalidInput: the file isn't a safetensors file, or names, shapes or dtypes differ.
+    """
+    layout = read_layout(path)
+    ours = {name: (tuple(one.shape), one.dtype) for name, one in state_dict.items()}
+    theirs = {name: (one.shape, one.dtype) for name, one in layout.entries.items()}
+    if differing := sorted(
+        name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
+    ):
+        name = differing[0]
+        raise InvalidInput(
+            f"{len(differing)} tensors differ from the model's, first {name!r}: "
+            f"{theirs.get(name, 'nothing')} in the file, {ours.get(name, 'nothing')} in the model"
+        )
+    with path.open("rb", buffering=0) as file, torch.no_grad():
+        for name, entry in layout.entries.items():
+            target = state_dict[name]
+            is_direct = target.is_contiguous() and target.device.type == "cpu"
+            landing = target.detach() if is_direct else torch.empty(entry.shape, dtype=entry.dtype)
+            file.seek(entry.begin)
+            view = landing.reshape(-1).view(torch.uint8).numpy().data
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise InvalidInput(f"{path} ends inside tensor {name!r}")
+                view = view[count:]
+            if not is_direct:
+                target.copy_(landing)
 
 
 def read_layout(path: Path, *, offset: int = 0, size_bytes: int | None = None) -> Layout:
@@ -152,6 +189,24 @@ def read_layout(path: Path, *, offset: int = 0, size_bytes: int | None = None) -
     if position != total:
         raise InvalidInput(f"the payload has {total} bytes, its tensors end at byte {position}")
     return Layout(header=header, entries=dict(entries), size_bytes=total)
+
+
+def _without_sharing(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors on the CPU, contiguous, none sharing memory with another."""
+    known = set(DTYPES.values())
+    owned: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        if tensor.dtype not in known:
+            raise InvalidInput(
+                f"tensor {name!r} has dtype {tensor.dtype}, which can't be sent; "
+                f"use one of {', '.join(str(dtype) for dtype in DTYPES.values())}"
+            )
+        storage = tensor.untyped_storage().data_ptr()
+        owned[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return owned
 
 
 def _parse_entry(name: str, fields: Mapping[str, object], data_start: int) -> Entry:
