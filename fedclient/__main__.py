@@ -1,4 +1,4 @@
-"""`python -m fedclient --id 3`: take part in a run."""
+"""`python -m fedclient --id 3`: take part in a run; `partitions` shows how data is dealt out."""
 
 import logging
 import signal
@@ -14,12 +14,17 @@ logger = logging.getLogger(__name__)
 
 def main(argv: list[str]) -> int:
     """Return the exit code: 0 done or stopped, 1 failed, 2 wrong usage."""
-    settings = parse(ClientSettings, argv)
-    log_to_stderr(settings.log_level)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     try:
+        if argv and argv[0] == "partitions":
+            from fedclient.commands import partitions  # noqa: PLC0415
+
+            partitions.run(argv[1:])
+            return 0
+        settings = parse(ClientSettings, argv)
+        log_to_stderr(settings.log_level)
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         _run(settings, stop)
     except FederationError as error:
         print(f"fedclient: {error}", file=sys.stderr)

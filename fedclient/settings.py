@@ -9,23 +9,20 @@ from pydantic_settings import SettingsConfigDict
 from shared.cli import Settings
 
 
-class ClientSettings(Settings):
-    """Take part in a federated run; it exits with 0 when the run is done.
-
-    Stopped or killed and started again with the same state-dir, it goes on where it was.
-    """
-
-    model_config = SettingsConfigDict(env_prefix="FEDCLIENT_", cli_prog_name="python -m fedclient")
+class ConnectionSettings(Settings):
+    """Who it is, and the server."""
 
     id: int = Field(ge=0, description="this client's number, another one for every client")
     server: str = Field(default="localhost:50051", description="the coordinator, host:port")
-    device: str = Field(default="cpu", description="cpu, auto, cuda, cuda:1, mps")
-    threads: int = Field(
-        default=1, ge=1, description="threads of training; results repeat for one number of them"
-    )
     state_dir: Path | None = Field(
         default=None, description="everything kept is here; state/client-ID"
     )
+    stay: bool = Field(default=False, description="wait for the next run when one is done")
+
+
+class DataSettings(Settings):
+    """What it learns from."""
+
     task: str | None = Field(
         default=None, description="the task to insist on; a built-in one is taken from the server"
     )
@@ -34,7 +31,24 @@ class ClientSettings(Settings):
         description="partition: share ID of a public data set; local: all under --data-root",
     )
     data_root: Path | None = Field(default=None, description="folder of the data")
-    stay: bool = Field(default=False, description="wait for the next run when one is done")
+
+
+class ComputeSettings(Settings):
+    """Where it trains."""
+
+    device: str = Field(default="cpu", description="cpu, auto, cuda, cuda:1, mps")
+    threads: int = Field(
+        default=1, ge=1, description="threads of training; results repeat for one number of them"
+    )
+
+
+class ClientSettings(ComputeSettings, DataSettings, ConnectionSettings):
+    """Take part in a federated run; it exits with 0 when the run is done.
+
+    Stopped or killed and started again with the same state-dir, it goes on where it was.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="FEDCLIENT_", cli_prog_name="python -m fedclient")
 
     @property
     def folder(self) -> Path:

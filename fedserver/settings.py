@@ -12,16 +12,9 @@ from shared.types import Partitioning, TrainingConfig
 _TRAINING = TrainingConfig()
 
 
-class ServerSettings(Settings):
-    """Run a federated-learning coordinator; it exits with 0 when the run is done.
+class ListeningSettings(Settings):
+    """Where it listens and keeps things."""
 
-    Also: `history` and `export` look at a run, also while it goes on (`history --help`).
-    Started again with the same settings, an unfinished run goes on where it was.
-    """
-
-    model_config = SettingsConfigDict(env_prefix="FEDSERVER_", cli_prog_name="python -m fedserver")
-
-    # Where it listens and keeps things.
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(default=50051, ge=0, le=65535, description="0: any free port")
     state_dir: Path = Field(default=Path("state/server"), description="everything durable is here")
@@ -31,7 +24,10 @@ class ServerSettings(Settings):
     keep_updates: bool = Field(default=False, description="keep the updates of finished rounds")
     threads: int = Field(default=1, ge=1, description="threads of tensor work")
 
-    # What is learned.
+
+class LearningSettings(Settings):
+    """What is learned."""
+
     task: str = Field(default="mnist-sample", description="a task's name, or package.module:task")
     data_root: Path | None = Field(default=None, description="folder of the data sets")
     partition: str = Field(default="iid", description="how a simulation deals the data out")
@@ -41,7 +37,10 @@ class ServerSettings(Settings):
     classes_per_client: int | None = Field(default=None, ge=1, description="of partition classes")
     seed: int = Field(default=0, ge=0, description="every random stream derives from it")
 
-    # Rounds.
+
+class RoundSettings(Settings):
+    """Rounds."""
+
     rounds: int = Field(default=10, ge=1, description="rounds in the run")
     strategy: str = Field(default="fedavg", description="how updates become the next model")
     min_clients: int = Field(default=2, ge=1, description="clients that must be there to begin")
@@ -66,7 +65,10 @@ class ServerSettings(Settings):
         default=10, ge=0, description="seconds to wait at the end for clients to hear of it"
     )
 
-    # How clients train.
+
+class TrainingSettings(Settings):
+    """How clients train."""
+
     epochs: int = Field(default=_TRAINING.epochs, ge=1, description="local epochs a round")
     batch_size: int = Field(default=_TRAINING.batch_size, ge=1, description="examples a step")
     optimizer: str = Field(default=_TRAINING.optimizer, description="local optimizer")
@@ -77,7 +79,10 @@ class ServerSettings(Settings):
         default=_TRAINING.clip_norm, gt=0, description="largest L2 norm of a gradient"
     )
 
-    # What is admitted.
+
+class AdmissionSettings(Settings):
+    """What is admitted."""
+
     max_num_examples: int = Field(
         default=10_000_000, ge=1, lt=2**29, description="largest weight of an update"
     )
@@ -87,6 +92,18 @@ class ServerSettings(Settings):
         description="largest L2 norm of local minus global; 100 * (1 + norm of the global model)",
     )
     max_uploads: int = Field(default=16, ge=1, description="uploads written at the same time")
+
+
+class ServerSettings(
+    AdmissionSettings, TrainingSettings, RoundSettings, LearningSettings, ListeningSettings
+):
+    """Run a federated-learning coordinator; it exits with 0 when the run is done.
+
+    Also: `history` and `export` look at a run, also while it goes on (`history --help`).
+    Started again with the same settings, an unfinished run goes on where it was.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="FEDSERVER_", cli_prog_name="python -m fedserver")
 
     @model_validator(mode="after")
     def _examine_numbers(self) -> Self:

@@ -6,16 +6,20 @@ ends the process with a sentence and exit code 2.
 
 import argparse
 import difflib
+import inspect
+import json
 import logging
 import sys
 import tomllib
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    CliSettingsSource,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -31,20 +35,27 @@ S = TypeVar("S", bound="Settings")
 
 
 class Settings(BaseSettings):
-    """The root of both sides' settings; the environment's names are PREFIX_NAME in capitals."""
+    """Everywhere.
+
+    The root of both sides' settings. A class derived from it is a group of them, its docstring's
+    first line the heading in --help; the environment's names are PREFIX_NAME in capitals.
+    """
 
     model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,
         cli_kebab_case=True,
-        cli_implicit_flags=True,
+        cli_implicit_flags="toggle",
         cli_hide_none_type=True,
         env_parse_none_str="none",
     )
     _config_file: ClassVar[Path | None] = None
 
     config: Path | None = Field(default=None, description="TOML file with any of these settings")
+    print_config: bool = Field(
+        default=False, description="show each setting and where it came from, then exit"
+    )
     log_level: str = Field(
         default="INFO",
         pattern="^(DEBUG|INFO|WARNING|ERROR)$",
@@ -69,9 +80,9 @@ def parse(settings_class: type[S], argv: list[str]) -> S:
     """Return the validated settings that `argv`, the environment and the TOML file make.
 
     Ends the process with exit code 2 and a sentence on standard error where one of them is wrong,
-    and with 0 after --help.
+    and with 0 after --help and --print-config.
     """
-    prog = settings_class.model_config.get("cli_prog_name")
+    parser = _Parser(settings_class)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     config_file = finder.parse_known_args(argv)[0].config
@@ -79,13 +90,84 @@ def parse(settings_class: type[S], argv: list[str]) -> S:
         if config_file is not None:
             _examine_toml(config_file)
         settings_class._config_file = config_file
-        return CliApp.run(settings_class, cli_args=argv)
+        flags: CliSettingsSource[S] = CliSettingsSource(
+            settings_class, root_parser=parser, add_argument_method=_Parser.add_setting
+        )
+        settings = CliApp.run(settings_class, cli_args=argv, cli_settings_source=flags)
     except ValidationError as error:
         for problem in error.errors():
-            print(f"{prog}: {_sentence(problem, settings_class)}", file=sys.stderr)
+            print(f"{parser.prog}: {_sentence(problem, settings_class)}", file=sys.stderr)
+        raise SystemExit(USAGE_EXIT_CODE) from None
     except FederationError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-    raise SystemExit(USAGE_EXIT_CODE)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        raise SystemExit(USAGE_EXIT_CODE) from None
+    if settings.print_config:
+        print("\n".join(_described(settings, flags())))
+        raise SystemExit(0)
+    return settings
+
+
+class _Parser(argparse.ArgumentParser):
+    """Groups flags by the settings class that declares them; suggests the nearest unknown one."""
+
+    def __init__(self, settings_class: type[Settings]) -> None:
+        super().__init__(
+            prog=settings_class.model_config.get("cli_prog_name"),
+            usage="%(prog)s [settings]",
+            description=inspect.cleandoc(settings_class.__doc__ or ""),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self._settings_class = settings_class
+        self._titles: dict[str, argparse._ArgumentGroup] = {}
+
+    def add_setting(self, *names: str, **options: Any) -> argparse.Action:  # noqa: ANN401
+        """Add a flag to its group."""
+        title = group_title(self._settings_class, options["dest"].replace("-", "_"))
+        if title not in self._titles:
+            self._titles[title] = self.add_argument_group(title)
+        return self._titles[title].add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """End with the sentence; for an unknown flag name the nearest one there is."""
+        _, is_unknown, rest = message.partition("unrecognized arguments: ")
+        if is_unknown:
+            unknown = rest.split()[0].partition("=")[0]
+            near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+            message = f"there is no flag {unknown}" + (f"; did you mean {near[0]}?" if near else "")
+        print(f"{self.prog}: {message} (--help lists all)", file=sys.stderr)
+        raise SystemExit(USAGE_EXIT_CODE)
+
+
+def group_title(settings_class: type[Settings], name: str) -> str:
+    """Return the heading a setting stands under: the docstring of the class that declares it."""
+    for declaring in settings_class.__mro__:
+        if name in inspect.get_annotations(declaring):
+            if declaring is settings_class:
+                return "settings"
+            return (declaring.__doc__ or "").splitlines()[0].rstrip(".")
+    return "settings"
+
+
+def _described(settings: Settings, flags: dict[str, Any]) -> list[str]:
+    """Return the settings in force as lines of TOML, each with where its value came from."""
+    settings_class = type(settings)
+    prefix = settings_class.model_config.get("env_prefix", "")
+    sources = {
+        "flag": flags,
+        "environment": EnvSettingsSource(settings_class)(),
+        f"{settings._config_file}": TomlConfigSettingsSource(
+            settings_class, toml_file=settings._config_file
+        )(),
+    }
+    lines = []
+    for name, value in settings.model_dump(mode="json", exclude={"print_config"}).items():
+        origin = next((origin for origin, given in sources.items() if name in given), "default")
+        if origin == "environment":
+            origin += f" ({prefix}{name.upper()})"
+        shown = f"{name} = {json.dumps(value)}" if value is not None else f"# {name} is not set"
+        lines.append(f"{shown}  # {origin}")
+    return lines
 
 
 def log_to_stderr(level: str) -> None:

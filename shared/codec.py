@@ -160,7 +160,9 @@ def read_layout(path: Path, *, offset: int = 0, size_bytes: int | None = None) -
         file.seek(offset)
         prefix = file.read(_LENGTH_BYTES)
         header_bytes = int.from_bytes(prefix, "little")
-        if len(prefix) < _LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, total):
+        if len(prefix) < _LENGTH_BYTES or header_bytes > min(
+            MAX_HEADER_BYTES, total - _LENGTH_BYTES
+        ):
             raise InvalidInput(
                 f"the payload of {total} bytes is not a safetensors file: "
                 f"its header claims {header_bytes} bytes"
@@ -197,7 +199,7 @@ def _without_sharing(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.
     owned: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name in sorted(state_dict):
-        tensor = state_dict[name].detach().cpu().contiguous()
+        tensor = state_dict[name].detach().cpu().resolve_neg().contiguous()
         if tensor.dtype not in known:
             raise InvalidInput(
                 f"tensor {name!r} has dtype {tensor.dtype}, which can't be sent; "
