@@ -112,9 +112,7 @@ class Servicer:
 
     async def pull_work(self, request: pb.PullWorkRequest) -> pb.PullWorkResponse:
         """See federation.proto."""
-        work = await self._desk.pull_work(
-            request.session_id, wait_s=request.wait.ToTimedelta().total_seconds()
-        )
+        work = await self._desk.pull_work(request.session_id, wait_s=_seconds(request.wait))
         return pb.PullWorkResponse(
             state=_STATES[work.state],
             order=None if work.order is None else _order_message(work.order),
@@ -161,6 +159,8 @@ class Servicer:
             raise InvalidInput(
                 "an upload begins with a header, and its encoding must be ENCODING_STATE_DICT"
             )
+        if header.size_bytes >= 2**63:
+            raise InvalidInput(f"size_bytes is {header.size_bytes}; it must be less than 2^63")
         if header.size_bytes >= 1 << 63:
             raise InvalidInput(f"a payload can't have {header.size_bytes} bytes")
         update = ClientUpdate(
@@ -315,6 +315,15 @@ def _order_message(order: WorkOrder) -> pb.WorkOrder:
         seed=order.seed,
         last_counted_order_id=order.last_counted_order_id,
     )
+
+
+def _seconds(duration: Duration) -> float:
+    try:
+        return duration.ToTimedelta().total_seconds()
+    except (OverflowError, ValueError) as error:
+        raise InvalidInput(
+            f"{duration.seconds} seconds and {duration.nanos} nanoseconds are no duration: {error}"
+        ) from error
 
 
 def _duration(seconds: float) -> Duration:

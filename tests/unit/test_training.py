@@ -6,10 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from shared.data import make_loader
 from shared.errors import InvalidInput
@@ -36,16 +34,6 @@ def make_model(seed: int = 0) -> nn.Linear:
     """Return a linear model of five features and three classes."""
     torch.manual_seed(seed)
     return nn.Linear(5, 3)
-
-
-class NumberedExamples(Dataset[tuple[Tensor, ...]]):
-    """Example i is (i, i); not a TensorDataset, so it is read one by one."""
-
-    def __len__(self) -> int:
-        return 10
-
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        return torch.tensor(index), torch.tensor(index)
 
 
 class Product(nn.Module):
@@ -387,58 +375,3 @@ def test_a_loader_that_is_used_up_or_doesnt_fit_is_an_error() -> None:
     wrong = (torch.randn(4, 5), torch.zeros(4, 1))
     with pytest.raises(InvalidInput, match=r"outputs \(4, 3\) don't fit targets \(4, 1\)"):
         evaluate(make_model(), [wrong], loss=lambda outputs, _: outputs.sum())
-
-
-@given(num=st.integers(1, 40), batch_size=st.integers(1, 45), seed=st.integers(0, 2**63 - 1))
-def test_a_loader_gives_each_example_once_an_epoch(num: int, batch_size: int, seed: int) -> None:
-    """All batches but the last are full; inputs and targets stay together."""
-    loader = make_loader(
-        TensorDataset(torch.arange(num), -torch.arange(num)), batch_size=batch_size, seed=seed
-    )
-    for _ in range(2):
-        batches = list(loader)
-        assert len(batches) == len(loader) == math.ceil(num / batch_size)
-        assert all(len(inputs) == batch_size for inputs, _ in batches[:-1])
-        order = torch.cat([inputs for inputs, _ in batches])
-        assert sorted(order.tolist()) == list(range(num))
-        assert torch.equal(torch.cat([targets for _, targets in batches]), -order)
-
-
-def test_a_loaders_order_comes_from_its_seed_or_generator_alone() -> None:
-    examples = TensorDataset(torch.arange(100))
-
-    def order(seed: int | None = None, *, generator: torch.Generator | None = None) -> list[int]:
-        loader = make_loader(examples, batch_size=100, seed=seed, generator=generator)
-        before = torch.get_rng_state()
-        epochs: list[list[int]] = [next(iter(loader))[0].tolist() for _ in range(2)]
-        assert epochs[0] != epochs[1]
-        assert torch.equal(torch.get_rng_state(), before)
-        return epochs[0] + epochs[1]
-
-    assert order(5) == order(5) == order(generator=torch.Generator().manual_seed(5))
-    assert order(5) != order(6)
-    still = make_loader(examples, batch_size=100, shuffle=False)
-    assert next(iter(still))[0].tolist() == list(range(100))
-
-
-def test_a_loader_reads_any_map_style_data_set() -> None:
-    """Example by example, in the same order and the same batches as tensors are gathered."""
-    slow = list(make_loader(NumberedExamples(), batch_size=4, seed=3))
-    numbers = torch.arange(10)
-    fast = list(make_loader(TensorDataset(numbers, numbers), batch_size=4, seed=3))
-    assert [len(inputs) for inputs, _ in slow] == [4, 4, 2]
-    for one, other in zip(slow, fast, strict=True):
-        assert torch.equal(one[0], other[0])
-        assert torch.equal(one[1], other[1])
-
-
-def test_a_loader_that_makes_no_sense_is_refused() -> None:
-    examples = TensorDataset(torch.arange(3))
-    with pytest.raises(InvalidInput, match="batch_size must be at least 1"):
-        make_loader(examples, batch_size=0, seed=1)
-    with pytest.raises(InvalidInput, match="needs a seed or a generator"):
-        make_loader(examples, batch_size=1)
-    with pytest.raises(InvalidInput, match="not both"):
-        make_loader(examples, batch_size=1, seed=1, generator=torch.Generator())
-    with pytest.raises(InvalidInput, match="no examples"):
-        make_loader(TensorDataset(torch.arange(0)), batch_size=1, seed=1)
