@@ -101,3 +101,12 @@ def machine_line() -> str:
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores ({processor}), "
         f"Python {platform.python_version()}"
     )
+
+
+def write_section(name: str, text: str) -> None:
+    """Replace what stands between a benchmark's marks in docs/performance.md."""
+    path = ROOT / "docs" / "performance.md"
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = path.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")

@@ -10,7 +10,7 @@ import itertools
 import statistics
 from datetime import datetime
 
-from benchmarks.federation import machine_line, started
+from benchmarks.federation import machine_line, started, write_section
 
 
 def main() -> None:
@@ -18,6 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     arguments = parser.parse_args()
     task = ["--task", "benchmarks.tasks:changed"]
     server_args = [*task, "--rounds", str(arguments.rounds + 1)]
@@ -40,12 +41,15 @@ def main() -> None:
         * 1e3
         for entry in history[1:]
     ]
-    print(machine_line())
-    print(
-        f"{len(waits_ms)} orders in {arguments.rounds} rounds of {arguments.clients} clients: "
-        f"median {statistics.median(waits_ms):.1f} ms, 95th percentile {percentiles[-1]:.1f} ms, "
-        f"worst {max(waits_ms):.1f} ms; a whole round {statistics.median(rounds_ms):.1f} ms"
+    text = (
+        f"{machine_line()}: {len(waits_ms)} orders in {arguments.rounds} rounds of "
+        f"{arguments.clients} clients: median {statistics.median(waits_ms):.1f} ms, "
+        f"95th percentile {percentiles[-1]:.1f} ms, worst {max(waits_ms):.1f} ms; "
+        f"a whole round {statistics.median(rounds_ms):.1f} ms."
     )
+    print(text)
+    if arguments.write:
+        write_section("handover", text)
 
 
 if __name__ == "__main__":

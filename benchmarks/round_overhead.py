@@ -18,13 +18,12 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.federation import ROOT, machine_line, started
+from benchmarks.federation import machine_line, started, write_section
 from benchmarks.raw_stream import raw_rounds
 
 CASES = "1x2,1x10,25x2,25x10,100x2,100x10,400x2,1x50,25x50"
 _NUM_WARM_UP = 3
 _NUM_MEASURED = 7
-_BEGIN, _END = "<!-- round_overhead: begin -->", "<!-- round_overhead: end -->"
 
 
 @dataclass(frozen=True)
@@ -144,14 +143,6 @@ def table(measured: list[Measured]) -> str:
     return "\n".join(lines)
 
 
-def write_section(path: Path, text: str) -> None:
-    """Replace what stands between this benchmark's marks in a document."""
-    document = path.read_text()
-    before, _, rest = document.partition(_BEGIN)
-    after = rest.partition(_END)[2]
-    path.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}")
-
-
 def main() -> None:
     """Measure the cases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -169,7 +160,7 @@ def main() -> None:
     )
     print(text)
     if arguments.write:
-        write_section(ROOT / "docs" / "performance.md", text)
+        write_section("round_overhead", text)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class ChangedModel(nn.Module):
         sizes = [_TENSOR_ELEMENTS] * (num_elements // _TENSOR_ELEMENTS)
         sizes.append(num_elements % _TENSOR_ELEMENTS)
         self.ballast = nn.ParameterList(
-            nn.Parameter(torch.randn(size), requires_grad=False) for size in sizes if size
+            nn.Parameter(torch.full((size,), 0.5), requires_grad=False) for size in sizes if size
         )
         self.bias = nn.Parameter(torch.zeros(2))
 

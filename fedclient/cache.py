@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from blake3 import blake3
+
 from shared.codec import digest_file
 from shared.errors import CorruptPayload
 from shared.files import naming_full_disk
 
 _NUM_KEPT = 2
+_READ_BYTES = 1 << 20
 
 
 class BlobCache:
@@ -34,10 +37,16 @@ class BlobCache:
             path.unlink()  # after a loss of power a file may hold less than its name says
         part = path.with_suffix(".part")
         with naming_full_disk(self._folder):
-            with part.open("ab") as file:
+            # Hashed as it arrives, while the bytes are still in the processor's cache.
+            hasher = blake3()
+            with part.open("a+b") as file:
+                file.seek(0)
+                while earlier := file.read(_READ_BYTES):
+                    hasher.update(earlier)
                 for data in download(file.tell()):
+                    hasher.update(data)
                     file.write(data)
-            if digest_file(part) != digest:
+            if hasher.hexdigest() != digest:
                 part.unlink()
                 raise CorruptPayload(f"blob {digest} arrived with other bytes; fetching it again")
             part.replace(path)

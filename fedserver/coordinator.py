@@ -278,7 +278,9 @@ class Coordinator:
             self._parts.bus.publish(one)
         if not self._parts.settings.keep_updates:
             for stored in counted:
-                self._parts.spool.drop(stored.update.order_id, stored.update.digest)
+                await self._parts.workers.on_disk(
+                    self._parts.spool.drop, stored.update.order_id, stored.update.digest
+                )
         await self._start_evaluation(current, model.digest)
         return following or await self._latest(), model
 

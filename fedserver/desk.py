@@ -22,6 +22,8 @@ from shared.types import (
 )
 
 _MAX_WAIT_S = 20.0
+# What the history says of every incident; a client's detail can't stand in for it.
+_OWN_FIELDS = frozenset({"kind", "at", "client"})
 
 
 class Desk:
@@ -192,10 +194,14 @@ def _directive(state: OrderState) -> Directive:
 
 def _incident_event(record: OrderRecord, incident: Incident) -> Event:
     fields = {
+        **{
+            key: json_number(value)
+            for key, value in incident.detail.items()
+            if key not in _OWN_FIELDS
+        },
         "step": incident.step,
         "epoch": incident.epoch,
         "tensor": incident.tensor,
-        **{key: json_number(value) for key, value in incident.detail.items()},
     }
     return Event(
         kind=incident.kind,

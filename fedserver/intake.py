@@ -8,6 +8,7 @@ of streams; the others wait in HTTP/2's flow control.
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from fedserver.admission import UpdateRefused, examine_content, examine_header
 from fedserver.orderbook import OpenRound
@@ -63,7 +64,7 @@ class Intake:
             raise ServerUnreachable(f"order {update.order_id}: the round is changing; try again")
         try:
             examine_header(update, current.base.file, current.limits)
-            async with self._slots:
+            async with self._place(update.order_id):
                 with self._parts.spool.open_stream(
                     update.order_id, update.digest, offset=offset
                 ) as stream:
@@ -77,6 +78,21 @@ class Intake:
         except UpdateRefused as refusal:
             return await self._end(record, update, OrderEvent.REFUSE, reason=str(refusal))
 
+    @asynccontextmanager
+    async def _place(self, order_id: str) -> AsyncIterator[None]:
+        """Hold one of the places; who waits for one is held up by the server and isn't late."""
+        while True:
+            try:
+                await asyncio.wait_for(self._slots.acquire(), self._idle_s / 4)
+            except TimeoutError:
+                self._parts.book.note_bytes(order_id)
+            else:
+                break
+        try:
+            yield
+        finally:
+            self._slots.release()
+
     async def _append(
         self, update: ClientUpdate, stream: UpdateStream, chunks: AsyncIterator[memoryview]
     ) -> None:
@@ -85,6 +101,11 @@ class Intake:
                 chunk = await asyncio.wait_for(anext(chunks), self._idle_s)
             except StopAsyncIteration:
                 break
+            except TimeoutError:
+                raise ServerUnreachable(
+                    f"order {update.order_id}: nothing came for {self._idle_s:g} s after "
+                    f"{stream.offset} bytes; ask QueryUpload and send the rest"
+                ) from None
             if stream.offset + len(chunk) > update.size_bytes:
                 raise InvalidInput(
                     f"order {update.order_id}: the stream holds more than the "

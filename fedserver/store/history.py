@@ -14,10 +14,10 @@ def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
     """Return one object for every attempt at a round, in order.
 
     Keys: round, attempt, phase, cohort (client ids), updates (each client, num_examples, digest,
-    verdict, metrics, reason), base_digest, model_digest (None until DONE), evaluation (accuracy
-    and loss, None until known), started_at, closed_at, finished_at (ISO 8601, UTC, or None), orders
-    (each order_id, client, state, handed_out_at) and incidents (each kind, at, client, and what
-    belongs to the kind).
+    verdict, metrics, reason, received_at), base_digest, model_digest (None until DONE), evaluation
+    (accuracy and loss, None until known), started_at, closed_at, finished_at (ISO 8601, UTC, or
+    None), orders (each order_id, client, state, handed_out_at), incidents (each kind, at, client,
+    and what belongs to the kind).
     """
     table = schema.rounds
     with store.reading() as connection:
@@ -64,6 +64,7 @@ def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:
                 "verdict": order.state,
                 "metrics": order.metrics,
                 "reason": order.reason,
+                "received_at": _iso(order.received_at),
             }
             for order in order_rows
             if order.digest is not None

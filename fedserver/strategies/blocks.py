@@ -17,7 +17,7 @@ from shared.codec import Layout
 from shared.errors import StorageDamaged
 from shared.weights import EntryKind
 
-BLOCK_ELEMENTS = 128 * 1024
+BLOCK_ELEMENTS = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
