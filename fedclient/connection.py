@@ -299,6 +299,7 @@ def _order(message: pb.WorkOrder) -> WorkOrder:
         ),
         seed=message.seed,
         last_counted_order_id=message.last_counted_order_id,
+        evaluate=message.evaluate,
     )
 
 

@@ -1,9 +1,11 @@
 """One order's training: from the global model's file to an update."""
 
+import math
 import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fedclient.progress import ProgressReporter
 from shared.codec import digest_file, load_state_into, write_state
@@ -11,8 +13,10 @@ from shared.data import make_loader
 from shared.errors import InvalidInput, WrongSettings
 from shared.seeds import derive_seed
 from shared.tasks import Examples, Task
-from shared.training import StepProgress, train_model
+from shared.training import StepProgress, evaluate, train_model
 from shared.types import MODEL_SECTION, ClientUpdate, Section, WorkOrder
+
+_EVALUATION_BATCH_SIZE = 256
 
 
 def train_order(
@@ -48,6 +52,7 @@ def train_order(
     loader = make_loader(
         examples, batch_size=training.batch_size, seed=derive_seed(order.seed, "batches")
     )
+    metrics = _metrics_of_global_model(model, examples, task, device) if order.evaluate else {}
     progress.expect_batches(training.epochs * len(loader))
 
     def count_step(_: StepProgress) -> None:
@@ -83,5 +88,16 @@ def train_order(
             "accuracy": result.accuracy,
             "loss": result.report.epochs[-1].loss,
             "train_s": train_s,
+            **metrics,
         },
     )
+
+
+def _metrics_of_global_model(
+    model: nn.Module, examples: Examples, task: Task, device: torch.device
+) -> dict[str, float]:
+    loader = make_loader(examples, batch_size=_EVALUATION_BATCH_SIZE, shuffle=False)
+    found = evaluate(model, loader, task.loss, device)
+    # A loss beyond all numbers isn't a metric; the accuracy says enough.
+    loss = {"global_loss": found.loss} if math.isfinite(found.loss) else {}
+    return {"global_accuracy": found.accuracy, **loss}

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,17 @@ class Checkpoints:
             file=StateFile(path=path, layout=base.layout),
             parameter_norm=squares**0.5,
         )
+
+    def export(self, digest: str, to: Path) -> None:
+        """Copy a model to a file of that name, whole or not at all.
+
+        Raises:
+            OutOfSpace: the disk is full.
+        """
+        draft = to.with_name(to.name + ".draft")
+        with naming_full_disk(to.parent):
+            shutil.copyfile(self.path(digest), draft)
+            draft.replace(to)
 
     def load(self, digest: str) -> GlobalModel:
         """Find a model written before and examine that its content is still its name.

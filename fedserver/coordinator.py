@@ -13,7 +13,7 @@ import time
 
 from fedserver.admission import AdmissionLimits
 from fedserver.checkpoints import GlobalModel, NonFiniteAggregate
-from fedserver.evaluation import EvaluationStopped, Evaluator, initial_state
+from fedserver.evaluation import EvaluationStopped, Evaluator, initial_state, summarise_clients
 from fedserver.events import event_of
 from fedserver.orderbook import OpenOrder
 from fedserver.parts import Parts
@@ -184,6 +184,7 @@ class Coordinator:
                         client_id=order.client_id,
                     ),
                     last_counted_order_id=self._last_counted.get(order.client_id, ""),
+                    evaluate=settings.evaluate_on_clients,
                 )
                 for order in opened.orders
             ],
@@ -269,6 +270,7 @@ class Coordinator:
             current,
             model_digest=model.digest,
             counted=counted,
+            client_evaluation=summarise_clients([one.update for one in counted]),
             next_round=following,
             happened=happened,
         )

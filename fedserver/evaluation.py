@@ -1,7 +1,7 @@
 """How good a global model is on the task's held-out set."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from shared.codec import load_state_into
 from shared.data import make_loader
 from shared.tasks import Task
 from shared.training import evaluate
+from shared.types import ClientUpdate
 
 _BATCH_SIZE = 256
 
@@ -66,3 +67,27 @@ def initial_state(task: Task, *, seed: int) -> dict[str, torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return task.build_model().state_dict()
+
+
+def summarise_clients(updates: Sequence[ClientUpdate]) -> dict[str, float] | None:
+    """Return how good a round's base model is on its clients, None if they weren't asked.
+
+    accuracy and loss are means weighted by num_examples; worst_decile is the mean accuracy over
+    the tenth of the clients (at least one) where it is lowest, each client counting the same.
+    """
+    asked = [one for one in updates if "global_accuracy" in one.metrics]
+    if not asked:
+        return None
+    total = sum(one.num_examples for one in asked)
+    accuracies = sorted(one.metrics["global_accuracy"] for one in asked)
+    worst = accuracies[: max(1, len(accuracies) // 10)]
+    summary = {
+        "accuracy": sum(one.num_examples * one.metrics["global_accuracy"] for one in asked) / total,
+        "worst_decile": sum(worst) / len(worst),
+        "num_clients": float(len(asked)),
+    }
+    if all("global_loss" in one.metrics for one in asked):
+        summary["loss"] = (
+            sum(one.num_examples * one.metrics["global_loss"] for one in asked) / total
+        )
+    return summary

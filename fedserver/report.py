@@ -34,6 +34,16 @@ def round_table(history: History, *, title: str) -> Table:
     return table
 
 
+def best_round(history: History) -> int | None:
+    """Return the number of the round with the highest accuracy, the earliest of equals."""
+    evaluated = [
+        (entry["evaluation"]["accuracy"], -entry["round"])
+        for entry in history
+        if entry["evaluation"]
+    ]
+    return -max(evaluated)[1] if evaluated else None
+
+
 def incident_lines(history: History) -> list[str]:
     """Return a line for each incident, in order."""
     lines = []

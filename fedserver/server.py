@@ -17,7 +17,7 @@ from fedserver.intake import Intake
 from fedserver.orderbook import OrderBook
 from fedserver.parts import Parts
 from fedserver.records import Run, RunState
-from fedserver.report import draw_curve, incident_lines, round_table
+from fedserver.report import best_round, draw_curve, incident_lines, round_table
 from fedserver.service import start_server
 from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
@@ -25,8 +25,8 @@ from fedserver.spool import Spool
 from fedserver.store import Store, read_history
 from fedserver.terminal import showing_progress
 from fedserver.workers import Workers
-from shared.errors import WrongSettings
-from shared.files import locked_folder, replace_file
+from shared.errors import InvalidInput, WrongSettings
+from shared.files import locked_folder
 from shared.tasks import find_task
 from shared.weights import entry_kinds
 
@@ -42,6 +42,8 @@ def run_server(settings: ServerSettings) -> None:
         FederationError: a person's mistake or a failed run, with a sentence that says which.
     """
     torch.set_num_threads(settings.threads)
+    if settings.export is not None and not settings.export.absolute().parent.is_dir():
+        raise InvalidInput(f"--export {settings.export}: there is no such folder; make it first")
     with locked_folder(settings.state_dir) as state_dir:
         store = Store(state_dir / "federation.sqlite")
         workers = Workers()
@@ -122,17 +124,21 @@ async def _serve(settings: ServerSettings, run: Run, store: Store, workers: Work
 async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:
     try:
         digest = await coordinator.complete()
-        exported = parts.settings.export or parts.settings.state_dir / "model.safetensors"
-        await parts.workers.on_disk(
-            replace_file,
-            exported,
-            parts.checkpoints.path(digest).read_bytes(),
-            survive_power_loss=True,
-        )
-        logger.info("the final model is in %s", exported)
+        await parts.workers.on_disk(_export, parts, digest)
     finally:
         # Clients hear of the end of a failed run too.
         await desk.finish()
+
+
+def _export(parts: Parts, last_digest: str) -> None:
+    """Write the last model, and beside it the best one if that is another."""
+    last = parts.settings.export or parts.settings.state_dir / "model.safetensors"
+    parts.checkpoints.export(last_digest, last)
+    history = read_history(parts.store, parts.run)
+    number = best_round(history)
+    for entry in history:
+        if entry["round"] == number and entry["model_digest"] not in (None, last_digest):
+            parts.checkpoints.export(entry["model_digest"], last.with_stem(f"{last.stem}-best"))
 
 
 def _show_end(parts: Parts) -> None:
@@ -141,6 +147,8 @@ def _show_end(parts: Parts) -> None:
     console.print(round_table(history, title=f"{parts.run.run_id}: done"))
     for line in incident_lines(history):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    exported = parts.settings.export or parts.settings.state_dir / "model.safetensors"
+    console.print(f"the final model is in {exported}", soft_wrap=True)
     curve = parts.settings.state_dir / "curve.png"
     if draw_curve(history, curve):
         console.print(f"the curve is in {curve}", soft_wrap=True)

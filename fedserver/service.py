@@ -314,6 +314,7 @@ def _order_message(order: WorkOrder) -> pb.WorkOrder:
         ),
         seed=order.seed,
         last_counted_order_id=order.last_counted_order_id,
+        evaluate=order.evaluate,
     )
 
 

@@ -48,6 +48,9 @@ class RoundSettings(Settings):
     min_updates: int = Field(
         default=0, ge=0, description="updates a round needs; 0: as many as --min-clients"
     )
+    evaluate_on_clients: bool = Field(
+        default=False, description="clients also say how good the global model is on their data"
+    )
     max_attempts: int = Field(default=5, ge=1, description="tries at one round before giving up")
     require_all: bool = Field(
         default=False, description="wait for every client of the cohort, however long it takes"
@@ -167,6 +170,7 @@ RUN_SETTINGS = (
     "clients_per_round",
     "min_updates",
     "require_all",
+    "evaluate_on_clients",
     "epochs",
     "batch_size",
     "optimizer",

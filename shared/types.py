@@ -103,7 +103,10 @@ class SessionInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkOrder:
-    """One piece of work for one client; ends exactly once."""
+    """One piece of work for one client; ends exactly once.
+
+    With `evaluate` the client also says how good the global model is on its own examples.
+    """
 
     order_id: str
     client_id: int
@@ -113,6 +116,7 @@ class WorkOrder:
     training: TrainingConfig
     seed: int
     last_counted_order_id: str = ""
+    evaluate: bool = False
 
 
 class WorkState(StrEnum):
@@ -183,6 +187,7 @@ class Directive(StrEnum):
     ABANDON = "abandon"
 
 
-METRIC_NAMES = frozenset({"accuracy", "loss", "train_s"})
+METRIC_NAMES = frozenset({"accuracy", "loss", "train_s", "global_accuracy", "global_loss"})
 """The metrics an update may carry: share of right answers and mean loss over the last local epoch,
-seconds of training."""
+seconds of training, and, if the order asks, how good the global model was on the client's examples
+before it trained on them in this round."""

@@ -6,6 +6,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from fedserver.commands.inspection import InspectionSettings, opened_run
+from fedserver.report import best_round
 from fedserver.store import read_history
 from shared.cli import parse
 from shared.errors import InvalidInput, NotFound
@@ -17,6 +18,7 @@ class ExportSettings(InspectionSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m fedserver export")
 
+    best: bool = Field(default=False, description="the round with the highest accuracy")
     round: int | None = Field(default=None, ge=1, description="number of the round; the last done")
     out: Path = Field(description="the file to write, such as model.safetensors")
 
@@ -25,12 +27,11 @@ def run(argv: list[str]) -> None:
     """Copy the model's bytes; they are a safetensors file already."""
     settings = parse(ExportSettings, argv)
     with opened_run(settings) as (store, run):
-        done = {
-            entry["round"]: entry["model_digest"]
-            for entry in read_history(store, run)
-            if entry["model_digest"]
-        }
-    number = settings.round or max(done, default=0)
+        history = read_history(store, run)
+    done = {entry["round"]: entry["model_digest"] for entry in history if entry["model_digest"]}
+    if settings.best and settings.round:
+        raise InvalidInput("--best and --round name a round each; give one of them")
+    number = (best_round(history) if settings.best else settings.round) or max(done, default=0)
     if number not in done:
         raise NotFound(
             f"round {number} of {run.run_id} isn't done; done are: {sorted(done) or 'none'}"

@@ -15,9 +15,10 @@ def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
 
     Keys: round, attempt, phase, cohort (client ids), updates (each client, num_examples, digest,
     verdict, metrics, reason, received_at), base_digest, model_digest (None until DONE), evaluation
-    (accuracy and loss, None until known), started_at, closed_at, finished_at (ISO 8601, UTC, or
-    None), orders (each order_id, client, state, handed_out_at), incidents (each kind, at, client,
-    and what belongs to the kind).
+    (of the round's model: accuracy, loss, and for classes confusion and class_accuracy; None until
+    known), client_evaluation (of its base by its clients, if asked: accuracy, worst_decile, loss),
+    started_at, closed_at, finished_at (ISO 8601, UTC, or None), orders (each order_id, client,
+    state, handed_out_at), incidents (each kind, at, client, and what belongs to the kind).
     """
     table = schema.rounds
     with store.reading() as connection:
@@ -72,6 +73,7 @@ def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:
         "base_digest": row.base_digest,
         "model_digest": row.model_digest,
         "evaluation": row.evaluation,
+        "client_evaluation": row.client_evaluation,
         "started_at": _iso(row.started_at),
         "closed_at": _iso(row.closed_at),
         "finished_at": _iso(row.finished_at),

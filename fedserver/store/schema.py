@@ -56,7 +56,9 @@ rounds = Table(
     Column("base_digest", String, nullable=False),
     Column("max_delta_norm", Float, nullable=False),
     Column("model_digest", String),
-    Column("evaluation", JSON),
+    Column("evaluation", JSON(none_as_null=True)),
+    # How good the base is on the round's own clients, as they say.
+    Column("client_evaluation", JSON(none_as_null=True)),
     Column("started_at", Float, nullable=False),
     Column("closed_at", Float),
     Column("finished_at", Float),

@@ -204,6 +204,7 @@ class Store:
         counted: Sequence[StoredUpdate],
         next_round: Round | None,
         happened: Sequence[Event],
+        client_evaluation: Mapping[str, float] | None = None,
     ) -> None:
         """Record the next global model, the verdicts, the ledger's entry and the round after."""
         run_id = finishing.run_id
@@ -214,6 +215,7 @@ class Store:
                 finishing,
                 RoundEvent.FINISH,
                 model_digest=model_digest,
+                client_evaluation=client_evaluation,
                 finished_at=at,
             )
             move_orders(connection, finishing, OrderState.STORED, OrderEvent.COUNT, at=at)

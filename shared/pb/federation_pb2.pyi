@@ -372,6 +372,7 @@ class WorkOrder(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     LAST_COUNTED_ORDER_ID_FIELD_NUMBER: _builtins.int
+    EVALUATE_FIELD_NUMBER: _builtins.int
     order_id: _builtins.str
     client_id: _builtins.int
     round: _builtins.int
@@ -383,6 +384,10 @@ class WorkOrder(_message.Message):
     last_counted_order_id: _builtins.str
     """The last order of this client that was COUNTED, empty if none: state kept with that order's
     update is in force, any later state isn't.
+    """
+    evaluate: _builtins.bool
+    """Whether the client is to say how good the global model is on its own examples, before it
+    trains: the metrics "global_accuracy" and "global_loss".
     """
     @_builtins.property
     def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Section]:
@@ -401,10 +406,11 @@ class WorkOrder(_message.Message):
         training: Global___TrainingConfig | None = ...,
         seed: _builtins.int = ...,
         last_counted_order_id: _builtins.str = ...,
+        evaluate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "client_id", b"client_id", "last_counted_order_id", b"last_counted_order_id", "order_id", b"order_id", "round", b"round", "sections", b"sections", "seed", b"seed", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "client_id", b"client_id", "evaluate", b"evaluate", "last_counted_order_id", b"last_counted_order_id", "order_id", b"order_id", "round", b"round", "sections", b"sections", "seed", b"seed", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -605,7 +611,7 @@ class UploadHeader(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Declared names ("accuracy", "loss", "train_s"), finite numbers."""
+        """Declared names ("accuracy", "loss", "train_s", "global_accuracy", "global_loss"), finite numbers."""
 
     def __init__(
         self,
