@@ -1,6 +1,6 @@
 """Fixtures for tests that start real processes; what these said is shown when a test fails."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -37,13 +37,16 @@ def _open_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         opened.close()
 
 
+def pytest_runtest_setup() -> None:
+    """Begin a page in the logs of processes that tests share."""
+    for opened in _SCENES:
+        opened.mark()
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[None]:
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put the logs of every process under the report of a test that failed."""
     report = yield
     if report.failed:
-        for opened in _SCENES:
-            report.sections.append(("processes", opened.logs()))
+        report.sections += [("processes", opened.logs()) for opened in _SCENES]
     return report

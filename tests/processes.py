@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import psutil
 
@@ -25,7 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 GENEROUS_S = 120.0
 """Far longer than anything takes: who waits this long has found a defect."""
 
-_SHOWN_LINES = 150
+_SHOWN_LINES = 100
+
+
+P = TypeVar("P", bound="Process")
 
 
 class Process:
@@ -35,6 +38,7 @@ class Process:
         self.name = name
         self.lines: list[str] = []
         self.stdout_lines: list[str] = []
+        self.num_lines_before = 0
         self._spoke = threading.Condition()
         self._popen = subprocess.Popen(
             [sys.executable, "-u", *argv],
@@ -201,14 +205,20 @@ class Scene:
         self._closing.append(wire.close)
         return wire
 
+    def mark(self) -> None:
+        """Let `logs` begin here: what was said before belongs to other tests."""
+        for process in self.processes:
+            process.num_lines_before = len(process.lines)
+
     def logs(self) -> str:
-        """Return what every process has said."""
+        """Return what every process has said since the last mark."""
         parts = []
         for process in self.processes:
-            lines = list(process.lines)
-            left_out = len(lines) - _SHOWN_LINES
-            head = [f"... {left_out} lines before"] if left_out > 0 else []
-            parts.append("\n".join([f"==== {process.name}", *head, *lines[-_SHOWN_LINES:]]))
+            lines = process.lines[process.num_lines_before :]
+            if lines or process.is_running:
+                left_out = len(lines) - _SHOWN_LINES
+                head = [f"... {left_out} lines before"] if left_out > 0 else []
+                parts.append("\n".join([f"==== {process.name}", *head, *lines[-_SHOWN_LINES:]]))
         return "\n".join(parts)
 
     def close(self) -> None:
@@ -223,7 +233,7 @@ class Scene:
     def _count(self) -> int:
         return len(self.processes) + 1
 
-    def _keep(self, process: Any) -> Any:
+    def _keep(self, process: P) -> P:
         self.processes.append(process)
         return process
 
