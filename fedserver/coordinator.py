@@ -68,13 +68,16 @@ class Coordinator:
             else:
                 current = await self._open_next(current, base)
         await self._evaluation_done()
+        return base.digest
+
+    async def end(self) -> None:
+        """Record that the run is over."""
         await self._parts.workers.in_store(
             self._parts.store.end_run,
             self._parts.run.run_id,
             RunState.FINISHED,
             event_of("run-finished"),
         )
-        return base.digest
 
     # ---- steps
 

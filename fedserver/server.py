@@ -124,7 +124,9 @@ async def _serve(settings: ServerSettings, run: Run, store: Store, workers: Work
 async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:
     try:
         digest = await coordinator.complete()
+        # Killed here, the run is still open: started again it exports and ends it.
         await parts.workers.on_disk(_export, parts, digest)
+        await coordinator.end()
     finally:
         # Clients hear of the end of a failed run too.
         await desk.finish()
