@@ -9,6 +9,7 @@ docs/performance.md.
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 import threading
@@ -46,15 +47,10 @@ class PeakMemory:
 
     def __init__(self, pid: int) -> None:
         self._process = psutil.Process(pid)
-        self.idle_mb = 0.0
         self.peak_mb = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
-
-    def note_idle(self) -> None:
-        """Take the memory of this moment as idle."""
-        self.idle_mb = self._process.memory_info().rss / 1e6
 
     def stop(self) -> None:
         """End the sampling."""
@@ -76,6 +72,7 @@ class PeakMemory:
 
 def measure(megabytes: float, num_clients: int) -> Measured:
     """Run one case."""
+    server_idle_mb, client_idle_mb = _idle_mb()
     num_bytes = int(megabytes * 1e6)
     num_rounds = _NUM_WARM_UP + _NUM_MEASURED + 1
     task = ["--task", "benchmarks.tasks:changed"]
@@ -87,7 +84,6 @@ def measure(megabytes: float, num_clients: int) -> Measured:
             num_clients, server_args, client_args=task, FED_BENCH_MB=str(megabytes)
         ) as federation:
             server = PeakMemory(federation.server.pid)
-            server.note_idle()
             client = PeakMemory(federation.clients[0].pid)
             federation.wait()
             server.stop()
@@ -103,21 +99,24 @@ def measure(megabytes: float, num_clients: int) -> Measured:
         round_s=statistics.median(took_s[_NUM_WARM_UP:]),
         raw_s=statistics.median(raw_s),
         wire_ratio=wire_bytes / (2 * num_bytes * num_clients * num_rounds),
-        server_idle_mb=server.idle_mb,
+        server_idle_mb=server_idle_mb,
         server_peak_mb=server.peak_mb,
-        client_idle_mb=_client_idle_mb(),
+        client_idle_mb=client_idle_mb,
         client_peak_mb=client.peak_mb,
     )
 
 
-def _client_idle_mb() -> float:
-    """Return the memory of a client with a model of nothing, parked."""
+@functools.cache
+def _idle_mb() -> tuple[float, float]:
+    """Return the peak memory of server and client in a run with a model of 4 KB."""
     task = ["--task", "benchmarks.tasks:changed"]
-    with started(1, [*task, "--rounds", "3"], client_args=task) as federation:
-        memory = PeakMemory(federation.clients[0].pid)
+    with started(2, [*task, "--rounds", "3"], client_args=task) as federation:
+        server = PeakMemory(federation.server.pid)
+        client = PeakMemory(federation.clients[0].pid)
         federation.wait()
-        memory.stop()
-    return memory.peak_mb
+        server.stop()
+        client.stop()
+    return server.peak_mb, client.peak_mb
 
 
 def _loopback_bytes() -> int:

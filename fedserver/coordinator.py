@@ -89,7 +89,9 @@ class Coordinator:
         if latest is None:
             await on_disk(self._parts.spool.drop_all_but, set())
             seed = derive_seed(self._parts.settings.seed, "init")
-            state_dict = await on_disk(initial_state, self._task, seed=seed)
+            state_dict = await on_disk(
+                initial_state, self._task, seed=seed, init=self._parts.settings.init
+            )
             base = await on_disk(self._parts.checkpoints.save_initial, state_dict)
             return await self._open(1, attempt=1, base=base), base
         happened = event_of(IncidentKind.SERVER_RESTARTED, latest, is_incident=True)
@@ -178,7 +180,7 @@ class Coordinator:
                     round_number=opened.round_number,
                     attempt=opened.attempt,
                     sections=(section,),
-                    training=settings.training,
+                    training=settings.training_in(opened.round_number),
                     seed=derive_seed(
                         settings.seed,
                         "train",

@@ -9,6 +9,7 @@ import torch
 
 from shared.codec import load_state_into
 from shared.data import make_loader
+from shared.models import initialise
 from shared.tasks import Task
 from shared.training import evaluate
 from shared.types import ClientUpdate
@@ -62,11 +63,16 @@ class Evaluator:
             yield batch
 
 
-def initial_state(task: Task, *, seed: int) -> dict[str, torch.Tensor]:
-    """Return the weights a run begins with, a function of the task and `seed`."""
+def initial_state(task: Task, *, seed: int, init: str = "default") -> dict[str, torch.Tensor]:
+    """Return the weights a run begins with, a function of the task, `seed` and `init`.
+
+    `init` is a name in shared.models.INITIALISATIONS, or "default": as the task draws them.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return task.build_model().state_dict()
+        model = task.build_model()
+        initialise(model, init)
+        return model.state_dict()
 
 
 def summarise_clients(updates: Sequence[ClientUpdate]) -> dict[str, float] | None:

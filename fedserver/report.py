@@ -61,14 +61,16 @@ def incident_lines(history: History) -> list[str]:
     return lines
 
 
-def draw_curve(history: History, path: Path) -> bool:
-    """Draw accuracy and loss over the rounds into a PNG; False without the extra `plot`."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-        from matplotlib.figure import Figure  # noqa: PLC0415
-        from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
-    except ImportError:
-        return False
+def draw_curve(history: History, path: Path) -> None:
+    """Draw accuracy and loss over the rounds into a PNG.
+
+    Raises:
+        ImportError: the extra `plot` isn't installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
     evaluated = [
         (entry["round"], entry["evaluation"]["accuracy"], entry["evaluation"]["loss"])
         for entry in history
@@ -88,7 +90,6 @@ def draw_curve(history: History, path: Path) -> bool:
         figure.legend(loc="outside lower center", ncols=2)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    return True
 
 
 def _number(value: float | None) -> str:

@@ -1,8 +1,11 @@
 """Wires the coordinator together and serves it until the run is done or somebody stops it."""
 
 import asyncio
+import importlib.util
 import logging
 import signal
+import subprocess
+import sys
 
 import torch
 from rich.console import Console
@@ -17,7 +20,7 @@ from fedserver.intake import Intake
 from fedserver.orderbook import OrderBook
 from fedserver.parts import Parts
 from fedserver.records import Run, RunState
-from fedserver.report import best_round, draw_curve, incident_lines, round_table
+from fedserver.report import best_round, incident_lines, round_table
 from fedserver.service import start_server
 from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
@@ -151,6 +154,10 @@ def _show_end(parts: Parts) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     exported = parts.settings.export or parts.settings.state_dir / "model.safetensors"
     console.print(f"the final model is in {exported}", soft_wrap=True)
-    curve = parts.settings.state_dir / "curve.png"
-    if draw_curve(history, curve):
-        console.print(f"the curve is in {curve}", soft_wrap=True)
+    if importlib.util.find_spec("matplotlib") is not None:
+        curve = parts.settings.state_dir / "curve.png"
+        # In a process of its own: drawing takes more memory than serving a small model.
+        command = ["curve", "--state-dir", str(parts.settings.state_dir), "--out", str(curve)]
+        drawn = subprocess.run([sys.executable, "-m", "fedserver", *command], check=False)
+        if drawn.returncode != 0:
+            logger.warning("the curve wasn't drawn; the run is complete all the same")

@@ -6,6 +6,7 @@ that carry payloads are served as raw bytes (see shared.chunks), the others as m
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict
 from typing import NoReturn, TypeVar
 
 import grpc
@@ -311,6 +312,8 @@ def _order_message(order: WorkOrder) -> pb.WorkOrder:
             momentum=training.momentum,
             weight_decay=training.weight_decay,
             clip_norm=training.clip_norm,
+            schedule=pb.Schedule(**asdict(training.schedule)),
+            augmentation=training.augmentation,
         ),
         seed=order.seed,
         last_counted_order_id=order.last_counted_order_id,

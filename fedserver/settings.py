@@ -1,15 +1,24 @@
 """The coordinator's settings."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from shared.cli import Settings
-from shared.types import Partitioning, TrainingConfig
+from shared.types import (
+    AugmentationName,
+    InitialisationName,
+    OptimizerName,
+    Partitioning,
+    Schedule,
+    ScheduleName,
+    TrainingConfig,
+)
 
 _TRAINING = TrainingConfig()
+_SCHEDULE = Schedule()
 
 
 class ListeningSettings(Settings):
@@ -36,6 +45,9 @@ class LearningSettings(Settings):
     shards_per_client: int | None = Field(default=None, ge=1, description="of partition shards")
     classes_per_client: int | None = Field(default=None, ge=1, description="of partition classes")
     seed: int = Field(default=0, ge=0, description="every random stream derives from it")
+    init: InitialisationName = Field(
+        default="default", description="how the first global model's weights are drawn (torch.nn)"
+    )
 
 
 class RoundSettings(Settings):
@@ -74,12 +86,30 @@ class TrainingSettings(Settings):
 
     epochs: int = Field(default=_TRAINING.epochs, ge=1, description="local epochs a round")
     batch_size: int = Field(default=_TRAINING.batch_size, ge=1, description="examples a step")
-    optimizer: str = Field(default=_TRAINING.optimizer, description="local optimizer")
+    optimizer: OptimizerName = Field(default="sgd", description="local optimizer")
     lr: float = Field(default=_TRAINING.lr, gt=0, description="local learning rate")
     momentum: float = Field(default=_TRAINING.momentum, ge=0, lt=1, description="local momentum")
     weight_decay: float = Field(default=_TRAINING.weight_decay, ge=0, description="L2 penalty")
     clip_norm: float | None = Field(
         default=_TRAINING.clip_norm, gt=0, description="largest L2 norm of a gradient"
+    )
+    schedule: ScheduleName = Field(
+        default="constant", description="how the learning rate falls; cosine: to 0"
+    )
+    schedule_over: Literal["run", "round"] = Field(
+        default="run", description="once over the run's epochs, or anew in every round"
+    )
+    warmup_epochs: float = Field(
+        default=_SCHEDULE.warmup_epochs, ge=0, description="over which the learning rate grows"
+    )
+    decay_epochs: int = Field(
+        default=_SCHEDULE.decay_epochs, ge=1, description="epochs a step of schedule step"
+    )
+    decay: float = Field(
+        default=_SCHEDULE.decay, gt=0, le=1, description="factor at each step of schedule step"
+    )
+    augment: AugmentationName = Field(
+        default="none", description="change inputs at random; shift: images, by up to 2 pixels"
     )
 
 
@@ -116,16 +146,25 @@ class ServerSettings(
                 f"--clients-per-round {self.clients_per_round} is less than the {needed} updates "
                 "a round needs; lower --min-updates"
             )
+        if self.warmup_epochs >= self._schedule_epochs:
+            raise ValueError(
+                f"--warmup-epochs {self.warmup_epochs:g} is all of the {self._schedule_epochs} "
+                f"epochs of a {self.schedule_over}; lower it"
+            )
         return self
+
+    @property
+    def _schedule_epochs(self) -> int:
+        return self.epochs * (self.rounds if self.schedule_over == "run" else 1)
 
     @property
     def updates_needed(self) -> int:
         """How many updates a round needs to close."""
         return self.min_updates or self.min_clients
 
-    @property
-    def training(self) -> TrainingConfig:
-        """What is sent to clients with every order."""
+    def training_in(self, round_number: int) -> TrainingConfig:
+        """What is sent to clients with every order of a round, from 1."""
+        is_over_run = self.schedule_over == "run"
         return TrainingConfig(
             epochs=self.epochs,
             batch_size=self.batch_size,
@@ -134,6 +173,15 @@ class ServerSettings(
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
+            schedule=Schedule(
+                name=self.schedule,
+                warmup_epochs=self.warmup_epochs,
+                decay_epochs=self.decay_epochs,
+                decay=self.decay,
+                first_epoch=(round_number - 1) * self.epochs if is_over_run else 0,
+                total_epochs=self._schedule_epochs,
+            ),
+            augmentation=self.augment,
         )
 
     @property
@@ -164,6 +212,7 @@ RUN_SETTINGS = (
     "shards_per_client",
     "classes_per_client",
     "seed",
+    "init",
     "rounds",
     "strategy",
     "min_clients",
@@ -178,6 +227,12 @@ RUN_SETTINGS = (
     "momentum",
     "weight_decay",
     "clip_norm",
+    "schedule",
+    "schedule_over",
+    "warmup_epochs",
+    "decay_epochs",
+    "decay",
+    "augment",
     "max_num_examples",
     "max_delta_norm",
 )
