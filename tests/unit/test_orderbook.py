@@ -1,0 +1,174 @@
+"""The open orders in memory: who is asked for what, and when a client counts as stalled."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedserver.checkpoints import Checkpoints
+from fedserver.orderbook import OpenOrder, OrderBook
+from fedserver.records import OrderRecord
+from fedserver.rounds import OrderState
+from shared.types import Counters
+from shared.weights import EntryKind
+from tests.factories import make_limits, make_order, make_round
+
+
+class Clock:
+    """A clock that goes on when told."""
+
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def __call__(self) -> float:
+        """Return the time in seconds."""
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """Give a clock that stands still."""
+    return Clock()
+
+
+@pytest.fixture
+def book(clock: Clock, tmp_path: Path) -> OrderBook:
+    """Give a book with round 1 open for clients 0 and 1."""
+    opened = make_round()
+    base = Checkpoints(tmp_path, {"w": EntryKind.PARAMETER}).save_initial({"w": torch.zeros(1)})
+    book = OrderBook(clock)
+    book.open_round(
+        opened,
+        base=base,
+        limits=make_limits(),
+        orders=[make_order(one.order_id, client_id=one.client_id) for one in opened.orders],
+    )
+    return book
+
+
+def order_of(book: OrderBook, client_id: int) -> OpenOrder:
+    """Return the open order of a client that has one."""
+    found = book.open_order_of([client_id])
+    assert found is not None
+    return found
+
+
+GROWING = ("bytes_received", "bytes_sent", "batches", "replays")
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_growing_counter_is_progress(book: OrderBook, clock: Clock, name: str) -> None:
+    """Each counter by itself resets the stall clock when it grows."""
+    order = order_of(book, 0)
+    order_id = book.hand_out(order).order_id
+    for count in (1, 2, 10):
+        clock.now += 7
+        assert book.idle_s(order) == 7
+        book.advance(order_id, Counters(**{name: count}))
+        assert book.idle_s(order) == 0
+    assert getattr(order.counters, name) == 10
+
+
+def test_a_heartbeat_alone_is_not_progress(book: OrderBook, clock: Clock) -> None:
+    """The same counters again, or smaller ones after a client's restart, leave the clock going."""
+    order = order_of(book, 0)
+    order_id = book.hand_out(order).order_id
+    told = Counters(bytes_received=10, batches=5)
+    book.advance(order_id, told)
+    for same in (told, Counters(), Counters(bytes_received=9, batches=5), told):
+        clock.now += 1
+        book.advance(order_id, same)
+    assert book.idle_s(order) == 4
+    assert order.counters == told
+    book.advance(order_id, Counters(batches=6))
+    assert book.idle_s(order) == 0
+    assert order.counters == Counters(bytes_received=10, batches=6)
+
+
+def test_bytes_on_the_wire_are_progress(book: OrderBook, clock: Clock) -> None:
+    """What the server sees itself counts without a report; of an unknown order, for nothing."""
+    order = order_of(book, 0)
+    clock.now += 5
+    book.note_bytes("no-such-order")
+    book.advance("no-such-order", Counters(batches=1))
+    assert book.idle_s(order) == 5
+    book.note_bytes(order.order.order_id)
+    assert book.idle_s(order) == 0
+
+
+def test_the_clock_of_an_order_begins_when_it_is_first_handed_out(
+    book: OrderBook, clock: Clock
+) -> None:
+    """Asked for again, an order is the same one and its clock goes on."""
+    order = order_of(book, 0)
+    assert order.handed_out_at is None
+    clock.now += 5
+    first = book.hand_out(order)
+    assert book.idle_s(order) == 0
+    handed_out_at = order.handed_out_at
+    clock.now += 5
+    assert book.hand_out(order_of(book, 0)) is first
+    assert book.idle_s(order) == 5
+    assert order.handed_out_at == handed_out_at
+    assert handed_out_at is not None
+
+
+def test_an_order_that_ended_is_not_handed_out_again(book: OrderBook) -> None:
+    """A session with several ids gets the order that is still open, then none."""
+    first = order_of(book, 0)
+    assert book.open_order_of([0, 1]) is first
+    book.settle(first.order.order_id, OrderState.STORED)
+    second = book.open_order_of([0, 1])
+    assert second is order_of(book, 1)
+    book.settle(second.order.order_id, OrderState.REFUSED)
+    assert book.open_order_of([0, 1]) is None
+    assert book.states() == [OrderState.STORED, OrderState.REFUSED]
+    assert book.open_orders() == []
+    assert book.open_order_of([99]) is None
+
+
+def test_a_round_resumed_keeps_the_ends_of_its_orders(book: OrderBook) -> None:
+    """Opened again after a restart, what the store says STORED isn't asked for a second time."""
+    resumed = make_round()
+    stored = replace(resumed.orders[0], state=OrderState.STORED)
+    resumed = replace(resumed, orders=(stored, resumed.orders[1]))
+    assert book.current is not None
+    book.open_round(
+        resumed,
+        base=book.current.base,
+        limits=book.current.limits,
+        orders=[make_order(one.order_id, client_id=one.client_id) for one in resumed.orders],
+    )
+    assert book.open_order_of([0]) is None
+    assert book.open_order_of([1]) is not None
+
+
+def test_a_closed_round_hands_out_nothing(book: OrderBook) -> None:
+    """Between rounds there is no work, and late reports change nothing."""
+    order_id = order_of(book, 0).order.order_id
+    book.close_round()
+    assert book.current is None
+    assert book.find(order_id) is None
+    assert book.open_order_of([0, 1]) is None
+    book.settle(order_id, OrderState.STORED)
+    assert book.states() == []
+
+
+def test_a_round_holds_its_own_attempts_orders_only(book: OrderBook) -> None:
+    """Run, round and attempt must all agree."""
+    assert book.current is not None
+    record = OrderRecord(
+        order_id="x",
+        run_id="run1",
+        round_number=1,
+        attempt=1,
+        client_id=0,
+        state=OrderState.OPEN,
+        digest=None,
+        reason=None,
+    )
+    assert book.current.holds(record)
+    assert not book.current.holds(replace(record, run_id="run2"))
+    assert not book.current.holds(replace(record, round_number=2))
+    assert not book.current.holds(replace(record, attempt=2))

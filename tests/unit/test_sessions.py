@@ -1,0 +1,146 @@
+"""Who holds a client id: the same instance at once, another one when the lease is over."""
+
+from dataclasses import replace
+
+import pytest
+
+from fedserver.sessions import MAX_CLIENT_ID, Sessions
+from shared.errors import ClientIdTaken, InvalidInput, UnknownSession
+from shared.types import Registration
+from tests.factories import make_registration, make_session
+
+LEASE_S = 30.0
+
+
+class Clock:
+    """A clock that goes on when told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        """Return the time in seconds."""
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """Give a clock that stands still."""
+    return Clock()
+
+
+@pytest.fixture
+def sessions(clock: Clock) -> Sessions:
+    """Give a server's sessions, none yet."""
+    return Sessions([], lease_s=LEASE_S, clock=clock)
+
+
+def test_the_same_instance_takes_its_session_over_at_once(sessions: Sessions) -> None:
+    """A client that crashed and came back keeps its session, and what it told of its data."""
+    first, _ = sessions.register(make_registration(4, num_examples=(7,)))
+    again, replaced = sessions.register(make_registration(4))
+    assert (again.session_id, again.num_examples, replaced) == (first.session_id, (7,), [])
+    newer, _ = sessions.register(make_registration(4, num_examples=(9,)))
+    assert (newer.session_id, newer.num_examples) == (first.session_id, (9,))
+    assert sessions.touch(first.session_id).num_examples == (9,)
+
+
+def test_another_instance_waits_until_the_lease_is_over(sessions: Sessions, clock: Clock) -> None:
+    """Two processes can't be one client: the second is refused, with a way out in the message."""
+    first, _ = sessions.register(make_registration(4, instance_key="one"))
+    clock.now += LEASE_S - 0.001
+    with pytest.raises(ClientIdTaken, match=r"client id 4 is in use.*--id.*30 s"):
+        sessions.register(make_registration(4, instance_key="two"))
+    assert sessions.touch(first.session_id) == first
+    clock.now += LEASE_S
+    second, replaced = sessions.register(make_registration(4, instance_key="two"))
+    assert replaced == [first.session_id]
+    with pytest.raises(UnknownSession, match="register again"):
+        sessions.touch(first.session_id)
+    assert sessions.touch(second.session_id) == second
+
+
+def test_every_call_renews_the_lease(sessions: Sessions, clock: Clock) -> None:
+    """A client that goes on calling never loses its id."""
+    first, _ = sessions.register(make_registration(4, instance_key="one"))
+    for _ in range(5):
+        clock.now += LEASE_S - 1
+        sessions.touch(first.session_id)
+    with pytest.raises(ClientIdTaken):
+        sessions.register(make_registration(4, instance_key="two"))
+
+
+def test_an_instance_with_other_ids_replaces_its_old_sessions(sessions: Sessions) -> None:
+    """One process that now serves two ids ends the sessions that served them one by one."""
+    one, _ = sessions.register(make_registration(1))
+    two, _ = sessions.register(make_registration(2))
+    both, replaced = sessions.register(make_registration(1, 2))
+    assert sorted(replaced) == sorted([one.session_id, two.session_id])
+    assert both.session_id not in replaced
+    for old in (one, two):
+        with pytest.raises(UnknownSession):
+            sessions.touch(old.session_id)
+    assert sessions.has_live_holder(1)
+    assert sessions.has_live_holder(2)
+
+
+def test_a_refused_registration_changes_nothing(sessions: Sessions) -> None:
+    """One id taken of two asked for: neither the holder's nor the asker's session is touched."""
+    mine, _ = sessions.register(make_registration(1, instance_key="mine"))
+    other, _ = sessions.register(make_registration(2, instance_key="other"))
+    with pytest.raises(ClientIdTaken, match="client id 2 "):
+        sessions.register(make_registration(1, 2, instance_key="mine"))
+    assert sessions.touch(mine.session_id) == mine
+    assert sessions.touch(other.session_id) == other
+
+
+def test_after_a_restart_everybody_has_a_whole_lease(clock: Clock) -> None:
+    """Sessions from the store are live from the server's start on, by the server's own clock."""
+    known = make_session(3, session_id="old", instance_key="one")
+    sessions = Sessions([known], lease_s=LEASE_S, clock=clock)
+    assert sessions.touch("old") == known
+    clock.now += LEASE_S - 1
+    assert sessions.has_live_holder(3)
+    assert sessions.live_sessions() == {"old"}
+    clock.now += 2
+    assert not sessions.has_live_holder(3)
+    assert sessions.live_sessions() == set()
+
+
+def test_only_clients_that_told_their_data_are_ready(sessions: Sessions, clock: Clock) -> None:
+    """A client is a candidate when it knows its data; a lease that ended matters if asked."""
+    sessions.register(make_registration(1))
+    assert sessions.ready_clients(only_live=True) == set()
+    sessions.register(make_registration(1, num_examples=(5,)))
+    sessions.register(make_registration(2, 3, instance_key="two", num_examples=(5, 6)))
+    assert sessions.ready_clients(only_live=True) == {1, 2, 3}
+    clock.now += LEASE_S
+    assert sessions.ready_clients(only_live=True) == set()
+    assert sessions.ready_clients(only_live=False) == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("registration", "words"),
+    [
+        (make_registration(1, 1), r"client ids are \[1, 1\]"),
+        (make_registration(-1), r"client ids are \[-1\]"),
+        (make_registration(MAX_CLIENT_ID + 1), "client ids are"),
+        (make_registration(1, instance_key=""), "1 to 128 characters"),
+        (make_registration(1, instance_key="x" * 129), "1 to 128 characters"),
+        (make_registration(1, 2, num_examples=(5,)), "1 data sizes for 2 client ids"),
+        (make_registration(1, 2, num_examples=(5, 0)), "client 2 has 0 examples"),
+    ],
+)
+def test_a_malformed_registration_is_refused(
+    sessions: Sessions, registration: Registration, words: str
+) -> None:
+    """The message says what is wrong, and nobody is registered."""
+    with pytest.raises(InvalidInput, match=words):
+        sessions.register(registration)
+    assert sessions.live_sessions() == set()
+
+
+def test_a_registration_without_ids_is_refused(sessions: Sessions) -> None:
+    """Somebody must be served."""
+    with pytest.raises(InvalidInput, match="one or more"):
+        sessions.register(replace(make_registration(), client_ids=()))

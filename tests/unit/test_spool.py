@@ -1,0 +1,137 @@
+"""Updates on disk: what is committed is never lost, and only the newest stream writes."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from fedserver.spool import Spool
+from shared.errors import OutOfSpace, StreamFenced, WrongOffset
+
+ORDER, DIGEST = "run1-r1-a1-c0-s1", "ab" * 32
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    """Give an empty spool."""
+    return Spool(tmp_path / "spool")
+
+
+def test_an_upload_resumes_where_it_broke_off(spool: Spool) -> None:
+    """Streams one after another, each from the committed byte on, join to the payload."""
+    payload = bytes(range(256)) * 10
+    for begin, end in [(0, 700), (700, 701), (701, 701), (701, len(payload))]:
+        assert spool.committed_bytes(ORDER, DIGEST) == begin
+        with spool.open_stream(ORDER, DIGEST, offset=begin) as stream:
+            stream.append(memoryview(payload)[begin:end])
+            assert stream.offset == end
+    with spool.open_stream(ORDER, DIGEST, offset=len(payload)) as stream:
+        stream.make_durable()
+    assert spool.path(ORDER, DIGEST).read_bytes() == payload
+
+
+def test_a_spool_opened_again_knows_what_is_committed(spool: Spool, tmp_path: Path) -> None:
+    """After the server's restart the file's length is the offset to go on from."""
+    with spool.open_stream(ORDER, DIGEST, offset=0) as stream:
+        stream.append(memoryview(b"half"))
+    again = Spool(tmp_path / "spool")
+    assert again.committed_bytes(ORDER, DIGEST) == 4
+    with again.open_stream(ORDER, DIGEST, offset=4) as stream:
+        stream.append(memoryview(b"more"))
+    assert again.path(ORDER, DIGEST).read_bytes() == b"halfmore"
+
+
+@pytest.mark.parametrize("offset", [0, 3, 5, 2**62])
+def test_a_wrong_offset_writes_nothing_and_says_the_right_one(spool: Spool, offset: int) -> None:
+    """Neither a gap nor bytes written twice; the message says how much is committed."""
+    with spool.open_stream(ORDER, DIGEST, offset=0) as stream:
+        stream.append(memoryview(b"1234"))
+    with (
+        pytest.raises(WrongOffset, match=f"begins at byte {offset}, but 4 bytes are committed"),
+        spool.open_stream(ORDER, DIGEST, offset=offset),
+    ):
+        pytest.fail("the stream was opened")
+    assert spool.path(ORDER, DIGEST).read_bytes() == b"1234"
+
+
+def test_a_newer_stream_fences_the_older(spool: Spool) -> None:
+    """The older one writes no byte and makes nothing durable any more; the newer goes on."""
+    with spool.open_stream(ORDER, DIGEST, offset=0) as older:
+        older.append(memoryview(b"12"))
+        with spool.open_stream(ORDER, DIGEST, offset=2) as newer:
+            with pytest.raises(StreamFenced, match="a newer upload"):
+                older.append(memoryview(b"zombie"))
+            with pytest.raises(StreamFenced, match="a newer upload"):
+                older.make_durable()
+            newer.append(memoryview(b"34"))
+        with pytest.raises(StreamFenced):
+            older.append(memoryview(b"zombie"))
+    assert spool.path(ORDER, DIGEST).read_bytes() == b"1234"
+
+
+def test_a_newer_stream_with_a_wrong_offset_still_stops_the_older(spool: Spool) -> None:
+    """Its client has given the older stream up: what is committed must stand still from then on."""
+    with spool.open_stream(ORDER, DIGEST, offset=0) as older:
+        older.append(memoryview(b"12"))
+        with pytest.raises(WrongOffset), spool.open_stream(ORDER, DIGEST, offset=7):
+            pytest.fail("the stream was opened")
+        with pytest.raises(StreamFenced):
+            older.append(memoryview(b"34"))
+    assert spool.committed_bytes(ORDER, DIGEST) == 2
+
+
+def test_a_closed_stream_writes_nothing(spool: Spool) -> None:
+    """A worker that comes late finds the stream fenced, not another file's descriptor."""
+    with spool.open_stream(ORDER, DIGEST, offset=0) as stream:
+        pass
+    with pytest.raises(StreamFenced):
+        stream.append(memoryview(b"late"))
+    assert spool.committed_bytes(ORDER, DIGEST) == 0
+
+
+def test_streams_of_other_updates_are_left_alone(spool: Spool) -> None:
+    """Fencing is by order and digest: two contents of one order are two files."""
+    with (
+        spool.open_stream(ORDER, DIGEST, offset=0) as one,
+        spool.open_stream(ORDER, "cd" * 32, offset=0) as two,
+        spool.open_stream("another", DIGEST, offset=0) as three,
+    ):
+        for stream, content in ((one, b"1"), (two, b"22"), (three, b"333")):
+            stream.append(memoryview(content))
+    assert spool.committed_bytes(ORDER, DIGEST) == 1
+    assert spool.committed_bytes(ORDER, "cd" * 32) == 2
+    assert spool.committed_bytes("another", DIGEST) == 3
+
+
+def test_a_full_disk_keeps_what_is_committed(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OutOfSpace names the folder; once there is room the upload goes on from its offset."""
+    write = os.pwrite
+
+    def write_three_then_fail(descriptor: int, data: memoryview, offset: int) -> int:
+        if offset >= 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[: 3 - offset], offset)
+
+    monkeypatch.setattr(os, "pwrite", write_three_then_fail)
+    with spool.open_stream(ORDER, DIGEST, offset=0) as stream:
+        with pytest.raises(OutOfSpace, match="no room to write in"):
+            stream.append(memoryview(b"123456"))
+        assert stream.offset == 3
+    monkeypatch.undo()
+    assert spool.committed_bytes(ORDER, DIGEST) == 3
+    with spool.open_stream(ORDER, DIGEST, offset=3) as stream:
+        stream.append(memoryview(b"456"))
+    assert spool.path(ORDER, DIGEST).read_bytes() == b"123456"
+
+
+def test_what_no_round_needs_is_deleted(spool: Spool) -> None:
+    """Dropping one, dropping it again, and dropping all orders but those named."""
+    for order in ("a", "b", "c"):
+        with spool.open_stream(order, DIGEST, offset=0) as stream:
+            stream.append(memoryview(b"x"))
+    spool.drop("a", DIGEST)
+    spool.drop("a", DIGEST)
+    assert [spool.committed_bytes(order, DIGEST) for order in "abc"] == [0, 1, 1]
+    spool.drop_all_but({"c"})
+    assert [spool.committed_bytes(order, DIGEST) for order in "abc"] == [0, 0, 1]

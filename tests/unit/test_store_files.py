@@ -1,0 +1,117 @@
+"""The store's file: made anew, opened again, refused, and never changed by a refusal."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from fedserver.rounds import OrderState
+from fedserver.store import Store, read_history
+from fedserver.store.schema import SCHEMA_VERSION
+from shared.errors import NotFound, StorageDamaged, WrongSettings
+from tests.factories import begin_round, end_order, make_update
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "a b", "a#b", "a?b", "100%", "a%41b", "a&b=c", "b\u00e4r"]
+)
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    """Signs that mean something in a URI don't lead the database elsewhere."""
+    folder = tmp_path / name
+    folder.mkdir()
+    store = Store(folder / "federation.sqlite")
+    run, _ = begin_round(store)
+    store.close()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (folder / "federation.sqlite").is_file()
+    reader = Store(folder / "federation.sqlite", read_only=True)
+    assert reader.latest_run() == run
+    reader.close()
+
+
+def test_everything_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
+    """What was written is read by another store of the same file, also beside the first."""
+    path = tmp_path / "federation.sqlite"
+    writer = Store(path)
+    run, opened = begin_round(writer)
+    update = make_update(opened.orders[0].order_id)
+    end_order(writer, run, update)
+    for store in (Store(path), Store(path, read_only=True)):
+        assert store.latest_run() == run
+        assert store.latest_run(number=2) is None
+        latest = store.latest_round(run.run_id)
+        assert latest is not None
+        assert [one.state for one in latest.orders] == [OrderState.STORED, OrderState.OPEN]
+        assert [one.update for one in store.stored_updates(opened)] == [update]
+        assert len(read_history(store, run)) == 1
+        store.close()
+    writer.close()
+
+
+def test_what_is_written_survives_a_loss_of_power(tmp_path: Path) -> None:
+    """SQLite is told so: write-ahead log, and every commit synced (synchronous = FULL, 2)."""
+    store = Store(tmp_path / "federation.sqlite")
+    with store.reading() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "content", [b"no database at all\n" * 300, b"SQLite format 3\0" + b"x" * 5000]
+)
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_file_that_is_no_database_is_damage_and_stays_as_it_is(
+    tmp_path: Path, content: bytes, read_only: bool
+) -> None:
+    """The message names the file and the ways out; nothing is written or deleted."""
+    path = tmp_path / "federation.sqlite"
+    path.write_bytes(content)
+    with pytest.raises(StorageDamaged, match=r"federation\.sqlite can't be read.*--state-dir"):
+        Store(path, read_only=read_only)
+    assert path.read_bytes() == content
+    assert [one.name for one in tmp_path.iterdir()] == ["federation.sqlite"]
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_database_of_a_newer_version_is_refused_untouched(
+    tmp_path: Path, read_only: bool
+) -> None:
+    """An older software neither reads nor mends what it doesn't know."""
+    path = tmp_path / "federation.sqlite"
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE about (schema_version INTEGER NOT NULL)")
+    connection.execute("INSERT INTO about VALUES (?)", (SCHEMA_VERSION + 1,))
+    connection.commit()
+    before = list(connection.iterdump())
+    connection.close()
+    with pytest.raises(WrongSettings, match=f"schema {SCHEMA_VERSION + 1}.*update the software"):
+        Store(path, read_only=read_only)
+    connection = sqlite3.connect(path)
+    assert list(connection.iterdump()) == before
+    connection.close()
+
+
+def test_looking_at_nothing_finds_nothing_and_makes_nothing(tmp_path: Path) -> None:
+    """Read-only, a missing or empty database is NotFound, and no file comes into being."""
+    with pytest.raises(NotFound, match="check --state-dir"):
+        Store(tmp_path / "federation.sqlite", read_only=True)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "federation.sqlite").touch()
+    with pytest.raises(NotFound, match="no run yet"):
+        Store(tmp_path / "federation.sqlite", read_only=True)
+    assert (tmp_path / "federation.sqlite").stat().st_size == 0
+
+
+def test_runs_are_numbered_one_after_the_other(tmp_path: Path) -> None:
+    """Each run has its own id and number; the latest is the last begun."""
+    store = Store(tmp_path / "federation.sqlite")
+    assert store.latest_run() is None
+    first, second = store.begin_run({"lr": 0.1}), store.begin_run({"lr": 0.2})
+    assert (first.number, second.number) == (1, 2)
+    assert first.run_id != second.run_id
+    assert store.latest_run() == second
+    assert store.latest_run(number=1) == first
+    assert store.latest_round(second.run_id) is None
+    store.close()

@@ -1,0 +1,58 @@
+"""What the entries of a state_dict are."""
+
+import pytest
+import torch
+from torch import nn
+
+from shared.weights import EntryKind, entry_kinds, first_non_finite
+from tests.factories import TinyNet
+
+
+def test_every_entry_has_the_kind_its_module_gives_it() -> None:
+    """Parameters (tied ones under each name), float buffers, BatchNorm's counter, the rest."""
+    kinds = entry_kinds(TinyNet())
+    assert kinds == {
+        "fc.weight": EntryKind.PARAMETER,
+        "fc.bias": EntryKind.PARAMETER,
+        "norm.weight": EntryKind.PARAMETER,
+        "norm.bias": EntryKind.PARAMETER,
+        "norm.running_mean": EntryKind.FLOAT_BUFFER,
+        "norm.running_var": EntryKind.FLOAT_BUFFER,
+        "norm.num_batches_tracked": EntryKind.COUNTER,
+        "head.weight": EntryKind.PARAMETER,
+        "steps": EntryKind.FIXED,
+        "mask": EntryKind.FIXED,
+    }
+    assert list(kinds) == list(TinyNet().state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_kind_does_not_depend_on_the_precision(dtype: torch.dtype) -> None:
+    """Half and double precision are averaged like single."""
+    assert entry_kinds(TinyNet(dtype)) == entry_kinds(TinyNet())
+
+
+def test_frozen_parameters_are_parameters() -> None:
+    """A parameter that needs no gradient is still sent and averaged."""
+    model = nn.Linear(2, 2)
+    model.weight.requires_grad_(False)
+    assert entry_kinds(model)["weight"] is EntryKind.PARAMETER
+
+
+def test_parameters_and_float_buffers_are_what_is_averaged() -> None:
+    """Counters and fixed entries have rules of their own."""
+    averaged = {kind for kind in EntryKind if kind.is_averaged}
+    assert averaged == {EntryKind.PARAMETER, EntryKind.FLOAT_BUFFER}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_the_first_entry_that_is_not_finite_is_named(bad: float) -> None:
+    """Integers are skipped; the name is the first in the mapping's order."""
+    state = {
+        "count": torch.tensor(3),
+        "good": torch.ones(2),
+        "bad": torch.tensor([1.0, bad]),
+        "worse": torch.tensor([bad, bad]),
+    }
+    assert first_non_finite(state) == "bad"
+    assert first_non_finite({"count": torch.tensor(3), "good": torch.ones(2)}) is None
