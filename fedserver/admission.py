@@ -106,6 +106,8 @@ def examine_content(
                 square_sum = _delta_square_sum(values.double(), reference.double())
             if kind is EntryKind.PARAMETER:
                 squares += square_sum
+            elif block.name.endswith("running_var") and bool((values < 0).any()):
+                raise UpdateRefused(f"{where} holds a negative variance: {values.min().item():.6g}")
     norm = math.sqrt(squares)
     if not norm <= limits.max_delta_norm:
         raise UpdateRefused(
@@ -117,9 +119,9 @@ def examine_content(
 def _examine_layout(received: StateFile, base: StateFile) -> None:
     ours, theirs = base.layout.entries, received.layout.entries
     if missing := sorted(ours.keys() - theirs.keys()):
-        raise UpdateRefused(f"tensors are missing: {', '.join(missing)}")
+        raise UpdateRefused(f"tensors are missing: {_listed(missing)}")
     if unknown := sorted(theirs.keys() - ours.keys()):
-        raise UpdateRefused(f"the model has no tensors named {', '.join(unknown)}")
+        raise UpdateRefused(f"the model has no tensors named {_listed(unknown)}")
     for name, entry in ours.items():
         sent = theirs[name]
         if sent.shape != entry.shape or sent.dtype != entry.dtype:
@@ -127,6 +129,11 @@ def _examine_layout(received: StateFile, base: StateFile) -> None:
                 f"tensor {name!r} has shape {list(sent.shape)} and dtype {sent.dtype}; "
                 f"the model has {list(entry.shape)} and {entry.dtype}"
             )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(name[:80] for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def _delta_square_sum(values: torch.Tensor, reference: torch.Tensor) -> float:

@@ -153,6 +153,10 @@ def swapped(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
             swapped("norm.running_var", torch.tensor([1.0, 1.0, math.inf])),
             r"'norm\.running_var' holds inf at element 2 \(1 non-finite",
         ),
+        (
+            swapped("norm.running_var", torch.tensor([1.0, -0.5, 1.0])),
+            r"'norm\.running_var' holds a negative variance: -0\.5",
+        ),
         (swapped("fc.bias", torch.full((3,), -math.inf)), "holds -inf at element 0"),
         (
             swapped("norm.num_batches_tracked", torch.tensor(5)),
