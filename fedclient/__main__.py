@@ -9,7 +9,8 @@ from fedclient.settings import ClientSettings
 from shared.cli import log_to_stderr, parse
 from shared.errors import FederationError
 
-logger = logging.getLogger(__name__)
+# Run as a module this one is called __main__, which the log level isn't set for.
+logger = logging.getLogger("fedclient")
 
 
 def main(argv: list[str]) -> int:
@@ -22,14 +23,29 @@ def main(argv: list[str]) -> int:
             return 0
         settings = parse(ClientSettings, argv)
         log_to_stderr(settings.log_level)
-        stop = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        _run(settings, stop)
+        _run(settings, _stop_when_asked())
     except FederationError as error:
         print(f"fedclient: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _stop_when_asked() -> threading.Event:
+    """Return an event that SIGINT and SIGTERM set.
+
+    From a thread: a signal handler runs inside whatever the main thread is doing, and if that is
+    waiting for the event, or setting it for the signal before, it holds the event's lock already.
+    """
+    stop = threading.Event()
+    asked = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+
+    def wait() -> None:
+        signal.sigwait(asked)
+        stop.set()
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+    return stop
 
 
 def _run(settings: ClientSettings, stop: threading.Event) -> None:

@@ -42,6 +42,7 @@ from shared.types import (
     Partitioning,
     Receipt,
     Registration,
+    Schedule,
     Section,
     SessionInfo,
     TrainingConfig,
@@ -296,10 +297,23 @@ def _order(message: pb.WorkOrder) -> WorkOrder:
             momentum=training.momentum,
             weight_decay=training.weight_decay,
             clip_norm=training.clip_norm if training.HasField("clip_norm") else None,
+            schedule=_schedule(training.schedule) if training.HasField("schedule") else Schedule(),
+            augmentation=training.augmentation or "none",
         ),
         seed=message.seed,
         last_counted_order_id=message.last_counted_order_id,
         evaluate=message.evaluate,
+    )
+
+
+def _schedule(message: pb.Schedule) -> Schedule:
+    return Schedule(
+        name=message.name,
+        warmup_epochs=message.warmup_epochs,
+        decay_epochs=message.decay_epochs,
+        decay=message.decay,
+        first_epoch=message.first_epoch,
+        total_epochs=message.total_epochs,
     )
 
 

@@ -30,7 +30,7 @@ from shared.errors import (
     WrongSettings,
 )
 from shared.files import replace_file
-from shared.tasks import DataRequest, Examples, Partition, Task, find_task
+from shared.tasks import DataRequest, Examples, Partition, Task, examine_examples, find_task
 from shared.training import NonFiniteError
 from shared.types import (
     ClientUpdate,
@@ -134,6 +134,7 @@ class Client:
             device=self._device,
             progress=progress,
             payload=self._outbox.draft_path(order.order_id),
+            log_steps=self._settings.log_steps,
         )
         self._outbox.put(update)
         return update
@@ -254,6 +255,12 @@ class Client:
                 partition=partition if settings.source == "partition" else None,
             )
         )
+        if bad := examine_examples(task, examples):
+            logger.warning(
+                "%d examples hold a NaN or an infinity, the first is number %d (from 0); training "
+                "will stop where it meets one",
+                *(len(bad), bad[0]),
+            )
         self._data = (session, task, examples)
         return examples
 

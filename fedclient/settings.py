@@ -40,6 +40,9 @@ class ComputeSettings(Settings):
     threads: int = Field(
         default=1, ge=1, description="threads of training; results repeat for one number of them"
     )
+    log_steps: int = Field(
+        default=0, ge=0, description="a log line every so many training steps; 0: none"
+    )
 
 
 class ClientSettings(ComputeSettings, DataSettings, ConnectionSettings):

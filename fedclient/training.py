@@ -1,5 +1,6 @@
 """One order's training: from the global model's file to an update."""
 
+import logging
 import math
 import time
 from pathlib import Path
@@ -9,12 +10,14 @@ from torch import nn
 
 from fedclient.progress import ProgressReporter
 from shared.codec import digest_file, load_state_into, write_state
-from shared.data import make_loader
+from shared.data import AugmentedBatches, make_loader
 from shared.errors import InvalidInput, WrongSettings
 from shared.seeds import derive_seed
 from shared.tasks import Examples, Task
 from shared.training import StepProgress, evaluate, train_model
 from shared.types import MODEL_SECTION, ClientUpdate, Section, WorkOrder
+
+logger = logging.getLogger(__name__)
 
 _EVALUATION_BATCH_SIZE = 256
 
@@ -28,8 +31,11 @@ def train_order(
     device: torch.device,
     progress: ProgressReporter,
     payload: Path,
+    log_steps: int = 0,
 ) -> ClientUpdate:
     """Train on one client's examples from the global model; writes the update's payload.
+
+    Every `log_steps` steps (0: never) one log line says how training goes.
 
     A function of the order, the examples and the global model alone: trained again after a crash,
     it gives the same bytes (on one machine, build, device and number of threads).
@@ -52,17 +58,29 @@ def train_order(
     loader = make_loader(
         examples, batch_size=training.batch_size, seed=derive_seed(order.seed, "batches")
     )
+    batches = (
+        loader
+        if training.augmentation == "none"
+        else AugmentedBatches(
+            loader, name=training.augmentation, seed=derive_seed(order.seed, "augmentation")
+        )
+    )
     metrics = _metrics_of_global_model(model, examples, task, device) if order.evaluate else {}
     progress.expect_batches(training.epochs * len(loader))
 
-    def count_step(_: StepProgress) -> None:
+    def count_step(taken: StepProgress) -> None:
+        if log_steps and taken.step % log_steps == 0:
+            logger.info(
+                "round %d step %d: loss=%.4g largest_gradient=%.4g lr=%.4g",
+                *(order.round_number, taken.step, taken.loss, taken.largest_gradient, taken.lr),
+            )
         progress.add(batches=1)
         progress.examine()
 
     began = time.monotonic()
     result = train_model(
         model,
-        loader,
+        batches,
         epochs=training.epochs,
         lr=training.lr,
         device=device,
@@ -71,7 +89,9 @@ def train_order(
         momentum=training.momentum,
         weight_decay=training.weight_decay,
         clip_norm=training.clip_norm,
+        schedule=training.schedule,
         on_step=count_step,
+        gradient_every=log_steps,
     )
     train_s = time.monotonic() - began
     write_state(payload, result.state_dict)

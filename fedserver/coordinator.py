@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 import time
+from typing import Any
 
 from fedserver.admission import AdmissionLimits
 from fedserver.checkpoints import GlobalModel, NonFiniteAggregate
@@ -353,13 +354,15 @@ class Coordinator:
         except EvaluationStopped:
             return
         has_collapsed = not math.isfinite(found["loss"])
+        # JSON has no NaN.
+        fields: dict[str, Any] = {
+            name: value if math.isfinite(value) else None for name, value in found.items()
+        }
         happened = event_of(
             IncidentKind.EVALUATION_COLLAPSED if has_collapsed else "evaluated",
             evaluated,
             is_incident=has_collapsed,
-            accuracy=found["accuracy"],
-            # JSON has no NaN.
-            loss=None if has_collapsed else found["loss"],
+            **fields,
         )
         await self._parts.workers.in_store(
             self._parts.store.record_evaluation,

@@ -9,8 +9,9 @@ import torch
 
 from shared.codec import load_state_into
 from shared.data import make_loader
+from shared.errors import InvalidInput
 from shared.models import initialise
-from shared.tasks import Task
+from shared.tasks import Task, examine_examples
 from shared.training import evaluate
 from shared.types import ClientUpdate
 
@@ -26,6 +27,11 @@ class Evaluator:
 
     def __init__(self, task: Task, *, data_root: Path | None) -> None:
         examples = task.load_test(data_root)
+        if examples is not None and (bad := examine_examples(task, examples)):
+            raise InvalidInput(
+                f"task {task.name!r}: held-out example {bad[0]} (from 0) holds a NaN or an "
+                "infinity; correct the data"
+            )
         self._loader = (
             None
             if examples is None
@@ -45,15 +51,15 @@ class Evaluator:
         self._stop.set()
 
     def evaluate(self, path: Path) -> dict[str, float]:
-        """Return accuracy and mean loss of the model in the safetensors file at `path`.
+        """Return accuracy, mean loss and the task's metrics of the safetensors file at `path`.
 
         Raises:
             EvaluationStopped: `stop` was called.
         """
         assert self._loader is not None
         load_state_into(self._model.state_dict(), path)
-        found = evaluate(self._model, self._batches(), self._task.loss)
-        return {"accuracy": found.accuracy, "loss": found.loss}
+        found = evaluate(self._model, self._batches(), self._task.loss, metrics=self._task.metrics)
+        return {"accuracy": found.accuracy, "loss": found.loss, **found.metrics}
 
     def _batches(self) -> Iterator[Any]:
         assert self._loader is not None

@@ -26,11 +26,13 @@ from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
 from fedserver.spool import Spool
 from fedserver.store import Store, read_history
+from fedserver.strategies import find_strategy
 from fedserver.terminal import showing_progress
 from fedserver.workers import Workers
-from shared.errors import InvalidInput, WrongSettings
+from shared.data import examine_scheme
+from shared.errors import InvalidInput, RunFailed, WrongSettings
 from shared.files import locked_folder
-from shared.tasks import find_task
+from shared.tasks import Task, find_task
 from shared.weights import entry_kinds
 
 logger = logging.getLogger(__name__)
@@ -47,12 +49,19 @@ def run_server(settings: ServerSettings) -> None:
     torch.set_num_threads(settings.threads)
     if settings.export is not None and not settings.export.absolute().parent.is_dir():
         raise InvalidInput(f"--export {settings.export}: there is no such folder; make it first")
+    # All that a wrong setting can break comes before a run is begun with it.
+    task = find_task(settings.task)
+    find_strategy(settings.strategy)
+    examine_scheme(settings.partition, settings.partitioning.parameters)
+    evaluator = Evaluator(task, data_root=settings.data_root)
     with locked_folder(settings.state_dir) as state_dir:
         store = Store(state_dir / "federation.sqlite")
         workers = Workers()
         try:
             run = _open_run(store, settings)
-            asyncio.run(_serve(settings, run, store, workers))
+            asyncio.run(
+                _serve(settings, run, store, workers=workers, task=task, evaluator=evaluator)
+            )
         finally:
             workers.close()
             store.close()
@@ -78,9 +87,15 @@ def _open_run(store: Store, settings: ServerSettings) -> Run:
     return latest
 
 
-async def _serve(settings: ServerSettings, run: Run, store: Store, workers: Workers) -> None:
-    task = find_task(settings.task)
-    evaluator = Evaluator(task, data_root=settings.data_root)
+async def _serve(
+    settings: ServerSettings,
+    run: Run,
+    store: Store,
+    *,
+    workers: Workers,
+    task: Task,
+    evaluator: Evaluator,
+) -> None:
     kinds = entry_kinds(task.build_model())
     checkpoints = Checkpoints(settings.state_dir / "models", kinds)
     parts = Parts(
@@ -127,12 +142,13 @@ async def _serve(settings: ServerSettings, run: Run, store: Store, workers: Work
 async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:
     try:
         digest = await coordinator.complete()
-        # Killed here, the run is still open: started again it exports and ends it.
-        await parts.workers.on_disk(_export, parts, digest)
-        await coordinator.end()
-    finally:
-        # Clients hear of the end of a failed run too.
+    except RunFailed:
         await desk.finish()
+        raise
+    # Killed here, the run is still open: started again it exports and ends it.
+    await parts.workers.on_disk(_export, parts, digest)
+    await coordinator.end()
+    await desk.finish()
 
 
 def _export(parts: Parts, last_digest: str) -> None:

@@ -1,8 +1,8 @@
 """What is learned: a Task is a model, its data and its loss, found by name.
 
-Built in are `mnist-sample` (bundled, needs no network), `mnist` and `fashion-mnist`. Your own
-lives in your own module, is found by `package.module:attribute`, and is the same object on the
-server (which builds the model and holds the test set) and on every client:
+Built in are `mnist-sample` (bundled, needs no network), `mnist`, `fashion-mnist`, `text` and
+`tabular`. Your own lives in your own module, is found by `package.module:attribute`, and is the
+same object on the server (which builds the model and holds the test set) and on every client:
 
     my_task = Task(
         name="my-task",
@@ -15,19 +15,24 @@ server (which builds the model and holds the test set) and on every client:
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from shared.data import load_images, partition_indices, to_dataset
+from shared.data.tables import Columns, load_tables
+from shared.data.texts import NUM_CHARACTERS, WINDOW, load_windows
 from shared.errors import InvalidInput
-from shared.models import SimpleCNN
+from shared.models import CharGRU, SimpleCNN, TabularMLP
 
 Examples = Dataset[tuple[Tensor, ...]]
 
@@ -75,6 +80,11 @@ class Task:
     `load_train` gives one client's private examples, `load_test` the server's held-out set or
     None if there is none; both are map-style data sets of (input, target). `loss` takes
     (outputs, targets) of a batch to its mean, a scalar tensor.
+
+    The rest has defaults. `metrics` are what the server measures on the held-out set besides
+    accuracy and loss: by name, each like `loss`. `num_classes` says that targets are whole
+    numbers from 0 to below it; `finite_inputs` that a NaN or an infinity in an input is a
+    mistake. Both are checked where the data is read (see `examine_examples`).
     """
 
     name: str
@@ -82,10 +92,23 @@ class Task:
     load_train: Callable[[DataRequest], Examples]
     load_test: Callable[[Path | None], Examples | None]
     loss: Callable[[Tensor, Tensor], Tensor]
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
+    num_classes: int | None = None
+    finite_inputs: bool = True
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            if not name.isidentifier() or name in _TAKEN_METRIC_NAMES:
+                raise InvalidInput(
+                    f"task {self.name!r}: a metric can't be called {name!r}; give it a name of "
+                    f"letters, digits and _ that isn't one of {', '.join(_TAKEN_METRIC_NAMES)}"
+                )
 
 
 def find_task(name: str) -> Task:
     """Return the built-in task `name`, or the Task at `package.module:attribute`.
+
+    `tabular` is told its columns behind its name (see `tabular_task`).
 
     Naming a module imports it, that is, runs its code: the name comes from this side's own
     settings, never from the other side of the wire.
@@ -95,11 +118,13 @@ def find_task(name: str) -> Task:
     """
     if name in _BUILT_IN:
         return _BUILT_IN[name]
+    if name.partition(",")[0] == "tabular":
+        return tabular_task(name)
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise InvalidInput(
-            f"there is no task {name!r}; there are: {', '.join(_BUILT_IN)}; a task of your own "
-            f"is named package.module:attribute"
+            f"there is no task {name!r}; there are: {', '.join(_BUILT_IN)}, tabular; a task of "
+            f"your own is named package.module:attribute"
         )
     try:
         module = importlib.import_module(module_name)
@@ -121,6 +146,39 @@ def find_task(name: str) -> Task:
             f"attribute that holds the Task"
         )
     return found
+
+
+def examine_examples(task: Task, examples: Examples) -> list[int]:
+    """Look for what the task says examples can't be; only tensors are looked at, others can't be.
+
+    Returns:
+        The examples, from 0, whose inputs hold a NaN or an infinity though the task says they
+        don't: training stops at the first of them, and says in which step.
+
+    Raises:
+        InvalidInput: a target is no class of the task.
+    """
+    if not isinstance(examples, TensorDataset):
+        return []
+    inputs, targets = examples.tensors[:2]
+    if task.num_classes is not None and len(targets) > 0:
+        outside = _any_in_each((targets < 0) | (targets >= task.num_classes))
+        if outside.any():
+            first = int(outside.nonzero()[0])
+            raise InvalidInput(
+                f"task {task.name!r}: example {first} (from 0) has the label "
+                f"{targets[first].tolist()}; labels go from 0 to {task.num_classes - 1}"
+            )
+    # The sum is a screen a hundred times cheaper than looking at each number.
+    if not (task.finite_inputs and inputs.is_floating_point()) or math.isfinite(inputs.sum()):
+        return []
+    bad: list[int] = _any_in_each(~inputs.isfinite()).nonzero().flatten().tolist()
+    return bad
+
+
+def _any_in_each(is_so: Tensor) -> Tensor:
+    """Return for each example [n] whether any of its entries [n, ...] is true."""
+    return is_so.reshape(len(is_so), -1).any(dim=1)
 
 
 def choose_indices(labels: NDArray[np.int64], partition: Partition) -> NDArray[np.int64]:
@@ -168,7 +226,94 @@ def _image_task(name: str) -> Task:
         load_train=functools.partial(_load_train, name),
         load_test=functools.partial(_load_test, name),
         loss=F.cross_entropy,
+        num_classes=10,
     )
 
 
+def tabular_task(name: str) -> Task:
+    """Return the task of classifying the rows of CSV files, as `name` says.
+
+    Server and clients share nothing but the task's name, so all they must agree on is in it:
+
+        tabular,label=species,features=petal_length+petal_width,classes=setosa+virginica
+
+    `classes` may also be a number n: then the labels are 0 to n - 1. No name may hold a comma or
+    a plus.
+
+    Raises:
+        InvalidInput: a part is missing, unknown, or empty.
+    """
+    parts = dict.fromkeys(("label", "features", "classes"), "")
+    for word in name.split(",")[1:]:
+        key, _, value = word.partition("=")
+        if key not in parts or not value or parts[key]:
+            raise InvalidInput(
+                f"task {name!r}: {word!r} is unknown, empty or there twice; {_TABULAR_USAGE}"
+            )
+        parts[key] = value
+    if missing := [key for key, value in parts.items() if not value]:
+        raise InvalidInput(f"task {name!r} lacks {', '.join(missing)}; {_TABULAR_USAGE}")
+    features, classes = (tuple(parts[key].split("+")) for key in ("features", "classes"))
+    if len(classes) == 1 and classes[0].isdecimal():
+        classes = tuple(str(number) for number in range(int(classes[0])))
+    label = parts["label"]
+    if len(set(classes)) < max(2, len(classes)) or len({label, *features}) <= len(features):
+        raise InvalidInput(
+            f"task {name!r}: there must be two classes or more, and no name twice; {_TABULAR_USAGE}"
+        )
+    columns = Columns(label=label, features=features, classes=classes)
+
+    def load(root: Path | None, partition: Partition | None) -> TensorDataset:
+        rows, labels = load_tables(_need_root("tabular", root), columns)
+        return _share((rows, labels), labels, partition)
+
+    return Task(
+        name=name,
+        build_model=functools.partial(TabularMLP, len(features), len(classes)),
+        load_train=lambda request: load(request.data_root, request.partition),
+        load_test=lambda data_root: None if data_root is None else load(data_root, None),
+        loss=F.cross_entropy,
+        num_classes=len(classes),
+    )
+
+
+def _text_task() -> Task:
+    def load(root: Path | None, partition: Partition | None) -> TensorDataset:
+        windows, file_numbers = load_windows(_need_root("text", root))
+        # Files play the part of labels: a partition by classes deals out whole authors.
+        return _share((windows[:, :WINDOW], windows[:, 1:]), file_numbers, partition)
+
+    return Task(
+        name="text",
+        build_model=functools.partial(CharGRU, NUM_CHARACTERS),
+        load_train=lambda request: load(request.data_root, request.partition),
+        load_test=lambda data_root: None if data_root is None else load(data_root, None),
+        loss=F.cross_entropy,
+        metrics={"top5_accuracy": _top5_accuracy},
+        num_classes=NUM_CHARACTERS,
+    )
+
+
+def _top5_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    likeliest = outputs.topk(5, dim=1).indices
+    return (likeliest == targets.unsqueeze(1)).any(dim=1).float().mean()
+
+
+def _need_root(name: str, root: Path | None) -> Path:
+    if root is None:
+        raise InvalidInput(f"task {name!r} needs --data-root, the folder of this side's own files")
+    return root
+
+
+def _share(
+    arrays: tuple[NDArray[Any], ...], labels: NDArray[np.int64], partition: Partition | None
+) -> TensorDataset:
+    """Return the partition's share of `arrays`, whose first dimension is that of `labels`."""
+    chosen = slice(None) if partition is None else choose_indices(labels, partition)
+    return TensorDataset(*(torch.from_numpy(array[chosen].copy()) for array in arrays))
+
+
+_TAKEN_METRIC_NAMES = ("accuracy", "loss", "kind", "of", "client_id", "is_incident")
+_TABULAR_USAGE = "write it as tabular,label=NAME,features=NAME+NAME,classes=NAME+NAME"
 _BUILT_IN = {name: _image_task(name) for name in ("mnist-sample", "mnist", "fashion-mnist")}
+_BUILT_IN["text"] = _text_task()

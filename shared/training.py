@@ -7,9 +7,9 @@ which the loss, a gradient, a parameter or a buffer is first not finite and rais
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -17,15 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from shared.errors import FederationError, InvalidInput
-from shared.types import Incident, IncidentKind
+from shared.optimizers import make_optimizer, make_scheduler
+from shared.types import Incident, IncidentKind, Schedule
+from shared.weights import first_non_finite
 
 Batches = Iterable[tuple[Tensor, ...] | list[Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 _NUM_NORMS_KEPT = 5
+_CONSTANT = Schedule()
 
 
 class NonFiniteError(FederationError):
@@ -55,7 +58,8 @@ class NonFiniteError(FederationError):
 class StepProgress:
     """One optimizer step that went well. `step` counts from 1 over all epochs, `batch` in one.
 
-    `grad_norm` is the gradient's global L2 norm before clipping.
+    `grad_norm` is the gradient's global L2 norm before clipping, `lr` the step size. Where it was
+    asked for, `largest_gradient` is the largest absolute value in any gradient before clipping.
     """
 
     step: int
@@ -64,6 +68,8 @@ class StepProgress:
     batch_size: int
     loss: float
     grad_norm: float
+    lr: float
+    largest_gradient: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,29 +103,15 @@ class TrainingResult(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Accuracy in 0..1 and mean loss over `num_examples`; the loss of a broken model is nan."""
+    """Accuracy in 0..1 and mean loss over `num_examples`; the loss of a broken model is nan.
+
+    `metrics` are the means of those asked for, by name.
+    """
 
     accuracy: float
     loss: float
     num_examples: int
-
-
-OPTIMIZERS: Mapping[str, Callable[[list[nn.Parameter], float, float, float], Optimizer]] = (
-    MappingProxyType(
-        {
-            "sgd": lambda parameters, lr, momentum, weight_decay: SGD(
-                parameters, lr=lr, momentum=momentum, weight_decay=weight_decay
-            ),
-            # Adam's first beta is its momentum: the same setting, with the same usual value.
-            "adam": lambda parameters, lr, momentum, weight_decay: Adam(
-                parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay
-            ),
-            "adamw": lambda parameters, lr, momentum, weight_decay: AdamW(
-                parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay
-            ),
-        }
-    )
-)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def train_model(
@@ -134,7 +126,9 @@ def train_model(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
+    schedule: Schedule = _CONSTANT,
     on_step: Callable[[StepProgress], None] | None = None,
+    gradient_every: int = 0,
 ) -> TrainingResult:
     """Train `model` in place for `epochs` passes over `dataloader`.
 
@@ -147,7 +141,7 @@ def train_model(
         model: moved to `device`, left there, in training mode.
         dataloader: gone through once an epoch; `shared.data.make_loader` gives one.
         epochs: number of passes, at least 1.
-        lr: step size, above 0; the same throughout.
+        lr: step size, above 0, before the schedule.
         device: a torch device.
         loss: (outputs, targets) to the mean loss of a batch.
         optimizer: a name in OPTIMIZERS; always starts without history.
@@ -156,8 +150,10 @@ def train_model(
         clip_norm: largest global L2 norm of a gradient, above 0, or None. Scaling the norm
             itself follows Pascanu et al. 2013, "On the difficulty of training recurrent neural
             networks", algorithm 1.
+        schedule: how the step size changes; one that does needs a dataloader with a length.
         on_step: told of each step after its checks; what it raises stops training and passes
             through, leaving the model in between.
+        gradient_every: every so many steps on_step also hears of the largest gradient; 0: never.
 
     Returns:
         The trained state_dict, its accuracy while training, and the report.
@@ -166,17 +162,17 @@ def train_model(
         InvalidInput: a setting out of range, no batches, or outputs that don't fit the targets.
         NonFiniteError: the loss, a gradient, a parameter or a float buffer became non-finite.
     """
-    _check_settings(
-        epochs=epochs,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        clip_norm=clip_norm,
-        optimizer=optimizer,
-    )
+    if epochs < 1:
+        raise InvalidInput(f"epochs must be at least 1, but is {epochs}")
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise InvalidInput(f"clip_norm must be a positive number or None, but is {clip_norm}")
     model.to(device).train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    descent = OPTIMIZERS[optimizer](parameters, lr, momentum, weight_decay)
+    trained = _Trained(model, loss=loss, clip_norm=clip_norm)
+    descent = make_optimizer(
+        optimizer, trained.learning, lr=lr, momentum=momentum, weight_decay=weight_decay
+    )
+    steps_per_epoch = len(dataloader) if isinstance(dataloader, Sized) else None
+    scheduler = make_scheduler(descent, schedule, steps_per_epoch=steps_per_epoch, epochs=epochs)
     newest_norms: deque[float] = deque(maxlen=_NUM_NORMS_KEPT)
     epoch_reports: list[EpochReport] = []
     step = 0
@@ -188,7 +184,9 @@ def train_model(
         for batch, (batch_inputs, batch_targets) in enumerate(dataloader, start=1):
             step += 1
             inputs, targets = batch_inputs.to(device), batch_targets.to(device)
-            taken = _take_step(model, descent, inputs, targets, loss=loss, clip_norm=clip_norm)
+            rate = descent.param_groups[0]["lr"]
+            is_measured = gradient_every > 0 and step % gradient_every == 0
+            taken = _take_step(trained, descent, inputs, targets, is_measured=is_measured)
             newest_norms.appendleft(taken.grad_norm)
             if taken.fault is not None:
                 norms = {f"grad_norm_{age}": norm for age, norm in enumerate(newest_norms)}
@@ -198,9 +196,11 @@ def train_model(
                         step=step,
                         epoch=epoch,
                         tensor=taken.bad_tensor,
-                        detail={"lr": lr, "batch": batch, "loss": taken.loss, **norms},
+                        detail={"lr": rate, "batch": batch, "loss": taken.loss, **norms},
                     )
                 )
+            if scheduler is not None:
+                scheduler.step()
             loss_sum += taken.loss * len(targets)
             num_correct += _count_correct(taken.outputs, targets)
             num_examples += len(targets)
@@ -214,6 +214,8 @@ def train_model(
                         batch_size=len(targets),
                         loss=taken.loss,
                         grad_norm=taken.grad_norm,
+                        lr=rate,
+                        largest_gradient=taken.largest_gradient,
                     )
                 )
         if num_examples == 0:
@@ -242,17 +244,19 @@ def evaluate(
     dataloader: Batches,
     loss: Loss = F.cross_entropy,
     device: str | torch.device = "cpu",
+    *,
+    metrics: Mapping[str, Loss] = MappingProxyType({}),
 ) -> Evaluation:
     """Measure `model` on all batches, in evaluation mode; its own modes are restored after.
 
-    Batches, outputs and `loss` are those of `train_model`. An output with a nan is never
-    correct: argmax would call it class 0, and a model full of nan would score the share of
-    that class.
+    Batches, outputs and `loss` are those of `train_model`; each of `metrics` is like `loss`. An
+    output with a nan is never correct: argmax would call it class 0, and a model full of nan
+    would score the share of that class.
 
     Raises:
         InvalidInput: no examples, or outputs that don't fit the targets.
     """
-    losses: list[Tensor] = []
+    means: list[Tensor] = []
     sizes: list[int] = []
     num_correct = torch.zeros((), dtype=torch.int64, device=device)
     num_targets = 0
@@ -261,7 +265,9 @@ def evaluate(
         for batch_inputs, batch_targets in dataloader:
             inputs, targets = batch_inputs.to(device), batch_targets.to(device)
             outputs = model(inputs)
-            losses.append(loss(outputs, targets))
+            mean_loss = loss(outputs, targets)
+            others = [one(outputs, targets).to(mean_loss) for one in metrics.values()]
+            means.append(torch.stack([mean_loss, *others]))
             sizes.append(len(targets))
             num_correct += _count_correct(outputs, targets)
             num_targets += targets.numel()
@@ -269,14 +275,45 @@ def evaluate(
     if num_examples == 0:
         raise InvalidInput("there are no examples to evaluate the model on")
     # Read only now, so that the device never waits for this side.
-    loss_sum = sum(
-        value * size for value, size in zip(torch.stack(losses).tolist(), sizes, strict=True)
-    )
+    weights = torch.tensor(sizes, dtype=torch.float64) / num_examples
+    found_loss, *found_metrics = (weights @ torch.stack(means).cpu().double()).tolist()
     return Evaluation(
         accuracy=num_correct.item() / num_targets,
-        loss=loss_sum / num_examples,
+        loss=found_loss,
         num_examples=num_examples,
+        metrics=dict(zip(metrics, found_metrics, strict=True)),
     )
+
+
+class _Trained:
+    """A model under training, its loss, and its parameters listed once instead of every step."""
+
+    def __init__(self, model: nn.Module, *, loss: Loss, clip_norm: float | None) -> None:
+        self.model = model
+        self.loss = loss
+        self.clip_norm = clip_norm
+        self.parameters = dict(model.named_parameters())
+        self.learning = [one for one in self.parameters.values() if one.requires_grad]
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients that the newest backward pass left."""
+        return [one.grad for one in self.learning if one.grad is not None]
+
+    def first_bad_gradient(self) -> str | None:
+        """Return the name of the first parameter whose gradient isn't finite."""
+        return first_non_finite(
+            {name: one.grad for name, one in self.parameters.items() if one.grad is not None}
+        )
+
+    def first_bad_entry(self) -> str | None:
+        """Return the name of the first entry of the state_dict that isn't finite."""
+        # Buffers are listed anew: a module may put another tensor in the place of one.
+        entries = (*self.parameters.values(), *self.model.buffers())
+        # The norm is a screen six times cheaper than looking at each entry: where it isn't
+        # finite, a number is bad or the norm itself overflows, and then we look.
+        if math.isfinite(get_total_norm(one for one in entries if one.is_floating_point())):
+            return None
+        return first_non_finite(self.model.state_dict())
 
 
 @dataclass(frozen=True)
@@ -286,69 +323,50 @@ class _Step:
     outputs: Tensor
     loss: float
     grad_norm: float
+    largest_gradient: float | None = None
     fault: IncidentKind | None = None
     bad_tensor: str | None = None
 
 
 def _take_step(
-    model: nn.Module,
-    descent: Optimizer,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    loss: Loss,
-    clip_norm: float | None,
+    trained: _Trained, descent: Optimizer, inputs: Tensor, targets: Tensor, *, is_measured: bool
 ) -> _Step:
     descent.zero_grad()
-    outputs = model(inputs)
-    batch_loss = loss(outputs, targets)
+    outputs = trained.model(inputs)
+    batch_loss = trained.loss(outputs, targets)
     batch_loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-    gradients = {
-        name: parameter.grad
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
+    gradients = trained.gradients()
     # One wait for the device: once the norm is there, the loss is.
-    grad_norm = float(get_total_norm(gradients.values()))
+    grad_norm = float(get_total_norm(gradients))
     bad_gradient = None
     if not math.isfinite(grad_norm):
-        bad_gradient = _first_non_finite(gradients)
+        bad_gradient = trained.first_bad_gradient()
         if bad_gradient is None:
-            grad_norm = _norm_without_overflow(gradients.values())
-    taken = _Step(outputs.detach(), batch_loss.item(), grad_norm)
+            grad_norm = _norm_without_overflow(gradients)
+    largest = _largest(gradients) if is_measured else None
+    taken = _Step(outputs.detach(), batch_loss.item(), grad_norm, largest)
     if not math.isfinite(taken.loss):
         return replace(taken, fault=IncidentKind.NON_FINITE_LOSS)
     if bad_gradient is not None:
         return replace(taken, fault=IncidentKind.NON_FINITE_GRADIENT, bad_tensor=bad_gradient)
-    if clip_norm is not None and grad_norm > clip_norm:
-        for gradient in gradients.values():
-            gradient.mul_(clip_norm / grad_norm)
+    if trained.clip_norm is not None and grad_norm > trained.clip_norm:
+        for gradient in gradients:
+            gradient.mul_(trained.clip_norm / grad_norm)
     descent.step()
-    state = model.state_dict()
-    numbers = [tensor for tensor in state.values() if _has_fractions(tensor)]
-    # The norm is a screen six times cheaper than looking at each entry; when it overflows, look.
-    if not math.isfinite(get_total_norm(numbers)):
-        bad_entry = _first_non_finite(state)
-        if bad_entry is not None:
-            return replace(taken, fault=IncidentKind.NON_FINITE_PARAMETER, bad_tensor=bad_entry)
+    bad_entry = trained.first_bad_entry()
+    if bad_entry is not None:
+        return replace(taken, fault=IncidentKind.NON_FINITE_PARAMETER, bad_tensor=bad_entry)
     return taken
 
 
-def _first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    for name, tensor in tensors.items():
-        if _has_fractions(tensor) and not torch.isfinite(tensor).all():
-            return name
-    return None
-
-
-def _has_fractions(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def _largest(tensors: Iterable[Tensor]) -> float:
+    return max(float(one.abs().max()) for one in tensors if one.numel() > 0)
 
 
 def _norm_without_overflow(tensors: Iterable[Tensor]) -> float:
     """Return the L2 norm of finite tensors whose squares don't fit their own type."""
     filled = [tensor.detach().abs().cpu().double() for tensor in tensors if tensor.numel() > 0]
-    largest = max(float(tensor.max()) for tensor in filled)
+    largest = _largest(filled)
     return largest * math.hypot(*(float((tensor / largest).norm()) for tensor in filled))
 
 
@@ -370,29 +388,3 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in before:
             module.training = was_training
-
-
-def _check_settings(
-    *,
-    epochs: int,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    clip_norm: float | None,
-    optimizer: str,
-) -> None:
-    # Written as 'not in range' so that nan, which is in no range, is refused too.
-    if epochs < 1:
-        raise InvalidInput(f"epochs must be at least 1, but is {epochs}")
-    if not 0 < lr < math.inf:
-        raise InvalidInput(f"lr must be a positive number, but is {lr}")
-    if not 0 <= momentum < 1:
-        raise InvalidInput(f"momentum must be from 0 to below 1, but is {momentum}")
-    if not 0 <= weight_decay < math.inf:
-        raise InvalidInput(f"weight_decay must be 0 or a positive number, but is {weight_decay}")
-    if clip_norm is not None and not 0 < clip_norm < math.inf:
-        raise InvalidInput(f"clip_norm must be a positive number or None, but is {clip_norm}")
-    if optimizer not in OPTIMIZERS:
-        raise InvalidInput(
-            f"there is no optimizer {optimizer!r}; there are: {', '.join(OPTIMIZERS)}"
-        )

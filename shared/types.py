@@ -3,13 +3,45 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
+
+OptimizerName = Literal["sgd", "adam", "adamw"]
+ScheduleName = Literal["constant", "step", "cosine"]
+AugmentationName = Literal["none", "shift"]
+InitialisationName = Literal[
+    "default",
+    "kaiming_uniform",
+    "kaiming_normal",
+    "xavier_uniform",
+    "xavier_normal",
+    "orthogonal",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How the step size changes over `total_epochs` epochs (0: this training's own).
+
+    This training begins at `first_epoch` of them, from 0. Over the first `warmup_epochs` the step
+    size grows evenly from nearly nothing to lr. After them it stays ("constant"), is multiplied
+    by `decay` every `decay_epochs` epochs, counted from the very first ("step"), or falls to 0
+    along half a cosine ("cosine").
+    """
+
+    name: str = "constant"
+    warmup_epochs: float = 0.0
+    decay_epochs: int = 10
+    decay: float = 0.1
+    first_epoch: int = 0
+    total_epochs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How a client trains in one round; sent with every order.
 
-    `lr` is the step size, `clip_norm` the largest global L2 norm of a gradient (None: no clipping).
+    `lr` is the step size, `clip_norm` the largest global L2 norm of a gradient (None: no clipping),
+    `augmentation` what is done at random to the inputs of each batch.
     """
 
     epochs: int = 2
@@ -19,6 +51,8 @@ class TrainingConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+    augmentation: str = "none"
 
 
 class IncidentKind(StrEnum):

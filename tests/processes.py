@@ -247,11 +247,16 @@ class HeldWire:
         self._allowed_bytes: float = float("inf")
         self._changed = threading.Condition()
         self._sockets: list[socket.socket] = []
-        self.bytes_up = 0
+        self.bytes_up_by_connection: list[int] = []
         self._is_closed = False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def bytes_up(self) -> int:
+        """How much has gone to the server, over all connections."""
+        return sum(self.bytes_up_by_connection)
 
     def hold(self, *, after_bytes: int) -> None:
         """Let `after_bytes` more go to the server, then nothing until `release`."""
@@ -294,8 +299,10 @@ class HeldWire:
                 near.close()
                 continue
             self._sockets += [near, far]
-            for pump, source, sink in ((self._pump_up, near, far), (self._pump, far, near)):
-                threading.Thread(target=pump, args=(source, sink), daemon=True).start()
+            self.bytes_up_by_connection.append(0)
+            number = len(self.bytes_up_by_connection) - 1
+            for pump, args in ((self._pump_up, (near, far, number)), (self._pump, (far, near))):
+                threading.Thread(target=pump, args=args, daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         try:
@@ -306,7 +313,7 @@ class HeldWire:
         finally:
             _cut(source, sink)
 
-    def _pump_up(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump_up(self, source: socket.socket, sink: socket.socket, number: int) -> None:
         try:
             while data := source.recv(1 << 16):
                 while data:
@@ -316,7 +323,7 @@ class HeldWire:
                         )
                         room = self._allowed_bytes - self.bytes_up
                         now = data if room >= len(data) else data[: int(room)]
-                        self.bytes_up += len(now)
+                        self.bytes_up_by_connection[number] += len(now)
                         self._changed.notify_all()
                     if self._is_closed:
                         return

@@ -5,14 +5,17 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from shared.data.augmentation import AugmentedBatches
 from shared.data.datasets import ImageClassificationData, load_images, to_dataset
 from shared.data.loaders import make_loader
-from shared.data.partitioners import PARTITIONERS, partition_indices
+from shared.data.partitioners import PARTITIONERS, examine_scheme, partition_indices
 from shared.seeds import derive_seed
 
 __all__ = [
     "PARTITIONERS",
+    "AugmentedBatches",
     "ImageClassificationData",
+    "examine_scheme",
     "load_data",
     "load_images",
     "make_loader",

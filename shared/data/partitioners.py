@@ -42,12 +42,7 @@ def partition_indices(
         InvalidInput: unknown scheme, a parameter out of range or not of this scheme, or a
             share would be empty.
     """
-    split = PARTITIONERS.get(scheme)
-    if split is None:
-        raise InvalidInput(
-            f"there is no partition scheme {scheme!r}; there are: {', '.join(PARTITIONERS)}"
-        )
-    own = _check_parameters(scheme, split, parameters)
+    own = examine_scheme(scheme, parameters)
     if num_partitions < 1:
         raise InvalidInput(f"num_partitions must be at least 1, but is {num_partitions}")
     if seed < 0:
@@ -58,7 +53,10 @@ def partition_indices(
             f"ones; use at most {len(labels)} partitions or more data"
         )
     rng = np.random.default_rng((seed, num_partitions))
-    shares = [np.sort(share) for share in split(np.asarray(labels), num_partitions, rng, **own)]
+    shares = [
+        np.sort(share)
+        for share in PARTITIONERS[scheme](np.asarray(labels), num_partitions, rng, **own)
+    ]
     for index, share in enumerate(shares):
         if share.size == 0:
             raise InvalidInput(
@@ -208,10 +206,17 @@ PARTITIONERS: Mapping[str, Partitioner] = MappingProxyType(
 )
 
 
-def _check_parameters(
-    scheme: str, split: Partitioner, parameters: Mapping[str, float]
-) -> dict[str, float]:
-    """Return `parameters` with those that count things as int."""
+def examine_scheme(scheme: str, parameters: Mapping[str, float]) -> dict[str, float]:
+    """Return a scheme's `parameters` with those that count things as int.
+
+    Raises:
+        InvalidInput: unknown scheme, or a parameter out of range or not of this scheme.
+    """
+    split = PARTITIONERS.get(scheme)
+    if split is None:
+        raise InvalidInput(
+            f"there is no partition scheme {scheme!r}; there are: {', '.join(PARTITIONERS)}"
+        )
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(split).parameters.items()

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashared/pb/federation.proto\x12\x06\x66\x65\x64.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8f\x01\n\x0fRegisterRequest\x12\x12\n\nclient_ids\x18\x01 \x03(\x03\x12\x14\n\x0cinstance_key\x18\x02 \x01(\t\x12\x18\n\x10software_version\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x14\n\x0cnum_examples\x18\x05 \x03(\x03\x12\x14\n\x0c\x63\x61pabilities\x18\x06 \x03(\t\"\xdd\x01\n\x10RegisterResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12*\n\x0cpartitioning\x18\x04 \x01(\x0b\x32\x14.fed.v1.Partitioning\x12+\n\x08max_wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05lease\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0ctotal_rounds\x18\x07 \x01(\x05\"\xb1\x01\n\x0cPartitioning\x12\x0e\n\x06scheme\x18\x01 \x01(\t\x12\x16\n\x0enum_partitions\x18\x02 \x01(\x05\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x38\n\nparameters\x18\x04 \x03(\x0b\x32$.fed.v1.Partitioning.ParametersEntry\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"N\n\x0fPullWorkRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"V\n\x10PullWorkResponse\x12 \n\x05state\x18\x01 \x01(\x0e\x32\x11.fed.v1.WorkState\x12 \n\x05order\x18\x02 \x01(\x0b\x32\x11.fed.v1.WorkOrder\"\xdc\x01\n\tWorkOrder\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\x03\x12\r\n\x05round\x18\x03 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\x05\x12!\n\x08sections\x18\x05 \x03(\x0b\x32\x0f.fed.v1.Section\x12(\n\x08training\x18\x06 \x01(\x0b\x32\x16.fed.v1.TrainingConfig\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x1d\n\x15last_counted_order_id\x18\x08 \x01(\t\x12\x10\n\x08\x65valuate\x18\t \x01(\x08\";\n\x07Section\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\xa1\x01\n\x0eTrainingConfig\x12\x0e\n\x06\x65pochs\x18\x01 \x01(\x05\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x11\n\toptimizer\x18\x03 \x01(\t\x12\n\n\x02lr\x18\x04 \x01(\x01\x12\x10\n\x08momentum\x18\x05 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x06 \x01(\x01\x12\x16\n\tclip_norm\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_clip_norm\"I\n\x13\x44ownloadBlobRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"$\n\x14\x44ownloadBlobResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"U\n\x13UploadUpdateRequest\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x14.fed.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xbc\x02\n\x0cUploadHeader\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08order_id\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12!\n\x08sections\x18\x06 \x03(\x0b\x32\x0f.fed.v1.Section\x12\"\n\x08\x65ncoding\x18\x07 \x01(\x0e\x32\x10.fed.v1.Encoding\x12\x14\n\x0cnum_examples\x18\x08 \x01(\x03\x12\x11\n\tnum_steps\x18\t \x01(\x03\x12\x32\n\x07metrics\x18\n \x03(\x0b\x32!.fed.v1.UploadHeader.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"H\n\x14UploadUpdateResponse\x12 \n\x07receipt\x18\x01 \x01(\x0e\x32\x0f.fed.v1.Receipt\x12\x0e\n\x06reason\x18\x02 \x01(\t\"J\n\x12QueryUploadRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08order_id\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"@\n\x13QueryUploadResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"\x97\x01\n\x15ReportProgressRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08order_id\x18\x02 \x01(\t\x12\"\n\x08\x63ounters\x18\x03 \x01(\x0b\x32\x10.fed.v1.Counters\x12#\n\tincidents\x18\x04 \x03(\x0b\x32\x10.fed.v1.Incident\x12\x0f\n\x07gave_up\x18\x05 \x01(\x08\"o\n\x08\x43ounters\x12\x16\n\x0e\x62ytes_received\x18\x01 \x01(\x04\x12\x12\n\nbytes_sent\x18\x02 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\x03 \x01(\x04\x12\x15\n\rbatches_total\x18\x04 \x01(\x04\x12\x0f\n\x07replays\x18\x05 \x01(\x04\"\x9f\x02\n\x08Incident\x12\x10\n\x08sequence\x18\x01 \x01(\x05\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.fed.v1.IncidentKind\x12\x11\n\x04step\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\x05\x65poch\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x06tensor\x18\x05 \x01(\tH\x02\x88\x01\x01\x12,\n\x06\x64\x65tail\x18\x06 \x03(\x0b\x32\x1c.fed.v1.Incident.DetailEntry\x12&\n\x02\x61t\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0b\x44\x65tailEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_stepB\x08\n\x06_epochB\t\n\x07_tensor\">\n\x16ReportProgressResponse\x12$\n\tdirective\x18\x01 \x01(\x0e\x32\x11.fed.v1.Directive*k\n\tWorkState\x12\x1a\n\x16WORK_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10WORK_STATE_ORDER\x10\x01\x12\x13\n\x0fWORK_STATE_WAIT\x10\x02\x12\x17\n\x13WORK_STATE_FINISHED\x10\x03*=\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45NCODING_STATE_DICT\x10\x01*t\n\x07Receipt\x12\x17\n\x13RECEIPT_UNSPECIFIED\x10\x00\x12\x12\n\x0eRECEIPT_STORED\x10\x01\x12\x15\n\x11RECEIPT_DUPLICATE\x10\x02\x12\x13\n\x0fRECEIPT_REFUSED\x10\x03\x12\x10\n\x0cRECEIPT_LATE\x10\x04*\xe7\x01\n\x0cIncidentKind\x12\x1d\n\x19INCIDENT_KIND_UNSPECIFIED\x10\x00\x12!\n\x1dINCIDENT_KIND_NON_FINITE_LOSS\x10\x01\x12%\n!INCIDENT_KIND_NON_FINITE_GRADIENT\x10\x02\x12&\n\"INCIDENT_KIND_NON_FINITE_PARAMETER\x10\x03\x12!\n\x1dINCIDENT_KIND_TRAINING_FAILED\x10\x04\x12#\n\x1fINCIDENT_KIND_CLIENT_STATE_LOST\x10\x05*U\n\tDirective\x12\x19\n\x15\x44IRECTIVE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44IRECTIVE_CONTINUE\x10\x01\x12\x15\n\x11\x44IRECTIVE_ABANDON\x10\x02\x32\xc4\x03\n\x11\x46\x65\x64\x65rationService\x12=\n\x08Register\x12\x17.fed.v1.RegisterRequest\x1a\x18.fed.v1.RegisterResponse\x12=\n\x08PullWork\x12\x17.fed.v1.PullWorkRequest\x1a\x18.fed.v1.PullWorkResponse\x12K\n\x0c\x44ownloadBlob\x12\x1b.fed.v1.DownloadBlobRequest\x1a\x1c.fed.v1.DownloadBlobResponse0\x01\x12K\n\x0cUploadUpdate\x12\x1b.fed.v1.UploadUpdateRequest\x1a\x1c.fed.v1.UploadUpdateResponse(\x01\x12\x46\n\x0bQueryUpload\x12\x1a.fed.v1.QueryUploadRequest\x1a\x1b.fed.v1.QueryUploadResponse\x12O\n\x0eReportProgress\x12\x1d.fed.v1.ReportProgressRequest\x1a\x1e.fed.v1.ReportProgressResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashared/pb/federation.proto\x12\x06\x66\x65\x64.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8f\x01\n\x0fRegisterRequest\x12\x12\n\nclient_ids\x18\x01 \x03(\x03\x12\x14\n\x0cinstance_key\x18\x02 \x01(\t\x12\x18\n\x10software_version\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x14\n\x0cnum_examples\x18\x05 \x03(\x03\x12\x14\n\x0c\x63\x61pabilities\x18\x06 \x03(\t\"\xdd\x01\n\x10RegisterResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12*\n\x0cpartitioning\x18\x04 \x01(\x0b\x32\x14.fed.v1.Partitioning\x12+\n\x08max_wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05lease\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0ctotal_rounds\x18\x07 \x01(\x05\"\xb1\x01\n\x0cPartitioning\x12\x0e\n\x06scheme\x18\x01 \x01(\t\x12\x16\n\x0enum_partitions\x18\x02 \x01(\x05\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x38\n\nparameters\x18\x04 \x03(\x0b\x32$.fed.v1.Partitioning.ParametersEntry\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"N\n\x0fPullWorkRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"V\n\x10PullWorkResponse\x12 \n\x05state\x18\x01 \x01(\x0e\x32\x11.fed.v1.WorkState\x12 \n\x05order\x18\x02 \x01(\x0b\x32\x11.fed.v1.WorkOrder\"\xdc\x01\n\tWorkOrder\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\x03\x12\r\n\x05round\x18\x03 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\x05\x12!\n\x08sections\x18\x05 \x03(\x0b\x32\x0f.fed.v1.Section\x12(\n\x08training\x18\x06 \x01(\x0b\x32\x16.fed.v1.TrainingConfig\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x1d\n\x15last_counted_order_id\x18\x08 \x01(\t\x12\x10\n\x08\x65valuate\x18\t \x01(\x08\";\n\x07Section\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\xdb\x01\n\x0eTrainingConfig\x12\x0e\n\x06\x65pochs\x18\x01 \x01(\x05\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x11\n\toptimizer\x18\x03 \x01(\t\x12\n\n\x02lr\x18\x04 \x01(\x01\x12\x10\n\x08momentum\x18\x05 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x06 \x01(\x01\x12\x16\n\tclip_norm\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\"\n\x08schedule\x18\x08 \x01(\x0b\x32\x10.fed.v1.Schedule\x12\x14\n\x0c\x61ugmentation\x18\t \x01(\tB\x0c\n\n_clip_norm\"\x7f\n\x08Schedule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rwarmup_epochs\x18\x02 \x01(\x01\x12\x14\n\x0c\x64\x65\x63\x61y_epochs\x18\x03 \x01(\x05\x12\r\n\x05\x64\x65\x63\x61y\x18\x04 \x01(\x01\x12\x13\n\x0b\x66irst_epoch\x18\x05 \x01(\x05\x12\x14\n\x0ctotal_epochs\x18\x06 \x01(\x05\"I\n\x13\x44ownloadBlobRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"$\n\x14\x44ownloadBlobResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"U\n\x13UploadUpdateRequest\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x14.fed.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xbc\x02\n\x0cUploadHeader\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08order_id\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12!\n\x08sections\x18\x06 \x03(\x0b\x32\x0f.fed.v1.Section\x12\"\n\x08\x65ncoding\x18\x07 \x01(\x0e\x32\x10.fed.v1.Encoding\x12\x14\n\x0cnum_examples\x18\x08 \x01(\x03\x12\x11\n\tnum_steps\x18\t \x01(\x03\x12\x32\n\x07metrics\x18\n \x03(\x0b\x32!.fed.v1.UploadHeader.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"H\n\x14UploadUpdateResponse\x12 \n\x07receipt\x18\x01 \x01(\x0e\x32\x0f.fed.v1.Receipt\x12\x0e\n\x06reason\x18\x02 \x01(\t\"J\n\x12QueryUploadRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08order_id\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"@\n\x13QueryUploadResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"\x97\x01\n\x15ReportProgressRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08order_id\x18\x02 \x01(\t\x12\"\n\x08\x63ounters\x18\x03 \x01(\x0b\x32\x10.fed.v1.Counters\x12#\n\tincidents\x18\x04 \x03(\x0b\x32\x10.fed.v1.Incident\x12\x0f\n\x07gave_up\x18\x05 \x01(\x08\"o\n\x08\x43ounters\x12\x16\n\x0e\x62ytes_received\x18\x01 \x01(\x04\x12\x12\n\nbytes_sent\x18\x02 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\x03 \x01(\x04\x12\x15\n\rbatches_total\x18\x04 \x01(\x04\x12\x0f\n\x07replays\x18\x05 \x01(\x04\"\x9f\x02\n\x08Incident\x12\x10\n\x08sequence\x18\x01 \x01(\x05\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.fed.v1.IncidentKind\x12\x11\n\x04step\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\x05\x65poch\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x06tensor\x18\x05 \x01(\tH\x02\x88\x01\x01\x12,\n\x06\x64\x65tail\x18\x06 \x03(\x0b\x32\x1c.fed.v1.Incident.DetailEntry\x12&\n\x02\x61t\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0b\x44\x65tailEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_stepB\x08\n\x06_epochB\t\n\x07_tensor\">\n\x16ReportProgressResponse\x12$\n\tdirective\x18\x01 \x01(\x0e\x32\x11.fed.v1.Directive*k\n\tWorkState\x12\x1a\n\x16WORK_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10WORK_STATE_ORDER\x10\x01\x12\x13\n\x0fWORK_STATE_WAIT\x10\x02\x12\x17\n\x13WORK_STATE_FINISHED\x10\x03*=\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45NCODING_STATE_DICT\x10\x01*t\n\x07Receipt\x12\x17\n\x13RECEIPT_UNSPECIFIED\x10\x00\x12\x12\n\x0eRECEIPT_STORED\x10\x01\x12\x15\n\x11RECEIPT_DUPLICATE\x10\x02\x12\x13\n\x0fRECEIPT_REFUSED\x10\x03\x12\x10\n\x0cRECEIPT_LATE\x10\x04*\xe7\x01\n\x0cIncidentKind\x12\x1d\n\x19INCIDENT_KIND_UNSPECIFIED\x10\x00\x12!\n\x1dINCIDENT_KIND_NON_FINITE_LOSS\x10\x01\x12%\n!INCIDENT_KIND_NON_FINITE_GRADIENT\x10\x02\x12&\n\"INCIDENT_KIND_NON_FINITE_PARAMETER\x10\x03\x12!\n\x1dINCIDENT_KIND_TRAINING_FAILED\x10\x04\x12#\n\x1fINCIDENT_KIND_CLIENT_STATE_LOST\x10\x05*U\n\tDirective\x12\x19\n\x15\x44IRECTIVE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44IRECTIVE_CONTINUE\x10\x01\x12\x15\n\x11\x44IRECTIVE_ABANDON\x10\x02\x32\xc4\x03\n\x11\x46\x65\x64\x65rationService\x12=\n\x08Register\x12\x17.fed.v1.RegisterRequest\x1a\x18.fed.v1.RegisterResponse\x12=\n\x08PullWork\x12\x17.fed.v1.PullWorkRequest\x1a\x18.fed.v1.PullWorkResponse\x12K\n\x0c\x44ownloadBlob\x12\x1b.fed.v1.DownloadBlobRequest\x1a\x1c.fed.v1.DownloadBlobResponse0\x01\x12K\n\x0cUploadUpdate\x12\x1b.fed.v1.UploadUpdateRequest\x1a\x1c.fed.v1.UploadUpdateResponse(\x01\x12\x46\n\x0bQueryUpload\x12\x1a.fed.v1.QueryUploadRequest\x1a\x1b.fed.v1.QueryUploadResponse\x12O\n\x0eReportProgress\x12\x1d.fed.v1.ReportProgressRequest\x1a\x1e.fed.v1.ReportProgressResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,16 +39,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPLOADHEADER_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_INCIDENT_DETAILENTRY']._loaded_options = None
   _globals['_INCIDENT_DETAILENTRY']._serialized_options = b'8\001'
-  _globals['_WORKSTATE']._serialized_start=2625
-  _globals['_WORKSTATE']._serialized_end=2732
-  _globals['_ENCODING']._serialized_start=2734
-  _globals['_ENCODING']._serialized_end=2795
-  _globals['_RECEIPT']._serialized_start=2797
-  _globals['_RECEIPT']._serialized_end=2913
-  _globals['_INCIDENTKIND']._serialized_start=2916
-  _globals['_INCIDENTKIND']._serialized_end=3147
-  _globals['_DIRECTIVE']._serialized_start=3149
-  _globals['_DIRECTIVE']._serialized_end=3234
+  _globals['_WORKSTATE']._serialized_start=2812
+  _globals['_WORKSTATE']._serialized_end=2919
+  _globals['_ENCODING']._serialized_start=2921
+  _globals['_ENCODING']._serialized_end=2982
+  _globals['_RECEIPT']._serialized_start=2984
+  _globals['_RECEIPT']._serialized_end=3100
+  _globals['_INCIDENTKIND']._serialized_start=3103
+  _globals['_INCIDENTKIND']._serialized_end=3334
+  _globals['_DIRECTIVE']._serialized_start=3336
+  _globals['_DIRECTIVE']._serialized_end=3421
   _globals['_REGISTERREQUEST']._serialized_start=104
   _globals['_REGISTERREQUEST']._serialized_end=247
   _globals['_REGISTERRESPONSE']._serialized_start=250
@@ -66,33 +66,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SECTION']._serialized_start=1044
   _globals['_SECTION']._serialized_end=1103
   _globals['_TRAININGCONFIG']._serialized_start=1106
-  _globals['_TRAININGCONFIG']._serialized_end=1267
-  _globals['_DOWNLOADBLOBREQUEST']._serialized_start=1269
-  _globals['_DOWNLOADBLOBREQUEST']._serialized_end=1342
-  _globals['_DOWNLOADBLOBRESPONSE']._serialized_start=1344
-  _globals['_DOWNLOADBLOBRESPONSE']._serialized_end=1380
-  _globals['_UPLOADUPDATEREQUEST']._serialized_start=1382
-  _globals['_UPLOADUPDATEREQUEST']._serialized_end=1467
-  _globals['_UPLOADHEADER']._serialized_start=1470
-  _globals['_UPLOADHEADER']._serialized_end=1786
-  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_start=1740
-  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_end=1786
-  _globals['_UPLOADUPDATERESPONSE']._serialized_start=1788
-  _globals['_UPLOADUPDATERESPONSE']._serialized_end=1860
-  _globals['_QUERYUPLOADREQUEST']._serialized_start=1862
-  _globals['_QUERYUPLOADREQUEST']._serialized_end=1936
-  _globals['_QUERYUPLOADRESPONSE']._serialized_start=1938
-  _globals['_QUERYUPLOADRESPONSE']._serialized_end=2002
-  _globals['_REPORTPROGRESSREQUEST']._serialized_start=2005
-  _globals['_REPORTPROGRESSREQUEST']._serialized_end=2156
-  _globals['_COUNTERS']._serialized_start=2158
-  _globals['_COUNTERS']._serialized_end=2269
-  _globals['_INCIDENT']._serialized_start=2272
-  _globals['_INCIDENT']._serialized_end=2559
-  _globals['_INCIDENT_DETAILENTRY']._serialized_start=2484
-  _globals['_INCIDENT_DETAILENTRY']._serialized_end=2529
-  _globals['_REPORTPROGRESSRESPONSE']._serialized_start=2561
-  _globals['_REPORTPROGRESSRESPONSE']._serialized_end=2623
-  _globals['_FEDERATIONSERVICE']._serialized_start=3237
-  _globals['_FEDERATIONSERVICE']._serialized_end=3689
+  _globals['_TRAININGCONFIG']._serialized_end=1325
+  _globals['_SCHEDULE']._serialized_start=1327
+  _globals['_SCHEDULE']._serialized_end=1454
+  _globals['_DOWNLOADBLOBREQUEST']._serialized_start=1456
+  _globals['_DOWNLOADBLOBREQUEST']._serialized_end=1529
+  _globals['_DOWNLOADBLOBRESPONSE']._serialized_start=1531
+  _globals['_DOWNLOADBLOBRESPONSE']._serialized_end=1567
+  _globals['_UPLOADUPDATEREQUEST']._serialized_start=1569
+  _globals['_UPLOADUPDATEREQUEST']._serialized_end=1654
+  _globals['_UPLOADHEADER']._serialized_start=1657
+  _globals['_UPLOADHEADER']._serialized_end=1973
+  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_start=1927
+  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_end=1973
+  _globals['_UPLOADUPDATERESPONSE']._serialized_start=1975
+  _globals['_UPLOADUPDATERESPONSE']._serialized_end=2047
+  _globals['_QUERYUPLOADREQUEST']._serialized_start=2049
+  _globals['_QUERYUPLOADREQUEST']._serialized_end=2123
+  _globals['_QUERYUPLOADRESPONSE']._serialized_start=2125
+  _globals['_QUERYUPLOADRESPONSE']._serialized_end=2189
+  _globals['_REPORTPROGRESSREQUEST']._serialized_start=2192
+  _globals['_REPORTPROGRESSREQUEST']._serialized_end=2343
+  _globals['_COUNTERS']._serialized_start=2345
+  _globals['_COUNTERS']._serialized_end=2456
+  _globals['_INCIDENT']._serialized_start=2459
+  _globals['_INCIDENT']._serialized_end=2746
+  _globals['_INCIDENT_DETAILENTRY']._serialized_start=2671
+  _globals['_INCIDENT_DETAILENTRY']._serialized_end=2716
+  _globals['_REPORTPROGRESSRESPONSE']._serialized_start=2748
+  _globals['_REPORTPROGRESSRESPONSE']._serialized_end=2810
+  _globals['_FEDERATIONSERVICE']._serialized_start=3424
+  _globals['_FEDERATIONSERVICE']._serialized_end=3876
 # @@protoc_insertion_point(module_scope)

@@ -454,6 +454,8 @@ class TrainingConfig(_message.Message):
     MOMENTUM_FIELD_NUMBER: _builtins.int
     WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
     CLIP_NORM_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    AUGMENTATION_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     batch_size: _builtins.int
     optimizer: _builtins.str
@@ -462,6 +464,14 @@ class TrainingConfig(_message.Message):
     weight_decay: _builtins.float
     clip_norm: _builtins.float
     """The largest global L2 norm of a gradient; absent: no clipping."""
+    augmentation: _builtins.str
+    """What is done at random to the inputs of each batch: "shift" (images, by up to 2 pixels);
+    "none" or empty: nothing.
+    """
+    @_builtins.property
+    def schedule(self) -> Global___Schedule:
+        """Absent: lr is the same throughout."""
+
     def __init__(
         self,
         *,
@@ -472,16 +482,60 @@ class TrainingConfig(_message.Message):
         momentum: _builtins.float = ...,
         weight_decay: _builtins.float = ...,
         clip_norm: _builtins.float | None = ...,
+        schedule: Global___Schedule | None = ...,
+        augmentation: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "clip_norm", b"clip_norm"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "clip_norm", b"clip_norm", "schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "batch_size", b"batch_size", "clip_norm", b"clip_norm", "epochs", b"epochs", "lr", b"lr", "momentum", b"momentum", "optimizer", b"optimizer", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "augmentation", b"augmentation", "batch_size", b"batch_size", "clip_norm", b"clip_norm", "epochs", b"epochs", "lr", b"lr", "momentum", b"momentum", "optimizer", b"optimizer", "schedule", b"schedule", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clip_norm: _TypeAlias = _typing.Literal["clip_norm"]  # noqa: Y015
     _WhichOneofArgType__clip_norm: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_norm) -> _WhichOneofReturnType__clip_norm | None: ...
 
 Global___TrainingConfig: _TypeAlias = TrainingConfig  # noqa: Y015
+
+@_typing.final
+class Schedule(_message.Message):
+    """How the step size changes over `total_epochs` epochs, of which the order's are those from
+    `first_epoch` (from 0) on.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WARMUP_EPOCHS_FIELD_NUMBER: _builtins.int
+    DECAY_EPOCHS_FIELD_NUMBER: _builtins.int
+    DECAY_FIELD_NUMBER: _builtins.int
+    FIRST_EPOCH_FIELD_NUMBER: _builtins.int
+    TOTAL_EPOCHS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"constant", "step" or "cosine" (to 0 at the end)."""
+    warmup_epochs: _builtins.float
+    """Over these first epochs lr grows evenly from nearly nothing."""
+    decay_epochs: _builtins.int
+    """"step": lr is multiplied by `decay` every `decay_epochs`."""
+    decay: _builtins.float
+    first_epoch: _builtins.int
+    total_epochs: _builtins.int
+    """0: the order's own epochs."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        warmup_epochs: _builtins.float = ...,
+        decay_epochs: _builtins.int = ...,
+        decay: _builtins.float = ...,
+        first_epoch: _builtins.int = ...,
+        total_epochs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decay", b"decay", "decay_epochs", b"decay_epochs", "first_epoch", b"first_epoch", "name", b"name", "total_epochs", b"total_epochs", "warmup_epochs", b"warmup_epochs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Schedule: _TypeAlias = Schedule  # noqa: Y015
 
 @_typing.final
 class DownloadBlobRequest(_message.Message):

@@ -240,7 +240,7 @@ def test_a_task_of_ones_own_is_found_by_module_and_attribute() -> None:
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("mnits", "there are: mnist-sample, mnist, fashion-mnist; a task of your own"),
+        ("mnits", "there are: mnist-sample, mnist, fashion-mnist, text, tabular; a task of your"),
         (":x", "there is no task"),
         ("no_such_module:task", "importing no_such_module failed"),
         (f"{__name__}:MISSING", "has no MISSING; the tasks in it are: OWN_TASK"),

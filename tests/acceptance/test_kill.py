@@ -1,0 +1,179 @@
+"""kill -9 leaves the final model unchanged (under --require-all): design promise 4.
+
+Every test here kills one side at a moment chosen by a seed and counted in events (updates stored,
+training steps, bytes of an upload), proves that the kill landed where it was meant to, starts the
+same command again, and compares every round's digest and evaluation with a run nobody disturbed.
+
+One seed by default; `FED_KILL_SEEDS=20 pytest tests/acceptance/test_kill.py` runs twenty.
+"""
+
+import os
+import random
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from tests.acceptance.conftest import CLIENTS, NUM_ROUNDS, Undisturbed, run_flags
+from tests.acceptance.federation import (
+    BIG,
+    TINY,
+    expect_clean_exits,
+    start_client,
+    start_server,
+    verdicts,
+)
+from tests.processes import Process, Scene, fixed_port
+
+SEEDS = range(int(os.environ.get("FED_KILL_SEEDS", "1")))
+NUM_STEPS = {0: 8, 1: 10, 2: 12}
+"""Of a client in a round of `tiny`: 2 epochs of 4, 5 and 6 batches (see tiny_task)."""
+
+pytestmark = pytest.mark.parametrize("seed", SEEDS)
+
+
+def what_matters(history: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """Return what must be the same with and without kills."""
+    return [
+        (entry["round"], entry["attempt"], entry["model_digest"], entry["evaluation"])
+        for entry in history
+    ]
+
+
+def expect_unchanged(scene: Scene, task: str, expected: list[dict[str, Any]]) -> None:
+    """Compare a disturbed run that has ended with the undisturbed one."""
+    history = scene.history()
+    assert verdicts(history) == [
+        (number, client, "COUNTED")
+        for number in range(1, NUM_ROUNDS[task] + 1)
+        for client in CLIENTS
+    ]
+    assert what_matters(history) == what_matters(expected)
+    assert all(entry["evaluation"] is not None for entry in history)
+
+
+def open_order(scene: Scene, client_id: int) -> dict[str, Any]:
+    """Return the order of the round that goes on, from outside; it must be OPEN."""
+    last = scene.history()[-1]
+    assert last["phase"] == "COLLECTING"
+    (order,) = (one for one in last["orders"] if one["client"] == client_id)
+    assert order["state"] == "OPEN", order
+    assert isinstance(order, dict)
+    return order
+
+
+def test_a_server_killed_in_the_middle_of_rounds_ends_in_the_same_models(
+    scene: Scene, undisturbed: Undisturbed, seed: int, record_property: Callable[[str, str], None]
+) -> None:
+    """Two kills of the server at seeded events change no digest, and every order counts once."""
+    expected = undisturbed(TINY).history
+    rng = random.Random(f"server {seed}")
+    port = fixed_port()
+    server = start_server(scene, *run_flags(TINY, port))
+    clients = [
+        start_client(scene, one, server.address, TINY_STEP_S="0.01", TINY_TRACE="1")
+        for one in CLIENTS
+    ]
+    for _ in range(2):
+        moment = rng.choice(["update-stored", "round-opened", "round-closed", "a client's step"])
+        if moment == "a client's step":
+            watched: Process = rng.choice(clients)
+            watched.wait_for_line("tiny-step", times=watched.count_lines("tiny-step") + 7)
+        else:
+            server.wait_for_line(moment, times=rng.randint(1, 2 if "round" in moment else 6))
+        # Not a wait for anything: the kill is to land somewhere after the event, not right at it.
+        time.sleep(rng.uniform(0, 0.03))
+        killed_at = datetime.now(UTC)
+        server.kill()
+
+        struck = scene.history()[-1]
+        assert struck["phase"] in ("COLLECTING", "AGGREGATING"), "the kill landed outside a round"
+        assert datetime.fromisoformat(struck["started_at"]) < killed_at
+        states = ",".join(order["state"] for order in struck["orders"])
+        record_property("landed", f"{moment}: round {struck['round']} {struck['phase']} {states}")
+
+        server = start_server(scene, *run_flags(TINY, port))
+        server.wait_for_line("server-restarted")
+        entry = scene.history()[struck["round"] - 1]
+        restarts = [one for one in entry["incidents"] if one["kind"] == "server-restarted"]
+        assert datetime.fromisoformat(restarts[-1]["at"]) > killed_at
+    expect_clean_exits(server, *clients)
+    expect_unchanged(scene, TINY, expected)
+
+
+def test_a_client_killed_in_the_middle_of_training_ends_in_the_same_models(
+    scene: Scene, undisturbed: Undisturbed, seed: int, record_property: Callable[[str, str], None]
+) -> None:
+    """A client killed at a seeded training step trains the same order again, to the same bytes."""
+    expected = undisturbed(TINY).history
+    rng = random.Random(f"training {seed}")
+    victim_id = rng.choice(CLIENTS)
+    step = rng.randint(1, NUM_STEPS[victim_id] * (NUM_ROUNDS[TINY] - 1))
+    server = start_server(scene, *run_flags(TINY, 0))
+    clients = {one: start_client(scene, one, server.address) for one in CLIENTS if one != victim_id}
+
+    def start_victim() -> Process:
+        return start_client(scene, victim_id, server.address, TINY_STEP_S="0.03", TINY_TRACE="1")
+
+    victim = start_victim()
+    # The step takes 0.03 s more from this line on.
+    victim.wait_for_line(f"tiny-step {step}$")
+    victim.kill()
+    assert victim.lines[-1] == f"tiny-step {step}", "the kill landed after the step"
+    order = open_order(scene, victim_id)
+    outbox = scene.folder / f"client-{victim_id}" / "outbox"
+    assert not (outbox / f"{order['order_id']}.json").exists(), "training was over"
+    record_property("landed", f"client {victim_id} at step {step}, {order['order_id']}")
+
+    expect_clean_exits(server, start_victim(), *clients.values())
+    expect_unchanged(scene, TINY, expected)
+
+
+def test_both_sides_killed_in_the_middle_of_uploads_end_in_the_same_models(
+    scene: Scene, undisturbed: Undisturbed, seed: int, record_property: Callable[[str, str], None]
+) -> None:
+    """An upload cut by a kill of either side goes on where it was committed, and counts once."""
+    expected = undisturbed(BIG).history
+    rng = random.Random(f"upload {seed}")
+    numbers = sorted(rng.sample(range(1, NUM_ROUNDS[BIG] + 1), 2))
+    port = fixed_port()
+    server = start_server(scene, *run_flags(BIG, port), task=BIG)
+    wire = scene.held_wire(server.address)
+    victim_id = rng.choice(CLIENTS)
+    clients = {
+        one: start_client(
+            scene, one, wire.address if one == victim_id else server.address, task=BIG
+        )
+        for one in CLIENTS
+    }
+    for number, struck in zip(numbers, rng.sample(["client", "server"], 2), strict=True):
+        server.wait_for_line(f"round-opened round={number} ")
+        # Only an upload is this large.
+        wire.hold(after_bytes=rng.randint(3_000_000, 25_000_000))
+        wire.wait_until_held()
+        (server if struck == "server" else clients[victim_id]).kill()
+
+        order = open_order(scene, victim_id)
+        (spooled,) = (scene.folder / "server" / "spool").glob(f"{order['order_id']}.*")
+        outbox = scene.folder / f"client-{victim_id}" / "outbox"
+        size_bytes = (outbox / f"{order['order_id']}.safetensors").stat().st_size
+        committed_bytes = spooled.stat().st_size
+        assert 0 < committed_bytes < size_bytes, "the kill landed outside the upload"
+        landed = f"{struck}: {order['order_id']} at byte {committed_bytes} of {size_bytes}"
+        record_property("landed", landed)
+
+        num_connections = len(wire.bytes_up_by_connection)
+        wire.release()
+        if struck == "server":
+            server = start_server(scene, *run_flags(BIG, port), task=BIG)
+        else:
+            clients[victim_id] = start_client(scene, victim_id, wire.address, task=BIG)
+        clients[victim_id].wait_for_line(f"order {order['order_id']}: update (stored|duplicate)")
+        # What was committed isn't sent again: the rest goes up, and the small calls. (What the
+        # struck side had sent still arrives on the old connection; the new stream fences it.)
+        sent_again = sum(wire.bytes_up_by_connection[num_connections:])
+        assert sent_again < size_bytes - committed_bytes + (1 << 20)
+    expect_clean_exits(server, *clients.values())
+    expect_unchanged(scene, BIG, expected)

@@ -1,0 +1,156 @@
+"""Starting: in which order one likes, and with which mistakes; each is told in a sentence."""
+
+import re
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from shared.files import locked_folder
+from shared.pb import federation_pb2 as pb
+from tests.acceptance.federation import (
+    TINY,
+    expect_clean_exits,
+    start_client,
+    start_server,
+    verdicts,
+)
+from tests.integration.peer import Peer
+from tests.processes import Process, Scene, Server, fixed_port
+
+
+@pytest.fixture(scope="module")
+def waiting(module_scene: Scene) -> Iterator[Server]:
+    """Give a server that waits for more clients than will come, for all mistakes to be made at."""
+    server = start_server(module_scene, "--min-clients", 9, "--rounds", 3)
+    server.wait_for_line("waiting for clients")
+    yield server
+    server.signal(signal.SIGTERM)
+    expect_clean_exits(server)
+
+
+def expect_refusal(process: Process, *words: str, code: int = 1) -> None:
+    """Wait for a process to end with an exit code and one sentence with these words in it."""
+    assert process.wait() == code
+    assert process.count_lines("Traceback") == 0
+    sentence = process.lines[-1]
+    assert re.match(r"(python -m )?fed(server|client): ", sentence), sentence
+    missing = [word for word in words if word not in sentence]
+    assert not missing, f"{missing} aren't in: {sentence}"
+
+
+def test_a_port_in_use_is_told(waiting: Server, scene: Scene) -> None:
+    """Two servers never share a port silently."""
+    port = waiting.address.rpartition(":")[2]
+    expect_refusal(start_server(scene, "--port", port), f":{port}", "in use", "--port")
+
+
+def test_a_state_dir_in_use_is_told(waiting: Server, module_scene: Scene) -> None:
+    """Two servers never write one state-dir; the second says which it is."""
+    assert waiting.is_running
+    second = start_server(module_scene, "--min-clients", 9, "--rounds", 3)
+    expect_refusal(second, str(module_scene.folder / "server"), "in use by another process")
+
+
+def test_a_client_id_in_use_is_told(waiting: Server, module_scene: Scene) -> None:
+    """One id is one client: the second to come is told, and the first isn't disturbed."""
+    holder = Peer(waiting.address, 4)
+    client = start_client(module_scene, 4, waiting.address)
+    expect_refusal(client, "client id 4 is in use by another process", "--id")
+    assert holder.pull(wait_s=0).state == pb.WORK_STATE_WAIT
+    holder.close()
+
+
+def test_a_clients_state_dir_in_use_is_told(waiting: Server, module_scene: Scene) -> None:
+    """One state-dir is one client process."""
+    folder = module_scene.folder / "client-3"
+    with locked_folder(folder):
+        client = start_client(module_scene, 3, waiting.address)
+        expect_refusal(client, str(folder), "in use by another process", "--state-dir")
+
+
+def test_a_device_that_isnt_there_lists_those_that_are(
+    waiting: Server, module_scene: Scene
+) -> None:
+    """Nobody trains on the CPU by mistake where a GPU was asked for."""
+    client = start_client(module_scene, 5, waiting.address, "--device", "cuda:77")
+    expect_refusal(client, "--device cuda:77 isn't there", "there are: cpu")
+
+
+def test_a_task_nobody_knows_lists_the_tasks(scene: Scene) -> None:
+    """A misspelt task ends the server before it listens."""
+    server = scene.server("--task", "mnist-smaple")
+    expect_refusal(server, "'mnist-smaple'", "mnist-sample", "fashion-mnist")
+    assert server.stdout_lines == []
+
+
+def test_a_client_of_another_task_ends_with_both_names(
+    waiting: Server, module_scene: Scene
+) -> None:
+    """A client that insists on a task is told the run's."""
+    client = module_scene.client(6, waiting.address, "--task", "mnist-sample")
+    expect_refusal(client, f"'{TINY}'", "'mnist-sample'")
+
+
+def test_a_client_never_runs_code_that_only_the_server_names(
+    waiting: Server, module_scene: Scene
+) -> None:
+    """A task that is somebody's own code needs the word of the person at the client."""
+    client = module_scene.client(7, waiting.address)
+    expect_refusal(client, f"if you trust it and have it here, start with --task {TINY}")
+
+
+def test_an_id_beyond_the_partitions_is_told(waiting: Server, module_scene: Scene) -> None:
+    """A client whose share of the data doesn't exist learns how many shares there are."""
+    client = start_client(module_scene, 10, waiting.address)
+    expect_refusal(client, "partition 10 of 10 doesn't exist")
+
+
+def test_wrong_flags_end_with_code_2_and_a_sentence(scene: Scene) -> None:
+    """What can be told without a server or torch is told at once, with the nearest right name."""
+    expect_refusal(scene.server("--round", 3), "round", "--rounds", code=2)
+    expect_refusal(scene.server("--lr", "-1"), "--lr", "-1", code=2)
+    expect_refusal(scene.client(1, "localhost:1", "--sorce", "local"), "--source", code=2)
+
+
+def test_other_settings_for_an_unfinished_run_are_refused_by_name(scene: Scene) -> None:
+    """A run goes on with its own settings or not at all; what differs is listed, old and new."""
+    first = start_server(scene, "--rounds", 3, "--lr", 0.1)
+    first.wait_for_line("waiting for clients")
+    first.signal(signal.SIGTERM)
+    expect_clean_exits(first)
+    second = start_server(scene, "--rounds", 4, "--lr", 0.2)
+    expect_refusal(
+        second, "rounds was 3, is now 4", "lr was 0.1, is now 0.2", "another --state-dir"
+    )
+    assert not any("epochs" in line for line in second.lines)
+
+
+def test_a_client_that_is_early_waits_and_says_so_once(scene: Scene) -> None:
+    """Clients may be started first; they find the server when it comes, and say that too."""
+    port = fixed_port()
+    client = start_client(scene, 0, f"127.0.0.1:{port}")
+    client.wait_for_line(f"no answer from 127.0.0.1:{port}")
+    server = start_server(scene, "--port", port, "--rounds", 1, "--min-clients", 1)
+    expect_clean_exits(server, client)
+    assert client.count_lines("no answer from") == 1
+    assert client.count_lines("answers again") == 1
+    assert verdicts(scene.history()) == [(1, 0, "COUNTED")]
+
+
+def test_a_client_that_stays_takes_part_in_the_next_run(scene: Scene) -> None:
+    """After a finished run the same command begins the next, in the same state-dir."""
+    port = fixed_port()
+    flags = ("--port", port, "--rounds", 1, "--min-clients", 1)
+    first = start_server(scene, *flags)
+    client = start_client(scene, 0, first.address, "--stay")
+    expect_clean_exits(first)
+    expect_clean_exits(start_server(scene, *flags))
+    client.signal(signal.SIGTERM)
+    expect_clean_exits(client)
+    assert client.count_lines("update stored") == 2
+    runs = [scene.history("--run", number) for number in ("1", "2")]
+    assert [verdicts(one) for one in runs] == [[(1, 0, "COUNTED")]] * 2
+    # The same seed, task and data: the same model, and another run all the same.
+    assert runs[0][0]["model_digest"] == runs[1][0]["model_digest"]
+    assert runs[0][0]["orders"][0]["order_id"] != runs[1][0]["orders"][0]["order_id"]

@@ -1,0 +1,86 @@
+"""SIGINT and SIGTERM: both sides end cleanly, whatever is under way, and go on later."""
+
+import signal
+
+from tests.acceptance.federation import (
+    BIG,
+    expect_clean_exits,
+    start_client,
+    start_server,
+    verdicts,
+)
+from tests.processes import Process, Scene, Server, fixed_port
+
+
+def stop(process: Process, number: signal.Signals) -> None:
+    """Ask a process to end, as often as an impatient person does; it must, once and cleanly."""
+    for _ in range(3):
+        process.signal(number)
+    expect_clean_exits(process)
+    assert process.count_lines("the same command goes on") == 1
+
+
+def test_stopped_while_training_and_while_parked_both_sides_end_and_go_on(scene: Scene) -> None:
+    """A stop loses nothing: server and clients started again finish the run, nothing twice."""
+    port, num_rounds = fixed_port(), 10
+
+    def server_again() -> Server:
+        return start_server(scene, "--port", port, "--rounds", num_rounds, "--require-all")
+
+    server = server_again()
+    training = start_client(scene, 0, server.address, TINY_STEP_S="1", TINY_TRACE="1")
+    parked = start_client(scene, 1, server.address)
+    parked.wait_for_line("update stored")
+    training.wait_for_line("tiny-step 2$")
+    # One client has a parked call at the server, the other reports its progress to it.
+    stop(server, signal.SIGTERM)
+    parked.wait_for_line("no answer from")
+    server = server_again()
+    parked.wait_for_line("answers again")
+    training.wait_for_line("tiny-step", times=training.count_lines("tiny-step") + 1)
+    stop(training, signal.SIGTERM)
+    stop(parked, signal.SIGINT)
+    orders = {one["client"]: one["state"] for one in scene.history()[-1]["orders"]}
+    assert orders[0] == "OPEN"
+
+    clients = [start_client(scene, one, server.address) for one in (0, 1)]
+    expect_clean_exits(server, *clients)
+    assert verdicts(scene.history()) == [
+        (number, client, "COUNTED") for number in range(1, num_rounds + 1) for client in (0, 1)
+    ]
+
+
+def test_stopped_in_the_middle_of_an_upload_both_sides_end_and_go_on(scene: Scene) -> None:
+    """An upload on the wire holds up neither side's end, and is finished later."""
+    port = fixed_port()
+
+    def server_again() -> Server:
+        flags = ("--port", port, "--rounds", 1, "--min-clients", 1)
+        return start_server(scene, *flags, task=BIG)
+
+    server = server_again()
+    wire = scene.held_wire(server.address)
+
+    def client_again() -> Process:
+        return start_client(scene, 0, wire.address, task=BIG)
+
+    wire.hold(after_bytes=5_000_000)
+    client = client_again()
+    wire.wait_until_held()
+    stop(client, signal.SIGINT)
+
+    wire.hold(after_bytes=5_000_000)
+    client = client_again()
+    wire.wait_until_held()
+    stop(server, signal.SIGTERM)
+    wire.release()
+    server = server_again()
+    expect_clean_exits(server, client)
+    assert verdicts(scene.history()) == [(1, 0, "COUNTED")]
+
+
+def test_a_server_that_waits_for_clients_stops_too(scene: Scene) -> None:
+    """Before the first round there is nothing to wait for."""
+    server = start_server(scene)
+    server.wait_for_line("waiting for clients")
+    stop(server, signal.SIGINT)

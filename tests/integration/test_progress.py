@@ -1,0 +1,258 @@
+"""ReportProgress and the clocks: who gets further, who doesn't, and what went wrong."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+
+import grpc
+import pytest
+
+from shared.pb import federation_pb2 as pb
+from tests.integration.conftest import History
+from tests.integration.peer import (
+    OpenRound,
+    Peer,
+    changed,
+    entry_of,
+    expect_status,
+    open_round,
+    payload_of,
+    wait_until,
+)
+from tests.processes import Scene, Server
+
+STALL_S = 2.0
+LEASE_S = 6.0
+
+
+@pytest.fixture(scope="module")
+def impatient(module_scene: Scene) -> Server:
+    """Give a server that gives orders up after 2 s and takes in one upload at a time."""
+    started = module_scene.server(
+        *("--task", "tests.tiny_task:tiny", "--rounds", 1000, "--max-attempts", 1000),
+        *("--min-clients", 3, "--min-updates", 1, "--max-uploads", 1),
+        *("--stall-after", STALL_S, "--lease", LEASE_S),
+    )
+    started.wait_for_line("fedserver listening on")
+    return started
+
+
+@pytest.fixture
+def hurried(impatient: Server) -> Iterator[OpenRound]:
+    """Give a round of the impatient server with three clients, their orders just pulled."""
+    peers = {one: Peer(impatient.address, one) for one in (0, 1, 2)}
+    current = open_round(peers)
+    yield current
+    current.settle()
+    for peer in peers.values():
+        peer.close()
+
+
+def test_an_order_whose_counters_stand_still_is_given_up_despite_heartbeats(
+    hurried: OpenRound, module_scene: Scene
+) -> None:
+    """Reports alone don't keep an order: its counters must advance, as another client's do."""
+    hurried.settle(2)
+    stuck, busy = hurried.peers[0], hurried.peers[1]
+    batches = iter(range(1, 1_000_000))
+    directives: set[int] = set()
+
+    def is_given_up() -> bool:
+        directives.add(busy.report(hurried.orders[1], batches=next(batches)))
+        return stuck.report(hurried.orders[0], batches=7) == pb.DIRECTIVE_ABANDON
+
+    wait_until(is_given_up, what="the stuck client to be told ABANDON", every_s=0.05)
+    assert directives == {pb.DIRECTIVE_CONTINUE}
+    payload = payload_of(changed(hurried.base))
+    assert stuck.upload(hurried.orders[0], payload).receipt == pb.RECEIPT_LATE
+    assert busy.upload(hurried.orders[1], payload).receipt == pb.RECEIPT_STORED
+    open_round(hurried.peers).settle()
+    entry = entry_of(module_scene.history(), hurried.orders[0])
+    assert entry["phase"] == "DONE"
+    states = {one["client"]: one["state"] for one in entry["orders"]}
+    assert states == {0: "ABANDONED", 1: "COUNTED", 2: "COUNTED"}
+    stalled = [one for one in entry["incidents"] if one["kind"] == "client-stalled"]
+    assert [one["client"] for one in stalled] == [0]
+    assert stalled[0]["idle_s"] > STALL_S
+
+
+def test_an_order_nobody_pulled_yet_has_no_stall_clock(hurried: OpenRound) -> None:
+    """A client that is connected and busy with nothing of this round isn't late."""
+    hurried.settle()
+    slow = hurried.peers[2]
+    orders = {one: hurried.peers[one].pull_order() for one in (0, 1)}
+
+    def is_given_up() -> bool:
+        hurried.peers[1].report(orders[1], batches=1)
+        # A call of any kind shows that the client lives.
+        slow.query(hurried.orders[2], b"")
+        return hurried.peers[0].report(orders[0]) == pb.DIRECTIVE_ABANDON
+
+    wait_until(is_given_up, what="the client that pulled and did nothing to be given up")
+    order = slow.pull_order()
+    assert order.round == orders[0].round
+    assert slow.report(order) == pb.DIRECTIVE_CONTINUE
+    assert slow.upload(order, payload_of(hurried.base)).receipt == pb.RECEIPT_STORED
+
+
+def test_a_client_that_waits_for_the_server_to_take_its_upload_is_not_late(
+    hurried: OpenRound,
+) -> None:
+    """With every place taken, a stream that queues isn't blamed for what the server can't do."""
+    payload = payload_of(changed(hurried.base))
+    dripping = hurried.peers[0].stream(hurried.orders[0], payload)
+    bytes_left = iter(range(len(payload)))
+
+    def drip() -> None:
+        at = next(bytes_left)
+        dripping.send(payload[at : at + 1])
+
+    drip()
+    dripping.wait_until_committed(1)
+    queued = hurried.peers[1].stream(hurried.orders[1], payload)
+    queued.send(payload)
+
+    # From here on this one does nothing: its clock begins after the queued one's.
+    hurried.peers[2].report(hurried.orders[2], batches=1)
+
+    def is_given_up() -> bool:
+        drip()
+        return hurried.peers[2].report(hurried.orders[2], batches=1) == pb.DIRECTIVE_ABANDON
+
+    wait_until(is_given_up, what="the client that does nothing to be given up", every_s=0.05)
+    dripping.send(payload[next(bytes_left) :])
+    assert dripping.finish().receipt == pb.RECEIPT_STORED
+    assert queued.finish().receipt == pb.RECEIPT_STORED
+
+
+def test_an_upload_nothing_comes_from_gives_its_place_to_others(
+    hurried: OpenRound, impatient: Server
+) -> None:
+    """A stream that stands still ends with UNAVAILABLE, keeps its bytes and can be resumed."""
+    payload = payload_of(changed(hurried.base))
+    peer, order = hurried.peers[0], hurried.orders[0]
+    idle = peer.stream(order, payload)
+    idle.send(payload[:100])
+    idle.wait_until_committed(100)
+    queued = hurried.peers[1].stream(hurried.orders[1], payload)
+    queued.send(payload)
+    batches = iter(range(1, 1_000_000))
+
+    def has_ended() -> bool:
+        # The client itself gets further; it is only this stream that doesn't.
+        peer.report(order, batches=next(batches))
+        return idle.is_done
+
+    wait_until(has_ended, what="the idle stream to end", every_s=0.05)
+    expect_status(grpc.StatusCode.UNAVAILABLE, idle.result, match="100 bytes")
+    assert queued.finish().receipt == pb.RECEIPT_STORED
+    assert peer.upload(order, payload, offset=100).receipt == pb.RECEIPT_STORED
+    assert impatient.count_lines("nobody foresaw") == 0
+
+
+def test_a_client_that_vanishes_before_it_pulls_is_lost_and_its_id_is_free(
+    hurried: OpenRound, impatient: Server, module_scene: Scene
+) -> None:
+    """When a lease ends the round goes on without the client, and another may use the id."""
+    ghost = Peer(impatient.address, 3)
+    hurried.settle()
+    haunted = open_round(hurried.peers)
+    haunted.settle()
+    # The round can't close before the ghost's lease is over.
+    following = open_round(hurried.peers)
+    assert following.orders[0].round == haunted.orders[0].round + 1
+    entry = entry_of(module_scene.history(), haunted.orders[0])
+    states = {one["client"]: one["state"] for one in entry["orders"]}
+    assert states == {0: "COUNTED", 1: "COUNTED", 2: "COUNTED", 3: "ABANDONED"}
+    lost = [one["client"] for one in entry["incidents"] if one["kind"] == "client-lost"]
+    assert lost == [3]
+    assert ghost.register(instance_key="another").session_id != ghost.session_id
+    ghost.close()
+    following.settle()
+
+
+def test_an_incident_reported_twice_is_kept_once(opened: OpenRound, history: History) -> None:
+    """A repeated report is told from a new incident by its number; NaN survives as a word."""
+    peer, order = opened.peers[0], opened.orders[0]
+    seen = pb.Incident(
+        sequence=1,
+        kind=pb.INCIDENT_KIND_NON_FINITE_GRADIENT,
+        step=3,
+        epoch=1,
+        tensor="0.weight",
+        detail={"lr": 0.05, "grad_norm_0": float("nan")},
+    )
+    other = pb.Incident(sequence=2, kind=pb.INCIDENT_KIND_CLIENT_STATE_LOST)
+    for incidents in ([seen], [seen], [seen, other]):
+        assert peer.report(order, incidents=incidents) == pb.DIRECTIVE_CONTINUE
+    kept = entry_of(history(), order)["incidents"]
+    json.dumps(kept, allow_nan=False)
+    assert [(one["kind"], one["client"]) for one in kept] == [
+        ("non-finite-gradient", 0),
+        ("client-state-lost", 0),
+    ]
+    first = kept[0]
+    assert (first["step"], first["epoch"], first["tensor"]) == (3, 1, "0.weight")
+    assert (first["lr"], first["grad_norm_0"]) == (0.05, "nan")
+    assert opened.settle(0) == [pb.RECEIPT_STORED]
+
+
+def test_an_incidents_numbers_cannot_pass_for_who_and_when(
+    opened: OpenRound, history: History
+) -> None:
+    """Names that the history itself uses mean what the server saw, whatever a client sends."""
+    order = opened.orders[0]
+    forged = pb.Incident(
+        sequence=1,
+        kind=pb.INCIDENT_KIND_NON_FINITE_LOSS,
+        step=3,
+        detail={"kind": 1.0, "client": 2.0, "at": 0.0, "step": 9.0, "lr": 0.1},
+    )
+    opened.peers[0].report(order, incidents=[forged])
+    (kept,) = entry_of(history(), order)["incidents"]
+    assert (kept["kind"], kept["client"], kept["step"]) == ("non-finite-loss", 0, 3)
+    assert kept["at"].startswith("20")
+    assert kept["lr"] == 0.1
+
+
+def test_an_incident_of_no_kind_is_refused(opened: OpenRound) -> None:
+    """Zero is no kind, and neither is a number this server has no name for."""
+    for kind in (pb.INCIDENT_KIND_UNSPECIFIED, 99):
+        report = pb.ReportProgressRequest(
+            session_id=opened.peers[0].session_id, order_id=opened.orders[0].order_id
+        )
+        report.incidents.add(sequence=1, kind=kind)
+        expect_status(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            partial(opened.peers[0].stub.ReportProgress, report),
+            match="no incident kind",
+        )
+
+
+def test_an_order_a_client_gives_up_ends_and_the_round_goes_on(
+    opened: OpenRound, history: History
+) -> None:
+    """Nobody waits for a client that says it can't deliver; saying it twice is fine."""
+    peer, order = opened.peers[0], opened.orders[0]
+    incident = pb.Incident(sequence=1, kind=pb.INCIDENT_KIND_TRAINING_FAILED)
+    for _ in range(2):
+        assert peer.report(order, incidents=[incident], gave_up=True) == pb.DIRECTIVE_ABANDON
+    assert opened.settle(1, 2) == [pb.RECEIPT_STORED] * 2
+    following = open_round(opened.peers)
+    assert following.orders[0].last_counted_order_id != order.order_id
+    assert following.orders[1].last_counted_order_id == opened.orders[1].order_id
+    following.settle()
+    entry = entry_of(history(), order)
+    states = {one["client"]: one["state"] for one in entry["orders"]}
+    assert states == {0: "ABANDONED", 1: "COUNTED", 2: "COUNTED"}
+    assert [one["kind"] for one in entry["incidents"]] == ["training-failed"]
+
+
+def test_giving_up_after_the_receipt_changes_nothing(opened: OpenRound, history: History) -> None:
+    """What is acknowledged counts, whatever its client says afterwards."""
+    assert opened.settle(0) == [pb.RECEIPT_STORED]
+    opened.peers[0].report(opened.orders[0], gave_up=True)
+    opened.settle(1, 2)
+    open_round(opened.peers).settle()
+    entry = entry_of(history(), opened.orders[0])
+    assert {one["state"] for one in entry["orders"]} == {"COUNTED"}

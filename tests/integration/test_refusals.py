@@ -1,0 +1,173 @@
+"""Updates that must not enter a model: refused with a sentence, on record; the round goes on."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from shared.pb import federation_pb2 as pb
+from tests.integration.conftest import MAX_NUM_EXAMPLES, History
+from tests.integration.peer import (
+    OpenRound,
+    State,
+    changed,
+    entry_of,
+    is_finite,
+    open_round,
+    payload_of,
+)
+
+WEIGHT = "0.weight"
+COUNTER = "1.num_batches_tracked"
+
+
+def with_value(state: State, value: float) -> State:
+    """Return the model with one number of one tensor replaced."""
+    spoilt = changed(state)
+    spoilt[WEIGHT][3, 5] = value
+    return spoilt
+
+
+def without_weight(state: State) -> State:
+    """Return the model with a tensor missing."""
+    return {name: tensor for name, tensor in changed(state).items() if name != WEIGHT}
+
+
+CONTENTS: dict[str, tuple[Callable[[State], State], str]] = {
+    "a missing tensor": (without_weight, f"missing: {WEIGHT}"),
+    "an unknown tensor": (
+        lambda state: changed(state) | {"extra": torch.zeros(2)},
+        "no tensors named extra",
+    ),
+    "another shape": (
+        lambda state: changed(state) | {WEIGHT: torch.zeros(8, 16)},
+        f"'{WEIGHT}' has shape [8, 16]",
+    ),
+    "another dtype": (
+        lambda state: changed(state) | {WEIGHT: state[WEIGHT].double()},
+        f"'{WEIGHT}' has shape [16, 8] and dtype torch.float64",
+    ),
+    # Element 3 * 8 + 5 of a [16, 8] tensor.
+    "a NaN": (lambda state: with_value(state, torch.nan), f"'{WEIGHT}' holds nan at element 29"),
+    "an infinity": (
+        lambda state: with_value(state, -torch.inf),
+        f"'{WEIGHT}' holds -inf at element 29",
+    ),
+    "an absurd norm": (lambda state: changed(state, by=1e6), "away from the global model"),
+    "a counter that ran ahead": (
+        lambda state: changed(state) | {COUNTER: state[COUNTER] + 1_000_000},
+        f"'{COUNTER}' counts",
+    ),
+    "a counter that ran back": (
+        lambda state: changed(state) | {COUNTER: state[COUNTER] - 1},
+        f"'{COUNTER}' counts",
+    ),
+}
+
+HEADERS: dict[str, tuple[dict[str, Any], str]] = {
+    "no examples": ({"num_examples": 0}, "num_examples is 0"),
+    "minus five examples": ({"num_examples": -5}, "num_examples is -5"),
+    "too many examples": (
+        {"num_examples": MAX_NUM_EXAMPLES + 1},
+        f"must lie in 1 to {MAX_NUM_EXAMPLES}",
+    ),
+    "the largest number of examples": ({"num_examples": 2**63 - 1}, "num_examples is"),
+    "negative steps": ({"num_steps": -1}, "num_steps is -1"),
+    # 10 examples make at most 10 steps an epoch, and there are 2 epochs.
+    "more steps than examples": ({"num_steps": 21}, "num_steps is 21; it must lie in 0 to 20"),
+    "an undeclared metric": ({"metrics": {"postcode": 1.0}}, "metric 'postcode'"),
+    "a metric that is NaN": ({"metrics": {"loss": torch.nan}}, "metric 'loss' is nan"),
+    "a payload twice the model": ({"size_bytes": 1 << 22}, "sections"),
+    "an oversized payload": (
+        {"size_bytes": 1 << 22, "sections": [pb.Section(name="model", size_bytes=1 << 22)]},
+        "the payload has 4194304 bytes; the model has",
+    ),
+    "the largest size on record": (
+        {"size_bytes": 2**63 - 1, "sections": [pb.Section(name="model", size_bytes=2**63 - 1)]},
+        "the payload has 9223372036854775807 bytes",
+    ),
+    "no section": ({"sections": []}, "sections []"),
+    "a section nobody knows": ({"sections": [pb.Section(name="control")]}, "['control']"),
+}
+
+
+def expect_refused_and_recorded(
+    opened: OpenRound, history: History, answer: pb.UploadUpdateResponse, sentence: str
+) -> None:
+    """Check receipt, record and incident of client 0's update, and that the others go on."""
+    assert answer.receipt == pb.RECEIPT_REFUSED
+    assert sentence in answer.reason
+    assert opened.settle(1, 2) == [pb.RECEIPT_STORED] * 2
+    next_round = open_round(opened.peers)
+    assert next_round.orders[1].round == opened.orders[1].round + 1
+    assert is_finite(next_round.base)
+    next_round.settle()
+    recorded = history()
+    json.dumps(recorded, allow_nan=False)
+    entry = entry_of(recorded, opened.orders[0])
+    assert entry["phase"] == "DONE"
+    verdicts = {one["client"]: one["verdict"] for one in entry["updates"]}
+    assert verdicts == {0: "REFUSED", 1: "COUNTED", 2: "COUNTED"}
+    assert entry["updates"][0]["reason"] == answer.reason
+    (incident,) = entry["incidents"]
+    assert (incident["kind"], incident["client"]) == ("update-refused", 0)
+    assert incident["reason"] == answer.reason
+
+
+@pytest.mark.parametrize("fault", CONTENTS)
+def test_bad_content_is_refused_and_the_round_goes_on(
+    opened: OpenRound, history: History, fault: str
+) -> None:
+    """No wrong tensor and no absurd number reaches the model; the sender learns which and where."""
+    make, sentence = CONTENTS[fault]
+    answer = opened.peers[0].upload(opened.orders[0], payload_of(make(opened.base)))
+    expect_refused_and_recorded(opened, history, answer, sentence)
+
+
+@pytest.mark.parametrize("fault", HEADERS)
+def test_an_impossible_header_is_refused_and_the_round_goes_on(
+    opened: OpenRound, history: History, fault: str
+) -> None:
+    """What an update says of itself must be possible; if not, none of its bytes are taken."""
+    changes, sentence = HEADERS[fault]
+    payload = payload_of(changed(opened.base))
+    answer = opened.peers[0].upload(opened.orders[0], payload, **changes)
+    expect_refused_and_recorded(opened, history, answer, sentence)
+
+
+def test_bytes_that_are_no_safetensors_file_are_refused(
+    opened: OpenRound, history: History
+) -> None:
+    """A payload of the right digest and any content is examined before it is believed."""
+    answer = opened.peers[0].upload(opened.orders[0], b"\xff" * 2000)
+    expect_refused_and_recorded(opened, history, answer, "not a safetensors file")
+
+
+def test_a_refused_order_stays_refused(opened: OpenRound) -> None:
+    """A client can't mend a refusal by sending something else: the order has ended."""
+    peer, order = opened.peers[0], opened.orders[0]
+    bad = payload_of(with_value(opened.base, torch.nan))
+    first = peer.upload(order, bad)
+    for payload in (bad, payload_of(changed(opened.base))):
+        again = peer.upload(order, payload)
+        assert (again.receipt, again.reason) == (pb.RECEIPT_REFUSED, first.reason)
+
+
+def test_a_round_without_one_good_update_fails_and_is_tried_again(
+    opened: OpenRound, history: History
+) -> None:
+    """Where nothing good came, the model stays as it was and the next attempt begins from it."""
+    bad = payload_of(with_value(opened.base, torch.nan))
+    for one, peer in opened.peers.items():
+        assert peer.upload(opened.orders[one], bad).receipt == pb.RECEIPT_REFUSED
+    again = open_round(opened.peers)
+    before, after = opened.orders[0], again.orders[0]
+    assert (after.round, after.attempt) == (before.round, before.attempt + 1)
+    assert after.sections == before.sections
+    assert after.seed != before.seed
+    again.settle()
+    failed = entry_of(history(), before)
+    assert failed["phase"] == "FAILED"
+    assert failed["incidents"][-1]["kind"] == "round-failed"

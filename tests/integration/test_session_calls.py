@@ -1,0 +1,133 @@
+"""Register and PullWork: who is who, and how orders are handed out."""
+
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from shared.pb import federation_pb2 as pb
+from tests.integration.peer import OpenRound, Peer, each_method, expect_status, open_round
+from tests.processes import Server
+
+NOT_A_SESSION = "no-such-session"
+
+
+def test_the_same_instance_takes_its_session_over_at_once(stranger: Peer) -> None:
+    """A client that was killed and started again is given the session it had."""
+    first = stranger.register()
+    assert stranger.register().session_id == first.session_id
+    assert first.task == "tests.tiny_task:tiny"
+    assert first.total_rounds == 100_000
+    assert first.partitioning.scheme == "iid"
+
+
+def test_another_instance_is_refused_an_id_in_use(stranger: Peer) -> None:
+    """Two state-dirs with one id are a mistake, and the second to come is told so."""
+    mine = stranger.register()
+    told = expect_status(
+        grpc.StatusCode.ALREADY_EXISTS, lambda: stranger.register(instance_key="another")
+    )
+    assert "client id 60 is in use by another process" in told
+    assert stranger.register().session_id == mine.session_id
+
+
+def test_an_instance_that_serves_other_ids_now_gives_up_its_old_session(server: Server) -> None:
+    """A session that overlaps with an older one of the same instance replaces it."""
+    peer = Peer(server.address, 61, num_examples=0)
+    peer.session_id = peer.register(client_ids=[61, 62]).session_id
+    assert peer.pull(wait_s=0).state == pb.WORK_STATE_WAIT
+    newer = peer.register(client_ids=[62, 63]).session_id
+    expect_status(grpc.StatusCode.UNAUTHENTICATED, lambda: peer.pull(wait_s=0))
+    peer.session_id = newer
+    assert peer.pull(wait_s=0).state == pb.WORK_STATE_WAIT
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"client_ids": []}, "give one or more different numbers"),
+        ({"client_ids": [7, 7]}, "give one or more different numbers"),
+        ({"client_ids": [-1]}, "give one or more different numbers"),
+        ({"client_ids": [2**60]}, "give one or more different numbers"),
+        ({"instance_key": ""}, "1 to 128 characters"),
+        ({"instance_key": "k" * 129}, "1 to 128 characters"),
+        ({"num_examples": [5, 5]}, "2 data sizes for 1 client ids"),
+        ({"num_examples": [0]}, "needs at least one"),
+        ({"num_examples": [-5]}, "needs at least one"),
+    ],
+)
+def test_a_malformed_registration_is_refused_with_a_sentence(
+    stranger: Peer, changes: dict[str, Any], sentence: str
+) -> None:
+    """Nothing impossible gets a session, and the answer says what is impossible."""
+    told = expect_status(grpc.StatusCode.INVALID_ARGUMENT, lambda: stranger.register(**changes))
+    assert sentence in told
+
+
+def test_a_client_of_another_task_is_told_both_names(stranger: Peer) -> None:
+    """A client that insists on a task other than the run's learns which is which."""
+    told = expect_status(
+        grpc.StatusCode.FAILED_PRECONDITION, lambda: stranger.register(task="mnist-sample")
+    )
+    assert "tests.tiny_task:tiny" in told
+    assert "mnist-sample" in told
+
+
+def test_an_unknown_session_is_sent_to_register(opened: OpenRound, server: Server) -> None:
+    """Every call with a session the server doesn't know answers UNAUTHENTICATED."""
+    peer = Peer(server.address, 64, num_examples=0)
+    peer.session_id = NOT_A_SESSION
+    order = opened.orders[0]
+    for name, call in each_method(peer, order.order_id, order.sections[0].digest):
+        told = expect_status(grpc.StatusCode.UNAUTHENTICATED, call)
+        assert "register again" in told, name
+
+
+def test_an_order_of_another_client_is_not_found(opened: OpenRound) -> None:
+    """No session may deliver, ask about or report on what others were given."""
+    order = opened.orders[1]
+    calls = dict(each_method(opened.peers[0], order.order_id, order.sections[0].digest))
+    for name in ("UploadUpdate", "QueryUpload", "ReportProgress"):
+        told = expect_status(grpc.StatusCode.NOT_FOUND, calls[name])
+        assert order.order_id in told, name
+    assert opened.settle(1) == [pb.RECEIPT_STORED]
+
+
+def test_an_order_nobody_was_given_is_not_found(opened: OpenRound) -> None:
+    """An order id that was made up is NOT_FOUND for every call that names one."""
+    digest = opened.orders[0].sections[0].digest
+    calls = dict(each_method(opened.peers[0], "run9-r1-a1-c0-s1", digest))
+    for name in ("UploadUpdate", "QueryUpload", "ReportProgress"):
+        told = expect_status(grpc.StatusCode.NOT_FOUND, calls[name])
+        assert "run9-r1-a1-c0-s1" in told, name
+
+
+def test_pulling_again_returns_the_same_order(opened: OpenRound) -> None:
+    """A client that lost the answer, or was killed, is handed the order it has, unchanged."""
+    peer, order = opened.peers[0], opened.orders[0]
+    assert peer.pull().order == order
+    peer.session_id = peer.register(num_examples=[10]).session_id
+    assert peer.pull().order == order
+    assert order.client_id == 0
+    assert order.sections[0].size_bytes == len(peer.download(order.sections[0].digest))
+
+
+def test_there_is_nothing_to_pull_once_the_order_is_delivered(opened: OpenRound) -> None:
+    """Between its update and the next round a client is told to wait."""
+    assert opened.settle(0) == [pb.RECEIPT_STORED]
+    assert opened.peers[0].pull(wait_s=0).state == pb.WORK_STATE_WAIT
+
+
+def test_a_parked_pull_is_woken_when_the_round_opens(opened: OpenRound) -> None:
+    """A long poll answers with the next round's order: were it not woken, it would say WAIT."""
+    opened.settle(0)
+    parked = opened.peers[0].stub.PullWork.future(
+        pb.PullWorkRequest(session_id=opened.peers[0].session_id, wait=Duration(seconds=20))
+    )
+    opened.settle(1, 2)
+    work = parked.result()
+    assert work.state == pb.WORK_STATE_ORDER
+    assert (work.order.round, work.order.attempt) == (opened.orders[0].round + 1, 1)
+    assert work.order.last_counted_order_id == opened.orders[0].order_id
+    open_round(opened.peers).settle()

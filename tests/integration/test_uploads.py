@@ -1,0 +1,199 @@
+"""UploadUpdate and QueryUpload: broken streams, repeated ones, and what comes too late."""
+
+from functools import partial
+from typing import Any
+
+import grpc
+import pytest
+
+from shared.codec import digest_bytes
+from shared.pb import federation_pb2 as pb
+from tests.integration.conftest import History
+from tests.integration.peer import (
+    OpenRound,
+    changed,
+    entry_of,
+    expect_status,
+    open_round,
+    payload_of,
+)
+
+HALF = 1000
+"""Bytes; the tiny model has some 2,000."""
+
+
+def update_of(history: list[dict[str, Any]], opened: OpenRound, client_id: int) -> dict[str, Any]:
+    """Return the one update that a round's history holds of a client."""
+    entry = entry_of(history, opened.orders[client_id])
+    (update,) = (one for one in entry["updates"] if one["client"] == client_id)
+    assert isinstance(update, dict)
+    return update
+
+
+def test_a_good_update_is_stored_and_the_same_again_is_a_duplicate(
+    opened: OpenRound, history: History
+) -> None:
+    """A receipt that got lost is asked for by sending again, and nothing counts twice."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(changed(opened.base))
+    assert not peer.query(order, payload).complete
+    assert peer.upload(order, payload).receipt == pb.RECEIPT_STORED
+    assert peer.query(order, payload).complete
+    assert peer.upload(order, payload).receipt == pb.RECEIPT_DUPLICATE
+    opened.settle(1, 2)
+    next_round = open_round(opened.peers)
+    assert peer.upload(order, payload).receipt == pb.RECEIPT_DUPLICATE
+    next_round.settle()
+    kept = update_of(history(), opened, 0)
+    assert (kept["digest"], kept["verdict"]) == (digest_bytes(payload), "COUNTED")
+    assert kept["metrics"] == {"loss": 0.5, "accuracy": 0.75}
+
+
+def test_other_bytes_for_a_delivered_order_are_refused_and_the_first_stand(
+    opened: OpenRound, history: History
+) -> None:
+    """An order takes one update; what was acknowledged isn't replaced."""
+    peer, order = opened.peers[0], opened.orders[0]
+    first, second = payload_of(changed(opened.base)), payload_of(changed(opened.base, 0.02))
+    assert peer.upload(order, first).receipt == pb.RECEIPT_STORED
+    answer = peer.upload(order, second)
+    assert answer.receipt == pb.RECEIPT_REFUSED
+    assert "the first one stands" in answer.reason
+    opened.settle(1, 2)
+    open_round(opened.peers).settle()
+    kept = update_of(history(), opened, 0)
+    assert (kept["digest"], kept["verdict"]) == (digest_bytes(first), "COUNTED")
+
+
+def test_a_broken_stream_goes_on_where_it_was_committed(opened: OpenRound) -> None:
+    """After a cut, QueryUpload says how much is there, and only the rest is sent."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(changed(opened.base))
+    upload = peer.stream(order, payload)
+    upload.send(payload[:HALF])
+    upload.wait_until_committed(HALF)
+    upload.cancel()
+    answer = peer.query(order, payload)
+    assert (answer.committed_bytes, answer.complete) == (HALF, False)
+    assert peer.upload(order, payload, offset=HALF).receipt == pb.RECEIPT_STORED
+
+
+def test_a_stream_that_ends_too_early_keeps_what_it_brought(opened: OpenRound) -> None:
+    """Fewer bytes than the header says are no update, but they needn't be sent again."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(changed(opened.base))
+    expect_status(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        lambda: peer.upload(order, payload, sent=payload[:HALF]),
+        match=f"ended at byte {HALF} of {len(payload)}",
+    )
+    assert peer.upload(order, payload, offset=HALF).receipt == pb.RECEIPT_STORED
+
+
+def test_more_bytes_than_the_header_says_are_not_taken(opened: OpenRound) -> None:
+    """The size in the header bounds what one stream can write."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(changed(opened.base))
+    expect_status(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        lambda: peer.upload(order, payload, sent=payload + b"more"),
+        match="holds more than",
+    )
+    assert peer.query(order, payload).committed_bytes == 0
+    assert peer.upload(order, payload).receipt == pb.RECEIPT_STORED
+
+
+@pytest.mark.parametrize("offset", [1, HALF + 1, 2**40])
+def test_a_wrong_offset_is_out_of_range(opened: OpenRound, offset: int) -> None:
+    """A stream that doesn't begin where the committed bytes end is told where that is."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(changed(opened.base))
+    expect_status(
+        grpc.StatusCode.OUT_OF_RANGE,
+        lambda: peer.upload(order, payload, offset=offset),
+        match="0 bytes are committed",
+    )
+
+
+def test_a_newer_stream_of_an_order_fences_the_older(opened: OpenRound) -> None:
+    """A client that came back isn't held up by what is left of its former connection."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(changed(opened.base))
+    older = peer.stream(order, payload)
+    older.send(payload[:HALF])
+    older.wait_until_committed(HALF)
+    newer = peer.stream(order, payload, offset=HALF)
+    newer.send(payload[HALF : HALF + 100])
+    newer.wait_until_committed(HALF + 100)
+    older.send(b"from the past")
+    expect_status(grpc.StatusCode.ABORTED, older.result, match="a newer upload")
+    newer.send(payload[HALF + 100 :])
+    assert newer.finish().receipt == pb.RECEIPT_STORED
+
+
+def test_bytes_that_changed_on_the_way_are_dropped_and_sent_again(opened: OpenRound) -> None:
+    """One wrong bit is DATA_LOSS, nothing of the stream is kept, and a second try is good."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(changed(opened.base))
+    flipped = payload[:HALF] + bytes([payload[HALF] ^ 1]) + payload[HALF + 1 :]
+    expect_status(grpc.StatusCode.DATA_LOSS, lambda: peer.upload(order, payload, sent=flipped))
+    assert peer.query(order, payload).committed_bytes == 0
+    assert peer.upload(order, payload).receipt == pb.RECEIPT_STORED
+
+
+def test_an_update_for_an_order_that_ended_is_late(opened: OpenRound, history: History) -> None:
+    """What comes after the end changes nothing; it is on record, and asking again says so."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(changed(opened.base))
+    assert peer.report(order, gave_up=True) == pb.DIRECTIVE_ABANDON
+    assert peer.upload(order, payload).receipt == pb.RECEIPT_LATE
+    assert peer.upload(order, payload).receipt == pb.RECEIPT_LATE
+    opened.settle(1, 2)
+    next_round = open_round(opened.peers)
+    assert peer.upload(order, payload).receipt == pb.RECEIPT_LATE
+    next_round.settle()
+    entry = entry_of(history(), order)
+    verdicts = {one["client"]: one["verdict"] for one in entry["updates"]}
+    assert verdicts == {0: "ABANDONED", 1: "COUNTED", 2: "COUNTED"}
+    late = [one for one in entry["incidents"] if one["kind"] == "update-late"]
+    assert [one["client"] for one in late] == [0]
+
+
+def test_an_upload_without_a_header_is_refused(opened: OpenRound) -> None:
+    """Data first, no message at all, or no encoding: the answer says what must come first."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(opened.base)
+    for messages in (
+        [],
+        [pb.UploadUpdateRequest(data=payload)],
+        [peer.header(order, payload, encoding=pb.ENCODING_UNSPECIFIED)],
+    ):
+        expect_status(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            partial(peer.stub.UploadUpdate, iter(messages)),
+            match="begins with a header",
+        )
+
+
+def test_a_second_header_in_an_upload_is_refused(opened: OpenRound) -> None:
+    """A stream speaks of one update; a header in its middle ends it and what came stays."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(opened.base)
+    upload = peer.stream(order, payload)
+    upload.send(payload[:HALF])
+    upload.send_message(peer.header(order, payload))
+    expect_status(grpc.StatusCode.INVALID_ARGUMENT, upload.result, match="data and nothing else")
+    assert peer.upload(order, payload, offset=HALF).receipt == pb.RECEIPT_STORED
+
+
+@pytest.mark.parametrize("size_bytes", [2**63, 2**64 - 1])
+def test_a_size_no_file_can_have_is_an_invalid_argument(opened: OpenRound, size_bytes: int) -> None:
+    """The wire's numbers are larger than the database's; they get an answer all the same."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(opened.base)
+    expect_status(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        lambda: peer.upload(order, payload, size_bytes=size_bytes),
+        match="size_bytes is",
+    )
+    assert peer.upload(order, payload).receipt == pb.RECEIPT_STORED
