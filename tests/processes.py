@@ -343,6 +343,18 @@ def _cut(*sockets: socket.socket) -> None:
             continue
 
 
+def wait_until(is_so: Callable[[], bool], *, what: str, every_s: float = 0.01) -> None:
+    """Ask again and again until it is so; for what the server gives no event for."""
+    gave_up = threading.Event()
+    timer = threading.Timer(GENEROUS_S, gave_up.set)
+    timer.start()
+    try:
+        while not is_so():
+            assert not gave_up.wait(every_s), f"waited {GENEROUS_S:g} s in vain for {what}"
+    finally:
+        timer.cancel()
+
+
 def fixed_port() -> int:
     """Return a free port for a server that is to come back at the same one.
 

@@ -25,7 +25,7 @@ from tests.acceptance.federation import (
     start_server,
     verdicts,
 )
-from tests.processes import Process, Scene, fixed_port
+from tests.processes import Process, Scene, fixed_port, wait_until
 
 SEEDS = range(int(os.environ.get("FED_KILL_SEEDS", "1")))
 NUM_STEPS = {0: 8, 1: 10, 2: 12}
@@ -153,10 +153,16 @@ def test_both_sides_killed_in_the_middle_of_uploads_end_in_the_same_models(
         # Only an upload is this large.
         wire.hold(after_bytes=rng.randint(3_000_000, 25_000_000))
         wire.wait_until_held()
+        spool = scene.folder / "server" / "spool"
+        upload = f"*-r{number}-*-c{victim_id}-*"
+        wait_until(
+            lambda: any(path.stat().st_size for path in spool.glob(upload)),  # noqa: B023
+            what="the server to write the first of the bytes that have arrived",
+        )
         (server if struck == "server" else clients[victim_id]).kill()
 
         order = open_order(scene, victim_id)
-        (spooled,) = (scene.folder / "server" / "spool").glob(f"{order['order_id']}.*")
+        (spooled,) = spool.glob(f"{order['order_id']}.*")
         outbox = scene.folder / f"client-{victim_id}" / "outbox"
         size_bytes = (outbox / f"{order['order_id']}.safetensors").stat().st_size
         committed_bytes = spooled.stat().st_size

@@ -1,7 +1,6 @@
 """A client as the server sees one: the calls of the protocol, made by hand."""
 
 import queue
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from shared.codec import decode_state, digest_bytes, encode_state
 from shared.pb import federation_pb2 as pb
 from shared.pb.federation_pb2_grpc import FederationServiceStub
-from tests.processes import GENEROUS_S
+from tests.processes import GENEROUS_S, wait_until
 
 State = dict[str, Tensor]
 
@@ -251,18 +250,6 @@ def expect_status(
     ended = cast(grpc.Call, caught.value)
     assert ended.code() == code, f"{ended.code()}: {ended.details()}"
     return ended.details() or ""
-
-
-def wait_until(is_so: Callable[[], bool], *, what: str, every_s: float = 0.01) -> None:
-    """Ask again and again until it is so; for what the server gives no event for."""
-    gave_up = threading.Event()
-    timer = threading.Timer(GENEROUS_S, gave_up.set)
-    timer.start()
-    try:
-        while not is_so():
-            assert not gave_up.wait(every_s), f"waited {GENEROUS_S:g} s in vain for {what}"
-    finally:
-        timer.cancel()
 
 
 def each_method(peer: Peer, order_id: str, digest: str) -> Iterator[tuple[str, Callable[[], Any]]]:

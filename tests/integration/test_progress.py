@@ -17,9 +17,8 @@ from tests.integration.peer import (
     expect_status,
     open_round,
     payload_of,
-    wait_until,
 )
-from tests.processes import Scene, Server
+from tests.processes import Scene, Server, wait_until
 
 STALL_S = 2.0
 LEASE_S = 6.0
