@@ -25,7 +25,6 @@ from tests.acceptance.federation import (
     start_server,
     verdicts,
 )
-from tests.integration.peer import wait_until
 from tests.processes import Process, Scene, fixed_port, wait_until
 
 SEEDS = range(int(os.environ.get("FED_KILL_SEEDS", "1")))
