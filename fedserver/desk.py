@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
 from fedserver.intake import Intake
 from fedserver.parts import Parts
@@ -10,6 +10,7 @@ from fedserver.records import Event, OrderRecord, Session, json_number
 from fedserver.rounds import OrderState
 from shared.errors import NotFound, ServerUnreachable, WrongSettings
 from shared.types import (
+    INCIDENT_NUMBERS,
     ClientUpdate,
     Counters,
     Directive,
@@ -20,10 +21,9 @@ from shared.types import (
     Work,
     WorkState,
 )
+from shared.weights import EntryKind
 
 _MAX_WAIT_S = 20.0
-# What the history says of every incident; a client's detail can't stand in for it.
-_OWN_FIELDS = frozenset({"kind", "at", "client"})
 
 
 class Desk:
@@ -90,14 +90,25 @@ class Desk:
                 self._parts.sessions.touch(session_id)
                 return Work(state=WorkState.WAIT)
 
-    async def download(self, session_id: str, digest: str, *, offset: int) -> AsyncIterator[bytes]:
-        """Yield a blob's framed chunks; each one that leaves is progress of the session's order."""
+    async def download(
+        self,
+        session_id: str,
+        digest: str,
+        *,
+        offset: int,
+        write: Callable[[bytes], Awaitable[None]],
+    ) -> None:
+        """Write a blob's framed chunks; each one that leaves is progress of the session's order."""
         session = self._parts.sessions.touch(session_id)
-        async for framed in self._parts.downloads.chunks(digest, offset=offset):
-            yield framed
+
+        def note_progress() -> None:
             self._parts.sessions.touch(session_id)
             if (order := self._parts.book.open_order_of(session.client_ids)) is not None:
                 self._parts.book.note_bytes(order.order.order_id)
+
+        await self._parts.downloads.send(
+            digest, offset=offset, write=write, on_progress=note_progress
+        )
 
     async def committed_bytes(
         self, session_id: str, order_id: str, digest: str
@@ -138,7 +149,7 @@ class Desk:
         record = await self._find_order(session_id, order_id)
         self._parts.book.advance(order_id, counters)
         for sequence, incident in incidents:
-            happened = _incident_event(record, incident)
+            happened = _incident_event(record, incident, self._parts.kinds)
             is_new = await self._parts.workers.in_store(
                 self._parts.store.add_events,
                 record.run_id,
@@ -192,16 +203,19 @@ def _directive(state: OrderState) -> Directive:
     return Directive.CONTINUE if is_going_on else Directive.ABANDON
 
 
-def _incident_event(record: OrderRecord, incident: Incident) -> Event:
+def _incident_event(
+    record: OrderRecord, incident: Incident, kinds: Mapping[str, EntryKind]
+) -> Event:
+    """Return what is recorded: declared names only, whatever else a client may have sent."""
     fields = {
         **{
-            key: json_number(value)
-            for key, value in incident.detail.items()
-            if key not in _OWN_FIELDS
+            name: json_number(value)
+            for name, value in incident.detail.items()
+            if name in INCIDENT_NUMBERS
         },
         "step": incident.step,
         "epoch": incident.epoch,
-        "tensor": incident.tensor,
+        "tensor": incident.tensor if incident.tensor in kinds else None,
     }
     return Event(
         kind=incident.kind,

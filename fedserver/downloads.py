@@ -4,20 +4,26 @@ The chunks of the model in force are framed once and shared by all downloads, wh
 size; anything else (an older model that a restarted client still asks for) is read as it is sent.
 """
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import Awaitable, Callable
 
 from fedserver.checkpoints import Checkpoints
 from fedserver.workers import Workers
 from shared.chunks import CHUNK_BYTES, DOWNLOAD_DATA_FIELD, frame
-from shared.errors import NotFound, WrongOffset
+from shared.errors import NotFound, ServerUnreachable, WrongOffset
+
+_MAX_CHUNKS_UNDER_WAY = 32
 
 
 class Downloads:
-    """Serves blobs by digest; keeps the framed chunks of one of them."""
+    """Serves blobs by digest, in bounded memory; keeps the framed chunks of one of them."""
 
-    def __init__(self, checkpoints: Checkpoints, workers: Workers) -> None:
+    def __init__(self, checkpoints: Checkpoints, workers: Workers, *, idle_s: float) -> None:
         self._checkpoints = checkpoints
         self._workers = workers
+        self._idle_s = idle_s
+        # gRPC copies what it is given to write: without a bound, a chunk for every slow client.
+        self._places = asyncio.Semaphore(_MAX_CHUNKS_UNDER_WAY)
         self._digest = ""
         self._chunks: dict[int, bytes] = {}
 
@@ -27,10 +33,20 @@ class Downloads:
             self._digest = digest
             self._chunks = {}
 
-    async def chunks(self, digest: str, *, offset: int) -> AsyncIterator[bytes]:
-        """Yield the framed chunks of a blob from byte `offset` on.
+    async def send(
+        self,
+        digest: str,
+        *,
+        offset: int,
+        write: Callable[[bytes], Awaitable[None]],
+        on_progress: Callable[[], None],
+    ) -> None:
+        """Write the framed chunks of a blob from byte `offset` on.
+
+        `on_progress` hears of each chunk that has left, and of waiting that isn't the client's.
 
         Raises:
+            ServerUnreachable: the client took nothing for so long that others get its place.
             NotFound: there is no such blob.
             WrongOffset: `offset` is beyond its end.
         """
@@ -48,10 +64,20 @@ class Downloads:
 
         while offset < size_bytes:
             end = min(offset - offset % CHUNK_BYTES + CHUNK_BYTES, size_bytes)
-            framed = self._chunks.get(offset) if digest == self._digest else None
-            if framed is None:
-                framed = await self._workers.on_disk(read, offset, end)
-                if digest == self._digest and offset % CHUNK_BYTES == 0:
-                    self._chunks[offset] = framed
-            yield framed
+            async with self._places:
+                on_progress()
+                framed = self._chunks.get(offset) if digest == self._digest else None
+                if framed is None:
+                    framed = await self._workers.on_disk(read, offset, end)
+                    if digest == self._digest and offset % CHUNK_BYTES == 0:
+                        self._chunks[offset] = framed
+                try:
+                    async with asyncio.timeout(self._idle_s):
+                        await write(framed)
+                except TimeoutError:
+                    raise ServerUnreachable(
+                        f"nothing was taken of blob {digest} for {self._idle_s:g} s; ask for the "
+                        "rest again"
+                    ) from None
+            on_progress()
             offset = end

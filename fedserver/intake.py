@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fedserver.admission import UpdateRefused, examine_content, examine_header
+from fedserver.memory import return_free_pages
 from fedserver.orderbook import OpenRound
 from fedserver.parts import Parts
 from fedserver.records import Event, OrderRecord
@@ -96,23 +97,22 @@ class Intake:
     async def _append(
         self, update: ClientUpdate, stream: UpdateStream, chunks: AsyncIterator[memoryview]
     ) -> None:
-        while True:
-            try:
-                chunk = await asyncio.wait_for(anext(chunks), self._idle_s)
-            except StopAsyncIteration:
-                break
-            except TimeoutError:
-                raise ServerUnreachable(
-                    f"order {update.order_id}: nothing came for {self._idle_s:g} s after "
-                    f"{stream.offset} bytes; ask QueryUpload and send the rest"
-                ) from None
-            if stream.offset + len(chunk) > update.size_bytes:
-                raise InvalidInput(
-                    f"order {update.order_id}: the stream holds more than the "
-                    f"{update.size_bytes} bytes that its header says"
-                )
-            await self._parts.workers.on_disk(stream.append, chunk)
-            self._parts.book.note_bytes(update.order_id)
+        try:
+            async with asyncio.timeout(self._idle_s) as patience:
+                async for chunk in chunks:
+                    if stream.offset + len(chunk) > update.size_bytes:
+                        raise InvalidInput(
+                            f"order {update.order_id}: the stream holds more than the "
+                            f"{update.size_bytes} bytes that its header says"
+                        )
+                    await self._parts.workers.on_disk(stream.append, chunk)
+                    self._parts.book.note_bytes(update.order_id)
+                    patience.reschedule(asyncio.get_running_loop().time() + self._idle_s)
+        except TimeoutError:
+            raise ServerUnreachable(
+                f"order {update.order_id}: nothing came for {self._idle_s:g} s after "
+                f"{stream.offset} bytes; ask QueryUpload and send the rest"
+            ) from None
         if stream.offset != update.size_bytes:
             raise InvalidInput(
                 f"order {update.order_id}: the stream ended at byte {stream.offset} of "
@@ -123,8 +123,7 @@ class Intake:
         self, record: OrderRecord, update: ClientUpdate, stream: UpdateStream, current: OpenRound
     ) -> UploadAnswer:
         if await self._parts.workers.on_disk(digest_file, stream.path) != update.digest:
-            stream.fence()
-            self._parts.spool.drop(update.order_id, update.digest)
+            self._parts.spool.discard(stream)
             raise CorruptPayload(
                 f"order {update.order_id}: the bytes don't match digest {update.digest}; "
                 "they were dropped, send the payload again from byte 0"
@@ -135,6 +134,7 @@ class Intake:
             self._parts.spool.drop(update.order_id, update.digest)
             return await self._end(record, update, OrderEvent.REFUSE, reason=str(refusal))
         await self._parts.workers.on_disk(stream.make_durable)
+        await self._parts.workers.on_disk(return_free_pages)
         return await self._end(record, update, OrderEvent.STORE)
 
     def _examine(self, update: ClientUpdate, stream: UpdateStream, current: OpenRound) -> None:

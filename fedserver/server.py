@@ -17,6 +17,7 @@ from fedserver.downloads import Downloads
 from fedserver.evaluation import Evaluator
 from fedserver.events import EventBus
 from fedserver.intake import Intake
+from fedserver.memory import keep_one_heap
 from fedserver.orderbook import OrderBook
 from fedserver.parts import Parts
 from fedserver.records import Run, RunState
@@ -46,6 +47,7 @@ def run_server(settings: ServerSettings) -> None:
     Raises:
         FederationError: a person's mistake or a failed run, with a sentence that says which.
     """
+    keep_one_heap()
     torch.set_num_threads(settings.threads)
     if settings.export is not None and not settings.export.absolute().parent.is_dir():
         raise InvalidInput(f"--export {settings.export}: there is no such folder; make it first")
@@ -105,7 +107,7 @@ async def _serve(
         store=store,
         spool=Spool(settings.state_dir / "spool"),
         checkpoints=checkpoints,
-        downloads=Downloads(checkpoints, workers),
+        downloads=Downloads(checkpoints, workers, idle_s=settings.stall_after),
         sessions=Sessions(store.load_sessions(run.run_id), lease_s=settings.lease),
         book=OrderBook(),
         bus=EventBus(),

@@ -14,8 +14,6 @@ from pathlib import Path
 from shared.errors import StreamFenced, WrongOffset
 from shared.files import naming_full_disk, sync_folder
 
-_SYNC_EVERY_BYTES = 8 << 20
-
 
 class UpdateStream:
     """The one open file of an update that is being written; made by `Spool.open_stream`."""
@@ -24,7 +22,6 @@ class UpdateStream:
         self.path = path
         self.offset = offset
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-        self._unsynced_bytes = 0
         self._lock = threading.Lock()
         self._is_fenced = False
 
@@ -37,15 +34,10 @@ class UpdateStream:
         """
         with self._lock, naming_full_disk(self.path.parent):
             self._examine_fence()
-            self._unsynced_bytes += len(data)
             while data:
                 written = os.pwrite(self._descriptor, data, self.offset)
                 self.offset += written
                 data = data[written:]
-            if self._unsynced_bytes >= _SYNC_EVERY_BYTES:
-                # Little by little, so that the fdatasync before the receipt is short.
-                os.fdatasync(self._descriptor)
-                self._unsynced_bytes = 0
 
     def make_durable(self) -> None:
         """Return when the file and its name survive a loss of power.
@@ -123,6 +115,13 @@ class Spool:
             with self._lock:
                 if self._streams.get(path) is stream:
                     del self._streams[path]
+
+    def discard(self, stream: UpdateStream) -> None:
+        """Delete a stream's file, unless a newer stream has taken it over."""
+        with self._lock:
+            if self._streams.get(stream.path) is stream:
+                stream.fence()
+                stream.path.unlink()
 
     def drop(self, order_id: str, digest: str) -> None:
         """Delete an update's file, if it is there."""

@@ -221,6 +221,9 @@ class Directive(StrEnum):
     ABANDON = "abandon"
 
 
+INCIDENT_NUMBERS = frozenset({"lr", "batch", "loss", *(f"grad_norm_{age}" for age in range(5))})
+"""The numbers an incident may carry; what they mean, shared.training.NonFiniteError says."""
+
 METRIC_NAMES = frozenset({"accuracy", "loss", "train_s", "global_accuracy", "global_loss"})
 """The metrics an update may carry: share of right answers and mean loss over the last local epoch,
 seconds of training, and, if the order asks, how good the global model was on the client's examples

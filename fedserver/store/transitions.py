@@ -71,7 +71,7 @@ def examine_version(engine: Engine, path: Path, *, read_only: bool) -> None:
 
     Raises:
         NotFound: `read_only`, and the database has no tables yet.
-        WrongSettings: a newer version of this software made the database; nothing was changed.
+        WrongSettings: another version of this software made the database; nothing was changed.
     """
     with engine.begin() as connection:
         if inspect(connection).has_table("about"):
@@ -82,6 +82,12 @@ def examine_version(engine: Engine, path: Path, *, read_only: bool) -> None:
             version = schema.SCHEMA_VERSION
             schema.metadata.create_all(connection)
             connection.execute(insert(schema.about).values(schema_version=version))
+        if version < schema.SCHEMA_VERSION:
+            raise WrongSettings(
+                f"{path} was made by an older version of this software (schema {version}, this one "
+                f"writes {schema.SCHEMA_VERSION}); look at it with that version, or begin in "
+                "another --state-dir"
+            )
         if version > schema.SCHEMA_VERSION:
             raise WrongSettings(
                 f"{path} was made by a newer version of this software (schema {version}, "

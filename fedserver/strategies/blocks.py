@@ -7,8 +7,12 @@ mapped file's pages would count as the server's memory.
 
 import math
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,6 +22,9 @@ from shared.errors import StorageDamaged
 from shared.weights import EntryKind
 
 BLOCK_ELEMENTS = 64 * 1024
+# More threads find memory no faster.
+_NUM_THREADS = min(4, os.cpu_count() or 1)
+_BLOCKS_AT_A_TIME = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,9 @@ Aggregator = Callable[
 Blocks come in the order of the base's bytes; a block's tensor is 1-dim, of the entry's dtype, and
 valid until the next block is asked for.
 """
+
+BlockFunction = Callable[[Block], torch.Tensor]
+"""A block of the next model; the tensor is its own, not a view of a buffer used again."""
 
 
 class BlockReader:
@@ -88,3 +98,33 @@ def blocks_of(layout: Layout) -> Iterator[Block]:
         num_elements = math.prod(entry.shape)
         for begin in range(0, num_elements, BLOCK_ELEMENTS):
             yield Block(name, begin, min(BLOCK_ELEMENTS, num_elements - begin))
+
+
+def compute_blocks(
+    layout: Layout, begin: Callable[[], BlockFunction]
+) -> Iterator[tuple[Block, torch.Tensor]]:
+    """Yield every block of `layout` with its values, computed side by side, in order.
+
+    Each thread calls `begin` once, for a function with buffers of its own. Blocks don't depend on
+    each other, so the threads change nothing but the time.
+    """
+    own = threading.local()
+
+    def compute(run: list[Block]) -> list[tuple[Block, torch.Tensor]]:
+        if not hasattr(own, "function"):
+            own.function = begin()
+        return [(block, own.function(block)) for block in run]
+
+    blocks = blocks_of(layout)
+    runs = iter(lambda: list(islice(blocks, _BLOCKS_AT_A_TIME)), [])
+    pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="blocks")
+    under_way: deque[Future[list[tuple[Block, torch.Tensor]]]] = deque()
+    try:
+        for run in runs:
+            under_way.append(pool.submit(compute, run))
+            if len(under_way) > 2 * _NUM_THREADS:
+                yield from under_way.popleft().result()
+        for computed in under_way:
+            yield from computed.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

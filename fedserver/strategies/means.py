@@ -4,7 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from fedserver.strategies.blocks import BLOCK_ELEMENTS, Block, BlockReader, StateFile, blocks_of
+from fedserver.strategies.blocks import (
+    BLOCK_ELEMENTS,
+    Block,
+    BlockFunction,
+    BlockReader,
+    StateFile,
+    compute_blocks,
+)
 from shared.weights import EntryKind
 
 
@@ -22,18 +29,20 @@ def weighted_mean(
     the base. Without updates, or with a total weight of zero, the next model is the base.
     """
     total = sum(update.num_examples for update in updates)
-    reader = BlockReader()
-    accumulator = torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)
-    for block in blocks_of(base.layout):
-        kind = kinds[block.name]
-        if total == 0 or kind is EntryKind.FIXED:
-            yield block, reader.read(base, block)
-        elif kind is EntryKind.COUNTER:
-            largest = reader.read(base, block).clone()
-            for update in updates:
-                torch.maximum(largest, reader.read(update, block), out=largest)
-            yield block, largest
-        else:
+
+    def begin() -> BlockFunction:
+        reader = BlockReader()
+        accumulator = torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)
+
+        def compute(block: Block) -> torch.Tensor:
+            kind = kinds[block.name]
+            if total == 0 or kind is EntryKind.FIXED:
+                return reader.read(base, block).clone()
+            if kind is EntryKind.COUNTER:
+                largest = reader.read(base, block).clone()
+                for update in updates:
+                    torch.maximum(largest, reader.read(update, block), out=largest)
+                return largest
             # Minus zero is the sum's neutral element; from plus zero on, a mean of -0.0 were +0.0.
             mean = accumulator[: block.count].fill_(-0.0)
             for update in updates:
@@ -43,4 +52,8 @@ def weighted_mean(
                 else:
                     mean.add_(values, alpha=update.num_examples)
             mean.div_(total)
-            yield block, mean.to(base.layout.entries[block.name].dtype)
+            return mean.to(base.layout.entries[block.name].dtype, copy=True)
+
+        return compute
+
+    return compute_blocks(base.layout, begin)

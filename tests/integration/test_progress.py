@@ -196,22 +196,22 @@ def test_an_incident_reported_twice_is_kept_once(opened: OpenRound, history: His
     assert opened.settle(0) == [pb.RECEIPT_STORED]
 
 
-def test_an_incidents_numbers_cannot_pass_for_who_and_when(
-    opened: OpenRound, history: History
-) -> None:
-    """Names that the history itself uses mean what the server saw, whatever a client sends."""
+def test_of_an_incident_only_declared_names_are_kept(opened: OpenRound, history: History) -> None:
+    """Who and when are what the server saw, and no name can carry a client's data out."""
     order = opened.orders[0]
     forged = pb.Incident(
         sequence=1,
         kind=pb.INCIDENT_KIND_NON_FINITE_LOSS,
         step=3,
-        detail={"kind": 1.0, "client": 2.0, "at": 0.0, "step": 9.0, "lr": 0.1},
+        tensor="patient 17",
+        detail={"kind": 1.0, "client": 2.0, "at": 0.0, "step": 9.0, "lr": 0.1, "patient 17": 1.0},
     )
     opened.peers[0].report(order, incidents=[forged])
     (kept,) = entry_of(history(), order)["incidents"]
     assert (kept["kind"], kept["client"], kept["step"]) == ("non-finite-loss", 0, 3)
     assert kept["at"].startswith("20")
     assert kept["lr"] == 0.1
+    assert "patient 17" not in json.dumps(kept)
 
 
 def test_an_incident_of_no_kind_is_refused(opened: OpenRound) -> None:

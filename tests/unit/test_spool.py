@@ -135,3 +135,15 @@ def test_what_no_round_needs_is_deleted(spool: Spool) -> None:
     assert [spool.committed_bytes(order, DIGEST) for order in "abc"] == [0, 1, 1]
     spool.drop_all_but({"c"})
     assert [spool.committed_bytes(order, DIGEST) for order in "abc"] == [0, 0, 1]
+
+
+def test_discarding_spares_the_file_of_a_newer_stream(spool: Spool) -> None:
+    """What an older stream sent was corrupt; the newer one that took the file over goes on."""
+    with spool.open_stream("a", DIGEST, offset=0) as older:
+        older.append(memoryview(b"bad"))
+        with spool.open_stream("a", DIGEST, offset=3) as newer:
+            spool.discard(older)
+            newer.append(memoryview(b"er"))
+            assert spool.committed_bytes("a", DIGEST) == 5
+            spool.discard(newer)
+            assert spool.committed_bytes("a", DIGEST) == 0

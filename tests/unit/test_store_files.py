@@ -75,18 +75,19 @@ def test_a_file_that_is_no_database_is_damage_and_stays_as_it_is(
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_database_of_a_newer_version_is_refused_untouched(
-    tmp_path: Path, read_only: bool
+@pytest.mark.parametrize(("apart", "way_out"), [(1, "update the software"), (-1, "that version")])
+def test_a_database_of_another_version_is_refused_untouched(
+    tmp_path: Path, read_only: bool, apart: int, way_out: str
 ) -> None:
-    """An older software neither reads nor mends what it doesn't know."""
+    """The software neither reads nor mends what it doesn't know."""
     path = tmp_path / "federation.sqlite"
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE about (schema_version INTEGER NOT NULL)")
-    connection.execute("INSERT INTO about VALUES (?)", (SCHEMA_VERSION + 1,))
+    connection.execute("INSERT INTO about VALUES (?)", (SCHEMA_VERSION + apart,))
     connection.commit()
     before = list(connection.iterdump())
     connection.close()
-    with pytest.raises(WrongSettings, match=f"schema {SCHEMA_VERSION + 1}.*update the software"):
+    with pytest.raises(WrongSettings, match=f"schema {SCHEMA_VERSION + apart}.*{way_out}"):
         Store(path, read_only=read_only)
     connection = sqlite3.connect(path)
     assert list(connection.iterdump()) == before
