@@ -12,9 +12,10 @@ from fedclient.progress import ProgressReporter
 from shared.codec import digest_file, load_state_into, write_state
 from shared.data import AugmentedBatches, make_loader
 from shared.errors import InvalidInput, WrongSettings
+from shared.evaluation import evaluate
 from shared.seeds import derive_seed
 from shared.tasks import Examples, Task
-from shared.training import StepProgress, evaluate, train_model
+from shared.training import StepProgress, train_model
 from shared.types import MODEL_SECTION, ClientUpdate, Section, WorkOrder
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,13 @@ from typing import Any
 
 from fedserver.admission import AdmissionLimits
 from fedserver.checkpoints import GlobalModel, NonFiniteAggregate
-from fedserver.evaluation import EvaluationStopped, Evaluator, initial_state, summarise_clients
+from fedserver.evaluation import (
+    EvaluationStopped,
+    Evaluator,
+    class_accuracies,
+    initial_state,
+    summarise_clients,
+)
 from fedserver.events import event_of
 from fedserver.orderbook import OpenOrder
 from fedserver.parts import Parts
@@ -353,11 +359,18 @@ class Coordinator:
             )
         except EvaluationStopped:
             return
-        has_collapsed = not math.isfinite(found["loss"])
+        has_collapsed = not math.isfinite(found.loss)
+        numbers = {"accuracy": found.accuracy, "loss": found.loss, **found.metrics}
         # JSON has no NaN.
         fields: dict[str, Any] = {
-            name: value if math.isfinite(value) else None for name, value in found.items()
+            name: one if math.isfinite(one) else None for name, one in numbers.items()
         }
+        by_class: dict[str, Any] = {}
+        if found.confusion is not None:
+            by_class = {
+                "class_accuracy": class_accuracies(found.confusion),
+                "confusion": found.confusion.tolist(),
+            }
         happened = event_of(
             IncidentKind.EVALUATION_COLLAPSED if has_collapsed else "evaluated",
             evaluated,
@@ -367,7 +380,7 @@ class Coordinator:
         await self._parts.workers.in_store(
             self._parts.store.record_evaluation,
             evaluated,
-            happened.fields,
+            fields | by_class,
             happened,
         )
         self._parts.bus.publish(happened)

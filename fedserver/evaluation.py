@@ -10,12 +10,14 @@ import torch
 from shared.codec import load_state_into
 from shared.data import make_loader
 from shared.errors import InvalidInput
+from shared.evaluation import Evaluation, evaluate
 from shared.models import initialise
 from shared.tasks import Task, examine_examples
-from shared.training import evaluate
 from shared.types import ClientUpdate
 
 _BATCH_SIZE = 256
+_MAX_CLASSES = 100
+"""Above, a confusion matrix is more than the history should hold for every round."""
 
 
 class EvaluationStopped(Exception):
@@ -50,16 +52,24 @@ class Evaluator:
         """End an evaluation that goes on, at its next batch."""
         self._stop.set()
 
-    def evaluate(self, path: Path) -> dict[str, float]:
-        """Return accuracy, mean loss and the task's metrics of the safetensors file at `path`.
+    def evaluate(self, path: Path) -> Evaluation:
+        """Measure the model in the safetensors file at `path`.
+
+        Accuracy, mean loss, the task's metrics and, for up to 100 classes, the confusion matrix.
 
         Raises:
             EvaluationStopped: `stop` was called.
         """
         assert self._loader is not None
         load_state_into(self._model.state_dict(), path)
-        found = evaluate(self._model, self._batches(), self._task.loss, metrics=self._task.metrics)
-        return {"accuracy": found.accuracy, "loss": found.loss, **found.metrics}
+        num_classes = self._task.num_classes
+        return evaluate(
+            self._model,
+            self._batches(),
+            self._task.loss,
+            metrics=self._task.metrics,
+            num_classes=num_classes if (num_classes or 0) <= _MAX_CLASSES else None,
+        )
 
     def _batches(self) -> Iterator[Any]:
         assert self._loader is not None
@@ -67,6 +77,17 @@ class Evaluator:
             if self._stop.is_set():
                 raise EvaluationStopped
             yield batch
+
+
+def class_accuracies(confusion: torch.Tensor) -> list[float | None]:
+    """Return for each class the share of its targets that were answered right; None without any.
+
+    `confusion` is that of `shared.evaluation.Evaluation`.
+    """
+    return [
+        int(row[number]) / int(row.sum()) if row.any() else None
+        for number, row in enumerate(confusion)
+    ]
 
 
 def initial_state(task: Task, *, seed: int, init: str = "default") -> dict[str, torch.Tensor]:

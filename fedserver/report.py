@@ -1,4 +1,4 @@
-"""A run's history as a person reads it: a table, and a curve."""
+"""A run's history as a person reads it: tables and pictures."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -9,6 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 History = Sequence[Mapping[str, Any]]
+
+_MAX_CLASSES_LABELLED = 20
+_DARK = 0.5
 
 
 def round_table(history: History, *, title: str) -> Table:
@@ -90,6 +93,57 @@ def draw_curve(history: History, path: Path) -> None:
         figure.legend(loc="outside lower center", ncols=2)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def class_table(evaluation: Mapping[str, Any], *, title: str) -> Table:
+    """Return a row for each class: its accuracy, and how often which class was answered."""
+    confusion, accuracies = evaluation["confusion"], evaluation["class_accuracy"]
+    table = Table(title=title, box=SIMPLE_HEAD)
+    table.add_column("true class", justify="right")
+    table.add_column("accuracy", justify="right")
+    for heading in _answers(confusion):
+        table.add_column(heading, justify="right")
+    for number, (row, accuracy) in enumerate(zip(confusion, accuracies, strict=True)):
+        shown = [
+            f"[bold]{count}[/bold]" if answer == number else str(count or "")
+            for answer, count in enumerate(row[: len(_answers(confusion))])
+        ]
+        table.add_row(str(number), _number(accuracy), *shown)
+    return table
+
+
+def draw_confusion(evaluation: Mapping[str, Any], path: Path, *, title: str) -> None:
+    """Draw the confusion matrix into a PNG, each row as shares of its true class.
+
+    Raises:
+        ImportError: the extra `plot` isn't installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    headings = _answers(evaluation["confusion"])
+    rows = [row[: len(headings)] for row in evaluation["confusion"]]
+    shares = [[count / max(1, sum(row)) for count in row] for row in rows]
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="answered", ylabel="true class", title=title)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, label="share of the true class")
+    if len(rows) <= _MAX_CLASSES_LABELLED:
+        axes.set_xticks(range(len(headings)), headings)
+        axes.set_yticks(range(len(rows)))
+        for true, row in enumerate(rows):
+            for answer, count in enumerate(row):
+                if count:
+                    color = "white" if shares[true][answer] > _DARK else "black"
+                    axes.text(answer, true, count, ha="center", va="center", color=color, size=8)
+    figure.savefig(path, dpi=120)
+
+
+def _answers(confusion: Sequence[Sequence[int]]) -> list[str]:
+    """Return the headings of a confusion matrix; answers that name no class only if there are."""
+    has_others = any(row[-1] for row in confusion)
+    return [str(number) for number in range(len(confusion))] + ["none"] * has_others
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Training and evaluating a model. Pure PyTorch: knows no round, no server and no wire.
+"""Training a model. Pure PyTorch: knows no round, no server and no wire.
 
 A model that stops being finite never leaves this module: `train_model` stops at the step at
 which the loss, a gradient, a parameter or a buffer is first not finite and raises
@@ -7,10 +7,8 @@ which the loss, a gradient, a parameter or a buffer is first not finite and rais
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,12 +18,10 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from shared.errors import FederationError, InvalidInput
+from shared.evaluation import Batches, Loss, count_correct
 from shared.optimizers import make_optimizer, make_scheduler
 from shared.types import Incident, IncidentKind, Schedule
 from shared.weights import first_non_finite
-
-Batches = Iterable[tuple[Tensor, ...] | list[Tensor]]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 _NUM_NORMS_KEPT = 5
 _CONSTANT = Schedule()
@@ -99,19 +95,6 @@ class TrainingResult(NamedTuple):
     state_dict: dict[str, Tensor]
     accuracy: float
     report: TrainingReport
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Accuracy in 0..1 and mean loss over `num_examples`; the loss of a broken model is nan.
-
-    `metrics` are the means of those asked for, by name.
-    """
-
-    accuracy: float
-    loss: float
-    num_examples: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def train_model(
@@ -202,7 +185,7 @@ def train_model(
             if scheduler is not None:
                 scheduler.step()
             loss_sum += taken.loss * len(targets)
-            num_correct += _count_correct(taken.outputs, targets)
+            num_correct += count_correct(taken.outputs, targets)
             num_examples += len(targets)
             num_targets += targets.numel()
             if on_step is not None:
@@ -236,52 +219,6 @@ def train_model(
         report=TrainingReport(
             num_steps=step, num_examples=num_examples, epochs=tuple(epoch_reports)
         ),
-    )
-
-
-def evaluate(
-    model: nn.Module,
-    dataloader: Batches,
-    loss: Loss = F.cross_entropy,
-    device: str | torch.device = "cpu",
-    *,
-    metrics: Mapping[str, Loss] = MappingProxyType({}),
-) -> Evaluation:
-    """Measure `model` on all batches, in evaluation mode; its own modes are restored after.
-
-    Batches, outputs and `loss` are those of `train_model`; each of `metrics` is like `loss`. An
-    output with a nan is never correct: argmax would call it class 0, and a model full of nan
-    would score the share of that class.
-
-    Raises:
-        InvalidInput: no examples, or outputs that don't fit the targets.
-    """
-    means: list[Tensor] = []
-    sizes: list[int] = []
-    num_correct = torch.zeros((), dtype=torch.int64, device=device)
-    num_targets = 0
-    model.to(device)
-    with _evaluation_mode(model), torch.no_grad():
-        for batch_inputs, batch_targets in dataloader:
-            inputs, targets = batch_inputs.to(device), batch_targets.to(device)
-            outputs = model(inputs)
-            mean_loss = loss(outputs, targets)
-            others = [one(outputs, targets).to(mean_loss) for one in metrics.values()]
-            means.append(torch.stack([mean_loss, *others]))
-            sizes.append(len(targets))
-            num_correct += _count_correct(outputs, targets)
-            num_targets += targets.numel()
-    num_examples = sum(sizes)
-    if num_examples == 0:
-        raise InvalidInput("there are no examples to evaluate the model on")
-    # Read only now, so that the device never waits for this side.
-    weights = torch.tensor(sizes, dtype=torch.float64) / num_examples
-    found_loss, *found_metrics = (weights @ torch.stack(means).cpu().double()).tolist()
-    return Evaluation(
-        accuracy=num_correct.item() / num_targets,
-        loss=found_loss,
-        num_examples=num_examples,
-        metrics=dict(zip(metrics, found_metrics, strict=True)),
     )
 
 
@@ -368,23 +305,3 @@ def _norm_without_overflow(tensors: Iterable[Tensor]) -> float:
     filled = [tensor.detach().abs().cpu().double() for tensor in tensors if tensor.numel() > 0]
     largest = _largest(filled)
     return largest * math.hypot(*(float((tensor / largest).norm()) for tensor in filled))
-
-
-def _count_correct(outputs: Tensor, targets: Tensor) -> Tensor:
-    if outputs.ndim < 2 or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
-        raise InvalidInput(
-            f"outputs {tuple(outputs.shape)} don't fit targets {tuple(targets.shape)}: outputs "
-            f"must have the classes in dimension 1, targets be class numbers without it"
-        )
-    return ((outputs.argmax(dim=1) == targets) & ~outputs.isnan().any(dim=1)).sum()
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in before:
-            module.training = was_training

@@ -5,11 +5,10 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from fedserver.commands.inspection import InspectionSettings, opened_run
+from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.report import draw_curve
 from fedserver.store import read_history
 from shared.cli import parse
-from shared.errors import InvalidInput
 
 
 class CurveSettings(InspectionSettings):
@@ -25,12 +24,6 @@ def run(argv: list[str]) -> None:
     settings = parse(CurveSettings, argv)
     with opened_run(settings) as (store, run):
         history = read_history(store, run)
-    try:
+    with drawing_into(settings.out):
         draw_curve(history, settings.out)
-    except ImportError as error:
-        raise InvalidInput(
-            "drawing needs matplotlib; install it with: python -m pip install 'fedrounds[plot]'"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"can't draw into {settings.out}: {error}; choose --out") from error
     print(f"the curve is in {settings.out}")

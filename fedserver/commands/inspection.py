@@ -9,7 +9,7 @@ from pydantic import Field
 from fedserver.records import Run
 from fedserver.store import Store
 from shared.cli import Settings
-from shared.errors import NotFound
+from shared.errors import InvalidInput, NotFound
 
 
 class InspectionSettings(Settings):
@@ -35,3 +35,20 @@ def opened_run(settings: InspectionSettings) -> Iterator[tuple[Store, Run]]:
         yield store, run
     finally:
         store.close()
+
+
+@contextmanager
+def drawing_into(path: Path) -> Iterator[None]:
+    """Say what is in the way of drawing.
+
+    Raises:
+        InvalidInput: matplotlib isn't installed, or the file can't be written.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InvalidInput(
+            "drawing needs matplotlib; install it with: python -m pip install 'fedrounds[plot]'"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"can't draw into {path}: {error}; choose --out") from error

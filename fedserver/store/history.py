@@ -15,7 +15,7 @@ def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
 
     Keys: round, attempt, phase, cohort (client ids), updates (each client, num_examples, digest,
     verdict, metrics, reason, received_at), base_digest, model_digest (None until DONE), evaluation
-    (of the round's model: accuracy, loss, the task's metrics; None until
+    (of the round's model: accuracy, loss, the task's metrics, class_accuracy, confusion; None until
     known), client_evaluation (of its base by its clients, if asked: accuracy, worst_decile, loss),
     started_at, closed_at, finished_at (ISO 8601, UTC, or None), orders (each order_id, client,
     state, handed_out_at), incidents (each kind, at, client, and what belongs to the kind).

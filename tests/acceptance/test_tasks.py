@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
@@ -72,11 +73,28 @@ def test_clients_learn_from_their_own_tables_and_a_bad_one_is_told_where(scene: 
     history = scene.history()
     assert [update["num_examples"] for update in history[-1]["updates"]] == [40, 41]
     assert history[-1]["evaluation"]["accuracy"] > 0.9
+    expect_each_class_shown(scene, history[-1])
     kept = b"".join(
         path.read_bytes() for path in (scene.folder / "server").rglob("*") if path.is_file()
     )
     assert server.count_lines("SECRET") == 0
     assert b"SECRET" not in kept
+
+
+def expect_each_class_shown(scene: Scene, last: dict[str, Any]) -> None:
+    """Look at how well each class is known, as a person does and as a program does."""
+    confusion, accuracies = last["evaluation"]["confusion"], last["evaluation"]["class_accuracy"]
+    total = sum(map(sum, confusion))
+    right = sum(row[number] for number, row in enumerate(confusion))
+    assert right / total == pytest.approx(last["evaluation"]["accuracy"])
+    picture = scene.folder / "confusion.png"
+    shown = scene.command("confusion", "--state-dir", scene.folder / "server", "--out", picture)
+    assert shown.returncode == 0, shown.stderr
+    assert all(f"{accuracy:.4f}" in shown.stdout for accuracy in accuracies)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    refused = scene.command("confusion", "--state-dir", scene.folder / "server", "--round", "99")
+    assert (refused.returncode, "no confusion matrix of round 99" in refused.stderr) == (1, True)
+    assert not refused.stdout
 
 
 def test_clients_learn_to_write_from_their_own_texts(scene: Scene) -> None:

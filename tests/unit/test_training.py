@@ -11,8 +11,9 @@ from torch.utils.data import TensorDataset
 
 from shared.data import make_loader
 from shared.errors import InvalidInput
+from shared.evaluation import evaluate
 from shared.models import SimpleCNN
-from shared.training import NonFiniteError, StepProgress, evaluate, train_model
+from shared.training import NonFiniteError, StepProgress, train_model
 from shared.types import IncidentKind
 
 Batch = tuple[Tensor, Tensor]

@@ -15,10 +15,11 @@ from fedserver.service import _order_message
 from fedserver.settings import RUN_SETTINGS, ServerSettings, TrainingSettings
 from shared.data.augmentation import AUGMENTATIONS
 from shared.errors import InvalidInput
+from shared.evaluation import evaluate
 from shared.models import INITIALISATIONS
 from shared.optimizers import OPTIMIZERS, SCHEDULES
 from shared.tasks import Task, examine_examples
-from shared.training import NonFiniteError, StepProgress, evaluate, train_model
+from shared.training import NonFiniteError, StepProgress, train_model
 from shared.types import (
     AugmentationName,
     InitialisationName,

@@ -1,0 +1,47 @@
+"""`python -m fedserver confusion`: which classes a round's model takes for which."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+from rich.console import Console
+
+from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
+from fedserver.report import class_table, draw_confusion
+from fedserver.store import read_history
+from shared.cli import parse
+from shared.errors import NotFound
+
+
+class ConfusionSettings(InspectionSettings):
+    """Show how a model does on each class of the held-out set."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m fedserver confusion")
+
+    round: int | None = Field(default=None, ge=1, description="which round; the last evaluated")
+    out: Path | None = Field(default=None, description="draw it into this PNG too (extra `plot`)")
+
+
+def run(argv: list[str]) -> None:
+    """Print the confusion matrix and each class's accuracy, and draw it if asked to."""
+    settings = parse(ConfusionSettings, argv)
+    with opened_run(settings) as (store, run):
+        history = read_history(store, run)
+    known = {
+        entry["round"]: entry["evaluation"]
+        for entry in history
+        if entry["evaluation"] and "confusion" in entry["evaluation"]
+    }
+    wanted = max(known, default=None) if settings.round is None else settings.round
+    if wanted is None or wanted not in known:
+        raise NotFound(
+            f"no confusion matrix of {'any round' if wanted is None else f'round {wanted}'}; there "
+            f"is one of rounds {sorted(known)} (a task must have a held-out set and say how many "
+            "classes it has, at most 100)"
+        )
+    title = f"{run.run_id}, round {wanted}: accuracy {known[wanted]['accuracy']:.2%}"
+    Console().print(class_table(known[wanted], title=title))
+    if settings.out is not None:
+        with drawing_into(settings.out):
+            draw_confusion(known[wanted], settings.out, title=title)
+        print(f"the confusion matrix is in {settings.out}")
