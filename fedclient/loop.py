@@ -24,6 +24,7 @@ from shared.errors import (
     CorruptPayload,
     FederationError,
     NotFound,
+    OutOfSpace,
     StreamFenced,
     UnknownSession,
     WrongOffset,
@@ -113,6 +114,10 @@ class Client:
             except NonFiniteError as error:
                 logger.warning("round %d: %s; no update is sent", order.round_number, error)
                 self._give_up(order, progress.counters, error.incident)
+            except OutOfSpace as error:
+                # The order stays open and is asked for again.
+                logger.warning("round %d: %s", order.round_number, error)
+                self._pause(_LONGEST_PAUSE_S)
             except Stopped:
                 raise
             except Exception:

@@ -5,9 +5,10 @@ tensor's dtype, shape and byte range, and the tensors' bytes. Encoding is the sa
 reading the header is ours, because the server works on files it never loads whole.
 """
 
-import errno
 import json
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +108,9 @@ def write_state(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
             safetensors_torch.save_file(_without_sharing(state_dict), path)
         except SafetensorError as error:
             # The library hides the operating system's error in a text of its own.
-            if "No space left" in str(error):
-                raise OSError(errno.ENOSPC, "no space left on device") from error
+            if found := re.search(r"\(os error (\d+)\)", str(error)):
+                number = int(found[1])
+                raise OSError(number, os.strerror(number)) from error
             raise
 
 

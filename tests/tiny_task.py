@@ -4,6 +4,7 @@
 happen while an update is on the wire. What one process does differently is told by its environment:
 
     TINY_STEP_S   seconds that every training step takes longer
+    TINY_WIDTH    how wide the hidden layer of `tiny` is, as of another version of the task; 16
     TINY_TRACE    "1": a line `tiny-step N` on standard error after every training step
     TINY_BAD      "pixel": one pixel of this client's data is NaN; "gradient": a finite loss whose
                   gradient isn't
@@ -39,8 +40,12 @@ def num_examples_of(client_id: int) -> int:
 
 
 def _tiny_model() -> nn.Module:
+    width = int(os.environ.get("TINY_WIDTH", "16"))
     return nn.Sequential(
-        nn.Linear(NUM_FEATURES, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, NUM_CLASSES)
+        nn.Linear(NUM_FEATURES, width),
+        nn.BatchNorm1d(width),
+        nn.ReLU(),
+        nn.Linear(width, NUM_CLASSES),
     )
 
 

@@ -103,6 +103,20 @@ def test_more_bytes_than_the_header_says_are_not_taken(opened: OpenRound) -> Non
     assert peer.upload(order, payload).receipt == pb.RECEIPT_STORED
 
 
+def test_a_message_over_the_limit_is_refused_and_nothing_is_lost(opened: OpenRound) -> None:
+    """One message may have 4 MiB; an update goes in smaller chunks, and what came before stays."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(changed(opened.base))
+    stream = peer.stream(order, payload)
+    stream.send(payload[:HALF])
+    stream.send(bytes(5 << 20))
+    expect_status(grpc.StatusCode.RESOURCE_EXHAUSTED, stream.finish, match="larger than max")
+    committed = peer.query(order, payload).committed_bytes
+    assert committed in (0, HALF)
+    assert peer.upload(order, payload, offset=committed).receipt == pb.RECEIPT_STORED
+    opened.settle(1, 2)
+
+
 @pytest.mark.parametrize("offset", [1, HALF + 1, 2**40])
 def test_a_wrong_offset_is_out_of_range(opened: OpenRound, offset: int) -> None:
     """A stream that doesn't begin where the committed bytes end is told where that is."""

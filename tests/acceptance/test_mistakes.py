@@ -1,0 +1,109 @@
+"""What goes wrong around a run: told in a sentence, and nothing is lost by it."""
+
+import resource
+import signal
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from fedserver.store.schema import SCHEMA_VERSION
+from tests.acceptance.federation import (
+    BIG,
+    expect_clean_exits,
+    incident_kinds,
+    start_client,
+    start_server,
+    verdicts,
+)
+from tests.processes import Process, Scene, Server
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def empty_text_server(scene: Scene) -> Iterator[Server]:
+    """Give a server of the text task, which has nothing to evaluate on, waiting for clients."""
+    server = scene.server("--task", "text", "--min-clients", 9)
+    server.wait_for_line("waiting for clients")
+    yield server
+    server.signal(signal.SIGTERM)
+    expect_clean_exits(server)
+
+
+def expect_sentence(process: Process, *words: str) -> None:
+    """Wait for a process to fail with one sentence with these words in it."""
+    assert process.wait() == 1
+    assert process.count_lines("Traceback") == 0
+    missing = [word for word in words if word not in process.lines[-1]]
+    assert not missing, f"{missing} aren't in: {process.lines[-1]}"
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
+@pytest.mark.parametrize("who", ["server", "client"])
+def test_a_full_disk_is_waited_out(scene: Scene, who: str) -> None:
+    """No file may grow beyond 4 MiB for a while, then it may: the round ends as if nothing was."""
+    server = start_server(
+        scene, *("--rounds", 2, "--min-clients", 1, "--stall-after", 600), task=BIG
+    )
+    client = start_client(scene, 0, server.address, task=BIG, TINY_STEP_S="0.2", TINY_TRACE="1")
+    # In the first step the global model is downloaded and nothing of the update is written yet.
+    client.wait_for_line("tiny-step 1$")
+    full = server if who == "server" else client
+    unlimited = resource.prlimit(full.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(full.pid, resource.RLIMIT_FSIZE, (4 * MIB, unlimited[1]))
+    client.wait_for_line("no room to write in")
+    assert server.is_running
+    assert client.is_running
+    resource.prlimit(full.pid, resource.RLIMIT_FSIZE, unlimited)
+    expect_clean_exits(server, client)
+    assert verdicts(scene.history()) == [(1, 0, "COUNTED"), (2, 0, "COUNTED")]
+    assert incident_kinds(scene.history()) == []
+
+
+def test_a_client_with_another_model_is_told_where_they_differ(scene: Scene) -> None:
+    """One name, two versions of a task: the client ends, and with the right one takes part."""
+    server = start_server(scene, "--rounds", 1, "--min-clients", 1)
+    other = start_client(scene, 0, server.address, TINY_WIDTH="17")
+    expect_sentence(other, "the server's model isn't that of task 'tiny'", "'0.bias'", "(17,)")
+    assert server.is_running
+    expect_clean_exits(start_client(scene, 0, server.address), server)
+
+
+def test_a_state_dir_that_cant_be_one_is_told(scene: Scene) -> None:
+    """A file in the folder's place, on either side."""
+    (scene.folder / "file").write_text("not a folder")
+    server = start_server(scene, state="file")
+    expect_sentence(server, str(scene.folder / "file"), "can't be used", "--state-dir")
+    client = start_client(scene, 0, "localhost:1", state="file")
+    expect_sentence(client, str(scene.folder / "file"), "can't be used", "--state-dir")
+
+
+def test_a_state_dir_of_a_newer_version_is_left_alone(scene: Scene) -> None:
+    """Neither serving nor looking touches what a newer version wrote."""
+    first = start_server(scene, "--rounds", 3)
+    first.wait_for_line("waiting for clients")
+    first.signal(signal.SIGTERM)
+    expect_clean_exits(first)
+    with closing(sqlite3.connect(scene.folder / "server" / "federation.sqlite")) as connection:
+        connection.execute("UPDATE about SET schema_version = ?", (SCHEMA_VERSION + 1,))
+        connection.commit()
+    expect_sentence(start_server(scene, "--rounds", 3), "newer version", "update the software")
+    shown = scene.command("history", "--state-dir", scene.folder / "server")
+    assert (shown.returncode, shown.stdout) == (1, "")
+    assert "update the software" in shown.stderr
+
+
+def test_data_that_isnt_there_is_asked_for_by_its_flag(
+    empty_text_server: Server, scene: Scene
+) -> None:
+    """A client without data never takes part; the server hears nothing of it."""
+    without = scene.client(0, empty_text_server.address, "--source", "local")
+    expect_sentence(without, "task 'text' needs --data-root")
+    (scene.folder / "nothing").mkdir()
+    empty = scene.client(
+        1, empty_text_server.address, "--source", "local", "--data-root", scene.folder / "nothing"
+    )
+    expect_sentence(empty, str(scene.folder / "nothing"))
+    assert empty_text_server.is_running
