@@ -30,6 +30,7 @@ from shared.errors import (
     WrongOffset,
     WrongSettings,
 )
+from shared.failpoints import FailPoint, pass_by
 from shared.files import replace_file
 from shared.tasks import DataRequest, Examples, Partition, Task, examine_examples, find_task
 from shared.training import NonFiniteError
@@ -102,6 +103,7 @@ class Client:
                 self._pause(_STAY_PAUSE_S)
 
     def _work_on(self, order: WorkOrder) -> None:
+        pass_by(FailPoint.ORDER_PULLED)
         update = self._outbox.find(order.order_id)
         reporter = ProgressReporter(lambda counters: self._report(order, counters), stop=self._stop)
         with reporter as progress:
@@ -131,6 +133,7 @@ class Client:
         assert self._data is not None
         _, task, examples = self._data
         global_model = self._fetch(order, progress)
+        pass_by(FailPoint.MODEL_FETCHED)
         update = train_order(
             order,
             task=task,
@@ -141,7 +144,9 @@ class Client:
             payload=self._outbox.draft_path(order.order_id),
             log_steps=self._settings.log_steps,
         )
+        pass_by(FailPoint.TRAINED)
         self._outbox.put(update)
+        pass_by(FailPoint.UPDATE_KEPT)
         return update
 
     def _fetch(self, order: WorkOrder, progress: ProgressReporter) -> Path:
@@ -184,6 +189,7 @@ class Client:
                     return answer.receipt.value
 
         outcome = self._call(send)
+        pass_by(FailPoint.RECEIPT_GIVEN)
         self._outbox.drop(update.order_id)
         is_good = outcome in (Receipt.STORED, Receipt.DUPLICATE)
         logger.log(

@@ -31,6 +31,7 @@ from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import StateFile
 from shared.codec import read_layout
 from shared.errors import RunFailed
+from shared.failpoints import FailPoint, pass_by
 from shared.seeds import derive_seed
 from shared.tasks import Task
 from shared.types import MODEL_SECTION, IncidentKind, Section, WorkOrder
@@ -133,6 +134,7 @@ class Coordinator:
             await self._parts.sessions.changed.wait(self._tick_s)
         happened = _opened(planned)
         await self._parts.workers.in_store(self._parts.store.open_round, planned, happened)
+        pass_by(FailPoint.ROUND_OPENED)
         self._hand_out(planned, base)
         self._parts.bus.publish(happened)
         return planned
@@ -216,7 +218,9 @@ class Coordinator:
             )
             if due is RoundEvent.CLOSE:
                 happened = event_of("round-closed", current)
+                pass_by(FailPoint.ROUND_CLOSING)
                 await self._parts.workers.in_store(self._parts.store.close_round, current, happened)
+                pass_by(FailPoint.ROUND_CLOSED)
                 break
             if due is RoundEvent.FAIL:
                 return await self._fail_round(current, "too few updates can still come")
@@ -270,6 +274,7 @@ class Coordinator:
             model = await self._parts.workers.on_disk(self._reduce, base, counted)
         except NonFiniteAggregate as error:
             return await self._fail_round(current, str(error)), base
+        pass_by(FailPoint.MODEL_WRITTEN)
         self._last_counted.update({one.client_id: one.update.order_id for one in counted})
         following = None
         if current.round_number < self._parts.settings.rounds:
@@ -286,6 +291,7 @@ class Coordinator:
             next_round=following,
             happened=happened,
         )
+        pass_by(FailPoint.ROUND_DONE)
         if following is not None:
             self._hand_out(following, model)
         for one in happened:
@@ -359,6 +365,7 @@ class Coordinator:
             )
         except EvaluationStopped:
             return
+        pass_by(FailPoint.EVALUATED)
         has_collapsed = not math.isfinite(found.loss)
         numbers = {"accuracy": found.accuracy, "loss": found.loss, **found.metrics}
         # JSON has no NaN.

@@ -20,6 +20,7 @@ from fedserver.spool import UpdateStream
 from fedserver.strategies.blocks import StateFile
 from shared.codec import digest_file, read_layout
 from shared.errors import CorruptPayload, InvalidInput, ServerUnreachable
+from shared.failpoints import FailPoint, pass_by
 from shared.types import ClientUpdate, IncidentKind, Receipt, UploadAnswer
 
 _ANSWERS = {
@@ -135,7 +136,10 @@ class Intake:
             return await self._end(record, update, OrderEvent.REFUSE, reason=str(refusal))
         await self._parts.workers.on_disk(stream.make_durable)
         await self._parts.workers.on_disk(return_free_pages)
-        return await self._end(record, update, OrderEvent.STORE)
+        pass_by(FailPoint.UPDATE_DURABLE)
+        answer = await self._end(record, update, OrderEvent.STORE)
+        pass_by(FailPoint.UPDATE_RECORDED)
+        return answer
 
     def _examine(self, update: ClientUpdate, stream: UpdateStream, current: OpenRound) -> None:
         received = StateFile(

@@ -32,6 +32,7 @@ from fedserver.terminal import showing_progress
 from fedserver.workers import Workers
 from shared.data import examine_scheme
 from shared.errors import InvalidInput, RunFailed, WrongSettings
+from shared.failpoints import FailPoint, pass_by
 from shared.files import locked_folder
 from shared.tasks import Task, find_task
 from shared.weights import entry_kinds
@@ -149,6 +150,7 @@ async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:
         raise
     # Killed here, the run is still open: started again it exports and ends it.
     await parts.workers.on_disk(_export, parts, digest)
+    pass_by(FailPoint.RUN_EXPORTED)
     await coordinator.end()
     await desk.finish()
 

@@ -1,0 +1,59 @@
+"""Places where a test can kill or halt this process; off unless the environment arms one.
+
+`FED_FAIL_POINT=round-closed:kill:2` ends the process, as kill -9 does, the second time it comes to
+that place; `halt` stops it (SIGSTOP) until somebody sends SIGCONT.
+"""
+
+import os
+import signal
+from enum import StrEnum
+
+VARIABLE = "FED_FAIL_POINT"
+
+
+class FailPoint(StrEnum):
+    """Between which two lines of the data's path something may happen."""
+
+    ROUND_OPENED = "round-opened"
+    """The server has recorded a round and not handed out an order."""
+    UPDATE_DURABLE = "update-durable"
+    """The server has an update on the disk and not in the store."""
+    UPDATE_RECORDED = "update-recorded"
+    """The server has recorded an update and not given the receipt."""
+    ROUND_CLOSING = "round-closing"
+    """The server has all updates and hasn't recorded that the round is closed."""
+    ROUND_CLOSED = "round-closed"
+    """The server has recorded that the round is closed and not begun to aggregate."""
+    MODEL_WRITTEN = "model-written"
+    """The server has the next model on the disk and not in the store."""
+    ROUND_DONE = "round-done"
+    """The server has recorded that the round is done and not handed out the next one."""
+    EVALUATED = "evaluated"
+    """The server has evaluated a model and not recorded it."""
+    RUN_EXPORTED = "run-exported"
+    """The server has exported the last model and not recorded that the run is over."""
+    ORDER_PULLED = "order-pulled"
+    """The client has an order and not the model."""
+    MODEL_FETCHED = "model-fetched"
+    """The client has the model and hasn't trained."""
+    TRAINED = "trained"
+    """The client has trained and not put the update into its outbox."""
+    UPDATE_KEPT = "update-kept"
+    """The client has the update in its outbox and not sent it."""
+    RECEIPT_GIVEN = "receipt-given"
+    """The client has the receipt and not forgotten the update."""
+
+
+_SIGNALS = {"kill": signal.SIGKILL, "halt": signal.SIGSTOP}
+_place, _, _rest = os.environ.get(VARIABLE, "").partition(":")
+_action, _, _times = _rest.partition(":")
+_passes_left = int(_times or "1")
+
+
+def pass_by(place: FailPoint) -> None:
+    """Let happen what is armed for this place."""
+    global _passes_left  # noqa: PLW0603
+    if place == _place:
+        _passes_left -= 1
+        if _passes_left == 0:
+            os.kill(os.getpid(), _SIGNALS[_action])
