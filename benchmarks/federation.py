@@ -94,6 +94,18 @@ def started(
                 process.wait()
 
 
+def peak_memory_mb(pid: int) -> float:
+    """Return the largest resident memory of a process so far, by the kernel's own mark.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    return 0.0  # it has ended, but nobody has waited for it yet
+
+
 def machine_line() -> str:
     """Return date and machine, for the head of a result."""
     processor = platform.processor() or platform.machine()

@@ -1,11 +1,13 @@
 """What a round costs beside training: seconds, bytes on the wire, memory, against raw gRPC.
 
     python -m benchmarks.round_overhead [--cases 25x10,100x10] [--write]
+                                        [--peer flwr --peer-python PATH [--peer-rounds 3]]
 
 A case is MEGABYTESxCLIENTS; every client is a process and gives back the model with every tensor
 changed. Rounds of the service and of raw gRPC (the same bytes, written and fdatasync'd) take turns
 in blocks; of either the median counts, after warm-up rounds. `--write` puts the table into
-docs/performance.md.
+docs/performance.md. With `--peer flwr` the same rounds run on Flower too, after ours, in the
+environment that PATH is the Python of.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.federation import machine_line, started, write_section
+from benchmarks import flower_peer
+from benchmarks.federation import machine_line, peak_memory_mb, started, write_section
 from benchmarks.raw_stream import raw_rounds
 
 CASES = "1x2,1x10,25x2,25x10,100x2,100x10,400x2,1x50,25x50"
@@ -46,7 +49,7 @@ class PeakMemory:
     """Samples the largest resident memory of a process while it lives."""
 
     def __init__(self, pid: int) -> None:
-        self._process = psutil.Process(pid)
+        self._pid = pid
         self.peak_mb = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -59,15 +62,11 @@ class PeakMemory:
 
     def _sample(self) -> None:
         # The kernel's own high-water mark, so that nothing falls between two samples.
-        status = Path(f"/proc/{self._process.pid}/status")
         while not self._ended.wait(0.05):
             try:
-                lines = status.read_text().splitlines()
+                self.peak_mb = max(self.peak_mb, peak_memory_mb(self._pid))
             except OSError:
                 return
-            for line in lines:
-                if line.startswith("VmHWM:"):
-                    self.peak_mb = max(self.peak_mb, int(line.split()[1]) * 1024 / 1e6)
 
 
 def measure(megabytes: float, num_clients: int) -> Measured:
@@ -123,8 +122,8 @@ def _loopback_bytes() -> int:
     return int(psutil.net_io_counters(pernic=True)["lo"].bytes_sent)
 
 
-def table(measured: list[Measured]) -> str:
-    """Return the results as Markdown."""
+def table(measured: list[Measured], peer: list[flower_peer.PeerMeasured]) -> str:
+    """Return the results as Markdown, with three more columns if a peer was measured."""
     lines = [
         "| model x clients | round (s) | raw (s) | ratio | wire / ideal "
         "| server idle -> peak (MB) | in models | client idle -> peak (MB) | in models |",
@@ -139,6 +138,14 @@ def table(measured: list[Measured]) -> str:
             f"| {one.server_idle_mb:.0f} -> {one.server_peak_mb:.0f} | {server_models:.1f} "
             f"| {one.client_idle_mb:.0f} -> {one.client_peak_mb:.0f} | {client_models:.1f} |"
         )
+    if peer:
+        lines[0] += " Flower (s) | Flower / ours | Flower server peak (MB) |"
+        lines[1] += " --- | --- | --- |"
+        for at, (one, other) in enumerate(zip(measured, peer, strict=True), start=2):
+            lines[at] += (
+                f" {other.round_s:.3f} | {other.round_s / one.round_s:.1f} "
+                f"| {other.server_peak_mb:.0f} |"
+            )
     return "\n".join(lines)
 
 
@@ -147,16 +154,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--peer", choices=["flwr"])
+    parser.add_argument("--peer-python", type=Path, metavar="PATH")
+    parser.add_argument("--peer-rounds", type=int, default=3, metavar="N")
     arguments = parser.parse_args()
-    measured = []
+    flower = None
+    made_by = f"`python -m benchmarks.round_overhead --cases {arguments.cases}`"
+    if arguments.peer:
+        if arguments.peer_python is None:
+            parser.error("--peer needs --peer-python, the Python of Flower's environment")
+        try:
+            flower = flower_peer.find_peer(arguments.peer_python)
+        except RuntimeError as error:
+            parser.error(str(error))
+        made_by += f" with `--peer flwr` ({flower.version})"
+    measured: list[Measured] = []
+    peer: list[flower_peer.PeerMeasured] = []
     for case in arguments.cases.split(","):
         megabytes, num_clients = case.split("x")
-        measured.append(measure(float(megabytes), int(num_clients)))
-        print(table(measured[-1:]).splitlines()[-1], flush=True)
-    text = (
-        f"{machine_line()}; `python -m benchmarks.round_overhead --cases {arguments.cases}`\n\n"
-        f"{table(measured)}\n"
-    )
+        size = (float(megabytes), int(num_clients))
+        measured.append(measure(*size))
+        if flower is not None:
+            peer.append(flower_peer.measure(flower, *size, arguments.peer_rounds))
+        print(table(measured[-1:], peer[-1:]).splitlines()[-1], flush=True)
+    text = f"{machine_line()}; {made_by}\n\n{table(measured, peer)}\n"
     print(text)
     if arguments.write:
         write_section("round_overhead", text)

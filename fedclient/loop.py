@@ -116,6 +116,10 @@ class Client:
             except NonFiniteError as error:
                 logger.warning("round %d: %s; no update is sent", order.round_number, error)
                 self._give_up(order, progress.counters, error.incident)
+            except NotFound as error:
+                # Its model is gone: the round has ended meanwhile.
+                logger.info("round %d: %s", order.round_number, error)
+                self._pause(_FIRST_PAUSE_S)
             except OutOfSpace as error:
                 # The order stays open and is asked for again.
                 logger.warning("round %d: %s", order.round_number, error)

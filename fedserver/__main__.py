@@ -7,7 +7,7 @@ from fedserver.settings import ServerSettings
 from shared.cli import log_to_stderr, parse
 from shared.errors import FederationError
 
-COMMANDS = ("history", "export", "curve", "confusion")
+COMMANDS = ("history", "export", "curve", "confusion", "quarantine")
 
 
 def main(argv: list[str]) -> int:

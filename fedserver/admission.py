@@ -6,10 +6,12 @@ What compares a client with its cohort comes later, when the round closes.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
-from fedserver.strategies.blocks import Block, BlockReader, StateFile, blocks_of
+from fedserver.records import Refusal, json_number
+from fedserver.strategies.blocks import BlockReader, StateFile, blocks_of
 from shared.errors import InvalidInput
 from shared.types import METRIC_NAMES, MODEL_SECTION, ClientUpdate
 from shared.weights import EntryKind
@@ -18,10 +20,15 @@ MAX_WEIGHT = 2**29 - 1
 """Above, num_examples * float32 isn't exact in float64 any more (see strategies.means)."""
 
 _HEADER_SLACK_BYTES = 1 << 20
+_MAX_TENSORS_NAMED = 20
 
 
 class UpdateRefused(InvalidInput):
-    """The update must not enter an aggregate; the message says what is wrong and where."""
+    """The update must not enter an aggregate; says what is wrong and where, and holds the proof."""
+
+    def __init__(self, reason: str, *, kind: str, **evidence: object) -> None:
+        super().__init__(reason)
+        self.refusal = Refusal(reason=reason, evidence={"kind": kind, **evidence})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,26 +51,39 @@ def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimit
     """
     if not 1 <= update.num_examples <= limits.max_num_examples:
         raise UpdateRefused(
-            f"num_examples is {update.num_examples}; it must lie in 1 to {limits.max_num_examples}"
+            f"num_examples is {update.num_examples}; it must lie in 1 to {limits.max_num_examples}",
+            kind="weight",
+            num_examples=update.num_examples,
+            max_num_examples=limits.max_num_examples,
         )
     max_steps = update.num_examples * limits.max_steps_per_example
     if not 0 <= update.num_steps <= max_steps:
-        raise UpdateRefused(f"num_steps is {update.num_steps}; it must lie in 0 to {max_steps}")
+        raise UpdateRefused(
+            f"num_steps is {update.num_steps}; it must lie in 0 to {max_steps}",
+            kind="steps",
+            num_steps=update.num_steps,
+            max_steps=max_steps,
+        )
     for name, value in update.metrics.items():
         if name not in METRIC_NAMES or not math.isfinite(value):
             raise UpdateRefused(
                 f"metric {name!r} is {value}; metrics are finite numbers named "
-                f"{', '.join(sorted(METRIC_NAMES))}"
+                f"{', '.join(sorted(METRIC_NAMES))}",
+                kind="metrics",
             )
     names = [section.name for section in update.sections]
     if names != [MODEL_SECTION] or update.sections[0].size_bytes != update.size_bytes:
         raise UpdateRefused(
             f"the payload of {update.size_bytes} bytes has sections {names}; it must hold "
-            f"{MODEL_SECTION!r} alone, of the same size"
+            f"{MODEL_SECTION!r} alone, of the same size",
+            kind="sections",
         )
     if not 0 < update.size_bytes <= base.layout.size_bytes + _HEADER_SLACK_BYTES:
         raise UpdateRefused(
-            f"the payload has {update.size_bytes} bytes; the model has {base.layout.size_bytes}"
+            f"the payload has {update.size_bytes} bytes; the model has {base.layout.size_bytes}",
+            kind="size",
+            size_bytes=update.size_bytes,
+            model_bytes=base.layout.size_bytes,
         )
 
 
@@ -74,8 +94,10 @@ def examine_content(
     kinds: Mapping[str, EntryKind],
     limits: AdmissionLimits,
     num_steps: int,
-) -> None:
+) -> float:
     """Examine every tensor of an update against the model it began from, block by block.
+
+    Returns the L2 norm of local minus global over all parameters.
 
     Raises:
         UpdateRefused: keys, shapes or dtypes differ, a value isn't finite, a counter or a fixed
@@ -87,48 +109,80 @@ def examine_content(
     for block in blocks_of(base.layout):
         values = received_reader.read(received, block)
         reference = base_reader.read(base, block)
-        where = f"tensor {block.name!r}"
         kind = kinds[block.name]
         if kind is EntryKind.COUNTER:
-            advance = values - reference
-            if bool((advance < 0).any()) or bool((advance > num_steps).any()):
-                raise UpdateRefused(
-                    f"{where} counts {values.tolist()} from {reference.tolist()}, "
-                    f"which {num_steps} local steps can't"
-                )
+            _examine_counter(block.name, values, reference, num_steps=num_steps)
         elif kind is EntryKind.FIXED:
             if not torch.equal(values, reference):
-                raise UpdateRefused(f"{where} must stay as it was sent")
+                raise UpdateRefused(
+                    f"tensor {block.name!r} must stay as it was sent",
+                    kind="fixed",
+                    tensor=block.name,
+                )
         else:
             square_sum = _delta_square_sum(values, reference)
             if not math.isfinite(square_sum):
-                _examine_finite(block, values)
+                if not bool(torch.isfinite(values).all()):
+                    raise _non_finite(received)
                 square_sum = _delta_square_sum(values.double(), reference.double())
             if kind is EntryKind.PARAMETER:
                 squares += square_sum
             elif block.name.endswith("running_var") and bool((values < 0).any()):
-                raise UpdateRefused(f"{where} holds a negative variance: {values.min().item():.6g}")
+                raise UpdateRefused(
+                    f"tensor {block.name!r} holds a negative variance: {values.min().item():.6g}",
+                    kind="variance",
+                    tensor=block.name,
+                    smallest=values.min().item(),
+                )
     norm = math.sqrt(squares)
     if not norm <= limits.max_delta_norm:
         raise UpdateRefused(
             f"the update is {norm:.6g} away from the global model (L2 norm); "
-            f"the round's cap is {limits.max_delta_norm:.6g}"
+            f"the round's cap is {limits.max_delta_norm:.6g}",
+            kind="norm-cap",
+            norm=json_number(norm),
+            cap=limits.max_delta_norm,
         )
+    return norm
 
 
 def _examine_layout(received: StateFile, base: StateFile) -> None:
     ours, theirs = base.layout.entries, received.layout.entries
-    if missing := sorted(ours.keys() - theirs.keys()):
-        raise UpdateRefused(f"tensors are missing: {_listed(missing)}")
-    if unknown := sorted(theirs.keys() - ours.keys()):
-        raise UpdateRefused(f"the model has no tensors named {_listed(unknown)}")
+    missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    if missing or unknown:
+        raise UpdateRefused(
+            f"tensors are missing: {_listed(missing)}"
+            if missing
+            else f"the model has no tensors named {_listed(unknown)}",
+            kind="keys",
+            missing=_listed(missing),
+            unknown=_listed(unknown),
+        )
     for name, entry in ours.items():
         sent = theirs[name]
         if sent.shape != entry.shape or sent.dtype != entry.dtype:
             raise UpdateRefused(
                 f"tensor {name!r} has shape {list(sent.shape)} and dtype {sent.dtype}; "
-                f"the model has {list(entry.shape)} and {entry.dtype}"
+                f"the model has {list(entry.shape)} and {entry.dtype}",
+                kind="dtype" if sent.shape == entry.shape else "shape",
+                tensor=name,
+                sent=f"{list(sent.shape)} {sent.dtype}",
+                model=f"{list(entry.shape)} {entry.dtype}",
             )
+
+
+def _examine_counter(
+    name: str, values: torch.Tensor, reference: torch.Tensor, *, num_steps: int
+) -> None:
+    advance = values - reference
+    if bool((advance < 0).any()) or bool((advance > num_steps).any()):
+        raise UpdateRefused(
+            f"tensor {name!r} counts {values.tolist()} from {reference.tolist()}, "
+            f"which {num_steps} local steps can't",
+            kind="counter",
+            tensor=name,
+            num_steps=num_steps,
+        )
 
 
 def _listed(names: list[str]) -> str:
@@ -148,11 +202,32 @@ def _delta_square_sum(values: torch.Tensor, reference: torch.Tensor) -> float:
     return float(torch.dot(delta, delta))
 
 
-def _examine_finite(block: Block, values: torch.Tensor) -> None:
-    bad = torch.nonzero(~torch.isfinite(values)).flatten()
-    if len(bad):
-        raise UpdateRefused(
-            f"tensor {block.name!r} holds {values[bad[0]].item()} at element "
-            f"{block.begin + int(bad[0])} ({len(bad)} non-finite values in elements "
-            f"{block.begin} to {block.begin + block.count - 1})"
-        )
+def _non_finite(received: StateFile) -> UpdateRefused:
+    """Return what is to be said of an update that holds a NaN or an infinity, after a look at all.
+
+    The evidence: for each tensor that does, how many there are and the index of the first in the
+    flattened tensor.
+    """
+    reader = BlockReader()
+    found: dict[str, dict[str, int]] = {}
+    first_value = math.nan
+    for block in blocks_of(received.layout):
+        if not received.layout.entries[block.name].dtype.is_floating_point:
+            continue
+        values = reader.read(received, block)
+        bad = torch.nonzero(~torch.isfinite(values)).flatten()
+        if not len(bad):
+            continue
+        if not found:
+            first_value = values[bad[0]].item()
+        first_index = block.begin + int(bad[0])
+        of_tensor = found.setdefault(block.name, {"count": 0, "first_index": first_index})
+        of_tensor["count"] += len(bad)
+    name, numbers = next(iter(found.items()))
+    others = f", and {len(found) - 1} more tensors do" if len(found) > 1 else ""
+    return UpdateRefused(
+        f"tensor {name!r} holds {first_value} at element {numbers['first_index']} "
+        f"({numbers['count']} non-finite values){others}",
+        kind="non-finite",
+        tensors=dict(islice(found.items(), _MAX_TENSORS_NAMED)),
+    )

@@ -100,6 +100,14 @@ class Checkpoints:
             shutil.copyfile(self.path(digest), draft)
             draft.replace(to)
 
+    def digests(self) -> set[str]:
+        """Return the digests of all models in the folder."""
+        return {path.stem for path in self._folder.glob("*.safetensors")}
+
+    def drop(self, digest: str) -> None:
+        """Delete a model, if it is there."""
+        self.path(digest).unlink(missing_ok=True)
+
     def load(self, digest: str) -> GlobalModel:
         """Find a model written before and examine that its content is still its name.
 

@@ -8,33 +8,26 @@ Evaluation goes on beside the next round.
 
 import asyncio
 import logging
-import math
 import time
-from typing import Any
+from collections.abc import Sequence
 
-from fedserver.admission import AdmissionLimits
+from fedserver.aggregation import reduce_updates, screen
 from fedserver.checkpoints import GlobalModel, NonFiniteAggregate
-from fedserver.evaluation import (
-    EvaluationStopped,
-    Evaluator,
-    class_accuracies,
-    initial_state,
-    summarise_clients,
-)
+from fedserver.evaluation import Evaluations, Evaluator, initial_state, summarise_clients
 from fedserver.events import event_of
 from fedserver.orderbook import OpenOrder
 from fedserver.parts import Parts
-from fedserver.records import Event, Order, Round, RunState, StoredUpdate
+from fedserver.planning import admission_limits, plan_round, standings_after, work_orders
+from fedserver.records import Event, Exclusion, Round, RunState
+from fedserver.recovery import damaged_updates
+from fedserver.retention import drop_models, drop_updates
 from fedserver.rounds import OrderState, Phase, RoundEvent, due_event
-from fedserver.sampling import choose_cohort
 from fedserver.strategies import find_strategy
-from fedserver.strategies.blocks import StateFile
-from shared.codec import read_layout
-from shared.errors import RunFailed
+from shared.errors import OutOfSpace, RunFailed, StorageDamaged
 from shared.failpoints import FailPoint, pass_by
 from shared.seeds import derive_seed
 from shared.tasks import Task
-from shared.types import MODEL_SECTION, IncidentKind, Section, WorkOrder
+from shared.types import IncidentKind
 
 logger = logging.getLogger(__name__)
 
@@ -48,18 +41,40 @@ class Coordinator:
         settings = parts.settings
         self._parts = parts
         self._task = task
-        self._evaluator = evaluator
+        self._evaluations = Evaluations(parts, evaluator)
         self._strategy = find_strategy(settings.strategy)
         self._last_counted: dict[int, str] = {}
-        self._evaluating: asyncio.Task[None] | None = None
         self._tick_s = min(_MAX_TICK_S, settings.stall_after / 4, settings.lease / 4)
 
     async def complete(self) -> str:
         """Run every round that is left; returns the final model's digest.
 
+        A full disk stops it where a kill would; it goes on when there is room.
+
         Raises:
             RunFailed: a round failed as often as it may be tried.
+            StorageDamaged: what the store or the folders hold isn't what was written.
         """
+        await self._note_restart()
+        while True:
+            try:
+                return await self._run_rounds()
+            except OutOfSpace as error:
+                await self._parts.disk.note_full(error)
+                await asyncio.sleep(self._tick_s)
+
+    async def end(self) -> None:
+        """Record that the run is over."""
+        await self._parts.workers.in_store(
+            self._parts.store.end_run,
+            self._parts.run.run_id,
+            RunState.FINISHED,
+            event_of("run-finished"),
+        )
+
+    # ---- steps
+
+    async def _run_rounds(self) -> str:
         current, base = await self._resume()
         while not (
             current.phase is Phase.DONE and current.round_number == self._parts.settings.rounds
@@ -75,49 +90,61 @@ class Coordinator:
                 await self._fail_run(current)
             else:
                 current = await self._open_next(current, base)
-        await self._evaluation_done()
+        await self._evaluations.done()
         return base.digest
 
-    async def end(self) -> None:
-        """Record that the run is over."""
-        await self._parts.workers.in_store(
-            self._parts.store.end_run,
-            self._parts.run.run_id,
-            RunState.FINISHED,
-            event_of("run-finished"),
-        )
-
-    # ---- steps
+    async def _note_restart(self) -> None:
+        run_id = self._parts.run.run_id
+        latest = await self._parts.workers.in_store(self._parts.store.latest_round, run_id)
+        if latest is not None:
+            happened = event_of(IncidentKind.SERVER_RESTARTED, latest, is_incident=True)
+            await self._parts.workers.in_store(self._parts.store.add_events, run_id, [happened])
+            self._parts.bus.publish(happened)
 
     async def _resume(self) -> tuple[Round, GlobalModel]:
+        """Take the run up where the store says that it is; open its first round if there is none.
+
+        Raises:
+            StorageDamaged: the base model, or an update acknowledged, isn't what was written.
+        """
         in_store, on_disk = self._parts.workers.in_store, self._parts.workers.on_disk
-        run_id = self._parts.run.run_id
-        latest = await in_store(self._parts.store.latest_round, run_id)
-        self._last_counted = await in_store(self._parts.store.last_counted_orders, run_id)
+        store, run_id = self._parts.store, self._parts.run.run_id
+        latest = await in_store(store.latest_round, run_id)
+        self._last_counted = await in_store(store.last_counted_orders, run_id)
+        held = await in_store(store.held_updates)
+        await on_disk(self._parts.quarantine.tidy, held, self._parts.spool)
+        await drop_updates(self._parts, done_round=0 if latest is None else latest.round_number - 1)
         if latest is None:
-            await on_disk(self._parts.spool.drop_all_but, set())
             seed = derive_seed(self._parts.settings.seed, "init")
             state_dict = await on_disk(
                 initial_state, self._task, seed=seed, init=self._parts.settings.init
             )
             base = await on_disk(self._parts.checkpoints.save_initial, state_dict)
             return await self._open(1, attempt=1, base=base), base
-        happened = event_of(IncidentKind.SERVER_RESTARTED, latest, is_incident=True)
-        await in_store(self._parts.store.add_events, run_id, [happened])
-        self._parts.bus.publish(happened)
         digest = latest.model_digest if latest.phase is Phase.DONE else latest.base_digest
         assert digest is not None
         base = await on_disk(self._parts.checkpoints.load, digest)
-        is_unfinished = latest.phase in (Phase.COLLECTING, Phase.AGGREGATING)
-        kept = {order.order_id for order in latest.orders} if is_unfinished else set()
-        if not self._parts.settings.keep_updates:
-            await on_disk(self._parts.spool.drop_all_but, kept)
-        for done in await in_store(self._parts.store.unevaluated_rounds, run_id):
+        if latest.phase in (Phase.COLLECTING, Phase.AGGREGATING):
+            stored = await in_store(store.stored_updates, latest)
+            damaged = await on_disk(damaged_updates, self._parts.spool, stored)
+            if damaged:
+                latest = await self._give_up_damaged(latest, damaged)
+        for done in await in_store(store.unevaluated_rounds, run_id):
             assert done.model_digest is not None
-            await self._start_evaluation(done, done.model_digest)
+            await self._evaluations.start(done, done.model_digest)
         if latest.phase is Phase.COLLECTING:
             self._hand_out(latest, base)
         return latest, base
+
+    async def _give_up_damaged(self, latest: Round, damaged: list[str]) -> Round:
+        """Fail the attempt whose updates are damaged, if that was asked for."""
+        if not self._parts.settings.give_up_damaged:
+            raise StorageDamaged(
+                f"round {latest.round_number} can't go on: {'; '.join(damaged)}. Nothing was "
+                "deleted: restore the files from a copy, or start with --give-up-damaged to ask "
+                "the clients for this round anew; every finished round is whole"
+            )
+        return await self._fail_round(latest, f"damaged on the disk: {'; '.join(damaged)}")
 
     async def _open_next(self, ended: Round, base: GlobalModel) -> Round:
         if ended.phase is Phase.FAILED:
@@ -127,8 +154,16 @@ class Coordinator:
     async def _open(self, round_number: int, *, attempt: int, base: GlobalModel) -> Round:
         """Wait until there are clients enough, then open the round."""
         has_said_so = False
-        while (planned := self._plan(round_number, attempt=attempt, base=base)) is None:
-            if not has_said_so:
+        run_id = self._parts.run.run_id
+        while True:
+            await self._parts.disk.tell()
+            standings = await self._parts.workers.in_store(self._parts.store.standings, run_id)
+            planned = plan_round(
+                self._parts, round_number, attempt=attempt, base=base, standings=standings
+            )
+            if planned is not None:
+                break
+            if not has_said_so and not self._parts.disk.is_low():
                 logger.info("waiting for clients: %d are needed", self._parts.settings.min_clients)
                 has_said_so = True
             await self._parts.sessions.changed.wait(self._tick_s)
@@ -139,69 +174,13 @@ class Coordinator:
         self._parts.bus.publish(happened)
         return planned
 
-    def _plan(self, round_number: int, *, attempt: int, base: GlobalModel) -> Round | None:
-        """Return the round to open, or None while there are too few clients."""
-        settings = self._parts.settings
-        candidates = self._parts.sessions.ready_clients(only_live=not settings.require_all)
-        if len(candidates) < settings.min_clients:
-            return None
-        place = {"round_number": round_number, "attempt": attempt}
-        cohort = choose_cohort(
-            candidates,
-            size=settings.clients_per_round,
-            seed=derive_seed(settings.seed, "cohort", **place),
-        )
-        run_id = self._parts.run.run_id
-        return Round(
-            run_id=run_id,
-            round_number=round_number,
-            attempt=attempt,
-            phase=Phase.COLLECTING,
-            base_digest=base.digest,
-            max_delta_norm=settings.max_delta_norm or 100 * (1 + base.parameter_norm),
-            orders=tuple(
-                Order(
-                    order_id=f"{run_id}-r{round_number}-a{attempt}-c{client_id}-s1",
-                    client_id=client_id,
-                )
-                for client_id in cohort
-            ),
-        )
-
     def _hand_out(self, opened: Round, base: GlobalModel) -> None:
-        settings = self._parts.settings
-        section = Section(
-            name=MODEL_SECTION, digest=base.digest, size_bytes=base.file.layout.size_bytes
-        )
         self._parts.downloads.publish(base.digest)
         self._parts.book.open_round(
             opened,
             base=base,
-            limits=AdmissionLimits(
-                max_num_examples=settings.max_num_examples,
-                max_delta_norm=opened.max_delta_norm,
-                max_steps_per_example=settings.epochs,
-            ),
-            orders=[
-                WorkOrder(
-                    order_id=order.order_id,
-                    client_id=order.client_id,
-                    round_number=opened.round_number,
-                    attempt=opened.attempt,
-                    sections=(section,),
-                    training=settings.training_in(opened.round_number),
-                    seed=derive_seed(
-                        settings.seed,
-                        "train",
-                        round_number=opened.round_number,
-                        attempt=opened.attempt,
-                        client_id=order.client_id,
-                    ),
-                    last_counted_order_id=self._last_counted.get(order.client_id, ""),
-                    evaluate=settings.evaluate_on_clients,
-                )
-                for order in opened.orders
-            ],
+            limits=admission_limits(self._parts.settings, opened),
+            orders=work_orders(self._parts.settings, opened, base, self._last_counted),
         )
 
     async def _collect(self, current: Round) -> Round:
@@ -214,6 +193,7 @@ class Coordinator:
             due = due_event(
                 self._parts.book.states(),
                 min_updates=self._updates_needed(current),
+                closes_early=self._parts.settings.over_select > 1,
                 is_overdue=deadline_s is not None and time.monotonic() - opened_at > deadline_s,
             )
             if due is RoundEvent.CLOSE:
@@ -261,32 +241,59 @@ class Coordinator:
             idle_s=self._parts.book.idle_s(order),
         )
         order_id = order.order.order_id
-        if await self._parts.workers.in_store(
-            self._parts.store.abandon_order, self._parts.run.run_id, order_id, happened
-        ):
+        recorded = await self._parts.workers.in_store(
+            self._parts.store.abandon_order,
+            self._parts.run.run_id,
+            order_id,
+            happened,
+            strikes=True,
+        )
+        if recorded is not None:
             self._parts.book.settle(order_id, OrderState.ABANDONED)
-            self._parts.bus.publish(happened)
+            self._parts.bus.publish(recorded)
 
     async def _aggregate(self, current: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
         """Make the next global model and open the round after it."""
-        counted = await self._parts.workers.in_store(self._parts.store.stored_updates, current)
+        settings, store, run_id = self._parts.settings, self._parts.store, current.run_id
+        in_store, on_disk = self._parts.workers.in_store, self._parts.workers.on_disk
+        stored = await in_store(store.stored_updates, current)
+        exclusions = screen(
+            current,
+            stored,
+            width=settings.norm_band,
+            trusted=await in_store(store.trusted_clients, run_id),
+        )
+        excluded = {one.order_id for one in exclusions}
+        counted = [one for one in stored if one.update.order_id not in excluded]
+        if len(counted) < min(settings.updates_needed, len(current.orders)):
+            reason = f"{len(excluded)} of {len(stored)} updates were excluded, too many to go on"
+            return await self._fail_round(current, reason, exclusions=exclusions), base
         try:
-            model = await self._parts.workers.on_disk(self._reduce, base, counted)
+            model = await on_disk(reduce_updates, self._parts, self._strategy, base, counted)
         except NonFiniteAggregate as error:
             return await self._fail_round(current, str(error)), base
         pass_by(FailPoint.MODEL_WRITTEN)
         self._last_counted.update({one.client_id: one.update.order_id for one in counted})
         following = None
-        if current.round_number < self._parts.settings.rounds:
-            following = self._plan(current.round_number + 1, attempt=1, base=model)
+        if current.round_number < settings.rounds:
+            standings = await in_store(store.standings, run_id)
+            following = plan_round(
+                self._parts,
+                current.round_number + 1,
+                attempt=1,
+                base=model,
+                standings=standings_after(
+                    standings, current, exclusions, {one.client_id for one in counted}
+                ),
+            )
         happened = [event_of("round-done", current, updates=len(counted), model=model.digest)]
         if following is not None:
             happened.append(_opened(following))
-        await self._parts.workers.in_store(
-            self._parts.store.finish_round,
+        happened = await in_store(
+            store.finish_round,
             current,
             model_digest=model.digest,
-            counted=counted,
+            exclusions=exclusions,
             client_evaluation=summarise_clients([one.update for one in counted]),
             next_round=following,
             happened=happened,
@@ -296,36 +303,35 @@ class Coordinator:
             self._hand_out(following, model)
         for one in happened:
             self._parts.bus.publish(one)
-        if not self._parts.settings.keep_updates:
-            for stored in counted:
-                await self._parts.workers.on_disk(
-                    self._parts.spool.drop, stored.update.order_id, stored.update.digest
-                )
-        await self._start_evaluation(current, model.digest)
+        if exclusions:
+            await self._fill_quarantine()
+        await drop_updates(self._parts, done_round=current.round_number)
+        await self._evaluations.start(current, model.digest)
+        await drop_models(self._parts, done_round=current.round_number)
         return following or await self._latest(), model
 
-    def _reduce(self, base: GlobalModel, counted: list[StoredUpdate]) -> GlobalModel:
-        updates = []
-        for stored in counted:
-            path = self._parts.spool.path(stored.update.order_id, stored.update.digest)
-            updates.append(
-                StateFile(
-                    path=path,
-                    layout=read_layout(path),
-                    num_examples=stored.update.num_examples,
-                )
-            )
-        blocks = self._strategy.aggregator(base.file, updates, self._parts.kinds)
-        return self._parts.checkpoints.save(base.file, blocks)
-
-    async def _fail_round(self, current: Round, reason: str) -> Round:
+    async def _fail_round(
+        self, current: Round, reason: str, *, exclusions: Sequence[Exclusion] = ()
+    ) -> Round:
         happened = event_of(IncidentKind.ROUND_FAILED, current, is_incident=True, reason=reason)
-        await self._parts.workers.in_store(self._parts.store.fail_round, current, happened)
+        recorded = await self._parts.workers.in_store(
+            self._parts.store.fail_round, current, happened, exclusions=exclusions
+        )
         self._parts.book.close_round()
-        self._parts.bus.publish(happened)
-        if not self._parts.settings.keep_updates:
-            await self._parts.workers.on_disk(self._parts.spool.drop_all_but, set())
+        for one in recorded:
+            self._parts.bus.publish(one)
+        if exclusions:
+            await self._fill_quarantine()
+        await drop_updates(self._parts, done_round=current.round_number - 1)
         return await self._latest()
+
+    async def _fill_quarantine(self) -> None:
+        """Move what the last transaction has excluded out of the spool."""
+        held = await self._parts.workers.in_store(self._parts.store.held_updates)
+        on_disk, quarantine = self._parts.workers.on_disk, self._parts.quarantine
+        await on_disk(quarantine.tidy, held, self._parts.spool)
+        for evicted in await on_disk(quarantine.make_room, self._parts.store):
+            self._parts.bus.publish(evicted)
 
     async def _fail_run(self, current: Round) -> None:
         happened = event_of("run-failed", current, is_incident=True)
@@ -344,53 +350,6 @@ class Coordinator:
         )
         assert latest is not None
         return latest
-
-    # ---- evaluation
-
-    async def _start_evaluation(self, evaluated: Round, digest: str) -> None:
-        """Evaluate beside the round that collects; at most one evaluation is behind."""
-        await self._evaluation_done()
-        if self._evaluator.has_data:
-            self._evaluating = asyncio.create_task(self._evaluate(evaluated, digest))
-
-    async def _evaluation_done(self) -> None:
-        if self._evaluating is not None:
-            await self._evaluating
-            self._evaluating = None
-
-    async def _evaluate(self, evaluated: Round, digest: str) -> None:
-        try:
-            found = await self._parts.workers.on_disk(
-                self._evaluator.evaluate, self._parts.checkpoints.path(digest)
-            )
-        except EvaluationStopped:
-            return
-        pass_by(FailPoint.EVALUATED)
-        has_collapsed = not math.isfinite(found.loss)
-        numbers = {"accuracy": found.accuracy, "loss": found.loss, **found.metrics}
-        # JSON has no NaN.
-        fields: dict[str, Any] = {
-            name: one if math.isfinite(one) else None for name, one in numbers.items()
-        }
-        by_class: dict[str, Any] = {}
-        if found.confusion is not None:
-            by_class = {
-                "class_accuracy": class_accuracies(found.confusion),
-                "confusion": found.confusion.tolist(),
-            }
-        happened = event_of(
-            IncidentKind.EVALUATION_COLLAPSED if has_collapsed else "evaluated",
-            evaluated,
-            is_incident=has_collapsed,
-            **fields,
-        )
-        await self._parts.workers.in_store(
-            self._parts.store.record_evaluation,
-            evaluated,
-            fields | by_class,
-            happened,
-        )
-        self._parts.bus.publish(happened)
 
 
 def _opened(opened: Round) -> Event:

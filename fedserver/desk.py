@@ -166,9 +166,10 @@ class Desk:
                 attempt=record.attempt,
                 client_id=record.client_id,
             )
-            if await self._parts.workers.in_store(
+            recorded = await self._parts.workers.in_store(
                 self._parts.store.abandon_order, record.run_id, order_id, happened
-            ):
+            )
+            if recorded is not None:
                 self._parts.book.settle(order_id, OrderState.ABANDONED)
                 self._parts.bus.publish(happened)
             return Directive.ABANDON

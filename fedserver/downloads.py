@@ -5,6 +5,7 @@ size; anything else (an older model that a restarted client still asks for) is r
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from fedserver.checkpoints import Checkpoints
@@ -24,6 +25,7 @@ class Downloads:
         self._idle_s = idle_s
         # gRPC copies what it is given to write: without a bound, a chunk for every slow client.
         self._places = asyncio.Semaphore(_MAX_CHUNKS_UNDER_WAY)
+        self._under_way: Counter[str] = Counter()
         self._digest = ""
         self._chunks: dict[int, bytes] = {}
 
@@ -32,6 +34,10 @@ class Downloads:
         if digest != self._digest:
             self._digest = digest
             self._chunks = {}
+
+    def under_way(self) -> set[str]:
+        """Return the digests of the blobs that somebody is downloading."""
+        return set(+self._under_way)
 
     async def send(
         self,
@@ -62,22 +68,26 @@ class Downloads:
                 file.seek(begin)
                 return frame(file.read(end - begin), field=DOWNLOAD_DATA_FIELD)
 
-        while offset < size_bytes:
-            end = min(offset - offset % CHUNK_BYTES + CHUNK_BYTES, size_bytes)
-            async with self._places:
+        self._under_way[digest] += 1
+        try:
+            while offset < size_bytes:
+                end = min(offset - offset % CHUNK_BYTES + CHUNK_BYTES, size_bytes)
+                async with self._places:
+                    on_progress()
+                    framed = self._chunks.get(offset) if digest == self._digest else None
+                    if framed is None:
+                        framed = await self._workers.on_disk(read, offset, end)
+                        if digest == self._digest and offset % CHUNK_BYTES == 0:
+                            self._chunks[offset] = framed
+                    try:
+                        async with asyncio.timeout(self._idle_s):
+                            await write(framed)
+                    except TimeoutError:
+                        raise ServerUnreachable(
+                            f"nothing was taken of blob {digest} for {self._idle_s:g} s; ask for "
+                            "the rest again"
+                        ) from None
                 on_progress()
-                framed = self._chunks.get(offset) if digest == self._digest else None
-                if framed is None:
-                    framed = await self._workers.on_disk(read, offset, end)
-                    if digest == self._digest and offset % CHUNK_BYTES == 0:
-                        self._chunks[offset] = framed
-                try:
-                    async with asyncio.timeout(self._idle_s):
-                        await write(framed)
-                except TimeoutError:
-                    raise ServerUnreachable(
-                        f"nothing was taken of blob {digest} for {self._idle_s:g} s; ask for the "
-                        "rest again"
-                    ) from None
-            on_progress()
-            offset = end
+                offset = end
+        finally:
+            self._under_way[digest] -= 1

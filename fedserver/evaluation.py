@@ -1,5 +1,7 @@
 """How good a global model is on the task's held-out set."""
 
+import asyncio
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,13 +9,17 @@ from typing import Any
 
 import torch
 
+from fedserver.events import event_of
+from fedserver.parts import Parts
+from fedserver.records import Round
 from shared.codec import load_state_into
 from shared.data import make_loader
 from shared.errors import InvalidInput
 from shared.evaluation import Evaluation, evaluate
+from shared.failpoints import FailPoint, pass_by
 from shared.models import initialise
 from shared.tasks import Task, examine_examples
-from shared.types import ClientUpdate
+from shared.types import ClientUpdate, IncidentKind
 
 _BATCH_SIZE = 256
 _MAX_CLASSES = 100
@@ -77,6 +83,61 @@ class Evaluator:
             if self._stop.is_set():
                 raise EvaluationStopped
             yield batch
+
+
+class Evaluations:
+    """Evaluates models beside the round that collects; at most one evaluation is behind."""
+
+    def __init__(self, parts: Parts, evaluator: Evaluator) -> None:
+        self._parts = parts
+        self._evaluator = evaluator
+        self._evaluating: asyncio.Task[None] | None = None
+
+    async def start(self, evaluated: Round, digest: str) -> None:
+        """Begin to evaluate a round's model, once the evaluation before is done."""
+        await self.done()
+        if self._evaluator.has_data:
+            self._evaluating = asyncio.create_task(self._evaluate(evaluated, digest))
+
+    async def done(self) -> None:
+        """Return when no evaluation goes on."""
+        evaluating, self._evaluating = self._evaluating, None
+        if evaluating is not None:
+            await evaluating
+
+    async def _evaluate(self, evaluated: Round, digest: str) -> None:
+        try:
+            found = await self._parts.workers.on_disk(
+                self._evaluator.evaluate, self._parts.checkpoints.path(digest)
+            )
+        except EvaluationStopped:
+            return
+        pass_by(FailPoint.EVALUATED)
+        has_collapsed = not math.isfinite(found.loss)
+        numbers = {"accuracy": found.accuracy, "loss": found.loss, **found.metrics}
+        # JSON has no NaN.
+        fields: dict[str, Any] = {
+            name: one if math.isfinite(one) else None for name, one in numbers.items()
+        }
+        by_class: dict[str, Any] = {}
+        if found.confusion is not None:
+            by_class = {
+                "class_accuracy": class_accuracies(found.confusion),
+                "confusion": found.confusion.tolist(),
+            }
+        happened = event_of(
+            IncidentKind.EVALUATION_COLLAPSED if has_collapsed else "evaluated",
+            evaluated,
+            is_incident=has_collapsed,
+            **fields,
+        )
+        await self._parts.workers.in_store(
+            self._parts.store.record_evaluation,
+            evaluated,
+            fields | by_class,
+            happened,
+        )
+        self._parts.bus.publish(happened)
 
 
 def class_accuracies(confusion: torch.Tensor) -> list[float | None]:

@@ -14,12 +14,12 @@ from fedserver.admission import UpdateRefused, examine_content, examine_header
 from fedserver.memory import return_free_pages
 from fedserver.orderbook import OpenRound
 from fedserver.parts import Parts
-from fedserver.records import Event, OrderRecord
+from fedserver.records import Event, OrderRecord, Refusal
 from fedserver.rounds import OrderEvent, OrderState
 from fedserver.spool import UpdateStream
 from fedserver.strategies.blocks import StateFile
 from shared.codec import digest_file, read_layout
-from shared.errors import CorruptPayload, InvalidInput, ServerUnreachable
+from shared.errors import CorruptPayload, InvalidInput, OutOfSpace, ServerUnreachable
 from shared.failpoints import FailPoint, pass_by
 from shared.types import ClientUpdate, IncidentKind, Receipt, UploadAnswer
 
@@ -77,8 +77,11 @@ class Intake:
                     finally:
                         # A client that hangs up now has sent all there is: go on without it.
                         await asyncio.wait([accepting])
-        except UpdateRefused as refusal:
-            return await self._end(record, update, OrderEvent.REFUSE, reason=str(refusal))
+        except UpdateRefused as error:
+            return await self._end(record, update, OrderEvent.REFUSE, refusal=error.refusal)
+        except OutOfSpace as error:
+            await self._parts.disk.note_full(error)
+            raise
 
     @asynccontextmanager
     async def _place(self, order_id: str) -> AsyncIterator[None]:
@@ -129,31 +132,41 @@ class Intake:
                 f"order {update.order_id}: the bytes don't match digest {update.digest}; "
                 "they were dropped, send the payload again from byte 0"
             )
-        try:
-            await self._parts.workers.on_disk(self._examine, update, stream, current)
-        except InvalidInput as refusal:
-            self._parts.spool.drop(update.order_id, update.digest)
-            return await self._end(record, update, OrderEvent.REFUSE, reason=str(refusal))
+        examined = await self._parts.workers.on_disk(self._examine, update, stream, current)
+        if isinstance(examined, Refusal):
+            return await self._end(
+                record, update, OrderEvent.REFUSE, refusal=examined, stream=stream
+            )
         await self._parts.workers.on_disk(stream.make_durable)
         await self._parts.workers.on_disk(return_free_pages)
         pass_by(FailPoint.UPDATE_DURABLE)
-        answer = await self._end(record, update, OrderEvent.STORE)
+        answer = await self._end(
+            record, update, OrderEvent.STORE, stream=stream, delta_norm=examined
+        )
         pass_by(FailPoint.UPDATE_RECORDED)
         return answer
 
-    def _examine(self, update: ClientUpdate, stream: UpdateStream, current: OpenRound) -> None:
-        received = StateFile(
-            path=stream.path,
-            layout=read_layout(stream.path),
-            num_examples=update.num_examples,
-        )
-        examine_content(
-            received,
-            base=current.base.file,
-            kinds=self._parts.kinds,
-            limits=current.limits,
-            num_steps=update.num_steps,
-        )
+    def _examine(
+        self, update: ClientUpdate, stream: UpdateStream, current: OpenRound
+    ) -> float | Refusal:
+        """Return the norm of a good update's delta, or why it isn't one."""
+        try:
+            received = StateFile(
+                path=stream.path,
+                layout=read_layout(stream.path),
+                num_examples=update.num_examples,
+            )
+            return examine_content(
+                received,
+                base=current.base.file,
+                kinds=self._parts.kinds,
+                limits=current.limits,
+                num_steps=update.num_steps,
+            )
+        except UpdateRefused as error:
+            return error.refusal
+        except InvalidInput as error:
+            return Refusal(reason=str(error), evidence={"kind": "malformed"})
 
     async def _end(
         self,
@@ -161,22 +174,27 @@ class Intake:
         update: ClientUpdate,
         order_event: OrderEvent,
         *,
-        reason: str | None = None,
+        refusal: Refusal | None = None,
+        stream: UpdateStream | None = None,
+        delta_norm: float | None = None,
     ) -> UploadAnswer:
+        """Record how an order ended; what isn't stored goes into quarantine with its bytes."""
+
         def describe(state: OrderState) -> Event:
+            is_good = state is OrderState.STORED
             kind = {
                 OrderState.STORED: "update-stored",
                 OrderState.REFUSED: IncidentKind.UPDATE_REFUSED.value,
             }.get(state, IncidentKind.UPDATE_LATE.value)
-            fields = {"num_examples": update.num_examples, **update.metrics}
+            good_fields = {"num_examples": update.num_examples, **update.metrics}
             return Event(
                 kind=kind,
                 at=time.time(),
                 round_number=record.round_number,
                 attempt=record.attempt,
                 client_id=record.client_id,
-                is_incident=state is not OrderState.STORED,
-                fields=fields if state is OrderState.STORED else {"reason": reason},
+                is_incident=not is_good,
+                fields=good_fields if is_good else {"reason": refusal and refusal.reason},
             )
 
         open_order = self._parts.book.find(update.order_id)
@@ -186,7 +204,9 @@ class Intake:
             update,
             order_event,
             describe,
-            reason=reason,
+            refusal=refusal,
+            delta_norm=delta_norm,
+            kept_bytes=0 if stream is None else stream.offset,
             handed_out_at=open_order.handed_out_at if open_order else None,
         )
         self._parts.book.settle(update.order_id, state)
@@ -196,9 +216,15 @@ class Intake:
             )
             return await self._answer_ended(record, update)
         self._parts.bus.publish(happened)
-        if state is not OrderState.STORED:
-            self._parts.spool.drop(update.order_id, update.digest)
-        return UploadAnswer(receipt=_ANSWERS[state], reason=reason or "")
+        if state is not OrderState.STORED and stream is not None:
+            for evicted in await self._parts.workers.on_disk(self._quarantine, update, stream):
+                self._parts.bus.publish(evicted)
+        return UploadAnswer(receipt=_ANSWERS[state], reason=refusal.reason if refusal else "")
+
+    def _quarantine(self, update: ClientUpdate, stream: UpdateStream) -> list[Event]:
+        path = self._parts.quarantine.path(update.order_id, update.digest)
+        self._parts.spool.hand_over(stream, path)
+        return self._parts.quarantine.make_room(self._parts.store)
 
     async def _answer_ended(self, record: OrderRecord, update: ClientUpdate) -> UploadAnswer:
         if record.digest is None:
@@ -209,7 +235,22 @@ class Intake:
             return UploadAnswer(receipt=Receipt.LATE)
         if record.digest == update.digest:
             return UploadAnswer(receipt=Receipt.DUPLICATE)
-        return UploadAnswer(
-            receipt=Receipt.REFUSED,
-            reason=f"order {update.order_id} has an update with other bytes; the first one stands",
+        reason = f"order {update.order_id} has an update with other bytes; the first one stands"
+        happened = Event(
+            kind=IncidentKind.UPDATE_CONTRADICTED,
+            at=time.time(),
+            round_number=record.round_number,
+            attempt=record.attempt,
+            client_id=record.client_id,
+            is_incident=True,
+            fields={"first": record.digest, "second": update.digest},
         )
+        is_new = await self._parts.workers.in_store(
+            self._parts.store.add_events,
+            record.run_id,
+            [happened],
+            report_key=f"{update.order_id}={update.digest}",
+        )
+        if is_new:
+            self._parts.bus.publish(happened)
+        return UploadAnswer(receipt=Receipt.REFUSED, reason=reason)

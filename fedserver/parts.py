@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedserver.checkpoints import Checkpoints
+from fedserver.disk import DiskWatch
 from fedserver.downloads import Downloads
 from fedserver.events import EventBus
 from fedserver.orderbook import OrderBook
+from fedserver.quarantine import QuarantineFolder
 from fedserver.records import Run
 from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
@@ -25,9 +27,11 @@ class Parts:
     kinds: Mapping[str, EntryKind]
     store: Store
     spool: Spool
+    quarantine: QuarantineFolder
     checkpoints: Checkpoints
     downloads: Downloads
     sessions: Sessions
     book: OrderBook
     bus: EventBus
     workers: Workers
+    disk: DiskWatch

@@ -14,6 +14,15 @@ def json_number(value: float) -> float | str:
     return value if abs(value) < float("inf") else str(value)
 
 
+class HeldState(StrEnum):
+    """What has become of an update in quarantine: only of HELD ones are the bytes kept."""
+
+    HELD = "HELD"
+    RELEASED = "RELEASED"
+    DROPPED = "DROPPED"
+    EVICTED = "EVICTED"
+
+
 class RunState(StrEnum):
     """Where a run stands."""
 
@@ -87,10 +96,64 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredUpdate:
-    """An update the round rests on."""
+    """An update the round rests on; `delta_norm` is the L2 norm of local minus global."""
 
     client_id: int
     update: ClientUpdate
+    delta_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why an update is kept out of the global model; `evidence` holds JSON values only."""
+
+    reason: str
+    evidence: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exclusion:
+    """A stored update that its round is screened of, what is kept of it, and what to record."""
+
+    order_id: str
+    client_id: int
+    refusal: Refusal
+    kept_bytes: int
+    happened: "Event"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldUpdate:
+    """An update in quarantine.
+
+    `verdict` is how its order ended, `kept_bytes` what is kept of its payload (0: it was refused
+    before any byte was taken).
+    """
+
+    order_id: str
+    digest: str
+    run_id: str
+    client_id: int
+    round_number: int
+    verdict: OrderState
+    state: HeldState
+    refusal: Refusal
+    kept_bytes: int
+    held_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """A client that has given cause; others have no standing on record and are active.
+
+    It takes part again from round `suspended_until` on; `strikes` are those since an update of its
+    last counted.
+    """
+
+    client_id: int
+    strikes: int
+    suspended_until: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +170,12 @@ class Event:
     client_id: int | None = None
     is_incident: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerRow:
+    """A ledger's entry (canonical JSON, see fedserver.ledger) as the store holds it."""
+
+    round_number: int
+    entry: str
+    digest: str

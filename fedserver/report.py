@@ -8,6 +8,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from fedserver.records import HeldUpdate
+
 History = Sequence[Mapping[str, Any]]
 
 _MAX_CLASSES_LABELLED = 20
@@ -62,6 +64,25 @@ def incident_lines(history: History) -> list[str]:
                 f"{incident['at'][:19]} round {entry['round']}{who}: {incident['kind']} {rest}"
             )
     return lines
+
+
+def held_table(held: Sequence[HeldUpdate], *, title: str) -> Table:
+    """Return a table with one row for each update ever put in quarantine."""
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for heading in ("order", "client", "round", "verdict", "why", "state", "bytes"):
+        is_number = heading in ("client", "round", "bytes")
+        table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+    for one in held:
+        table.add_row(
+            one.order_id,
+            str(one.client_id),
+            str(one.round_number),
+            one.verdict.lower(),
+            str(one.refusal.evidence["kind"]),
+            one.state.lower(),
+            str(one.kept_bytes),
+        )
+    return table
 
 
 def draw_curve(history: History, path: Path) -> None:

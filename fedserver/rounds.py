@@ -107,17 +107,19 @@ def next_order_state(state: OrderState, event: OrderEvent) -> OrderState:
 
 
 def due_event(
-    states: Collection[OrderState], *, min_updates: int, is_overdue: bool
+    states: Collection[OrderState], *, min_updates: int, closes_early: bool, is_overdue: bool
 ) -> RoundEvent | None:
     """Return what is to happen to a collecting round whose orders have these states.
 
     It closes when no order is open any more, or its deadline is past, with at least `min_updates`
-    stored; it fails when that minimum can't be reached. None: go on waiting.
+    stored; with `closes_early` as soon as they are stored. It fails when that minimum can't be
+    reached. None: go on waiting.
     """
     num_open = sum(state is OrderState.OPEN for state in states)
     num_stored = sum(state is OrderState.STORED for state in states)
     if num_stored + num_open < min_updates:
         return RoundEvent.FAIL
-    if num_open and not is_overdue:
+    has_enough = num_stored >= min_updates
+    if num_open and not is_overdue and not (closes_early and has_enough):
         return None
-    return RoundEvent.CLOSE if num_stored >= min_updates else RoundEvent.FAIL
+    return RoundEvent.CLOSE if has_enough else RoundEvent.FAIL

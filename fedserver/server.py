@@ -13,6 +13,7 @@ from rich.console import Console
 from fedserver.checkpoints import Checkpoints
 from fedserver.coordinator import Coordinator
 from fedserver.desk import Desk
+from fedserver.disk import DiskWatch
 from fedserver.downloads import Downloads
 from fedserver.evaluation import Evaluator
 from fedserver.events import EventBus
@@ -20,7 +21,9 @@ from fedserver.intake import Intake
 from fedserver.memory import keep_one_heap
 from fedserver.orderbook import OrderBook
 from fedserver.parts import Parts
+from fedserver.quarantine import QuarantineFolder
 from fedserver.records import Run, RunState
+from fedserver.recovery import salvageable
 from fedserver.report import best_round, incident_lines, round_table
 from fedserver.service import start_server
 from fedserver.sessions import Sessions
@@ -31,7 +34,7 @@ from fedserver.strategies import find_strategy
 from fedserver.terminal import showing_progress
 from fedserver.workers import Workers
 from shared.data import examine_scheme
-from shared.errors import InvalidInput, RunFailed, WrongSettings
+from shared.errors import InvalidInput, RunFailed, StorageDamaged, WrongSettings
 from shared.failpoints import FailPoint, pass_by
 from shared.files import locked_folder
 from shared.tasks import Task, find_task
@@ -58,7 +61,11 @@ def run_server(settings: ServerSettings) -> None:
     examine_scheme(settings.partition, settings.partitioning.parameters)
     evaluator = Evaluator(task, data_root=settings.data_root)
     with locked_folder(settings.state_dir) as state_dir:
-        store = Store(state_dir / "federation.sqlite")
+        try:
+            store = Store(state_dir / "federation.sqlite")
+            store.examine()
+        except StorageDamaged as error:
+            raise StorageDamaged(f"{error}; {salvageable(state_dir / 'models')}") from error
         workers = Workers()
         try:
             run = _open_run(store, settings)
@@ -100,19 +107,30 @@ async def _serve(
     evaluator: Evaluator,
 ) -> None:
     kinds = entry_kinds(task.build_model())
-    checkpoints = Checkpoints(settings.state_dir / "models", kinds)
+    state_dir = settings.state_dir
+    checkpoints = Checkpoints(state_dir / "models", kinds)
+    bus = EventBus()
     parts = Parts(
         settings=settings,
         run=run,
         kinds=kinds,
         store=store,
-        spool=Spool(settings.state_dir / "spool"),
+        spool=Spool(state_dir / "spool"),
+        quarantine=QuarantineFolder(state_dir / "quarantine", max_bytes=settings.quarantine_bytes),
         checkpoints=checkpoints,
         downloads=Downloads(checkpoints, workers, idle_s=settings.stall_after),
         sessions=Sessions(store.load_sessions(run.run_id), lease_s=settings.lease),
         book=OrderBook(),
-        bus=EventBus(),
+        bus=bus,
         workers=workers,
+        disk=DiskWatch(
+            state_dir,
+            min_free_bytes=settings.min_free_bytes,
+            run_id=run.run_id,
+            store=store,
+            workers=workers,
+            bus=bus,
+        ),
     )
     desk = Desk(parts, Intake(parts))
     coordinator = Coordinator(parts, task=task, evaluator=evaluator)

@@ -1,7 +1,8 @@
 """The coordinator's settings."""
 
+import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -21,6 +22,9 @@ _TRAINING = TrainingConfig()
 _SCHEDULE = Schedule()
 
 
+Kept = Annotated[int, Field(ge=0)] | Literal["all"]
+
+
 class ListeningSettings(Settings):
     """Where it listens and keeps things."""
 
@@ -30,7 +34,22 @@ class ListeningSettings(Settings):
     export: Path | None = Field(
         default=None, description="where the final model goes; model.safetensors in the state-dir"
     )
-    keep_updates: bool = Field(default=False, description="keep the updates of finished rounds")
+    keep_updates: Kept = Field(
+        default=0, description="of how many finished rounds the updates are kept, or all"
+    )
+    keep_rounds: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        default="all", description="of how many finished rounds the models are kept; the best too"
+    )
+    quarantine_bytes: int = Field(
+        default=1_000_000_000, ge=0, description="bytes of refused updates that are kept"
+    )
+    min_free_bytes: int = Field(
+        default=200_000_000, ge=0, description="bytes free on the disk without which no round opens"
+    )
+    give_up_damaged: bool = Field(
+        default=False,
+        description="start though updates on the disk are damaged; asks for them anew",
+    )
     threads: int = Field(default=1, ge=1, description="threads of tensor work")
 
 
@@ -57,8 +76,14 @@ class RoundSettings(Settings):
     strategy: str = Field(default="fedavg", description="how updates become the next model")
     min_clients: int = Field(default=2, ge=1, description="clients that must be there to begin")
     clients_per_round: int = Field(default=0, ge=0, description="size of a cohort; 0: everybody")
+    over_select: float = Field(
+        default=1, ge=1, description="ask this many times --clients-per-round; the slowest are late"
+    )
     min_updates: int = Field(
-        default=0, ge=0, description="updates a round needs; 0: as many as --min-clients"
+        default=0,
+        ge=0,
+        description="updates a round needs; 0: as many as --min-clients, or with --over-select as "
+        "--clients-per-round",
     )
     evaluate_on_clients: bool = Field(
         default=False, description="clients also say how good the global model is on their data"
@@ -124,6 +149,12 @@ class AdmissionSettings(Settings):
         gt=0,
         description="largest L2 norm of local minus global; 100 * (1 + norm of the global model)",
     )
+    norm_band: float = Field(
+        default=10,
+        ge=0,
+        description="robust standard deviations around the cohort's median norm of local minus "
+        "global, outside of which an update is excluded; 0: none is",
+    )
     max_uploads: int = Field(default=16, ge=1, description="uploads written at the same time")
 
 
@@ -147,6 +178,16 @@ class ServerSettings(
                 f"--clients-per-round {self.clients_per_round} is less than the {needed} updates "
                 "a round needs; lower --min-updates"
             )
+        if self.over_select > 1 and not self.clients_per_round:
+            raise ValueError(
+                f"--over-select {self.over_select:g} asks more clients than a round is to have; "
+                "say how many those are with --clients-per-round"
+            )
+        if self.over_select > 1 and self.require_all:
+            raise ValueError(
+                "--over-select leaves the slowest behind and --require-all waits for everybody; "
+                "give one of them"
+            )
         if self.warmup_epochs >= self._schedule_epochs:
             raise ValueError(
                 f"--warmup-epochs {self.warmup_epochs:g} is all of the {self._schedule_epochs} "
@@ -161,7 +202,14 @@ class ServerSettings(
     @property
     def updates_needed(self) -> int:
         """How many updates a round needs to close."""
+        if self.over_select > 1:
+            return self.min_updates or self.clients_per_round
         return self.min_updates or self.min_clients
+
+    @property
+    def cohort_size(self) -> int:
+        """How many clients a round asks; 0: all there are."""
+        return math.ceil(self.clients_per_round * self.over_select)
 
     def training_in(self, round_number: int) -> TrainingConfig:
         """What is sent to clients with every order of a round, from 1."""
@@ -218,7 +266,9 @@ RUN_SETTINGS = (
     "strategy",
     "min_clients",
     "clients_per_round",
+    "over_select",
     "min_updates",
+    "norm_band",
     "require_all",
     "evaluate_on_clients",
     "epochs",

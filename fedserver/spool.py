@@ -123,12 +123,28 @@ class Spool:
                 stream.fence()
                 stream.path.unlink()
 
+    def hand_over(self, stream: UpdateStream, to: Path) -> int:
+        """Move a stream's file elsewhere on the same disk; returns its size in bytes.
+
+        Raises:
+            StreamFenced: a newer stream has taken it over.
+        """
+        with self._lock:
+            if self._streams.get(stream.path) is not stream:
+                raise StreamFenced(
+                    f"a newer upload of {stream.path.name} took over; this one stops"
+                )
+            stream.fence()
+            stream.path.replace(to)
+        return stream.offset
+
     def drop(self, order_id: str, digest: str) -> None:
         """Delete an update's file, if it is there."""
         self.path(order_id, digest).unlink(missing_ok=True)
 
     def drop_all_but(self, order_ids: set[str]) -> None:
-        """Delete the files of all orders but these."""
-        for path in self._folder.iterdir():
-            if path.name.partition(".")[0] not in order_ids:
-                path.unlink(missing_ok=True)
+        """Delete the files of all orders but these, and of those that are being written."""
+        with self._lock:
+            for path in self._folder.iterdir():
+                if path.name.partition(".")[0] not in order_ids and path not in self._streams:
+                    path.unlink(missing_ok=True)

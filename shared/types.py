@@ -63,12 +63,16 @@ class IncidentKind(StrEnum):
     NON_FINITE_PARAMETER = "non-finite-parameter"
     TRAINING_FAILED = "training-failed"
     UPDATE_REFUSED = "update-refused"
+    UPDATE_CONTRADICTED = "update-contradicted"
+    UPDATE_EXCLUDED = "update-excluded"
     UPDATE_LATE = "update-late"
     CLIENT_STALLED = "client-stalled"
     CLIENT_LOST = "client-lost"
     CLIENT_STATE_LOST = "client-state-lost"
     ROUND_FAILED = "round-failed"
     SERVER_RESTARTED = "server-restarted"
+    DISK_LOW = "disk-low"
+    DISK_FULL = "disk-full"
     EVALUATION_COLLAPSED = "evaluation-collapsed"
 
 

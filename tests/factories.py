@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedserver.admission import AdmissionLimits
-from fedserver.records import Event, Order, Round, Run, Session, StoredUpdate
+from fedserver.records import Event, Order, Refusal, Round, Run, Session, StoredUpdate
 from fedserver.rounds import OrderEvent, OrderState, Phase
 from fedserver.store import Store
 from fedserver.strategies.blocks import StateFile
@@ -186,7 +186,10 @@ def end_order(
     def describe(state: OrderState) -> Event:
         return make_event(f"update-{state.lower()}")
 
-    return store.end_order(run.run_id, update, order_event, describe, reason=reason)
+    refusal = None if reason is None else Refusal(reason=reason, evidence={"kind": "test"})
+    return store.end_order(
+        run.run_id, update, order_event, describe, refusal=refusal, delta_norm=1.0
+    )
 
 
 def store_updates(store: Store, run: Run, opened: Round) -> list[StoredUpdate]:

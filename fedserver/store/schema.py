@@ -14,7 +14,7 @@ from sqlalchemy import (
     Table,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 metadata = MetaData()
 
@@ -31,6 +31,8 @@ runs = Table(
     Column("number", Integer, nullable=False, unique=True),
     Column("state", String, nullable=False),
     Column("settings", JSON, nullable=False),
+    # The digest of the ledger's last entry: without it a missing end of the chain wouldn't show.
+    Column("ledger_head", String),
     Column("started_at", Float, nullable=False),
     Column("finished_at", Float),
 )
@@ -91,8 +93,33 @@ updates = Table(
     Column("num_examples", Integer, nullable=False),
     Column("num_steps", Integer, nullable=False),
     Column("metrics", JSON, nullable=False),
+    # L2 norm of local minus global over all parameters; of those that were examined to the end.
+    Column("delta_norm", Float),
     Column("received_at", Float, nullable=False),
     Column("reason", String),
+)
+
+standings = Table(
+    "standings",
+    metadata,
+    Column("run_id", ForeignKey("runs.run_id"), primary_key=True),
+    Column("client_id", Integer, primary_key=True),
+    Column("strikes", Integer, nullable=False),
+    # The first round the client takes part in again.
+    Column("suspended_until", Integer, nullable=False),
+    Column("reason", String, nullable=False),
+)
+
+quarantine = Table(
+    "quarantine",
+    metadata,
+    Column("order_id", ForeignKey("updates.order_id"), primary_key=True),
+    Column("run_id", ForeignKey("runs.run_id"), nullable=False),
+    Column("state", String, nullable=False),
+    Column("evidence", JSON, nullable=False),
+    # What is kept of the payload; 0 where it was refused before any byte was taken.
+    Column("kept_bytes", Integer, nullable=False),
+    Column("held_at", Float, nullable=False),
 )
 
 events = Table(

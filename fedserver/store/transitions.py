@@ -1,27 +1,25 @@
 """Steps that the store's transactions are made of; each works on the caller's connection."""
 
-import sqlite3
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
-from urllib.parse import quote
 
-from sqlalchemy import (
-    URL,
-    ColumnElement,
-    Connection,
-    Row,
-    Table,
-    create_engine,
-    event,
-    insert,
-    inspect,
-    select,
-    update,
+from sqlalchemy import ColumnElement, Connection, Row, Table, delete, insert, select, update
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from fedserver.records import (
+    Event,
+    Exclusion,
+    HeldState,
+    HeldUpdate,
+    Order,
+    OrderRecord,
+    Refusal,
+    Round,
+    Run,
+    RunState,
+    Standing,
 )
-from sqlalchemy.engine import Engine
-
-from fedserver.records import Event, Order, OrderRecord, Round, Run, RunState
 from fedserver.rounds import (
     OrderEvent,
     OrderState,
@@ -30,69 +28,10 @@ from fedserver.rounds import (
     next_order_state,
     next_phase,
 )
+from fedserver.standing import strike
 from fedserver.store import schema
-from shared.errors import NotFound, WrongSettings
+from shared.errors import NotFound
 from shared.types import ClientUpdate, Section
-
-_BUSY_TIMEOUT_S = 30
-
-
-def sqlite_engine(path: Path, *, read_only: bool) -> Engine:
-    """Return an engine whose transactions take the write lock at once and survive power loss."""
-    mode = "ro" if read_only else "rwc"
-    engine = create_engine(
-        URL.create(
-            "sqlite",
-            # A URI, in which # ? and % of a folder's name would have a meaning of their own.
-            database=f"file:{quote(str(path))}",
-            query={"mode": mode, "uri": "true"},
-        ),
-        connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
-    )
-
-    @event.listens_for(engine, "connect")
-    def set_durability(connection: sqlite3.Connection, _: object) -> None:
-        # The driver's own transaction control begins too late (at the first write).
-        connection.isolation_level = None
-        if not read_only:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
-
-    return engine
-
-
-def examine_version(engine: Engine, path: Path, *, read_only: bool) -> None:
-    """Examine the version that an old database is stamped with; make the tables of a new one.
-
-    Raises:
-        NotFound: `read_only`, and the database has no tables yet.
-        WrongSettings: another version of this software made the database; nothing was changed.
-    """
-    with engine.begin() as connection:
-        if inspect(connection).has_table("about"):
-            version = connection.execute(select(schema.about.c.schema_version)).scalar_one()
-        elif read_only:
-            raise NotFound(f"{path} holds no run yet")
-        else:
-            version = schema.SCHEMA_VERSION
-            schema.metadata.create_all(connection)
-            connection.execute(insert(schema.about).values(schema_version=version))
-        if version < schema.SCHEMA_VERSION:
-            raise WrongSettings(
-                f"{path} was made by an older version of this software (schema {version}, this one "
-                f"writes {schema.SCHEMA_VERSION}); look at it with that version, or begin in "
-                "another --state-dir"
-            )
-        if version > schema.SCHEMA_VERSION:
-            raise WrongSettings(
-                f"{path} was made by a newer version of this software (schema {version}, "
-                f"this one knows {schema.SCHEMA_VERSION}); update the software"
-            )
 
 
 def in_round(table: Table, wanted: Round) -> tuple[ColumnElement[bool], ...]:
@@ -150,6 +89,108 @@ def move_orders(
         .where(*in_round(schema.orders, moving), schema.orders.c.state == state)
         .values(state=next_order_state(state, order_event), ended_at=at)
     )
+
+
+def move_order(
+    connection: Connection,
+    order_id: str,
+    state: OrderState,
+    order_event: OrderEvent,
+    **values: object,
+) -> OrderState:
+    """Apply an event to one order that is in `state`; returns the state that follows."""
+    following = next_order_state(state, order_event)
+    connection.execute(
+        update(schema.orders)
+        .where(schema.orders.c.order_id == order_id)
+        .values(state=following, **values)
+    )
+    return following
+
+
+def strike_client(
+    connection: Connection, run_id: str, happened: Event, *, client_id: int, reason: str
+) -> Event:
+    """Suspend a client that gave cause; returns the event with the round it comes back in."""
+    table = schema.standings
+    row = connection.execute(
+        select(table).where(table.c.run_id == run_id, table.c.client_id == client_id)
+    ).first()
+    assert happened.round_number is not None
+    standing = strike(
+        None if row is None else read_standing(row),
+        client_id=client_id,
+        round_number=happened.round_number,
+        reason=reason,
+    )
+    values = asdict(standing) | {"run_id": run_id}
+    connection.execute(
+        sqlite_insert(table)
+        .values(values)
+        .on_conflict_do_update(index_elements=["run_id", "client_id"], set_=values)
+    )
+    back_in = {"suspended_until": standing.suspended_until}
+    return replace(happened, fields={**happened.fields, **back_in})
+
+
+def forgive_clients(connection: Connection, run_id: str, client_ids: Iterable[int]) -> None:
+    """Clear what clients gave cause for."""
+    table = schema.standings
+    connection.execute(
+        delete(table).where(table.c.run_id == run_id, table.c.client_id.in_(list(client_ids)))
+    )
+
+
+def hold_update(
+    connection: Connection,
+    run_id: str,
+    order_id: str,
+    evidence: Mapping[str, Any],
+    *,
+    kept_bytes: int,
+    at: float,
+) -> None:
+    """Record that an update is in quarantine."""
+    connection.execute(
+        insert(schema.quarantine).values(
+            order_id=order_id,
+            run_id=run_id,
+            state=HeldState.HELD,
+            evidence=dict(evidence),
+            kept_bytes=kept_bytes,
+            held_at=at,
+        )
+    )
+
+
+def exclude_orders(
+    connection: Connection, screened: Round, exclusions: Iterable[Exclusion]
+) -> list[Event]:
+    """Take stored updates out of their round; returns the events recorded."""
+    recorded = []
+    for one in exclusions:
+        order_id, reason = one.order_id, one.refusal.reason
+        ended_at = one.happened.at
+        move_order(connection, order_id, OrderState.STORED, OrderEvent.EXCLUDE, ended_at=ended_at)
+        connection.execute(
+            update(schema.updates)
+            .where(schema.updates.c.order_id == order_id)
+            .values(reason=reason)
+        )
+        hold_update(
+            connection,
+            screened.run_id,
+            order_id,
+            one.refusal.evidence,
+            kept_bytes=one.kept_bytes,
+            at=ended_at,
+        )
+        happened = strike_client(
+            connection, screened.run_id, one.happened, client_id=one.client_id, reason=reason
+        )
+        add_events(connection, screened.run_id, [happened])
+        recorded.append(happened)
+    return recorded
 
 
 def find_order(connection: Connection, order_id: str) -> OrderRecord:
@@ -246,4 +287,30 @@ def read_update(row: Row[Any]) -> ClientUpdate:
         num_examples=row.num_examples,
         num_steps=row.num_steps,
         metrics=row.metrics,
+    )
+
+
+def read_standing(row: Row[Any]) -> Standing:
+    """Return the standing that a row of `standings` holds."""
+    return Standing(
+        client_id=row.client_id,
+        strikes=row.strikes,
+        suspended_until=row.suspended_until,
+        reason=row.reason,
+    )
+
+
+def read_held(row: Row[Any]) -> HeldUpdate:
+    """Return the update that a row of `quarantine` joined with updates and orders holds."""
+    return HeldUpdate(
+        order_id=row.order_id,
+        digest=row.digest,
+        run_id=row.run_id,
+        client_id=row.client_id,
+        round_number=row.round,
+        verdict=OrderState(row.verdict),
+        state=HeldState(row.state),
+        refusal=Refusal(reason=row.reason or "", evidence=row.evidence),
+        kept_bytes=row.kept_bytes,
+        held_at=row.held_at,
     )

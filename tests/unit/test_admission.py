@@ -147,7 +147,7 @@ def swapped(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
         (swapped("steps", torch.arange(4)), r"'steps' has shape \[4\] and dtype torch\.int64"),
         (
             swapped("fc.bias", torch.tensor([0.0, math.nan, math.nan])),
-            r"'fc\.bias' holds nan at element 1 \(2 non-finite values in elements 0 to 2\)",
+            r"'fc\.bias' holds nan at element 1 \(2 non-finite values\)",
         ),
         (
             swapped("norm.running_var", torch.tensor([1.0, 1.0, math.inf])),

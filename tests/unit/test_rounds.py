@@ -95,20 +95,26 @@ def test_a_collecting_round_closes_fails_or_waits(
     states: list[OrderState], min_updates: int, is_overdue: bool, due: RoundEvent | None
 ) -> None:
     """It closes when no order is open or time is up, with enough; it fails when it can't."""
-    assert due_event(states, min_updates=min_updates, is_overdue=is_overdue) is due
+    found = due_event(states, min_updates=min_updates, closes_early=False, is_overdue=is_overdue)
+    assert found is due
 
 
 @pytest.mark.parametrize("num_states", range(4))
 def test_no_round_waits_when_waiting_cannot_change_the_outcome(num_states: int) -> None:
     """For every cohort of up to three: wait only while an order is open and time is left."""
     for states in product(OrderState, repeat=num_states):
-        for min_updates, is_overdue in product(range(1, 5), (False, True)):
-            due = due_event(states, min_updates=min_updates, is_overdue=is_overdue)
+        for min_updates, closes_early, is_overdue in product(
+            range(1, 5), (False, True), (False, True)
+        ):
+            due = due_event(
+                states, min_updates=min_updates, closes_early=closes_early, is_overdue=is_overdue
+            )
             stored, still_open = states.count(S), states.count(O)
             if due is None:
                 assert still_open
                 assert not is_overdue
                 assert stored + still_open >= min_updates
+                assert not (closes_early and stored >= min_updates)
             else:
                 assert (due is RoundEvent.CLOSE) == (stored >= min_updates)
                 assert due is not RoundEvent.FAIL or is_overdue or stored + still_open < min_updates

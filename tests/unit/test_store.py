@@ -53,7 +53,6 @@ def finish(store: Store, run: Run, opened: Round, *, following: Round | None = N
     store.finish_round(
         opened,
         model_digest="ee" * 32,
-        counted=store.stored_updates(opened),
         next_round=following,
         happened=happened,
     )
@@ -216,14 +215,13 @@ def test_a_failure_amid_finishing_leaves_nothing_half_done(
     def fail(*_: object, **__: object) -> bytes:
         raise RuntimeError("cut off")
 
-    name = "ledger.entry_bytes" if where == "ledger" else "insert_round"
-    monkeypatch.setattr(f"fedserver.store.store.{name}", fail)
+    name = "book.ledger.entry_bytes" if where == "ledger" else "rounds.insert_round"
+    monkeypatch.setattr(f"fedserver.store.{name}", fail)
     following = make_round(run.run_id, round_number=2)
     with pytest.raises(RuntimeError, match="cut off"):
         store.finish_round(
             opened,
             model_digest="ee" * 32,
-            counted=store.stored_updates(opened),
             next_round=following,
             happened=[make_event("round-done"), make_event("round-opened", round_number=2)],
         )
@@ -232,7 +230,6 @@ def test_a_failure_amid_finishing_leaves_nothing_half_done(
     store.finish_round(
         opened,
         model_digest="ee" * 32,
-        counted=store.stored_updates(opened),
         next_round=following,
         happened=[make_event("round-done"), make_event("round-opened", round_number=2)],
     )
@@ -259,7 +256,6 @@ def test_no_phase_is_entered_twice_or_out_of_turn(store: Store, path: Path) -> N
         store.finish_round(
             opened,
             model_digest="ee" * 32,
-            counted=[],
             next_round=None,
             happened=[make_event("round-done")],
         )

@@ -1,0 +1,113 @@
+"""The next round: whom it asks, for what, and what it will admit."""
+
+from collections.abc import Mapping, Sequence, Set
+
+from fedserver.admission import AdmissionLimits
+from fedserver.checkpoints import GlobalModel
+from fedserver.parts import Parts
+from fedserver.records import Exclusion, Order, Round, Standing
+from fedserver.rounds import Phase
+from fedserver.sampling import choose_cohort
+from fedserver.settings import ServerSettings
+from fedserver.standing import eligible_clients, strike
+from shared.seeds import derive_seed
+from shared.types import MODEL_SECTION, Section, WorkOrder
+
+
+def plan_round(
+    parts: Parts,
+    round_number: int,
+    *,
+    attempt: int,
+    base: GlobalModel,
+    standings: Mapping[int, Standing],
+) -> Round | None:
+    """Return the round to open, or None while there are too few clients or too little disk."""
+    settings = parts.settings
+    candidates = parts.sessions.ready_clients(only_live=not settings.require_all)
+    if len(candidates) < settings.min_clients or parts.disk.is_low():
+        return None
+    eligible = eligible_clients(
+        candidates,
+        standings,
+        round_number=round_number,
+        num_needed=max(settings.min_clients, settings.updates_needed),
+    )
+    place = {"round_number": round_number, "attempt": attempt}
+    cohort = choose_cohort(
+        eligible,
+        size=settings.cohort_size,
+        seed=derive_seed(settings.seed, "cohort", **place),
+    )
+    run_id = parts.run.run_id
+    return Round(
+        run_id=run_id,
+        round_number=round_number,
+        attempt=attempt,
+        phase=Phase.COLLECTING,
+        base_digest=base.digest,
+        max_delta_norm=settings.max_delta_norm or 100 * (1 + base.parameter_norm),
+        orders=tuple(
+            Order(
+                order_id=f"{run_id}-r{round_number}-a{attempt}-c{client_id}-s1",
+                client_id=client_id,
+            )
+            for client_id in cohort
+        ),
+    )
+
+
+def admission_limits(settings: ServerSettings, opened: Round) -> AdmissionLimits:
+    """Return the bounds that were frozen when a round opened."""
+    return AdmissionLimits(
+        max_num_examples=settings.max_num_examples,
+        max_delta_norm=opened.max_delta_norm,
+        max_steps_per_example=settings.epochs,
+    )
+
+
+def work_orders(
+    settings: ServerSettings, opened: Round, base: GlobalModel, last_counted: Mapping[int, str]
+) -> list[WorkOrder]:
+    """Return what a round's clients are asked for; `last_counted` names each one's last order."""
+    section = Section(
+        name=MODEL_SECTION, digest=base.digest, size_bytes=base.file.layout.size_bytes
+    )
+    return [
+        WorkOrder(
+            order_id=order.order_id,
+            client_id=order.client_id,
+            round_number=opened.round_number,
+            attempt=opened.attempt,
+            sections=(section,),
+            training=settings.training_in(opened.round_number),
+            seed=derive_seed(
+                settings.seed,
+                "train",
+                round_number=opened.round_number,
+                attempt=opened.attempt,
+                client_id=order.client_id,
+            ),
+            last_counted_order_id=last_counted.get(order.client_id, ""),
+            evaluate=settings.evaluate_on_clients,
+        )
+        for order in opened.orders
+    ]
+
+
+def standings_after(
+    standings: Mapping[int, Standing],
+    finished: Round,
+    exclusions: Sequence[Exclusion],
+    counted: Set[int],
+) -> dict[int, Standing]:
+    """Return what the standings are once a round is recorded as done."""
+    after = {one: standing for one, standing in standings.items() if one not in counted}
+    for one in exclusions:
+        after[one.client_id] = strike(
+            standings.get(one.client_id),
+            client_id=one.client_id,
+            round_number=finished.round_number,
+            reason=one.refusal.reason,
+        )
+    return after

@@ -1,0 +1,63 @@
+"""Updates kept out of the global model, with their bytes, for a person to look at.
+
+The store says what is held and why; the folder holds the payloads, at most `max_bytes` of them: the
+oldest make room for the newest.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedserver.events import event_of
+from fedserver.records import Event, HeldState, HeldUpdate
+from fedserver.spool import Spool
+from fedserver.store import Store
+
+
+class QuarantineFolder:
+    """Owns the folder. Its methods block on the disk."""
+
+    def __init__(self, folder: Path, *, max_bytes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._max_bytes = max_bytes
+
+    def path(self, order_id: str, digest: str) -> Path:
+        """Where the payload of an update lies while it is held."""
+        return self._folder / f"{order_id}.{digest}"
+
+    def drop(self, held: HeldUpdate) -> None:
+        """Delete the payload of an update, if it is there."""
+        self.path(held.order_id, held.digest).unlink(missing_ok=True)
+
+    def tidy(self, known: Iterable[HeldUpdate], spool: Spool) -> None:
+        """Complete what a crash has cut: payloads HELD come in, those nobody knows of go."""
+        kept = set()
+        for one in known:
+            if one.state is HeldState.HELD:
+                path = self.path(one.order_id, one.digest)
+                kept.add(path)
+                spooled = spool.path(one.order_id, one.digest)
+                if spooled.exists():
+                    spooled.replace(path)
+        for path in self._folder.iterdir():
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    def make_room(self, store: Store) -> list[Event]:
+        """Give up the oldest payloads until the others are few enough; returns the events."""
+        held = [
+            one for one in store.held_updates() if one.state is HeldState.HELD and one.kept_bytes
+        ]
+        excess_bytes = sum(one.kept_bytes for one in held) - self._max_bytes
+        evicted = []
+        for one in held:
+            if excess_bytes <= 0:
+                break
+            excess_bytes -= one.kept_bytes
+            happened = event_of(
+                "quarantine-evicted", client_id=one.client_id, order_id=one.order_id
+            )
+            if store.free_held(one, HeldState.EVICTED, happened):
+                self.drop(one)
+                evicted.append(happened)
+        return evicted

@@ -1,0 +1,32 @@
+"""What is there when the coordinator starts, and whether it is what was written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedserver.records import StoredUpdate
+from fedserver.spool import Spool
+from shared.codec import digest_file
+
+
+def damaged_updates(spool: Spool, stored: Sequence[StoredUpdate]) -> list[str]:
+    """Return a sentence for each acknowledged update whose bytes aren't those acknowledged."""
+    found = []
+    for one in stored:
+        path = spool.path(one.update.order_id, one.update.digest)
+        if not path.exists():
+            found.append(f"the update of client {one.client_id} is gone ({path})")
+        elif digest_file(path) != one.update.digest:
+            found.append(f"the update of client {one.client_id} holds other bytes ({path})")
+    return found
+
+
+def salvageable(models: Path) -> str:
+    """Return a sentence that says which global models in the folder `models` are whole."""
+    paths = sorted(models.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    whole = [path for path in paths if digest_file(path) == path.stem]
+    if not whole:
+        return f"no whole global model is in {models}"
+    return (
+        f"{len(whole)} of {len(paths)} global models in {models} are whole; the newest of them is "
+        f"{whole[-1].name}, a safetensors file that can be used as it is"
+    )

@@ -1,0 +1,36 @@
+"""What finished rounds leave behind, and for how long it is kept."""
+
+from fedserver.parts import Parts
+
+
+async def drop_updates(parts: Parts, *, done_round: int) -> None:
+    """Delete the updates that `--keep-updates` lets go now that `done_round` rounds are done.
+
+    What the open round needs stays, and what is arriving right now.
+    """
+    if parts.settings.keep_updates == "all":
+        return
+    orders = await parts.workers.in_store(
+        parts.store.orders_to_keep,
+        parts.run.run_id,
+        since_round=done_round - parts.settings.keep_updates + 1,
+    )
+    await parts.workers.on_disk(parts.spool.drop_all_but, orders)
+
+
+async def drop_models(parts: Parts, *, done_round: int) -> None:
+    """Delete the models that `--keep-rounds` lets go now that `done_round` rounds are done.
+
+    The run's best model stays, models of earlier runs, and what somebody is downloading right now
+    (until a later call).
+    """
+    if parts.settings.keep_rounds == "all":
+        return
+    let_go = await parts.workers.in_store(
+        parts.store.models_let_go,
+        parts.run.run_id,
+        await parts.workers.on_disk(parts.checkpoints.digests),
+        since_round=done_round - parts.settings.keep_rounds + 1,
+    )
+    for digest in let_go - parts.downloads.under_way():
+        await parts.workers.on_disk(parts.checkpoints.drop, digest)

@@ -1,0 +1,81 @@
+"""The ledger's rows: written in the transaction that finishes a round, read to verify them."""
+
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from fedserver import ledger
+from fedserver.records import LedgerRow, Round
+from fedserver.store import schema
+from fedserver.store.database import Database
+from fedserver.store.transitions import in_round
+
+
+class Book(Database):
+    """The ledger of every run."""
+
+    def ledger_rows(self, run_id: str) -> tuple[list[LedgerRow], str | None]:
+        """Return a run's entries by round, and the digest of the last as the run has it."""
+        table = schema.ledger
+        with self.reading() as connection:
+            rows = connection.execute(
+                select(table).where(table.c.run_id == run_id).order_by(table.c.round)
+            ).all()
+            head = connection.execute(
+                select(schema.runs.c.ledger_head).where(schema.runs.c.run_id == run_id)
+            ).scalar_one()
+        return [
+            LedgerRow(round_number=row.round, entry=row.entry, digest=row.digest) for row in rows
+        ], head
+
+
+def read_verdicts(connection: Connection, finished: Round) -> list[dict[str, Any]]:
+    """Return what became of every update of an attempt, in the order of aggregation."""
+    orders, updates = schema.orders, schema.updates
+    rows = connection.execute(
+        select(orders.c.client_id, orders.c.state, updates)
+        .join(updates, updates.c.order_id == orders.c.order_id)
+        .where(*in_round(orders, finished))
+        .order_by(orders.c.client_id, orders.c.order_id)
+    ).all()
+    return [
+        {
+            "order_id": row.order_id,
+            "client": row.client_id,
+            "num_examples": row.num_examples,
+            "digest": row.digest,
+            "delta_norm": row.delta_norm,
+            "verdict": row.state,
+        }
+        for row in rows
+    ]
+
+
+def append_entry(
+    connection: Connection, finished: Round, *, model_digest: str, updates: list[dict[str, Any]]
+) -> None:
+    """Write the entry of a round that is done, chained to the one before."""
+    of_run = schema.runs.c.run_id == finished.run_id
+    settings, previous = connection.execute(
+        select(schema.runs.c.settings, schema.runs.c.ledger_head).where(of_run)
+    ).one()
+    entry = ledger.entry_bytes(
+        run_id=finished.run_id,
+        round_number=finished.round_number,
+        attempt=finished.attempt,
+        base_digest=finished.base_digest,
+        model_digest=model_digest,
+        settings=settings,
+        updates=updates,
+        previous=previous or ledger.GENESIS,
+    )
+    digest = ledger.entry_digest(entry)
+    connection.execute(
+        insert(schema.ledger).values(
+            run_id=finished.run_id,
+            round=finished.round_number,
+            entry=entry.decode(),
+            digest=digest,
+        )
+    )
+    connection.execute(update(schema.runs).where(of_run).values(ledger_head=digest))

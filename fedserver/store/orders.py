@@ -1,0 +1,182 @@
+"""Orders, the updates they end with, and events."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+
+from sqlalchemy import insert, select
+
+from fedserver.records import Event, OrderRecord, Refusal, Round, StoredUpdate, json_number
+from fedserver.rounds import OrderEvent, OrderState, Phase
+from fedserver.store import schema
+from fedserver.store.database import Database
+from fedserver.store.transitions import (
+    add_events,
+    find_order,
+    hold_update,
+    in_round,
+    move_order,
+    read_update,
+    strike_client,
+)
+from shared.types import ClientUpdate
+
+
+class Orders(Database):
+    """What was asked of whom, and how it ended."""
+
+    def find_order(self, order_id: str) -> OrderRecord:
+        """Return what is known of an order.
+
+        Raises:
+            NotFound: no such order was ever given.
+        """
+        with self.reading() as connection:
+            return find_order(connection, order_id)
+
+    def last_counted_orders(self, run_id: str) -> dict[int, str]:
+        """Return each client's last COUNTED order."""
+        table = schema.orders
+        with self.reading() as connection:
+            rows = connection.execute(
+                select(table.c.client_id, table.c.order_id)
+                .where(table.c.run_id == run_id, table.c.state == OrderState.COUNTED)
+                .order_by(table.c.round)
+            ).all()
+        return {row.client_id: row.order_id for row in rows}
+
+    def end_order(
+        self,
+        run_id: str,
+        received: ClientUpdate,
+        order_event: OrderEvent,
+        describe: Callable[[OrderState], Event],
+        *,
+        refusal: Refusal | None = None,
+        delta_norm: float | None = None,
+        kept_bytes: int = 0,
+        handed_out_at: float | None = None,
+    ) -> tuple[OrderState, Event | None]:
+        """Apply STORE, REFUSE or MISS with the update it rests on, if the order is still open.
+
+        Returns the state the order is in afterwards and the event recorded, made by `describe`.
+        Where the order had ended before, it stays as it is: a first update that came too late is
+        put on record, and anything else changes nothing and is no event.
+
+        An update that ends REFUSED is in quarantine from then on and its client suspended; one that
+        came too late is in quarantine if `kept_bytes` of it have arrived.
+        """
+        with self.writing() as connection:
+            order = find_order(connection, received.order_id)
+            state = order.state
+            if order.digest is not None:
+                return state, None
+            at = time.time()
+            if state is OrderState.OPEN:
+                state = move_order(
+                    connection,
+                    received.order_id,
+                    state,
+                    order_event,
+                    handed_out_at=handed_out_at,
+                    ended_at=None if order_event is OrderEvent.STORE else at,
+                )
+            metrics = {name: json_number(value) for name, value in received.metrics.items()}
+            values = asdict(received) | {
+                "metrics": metrics,
+                "delta_norm": delta_norm,
+                "received_at": at,
+                "reason": refusal.reason if refusal else None,
+            }
+            connection.execute(insert(schema.updates).values(values))
+            if state is OrderState.REFUSED or (kept_bytes and state is not OrderState.STORED):
+                evidence = refusal.evidence if refusal else {"kind": "stale"}
+                hold_update(
+                    connection, run_id, received.order_id, evidence, kept_bytes=kept_bytes, at=at
+                )
+            happened = describe(state)
+            if state is OrderState.REFUSED:
+                assert refusal is not None
+                happened = strike_client(
+                    connection,
+                    run_id,
+                    happened,
+                    client_id=order.client_id,
+                    reason=refusal.reason,
+                )
+            add_events(connection, run_id, [happened])
+            return state, happened
+
+    def abandon_order(
+        self, run_id: str, order_id: str, happened: Event, *, strikes: bool = False
+    ) -> Event | None:
+        """Give an open order up; returns the event recorded, None if it had ended.
+
+        With `strikes` its client is suspended.
+        """
+        with self.writing() as connection:
+            order = find_order(connection, order_id)
+            if order.state is not OrderState.OPEN:
+                return None
+            move_order(connection, order_id, order.state, OrderEvent.ABANDON, ended_at=happened.at)
+            if strikes:
+                happened = strike_client(
+                    connection, run_id, happened, client_id=order.client_id, reason=happened.kind
+                )
+            add_events(connection, run_id, [happened])
+            return happened
+
+    def stored_updates(self, collected: Round) -> list[StoredUpdate]:
+        """Return what a round rests on, in the order of aggregation: by client id."""
+        orders, updates = schema.orders, schema.updates
+        with self.reading() as connection:
+            rows = connection.execute(
+                select(orders.c.client_id, updates)
+                .join(updates, updates.c.order_id == orders.c.order_id)
+                .where(
+                    *in_round(orders, collected),
+                    orders.c.state.in_([OrderState.STORED, OrderState.COUNTED]),
+                )
+                .order_by(orders.c.client_id, orders.c.order_id)
+            ).all()
+        return [
+            StoredUpdate(
+                client_id=row.client_id, update=read_update(row), delta_norm=row.delta_norm
+            )
+            for row in rows
+        ]
+
+    def add_events(
+        self, run_id: str, happened: Iterable[Event], *, report_key: str | None = None
+    ) -> bool:
+        """Record events; with a `report_key` known already, nothing. Returns whether it did."""
+        with self.writing() as connection:
+            if report_key is not None and connection.scalar(
+                select(schema.events.c.sequence).where(schema.events.c.report_key == report_key)
+            ):
+                return False
+            add_events(connection, run_id, happened, report_key=report_key)
+            return True
+
+    def orders_to_keep(self, run_id: str, *, since_round: int) -> set[str]:
+        """Return the orders that a round still needs, and those COUNTED from `since_round` on."""
+        orders, rounds = schema.orders, schema.rounds
+        with self.reading() as connection:
+            return set(
+                connection.execute(
+                    select(orders.c.order_id)
+                    .join(
+                        rounds,
+                        (rounds.c.run_id == orders.c.run_id)
+                        & (rounds.c.round == orders.c.round)
+                        & (rounds.c.attempt == orders.c.attempt),
+                    )
+                    .where(
+                        orders.c.run_id == run_id,
+                        rounds.c.phase.in_([Phase.COLLECTING, Phase.AGGREGATING])
+                        | (
+                            (orders.c.state == OrderState.COUNTED) & (orders.c.round >= since_round)
+                        ),
+                    )
+                ).scalars()
+            )
