@@ -43,9 +43,7 @@ def run(argv: list[str]) -> int:
             for before, number in pairwise([0, *(one.number for one in runs)]):
                 if settings.run is None and number > before + 1:
                     num_missing += 1
-                    _tell(
-                        f"of the runs before run {number}, {number - before - 1} are missing altogether"
-                    )
+                    _tell(f"of the runs before run {number}, {number - before - 1} are missing")
             verdict = verify(
                 store,
                 settings.state_dir,
