@@ -180,7 +180,7 @@ def main() -> None:
     text = f"{machine_line()}; {made_by}\n\n{table(measured, peer)}\n"
     print(text)
     if arguments.write:
-        write_section("round_overhead", text)
+        write_section("round_overhead_flwr" if peer else "round_overhead", text)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ from fedserver.settings import ServerSettings
 from shared.cli import log_to_stderr, parse
 from shared.errors import FederationError
 
-COMMANDS = ("history", "export", "curve", "confusion", "quarantine")
+COMMANDS = ("history", "export", "curve", "confusion", "quarantine", "verify")
 
 
 def main(argv: list[str]) -> int:
-    """Return the exit code: 0 done or stopped, 1 failed, 2 wrong usage."""
+    """Return the exit code: 0 done or stopped, 1 failed, 2 wrong usage; or a command's own."""
     try:
         if argv and argv[0] in COMMANDS:
             # Imported when asked for: looking at a run must not wait for torch.
             command = importlib.import_module(f"fedserver.commands.{argv[0]}")
-            command.run(argv[1:])
-            return 0
+            code: int | None = command.run(argv[1:])
+            return code or 0
         settings = parse(ServerSettings, argv)
         log_to_stderr(settings.log_level)
         from fedserver.server import run_server  # noqa: PLC0415

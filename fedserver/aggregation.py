@@ -1,6 +1,9 @@
 """What is made of a closed round: who is screened out, and the next global model."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
 
 from fedserver.checkpoints import GlobalModel
 from fedserver.events import event_of
@@ -8,9 +11,10 @@ from fedserver.parts import Parts
 from fedserver.records import Exclusion, Refusal, Round, StoredUpdate
 from fedserver.screening import norm_band
 from fedserver.strategies import Strategy
-from fedserver.strategies.blocks import StateFile
+from fedserver.strategies.blocks import Block, StateFile
 from shared.codec import read_layout
 from shared.types import IncidentKind
+from shared.weights import EntryKind
 
 
 def screen(
@@ -67,10 +71,26 @@ def reduce_updates(
         NonFiniteAggregate: it holds a NaN or an infinity; nothing is kept.
         OutOfSpace: the disk is full; nothing is kept.
     """
-    updates = []
-    for one in counted:
-        path = parts.spool.path(one.update.order_id, one.update.digest)
-        layout = read_layout(path)
-        updates.append(StateFile(path=path, layout=layout, num_examples=one.update.num_examples))
-    blocks = strategy.aggregator(base.file, updates, parts.kinds)
-    return parts.checkpoints.save(base.file, blocks)
+    updates = [
+        (parts.spool.path(one.update.order_id, one.update.digest), one.update.num_examples)
+        for one in counted
+    ]
+    return parts.checkpoints.save(base.file, next_model(strategy, base.file, updates, parts.kinds))
+
+
+def next_model(
+    strategy: Strategy,
+    base: StateFile,
+    counted: Sequence[tuple[Path, int]],
+    kinds: Mapping[str, EntryKind],
+) -> Iterator[tuple[Block, torch.Tensor]]:
+    """Return the blocks of what a strategy makes of these updates, in their order.
+
+    `counted` holds each update's file and its num_examples. Serving a run and verifying it are
+    the same arithmetic: this.
+    """
+    updates = [
+        StateFile(path=path, layout=read_layout(path), num_examples=num_examples)
+        for path, num_examples in counted
+    ]
+    return strategy.aggregator(base, updates, kinds)

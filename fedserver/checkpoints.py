@@ -11,7 +11,7 @@ import torch
 from blake3 import blake3
 
 from fedserver.strategies.blocks import Block, BlockReader, StateFile, blocks_of
-from shared.codec import digest_file, read_layout, write_state
+from shared.codec import Layout, digest_file, read_layout, write_state
 from shared.errors import FederationError, NotFound, StorageDamaged
 from shared.files import naming_full_disk, sync_folder
 from shared.weights import EntryKind
@@ -19,6 +19,19 @@ from shared.weights import EntryKind
 
 class NonFiniteAggregate(FederationError):
     """The aggregate holds a NaN or an infinity; it is dropped and the base model stands."""
+
+
+def model_path(folder: Path, digest: str) -> Path:
+    """Return where in a folder of models the one of this digest lies."""
+    return folder / f"{digest}.safetensors"
+
+
+def digest_blocks(layout: Layout, blocks: Iterable[tuple[Block, torch.Tensor]]) -> str:
+    """Return the digest of the file that `Checkpoints.save` writes from these blocks."""
+    hasher = blake3(layout.header)
+    for _, values in blocks:
+        hasher.update(values.view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class Checkpoints:
 
     def path(self, digest: str) -> Path:
         """Where the model of this digest lies, there or not."""
-        return self._folder / f"{digest}.safetensors"
+        return model_path(self._folder, digest)
 
     def save_initial(self, state_dict: Mapping[str, torch.Tensor]) -> GlobalModel:
         """Write the model a run begins with."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedserver.events import event_of
 from fedserver.records import Event, HeldState, HeldUpdate
-from fedserver.spool import Spool
+from fedserver.spool import Spool, update_path
 from fedserver.store import Store
 
 
@@ -23,7 +23,7 @@ class QuarantineFolder:
 
     def path(self, order_id: str, digest: str) -> Path:
         """Where the payload of an update lies while it is held."""
-        return self._folder / f"{order_id}.{digest}"
+        return update_path(self._folder, order_id, digest)
 
     def drop(self, held: HeldUpdate) -> None:
         """Delete the payload of an update, if it is there."""

@@ -1,6 +1,6 @@
 """The values the coordinator works with and the store keeps. Times are seconds since the epoch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -179,3 +179,29 @@ class LedgerRow:
     round_number: int
     entry: str
     digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """An attempt at a round as its rows are, unconverted; `updates` as an entry lists them."""
+
+    round_number: int
+    attempt: int
+    phase: str
+    base_digest: str
+    model_digest: str | None
+    updates: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """A run's ledger and the rows it tells of, as of one moment.
+
+    `head` is the digest of the last entry, as the run has it; None before the first.
+    """
+
+    run_id: str
+    settings: Mapping[str, Any]
+    head: str | None
+    entries: Sequence[LedgerRow]
+    attempts: Sequence[Attempt]

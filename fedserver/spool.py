@@ -15,6 +15,11 @@ from shared.errors import StreamFenced, WrongOffset
 from shared.files import naming_full_disk, sync_folder
 
 
+def update_path(folder: Path, order_id: str, digest: str) -> Path:
+    """Return where in a folder of updates the one of this order with this content lies."""
+    return folder / f"{order_id}.{digest}"
+
+
 class UpdateStream:
     """The one open file of an update that is being written; made by `Spool.open_stream`."""
 
@@ -78,7 +83,7 @@ class Spool:
 
     def path(self, order_id: str, digest: str) -> Path:
         """Where the update of this order with this content lies."""
-        return self._folder / f"{order_id}.{digest}"
+        return update_path(self._folder, order_id, digest)
 
     def committed_bytes(self, order_id: str, digest: str) -> int:
         """How many bytes of this payload have arrived, over all its streams."""

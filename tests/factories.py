@@ -180,6 +180,7 @@ def end_order(
     order_event: OrderEvent = OrderEvent.STORE,
     *,
     reason: str | None = None,
+    kept_bytes: int = 0,
 ) -> tuple[OrderState, Event | None]:
     """Apply an event to an order with the update it rests on."""
 
@@ -188,7 +189,13 @@ def end_order(
 
     refusal = None if reason is None else Refusal(reason=reason, evidence={"kind": "test"})
     return store.end_order(
-        run.run_id, update, order_event, describe, refusal=refusal, delta_norm=1.0
+        run.run_id,
+        update,
+        order_event,
+        describe,
+        refusal=refusal,
+        delta_norm=1.0,
+        kept_bytes=kept_bytes,
     )
 
 

@@ -5,37 +5,66 @@ from typing import Any
 from sqlalchemy import Connection, insert, select, update
 
 from fedserver import ledger
-from fedserver.records import LedgerRow, Round
+from fedserver.records import Attempt, Ledger, LedgerRow, Round
 from fedserver.store import schema
 from fedserver.store.database import Database
-from fedserver.store.transitions import in_round
 
 
 class Book(Database):
     """The ledger of every run."""
 
-    def ledger_rows(self, run_id: str) -> tuple[list[LedgerRow], str | None]:
-        """Return a run's entries by round, and the digest of the last as the run has it."""
-        table = schema.ledger
+    def read_ledger(self, run_id: str) -> Ledger:
+        """Return a run's entries by round, and its attempts at rounds with their updates."""
+        table, rounds = schema.ledger, schema.rounds
         with self.reading() as connection:
-            rows = connection.execute(
+            settings, head = connection.execute(
+                select(schema.runs.c.settings, schema.runs.c.ledger_head).where(
+                    schema.runs.c.run_id == run_id
+                )
+            ).one()
+            entries = connection.execute(
                 select(table).where(table.c.run_id == run_id).order_by(table.c.round)
             ).all()
-            head = connection.execute(
-                select(schema.runs.c.ledger_head).where(schema.runs.c.run_id == run_id)
-            ).scalar_one()
-        return [
-            LedgerRow(round_number=row.round, entry=row.entry, digest=row.digest) for row in rows
-        ], head
+            attempts = connection.execute(
+                select(rounds)
+                .where(rounds.c.run_id == run_id)
+                .order_by(rounds.c.round, rounds.c.attempt)
+            ).all()
+            return Ledger(
+                run_id=run_id,
+                settings=settings,
+                head=head,
+                entries=[
+                    LedgerRow(round_number=row.round, entry=row.entry, digest=row.digest)
+                    for row in entries
+                ],
+                attempts=[
+                    Attempt(
+                        round_number=row.round,
+                        attempt=row.attempt,
+                        phase=row.phase,
+                        base_digest=row.base_digest,
+                        model_digest=row.model_digest,
+                        updates=read_verdicts(connection, run_id, row.round, row.attempt),
+                    )
+                    for row in attempts
+                ],
+            )
 
 
-def read_verdicts(connection: Connection, finished: Round) -> list[dict[str, Any]]:
+def read_verdicts(
+    connection: Connection, run_id: str, round_number: int, attempt: int
+) -> list[dict[str, Any]]:
     """Return what became of every update of an attempt, in the order of aggregation."""
     orders, updates = schema.orders, schema.updates
     rows = connection.execute(
         select(orders.c.client_id, orders.c.state, updates)
         .join(updates, updates.c.order_id == orders.c.order_id)
-        .where(*in_round(orders, finished))
+        .where(
+            orders.c.run_id == run_id,
+            orders.c.round == round_number,
+            orders.c.attempt == attempt,
+        )
         .order_by(orders.c.client_id, orders.c.order_id)
     ).all()
     return [

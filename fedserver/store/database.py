@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, create_engine, event, insert, inspect, select
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DatabaseError, NoResultFound
 
 from fedserver.store import schema
 from shared.errors import FederationError, NotFound, OutOfSpace, StorageDamaged, WrongSettings
@@ -33,7 +33,10 @@ def sqlite_engine(path: Path, *, read_only: bool) -> Engine:
     def set_durability(connection: sqlite3.Connection, _: object) -> None:
         # The driver's own transaction control begins too late (at the first write).
         connection.isolation_level = None
-        if not read_only:
+        if read_only:
+            # A text with a flipped bit is to be shown, not to be in the way of all the others.
+            connection.text_factory = _readable
+        else:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
@@ -51,6 +54,7 @@ def examine_version(engine: Engine, path: Path, *, read_only: bool) -> None:
     Raises:
         NotFound: `read_only`, and the database has no tables yet.
         WrongSettings: another version of this software made the database; nothing was changed.
+        StorageDamaged: it has no version.
     """
     with engine.begin() as connection:
         if inspect(connection).has_table("about"):
@@ -61,6 +65,8 @@ def examine_version(engine: Engine, path: Path, *, read_only: bool) -> None:
             version = schema.SCHEMA_VERSION
             schema.metadata.create_all(connection)
             connection.execute(insert(schema.about).values(schema_version=version))
+        if not isinstance(version, int):
+            raise _damaged(path, f"its schema has the version {version!r}")
         if version < schema.SCHEMA_VERSION:
             raise WrongSettings(
                 f"{path} was made by an older version of this software (schema {version}, this one "
@@ -105,10 +111,14 @@ class Database:
         """Give a connection that sees one state of the database from first read to last.
 
         Raises:
-            StorageDamaged: the file can't be read.
+            StorageDamaged: the file can't be read, or holds what nobody writes.
         """
-        with self._errors_named(), self._engine.begin() as connection:
-            yield connection
+        try:
+            with self._errors_named(), self._engine.begin() as connection:
+                yield connection
+        except (ValueError, NoResultFound) as error:
+            # A column that isn't JSON any more, a state there isn't, a row that others name.
+            raise _damaged(self._path, str(error)) from error
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -127,6 +137,12 @@ class Database:
             yield
         except DatabaseError as error:
             raise _named(self._path, error) from error
+        except UnicodeDecodeError as error:
+            raise _damaged(self._path, str(error)) from error
+
+
+def _readable(text: bytes) -> str:
+    return text.decode(errors="replace")
 
 
 def _named(path: Path, error: DatabaseError) -> FederationError | DatabaseError:
@@ -139,7 +155,9 @@ def _named(path: Path, error: DatabaseError) -> FederationError | DatabaseError:
             f"no room to write in {path.parent} ({error.orig}); free some space: "
             "nothing acknowledged is lost, and work goes on by itself"
         )
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR):
+    is_damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR)
+    # All tables and columns asked for were made with the database.
+    if is_damaged or str(error.orig).startswith(("no such table", "no such column")):
         return _damaged(path, str(error.orig))
     return error
 

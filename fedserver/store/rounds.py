@@ -91,7 +91,7 @@ class Rounds(Database):
                 finished_at=at,
             )
             move_orders(connection, finishing, OrderState.STORED, OrderEvent.COUNT, at=at)
-            verdicts = read_verdicts(connection, finishing)
+            verdicts = read_verdicts(connection, run_id, finishing.round_number, finishing.attempt)
             forgive_clients(
                 connection,
                 run_id,

@@ -25,7 +25,13 @@ class Runs(Database):
             query = query.where(schema.runs.c.number == number)
         with self.reading() as connection:
             row = connection.execute(query).first()
-        return None if row is None else read_run(row)
+            return None if row is None else read_run(row)
+
+    def all_runs(self) -> list[Run]:
+        """Return every run by number."""
+        with self.reading() as connection:
+            rows = connection.execute(select(schema.runs).order_by(schema.runs.c.number)).all()
+            return [read_run(row) for row in rows]
 
     def begin_run(self, settings: Mapping[str, Any]) -> Run:
         """Record a new run, OPEN, with the number after the latest one's."""

@@ -49,7 +49,7 @@ def undisturbed(session_scene: Scene) -> Undisturbed:
     def find(task: str) -> Run:
         if task not in made:
             state = f"undisturbed-{len(made)}"
-            flags = [*run_flags(task, 0), "--keep-updates"]
+            flags = [*run_flags(task, 0), "--keep-updates", "all"]
             server = start_server(session_scene, *flags, task=task, state=state)
             clients = [
                 start_client(

@@ -1,0 +1,302 @@
+"""Whether a state-dir still holds what was written: database, ledger, rows, files, arithmetic.
+
+It finds accidents: a flipped bit, a changed or missing row, a file with other bytes. Against
+somebody who can rewrite everything, the ledger included, it proves nothing.
+
+Nothing is written, and a server may go on beside it. What `--keep-updates`, `--keep-rounds` and the
+quarantine have let go isn't kept, which is no finding.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from fedserver.aggregation import next_model
+from fedserver.chain import (
+    Entry,
+    chain_findings,
+    finished_rounds,
+    place,
+    row_findings,
+    whole_entries,
+)
+from fedserver.checkpoints import digest_blocks, model_path
+from fedserver.records import HeldState, HeldUpdate, Ledger
+from fedserver.rounds import OrderState
+from fedserver.spool import update_path
+from fedserver.store import Store
+from fedserver.strategies import find_strategy
+from fedserver.strategies.blocks import StateFile
+from shared.codec import digest_file, read_layout
+from shared.errors import InvalidInput, NotFound, StorageDamaged
+from shared.tasks import find_task
+from shared.weights import EntryKind, entry_kinds
+
+
+class State(StrEnum):
+    """What is found of a file, or of a round that is aggregated again."""
+
+    WHOLE = "whole"
+    DAMAGED = "damaged"
+    NOT_KEPT = "not kept"
+
+
+class BlobKind(StrEnum):
+    """What a file holds."""
+
+    MODEL = "model"
+    UPDATE = "update"
+    HELD = "quarantined payload"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blob:
+    """A file that its content names; `paths` are where it may lie, to be tried in this order.
+
+    `name` is a model's digest or an update's order, `what` and `where` are for a person.
+    """
+
+    kind: BlobKind
+    name: str
+    digest: str
+    what: str
+    where: str
+    paths: Sequence[Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was looked at, in a line, and how many findings there were."""
+
+    num_findings: int
+    summary: str
+
+
+def verify(
+    store: Store,
+    state_dir: Path,
+    run_ids: Sequence[str],
+    *,
+    round_number: int | None,
+    tell: Callable[[str], None],
+) -> Verdict:
+    """Look these runs over and `tell` of each thing that isn't what was written, in a sentence.
+
+    With a `round_number` files and arithmetic are those of that round only; ledger and rows are
+    always examined as a whole.
+
+    Raises:
+        NotFound: no such round is finished.
+        InvalidInput: rounds can't be aggregated again for want of their task or strategy.
+        StorageDamaged: the database can't be read any further.
+    """
+    findings: list[str] = []
+
+    def find(finding: str) -> None:
+        findings.append(finding)
+        tell(finding)
+
+    try:
+        store.examine()
+    except StorageDamaged as error:
+        find(str(error))
+    ledgers = [store.read_ledger(run_id) for run_id in run_ids]
+    finished = {ledger.run_id: finished_rounds(ledger) for ledger in ledgers}
+    wanted = [
+        (ledger, number)
+        for ledger in ledgers
+        for number in finished[ledger.run_id]
+        if round_number in (None, number)
+    ]
+    if round_number is not None and not wanted:
+        raise NotFound(f"round {round_number} isn't finished; `history` shows those that are")
+    words = []
+    for name, examine in (("chain", chain_findings), ("rows", row_findings)):
+        found = [finding for ledger in ledgers for finding in examine(ledger)]
+        for finding in found:
+            find(finding)
+        words.append(f"{name} {State.DAMAGED if found else State.WHOLE}")
+    blobs = known_blobs(state_dir, ledgers, store.held_updates(), round_number=round_number)
+    states = {blob.name: examine_blob(blob, find) for blob in blobs}
+    for blob in _gone(store, run_ids, [one for one in blobs if states[one.name] is State.NOT_KEPT]):
+        states[blob.name] = State.DAMAGED
+        find(f"{blob.where}: {blob.what} is gone ({blob.paths[0]})")
+    words += [
+        _counted(kind, Counter(states[one.name] for one in blobs if one.kind is kind))
+        for kind in BlobKind
+    ]
+    entries = {ledger.run_id: whole_entries(ledger) for ledger in ledgers}
+    outcomes = Counter(
+        re_aggregate(entries[ledger.run_id].get(number), state_dir, states, find)
+        for ledger, number in wanted
+    )
+    rest = [f"{outcomes[one]} {one}" for one in (State.NOT_KEPT, State.DAMAGED) if outcomes[one]]
+    words.append(
+        f"{outcomes[State.WHOLE]} of {len(wanted)} re-aggregated"
+        + (f" ({', '.join(rest)})" if rest else "")
+    )
+    num_rounds = _number_of("round", sum(len(numbers) for numbers in finished.values()))
+    of_runs = "" if len(ledgers) == 1 else f" of {len(ledgers)} runs"
+    return Verdict(num_findings=len(findings), summary=f"{num_rounds}{of_runs}: {', '.join(words)}")
+
+
+def known_blobs(
+    state_dir: Path,
+    ledgers: Iterable[Ledger],
+    held: Iterable[HeldUpdate],
+    *,
+    round_number: int | None = None,
+) -> list[Blob]:
+    """Return the files that ledgers and tables name, of all rounds or of one, each once.
+
+    Of an update only what was acknowledged: others may be half there. Of all rounds, models that
+    lie there unnamed belong to it too.
+    """
+    found: dict[str, Blob] = {}
+
+    def add(kind: BlobKind, name: str, what: str, where: str, digest: str) -> None:
+        if kind is BlobKind.MODEL:
+            paths = [model_path(state_dir / "models", digest)]
+        else:
+            # In this order, since a server may be moving it from the one to the other.
+            paths = [update_path(state_dir / one, name, digest) for one in ("spool", "quarantine")]
+        blob = Blob(kind=kind, name=name, digest=digest, what=what, where=where, paths=paths)
+        found.setdefault(name, blob)
+
+    run_ids = {ledger.run_id for ledger in ledgers}
+    for one in held:
+        if _is_held(one) and one.run_id in run_ids and round_number in (None, one.round_number):
+            what = f"the quarantined update of client {one.client_id}"
+            where = place(one.run_id, one.round_number)
+            add(BlobKind.HELD, one.order_id, what, where, one.digest)
+    for ledger in ledgers:
+        entries = whole_entries(ledger)
+        # Entries come first: where a row differs from one, that is found elsewhere.
+        named = [
+            *(
+                (number, one["base"], one["model"], one["updates"])
+                for number, one in entries.items()
+            ),
+            *(
+                (one.round_number, one.base_digest, one.model_digest, one.updates)
+                for one in ledger.attempts
+            ),
+        ]
+        for number, base, model, updates in named:
+            if round_number not in (None, number):
+                continue
+            where = place(ledger.run_id, number)
+            add(BlobKind.MODEL, base, "its base model", where, base)
+            if model is not None:
+                add(BlobKind.MODEL, model, "its model", where, model)
+            for one in updates:
+                if one["delta_norm"] is not None:
+                    what = f"the update of client {one['client']}"
+                    add(BlobKind.UPDATE, one["order_id"], what, where, one["digest"])
+    if round_number is None:
+        for path in sorted((state_dir / "models").glob("*.safetensors")):
+            add(BlobKind.MODEL, path.stem, "a model", str(state_dir), path.stem)
+    return list(found.values())
+
+
+def examine_blob(blob: Blob, find: Callable[[str], None]) -> State:
+    """Compare a file's bytes with its digest; say what is wrong with it, if something is."""
+    for path in blob.paths:
+        try:
+            actual = digest_file(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            find(f"{blob.where}: {blob.what} can't be read ({error.strerror}: {path})")
+            return State.DAMAGED
+        if actual == blob.digest:
+            return State.WHOLE
+        find(f"{blob.where}: {blob.what} holds other bytes than were written ({path})")
+        return State.DAMAGED
+    return State.NOT_KEPT
+
+
+def re_aggregate(
+    entry: Entry | None,
+    state_dir: Path,
+    states: Mapping[str, State],
+    find: Callable[[str], None],
+) -> State:
+    """Make a finished round's model again of what it rested on, and compare the bytes.
+
+    `entry` is the round's whole entry, if there is one; `states` tells of each file, by name.
+    Returns DAMAGED without a word where something the round rests on is damaged: that was said.
+    """
+    if entry is None:
+        return State.DAMAGED
+    counted = [one for one in entry["updates"] if one["verdict"] == OrderState.COUNTED]
+    needed = {states[name] for name in (entry["base"], *(one["order_id"] for one in counted))}
+    if needed != {State.WHOLE}:
+        return State.DAMAGED if State.DAMAGED in needed else State.NOT_KEPT
+    where = place(entry["run"], entry["round"])
+    base_path = model_path(state_dir / "models", entry["base"])
+    updates = [
+        (update_path(state_dir / "spool", one["order_id"], one["digest"]), one["num_examples"])
+        for one in counted
+    ]
+    strategy = find_strategy(entry["settings"]["strategy"])
+    kinds = _kinds_of(entry["settings"]["task"])
+    try:
+        base = StateFile(path=base_path, layout=read_layout(base_path))
+        if base.layout.entries.keys() != kinds.keys():
+            raise InvalidInput(
+                f"{where}: the task {entry['settings']['task']!r} makes a model of other tensors "
+                "than the run's; verify with the code that the run was made with"
+            )
+        digest = digest_blocks(base.layout, next_model(strategy, base, updates, kinds))
+    except (FileNotFoundError, StorageDamaged) as error:
+        if not all(path.exists() for path in (base_path, *(path for path, _ in updates))):
+            # A server has let them go meanwhile.
+            return State.NOT_KEPT
+        find(f"{where}: {error}")
+        return State.DAMAGED
+    if digest != entry["model"]:
+        find(
+            f"{where}: aggregated again it gives model {digest[:12]}, in the ledger is "
+            f"{entry['model'][:12]}"
+        )
+        return State.DAMAGED
+    return State.WHOLE
+
+
+@functools.cache
+def _kinds_of(task: str) -> Mapping[str, EntryKind]:
+    return entry_kinds(find_task(task).build_model())
+
+
+def _gone(store: Store, run_ids: Iterable[str], missing: Collection[Blob]) -> list[Blob]:
+    """Return those of the missing files that nothing lets go: a run goes on from them."""
+    if not missing:
+        return []
+    # Asked now: a server may have finished with them since the ledgers were read.
+    needed = {one.order_id for one in store.held_updates() if _is_held(one)}
+    for run_id in run_ids:
+        ledger = store.read_ledger(run_id)
+        for attempt in ledger.attempts[-1:]:
+            needed.add(attempt.model_digest or attempt.base_digest)
+            needed |= {
+                one["order_id"] for one in attempt.updates if one["verdict"] == OrderState.STORED
+            }
+    return [one for one in missing if one.name in needed]
+
+
+def _is_held(one: HeldUpdate) -> bool:
+    return one.state is HeldState.HELD and one.kept_bytes > 0
+
+
+def _counted(kind: BlobKind, states: Counter[State]) -> str:
+    num_kept = states[State.WHOLE] + states[State.DAMAGED]
+    of_all = f"{states[State.WHOLE]} of " if states[State.DAMAGED] else ""
+    return f"{of_all}{_number_of(kind, num_kept)} whole"
+
+
+def _number_of(what: str, number: int) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,125 @@
+"""A server's state-dir as it is after a run, for tests that damage it or look at it."""
+
+import sqlite3
+from pathlib import Path
+
+import torch
+
+from fedserver.aggregation import next_model
+from fedserver.checkpoints import Checkpoints
+from fedserver.records import Round
+from fedserver.rounds import OrderEvent
+from fedserver.spool import Spool
+from fedserver.store import Store
+from fedserver.strategies import find_strategy
+from fedserver.verification import verify
+from shared.codec import decode_state, encode_state
+from shared.weights import entry_kinds
+from tests.factories import end_order, make_event, make_round, make_update
+from tests.tiny_task import tiny
+
+NUM_ROUNDS = 4
+CLIENTS = (0, 1)
+BAD_CLIENT = 2
+BAD_ROUND = 2
+
+
+class StateDir:
+    """A server's state-dir after a run of NUM_ROUNDS rounds whose updates are all kept.
+
+    In round BAD_ROUND the update of BAD_CLIENT was refused and lies in quarantine.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run_id = ""
+
+    def path(self, folder: str, *, client: int | None = None, round_number: int) -> Path:
+        """Return the file of a client's update in a round, or without a client of its model."""
+        if client is None:
+            digest = self.ask("SELECT model_digest FROM rounds WHERE round = ?", round_number)
+            return self.folder / folder / f"{digest}.safetensors"
+        (path,) = (self.folder / folder).glob(f"{self.run_id}-r{round_number}-a1-c{client}-*")
+        return path
+
+    def ask(self, query: str, *values: object) -> str:
+        """Return one value from the database, or change something in it, past the software."""
+        connection = sqlite3.connect(self.folder / "federation.sqlite")
+        found = connection.execute(query, values)
+        answer = found.fetchone()[0] if found.description else str(found.rowcount)
+        connection.commit()
+        connection.close()
+        return str(answer)
+
+    def change(self, query: str, *values: object) -> None:
+        """Change rows of the database past the software; there must be some to change."""
+        assert int(self.ask(query, *values)) > 0
+
+    def verify(self, *, round_number: int | None = None) -> tuple[list[str], str]:
+        """Return the findings and the summary."""
+        findings: list[str] = []
+        store = Store(self.folder / "federation.sqlite", read_only=True)
+        verdict = verify(
+            store, self.folder, [self.run_id], round_number=round_number, tell=findings.append
+        )
+        store.close()
+        assert verdict.num_findings == len(findings)
+        return findings, verdict.summary
+
+
+def write_state_dir(folder: Path, *, task: str = "tests.tiny_task:tiny") -> StateDir:
+    """Write what a server leaves behind."""
+    made = StateDir(folder)
+    model = tiny.build_model()
+    kinds = entry_kinds(model)
+    checkpoints, spool = Checkpoints(folder / "models", kinds), Spool(folder / "spool")
+    (folder / "quarantine").mkdir()
+    store = Store(folder / "federation.sqlite")
+    run = store.begin_run({"strategy": "fedavg", "task": task, "lr": 0.1})
+    made.run_id = run.run_id
+    base = checkpoints.save_initial(model.state_dict())
+    current: Round | None = _round(run.run_id, 1, base.digest)
+    assert current is not None
+    store.open_round(current, make_event("round-opened"))
+    while current is not None:
+        counted = []
+        for order in current.orders:
+            state = decode_state(checkpoints.path(base.digest).read_bytes())
+            noise = torch.Generator().manual_seed(current.round_number * 10 + order.client_id)
+            for name in ("0.weight", "3.weight"):
+                state[name] += torch.randn(state[name].shape, generator=noise)
+            payload = encode_state(state)
+            update = make_update(
+                order.order_id, payload=payload, num_examples=10 + 3 * order.client_id
+            )
+            if order.client_id == BAD_CLIENT:
+                path = folder / "quarantine" / f"{order.order_id}.{update.digest}"
+                end_order(
+                    *(store, run, update, OrderEvent.REFUSE),
+                    reason="its norm is absurd",
+                    kept_bytes=len(payload),
+                )
+            else:
+                path = spool.path(order.order_id, update.digest)
+                end_order(store, run, update)
+                counted.append((path, update.num_examples))
+            path.write_bytes(payload)
+        store.close_round(current, make_event("round-closed", round_number=current.round_number))
+        blocks = next_model(find_strategy("fedavg"), base.file, counted, kinds)
+        base = checkpoints.save(base.file, blocks)
+        number = current.round_number + 1
+        following = _round(run.run_id, number, base.digest) if number <= NUM_ROUNDS else None
+        happened = [make_event("round-done", round_number=current.round_number)]
+        if following is not None:
+            happened.append(make_event("round-opened", round_number=number))
+        store.finish_round(
+            current, model_digest=base.digest, next_round=following, happened=happened
+        )
+        current = following
+    store.close()
+    return made
+
+
+def _round(run_id: str, number: int, base_digest: str) -> Round:
+    clients = (*CLIENTS, BAD_CLIENT) if number == BAD_ROUND else CLIENTS
+    return make_round(run_id, round_number=number, clients=clients, base_digest=base_digest)
