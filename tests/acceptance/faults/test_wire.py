@@ -94,7 +94,7 @@ def test_a_flipped_bit_is_found_and_the_payload_sent_again(
 
 def test_a_lost_receipt_is_asked_for_again(scene: Scene, undisturbed: Undisturbed) -> None:
     """The server has recorded the update; the client learns of it on its next connection."""
-    # Halted with the third update on the disk, so that the way back can be closed before it goes on.
+    # Halted with the third update on the disk, so that the way back can be closed in between.
     armed = {VARIABLE: f"{FailPoint.UPDATE_DURABLE}:halt:{len(CLIENTS)}"}
     server = start_server(scene, *run_flags(BIG, 0), *ONE_ROUND, task=BIG, **armed)
     wire = wire_to(scene, server.address)
