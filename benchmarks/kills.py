@@ -181,7 +181,7 @@ def measure(*, num_kills: int, seed: int) -> str:
         before = federation.size()
         kills = strike(federation, num_kills=num_kills, rng=random.Random(f"kills {seed}"))
         after, history = federation.end(num_rounds)
-        receipts = acknowledged(scene)
+        receipts = acknowledged(scene, history)
     expect_same_models(history, expected)
     assert len(history) == num_rounds
     lost, twice = count_lost(history, receipts), count_twice(history)

@@ -28,13 +28,14 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def acknowledged(scene: Scene) -> set[str]:
-    """Return the orders whose receipt a client has said it holds."""
+def acknowledged(scene: Scene, history: History) -> set[str]:
+    """Return the orders of this run whose receipt a client has said it holds."""
+    run_id = history[0]["orders"][0]["order_id"].partition("-r")[0]
     return {
         found[1]
         for process in scene.processes
         for line in process.lines
-        if (found := re.search(r"order (\S+): update (?:stored|duplicate)", line))
+        if (found := re.search(rf"order ({run_id}-\S+): update (?:stored|duplicate)", line))
     }
 
 
@@ -127,7 +128,7 @@ def conclude(
     expect_verified(scene, state=state)
     history = scene.history(state=state)
     kinds = Counter(one["kind"] for entry in history for one in entry["incidents"])
-    lost, twice = count_lost(history, acknowledged(scene)), count_twice(history)
+    lost, twice = count_lost(history, acknowledged(scene, history)), count_twice(history)
     row = {
         "fault": fault,
         "happened": [*seen, *(f"{kind} x{count}" for kind, count in sorted(kinds.items()))],

@@ -51,12 +51,7 @@ CLIENT_PLACES = {
 }
 """Where the client's order of the second round then stands."""
 
-QUICK = {
-    ("kill", FailPoint.UPDATE_RECORDED),
-    ("kill", FailPoint.MODEL_WRITTEN),
-    ("kill", FailPoint.UPDATE_KEPT),
-    ("halt", FailPoint.TRAINED),
-}
+QUICK = {("kill", FailPoint.UPDATE_RECORDED), ("halt", FailPoint.TRAINED)}
 """What plain `pytest` runs."""
 
 
@@ -204,13 +199,8 @@ def test_a_client_halted_at(scene: Scene, place: FailPoint, undisturbed: Undistu
     )
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        FailPoint.UPDATE_KEPT,
-        *(pytest.param(one, marks=FULL) for one in list(CLIENT_PLACES)[:3]),
-    ],
-)
+@FULL
+@pytest.mark.parametrize("place", [FailPoint.MODEL_FETCHED, FailPoint.UPDATE_KEPT])
 def test_a_client_halted_too_long_is_done_without_and_taken_back(
     scene: Scene, place: FailPoint
 ) -> None:

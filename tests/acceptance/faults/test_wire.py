@@ -42,10 +42,8 @@ def way_name(way: Way) -> str:
     return "upload" if way is Way.UP else "download"
 
 
-@pytest.mark.parametrize(
-    "fault",
-    ["slow writer", *(pytest.param(one, marks=FULL) for one in ("slow reader", "delay"))],
-)
+@FULL
+@pytest.mark.parametrize("fault", ["slow writer", "slow reader", "delay"])
 def test_slow_is_not_late(scene: Scene, fault: str, undisturbed: Undisturbed) -> None:
     """Who gets further is waited for, though the transfer takes far longer than --stall-after."""
     flags = ("--rounds", 1, "--min-clients", 3, "--seed", 5, "--stall-after", 2)
@@ -66,7 +64,8 @@ def test_slow_is_not_late(scene: Scene, fault: str, undisturbed: Undisturbed) ->
     conclude(scene, fault=fault, struck_at=struck_at, client_id=VICTIM)
 
 
-@pytest.mark.parametrize("way", [Way.UP, pytest.param(Way.DOWN, marks=FULL)], ids=way_name)
+@FULL
+@pytest.mark.parametrize("way", Way, ids=way_name)
 def test_a_flipped_bit_is_found_and_the_payload_sent_again(
     scene: Scene, way: Way, undisturbed: Undisturbed
 ) -> None:
@@ -92,6 +91,7 @@ def test_a_flipped_bit_is_found_and_the_payload_sent_again(
     )
 
 
+@FULL
 def test_a_lost_receipt_is_asked_for_again(scene: Scene, undisturbed: Undisturbed) -> None:
     """The server has recorded the update; the client learns of it on its next connection."""
     # Halted with the third update on the disk, so that the way back can be closed in between.
@@ -121,7 +121,8 @@ def test_a_lost_receipt_is_asked_for_again(scene: Scene, undisturbed: Undisturbe
     )
 
 
-@pytest.mark.parametrize("way", [Way.UP, pytest.param(Way.DOWN, marks=FULL)], ids=way_name)
+@FULL
+@pytest.mark.parametrize("way", Way, ids=way_name)
 def test_a_silence_that_ends_by_itself(scene: Scene, way: Way, undisturbed: Undisturbed) -> None:
     """Nothing goes either way for as long as the others take: the transfer simply goes on."""
     server = start_server(scene, *run_flags(BIG, 0), *ONE_ROUND, task=BIG)
