@@ -92,7 +92,7 @@ def test_duplicate_and_reordered_calls_change_nothing(scene: Scene) -> None:
             receipts.extend(one for one in found if one is not None)
             while (again := try_upload(peer, order, payload)) is None:
                 continue
-            receipts += [again, peer.upload(order, payload).receipt]
+            receipts.extend([again, peer.upload(order, payload).receipt])
             assert receipts[-1] == pb.RECEIPT_DUPLICATE
         earlier.append(opened)
 
