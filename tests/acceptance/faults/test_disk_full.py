@@ -14,6 +14,7 @@ import pytest
 from shared.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS, Undisturbed, run_flags
 from tests.acceptance.faults.aftermath import FULL, conclude, expect_same_models, now
+from tests.acceptance.faults.test_fail_points import SERVER_PLACES
 from tests.acceptance.federation import BIG, expect_clean_exits, start_client, start_server
 from tests.processes import Process, Scene, fixed_port, wait_until
 
@@ -21,7 +22,6 @@ DISK_BYTES = 300 << 20
 MIB = 1 << 20
 NO_ROOM = "no room to write in|disk-full"
 
-SERVER_PLACES = list(FailPoint)[: list(FailPoint).index(FailPoint.RUN_EXPORTED) + 1]
 CLIENT_PLACES = [FailPoint.ORDER_PULLED, FailPoint.MODEL_FETCHED, FailPoint.TRAINED]
 """After these a client writes."""
 
