@@ -115,9 +115,9 @@ def machine_line() -> str:
     )
 
 
-def write_section(name: str, text: str) -> None:
-    """Replace what stands between a benchmark's marks in docs/performance.md."""
-    path = ROOT / "docs" / "performance.md"
+def write_section(name: str, text: str, *, page: str = "performance.md") -> None:
+    """Replace what stands between a benchmark's marks in a page of docs."""
+    path = ROOT / "docs" / page
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     before, _, rest = path.read_text().partition(begin)
     after = rest.partition(end)[2]

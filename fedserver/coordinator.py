@@ -248,6 +248,7 @@ class Coordinator:
             happened,
             strikes=True,
         )
+        pass_by(FailPoint.ORDER_ABANDONED)
         if recorded is not None:
             self._parts.book.settle(order_id, OrderState.ABANDONED)
             self._parts.bus.publish(recorded)
@@ -317,6 +318,7 @@ class Coordinator:
         recorded = await self._parts.workers.in_store(
             self._parts.store.fail_round, current, happened, exclusions=exclusions
         )
+        pass_by(FailPoint.ROUND_FAILED)
         self._parts.book.close_round()
         for one in recorded:
             self._parts.bus.publish(one)

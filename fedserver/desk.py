@@ -9,6 +9,7 @@ from fedserver.parts import Parts
 from fedserver.records import Event, OrderRecord, Session, json_number
 from fedserver.rounds import OrderState
 from shared.errors import NotFound, ServerUnreachable, WrongSettings
+from shared.failpoints import FailPoint, pass_by
 from shared.types import (
     INCIDENT_NUMBERS,
     ClientUpdate,
@@ -169,6 +170,7 @@ class Desk:
             recorded = await self._parts.workers.in_store(
                 self._parts.store.abandon_order, record.run_id, order_id, happened
             )
+            pass_by(FailPoint.ORDER_ABANDONED)
             if recorded is not None:
                 self._parts.book.settle(order_id, OrderState.ABANDONED)
                 self._parts.bus.publish(happened)

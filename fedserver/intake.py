@@ -140,11 +140,7 @@ class Intake:
         await self._parts.workers.on_disk(stream.make_durable)
         await self._parts.workers.on_disk(return_free_pages)
         pass_by(FailPoint.UPDATE_DURABLE)
-        answer = await self._end(
-            record, update, OrderEvent.STORE, stream=stream, delta_norm=examined
-        )
-        pass_by(FailPoint.UPDATE_RECORDED)
-        return answer
+        return await self._end(record, update, OrderEvent.STORE, stream=stream, delta_norm=examined)
 
     def _examine(
         self, update: ClientUpdate, stream: UpdateStream, current: OpenRound
@@ -209,6 +205,7 @@ class Intake:
             kept_bytes=0 if stream is None else stream.offset,
             handed_out_at=open_order.handed_out_at if open_order else None,
         )
+        pass_by(FailPoint.UPDATE_RECORDED)
         self._parts.book.settle(update.order_id, state)
         if happened is None:
             record = await self._parts.workers.in_store(

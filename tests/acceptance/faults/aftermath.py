@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from fedserver.__main__ import COMMANDS
 from tests.processes import Scene
 
 History = list[dict[str, Any]]
@@ -29,13 +28,14 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def acknowledged(scene: Scene) -> set[str]:
-    """Return the orders whose receipt a client has said it holds."""
+def acknowledged(scene: Scene, history: History) -> set[str]:
+    """Return the orders of this run whose receipt a client has said it holds."""
+    run_id = history[0]["orders"][0]["order_id"].partition("-r")[0]
     return {
         found[1]
         for process in scene.processes
         for line in process.lines
-        if (found := re.search(r"order (\S+): update (?:stored|duplicate)", line))
+        if (found := re.search(rf"order ({run_id}-\S+): update (?:stored|duplicate)", line))
     }
 
 
@@ -90,8 +90,6 @@ def digests(history: History) -> list[tuple[int, str | None]]:
 
 def expect_verified(scene: Scene, *, state: str = "server") -> None:
     """Let the service examine everything that the run has left on the disk."""
-    if "verify" not in COMMANDS:
-        return
     done = scene.command("verify", "--state-dir", scene.folder / state)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -130,7 +128,7 @@ def conclude(
     expect_verified(scene, state=state)
     history = scene.history(state=state)
     kinds = Counter(one["kind"] for entry in history for one in entry["incidents"])
-    lost, twice = count_lost(history, acknowledged(scene)), count_twice(history)
+    lost, twice = count_lost(history, acknowledged(scene, history)), count_twice(history)
     row = {
         "fault": fault,
         "happened": [*seen, *(f"{kind} x{count}" for kind, count in sorted(kinds.items()))],

@@ -1,7 +1,7 @@
-"""A disk that is full for a while, at the worst moments: a small one of the test's own (tmpfs).
+"""A full disk for a while, from the worst moments on: a small one of the test's own (tmpfs).
 
-Where the test may not mount one (only root may), a limit on the size of files stands in for it; it
-leaves the database alone. tests/acceptance/test_mistakes.py has the same for every file of a round.
+Only root may mount one; elsewhere these are skipped, and tests/acceptance/test_mistakes.py has a
+limit on the size of files in their place, which leaves the database alone.
 """
 
 import signal
@@ -14,14 +14,18 @@ import pytest
 from shared.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS, Undisturbed, run_flags
 from tests.acceptance.faults.aftermath import FULL, conclude, expect_same_models, now
+from tests.acceptance.faults.test_fail_points import SERVER_PLACES
 from tests.acceptance.federation import BIG, expect_clean_exits, start_client, start_server
-from tests.processes import Process, Scene, Server, fixed_port, wait_until
+from tests.processes import Process, Scene, fixed_port, wait_until
 
 DISK_BYTES = 300 << 20
 MIB = 1 << 20
-ONE_ROUND = ("--rounds", 1)
+NO_ROOM = "no room to write in|disk-full"
 
-NO_ROOM = "no room to write in"
+CLIENT_PLACES = [FailPoint.ORDER_PULLED, FailPoint.MODEL_FETCHED, FailPoint.TRAINED]
+"""After these a client writes."""
+
+pytestmark = FULL
 
 
 class SmallDisk:
@@ -59,55 +63,57 @@ def small_disk(scene: Scene, request: pytest.FixtureRequest) -> Iterator[SmallDi
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def halted_at(place: FailPoint, *, times: int = 1) -> dict[str, str]:
-    """Return the environment of a process that halts there."""
-    return {VARIABLE: f"{place}:halt:{times}"}
+def fill_at(place: FailPoint, process: Process, disk: SmallDisk) -> None:
+    """Fill the disk of a process that is armed to halt at a place; returns when it says so."""
+    wait_until(lambda: process.is_halted, what=f"{process.name} to be halted at {place}")
+    disk.fill()
+    process.signal(signal.SIGCONT)
+    process.wait_for_line(NO_ROOM)
 
 
-def start_all(scene: Scene, server: Server, **environment: str) -> list[Process]:
-    """Start the clients of the big model; the first has this environment."""
-    return [
-        start_client(scene, one, server.address, task=BIG, **(environment if one == 0 else {}))
-        for one in CLIENTS
-    ]
-
-
-@FULL
 @pytest.mark.parametrize("small_disk", ["server"], indirect=True)
-@pytest.mark.parametrize(
-    "place",
-    [
-        FailPoint.ROUND_OPENED,
-        FailPoint.UPDATE_DURABLE,
-        FailPoint.UPDATE_RECORDED,
-        FailPoint.ROUND_CLOSING,
-        FailPoint.ROUND_CLOSED,
-        FailPoint.MODEL_WRITTEN,
-        FailPoint.ROUND_DONE,
-        FailPoint.EVALUATED,
-        FailPoint.RUN_EXPORTED,
-    ],
-)
+@pytest.mark.parametrize("place", SERVER_PLACES)
 def test_the_servers_disk_is_full_from(
     scene: Scene, small_disk: SmallDisk, place: FailPoint, undisturbed: Undisturbed
 ) -> None:
-    """It waits for room or ends with a sentence; with room, the same command ends the run."""
-    port = fixed_port()
-    flags = [*run_flags(BIG, port), *ONE_ROUND]
-    server = start_server(scene, *flags, task=BIG, **halted_at(place))
-    clients = start_all(scene, server)
-    wait_until(lambda: server.is_halted, what="the server to be halted")
-    small_disk.fill()
-    server.signal(signal.SIGCONT)
-    server.wait_for_line("room|full")
+    """It waits for room, says so, and ends the run by itself."""
+    flags = [*run_flags(BIG, fixed_port()), "--rounds", 1, "--min-free-bytes", 0]
+    armed = {VARIABLE: f"{place}:halt"}
+    server = start_server(scene, *flags, task=BIG, **armed)
+    clients = [start_client(scene, one, server.address, task=BIG) for one in CLIENTS]
+    fill_at(place, server, small_disk)
+    assert server.is_running
     struck_at = now()
-    has_ended = not server.is_running
     small_disk.free()
-    if has_ended:
-        assert server.wait() == 1
-        assert server.count_lines("Traceback") == 0
-        server = start_server(scene, *flags, task=BIG)
     expect_clean_exits(server, *clients)
     expect_same_models(scene.history(), undisturbed(BIG).history)
-    seen = ["ended with a sentence, started again" if has_ended else "waited"]
-    conclude(scene, fault=f"the server's disk full from {place}", struck_at=struck_at, seen=seen)
+    conclude(
+        scene,
+        fault=f"the server's disk full from {place} on",
+        struck_at=struck_at,
+        seen=["waited for room"],
+    )
+
+
+@pytest.mark.parametrize("small_disk", ["client-0"], indirect=True)
+@pytest.mark.parametrize("place", CLIENT_PLACES)
+def test_a_clients_disk_is_full_from(
+    scene: Scene, small_disk: SmallDisk, place: FailPoint, undisturbed: Undisturbed
+) -> None:
+    """It waits for room, says so, and delivers the same order."""
+    server = start_server(scene, *run_flags(BIG, 0), "--rounds", 1, task=BIG)
+    armed = {VARIABLE: f"{place}:halt"}
+    victim = start_client(scene, 0, server.address, task=BIG, **armed)
+    others = [start_client(scene, one, server.address, task=BIG) for one in CLIENTS[1:]]
+    fill_at(place, victim, small_disk)
+    struck_at = now()
+    small_disk.free()
+    expect_clean_exits(server, victim, *others)
+    expect_same_models(scene.history(), undisturbed(BIG).history)
+    conclude(
+        scene,
+        fault=f"a client's disk full from {place} on",
+        struck_at=struck_at,
+        seen=["waited for room"],
+        client_id=0,
+    )

@@ -15,6 +15,7 @@ import pytest
 from shared.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS, NUM_ROUNDS, Undisturbed, run_flags
 from tests.acceptance.faults.aftermath import FULL, conclude, expect_same_models, now
+from tests.acceptance.faults.test_other_ends import OTHER_PLACES
 from tests.acceptance.federation import (
     TINY,
     expect_clean_exits,
@@ -51,12 +52,7 @@ CLIENT_PLACES = {
 }
 """Where the client's order of the second round then stands."""
 
-QUICK = {
-    ("kill", FailPoint.UPDATE_RECORDED),
-    ("kill", FailPoint.MODEL_WRITTEN),
-    ("kill", FailPoint.UPDATE_KEPT),
-    ("halt", FailPoint.TRAINED),
-}
+QUICK = {("kill", FailPoint.UPDATE_RECORDED), ("halt", FailPoint.TRAINED)}
 """What plain `pytest` runs."""
 
 
@@ -70,7 +66,7 @@ def places(action: str, among: dict[FailPoint, Any]) -> list[Any]:
 
 def test_every_place_is_struck_on_one_side() -> None:
     """A new fail point comes with its row here."""
-    assert SERVER_PLACES.keys() | CLIENT_PLACES.keys() == set(FailPoint)
+    assert {*SERVER_PLACES, *CLIENT_PLACES, *OTHER_PLACES} == set(FailPoint)
 
 
 def wait_until_halted(process: Process) -> None:
@@ -204,13 +200,8 @@ def test_a_client_halted_at(scene: Scene, place: FailPoint, undisturbed: Undistu
     )
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        FailPoint.UPDATE_KEPT,
-        *(pytest.param(one, marks=FULL) for one in list(CLIENT_PLACES)[:3]),
-    ],
-)
+@FULL
+@pytest.mark.parametrize("place", [FailPoint.MODEL_FETCHED, FailPoint.UPDATE_KEPT])
 def test_a_client_halted_too_long_is_done_without_and_taken_back(
     scene: Scene, place: FailPoint
 ) -> None:

@@ -138,12 +138,9 @@ def expected_bytes(scene: Scene) -> int:
     return (scene.folder / "server" / "model.safetensors").stat().st_size
 
 
-@pytest.mark.parametrize("who", ["client", pytest.param("server", marks=FULL)])
-@pytest.mark.parametrize(
-    "way",
-    [Way.DOWN, pytest.param(Way.UP, marks=FULL)],  # tests/acceptance/test_kill.py has uploads
-    ids=["download", "upload"],
-)
+@FULL
+@pytest.mark.parametrize("who", ["client", "server"])
+@pytest.mark.parametrize("way", [Way.DOWN, Way.UP], ids=["download", "upload"])
 def test_a_transfer_goes_on_after_kill_9(
     scene: Scene, way: Way, who: str, expected: History
 ) -> None:
@@ -184,6 +181,7 @@ def test_a_transfer_goes_on_after_kill_9(
     )
 
 
+@FULL
 def test_an_upload_whose_end_the_server_never_hears_of_is_fenced(
     scene: Scene, expected: History
 ) -> None:

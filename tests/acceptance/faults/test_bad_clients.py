@@ -1,0 +1,50 @@
+"""Clients whose training goes wrong, among many: the model is that of the others alone."""
+
+import pytest
+
+from tests.acceptance.faults.aftermath import FULL, conclude, digests, now
+from tests.acceptance.federation import (
+    expect_clean_exits,
+    incident_kinds,
+    start_client,
+    start_server,
+    verdicts,
+)
+from tests.processes import Scene
+
+pytestmark = [FULL, pytest.mark.timeout(900)]
+
+GOOD = range(7)
+BAD = {7: "pixel", 8: "gradient", 9: "gradient"}
+ROUNDS = range(1, 4)
+
+
+def test_three_clients_with_nan_among_ten_leave_no_trace_in_the_model(scene: Scene) -> None:
+    """The seven others' models are, to the bit, those of a run with these seven alone."""
+    flags = ("--rounds", len(ROUNDS), "--min-updates", len(GOOD), "--seed", 5)
+    alone = start_server(scene, *flags, "--min-clients", len(GOOD), state="alone")
+    expect_clean_exits(
+        alone,
+        *(start_client(scene, one, alone.address, state=f"alone-{one}") for one in GOOD),
+    )
+    struck_at = now()
+    server = start_server(scene, *flags, "--min-clients", len(GOOD) + len(BAD))
+    good = [start_client(scene, one, server.address) for one in GOOD]
+    bad = [start_client(scene, one, server.address, TINY_BAD=bad) for one, bad in BAD.items()]
+    expect_clean_exits(server, *good, *bad)
+    history = scene.history()
+    assert digests(history) == digests(scene.history(state="alone"))
+    assert verdicts(history) == [
+        (number, one, "COUNTED" if one in GOOD else "ABANDONED")
+        for number in ROUNDS
+        for one in (*GOOD, *BAD)
+    ]
+    kinds = incident_kinds(history)
+    assert kinds.count("non-finite-loss") == len(ROUNDS)
+    assert kinds.count("non-finite-gradient") == 2 * len(ROUNDS)
+    conclude(
+        scene,
+        fault=f"{len(BAD)} clients with NaN among {len(GOOD) + len(BAD)}",
+        struck_at=struck_at,
+        seen=["the same models as without them"],
+    )
