@@ -20,13 +20,19 @@ class InspectionSettings(Settings):
 
 
 @contextmanager
-def opened_run(settings: InspectionSettings) -> Iterator[tuple[Store, Run]]:
-    """Open the store for reading and find the run.
+def opened_run(
+    settings: InspectionSettings, *, to_write: bool = False
+) -> Iterator[tuple[Store, Run]]:
+    """Open the store, for reading unless told otherwise, and find the run.
+
+    A server that runs may go on: readers and writers of different processes take turns.
 
     Raises:
         NotFound: there is no such store or run.
     """
-    store = Store(settings.state_dir / "federation.sqlite", read_only=True)
+    path = settings.state_dir / "federation.sqlite"
+    # Looked at first: opened to write, a store that isn't there would be made.
+    store = Store(path, read_only=not (to_write and path.exists()))
     try:
         run = store.latest_run(number=settings.run)
         if run is None:

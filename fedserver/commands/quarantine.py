@@ -1,0 +1,111 @@
+"""`python -m fedserver quarantine list|show|release|drop`: updates kept out of the global model.
+
+Works beside a server that runs: the store's rows decide, and the server reads them before every
+round.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+from rich.console import Console
+
+from fedserver.commands.inspection import InspectionSettings, opened_run
+from fedserver.events import event_of
+from fedserver.quarantine import QuarantineFolder
+from fedserver.records import HeldState, HeldUpdate, Run
+from fedserver.report import held_table
+from fedserver.store import Store
+from shared.cli import USAGE_EXIT_CODE, parse
+from shared.errors import InvalidInput
+
+
+class QuarantineSettings(InspectionSettings):
+    """Look at updates that were refused or excluded, and decide what becomes of them.
+
+    list      what is in quarantine, and what was
+    show      one update: why it is there, with the evidence, and where its bytes are
+    release   it was good: its client is asked again, and the norm band doesn't exclude it any more
+              (the round it was sent for is over: it isn't averaged)
+    drop      delete its bytes
+    """
+
+    model_config = SettingsConfigDict(
+        cli_prog_name="python -m fedserver quarantine list|show|release|drop"
+    )
+
+    order: str = Field(default="", description="the update's order, as `list` shows it")
+
+
+def run(argv: list[str]) -> None:
+    """Do what the first word says."""
+    if not argv or argv[0] not in ACTIONS:
+        if argv and argv[0] in ("-h", "--help"):
+            parse(QuarantineSettings, argv)
+        print(
+            f"fedserver quarantine: say what to do: {', '.join(ACTIONS)} (--help tells more)",
+            file=sys.stderr,
+        )
+        raise SystemExit(USAGE_EXIT_CODE)
+    action, settings = ACTIONS[argv[0]], parse(QuarantineSettings, argv[1:])
+    with opened_run(settings, to_write=action in (_release, _drop)) as (store, found):
+        folder = QuarantineFolder(settings.state_dir / "quarantine", max_bytes=sys.maxsize)
+        action(settings, store, found, folder)
+
+
+def _list(settings: QuarantineSettings, store: Store, found: Run, folder: QuarantineFolder) -> None:
+    held = store.held_updates(found.run_id)
+    if not held:
+        print(f"{found.run_id}: nothing was refused or excluded")
+        return
+    Console().print(held_table(held, title=f"{found.run_id}: quarantine in {settings.state_dir}"))
+
+
+def _show(settings: QuarantineSettings, store: Store, _: Run, folder: QuarantineFolder) -> None:
+    held = _find(settings, store)
+    path = folder.path(held.order_id, held.digest)
+    where = f"{path} ({held.kept_bytes} bytes)" if path.exists() else "not kept"
+    print(
+        f"order     {held.order_id}\n"
+        f"client    {held.client_id}, round {held.round_number}\n"
+        f"verdict   {held.verdict}, {held.state.lower()}\n"
+        f"reason    {held.refusal.reason or 'the round had closed'}\n"
+        f"evidence  {json.dumps(held.refusal.evidence)}\n"
+        f"digest    {held.digest}\n"
+        f"payload   {where}"
+    )
+
+
+def _release(settings: QuarantineSettings, store: Store, _: Run, folder: QuarantineFolder) -> None:
+    held = _end(settings, store, folder, HeldState.RELEASED)
+    print(f"released: client {held.client_id} is asked again, and its norm isn't screened any more")
+
+
+def _drop(settings: QuarantineSettings, store: Store, _: Run, folder: QuarantineFolder) -> None:
+    held = _end(settings, store, folder, HeldState.DROPPED)
+    print(f"dropped: the bytes of order {held.order_id} are deleted")
+
+
+def _end(
+    settings: QuarantineSettings, store: Store, folder: QuarantineFolder, state: HeldState
+) -> HeldUpdate:
+    held = _find(settings, store)
+    happened = event_of(
+        f"quarantine-{state.lower()}", client_id=held.client_id, order_id=held.order_id
+    )
+    if not store.free_held(held, state, happened):
+        raise InvalidInput(f"order {held.order_id} is {held.state.lower()} already")
+    folder.drop(held)
+    return held
+
+
+def _find(settings: QuarantineSettings, store: Store) -> HeldUpdate:
+    if not settings.order:
+        raise InvalidInput("say which update with --order; `quarantine list` shows them")
+    return store.find_held(settings.order)
+
+
+Action = Callable[[QuarantineSettings, Store, Run, QuarantineFolder], None]
+ACTIONS: dict[str, Action] = {"list": _list, "show": _show, "release": _release, "drop": _drop}

@@ -1,0 +1,63 @@
+"""Who sits out, for how long, and that nobody waits for rounds that can't come."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedserver.records import Standing
+from fedserver.standing import MAX_SPAN, eligible_clients, strike
+
+
+def make_standing(client_id: int, suspended_until: int) -> Standing:
+    """Return a standing with one strike."""
+    return Standing(client_id=client_id, strikes=1, suspended_until=suspended_until, reason="r")
+
+
+@pytest.mark.parametrize(
+    ("strikes_before", "rounds_sat_out"),
+    [(0, 1), (1, 2), (2, 4), (5, 32), (6, 64), (500, MAX_SPAN)],
+)
+def test_each_strike_costs_twice_as_many_rounds(strikes_before: int, rounds_sat_out: int) -> None:
+    """Struck in round 10 it sits out from 11 on, and is back by itself in the round after."""
+    before = (
+        Standing(client_id=3, strikes=strikes_before, suspended_until=0, reason="old")
+        if strikes_before
+        else None
+    )
+    after = strike(before, client_id=3, round_number=10, reason="stalled")
+    assert after.strikes == strikes_before + 1
+    assert after.reason == "stalled"
+    sat_out = [
+        number
+        for number in range(11, 200)
+        if not eligible_clients({3}, {3: after}, round_number=number, num_needed=0)
+    ]
+    assert sat_out == list(range(11, 11 + rounds_sat_out))
+
+
+def test_a_client_struck_in_an_attempt_isnt_asked_in_the_next() -> None:
+    """A round that failed is tried again with others."""
+    after = strike(None, client_id=1, round_number=4, reason="refused")
+    assert eligible_clients({0, 1, 2}, {1: after}, round_number=4, num_needed=2) == {0, 2}
+
+
+@given(
+    ends=st.dictionaries(st.integers(0, 30), st.integers(0, 20)),
+    others=st.sets(st.integers(0, 30)),
+    round_number=st.integers(1, 20),
+    num_needed=st.integers(0, 30),
+)
+def test_suspended_clients_are_called_back_only_as_far_as_needed(
+    ends: dict[int, int], others: set[int], round_number: int, num_needed: int
+) -> None:
+    """All active clients may be asked; suspended ones make up what is missing, nearest first."""
+    candidates = set(ends) | others
+    standings = {one: make_standing(one, until) for one, until in ends.items()}
+    found = eligible_clients(
+        candidates, standings, round_number=round_number, num_needed=num_needed
+    )
+    active = {one for one in candidates if ends.get(one, 0) <= round_number}
+    assert active <= found <= candidates
+    assert len(found) == max(len(active), min(num_needed, len(candidates)))
+    recalled, left = found - active, candidates - found
+    assert all((ends[a], a) < (ends[b], b) for a in recalled for b in left)
