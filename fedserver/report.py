@@ -1,11 +1,13 @@
 """A run's history as a person reads it: tables and pictures."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from fedserver.records import HeldUpdate
@@ -14,29 +16,65 @@ History = Sequence[Mapping[str, Any]]
 
 _MAX_CLASSES_LABELLED = 20
 _DARK = 0.5
+_GAP = 2
 
 
-def round_table(history: History, *, title: str) -> Table:
-    """Return a table with one row for each attempt at a round."""
-    table = Table(title=title, box=SIMPLE_HEAD)
-    for heading in ("round", "phase", "counted", "accuracy", "loss", "seconds", "incidents"):
-        table.add_column(heading, justify="left" if heading == "phase" else "right", no_wrap=True)
-    table.add_column("model", no_wrap=True)
-    for entry in history:
-        evaluation = entry["evaluation"] or {}
-        again = "" if entry["attempt"] == 1 else f" ({entry['attempt']})"
-        num_counted = sum(update["verdict"] == "COUNTED" for update in entry["updates"])
-        table.add_row(
-            f"{entry['round']}{again}",
-            entry["phase"].lower(),
-            f"{num_counted} of {len(entry['cohort'])}",
-            _number(evaluation.get("accuracy")),
-            _number(evaluation.get("loss")),
-            _seconds(entry),
-            str(len(entry["incidents"]) or ""),
-            (entry["model_digest"] or "")[:8],
-        )
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; headings are one word, cells one line."""
+
+    heading: str
+    cells: Sequence[str]
+    justify: JustifyMethod = "right"
+
+
+def fitting_table(columns: Sequence[Column], *, title: str | None, max_width: int) -> Table:
+    """Return a table of as many of the columns, from the left, as fit: nothing in it is cut.
+
+    Those that don't fit are named below it.
+    """
+    widths = [max(map(len, (one.heading, *one.cells))) for one in columns]
+    num_shown = len(columns)
+    while num_shown > 1 and sum(widths[:num_shown]) + _GAP * (num_shown - 1) > max_width:
+        num_shown -= 1
+    hidden = ", ".join(one.heading for one in columns[num_shown:])
+    table = Table(
+        title=title,
+        caption=f"too narrow for: {hidden}" if hidden else None,
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, _GAP - 1, 0, 0),
+    )
+    for one in columns[:num_shown]:
+        table.add_column(one.heading, justify=one.justify, no_wrap=True)
+    for cells in zip(*(one.cells for one in columns[:num_shown]), strict=True):
+        table.add_row(*cells)
     return table
+
+
+def round_table(history: History, *, title: str, max_width: int) -> Table:
+    """Return a table with one row for each attempt at a round."""
+    again = [f" ({one['attempt']})" if one["attempt"] > 1 else "" for one in history]
+    evaluations = [one["evaluation"] or {} for one in history]
+    counted = [sum(one["verdict"] == "COUNTED" for one in entry["updates"]) for entry in history]
+    return fitting_table(
+        [
+            Column("round", [f"{one['round']}{n}" for one, n in zip(history, again, strict=True)]),
+            Column("phase", [one["phase"].lower() for one in history], "left"),
+            Column(
+                "counted",
+                [f"{n} of {len(one['cohort'])}" for one, n in zip(history, counted, strict=True)],
+            ),
+            Column("accuracy", [number_text(one.get("accuracy")) for one in evaluations]),
+            Column("loss", [number_text(one.get("loss")) for one in evaluations]),
+            Column("incidents", [str(len(one["incidents"]) or "") for one in history]),
+            Column("seconds", [_seconds(one) for one in history]),
+            Column("model", [(one["model_digest"] or "")[:8] for one in history], "left"),
+        ],
+        title=title,
+        max_width=max_width,
+    )
 
 
 def best_round(history: History) -> int | None:
@@ -129,7 +167,7 @@ def class_table(evaluation: Mapping[str, Any], *, title: str) -> Table:
             f"[bold]{count}[/bold]" if answer == number else str(count or "")
             for answer, count in enumerate(row[: len(_answers(confusion))])
         ]
-        table.add_row(str(number), _number(accuracy), *shown)
+        table.add_row(str(number), number_text(accuracy), *shown)
     return table
 
 
@@ -167,7 +205,8 @@ def _answers(confusion: Sequence[Sequence[int]]) -> list[str]:
     return [str(number) for number in range(len(confusion))] + ["none"] * has_others
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """Return a measured number with four decimals, nothing for None."""
     return "" if value is None else f"{value:.4f}"
 
 

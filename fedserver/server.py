@@ -188,7 +188,7 @@ def _export(parts: Parts, last_digest: str) -> None:
 def _show_end(parts: Parts) -> None:
     history = read_history(parts.store, parts.run)
     console = Console(stderr=True)
-    console.print(round_table(history, title=f"{parts.run.run_id}: done"))
+    console.print(round_table(history, title=f"{parts.run.run_id}: done", max_width=console.width))
     for line in incident_lines(history):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     exported = parts.settings.export or parts.settings.state_dir / "model.safetensors"

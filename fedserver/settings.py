@@ -163,8 +163,8 @@ class ServerSettings(
 ):
     """Run a federated-learning coordinator; it exits with 0 when the run is done.
 
-    Also: `history`, `curve`, `confusion` and `export` look at a run, also while it goes on
-    (`history --help`).
+    Also: `history`, `show`, `curve`, `confusion`, `export` and `verify` look at a run, also while
+    it goes on (`history --help`).
     Started again with the same settings, an unfinished run goes on where it was.
     """
 

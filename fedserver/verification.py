@@ -24,7 +24,7 @@ from fedserver.chain import (
     whole_entries,
 )
 from fedserver.checkpoints import digest_blocks, model_path
-from fedserver.records import HeldState, HeldUpdate, Ledger
+from fedserver.records import HeldState, HeldUpdate, Ledger, Run
 from fedserver.rounds import OrderState
 from fedserver.spool import update_path
 from fedserver.store import Store
@@ -78,7 +78,7 @@ class Verdict:
 def verify(
     store: Store,
     state_dir: Path,
-    run_ids: Sequence[str],
+    runs: Sequence[Run],
     *,
     round_number: int | None,
     tell: Callable[[str], None],
@@ -103,7 +103,7 @@ def verify(
         store.examine()
     except StorageDamaged as error:
         find(str(error))
-    ledgers = [store.read_ledger(run_id) for run_id in run_ids]
+    ledgers = [store.read_ledger(run.run_id) for run in runs]
     finished = {ledger.run_id: finished_rounds(ledger) for ledger in ledgers}
     wanted = [
         (ledger, number)
@@ -121,7 +121,7 @@ def verify(
         words.append(f"{name} {State.DAMAGED if found else State.WHOLE}")
     blobs = known_blobs(state_dir, ledgers, store.held_updates(), round_number=round_number)
     states = {blob.name: examine_blob(blob, find) for blob in blobs}
-    for blob in _gone(store, run_ids, [one for one in blobs if states[one.name] is State.NOT_KEPT]):
+    for blob in _gone(store, ledgers, [one for one in blobs if states[one.name] is State.NOT_KEPT]):
         states[blob.name] = State.DAMAGED
         find(f"{blob.where}: {blob.what} is gone ({blob.paths[0]})")
     words += [
@@ -272,15 +272,14 @@ def _kinds_of(task: str) -> Mapping[str, EntryKind]:
     return entry_kinds(find_task(task).build_model())
 
 
-def _gone(store: Store, run_ids: Iterable[str], missing: Collection[Blob]) -> list[Blob]:
+def _gone(store: Store, ledgers: Iterable[Ledger], missing: Collection[Blob]) -> list[Blob]:
     """Return those of the missing files that nothing lets go: a run goes on from them."""
     if not missing:
         return []
     # Asked now: a server may have finished with them since the ledgers were read.
     needed = {one.order_id for one in store.held_updates() if _is_held(one)}
-    for run_id in run_ids:
-        ledger = store.read_ledger(run_id)
-        for attempt in ledger.attempts[-1:]:
+    for ledger in ledgers:
+        for attempt in store.read_ledger(ledger.run_id).attempts[-1:]:
             needed.add(attempt.model_digest or attempt.base_digest)
             needed |= {
                 one["order_id"] for one in attempt.updates if one["verdict"] == OrderState.STORED

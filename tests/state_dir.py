@@ -59,9 +59,8 @@ class StateDir:
         """Return the findings and the summary."""
         findings: list[str] = []
         store = Store(self.folder / "federation.sqlite", read_only=True)
-        verdict = verify(
-            store, self.folder, [self.run_id], round_number=round_number, tell=findings.append
-        )
+        runs = store.all_runs()
+        verdict = verify(store, self.folder, runs, round_number=round_number, tell=findings.append)
         store.close()
         assert verdict.num_findings == len(findings)
         return findings, verdict.summary

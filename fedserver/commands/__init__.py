@@ -1,1 +1,1 @@
-"""Commands that look at a run; they answer while the server runs, and never import torch."""
+"""Commands that look at a run while the server runs, too; but for `verify`, none imports torch."""

@@ -29,6 +29,8 @@ def run(argv: list[str]) -> None:
         print(json.dumps(history, indent=2))
         return
     console = Console()
-    console.print(round_table(history, title=f"{run.run_id}: {run.state.lower()}"))
+    console.print(
+        round_table(history, title=f"{run.run_id}: {run.state.lower()}", max_width=console.width)
+    )
     for line in incident_lines(history):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -36,18 +36,19 @@ class VerifySettings(InspectionSettings):
 def run(argv: list[str]) -> int:
     """Print what is found and a summary; returns the exit code."""
     settings = parse(VerifySettings, argv)
-    num_missing = 0
+    num_gaps = 0
     try:
         with opened_run(settings) as (store, found):
-            runs = store.all_runs() if settings.run is None else [found]
-            for before, number in pairwise([0, *(one.number for one in runs)]):
-                if settings.run is None and number > before + 1:
-                    num_missing += 1
-                    _tell(f"of the runs before run {number}, {number - before - 1} are missing")
+            runs = [found] if settings.run else store.all_runs()
+            numbers = [one.number for one in runs]
+            for before, number in pairwise(numbers if settings.run else [0, *numbers]):
+                if number > before + 1:
+                    num_gaps += 1
+                    _tell(f"{number - before - 1} runs are missing before run {number}")
             verdict = verify(
                 store,
                 settings.state_dir,
-                [one.run_id for one in runs],
+                runs,
                 round_number=settings.round,
                 tell=_tell,
             )
@@ -55,7 +56,7 @@ def run(argv: list[str]) -> int:
         _tell(str(error))
         return 1
     print(verdict.summary)
-    return 0 if verdict.num_findings + num_missing == 0 else 1
+    return 0 if verdict.num_findings + num_gaps == 0 else 1
 
 
 def _tell(finding: str) -> None:

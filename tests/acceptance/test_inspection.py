@@ -45,8 +45,7 @@ def expect_the_table(scene: Scene) -> None:
     shown = scene.command("history", "--state-dir", scene.folder / "server")
     assert shown.returncode == 0, shown.stderr
     assert "done" in shown.stdout
-    # In 80 columns a word may be cut short.
-    assert "collecti" in shown.stdout
+    assert "collecting" in shown.stdout
 
 
 def expect_still_at_work(server: Server, client: Process) -> None:

@@ -182,9 +182,9 @@ print(f"exit code {code}, imported {heavy}", file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("command", [["history"], ["history", "--json"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["history"], ["history", "--json"], ["show"]], ids=" ".join)
 def test_looking_at_a_run_does_not_wait_for_torch(tmp_path: Path, command: list[str]) -> None:
-    """The history command answers without importing torch, NumPy or gRPC."""
+    """These commands answer without importing torch, NumPy or gRPC."""
     store = Store(tmp_path / "federation.sqlite")
     run, opened = begin_round(store)
     store_updates(store, run, opened)

@@ -1,0 +1,236 @@
+"""One round told as a person would: when, who, what came of it, what went wrong."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedserver.records import Standing
+from fedserver.report import Column, History, fitting_table, number_text
+from shared.types import IncidentKind
+
+Values = Mapping[str, Any]
+
+_WORDS: Mapping[str, str] = {
+    IncidentKind.NON_FINITE_LOSS: "training stopped: the loss wasn't finite",
+    IncidentKind.NON_FINITE_GRADIENT: "training stopped: the gradient wasn't finite",
+    IncidentKind.NON_FINITE_PARAMETER: "training stopped: a weight wasn't finite",
+    IncidentKind.TRAINING_FAILED: "training failed",
+    IncidentKind.UPDATE_REFUSED: "its update was refused",
+    IncidentKind.UPDATE_EXCLUDED: "its update was excluded",
+    IncidentKind.UPDATE_LATE: "its update came too late",
+    IncidentKind.UPDATE_CONTRADICTED: "it sent a second update for the same order",
+    IncidentKind.CLIENT_STALLED: "it got no further and was given up",
+    IncidentKind.CLIENT_LOST: "it wasn't there any more and was given up",
+    IncidentKind.CLIENT_STATE_LOST: "it has lost its state",
+    IncidentKind.ROUND_FAILED: "the attempt failed",
+    IncidentKind.SERVER_RESTARTED: "the server was started again",
+    IncidentKind.DISK_LOW: "the disk is nearly full: no round opens",
+    IncidentKind.DISK_FULL: "the disk is full",
+    IncidentKind.EVALUATION_COLLAPSED: "the model's loss isn't finite",
+}
+_STOPS = {
+    IncidentKind.NON_FINITE_LOSS,
+    IncidentKind.NON_FINITE_GRADIENT,
+    IncidentKind.NON_FINITE_PARAMETER,
+    IncidentKind.TRAINING_FAILED,
+    IncidentKind.CLIENT_STALLED,
+    IncidentKind.CLIENT_LOST,
+}
+_VERDICTS = {IncidentKind.UPDATE_REFUSED, IncidentKind.UPDATE_EXCLUDED}
+_ENDED_WITHOUT = ("REFUSED", "EXCLUDED", "LATE", "ABANDONED")
+_DIGITS = 12
+
+
+def round_account(
+    history: History,
+    round_number: int,
+    *,
+    title: str,
+    entry_digest: str | None,
+    standings: Mapping[int, Standing],
+    max_width: int,
+) -> Iterator[RenderableType]:
+    """Yield what to print of a round of a run's `history`, in order.
+
+    `entry_digest` is of its entry in the ledger, `standings` are those of this moment.
+    """
+    attempts = [one for one in history if one["round"] == round_number]
+    before = [one for one in history if one["round"] == round_number - 1][-1:]
+    yield Text(f"{title}: {attempts[-1]['phase'].lower()}", style="bold")
+    for attempt in attempts:
+        if len(attempts) > 1:
+            yield _heading(f"Attempt {attempt['attempt']}: {attempt['phase'].lower()}")
+        yield _facts([*_times(attempt), *_results(attempt, before)])
+        yield _heading(_turnout(attempt))
+        yield _cohort_table(attempt, max_width=max_width)
+        for line in _shortfalls(attempt):
+            yield Text(line)
+        if attempt["incidents"]:
+            yield _heading("Incidents (UTC)")
+        for incident in attempt["incidents"]:
+            yield Text(f"{_clock(incident['at'])}  {incident_text(incident)}")
+    latest = history[-1]["round"]
+    suspended = [one for one in standings.values() if one.suspended_until > latest]
+    if suspended:
+        yield _heading("Sitting out at this moment")
+    for one in sorted(suspended, key=lambda one: one.client_id):
+        why = _WORDS.get(one.reason, one.reason)
+        yield Text(f"client {one.client_id} until round {one.suspended_until}: {why}")
+    if entry_digest is not None:
+        yield Text(f"\nIn the ledger with an entry of digest {entry_digest[:_DIGITS]}")
+
+
+def incident_text(incident: Values) -> str:
+    """Return an incident in words: who, what, and the numbers that show it."""
+    kind = incident["kind"]
+    who = "" if incident["client"] is None else f"client {incident['client']}: "
+    known = {"kind", "at", "client", "reason", "suspended_until", "first", "second"}
+    # Their numbers are in the reason, which stands beside the verdict.
+    left_out = set(incident) if kind in _VERDICTS else known
+    numbers = ", ".join(
+        _quantity_text(key, value)
+        for key, value in incident.items()
+        if key not in left_out and value is not None
+    )
+    reason = incident.get("reason") if kind not in _VERDICTS else None
+    back_in = incident.get("suspended_until")
+    return (
+        f"{who}{_WORDS.get(kind, kind.replace('-', ' '))}"
+        + (f": {reason}" if reason else "")
+        + (f" ({numbers})" if numbers else "")
+        + (f"; sits out until round {back_in}" if back_in else "")
+    )
+
+
+def _times(attempt: Values) -> list[tuple[str, str]]:
+    opened, closed, finished = (attempt[f"{one}_at"] for one in ("started", "closed", "finished"))
+    times = [("opened", f"{opened[:10]} {_clock(opened)} UTC")]
+    if closed:
+        times.append(("closed", f"{_clock(closed)}, after {_between_s(opened, closed)}"))
+    if finished:
+        word = "failed" if attempt["phase"] == "FAILED" else "finished"
+        times.append((word, f"{_clock(finished)}, after {_between_s(closed or opened, finished)}"))
+    return times
+
+
+def _results(attempt: Values, before: History) -> list[tuple[str, str]]:
+    of_round = f" (of round {attempt['round'] - 1})" if attempt["round"] > 1 else ""
+    results = [("base model", attempt["base_digest"][:_DIGITS] + of_round)]
+    if attempt["model_digest"]:
+        results.append(("model", attempt["model_digest"][:_DIGITS]))
+    earlier = (before[0]["evaluation"] if before else None) or {}
+    for name, value in (attempt["evaluation"] or {}).items():
+        if not isinstance(value, float):
+            continue
+        change = ""
+        if isinstance(earlier.get(name), float):
+            change = f", {value - earlier[name]:+.4f} on round {attempt['round'] - 1}"
+        results.append((name.replace("_", " "), number_text(value) + change))
+    if said := attempt["client_evaluation"]:
+        text = f"accuracy {said['accuracy']:.4f}, worst tenth {said['worst_decile']:.4f}"
+        results.append(("base model on its clients", text))
+    return results
+
+
+def _turnout(attempt: Values) -> str:
+    num_asked = len(attempt["cohort"])
+    states = [one["state"] for one in attempt["orders"]]
+    num_good = sum(state in ("COUNTED", "STORED") for state in states)
+    word = "counted" if attempt["phase"] == "DONE" else "stored"
+    return f"{num_good} of {num_asked} updates {word}"
+
+
+def _cohort_table(attempt: Values, *, max_width: int) -> Table:
+    orders = attempt["orders"]
+    updates = {one["client"]: one for one in attempt["updates"]}
+    found = [updates.get(one["client"], {}) for one in orders]
+    metrics = [one.get("metrics", {}) for one in found]
+    columns = [
+        Column("client", [str(one["client"]) for one in orders]),
+        Column("verdict", [one["state"].lower() for one in orders], "left"),
+        Column("examples", [str(one.get("num_examples", "")) for one in found]),
+        Column("accuracy", [_metric_text(one.get("accuracy")) for one in metrics]),
+        Column("loss", [_metric_text(one.get("loss")) for one in metrics]),
+        Column(
+            "answered",
+            [
+                _between_s(order["handed_out_at"], one["received_at"])
+                if order["handed_out_at"] and one
+                else ""
+                for order, one in zip(orders, found, strict=True)
+            ],
+        ),
+        Column(
+            "training",
+            [f"{one['train_s']:.2f} s" if "train_s" in one else "" for one in metrics],
+        ),
+    ]
+    if any("global_accuracy" in one for one in metrics):
+        before = [_metric_text(one.get("global_accuracy")) for one in metrics]
+        columns.append(Column("before", before))
+    return fitting_table(columns, title=None, max_width=max_width)
+
+
+def _shortfalls(attempt: Values) -> Iterator[str]:
+    """Yield for each client whose update didn't count why it didn't."""
+    updates = {one["client"]: one for one in attempt["updates"]}
+    for order in attempt["orders"]:
+        if order["state"] in _ENDED_WITHOUT:
+            client = order["client"]
+            why = _why(attempt, order["state"], client, updates.get(client))
+            yield f"client {client} {order['state'].lower()}: {why}"
+
+
+def _why(attempt: Values, state: str, client: int, update: Values | None) -> str:
+    if update is not None and update["reason"]:
+        return str(update["reason"])
+    if state == "LATE":
+        if update is None:
+            return "nothing had come when the round closed"
+        return f"it came {_between_s(attempt['closed_at'], update['received_at'])} after the close"
+    stops = [
+        one for one in attempt["incidents"] if one["client"] == client and one["kind"] in _STOPS
+    ]
+    if stops:
+        return incident_text({**stops[-1], "client": None})
+    return "the attempt failed" if attempt["phase"] == "FAILED" else "the client gave it up"
+
+
+def _facts(lines: Sequence[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, value in lines:
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def _heading(text: str) -> Text:
+    return Text(f"\n{text}", style="bold")
+
+
+def _clock(at: str) -> str:
+    return at[11:19]
+
+
+def _between_s(begin: str, end: str) -> str:
+    took = datetime.fromisoformat(end) - datetime.fromisoformat(begin)
+    return f"{took.total_seconds():.2f} s"
+
+
+def _metric_text(value: object) -> str:
+    # A number that isn't finite is kept by its name.
+    return f"{value:.4f}" if isinstance(value, float) else str(value or "")
+
+
+def _quantity_text(name: str, value: object) -> str:
+    """Return a number with its name, and the unit that the name ends with behind it."""
+    *words, unit = name.split("_")
+    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+    if words and unit in ("s", "bytes"):
+        return f"{' '.join(words)} {shown} {unit}"
+    return f"{name.replace('_', ' ')} {shown}"

@@ -1,0 +1,137 @@
+"""What a person reads: `show` tells a round, and no table cuts a word."""
+
+from pathlib import Path
+
+import pytest
+
+from fedserver.__main__ import main
+from fedserver.events import event_of
+from fedserver.records import Event, Round
+from fedserver.rounds import OrderEvent
+from fedserver.store import Store
+from shared.types import IncidentKind
+from tests.factories import begin_round, end_order, make_event, make_round, make_update
+
+REASON = (
+    "tensor 'fc.weight' has shape [4, 4] and dtype torch.float32; the model has [3, 3] and "
+    "torch.float32"
+)
+
+
+@pytest.fixture
+def state_dir(tmp_path: Path) -> Path:
+    """Give a run whose first round failed once and is done, and whose second collects.
+
+    In the attempt that succeeded client 1 was refused, 2 stalled, 3 was late by a whole update.
+    """
+    store = Store(tmp_path / "federation.sqlite")
+    run, failed = begin_round(store, clients=(0, 1))
+    happened = event_of(
+        IncidentKind.ROUND_FAILED, failed, is_incident=True, reason="too few updates can still come"
+    )
+    store.fail_round(failed, happened)
+    opened = make_round(run.run_id, attempt=2, clients=(0, 1, 2, 3))
+    store.open_round(opened, make_event("round-opened", attempt=2))
+    good, bad, stalled, late = (one.order_id for one in opened.orders)
+    end_order(store, run, make_update(good, num_examples=123, metrics={"accuracy": 0.8125}))
+    end_order(store, run, make_update(bad), OrderEvent.REFUSE, reason=REASON)
+    store.abandon_order(run.run_id, stalled, _incident(opened, 2, idle_s=61.2345), strikes=True)
+    disk_low = event_of(IncidentKind.DISK_LOW, is_incident=True, free_bytes=1_000_000)
+    store.add_events(run.run_id, [disk_low])
+    store.close_round(opened, event_of("round-closed", opened))
+    end_order(store, run, make_update(late), OrderEvent.MISS)
+    following = make_round(run.run_id, round_number=2, clients=(0, 3), base_digest="ee" * 32)
+    store.finish_round(
+        opened,
+        model_digest="ee" * 32,
+        next_round=following,
+        happened=[event_of("round-done", opened), event_of("round-opened", following)],
+    )
+    evaluation = {"accuracy": 0.75, "loss": 0.5, "confusion": [[1, 0]]}
+    store.record_evaluation(opened, evaluation, event_of("evaluated", opened))
+    store.close()
+    return tmp_path
+
+
+def _incident(of: Round, client_id: int, *, idle_s: float) -> Event:
+    return event_of(
+        IncidentKind.CLIENT_STALLED, of, client_id=client_id, is_incident=True, idle_s=idle_s
+    )
+
+
+def shown(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    state_dir: Path,
+    *flags: str,
+    width: int = 80,
+) -> str:
+    """Return what a command prints into a pipe of that width; no word of it is cut."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main([command, "--state-dir", str(state_dir), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in printed
+    return printed
+
+
+def test_show_tells_a_round_with_its_attempts_and_incidents(
+    state_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who delivered and who didn't and why, in words; also what concerned the whole server."""
+    printed = shown(capsys, monkeypatch, "show", state_dir, "--round", "1")
+    assert max(map(len, printed.splitlines())) <= 80
+    words = " ".join(printed.split())
+    for told in (
+        "round 1 of 3: done",
+        "Attempt 1: failed",
+        "the attempt failed: too few updates can still come",
+        "Attempt 2: done",
+        "1 of 4 updates counted",
+        "0 counted 123 0.8125",
+        f"client 1 refused: {REASON}",
+        "client 2 abandoned: it got no further and was given up (idle 61.23 s); sits out until "
+        "round 3",
+        "client 3 late: it came 0.0",
+        "client 2: it got no further and was given up",
+        "the disk is nearly full: no round opens (free 1000000 bytes)",
+        "accuracy 0.7500",
+        "model eeeeeeeeeeee",
+        "Sitting out at this moment client 1 until round 3: tensor",
+        "client 2 until round 3: it got no further and was given up",
+        "In the ledger with an entry of digest",
+    ):
+        assert told in words, told
+    assert words.count(REASON) == 2, "beside the verdict and in the standing, not once more"
+
+
+def test_show_tells_the_round_that_goes_on(
+    state_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest by default; what isn't there yet isn't told. A round that isn't is a sentence."""
+    words = " ".join(shown(capsys, monkeypatch, "show", state_dir).split())
+    assert "round 2 of 3: collecting" in words
+    assert "base model eeeeeeeeeeee (of round 1)" in words
+    assert "0 of 2 updates stored" in words
+    assert "0 open" in words
+    assert "finished" not in words
+    assert "ledger" not in words
+    assert main(["show", "--state-dir", str(state_dir), "--round", "9"]) == 1
+    assert "has no round 9; its latest is round 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
+def test_tables_leave_columns_out_and_cut_no_word(
+    state_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """At 80 columns the history is all there; narrower it names what it leaves out."""
+    printed = shown(capsys, monkeypatch, "history", state_dir, width=width)
+    table, _, _ = printed.partition("\n20")
+    assert max(map(len, table.splitlines())) <= width
+    words = table.split()
+    assert {"round", "phase", "failed", "done", "collecting"} <= set(words)
+    left_out = words[words.index("for:") + 1 :] if "for:" in words else []
+    assert (left_out == []) == (width >= 80)
+    headings = ["round", "phase", "counted", "accuracy", "loss", "incidents", "seconds", "model"]
+    assert all(one in words or f"{one}," in words for one in headings)
+    shown(capsys, monkeypatch, "show", state_dir, "--round", "1", width=width)
