@@ -76,6 +76,7 @@ def measure(megabytes: float, num_clients: int) -> Measured:
     num_rounds = _NUM_WARM_UP + _NUM_MEASURED + 1
     task = ["--task", "benchmarks.tasks:changed"]
     server_args = [*task, "--rounds", str(num_rounds), "--epochs", "1", "--require-all"]
+    server_args += ["--num-partitions", str(num_clients)]
     with raw_rounds(num_clients, num_bytes) as raw:
         raw_s = [raw.run_round() for _ in range(_NUM_WARM_UP + _NUM_MEASURED)][_NUM_WARM_UP:]
         wire_before = _loopback_bytes()

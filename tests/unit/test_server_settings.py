@@ -1,0 +1,46 @@
+"""Settings of the server that contradict each other, and how many clients they ask for."""
+
+import pytest
+
+from fedserver.settings import ServerSettings
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"over_select": 1.3}, "say how many those are with --clients-per-round"),
+        (
+            {"over_select": 1.3, "clients_per_round": 4, "require_all": True},
+            "--require-all waits for everybody",
+        ),
+        ({"clients_per_round": 2, "min_updates": 3}, "lower --min-updates"),
+        ({"keep_updates": -1}, "greater than or equal to 0"),
+        ({"keep_rounds": 0}, "greater than or equal to 1"),
+        ({"keep_rounds": "some"}, "all"),
+    ],
+    ids=str,
+)
+def test_what_contradicts_itself_is_told(settings: dict[str, object], words: str) -> None:
+    """No run begins with settings of which one defeats the other."""
+    with pytest.raises(ValueError, match=words):
+        ServerSettings(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "cohort_size", "updates_needed"),
+    [
+        ({}, 0, 2),
+        ({"min_clients": 5}, 0, 5),
+        ({"min_clients": 5, "min_updates": 3}, 0, 3),
+        ({"clients_per_round": 10}, 10, 2),
+        ({"clients_per_round": 10, "over_select": 1.3}, 13, 10),
+        ({"clients_per_round": 10, "over_select": 1.25, "min_updates": 8}, 13, 8),
+    ],
+    ids=str,
+)
+def test_how_many_are_asked_and_how_many_must_answer(
+    settings: dict[str, object], cohort_size: int, updates_needed: int
+) -> None:
+    """Over-selection asks more, rounded up, and is content with the round's own number."""
+    made = ServerSettings(**settings)  # type: ignore[arg-type]
+    assert (made.cohort_size, made.updates_needed) == (cohort_size, updates_needed)
