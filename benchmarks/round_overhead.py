@@ -154,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--section", default="round_overhead", help="of docs/performance.md")
     parser.add_argument("--peer", choices=["flwr"])
     parser.add_argument("--peer-python", type=Path, metavar="PATH")
     parser.add_argument("--peer-rounds", type=int, default=3, metavar="N")
@@ -180,7 +181,7 @@ def main() -> None:
     text = f"{machine_line()}; {made_by}\n\n{table(measured, peer)}\n"
     print(text)
     if arguments.write:
-        write_section("round_overhead", text)
+        write_section(arguments.section, text)
 
 
 if __name__ == "__main__":

@@ -166,12 +166,14 @@ class Client:
 
             return self._cache.fetch(section.digest, pieces)
 
-        return self._call(download)
+        return self._call(download, how_far=lambda: progress.counters.bytes_received)
 
     def _deliver(self, update: ClientUpdate, *, on_sent: Callable[[int], None]) -> None:
         """Send an update until the server gives its receipt, then forget it."""
+        offset = 0
 
         def send(session: SessionInfo) -> str:
+            nonlocal offset
             while True:
                 try:
                     offset = self._connection.committed_bytes(session.session_id, update)
@@ -192,7 +194,7 @@ class Client:
                         return f"refused: {answer.reason}"
                     return answer.receipt.value
 
-        outcome = self._call(send)
+        outcome = self._call(send, how_far=lambda: offset)
         pass_by(FailPoint.RECEIPT_GIVEN)
         self._outbox.drop(update.order_id)
         is_good = outcome in (Receipt.STORED, Receipt.DUPLICATE)
@@ -281,7 +283,9 @@ class Client:
 
     # ---- patience
 
-    def _call(self, call: Callable[[SessionInfo], T]) -> T:
+    def _call(
+        self, call: Callable[[SessionInfo], T], *, how_far: Callable[[], int] = lambda: 0
+    ) -> T:
         """Make a call with the session in force; where the server has forgotten it, a new one."""
 
         def attempt() -> T:
@@ -292,16 +296,18 @@ class Client:
                 self._register()
                 return call(self._session)
 
-        return self._persist(attempt)
+        return self._persist(attempt, how_far=how_far)
 
-    def _persist(self, attempt: Callable[[], T]) -> T:
+    def _persist(self, attempt: Callable[[], T], *, how_far: Callable[[], int] = lambda: 0) -> T:
         """Try until the server answers; says so once when it doesn't and once when it does again.
+
+        The pauses between tries grow, and begin anew when an attempt got further than the last.
 
         Raises:
             Stopped: the process is asked to end.
             FederationError: an answer that trying again won't change.
         """
-        pause_s = _FIRST_PAUSE_S
+        pause_s, reached = _FIRST_PAUSE_S, how_far()
         has_said_so = False
         while True:
             try:
@@ -318,6 +324,8 @@ class Client:
                         error,
                     )
                     has_said_so = True
+                if how_far() > reached:
+                    pause_s, reached = _FIRST_PAUSE_S, how_far()
                 # Jitter keeps a fleet from coming back all at once.
                 self._pause(random.uniform(pause_s / 2, pause_s))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from fedserver.events import EventBus, event_of
+from fedserver.orderbook import OrderBook
 from fedserver.records import Event
 from fedserver.store import Store
 from fedserver.workers import Workers
@@ -32,6 +33,7 @@ class DiskWatch:
         store: Store,
         workers: Workers,
         bus: EventBus,
+        book: OrderBook,
     ) -> None:
         self._folder = folder
         self._min_free_bytes = min_free_bytes
@@ -39,6 +41,7 @@ class DiskWatch:
         self._store = store
         self._workers = workers
         self._bus = bus
+        self._book = book
         self._was_low = False
         self._full_at: float | None = None
         self._unrecorded: list[Event] = []
@@ -55,6 +58,7 @@ class DiskWatch:
             await self._record(
                 event_of(
                     IncidentKind.DISK_LOW if is_low else "disk-recovered",
+                    self._book.latest,
                     is_incident=is_low,
                     free_bytes=self._free_bytes(),
                     min_free_bytes=self._min_free_bytes,
@@ -68,7 +72,12 @@ class DiskWatch:
             self._full_at = now
             logger.warning("%s", error)
             await self._record(
-                event_of(IncidentKind.DISK_FULL, is_incident=True, free_bytes=self._free_bytes())
+                event_of(
+                    IncidentKind.DISK_FULL,
+                    self._book.latest,
+                    is_incident=True,
+                    free_bytes=self._free_bytes(),
+                )
             )
 
     async def _record(self, happened: Event) -> None:

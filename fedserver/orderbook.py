@@ -53,6 +53,7 @@ class OrderBook:
         self.work_changed = Signal()
         self.round_changed = Signal()
         self.current: OpenRound | None = None
+        self.latest: Round | None = None
         self._clock = clock
         self._orders: dict[str, OpenOrder] = {}
         self._by_client: dict[int, OpenOrder] = {}
@@ -68,6 +69,7 @@ class OrderBook:
         """Hand these orders out from now on."""
         now = self._clock()
         states = {order.order_id: order.state for order in record.orders}
+        self.latest = record
         self.current = OpenRound(record=record, base=base, limits=limits, opened_at=now)
         self._orders = {
             order.order_id: OpenOrder(order=order, state=states[order.order_id], advanced_at=now)

@@ -22,7 +22,10 @@ class NormBand:
 
 
 def norm_band(norms: Sequence[float], *, width: float) -> NormBand | None:
-    """Return the band of a cohort's delta norms, None for fewer than MIN_COHORT of them.
+    """Return the band of a cohort's delta norms.
+
+    None for fewer than MIN_COHORT of them, and where the median is 0: most changed nothing, which
+    gives no measure for the others.
 
     `width` robust standard deviations (1.4826 times the median absolute deviation, as for normal
     values: Rousseeuw and Croux 1993) to either side of the median. The deviation counts as a tenth
@@ -31,6 +34,8 @@ def norm_band(norms: Sequence[float], *, width: float) -> NormBand | None:
     if len(norms) < MIN_COHORT:
         return None
     median = statistics.median(norms)
+    if not median:
+        return None
     mad = statistics.median(abs(norm - median) for norm in norms)
     reach = width * max(_TO_DEVIATION * mad, _LEAST_SPREAD * median)
     return NormBand(median=median, mad=mad, low=max(0.0, median - reach), high=median + reach)

@@ -109,7 +109,7 @@ async def _serve(
     kinds = entry_kinds(task.build_model())
     state_dir = settings.state_dir
     checkpoints = Checkpoints(state_dir / "models", kinds)
-    bus = EventBus()
+    bus, book = EventBus(), OrderBook()
     parts = Parts(
         settings=settings,
         run=run,
@@ -120,7 +120,7 @@ async def _serve(
         checkpoints=checkpoints,
         downloads=Downloads(checkpoints, workers, idle_s=settings.stall_after),
         sessions=Sessions(store.load_sessions(run.run_id), lease_s=settings.lease),
-        book=OrderBook(),
+        book=book,
         bus=bus,
         workers=workers,
         disk=DiskWatch(
@@ -130,6 +130,7 @@ async def _serve(
             store=store,
             workers=workers,
             bus=bus,
+            book=book,
         ),
     )
     desk = Desk(parts, Intake(parts))

@@ -4,6 +4,7 @@ Translates each call to one of the desk, and the domain's errors to gRPC statuse
 that carry payloads are served as raw bytes (see shared.chunks), the others as messages.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict
@@ -251,6 +252,9 @@ def _with_statuses(
             return await call(request, context)
         except FederationError as error:
             await _abort(context, error)
+        except aio.InternalError:
+            # The connection ended a moment before gRPC would have cancelled this call for it.
+            raise asyncio.CancelledError from None
         except Exception:
             logger.exception("a call failed in a way nobody foresaw")
             raise

@@ -71,6 +71,11 @@ class Process:
         """Whether it hasn't ended yet."""
         return self._popen.poll() is None
 
+    @property
+    def is_halted(self) -> bool:
+        """Whether a signal has stopped it and none has let it go on."""
+        return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
+
     def wait_for_line(self, pattern: str, *, times: int = 1, timeout_s: float = GENEROUS_S) -> str:
         """Return the line that is the `times`-th to match the regular expression, once it is there.
 
@@ -199,11 +204,9 @@ class Scene:
         assert isinstance(rounds, list)
         return rounds
 
-    def held_wire(self, address: str) -> "HeldWire":
-        """Put a wire that can be held between clients and the server at `address`."""
-        wire = HeldWire(address)
-        self._closing.append(wire.close)
-        return wire
+    def at_end(self, close: Callable[[], None]) -> None:
+        """Call `close` when the test is over and its processes have ended."""
+        self._closing.append(close)
 
     def mark(self) -> None:
         """Let `logs` begin here: what was said before belongs to other tests."""
@@ -236,111 +239,6 @@ class Scene:
     def _keep(self, process: P) -> P:
         self.processes.append(process)
         return process
-
-
-class HeldWire:
-    """A TCP forwarder: lets bytes through, or `hold`s them once enough have gone to the server."""
-
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
-        self._allowed_bytes: float = float("inf")
-        self._changed = threading.Condition()
-        self._sockets: list[socket.socket] = []
-        self.bytes_up_by_connection: list[int] = []
-        self._is_closed = False
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def bytes_up(self) -> int:
-        """How much has gone to the server, over all connections."""
-        return sum(self.bytes_up_by_connection)
-
-    def hold(self, *, after_bytes: int) -> None:
-        """Let `after_bytes` more go to the server, then nothing until `release`."""
-        with self._changed:
-            self._allowed_bytes = self.bytes_up + after_bytes
-            self._changed.notify_all()
-
-    def wait_until_held(self, timeout_s: float = GENEROUS_S) -> None:
-        """Return once all that may go through has gone."""
-        with self._changed:
-            is_held = self._changed.wait_for(
-                lambda: self.bytes_up >= self._allowed_bytes, timeout_s
-            )
-        assert is_held, f"only {self.bytes_up} of {self._allowed_bytes} bytes went to the server"
-
-    def release(self) -> None:
-        """Let everything through."""
-        with self._changed:
-            self._allowed_bytes = float("inf")
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Cut every connection."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-        self._listener.close()
-        for one in self._sockets:
-            one.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            try:
-                far = socket.create_connection(self._target)
-            except OSError:
-                near.close()
-                continue
-            self._sockets += [near, far]
-            self.bytes_up_by_connection.append(0)
-            number = len(self.bytes_up_by_connection) - 1
-            for pump, args in ((self._pump_up, (near, far, number)), (self._pump, (far, near))):
-                threading.Thread(target=pump, args=args, daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-        except OSError:
-            pass
-        finally:
-            _cut(source, sink)
-
-    def _pump_up(self, source: socket.socket, sink: socket.socket, number: int) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                while data:
-                    with self._changed:
-                        self._changed.wait_for(
-                            lambda: self._is_closed or self.bytes_up < self._allowed_bytes
-                        )
-                        room = self._allowed_bytes - self.bytes_up
-                        now = data if room >= len(data) else data[: int(room)]
-                        self.bytes_up_by_connection[number] += len(now)
-                        self._changed.notify_all()
-                    if self._is_closed:
-                        return
-                    sink.sendall(now)
-                    data = data[len(now) :]
-        except OSError:
-            pass
-        finally:
-            _cut(source, sink)
-
-
-def _cut(*sockets: socket.socket) -> None:
-    for one in sockets:
-        try:
-            one.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            continue
 
 
 def wait_until(is_so: Callable[[], bool], *, what: str, every_s: float = 0.01) -> None:

@@ -3,11 +3,12 @@
 `tiny` has a few hundred parameters, BatchNorm among them; `big` has 27 MB, so that something can
 happen while an update is on the wire. What one process does differently is told by its environment:
 
-    TINY_STEP_S   seconds that every training step takes longer
-    TINY_WIDTH    how wide the hidden layer of `tiny` is, as of another version of the task; 16
-    TINY_TRACE    "1": a line `tiny-step N` on standard error after every training step
-    TINY_BAD      "pixel": one pixel of this client's data is NaN; "gradient": a finite loss whose
-                  gradient isn't
+    TINY_STEP_S     seconds that every training step takes longer
+    TINY_WIDTH      how wide the hidden layer of `tiny` is, as of another version of the task; 16
+    TINY_BIG_WIDTH  how wide those of `big` are: 4 * width^2 bytes, the same for all of a run; 2600
+    TINY_TRACE      "1": a line `tiny-step N` on standard error after every training step
+    TINY_BAD        "pixel": one pixel of this client's data is NaN; "gradient": a finite loss whose
+                    gradient isn't
 """
 
 import os
@@ -29,8 +30,6 @@ NUM_CLASSES = 3
 BATCH_SIZE = 8
 """What the tests train with; every client's number of examples is a multiple of it."""
 
-_BIG_WIDTH = 2600
-
 _steps: Iterator[int] = count(1)
 
 
@@ -50,12 +49,13 @@ def _tiny_model() -> nn.Module:
 
 
 def _big_model() -> nn.Module:
+    width = int(os.environ.get("TINY_BIG_WIDTH", "2600"))
     return nn.Sequential(
-        nn.Linear(NUM_FEATURES, _BIG_WIDTH),
+        nn.Linear(NUM_FEATURES, width),
         nn.ReLU(),
-        nn.Linear(_BIG_WIDTH, _BIG_WIDTH),
+        nn.Linear(width, width),
         nn.ReLU(),
-        nn.Linear(_BIG_WIDTH, NUM_CLASSES),
+        nn.Linear(width, NUM_CLASSES),
     )
 
 

@@ -25,6 +25,7 @@ from tests.acceptance.federation import (
     start_server,
     verdicts,
 )
+from tests.faulty_wire import Way, wire_to
 from tests.processes import Process, Scene, fixed_port, wait_until
 
 SEEDS = range(int(os.environ.get("FED_KILL_SEEDS", "1")))
@@ -140,7 +141,7 @@ def test_both_sides_killed_in_the_middle_of_uploads_end_in_the_same_models(
     numbers = sorted(rng.sample(range(1, NUM_ROUNDS[BIG] + 1), 2))
     port = fixed_port()
     server = start_server(scene, *run_flags(BIG, port), task=BIG)
-    wire = scene.held_wire(server.address)
+    wire = wire_to(scene, server.address)
     victim_id = rng.choice(CLIENTS)
     clients = {
         one: start_client(
@@ -151,8 +152,8 @@ def test_both_sides_killed_in_the_middle_of_uploads_end_in_the_same_models(
     for number, struck in zip(numbers, rng.sample(["client", "server"], 2), strict=True):
         server.wait_for_line(f"round-opened round={number} ")
         # Only an upload is this large.
-        wire.hold(after_bytes=rng.randint(3_000_000, 25_000_000))
-        wire.wait_until_held()
+        wire.hold(Way.UP, after_bytes=rng.randint(3_000_000, 25_000_000))
+        wire.wait_until_held(Way.UP)
         spool = scene.folder / "server" / "spool"
         upload = f"*-r{number}-*-c{victim_id}-*"
         wait_until(
@@ -170,7 +171,7 @@ def test_both_sides_killed_in_the_middle_of_uploads_end_in_the_same_models(
         landed = f"{struck}: {order['order_id']} at byte {committed_bytes} of {size_bytes}"
         record_property("landed", landed)
 
-        num_connections = len(wire.bytes_up_by_connection)
+        num_links = len(wire.links)
         wire.release()
         if struck == "server":
             server = start_server(scene, *run_flags(BIG, port), task=BIG)
@@ -179,7 +180,7 @@ def test_both_sides_killed_in_the_middle_of_uploads_end_in_the_same_models(
         clients[victim_id].wait_for_line(f"order {order['order_id']}: update (stored|duplicate)")
         # What was committed isn't sent again: the rest goes up, and the small calls. (What the
         # struck side had sent still arrives on the old connection; the new stream fences it.)
-        sent_again = sum(wire.bytes_up_by_connection[num_connections:])
+        sent_again = wire.passed_bytes(Way.UP, since_link=num_links)
         assert sent_again < size_bytes - committed_bytes + (1 << 20)
     expect_clean_exits(server, *clients.values())
     expect_unchanged(scene, BIG, expected)

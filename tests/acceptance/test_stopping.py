@@ -9,6 +9,7 @@ from tests.acceptance.federation import (
     start_server,
     verdicts,
 )
+from tests.faulty_wire import Way, wire_to
 from tests.processes import Process, Scene, Server, fixed_port
 
 
@@ -59,19 +60,19 @@ def test_stopped_in_the_middle_of_an_upload_both_sides_end_and_go_on(scene: Scen
         return start_server(scene, *flags, task=BIG)
 
     server = server_again()
-    wire = scene.held_wire(server.address)
+    wire = wire_to(scene, server.address)
 
     def client_again() -> Process:
         return start_client(scene, 0, wire.address, task=BIG)
 
-    wire.hold(after_bytes=5_000_000)
+    wire.hold(Way.UP, after_bytes=5_000_000)
     client = client_again()
-    wire.wait_until_held()
+    wire.wait_until_held(Way.UP)
     stop(client, signal.SIGINT)
 
-    wire.hold(after_bytes=5_000_000)
+    wire.hold(Way.UP, after_bytes=5_000_000)
     client = client_again()
-    wire.wait_until_held()
+    wire.wait_until_held(Way.UP)
     stop(server, signal.SIGTERM)
     wire.release()
     server = server_again()

@@ -1,6 +1,7 @@
 """A client as the server sees one: the calls of the protocol, made by hand."""
 
 import queue
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,8 +51,9 @@ class Peer:
 
     def pull_order(self) -> pb.WorkOrder:
         """Pull until there is an order."""
+        deadline = time.monotonic() + GENEROUS_S
         while (work := self.pull()).state == pb.WORK_STATE_WAIT:
-            continue
+            assert time.monotonic() < deadline, f"no order for client {self.client_id}"
         assert work.state == pb.WORK_STATE_ORDER, work
         return work.order
 

@@ -1,0 +1,246 @@
+"""Kill -9 and SIGSTOP of either side at every place of the data's path (shared/failpoints.py).
+
+The environment arms the place in one process; nothing else knows that a fault is coming. Each test
+shows from outside that the fault struck where it was meant to, then starts the same command again
+(or sends SIGCONT), and compares every model with those of the run nobody disturbed.
+"""
+
+import signal
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from shared.failpoints import VARIABLE, FailPoint
+from tests.acceptance.conftest import CLIENTS, NUM_ROUNDS, Undisturbed, run_flags
+from tests.acceptance.faults.aftermath import FULL, conclude, expect_same_models, now
+from tests.acceptance.federation import (
+    TINY,
+    expect_clean_exits,
+    incident_kinds,
+    start_client,
+    start_server,
+    verdicts,
+)
+from tests.processes import Process, Scene, fixed_port, wait_until
+
+VICTIM = 1
+
+SERVER_PLACES = {
+    FailPoint.ROUND_OPENED: (1, 1, "COLLECTING"),
+    FailPoint.UPDATE_DURABLE: (5, 2, "COLLECTING"),
+    FailPoint.UPDATE_RECORDED: (5, 2, "COLLECTING"),
+    FailPoint.ROUND_CLOSING: (2, 2, "COLLECTING"),
+    FailPoint.ROUND_CLOSED: (2, 2, "AGGREGATING"),
+    FailPoint.MODEL_WRITTEN: (2, 2, "AGGREGATING"),
+    FailPoint.ROUND_DONE: (2, 3, "COLLECTING"),
+    FailPoint.EVALUATED: (2, 3, "COLLECTING"),
+    FailPoint.RUN_EXPORTED: (1, NUM_ROUNDS[TINY], "DONE"),
+}
+"""How often the server comes by until the fault strikes, and where the run then stands: the round
+that began last and its phase. Three clients deliver in each round; the first round alone is opened
+by itself, the others in the transaction that ends the one before."""
+
+CLIENT_PLACES = {
+    FailPoint.ORDER_PULLED: "OPEN",
+    FailPoint.MODEL_FETCHED: "OPEN",
+    FailPoint.TRAINED: "OPEN",
+    FailPoint.UPDATE_KEPT: "OPEN",
+    FailPoint.RECEIPT_GIVEN: "STORED",
+}
+"""Where the client's order of the second round then stands."""
+
+QUICK = {
+    ("kill", FailPoint.UPDATE_RECORDED),
+    ("kill", FailPoint.MODEL_WRITTEN),
+    ("kill", FailPoint.UPDATE_KEPT),
+    ("halt", FailPoint.TRAINED),
+}
+"""What plain `pytest` runs."""
+
+
+def places(action: str, among: dict[FailPoint, Any]) -> list[Any]:
+    """Return the parameters of a test: quick ones, and the rest with the whole suite's mark."""
+    return [
+        pytest.param(one, id=str(one), marks=() if (action, one) in QUICK else FULL)
+        for one in among
+    ]
+
+
+def test_every_place_is_struck_on_one_side() -> None:
+    """A new fail point comes with its row here."""
+    assert SERVER_PLACES.keys() | CLIENT_PLACES.keys() == set(FailPoint)
+
+
+def wait_until_halted(process: Process) -> None:
+    """Return once SIGSTOP has taken effect."""
+    wait_until(lambda: process.is_halted, what=f"{process.name} to be halted")
+
+
+def go_on(process: Process) -> datetime:
+    """Let a halted process go on; returns when."""
+    at = now()
+    process.signal(signal.SIGCONT)
+    return at
+
+
+def expect_server_struck(scene: Scene, place: FailPoint) -> str:
+    """Examine that the server stands where the place is; returns that in words."""
+    _, number, phase = SERVER_PLACES[place]
+    last = scene.history()[-1]
+    assert (last["round"], last["phase"]) == (number, phase)
+    stored = [one["client"] for one in last["orders"] if one["state"] == "STORED"]
+    whole = list((scene.folder / "server" / "models").glob("*.safetensors"))
+    exported = (scene.folder / "server" / "model.safetensors").exists()
+    shown: dict[FailPoint, Callable[[], bool]] = {
+        # The first model and one for every round done before; here the next one is there too.
+        FailPoint.MODEL_WRITTEN: lambda: len(whole) == number + 1,
+        FailPoint.ROUND_CLOSED: lambda: len(whole) == number,
+        FailPoint.ROUND_CLOSING: lambda: len(stored) == len(CLIENTS),
+        FailPoint.UPDATE_RECORDED: lambda: len(stored) == 2,
+        FailPoint.EVALUATED: lambda: scene.history()[number - 2]["evaluation"] is None,
+        FailPoint.RUN_EXPORTED: lambda: exported,
+    }
+    assert shown.get(place, lambda: True)(), f"the fault struck elsewhere: {last}"
+    return f"round {number} {phase}, {len(stored)} updates recorded"
+
+
+@pytest.mark.parametrize("place", places("kill", SERVER_PLACES))
+def test_a_server_killed_at(scene: Scene, place: FailPoint, undisturbed: Undisturbed) -> None:
+    """Started again with the same command it ends in the same models."""
+    times, _, _ = SERVER_PLACES[place]
+    port = fixed_port()
+    armed = {VARIABLE: f"{place}:kill:{times}"}
+    server = start_server(scene, *run_flags(TINY, port), **armed)
+    clients = [start_client(scene, one, server.address) for one in CLIENTS]
+    assert server.wait() == -signal.SIGKILL
+    struck_at = now()
+    landed = expect_server_struck(scene, place)
+    server = start_server(scene, *run_flags(TINY, port))
+    expect_clean_exits(server, *clients)
+    expect_same_models(scene.history(), undisturbed(TINY).history)
+    assert len(scene.history()) == NUM_ROUNDS[TINY]
+    conclude(scene, fault=f"kill -9 of the server at {place}", struck_at=struck_at, seen=[landed])
+
+
+@pytest.mark.parametrize("place", places("halt", SERVER_PLACES))
+def test_a_server_halted_at(scene: Scene, place: FailPoint, undisturbed: Undisturbed) -> None:
+    """Silent until its clients say that nobody answers, it goes on as if nothing was."""
+    times, _, _ = SERVER_PLACES[place]
+    server = start_server(
+        scene, *run_flags(TINY, fixed_port()), **{VARIABLE: f"{place}:halt:{times}"}
+    )
+    clients = [start_client(scene, one, server.address) for one in CLIENTS]
+    # Only once it listens can it come by.
+    server.wait_for_line("fedserver listening on")
+    wait_until_halted(server)
+    landed = expect_server_struck(scene, place)
+    clients[0].wait_for_line("no answer from")
+    struck_at = go_on(server)
+    expect_clean_exits(server, *clients)
+    expect_same_models(scene.history(), undisturbed(TINY).history)
+    assert len(scene.history()) == NUM_ROUNDS[TINY]
+    seen = [landed, "the clients noticed"]
+    conclude(scene, fault=f"SIGSTOP of the server at {place}", struck_at=struck_at, seen=seen)
+
+
+def expect_client_struck(scene: Scene, place: FailPoint) -> str:
+    """Examine that the client stands where the place is; returns that in words."""
+    entry = scene.history()[1]
+    (order,) = (one for one in entry["orders"] if one["client"] == VICTIM)
+    assert order["state"] == CLIENT_PLACES[place], f"the fault struck elsewhere: {order}"
+    folder = scene.folder / f"client-{VICTIM}"
+    has_model = (folder / "blobs" / entry["base_digest"]).exists()
+    is_kept = (folder / "outbox" / f"{order['order_id']}.json").exists()
+    assert has_model == (place is not FailPoint.ORDER_PULLED)
+    assert is_kept == (place in (FailPoint.UPDATE_KEPT, FailPoint.RECEIPT_GIVEN))
+    return f"its order of round 2 {order['state']}"
+
+
+@pytest.mark.parametrize("place", places("kill", CLIENT_PLACES))
+def test_a_client_killed_at(scene: Scene, place: FailPoint, undisturbed: Undisturbed) -> None:
+    """Started again with the same command it delivers the same order, once."""
+    server = start_server(scene, *run_flags(TINY, 0))
+    others = [start_client(scene, one, server.address) for one in CLIENTS if one != VICTIM]
+    victim = start_client(scene, VICTIM, server.address, **{VARIABLE: f"{place}:kill:2"})
+    assert victim.wait() == -signal.SIGKILL
+    struck_at = now()
+    landed = expect_client_struck(scene, place)
+    victim = start_client(scene, VICTIM, server.address)
+    expect_clean_exits(server, victim, *others)
+    expect_same_models(scene.history(), undisturbed(TINY).history)
+    assert len(scene.history()) == NUM_ROUNDS[TINY]
+    conclude(
+        scene,
+        fault=f"kill -9 of a client at {place}",
+        struck_at=struck_at,
+        seen=[landed],
+        client_id=VICTIM,
+    )
+
+
+@pytest.mark.parametrize("place", places("halt", CLIENT_PLACES))
+def test_a_client_halted_at(scene: Scene, place: FailPoint, undisturbed: Undisturbed) -> None:
+    """Silent until everybody else waits for it, it goes on as if nothing was."""
+    server = start_server(scene, *run_flags(TINY, 0))
+    others = [start_client(scene, one, server.address) for one in CLIENTS if one != VICTIM]
+    victim = start_client(scene, VICTIM, server.address, **{VARIABLE: f"{place}:halt:2"})
+    wait_until_halted(victim)
+    landed = expect_client_struck(scene, place)
+    # All that can come before it goes on: 3 of round 1, and 2 of the round that waits for it.
+    num_rounds = 2 if CLIENT_PLACES[place] == "OPEN" else 3
+    server.wait_for_line("update-stored", times=3 * num_rounds - 1)
+    struck_at = go_on(victim)
+    expect_clean_exits(server, victim, *others)
+    expect_same_models(scene.history(), undisturbed(TINY).history)
+    assert len(scene.history()) == NUM_ROUNDS[TINY]
+    conclude(
+        scene,
+        fault=f"SIGSTOP of a client at {place}",
+        struck_at=struck_at,
+        seen=[landed, "everybody waited"],
+        client_id=VICTIM,
+    )
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        FailPoint.UPDATE_KEPT,
+        *(pytest.param(one, marks=FULL) for one in list(CLIENT_PLACES)[:3]),
+    ],
+)
+def test_a_client_halted_too_long_is_done_without_and_taken_back(
+    scene: Scene, place: FailPoint
+) -> None:
+    """Without --require-all a silent client's order is given up; later it takes part again.
+
+    What it then sends for the old order is late: it is on record and in no model.
+    """
+    server = start_server(
+        scene,
+        *("--rounds", 20, "--min-clients", 3, "--min-updates", 2, "--seed", 5),
+        *("--stall-after", 2),
+    )
+    slow = {"TINY_STEP_S": "0.05"}
+    others = [start_client(scene, one, server.address, **slow) for one in CLIENTS if one != VICTIM]
+    victim = start_client(scene, VICTIM, server.address, **{VARIABLE: f"{place}:halt:2"})
+    wait_until_halted(victim)
+    landed = expect_client_struck(scene, place)
+    server.wait_for_line("client-stalled")
+    struck_at = go_on(victim)
+    expect_clean_exits(server, victim, *others)
+    history = scene.history()
+    assert {entry["phase"] for entry in history} == {"DONE"}
+    given_up = [(2, VICTIM, "ABANDONED")]
+    assert [one for one in verdicts(history) if one[2] != "COUNTED"] == given_up
+    assert (history[-1]["round"], VICTIM, "COUNTED") in verdicts(history)
+    assert set(incident_kinds(history)) <= {"client-stalled", "update-late"}
+    conclude(
+        scene,
+        fault=f"SIGSTOP of a client at {place}, given up",
+        struck_at=struck_at,
+        seen=[landed],
+        client_id=VICTIM,
+    )
