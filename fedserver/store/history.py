@@ -1,7 +1,6 @@
 """What happened in a run, as plain values for people and programs."""
 
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import Any
 
 from sqlalchemy import Connection, Row, select
@@ -28,17 +27,10 @@ def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
             .where(table.c.run_id == run.run_id)
             .order_by(table.c.round, table.c.attempt)
         ).all()
-        begins = [0.0, *(row.started_at for row in rows[1:]), float("inf")]
-        return [
-            _round_object(connection, row, since=since, until=until)
-            for row, (since, until) in zip(rows, pairwise(begins), strict=False)
-        ]
+        return [_round_object(connection, row) for row in rows]
 
 
-def _round_object(
-    connection: Connection, row: Row[Any], *, since: float, until: float
-) -> dict[str, Any]:
-    """Return an attempt's object; incidents of no round count to what went on at their time."""
+def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:
     orders, updates, events = schema.orders, schema.updates, schema.events
     order_rows = connection.execute(
         select(orders, updates)
@@ -54,8 +46,8 @@ def _round_object(
         select(events)
         .where(
             events.c.run_id == row.run_id,
-            ((events.c.round == row.round) & (events.c.attempt == row.attempt))
-            | (events.c.round.is_(None) & (events.c.at >= since) & (events.c.at < until)),
+            events.c.round == row.round,
+            events.c.attempt == row.attempt,
             events.c.is_incident,
         )
         .order_by(events.c.sequence)

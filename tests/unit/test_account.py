@@ -36,7 +36,7 @@ def state_dir(tmp_path: Path) -> Path:
     end_order(store, run, make_update(good, num_examples=123, metrics={"accuracy": 0.8125}))
     end_order(store, run, make_update(bad), OrderEvent.REFUSE, reason=REASON)
     store.abandon_order(run.run_id, stalled, _incident(opened, 2, idle_s=61.2345), strikes=True)
-    disk_low = event_of(IncidentKind.DISK_LOW, is_incident=True, free_bytes=1_000_000)
+    disk_low = event_of(IncidentKind.DISK_LOW, opened, is_incident=True, free_bytes=1_000_000)
     store.add_events(run.run_id, [disk_low])
     store.close_round(opened, event_of("round-closed", opened))
     end_order(store, run, make_update(late), OrderEvent.MISS)
