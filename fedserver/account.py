@@ -203,7 +203,7 @@ def _why(attempt: Values, state: str, client: int, update: Values | None) -> str
 def _facts(lines: Sequence[tuple[str, str]]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in lines:
         table.add_row(Text(name), Text(value))
     return table
