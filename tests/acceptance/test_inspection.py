@@ -10,7 +10,7 @@ from tests.tiny_task import tiny
 
 
 def test_history_and_export_work_beside_a_running_server(scene: Scene) -> None:
-    """Both read what is durable so far, disturb nothing, and need no lock."""
+    """They read what is durable so far, disturb nothing, and need no lock; so does `verify`."""
     server = start_server(scene, "--rounds", 2, "--min-clients", 1)
     client = start_client(scene, 0, server.address, TINY_STEP_S="0.4", TINY_TRACE="1")
     # 8 steps make a round of client 0; in the second it is made to stand still.
@@ -29,6 +29,10 @@ def test_history_and_export_work_beside_a_running_server(scene: Scene) -> None:
     )
     assert (too_early.returncode, "done are: [1]" in too_early.stderr) == (1, True)
     expect_the_table(scene)
+    verified = scene.command("verify", "--state-dir", scene.folder / "server")
+    assert verified.returncode == 0, verified.stdout
+    assert "2 models whole" in verified.stdout
+    assert "0 of 1 re-aggregated (1 not kept)" in verified.stdout
     client.signal(signal.SIGCONT)
     expect_still_at_work(server, client)
 
