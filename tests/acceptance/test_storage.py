@@ -33,7 +33,7 @@ def stop_amid_a_round(scene: Scene, *flags: str | int) -> tuple[Server, int]:
     port = fixed_port()
     server = start_server(scene, "--port", port, *flags)
     start_client(scene, 0, server.address)
-    start_client(scene, 1, server.address, TINY_STEP_S="0.5")
+    start_client(scene, 1, server.address, TINY_STEP_S="0.2")
     server.wait_for_line("update-stored round=1 client=0 ")
     server.kill()
     return server, port
@@ -154,7 +154,7 @@ def test_a_round_that_asks_more_than_it_needs_leaves_the_slowest_behind(scene: S
         *("--over-select", 1.5),
     )
     clients = [start_client(scene, one, server.address) for one in (0, 1)]
-    clients.append(start_client(scene, 2, server.address, TINY_STEP_S="0.3"))
+    clients.append(start_client(scene, 2, server.address, TINY_STEP_S="0.2"))
     expect_clean_exits(server, *clients)
     history = scene.history()
     assert [len(entry["cohort"]) for entry in history] == [3, 3, 3]
