@@ -78,6 +78,7 @@ def test_the_servers_disk_is_full_from(
 ) -> None:
     """It waits for room, says so, and ends the run by itself."""
     flags = [*run_flags(BIG, fixed_port()), "--rounds", 1, "--min-free-bytes", 0]
+    flags += ["--keep-updates", "all"]  # deleting them would give room
     armed = {VARIABLE: f"{place}:halt"}
     server = start_server(scene, *flags, task=BIG, **armed)
     clients = [start_client(scene, one, server.address, task=BIG) for one in CLIENTS]
