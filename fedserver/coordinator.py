@@ -9,7 +9,8 @@ Evaluation goes on beside the next round.
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from fedserver.aggregation import reduce_updates, screen
 from fedserver.checkpoints import GlobalModel, NonFiniteAggregate
@@ -30,6 +31,8 @@ from shared.tasks import Task
 from shared.types import IncidentKind
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _MAX_TICK_S = 1.0
 
@@ -56,9 +59,13 @@ class Coordinator:
             StorageDamaged: what the store or the folders hold isn't what was written.
         """
         await self._note_restart()
+        return await self.with_room(self._run_rounds)
+
+    async def with_room(self, step: Callable[[], Awaitable[T]]) -> T:
+        """Take a step that can be repeated, again and again until the disk has room for it."""
         while True:
             try:
-                return await self._run_rounds()
+                return await step()
             except OutOfSpace as error:
                 await self._parts.disk.note_full(error)
                 await asyncio.sleep(self._tick_s)

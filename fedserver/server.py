@@ -168,9 +168,9 @@ async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:
         await desk.finish()
         raise
     # Killed here, the run is still open: started again it exports and ends it.
-    await parts.workers.on_disk(_export, parts, digest)
+    await coordinator.with_room(lambda: parts.workers.on_disk(_export, parts, digest))
     pass_by(FailPoint.RUN_EXPORTED)
-    await coordinator.end()
+    await coordinator.with_room(coordinator.end)
     await desk.finish()
 
 
