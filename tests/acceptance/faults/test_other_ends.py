@@ -84,7 +84,7 @@ def refused(struck: Struck, opened: OpenRound) -> list[str]:
     struck.strike(lambda: opened.peers[0].upload(order, bad))
     again = struck.peers[0].upload(order, bad)
     assert again.receipt == pb.RECEIPT_REFUSED
-    assert "NaN" in again.reason
+    assert "holds nan" in again.reason
     return ["update-refused"]
 
 
