@@ -11,7 +11,6 @@ from typing import Any
 
 import grpc
 import pytest
-import torch
 
 from shared.failpoints import VARIABLE, FailPoint
 from shared.pb import federation_pb2 as pb
@@ -81,11 +80,11 @@ class Struck:
 def refused(struck: Struck, opened: OpenRound) -> list[str]:
     """An update with a NaN is refused once, and for the same reason when it is sent again."""
     order = opened.orders[0]
-    bad = payload_of({name: tensor * torch.nan for name, tensor in opened.base.items()})
+    bad = payload_of(changed(opened.base, float("nan")))
     struck.strike(lambda: opened.peers[0].upload(order, bad))
     again = struck.peers[0].upload(order, bad)
     assert again.receipt == pb.RECEIPT_REFUSED
-    assert "NaN" in again.reason
+    assert "holds nan" in again.reason
     return ["update-refused"]
 
 
