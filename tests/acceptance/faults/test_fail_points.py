@@ -50,7 +50,7 @@ CLIENT_PLACES = {
     FailPoint.UPDATE_KEPT: ("OPEN",),
     FailPoint.RECEIPT_GIVEN: ("STORED", "COUNTED"),
 }
-"""Where the client's order of the second round then stands; with its receipt, that round may end."""
+"""Where its order of the second round then stands; with the receipt, that round may end."""
 
 QUICK = {("kill", FailPoint.UPDATE_RECORDED), ("halt", FailPoint.TRAINED)}
 """What plain `pytest` runs."""
