@@ -112,6 +112,8 @@ class RemedyKind(StrEnum):
     """Training goes on in float32."""
     RESET_OPTIMIZER = "reset-optimizer"
     """The optimizer began anew without history."""
+    REPEAT = "repeat"
+    """The same steps were taken once more, unchanged, and went well."""
 
 
 class RemedyPolicy(StrEnum):
