@@ -78,6 +78,8 @@ class ExperimentName(StrEnum):
     WITHOUT_SAMPLES = "without-samples"
     INPUTS_SANITISED = "inputs-sanitised"
     WITHOUT_BATCH = "without-batch"
+    LARGER_BATCH = "larger-batch"
+    """The batch joined with an earlier one that went well."""
     GUARDED_LOSS = "guarded-loss"
     """The loss's logarithms, quotients, roots and exponentials kept off what they aren't
     defined or finite for."""
