@@ -1,6 +1,7 @@
 """What train_model costs beside a bare PyTorch loop: one epoch over the bundled digits.
 
     python -m benchmarks.epoch [--epochs 15] [--examples 10000] [--batch-size 32] [--threads 1]
+                               [--write]
 
 Both train a SimpleCNN of their own with SGD and momentum, over the same tensors in batches of one
 size. They take turns step by step, so that whatever slows the machine down slows both. Each epoch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from benchmarks.federation import machine_line
+from benchmarks.federation import machine_line, write_section
 from shared.data import load_images, make_loader, to_dataset
 from shared.models import SimpleCNN
 from shared.training import StepProgress, train_model
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     whole = to_dataset(load_images("mnist-sample", "train"))
@@ -52,22 +54,26 @@ def main() -> None:
     batch_size = arguments.batch_size
     _time_epoch(images[: 20 * batch_size], labels[: 20 * batch_size], batch_size)
     timed = [_time_epoch(images, labels, batch_size) for _ in range(arguments.epochs)]
-    print(machine_line())
-    print(
-        f"{arguments.epochs} times one epoch, {len(images)} images, "
+    lines = [
+        f"{machine_line()}: {arguments.epochs} times one epoch, {len(images)} images, "
         f"{math.ceil(len(images) / batch_size)} steps of {batch_size}, "
-        f"{arguments.threads} thread(s)"
-    )
+        f"{arguments.threads} thread(s)",
+        "",
+    ]
     for clock, name in enumerate(Seconds._fields):
         ours = [one[clock] for one, _ in timed]
         bare = [one[clock] for _, one in timed]
         ratios = sorted(mine / theirs for mine, theirs in zip(ours, bare, strict=True))
         low, high = median_interval(ratios)
-        print(
-            f"{name}: train_model {statistics.median(ours):.3f} s, bare loop "
+        lines.append(
+            f"- {name}: train_model {statistics.median(ours):.3f} s, bare loop "
             f"{statistics.median(bare):.3f} s, ratio {statistics.median(ratios):.3f} "
             f"(95 % interval {low:.3f} to {high:.3f})"
         )
+    text = "\n".join(lines)
+    print(text)
+    if arguments.write:
+        write_section("epoch", text)
 
 
 def median_interval(values: list[float], *, confidence: float = 0.95) -> tuple[float, float]:

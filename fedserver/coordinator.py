@@ -160,7 +160,7 @@ class Coordinator:
 
     async def _open(self, round_number: int, *, attempt: int, base: GlobalModel) -> Round:
         """Wait until there are clients enough, then open the round."""
-        has_said_so = False
+        num_said: int | None = None
         run_id = self._parts.run.run_id
         while True:
             await self._parts.disk.tell()
@@ -170,9 +170,11 @@ class Coordinator:
             )
             if planned is not None:
                 break
-            if not has_said_so and not self._parts.disk.is_low():
-                logger.info("waiting for clients: %d are needed", self._parts.settings.min_clients)
-                has_said_so = True
+            num_here = len(self._parts.sessions.ready_clients(only_live=True))
+            if num_here != num_said and not self._parts.disk.is_low():
+                needed = self._parts.settings.min_clients
+                logger.info("waiting for clients: %d of %d are here", num_here, needed)
+                num_said = num_here
             await self._parts.sessions.changed.wait(self._tick_s)
         happened = _opened(planned)
         await self._parts.workers.in_store(self._parts.store.open_round, planned, happened)

@@ -182,7 +182,10 @@ class Intake:
                 OrderState.STORED: "update-stored",
                 OrderState.REFUSED: IncidentKind.UPDATE_REFUSED.value,
             }.get(state, IncidentKind.UPDATE_LATE.value)
-            good_fields = {"num_examples": update.num_examples, **update.metrics}
+            good_fields = {
+                "num_examples": update.num_examples,
+                **dict(sorted(update.metrics.items())),
+            }
             return Event(
                 kind=kind,
                 at=time.time(),

@@ -197,6 +197,10 @@ def _show_end(parts: Parts) -> None:
         curve = parts.settings.state_dir / "curve.png"
         # In a process of its own: drawing takes more memory than serving a small model.
         command = ["curve", "--state-dir", str(parts.settings.state_dir), "--out", str(curve)]
-        drawn = subprocess.run([sys.executable, "-m", "fedserver", *command], check=False)
-        if drawn.returncode != 0:
+        drawn = subprocess.run(
+            [sys.executable, "-m", "fedserver", *command], stdout=subprocess.DEVNULL, check=False
+        )
+        if drawn.returncode == 0:
+            console.print(f"accuracy and loss over the rounds are drawn in {curve}", soft_wrap=True)
+        else:
             logger.warning("the curve wasn't drawn; the run is complete all the same")

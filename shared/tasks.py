@@ -84,7 +84,9 @@ class Task:
     The rest has defaults. `metrics` are what the server measures on the held-out set besides
     accuracy and loss: by name, each like `loss`. `num_classes` says that targets are whole
     numbers from 0 to below it; `finite_inputs` that a NaN or an infinity in an input is a
-    mistake. Both are checked where the data is read (see `examine_examples`).
+    mistake. Both are checked where the data is read (see `examine_examples`). `load_labels` gives
+    what a partitioning of the examples under a data root goes by, int64 [n] from 0: `python -m
+    fedclient partitions` counts it; without it the targets of each share are counted.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Task:
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     num_classes: int | None = None
     finite_inputs: bool = True
+    load_labels: Callable[[Path | None], NDArray[np.int64]] | None = None
 
     def __post_init__(self) -> None:
         for name in self.metrics:
@@ -227,6 +230,9 @@ def _image_task(name: str) -> Task:
         load_test=functools.partial(_load_test, name),
         loss=F.cross_entropy,
         num_classes=10,
+        load_labels=lambda root: (
+            load_images(name, "train", data_root=root, may_download=True).labels
+        ),
     )
 
 
@@ -274,6 +280,7 @@ def tabular_task(name: str) -> Task:
         load_test=lambda data_root: None if data_root is None else load(data_root, None),
         loss=F.cross_entropy,
         num_classes=len(classes),
+        load_labels=lambda root: load_tables(_need_root("tabular", root), columns)[1],
     )
 
 
@@ -291,6 +298,7 @@ def _text_task() -> Task:
         loss=F.cross_entropy,
         metrics={"top5_accuracy": _top5_accuracy},
         num_classes=NUM_CHARACTERS,
+        load_labels=lambda root: load_windows(_need_root("text", root))[1],
     )
 
 

@@ -1,5 +1,6 @@
 """`python -m fedclient partitions`: who would hold what under a partitioning."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from pydantic_settings import SettingsConfigDict
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import TensorDataset
 
 from shared.cli import Settings, parse
-from shared.data import load_images, partition_indices
+from shared.data import PARTITIONERS, examine_scheme, partition_indices
 from shared.errors import InvalidInput
+from shared.tasks import DataRequest, Examples, Partition, Task, find_task
 
-_TASKS = ("mnist-sample", "mnist", "fashion-mnist")
+_FEW_LABELS = 10
 
 
 class PartitionsSettings(Settings):
@@ -23,9 +26,11 @@ class PartitionsSettings(Settings):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m fedclient partitions")
 
-    task: str = Field(default="mnist-sample", description=f"one of {', '.join(_TASKS)}")
+    task: str = Field(
+        default="mnist-sample", description="a built-in task, or package.module:attribute"
+    )
     data_root: Path | None = Field(default=None, description="folder of the data sets")
-    partition: str = Field(default="iid", description="iid, shards, classes, dirichlet, quantity")
+    partition: str = Field(default="iid", description=", ".join(PARTITIONERS))
     num_partitions: int = Field(default=10, ge=1, description="number of clients")
     alpha: float | None = Field(default=None, gt=0, description="spread of partition dirichlet")
     shards_per_client: int | None = Field(default=None, ge=1, description="of partition shards")
@@ -37,36 +42,93 @@ class PartitionsSettings(Settings):
 def run(argv: list[str]) -> None:
     """Print the histogram of labels per client; with --out, draw it."""
     settings = parse(PartitionsSettings, argv)
-    if settings.task not in _TASKS:
-        raise InvalidInput(f"--task is {settings.task!r}; choose one of {', '.join(_TASKS)}")
-    labels = load_images(
-        settings.task, "train", data_root=settings.data_root, may_download=True
-    ).labels
     parameters = settings.model_dump(
         include={"alpha", "shards_per_client", "classes_per_client"}, exclude_none=True
     )
-    shares = partition_indices(
-        labels,
-        scheme=settings.partition,
-        num_partitions=settings.num_partitions,
-        seed=settings.seed,
-        parameters=parameters,
-    )
-    num_labels = int(labels.max()) + 1
-    counts = np.stack([np.bincount(labels[share], minlength=num_labels) for share in shares])
-    Console().print(_table(counts, title=f"{settings.task}, {settings.partition}"))
+    task = find_task(settings.task)
+    shares = _labels_of_shares(task, settings, parameters)
+    num_labels = max((int(labels.max(initial=-1)) + 1 for labels in shares), default=0)
+    counts = np.stack([np.bincount(labels, minlength=num_labels) for labels in shares])
+    title = f"{settings.task}, {settings.partition}"
+    console = Console()
+    console.print(title, highlight=False, soft_wrap=True)
+    console.print(_table(counts, max_width=console.width))
     if settings.out is not None:
-        _draw(counts, settings.out, title=f"{settings.task}, {settings.partition} {parameters}")
+        _draw(counts, settings.out, title=f"{title} {parameters or ''}")
         print(f"drawn into {settings.out}")
 
 
-def _table(counts: NDArray[np.int64], *, title: str) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("client", "examples", *(str(label) for label in range(counts.shape[1]))):
+def _labels_of_shares(
+    task: Task, settings: PartitionsSettings, parameters: Mapping[str, float]
+) -> list[NDArray[np.int64]]:
+    """Return each partition's labels, int64 [its examples].
+
+    A task that doesn't say what its labels are is asked for every share, and its targets count.
+    """
+    if task.load_labels is not None:
+        labels = task.load_labels(settings.data_root)
+        shares = partition_indices(
+            labels,
+            scheme=settings.partition,
+            num_partitions=settings.num_partitions,
+            seed=settings.seed,
+            parameters=parameters,
+        )
+        return [labels[share] for share in shares]
+    examine_scheme(settings.partition, parameters)
+    found = []
+    for index in range(settings.num_partitions):
+        partition = Partition(
+            scheme=settings.partition,
+            num_partitions=settings.num_partitions,
+            index=index,
+            seed=settings.seed,
+            parameters=parameters,
+        )
+        request = DataRequest(data_root=settings.data_root, partition=partition)
+        found.append(_targets_as_labels(task, task.load_train(request), index))
+    return found
+
+
+def _targets_as_labels(task: Task, examples: Examples, index: int) -> NDArray[np.int64]:
+    if isinstance(examples, TensorDataset):
+        labels = examples.tensors[1].numpy()
+    else:
+        # A map-style data set; Dataset itself declares no length.
+        num_examples = len(examples)  # type: ignore[arg-type]
+        labels = np.array([np.asarray(examples[number][1]) for number in range(num_examples)])
+    if len(labels) and (labels.ndim != 1 or labels.dtype.kind not in "biu" or labels.min() < 0):
+        raise InvalidInput(
+            f"the targets of task {task.name!r} are no labels to count: each must be one whole "
+            f"number from 0, but those of partition {index} have dtype {labels.dtype} and shape "
+            f"{list(labels.shape)}; give the Task load_labels, which says what a partitioning "
+            "goes by"
+        )
+    return labels.astype(np.int64).reshape(-1)
+
+
+def _table(counts: NDArray[np.int64], *, max_width: int) -> Table:
+    """Return a row for each client; where not all labels fit, the commonest stands for them."""
+    num_labels = counts.shape[1]
+    rows = [[str(count or "") for count in row] for row in counts]
+    headings = [str(label) for label in range(num_labels)]
+    width = sum(max(map(len, column)) + 1 for column in zip(headings, *rows, strict=True))
+    if width + len("client examples ") > max_width:
+        headings = ["labels", "commonest", "share"]
+        rows = [
+            [f"{np.count_nonzero(row)} of {num_labels}", f"{row.argmax()}", _share(row)]
+            for row in counts
+        ]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("client", "examples", *headings):
         table.add_column(heading, justify="right", no_wrap=True)
-    for client_id, row in enumerate(counts):
-        table.add_row(str(client_id), str(row.sum()), *(str(count or "") for count in row))
+    for client_id, (row, cells) in enumerate(zip(counts, rows, strict=True)):
+        table.add_row(str(client_id), str(row.sum()), *cells)
     return table
+
+
+def _share(row: NDArray[np.int64]) -> str:
+    return f"{row.max() / row.sum():.0%}" if row.sum() else ""
 
 
 def _draw(counts: NDArray[np.int64], path: Path, *, title: str) -> None:
@@ -74,6 +136,8 @@ def _draw(counts: NDArray[np.int64], path: Path, *, title: str) -> None:
     try:
         from matplotlib import colormaps  # noqa: PLC0415
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+        from matplotlib.cm import ScalarMappable  # noqa: PLC0415
+        from matplotlib.colors import Normalize  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError as error:
         raise InvalidInput(
@@ -84,14 +148,20 @@ def _draw(counts: NDArray[np.int64], path: Path, *, title: str) -> None:
     axes: Any = figure.add_subplot(xlabel="examples", ylabel="client", title=title)
     clients = np.arange(len(counts))
     begin = np.zeros(len(counts))
-    colors = colormaps["tab10" if counts.shape[1] <= 10 else "viridis"]
-    for label in range(counts.shape[1]):
-        color = colors(label if counts.shape[1] <= 10 else label / counts.shape[1])
+    num_labels = counts.shape[1]
+    has_few = num_labels <= _FEW_LABELS
+    colors = colormaps["tab10" if has_few else "viridis"]
+    for label in range(num_labels):
+        color = colors(label if has_few else label / num_labels)
         axes.barh(clients, counts[:, label], left=begin, color=color, label=str(label))
         begin += counts[:, label]
     axes.invert_yaxis()
     axes.set_yticks(clients[:: max(1, len(counts) // 25)])
-    figure.legend(title="label", loc="outside right upper")
+    if has_few:
+        figure.legend(title="label", loc="outside right upper")
+    else:
+        scale = ScalarMappable(Normalize(0, num_labels - 1), colors)
+        figure.colorbar(scale, ax=axes, label="label")
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

@@ -1,0 +1,98 @@
+"""Settings: who has the last word, where a value came from, and what a mistake is told."""
+
+from pathlib import Path
+
+import pytest
+
+from fedclient.settings import ClientSettings
+from fedserver.settings import ServerSettings
+from shared.cli import parse
+
+
+def _refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Return the sentence that settings end with; a mistake in them is exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        parse(ServerSettings, list(argv))
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def _toml(folder: Path, text: str) -> str:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_flag_beats_the_environment_and_that_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of three settings is given one place more than the one before."""
+    config = _toml(tmp_path, "rounds = 3\nlr = 0.3\nepochs = 3\n")
+    monkeypatch.setenv("FEDSERVER_LR", "0.2")
+    monkeypatch.setenv("FEDSERVER_EPOCHS", "2")
+    settings = parse(ServerSettings, ["--config", config, "--epochs", "1"])
+    assert (settings.rounds, settings.lr, settings.epochs) == (3, 0.2, 1)
+
+
+def test_print_config_says_where_each_value_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it prints is TOML again: given as a file it makes the same settings."""
+    config = _toml(tmp_path, "rounds = 3\n")
+    monkeypatch.setenv("FEDSERVER_LR", "0.2")
+    argv = ["--config", config, "--epochs", "1"]
+    with pytest.raises(SystemExit) as ended:
+        parse(ServerSettings, [*argv, "--print-config"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    lines = dict(line.split(" = ", 1) for line in printed.splitlines() if " = " in line)
+    assert lines["rounds"] == f"3  # {config}"
+    assert lines["lr"] == "0.2  # environment (FEDSERVER_LR)"
+    assert lines["epochs"] == "1  # flag"
+    assert lines["port"] == "50051  # default"
+    given = parse(ServerSettings, argv)
+    monkeypatch.delenv("FEDSERVER_LR")
+    again = parse(ServerSettings, ["--config", _toml(tmp_path, printed)])
+    assert again.model_dump(exclude={"config"}) == given.model_dump(exclude={"config"})
+
+
+def test_an_unknown_setting_is_told_the_nearest_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no flag --epoch; did you mean --epochs?" in _refusal(capsys, "--epoch", "3")
+    config = _toml(tmp_path, "learning_rate = 1\nepochss = 3\n")
+    told = _refusal(capsys, "--config", config)
+    assert "there is no setting 'epochss'; did you mean 'epochs'?" in told
+    assert "there is no setting 'learning_rate'" in told
+
+
+def test_a_value_that_cant_be_is_told_with_its_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it stands."""
+    assert "--rounds is '0'" in _refusal(capsys, "--rounds", "0")
+    assert "--lr is 'fast'" in _refusal(capsys, "--lr", "fast")
+    assert "--lr is 'nan'" in _refusal(capsys, "--lr", "nan")
+    assert "can't be read" in _refusal(capsys, "--config", str(tmp_path / "none.toml"))
+    assert "is not TOML" in _refusal(capsys, "--config", _toml(tmp_path, "rounds: 3"))
+    assert "--rounds is 'x'" in _refusal(capsys, "--config", _toml(tmp_path, "rounds = 'x'"))
+    monkeypatch.setenv("FEDSERVER_PORT", "high")
+    assert "--port is 'high'" in _refusal(capsys)
+
+
+@pytest.mark.parametrize("settings_class", [ServerSettings, ClientSettings])
+def test_help_lists_every_setting_with_its_default(
+    settings_class: type[ServerSettings | ClientSettings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In groups, and with a description each."""
+    with pytest.raises(SystemExit) as ended:
+        parse(settings_class, ["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    missing = [
+        name
+        for name, field in settings_class.model_fields.items()
+        if f"--{name.replace('_', '-')}" not in shown or not field.description
+    ]
+    assert missing == []
+    assert "(default: cpu)" in shown if settings_class is ClientSettings else "(default: 10)"

@@ -1,0 +1,114 @@
+"""The live view and the curve: what a person is shown of a run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from fedserver.checkpoints import Checkpoints
+from fedserver.orderbook import OrderBook
+from fedserver.records import Event
+from fedserver.report import draw_curve
+from fedserver.rounds import OrderState
+from fedserver.terminal import LiveView
+from shared.types import Counters
+from shared.weights import EntryKind
+from tests.factories import make_event, make_limits, make_order, make_round
+
+PIXELS_AT = 16
+"""Where a PNG's header says its width and height, four bytes each."""
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> OrderBook:
+    """Give a book with round 1 open for clients 0 and 1."""
+    opened = make_round()
+    base = Checkpoints(tmp_path, {"w": EntryKind.PARAMETER}).save_initial({"w": torch.zeros(1)})
+    book = OrderBook()
+    book.open_round(
+        opened,
+        base=base,
+        limits=make_limits(),
+        orders=[make_order(one.order_id, client_id=one.client_id) for one in opened.orders],
+    )
+    return book
+
+
+def shown(view: LiveView) -> list[str]:
+    """Return the lines of the view in a terminal of 80 columns."""
+    console = Console(width=80, height=24)
+    with console.capture() as captured:
+        console.print(view.render())
+    return captured.get().splitlines()
+
+
+def evaluated(round_number: int, accuracy: float) -> Event:
+    """Return what the server says of a model it has looked at."""
+    happened = make_event("evaluated", round_number=round_number)
+    return replace(happened, fields={"accuracy": accuracy, "loss": 1.0})
+
+
+def test_the_view_tells_round_clients_and_accuracy(book: OrderBook) -> None:
+    """One client trains, the other's update is stored; round 2 was better than round 3."""
+    view = LiveView(book, total_rounds=10)
+    order = book.open_order_of([0])
+    assert order is not None
+    book.hand_out(order)
+    book.advance(order.order.order_id, Counters(batches=7, batches_total=20))
+    other = book.open_order_of([1])
+    assert other is not None
+    book.settle(other.order.order_id, OrderState.STORED)
+    view.hear(evaluated(2, 0.75))
+    view.hear(evaluated(3, 0.5))
+    lines = shown(view)
+    assert lines[0] == "round 1 of 10: 1 of 2 updates"
+    assert lines[1] == "accuracy 50.00% after round 3, best 75.00% after 2"
+    assert lines[2].startswith("client 0")
+    assert lines[2].rstrip().endswith("training, step 7 of 20")
+    assert lines[3].rstrip().endswith("update stored")
+
+
+def test_an_upload_is_shown_by_its_bytes(book: OrderBook) -> None:
+    view = LiveView(book, total_rounds=10)
+    order = book.open_order_of([0])
+    assert order is not None
+    assert any("client 0" in line and "not asked yet" in line for line in shown(view))
+    book.hand_out(order)
+    assert any("client 0" in line and "getting ready" in line for line in shown(view))
+    book.advance(order.order.order_id, Counters(batches=20, batches_total=20, bytes_sent=2_500_000))
+    assert any("uploading, 2.5 MB sent" in line for line in shown(view))
+
+
+def test_the_newest_incidents_stay_in_view(book: OrderBook) -> None:
+    """Five of seven, each on one line, until others push them out."""
+    view = LiveView(book, total_rounds=10)
+    for number in range(7):
+        happened = make_event("client-stalled", round_number=number)
+        view.hear(replace(happened, is_incident=True, client_id=4))
+    told = [line.rstrip() for line in shown(view) if line.startswith("! ")]
+    assert told == [f"! client-stalled round={number} client=4" for number in range(2, 7)]
+
+
+def test_between_rounds_the_view_counts_those_that_are_done(book: OrderBook) -> None:
+    view = LiveView(book, total_rounds=3)
+    view.hear(make_event("round-done", round_number=1))
+    book.close_round()
+    assert shown(view)[:2] == ["1 of 3 rounds done", "no accuracy yet"]
+
+
+@pytest.mark.parametrize("accuracies", [[], [0.5], [0.5, 0.75, 0.875]], ids=len)
+def test_the_curve_is_drawn_of_as_many_rounds_as_there_are(
+    tmp_path: Path, accuracies: list[float]
+) -> None:
+    """Also of a run without a held-out set, and of one round."""
+    history = [
+        {"round": number, "evaluation": {"accuracy": accuracy, "loss": 1.0}}
+        for number, accuracy in enumerate(accuracies, start=1)
+    ]
+    picture = tmp_path / "curve.png"
+    draw_curve([*history, {"round": 9, "evaluation": None}], picture)
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert int.from_bytes(content[PIXELS_AT : PIXELS_AT + 4]) == 840  # 7 inches of 120 pixels
