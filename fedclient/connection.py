@@ -3,7 +3,7 @@
 Every method makes one call and raises the domain's errors; trying again is the loop's business.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -18,6 +18,7 @@ from shared.chunks import (
     frame,
     unframe,
 )
+from shared.diagnosis_wire import diagnosis_message
 from shared.errors import (
     ClientIdTaken,
     CorruptPayload,
@@ -91,6 +92,7 @@ _INCIDENT_KINDS = {
     IncidentKind.NON_FINITE_PARAMETER: pb.INCIDENT_KIND_NON_FINITE_PARAMETER,
     IncidentKind.TRAINING_FAILED: pb.INCIDENT_KIND_TRAINING_FAILED,
     IncidentKind.CLIENT_STATE_LOST: pb.INCIDENT_KIND_CLIENT_STATE_LOST,
+    IncidentKind.TRAINING_DIAGNOSED: pb.INCIDENT_KIND_TRAINING_DIAGNOSED,
 }
 
 
@@ -219,10 +221,14 @@ class Connection:
         order_id: str,
         *,
         counters: Counters,
-        incident: Incident | None = None,
+        incidents: Sequence[tuple[int, Incident]] = (),
         gave_up: bool = False,
     ) -> Directive:
-        """Tell how far an order is, and what went wrong; the order's first incident only."""
+        """Tell how far an order is, and what went wrong.
+
+        Each incident comes with its number in the order, from 1 to MAX_INCIDENTS: sent again with
+        the same number, it is kept once.
+        """
         request = pb.ReportProgressRequest(
             session_id=session_id,
             order_id=order_id,
@@ -235,14 +241,15 @@ class Connection:
             ),
             gave_up=gave_up,
         )
-        if incident is not None:
+        for sequence, incident in incidents:
             message = request.incidents.add(
-                sequence=1,
+                sequence=sequence,
                 kind=_INCIDENT_KINDS[incident.kind],
                 step=incident.step,
                 epoch=incident.epoch,
                 tensor=incident.tensor,
                 detail=incident.detail,
+                diagnosis=incident.diagnosis and diagnosis_message(incident.diagnosis),
             )
             message.at.GetCurrentTime()
         with _errors_translated():

@@ -220,7 +220,7 @@ class Client:
                 session.session_id,
                 order.order_id,
                 counters=counters,
-                incident=incident,
+                incidents=[(1, incident)],
                 gave_up=True,
             )
         )

@@ -19,6 +19,7 @@ _WORDS: Mapping[str, str] = {
     IncidentKind.NON_FINITE_GRADIENT: "training stopped: the gradient wasn't finite",
     IncidentKind.NON_FINITE_PARAMETER: "training stopped: a weight wasn't finite",
     IncidentKind.TRAINING_FAILED: "training failed",
+    IncidentKind.TRAINING_DIAGNOSED: "training went wrong",
     IncidentKind.UPDATE_REFUSED: "its update was refused",
     IncidentKind.UPDATE_EXCLUDED: "its update was excluded",
     IncidentKind.UPDATE_LATE: "its update came too late",
@@ -37,6 +38,7 @@ _STOPS = {
     IncidentKind.NON_FINITE_GRADIENT,
     IncidentKind.NON_FINITE_PARAMETER,
     IncidentKind.TRAINING_FAILED,
+    IncidentKind.TRAINING_DIAGNOSED,
     IncidentKind.CLIENT_STALLED,
     IncidentKind.CLIENT_LOST,
 }
@@ -88,6 +90,8 @@ def incident_text(incident: Values) -> str:
     """Return an incident in words: who, what, and the numbers that show it."""
     kind = incident["kind"]
     who = "" if incident["client"] is None else f"client {incident['client']}: "
+    if "verdict" in incident:
+        return f"{who}{incident['verdict']}"
     known = {"kind", "at", "client", "reason", "suspended_until", "first", "second"}
     # Their numbers are in the reason, which stands beside the verdict.
     left_out = set(incident) if kind in _VERDICTS else known

@@ -4,11 +4,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
+from fedserver.diagnoses import diagnosis_fields
 from fedserver.intake import Intake
 from fedserver.parts import Parts
 from fedserver.records import Event, OrderRecord, Session, json_number
 from fedserver.rounds import OrderState
-from shared.errors import NotFound, ServerUnreachable, WrongSettings
+from shared.diagnosis import Origin
+from shared.errors import InvalidInput, NotFound, ServerUnreachable, WrongSettings
 from shared.failpoints import FailPoint, pass_by
 from shared.types import (
     INCIDENT_NUMBERS,
@@ -139,7 +141,11 @@ class Desk:
         incidents: Sequence[tuple[int, Incident]],
         gave_up: bool,
     ) -> Directive:
-        """Note a client's counters and incidents, each with its number within the order."""
+        """Note a client's counters and incidents, each with its number within the order.
+
+        Raises:
+            InvalidInput: a diagnosis names what the task's model doesn't have; nothing is noted.
+        """
         if not incidents and not gave_up and (found := self._parts.book.find(order_id)) is not None:
             # The way of nearly all reports: nothing to ask the store for.
             self._examine_holder(
@@ -147,6 +153,9 @@ class Desk:
             )
             self._parts.book.advance(order_id, counters)
             return _directive(found.state)
+        for _, incident in incidents:
+            if incident.diagnosis is not None:
+                self._examine_names(incident.diagnosis.origin)
         record = await self._find_order(session_id, order_id)
         self._parts.book.advance(order_id, counters)
         for sequence, incident in incidents:
@@ -200,6 +209,18 @@ class Desk:
         if client_id not in session.client_ids:
             raise NotFound(f"order {order_id!r} isn't one of this session's")
 
+    def _examine_names(self, origin: Origin) -> None:
+        if origin.module not in self._parts.modules:
+            raise InvalidInput(
+                f"a diagnosis names a module that the model of task {self._parts.settings.task!r} "
+                "doesn't have; both sides need the same version of the task"
+            )
+        if origin.tensor and origin.tensor not in self._parts.kinds:
+            raise InvalidInput(
+                "a diagnosis names a tensor that isn't in the state_dict of task "
+                f"{self._parts.settings.task!r}; both sides need the same version of the task"
+            )
+
 
 def _directive(state: OrderState) -> Directive:
     is_going_on = state in (OrderState.OPEN, OrderState.STORED)
@@ -219,6 +240,7 @@ def _incident_event(
         "step": incident.step,
         "epoch": incident.epoch,
         "tensor": incident.tensor if incident.tensor in kinds else None,
+        **diagnosis_fields(incident.diagnosis),
     }
     return Event(
         kind=incident.kind,

@@ -51,7 +51,7 @@ def event_of(
 
 
 def event_line(event: Event) -> str:
-    """Return an event as key=value words."""
+    """Return an event as key=value words; a whole diagnosis isn't one, its verdict is."""
     words = [event.kind]
     for key, value in (
         ("round", event.round_number),
@@ -59,7 +59,7 @@ def event_line(event: Event) -> str:
         ("client", event.client_id),
         *event.fields.items(),
     ):
-        if value is not None:
+        if value is not None and key != "diagnosis":
             words.append(f"{key}={_short(value)}")
     return " ".join(words)
 

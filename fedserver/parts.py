@@ -1,6 +1,6 @@
 """What the parts of the coordinator share: one of each for one run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from fedserver.checkpoints import Checkpoints
@@ -20,11 +20,15 @@ from shared.weights import EntryKind
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The resources of one run; made by the composition root, which also ends them."""
+    """The resources of one run; made by the composition root, which also ends them.
+
+    `kinds` are of the entries of the model's state_dict, `modules` the dotted names of its modules.
+    """
 
     settings: ServerSettings
     run: Run
     kinds: Mapping[str, EntryKind]
+    modules: Set[str]
     store: Store
     spool: Spool
     quarantine: QuarantineFolder

@@ -92,7 +92,7 @@ def incident_lines(history: History) -> list[str]:
     lines = []
     for entry in history:
         for incident in entry["incidents"]:
-            rest = " ".join(
+            rest = incident.get("verdict") or " ".join(
                 f"{key}={value}"
                 for key, value in incident.items()
                 if key not in {"kind", "at", "client"} and value is not None

@@ -106,7 +106,10 @@ async def _serve(
     task: Task,
     evaluator: Evaluator,
 ) -> None:
-    kinds = entry_kinds(task.build_model())
+    model = task.build_model()
+    kinds = entry_kinds(model)
+    modules = {name for name, _ in model.named_modules()}
+    del model
     state_dir = settings.state_dir
     checkpoints = Checkpoints(state_dir / "models", kinds)
     bus, book = EventBus(), OrderBook()
@@ -114,6 +117,7 @@ async def _serve(
         settings=settings,
         run=run,
         kinds=kinds,
+        modules=modules,
         store=store,
         spool=Spool(state_dir / "spool"),
         quarantine=QuarantineFolder(state_dir / "quarantine", max_bytes=settings.quarantine_bytes),

@@ -19,9 +19,11 @@ from grpc_reflection.v1alpha import reflection
 
 from fedserver.desk import Desk
 from shared.chunks import UPLOAD_DATA_FIELD, holds_field, unframe
+from shared.diagnosis_wire import diagnosis_of
 from shared.errors import FederationError, InvalidInput
 from shared.pb import federation_pb2 as pb
 from shared.types import (
+    MAX_INCIDENTS,
     ClientUpdate,
     Counters,
     Directive,
@@ -81,6 +83,7 @@ _INCIDENT_KINDS = {
     pb.INCIDENT_KIND_NON_FINITE_PARAMETER: IncidentKind.NON_FINITE_PARAMETER,
     pb.INCIDENT_KIND_TRAINING_FAILED: IncidentKind.TRAINING_FAILED,
     pb.INCIDENT_KIND_CLIENT_STATE_LOST: IncidentKind.CLIENT_STATE_LOST,
+    pb.INCIDENT_KIND_TRAINING_DIAGNOSED: IncidentKind.TRAINING_DIAGNOSED,
 }
 
 
@@ -290,12 +293,22 @@ async def _upload_chunks(messages: AsyncIterator[bytes]) -> AsyncIterator[memory
 def _incident(message: pb.Incident) -> Incident:
     if message.kind not in _INCIDENT_KINDS:
         raise InvalidInput(f"there is no incident kind {message.kind}")
+    if not 1 <= message.sequence <= MAX_INCIDENTS:
+        raise InvalidInput(
+            f"an incident has number {message.sequence}; an order's are 1 to {MAX_INCIDENTS}"
+        )
+    is_diagnosed = message.kind == pb.INCIDENT_KIND_TRAINING_DIAGNOSED
+    if is_diagnosed != message.HasField("diagnosis"):
+        raise InvalidInput(
+            "INCIDENT_KIND_TRAINING_DIAGNOSED comes with a diagnosis, and no other kind does"
+        )
     return Incident(
         kind=_INCIDENT_KINDS[message.kind],
         step=message.step if message.HasField("step") else None,
         epoch=message.epoch if message.HasField("epoch") else None,
         tensor=message.tensor if message.HasField("tensor") else None,
         detail=dict(message.detail),
+        diagnosis=diagnosis_of(message.diagnosis) if is_diagnosed else None,
     )
 
 

@@ -50,7 +50,12 @@ class LiveView:
 
     def hear(self, event: Event) -> None:
         """Take an event into the view."""
-        if event.is_incident:
+        if "verdict" in event.fields:
+            verdict = event.fields["verdict"]
+            self._incidents.append(
+                f"round {event.round_number}, client {event.client_id}: {verdict}"
+            )
+        elif event.is_incident:
             self._incidents.append(event_line(event))
         elif event.kind == "round-done" and event.round_number is not None:
             self._num_done = event.round_number

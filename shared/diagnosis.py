@@ -239,3 +239,8 @@ class Diagnosis:
 
 MAX_SAMPLES = 64
 MAX_TREND = 16
+MAX_EXPERIMENTS = 32
+MAX_DIMENSIONS = 16
+
+DIAGNOSIS_NUMBERS = frozenset({"clip_norm", "healthy_grad_norm", "largest_input", "loss_bound"})
+"""The names that a diagnosis's `detail` may hold: others can't be sent."""

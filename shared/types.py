@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
+from shared.diagnosis import Diagnosis
+
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "step", "cosine"]
 AugmentationName = Literal["none", "shift"]
@@ -62,6 +64,8 @@ class IncidentKind(StrEnum):
     NON_FINITE_GRADIENT = "non-finite-gradient"
     NON_FINITE_PARAMETER = "non-finite-parameter"
     TRAINING_FAILED = "training-failed"
+    TRAINING_DIAGNOSED = "training-diagnosed"
+    """Training went wrong; the diagnosis says why, and whether it was cured and went on."""
     UPDATE_REFUSED = "update-refused"
     UPDATE_CONTRADICTED = "update-contradicted"
     UPDATE_EXCLUDED = "update-excluded"
@@ -81,7 +85,8 @@ class Incident:
     """Something that went wrong, with the numbers that show it.
 
     `step` counts optimizer steps of the order from 1; `tensor` is a declared entry of the
-    model's state_dict; `detail` holds numbers only, so that no private text can travel in it.
+    model's state_dict; `detail` holds numbers only, so that no private text can travel in it. A
+    `diagnosis` belongs to TRAINING_DIAGNOSED and to nothing else.
     """
 
     kind: IncidentKind
@@ -89,6 +94,7 @@ class Incident:
     epoch: int | None = None
     tensor: str | None = None
     detail: Mapping[str, float] = field(default_factory=dict)
+    diagnosis: Diagnosis | None = None
 
 
 MODEL_SECTION = "model"
@@ -224,6 +230,9 @@ class Directive(StrEnum):
     CONTINUE = "continue"
     ABANDON = "abandon"
 
+
+MAX_INCIDENTS = 64
+"""Incidents that one order may have; they are numbered from 1."""
 
 INCIDENT_NUMBERS = frozenset({"lr", "batch", "loss", *(f"grad_norm_{age}" for age in range(5))})
 """The numbers an incident may carry; what they mean, shared.training.NonFiniteError says."""

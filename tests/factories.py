@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,20 @@ from fedserver.rounds import OrderEvent, OrderState, Phase
 from fedserver.store import Store
 from fedserver.strategies.blocks import StateFile
 from shared.codec import digest_bytes, encode_state, read_layout
+from shared.diagnosis import (
+    Cause,
+    Diagnosis,
+    Experiment,
+    ExperimentName,
+    Oddity,
+    Origin,
+    Remedy,
+    RemedyKind,
+    StepPhase,
+    SuspectSample,
+    Symptom,
+    TrendPoint,
+)
 from shared.types import (
     MODEL_SECTION,
     ClientUpdate,
@@ -204,3 +220,50 @@ def store_updates(store: Store, run: Run, opened: Round) -> list[StoredUpdate]:
     for order in opened.orders:
         end_order(store, run, make_update(order.order_id, payload=order.order_id.encode()))
     return store.stored_updates(opened)
+
+
+def make_diagnosis(**changes: Any) -> Diagnosis:  # noqa: ANN401
+    """Return a diagnosis with something in every field, some of it changed."""
+    nan = float("nan")
+    made = Diagnosis(
+        symptom=Symptom.NON_FINITE_LOSS,
+        cause=Cause.BAD_DATA,
+        step=17,
+        noticed_at_step=18,
+        epoch=2,
+        batch=5,
+        batch_size=8,
+        lr=0.05,
+        origin=Origin(
+            phase=StepPhase.FORWARD,
+            module="1",
+            operation="native_batch_norm",
+            tensor="1.weight",
+            dtype="float32",
+            shape=(8, 16),
+            num_nan=4,
+            num_inf=2,
+            first_index=(0, 3),
+        ),
+        samples=(
+            SuspectSample(position=2, index=40, oddity=Oddity.NAN, value=3.0),
+            SuspectSample(position=7, oddity=Oddity.NAN, value=1.0),
+        ),
+        num_samples=2,
+        experiments=(
+            Experiment(name=ExperimentName.UNCHANGED, is_healed=False, loss=nan, failed_at_step=17),
+            Experiment(name=ExperimentName.WITHOUT_SAMPLES, is_healed=True, loss=0.75),
+            Experiment(name=ExperimentName.LOWER_RATE, is_healed=True, value=0.5, loss=0.5),
+        ),
+        contributing=(ExperimentName.LOWER_RATE,),
+        trend=(
+            TrendPoint(step=16, loss=0.5, grad_norm=1.5, largest_weight=2.5, lr=0.05),
+            TrendPoint(step=17, loss=nan, grad_norm=float("inf"), largest_weight=2.5, lr=0.05),
+        ),
+        remedy=Remedy(kind=RemedyKind.DROP_SAMPLES, value=4.0, oddity=Oddity.NAN, is_working=True),
+        returned_to_step=12,
+        num_replayed_steps=31,
+        seconds=0.25,
+        detail={"largest_input": float("-inf")},
+    )
+    return replace(made, **changes)

@@ -128,6 +128,10 @@ class _IncidentKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Incident
     """Training ended with an error; its text stays in the client's log."""
     INCIDENT_KIND_CLIENT_STATE_LOST: _IncidentKind.ValueType  # 5
     """The client's kept state was gone or damaged."""
+    INCIDENT_KIND_TRAINING_DIAGNOSED: _IncidentKind.ValueType  # 6
+    """Training went wrong and the diagnosis says why. Its remedy says whether it was cured: then
+    training went on and an update comes. REMEDY_KIND_NONE: it stopped, and none comes.
+    """
 
 class IncidentKind(_IncidentKind, metaclass=_IncidentKindEnumTypeWrapper): ...
 
@@ -139,7 +143,203 @@ INCIDENT_KIND_TRAINING_FAILED: IncidentKind.ValueType  # 4
 """Training ended with an error; its text stays in the client's log."""
 INCIDENT_KIND_CLIENT_STATE_LOST: IncidentKind.ValueType  # 5
 """The client's kept state was gone or damaged."""
+INCIDENT_KIND_TRAINING_DIAGNOSED: IncidentKind.ValueType  # 6
+"""Training went wrong and the diagnosis says why. Its remedy says whether it was cured: then
+training went on and an update comes. REMEDY_KIND_NONE: it stopped, and none comes.
+"""
 Global___IncidentKind: _TypeAlias = IncidentKind  # noqa: Y015
+
+class _Symptom:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SymptomEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Symptom.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SYMPTOM_UNSPECIFIED: _Symptom.ValueType  # 0
+    SYMPTOM_NON_FINITE_INPUT: _Symptom.ValueType  # 1
+    SYMPTOM_LABEL_OUT_OF_RANGE: _Symptom.ValueType  # 2
+    SYMPTOM_STEP_FAILED: _Symptom.ValueType  # 3
+    SYMPTOM_NON_FINITE_FORWARD: _Symptom.ValueType  # 4
+    SYMPTOM_NON_FINITE_LOSS: _Symptom.ValueType  # 5
+    SYMPTOM_NON_FINITE_GRADIENT: _Symptom.ValueType  # 6
+    SYMPTOM_NON_FINITE_OPTIMIZER_STATE: _Symptom.ValueType  # 7
+    SYMPTOM_NON_FINITE_PARAMETER: _Symptom.ValueType  # 8
+    SYMPTOM_NON_FINITE_BUFFER: _Symptom.ValueType  # 9
+    SYMPTOM_LOSS_EXPLOSION: _Symptom.ValueType  # 10
+    SYMPTOM_DEAD_NETWORK: _Symptom.ValueType  # 11
+    SYMPTOM_COLLAPSE: _Symptom.ValueType  # 12
+
+class Symptom(_Symptom, metaclass=_SymptomEnumTypeWrapper): ...
+
+SYMPTOM_UNSPECIFIED: Symptom.ValueType  # 0
+SYMPTOM_NON_FINITE_INPUT: Symptom.ValueType  # 1
+SYMPTOM_LABEL_OUT_OF_RANGE: Symptom.ValueType  # 2
+SYMPTOM_STEP_FAILED: Symptom.ValueType  # 3
+SYMPTOM_NON_FINITE_FORWARD: Symptom.ValueType  # 4
+SYMPTOM_NON_FINITE_LOSS: Symptom.ValueType  # 5
+SYMPTOM_NON_FINITE_GRADIENT: Symptom.ValueType  # 6
+SYMPTOM_NON_FINITE_OPTIMIZER_STATE: Symptom.ValueType  # 7
+SYMPTOM_NON_FINITE_PARAMETER: Symptom.ValueType  # 8
+SYMPTOM_NON_FINITE_BUFFER: Symptom.ValueType  # 9
+SYMPTOM_LOSS_EXPLOSION: Symptom.ValueType  # 10
+SYMPTOM_DEAD_NETWORK: Symptom.ValueType  # 11
+SYMPTOM_COLLAPSE: Symptom.ValueType  # 12
+Global___Symptom: _TypeAlias = Symptom  # noqa: Y015
+
+class _Cause:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Cause.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CAUSE_UNSPECIFIED: _Cause.ValueType  # 0
+    CAUSE_BAD_LABEL: _Cause.ValueType  # 1
+    CAUSE_BAD_DATA: _Cause.ValueType  # 2
+    CAUSE_DEGENERATE_BATCH: _Cause.ValueType  # 3
+    CAUSE_LOSS_FUNCTION: _Cause.ValueType  # 4
+    CAUSE_PRECISION: _Cause.ValueType  # 5
+    CAUSE_OPTIMIZER_STATE: _Cause.ValueType  # 6
+    CAUSE_RECEIVED_MODEL: _Cause.ValueType  # 7
+    CAUSE_BAD_INITIALISATION: _Cause.ValueType  # 8
+    CAUSE_EXPLODING_GRADIENT: _Cause.ValueType  # 9
+    CAUSE_LEARNING_RATE: _Cause.ValueType  # 10
+    CAUSE_NOT_REPRODUCIBLE: _Cause.ValueType  # 11
+    CAUSE_UNKNOWN: _Cause.ValueType  # 12
+
+class Cause(_Cause, metaclass=_CauseEnumTypeWrapper): ...
+
+CAUSE_UNSPECIFIED: Cause.ValueType  # 0
+CAUSE_BAD_LABEL: Cause.ValueType  # 1
+CAUSE_BAD_DATA: Cause.ValueType  # 2
+CAUSE_DEGENERATE_BATCH: Cause.ValueType  # 3
+CAUSE_LOSS_FUNCTION: Cause.ValueType  # 4
+CAUSE_PRECISION: Cause.ValueType  # 5
+CAUSE_OPTIMIZER_STATE: Cause.ValueType  # 6
+CAUSE_RECEIVED_MODEL: Cause.ValueType  # 7
+CAUSE_BAD_INITIALISATION: Cause.ValueType  # 8
+CAUSE_EXPLODING_GRADIENT: Cause.ValueType  # 9
+CAUSE_LEARNING_RATE: Cause.ValueType  # 10
+CAUSE_NOT_REPRODUCIBLE: Cause.ValueType  # 11
+CAUSE_UNKNOWN: Cause.ValueType  # 12
+Global___Cause: _TypeAlias = Cause  # noqa: Y015
+
+class _StepPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StepPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StepPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STEP_PHASE_UNSPECIFIED: _StepPhase.ValueType  # 0
+    STEP_PHASE_INPUT: _StepPhase.ValueType  # 1
+    STEP_PHASE_FORWARD: _StepPhase.ValueType  # 2
+    STEP_PHASE_LOSS: _StepPhase.ValueType  # 3
+    STEP_PHASE_BACKWARD: _StepPhase.ValueType  # 4
+    STEP_PHASE_OPTIMIZER: _StepPhase.ValueType  # 5
+
+class StepPhase(_StepPhase, metaclass=_StepPhaseEnumTypeWrapper): ...
+
+STEP_PHASE_UNSPECIFIED: StepPhase.ValueType  # 0
+STEP_PHASE_INPUT: StepPhase.ValueType  # 1
+STEP_PHASE_FORWARD: StepPhase.ValueType  # 2
+STEP_PHASE_LOSS: StepPhase.ValueType  # 3
+STEP_PHASE_BACKWARD: StepPhase.ValueType  # 4
+STEP_PHASE_OPTIMIZER: StepPhase.ValueType  # 5
+Global___StepPhase: _TypeAlias = StepPhase  # noqa: Y015
+
+class _Oddity:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OddityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Oddity.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ODDITY_UNSPECIFIED: _Oddity.ValueType  # 0
+    ODDITY_NAN: _Oddity.ValueType  # 1
+    ODDITY_INFINITY: _Oddity.ValueType  # 2
+    ODDITY_OUTLIER: _Oddity.ValueType  # 3
+    ODDITY_LABEL_OUT_OF_RANGE: _Oddity.ValueType  # 4
+    ODDITY_EMPTY: _Oddity.ValueType  # 5
+    ODDITY_NONE: _Oddity.ValueType  # 6
+
+class Oddity(_Oddity, metaclass=_OddityEnumTypeWrapper): ...
+
+ODDITY_UNSPECIFIED: Oddity.ValueType  # 0
+ODDITY_NAN: Oddity.ValueType  # 1
+ODDITY_INFINITY: Oddity.ValueType  # 2
+ODDITY_OUTLIER: Oddity.ValueType  # 3
+ODDITY_LABEL_OUT_OF_RANGE: Oddity.ValueType  # 4
+ODDITY_EMPTY: Oddity.ValueType  # 5
+ODDITY_NONE: Oddity.ValueType  # 6
+Global___Oddity: _TypeAlias = Oddity  # noqa: Y015
+
+class _ExperimentName:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExperimentNameEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExperimentName.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXPERIMENT_NAME_UNSPECIFIED: _ExperimentName.ValueType  # 0
+    EXPERIMENT_NAME_UNCHANGED: _ExperimentName.ValueType  # 1
+    EXPERIMENT_NAME_WITHOUT_SAMPLES: _ExperimentName.ValueType  # 2
+    EXPERIMENT_NAME_INPUTS_SANITISED: _ExperimentName.ValueType  # 3
+    EXPERIMENT_NAME_WITHOUT_BATCH: _ExperimentName.ValueType  # 4
+    EXPERIMENT_NAME_GUARDED_LOSS: _ExperimentName.ValueType  # 5
+    EXPERIMENT_NAME_FLOAT32: _ExperimentName.ValueType  # 6
+    EXPERIMENT_NAME_FLOAT64: _ExperimentName.ValueType  # 7
+    EXPERIMENT_NAME_FRESH_OPTIMIZER: _ExperimentName.ValueType  # 8
+    EXPERIMENT_NAME_FRESH_INITIALISATION: _ExperimentName.ValueType  # 9
+    EXPERIMENT_NAME_CLIPPED_GRADIENT: _ExperimentName.ValueType  # 10
+    EXPERIMENT_NAME_LOWER_RATE: _ExperimentName.ValueType  # 11
+    EXPERIMENT_NAME_LARGER_BATCH: _ExperimentName.ValueType  # 12
+
+class ExperimentName(_ExperimentName, metaclass=_ExperimentNameEnumTypeWrapper): ...
+
+EXPERIMENT_NAME_UNSPECIFIED: ExperimentName.ValueType  # 0
+EXPERIMENT_NAME_UNCHANGED: ExperimentName.ValueType  # 1
+EXPERIMENT_NAME_WITHOUT_SAMPLES: ExperimentName.ValueType  # 2
+EXPERIMENT_NAME_INPUTS_SANITISED: ExperimentName.ValueType  # 3
+EXPERIMENT_NAME_WITHOUT_BATCH: ExperimentName.ValueType  # 4
+EXPERIMENT_NAME_GUARDED_LOSS: ExperimentName.ValueType  # 5
+EXPERIMENT_NAME_FLOAT32: ExperimentName.ValueType  # 6
+EXPERIMENT_NAME_FLOAT64: ExperimentName.ValueType  # 7
+EXPERIMENT_NAME_FRESH_OPTIMIZER: ExperimentName.ValueType  # 8
+EXPERIMENT_NAME_FRESH_INITIALISATION: ExperimentName.ValueType  # 9
+EXPERIMENT_NAME_CLIPPED_GRADIENT: ExperimentName.ValueType  # 10
+EXPERIMENT_NAME_LOWER_RATE: ExperimentName.ValueType  # 11
+EXPERIMENT_NAME_LARGER_BATCH: ExperimentName.ValueType  # 12
+Global___ExperimentName: _TypeAlias = ExperimentName  # noqa: Y015
+
+class _RemedyKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RemedyKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RemedyKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REMEDY_KIND_UNSPECIFIED: _RemedyKind.ValueType  # 0
+    REMEDY_KIND_NONE: _RemedyKind.ValueType  # 1
+    REMEDY_KIND_LOWER_RATE: _RemedyKind.ValueType  # 2
+    REMEDY_KIND_CLIP_GRADIENT: _RemedyKind.ValueType  # 3
+    REMEDY_KIND_DROP_SAMPLES: _RemedyKind.ValueType  # 4
+    REMEDY_KIND_SANITISE_INPUTS: _RemedyKind.ValueType  # 5
+    REMEDY_KIND_SKIP_BATCH: _RemedyKind.ValueType  # 6
+    REMEDY_KIND_GUARD_LOSS: _RemedyKind.ValueType  # 7
+    REMEDY_KIND_USE_FLOAT32: _RemedyKind.ValueType  # 8
+    REMEDY_KIND_RESET_OPTIMIZER: _RemedyKind.ValueType  # 9
+    REMEDY_KIND_REPEAT: _RemedyKind.ValueType  # 10
+
+class RemedyKind(_RemedyKind, metaclass=_RemedyKindEnumTypeWrapper): ...
+
+REMEDY_KIND_UNSPECIFIED: RemedyKind.ValueType  # 0
+REMEDY_KIND_NONE: RemedyKind.ValueType  # 1
+REMEDY_KIND_LOWER_RATE: RemedyKind.ValueType  # 2
+REMEDY_KIND_CLIP_GRADIENT: RemedyKind.ValueType  # 3
+REMEDY_KIND_DROP_SAMPLES: RemedyKind.ValueType  # 4
+REMEDY_KIND_SANITISE_INPUTS: RemedyKind.ValueType  # 5
+REMEDY_KIND_SKIP_BATCH: RemedyKind.ValueType  # 6
+REMEDY_KIND_GUARD_LOSS: RemedyKind.ValueType  # 7
+REMEDY_KIND_USE_FLOAT32: RemedyKind.ValueType  # 8
+REMEDY_KIND_RESET_OPTIMIZER: RemedyKind.ValueType  # 9
+REMEDY_KIND_REPEAT: RemedyKind.ValueType  # 10
+Global___RemedyKind: _TypeAlias = RemedyKind  # noqa: Y015
 
 class _Directive:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -862,8 +1062,9 @@ class Incident(_message.Message):
     TENSOR_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     AT_FIELD_NUMBER: _builtins.int
+    DIAGNOSIS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """From 1 within an order; tells a repeated report from a new incident."""
+    """From 1 to 64 within an order; tells a repeated report from a new incident."""
     kind: Global___IncidentKind.ValueType
     step: _builtins.int
     """Optimizer step of the order, from 1."""
@@ -877,6 +1078,10 @@ class Incident(_message.Message):
 
     @_builtins.property
     def at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def diagnosis(self) -> Global___Diagnosis:
+        """Set if and only if the kind is INCIDENT_KIND_TRAINING_DIAGNOSED."""
+
     def __init__(
         self,
         *,
@@ -887,10 +1092,11 @@ class Incident(_message.Message):
         tensor: _builtins.str | None = ...,
         detail: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         at: _timestamp_pb2.Timestamp | None = ...,
+        diagnosis: Global___Diagnosis | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_step", b"_step", "_tensor", b"_tensor", "at", b"at", "epoch", b"epoch", "step", b"step", "tensor", b"tensor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_step", b"_step", "_tensor", b"_tensor", "at", b"at", "diagnosis", b"diagnosis", "epoch", b"epoch", "step", b"step", "tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_step", b"_step", "_tensor", b"_tensor", "at", b"at", "detail", b"detail", "epoch", b"epoch", "kind", b"kind", "sequence", b"sequence", "step", b"step", "tensor", b"tensor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_step", b"_step", "_tensor", b"_tensor", "at", b"at", "detail", b"detail", "diagnosis", b"diagnosis", "epoch", b"epoch", "kind", b"kind", "sequence", b"sequence", "step", b"step", "tensor", b"tensor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
     _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
@@ -906,6 +1112,302 @@ class Incident(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tensor) -> _WhichOneofReturnType__tensor | None: ...
 
 Global___Incident: _TypeAlias = Incident  # noqa: Y015
+
+@_typing.final
+class Diagnosis(_message.Message):
+    """---- Diagnosis
+
+    What the doctor says of a training that went wrong: what, where, why (by experiment), and what
+    was done. shared/diagnosis.py says what each field and each name means; names and numbers are
+    the same there.
+
+    Privacy: enums, counts, numbers, and names that the task's code declares. No example, no label,
+    no free text. The server refuses (INVALID_ARGUMENT), and doesn't keep, a report with any other
+    name or with more of anything than is said here.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class DetailEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SYMPTOM_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    NOTICED_AT_STEP_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    LR_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    NUM_SAMPLES_FIELD_NUMBER: _builtins.int
+    EXPERIMENTS_FIELD_NUMBER: _builtins.int
+    CONTRIBUTING_FIELD_NUMBER: _builtins.int
+    TREND_FIELD_NUMBER: _builtins.int
+    REMEDY_FIELD_NUMBER: _builtins.int
+    RETURNED_TO_STEP_FIELD_NUMBER: _builtins.int
+    NUM_REPLAYED_STEPS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    symptom: Global___Symptom.ValueType
+    cause: Global___Cause.ValueType
+    step: _builtins.int
+    """Optimizer steps of the order, from 1."""
+    noticed_at_step: _builtins.int
+    epoch: _builtins.int
+    """From 1."""
+    batch: _builtins.int
+    """From 1 in its epoch."""
+    batch_size: _builtins.int
+    lr: _builtins.float
+    num_samples: _builtins.int
+    """How many they are, said in any case."""
+    returned_to_step: _builtins.int
+    num_replayed_steps: _builtins.int
+    seconds: _builtins.float
+    @_builtins.property
+    def origin(self) -> Global___Origin: ...
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___SuspectSample]:
+        """Which examples: only where the client's own policy allows it to say so. At most 64."""
+
+    @_builtins.property
+    def experiments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Experiment]:
+        """In the order they were made, at most 32."""
+
+    @_builtins.property
+    def contributing(self) -> _containers.RepeatedScalarFieldContainer[Global___ExperimentName.ValueType]:
+        """At most 32."""
+
+    @_builtins.property
+    def trend(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrendPoint]:
+        """The steps before, at most 16."""
+
+    @_builtins.property
+    def remedy(self) -> Global___Remedy: ...
+    @_builtins.property
+    def detail(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Declared names (shared.diagnosis.DIAGNOSIS_NUMBERS), any numbers."""
+
+    def __init__(
+        self,
+        *,
+        symptom: Global___Symptom.ValueType = ...,
+        cause: Global___Cause.ValueType = ...,
+        step: _builtins.int = ...,
+        noticed_at_step: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        batch: _builtins.int = ...,
+        batch_size: _builtins.int = ...,
+        lr: _builtins.float = ...,
+        origin: Global___Origin | None = ...,
+        samples: _abc.Iterable[Global___SuspectSample] | None = ...,
+        num_samples: _builtins.int = ...,
+        experiments: _abc.Iterable[Global___Experiment] | None = ...,
+        contributing: _abc.Iterable[Global___ExperimentName.ValueType] | None = ...,
+        trend: _abc.Iterable[Global___TrendPoint] | None = ...,
+        remedy: Global___Remedy | None = ...,
+        returned_to_step: _builtins.int = ...,
+        num_replayed_steps: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+        detail: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin", "remedy", b"remedy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "batch_size", b"batch_size", "cause", b"cause", "contributing", b"contributing", "detail", b"detail", "epoch", b"epoch", "experiments", b"experiments", "lr", b"lr", "noticed_at_step", b"noticed_at_step", "num_replayed_steps", b"num_replayed_steps", "num_samples", b"num_samples", "origin", b"origin", "remedy", b"remedy", "returned_to_step", b"returned_to_step", "samples", b"samples", "seconds", b"seconds", "step", b"step", "symptom", b"symptom", "trend", b"trend"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Diagnosis: _TypeAlias = Diagnosis  # noqa: Y015
+
+@_typing.final
+class Origin(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    MODULE_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
+    TENSOR_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    NUM_NAN_FIELD_NUMBER: _builtins.int
+    NUM_INF_FIELD_NUMBER: _builtins.int
+    FIRST_INDEX_FIELD_NUMBER: _builtins.int
+    phase: Global___StepPhase.ValueType
+    module: _builtins.str
+    """The dotted name of a module of the task's model; empty: the model itself, or outside of it."""
+    operation: _builtins.str
+    """torch's name of the operation: up to 64 of a-z, 0-9 and _."""
+    tensor: _builtins.str
+    """A declared entry of the model's state_dict; empty: another tensor."""
+    dtype: _builtins.str
+    """torch's name of the type, such as "float32": up to 16 of a-z, 0-9 and _."""
+    num_nan: _builtins.int
+    num_inf: _builtins.int
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """At most 16 dimensions."""
+
+    @_builtins.property
+    def first_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        phase: Global___StepPhase.ValueType = ...,
+        module: _builtins.str = ...,
+        operation: _builtins.str = ...,
+        tensor: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        num_nan: _builtins.int = ...,
+        num_inf: _builtins.int = ...,
+        first_index: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "first_index", b"first_index", "module", b"module", "num_inf", b"num_inf", "num_nan", b"num_nan", "operation", b"operation", "phase", b"phase", "shape", b"shape", "tensor", b"tensor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Origin: _TypeAlias = Origin  # noqa: Y015
+
+@_typing.final
+class SuspectSample(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    ODDITY_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """From 0 in the batch."""
+    index: _builtins.int
+    """From 0 in the data set; -1: not known."""
+    oddity: Global___Oddity.ValueType
+    value: _builtins.float
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        index: _builtins.int = ...,
+        oddity: Global___Oddity.ValueType = ...,
+        value: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "oddity", b"oddity", "position", b"position", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SuspectSample: _TypeAlias = SuspectSample  # noqa: Y015
+
+@_typing.final
+class Experiment(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    HEALED_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    FAILED_AT_STEP_FIELD_NUMBER: _builtins.int
+    name: Global___ExperimentName.ValueType
+    healed: _builtins.bool
+    value: _builtins.float
+    loss: _builtins.float
+    failed_at_step: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: Global___ExperimentName.ValueType = ...,
+        healed: _builtins.bool = ...,
+        value: _builtins.float = ...,
+        loss: _builtins.float = ...,
+        failed_at_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed_at_step", b"failed_at_step", "healed", b"healed", "loss", b"loss", "name", b"name", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Experiment: _TypeAlias = Experiment  # noqa: Y015
+
+@_typing.final
+class TrendPoint(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    GRAD_NORM_FIELD_NUMBER: _builtins.int
+    LARGEST_WEIGHT_FIELD_NUMBER: _builtins.int
+    LR_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    loss: _builtins.float
+    grad_norm: _builtins.float
+    largest_weight: _builtins.float
+    lr: _builtins.float
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        loss: _builtins.float = ...,
+        grad_norm: _builtins.float = ...,
+        largest_weight: _builtins.float = ...,
+        lr: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grad_norm", b"grad_norm", "largest_weight", b"largest_weight", "loss", b"loss", "lr", b"lr", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrendPoint: _TypeAlias = TrendPoint  # noqa: Y015
+
+@_typing.final
+class Remedy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    ODDITY_FIELD_NUMBER: _builtins.int
+    WORKING_FIELD_NUMBER: _builtins.int
+    kind: Global___RemedyKind.ValueType
+    value: _builtins.float
+    oddity: Global___Oddity.ValueType
+    working: _builtins.bool
+    def __init__(
+        self,
+        *,
+        kind: Global___RemedyKind.ValueType = ...,
+        value: _builtins.float = ...,
+        oddity: Global___Oddity.ValueType = ...,
+        working: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "oddity", b"oddity", "value", b"value", "working", b"working"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Remedy: _TypeAlias = Remedy  # noqa: Y015
 
 @_typing.final
 class ReportProgressResponse(_message.Message):
