@@ -1,6 +1,6 @@
 """One round told as a person would: when, who, what came of it, what went wrong."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -8,8 +8,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedserver.diagnosis_report import NUM_SHOWN_WHOLE, diagnosed, diagnosis_account
 from fedserver.records import Standing
-from fedserver.report import Column, History, fitting_table, number_text
+from fedserver.report import Column, History, fact_table, fitting_table, number_text
 from shared.types import IncidentKind
 
 Values = Mapping[str, Any]
@@ -66,7 +67,7 @@ def round_account(
     for attempt in attempts:
         if len(attempts) > 1:
             yield _heading(f"Attempt {attempt['attempt']}: {attempt['phase'].lower()}")
-        yield _facts([*_times(attempt), *_results(attempt, before)])
+        yield fact_table([*_times(attempt), *_results(attempt, before)])
         yield _heading(_turnout(attempt))
         yield _cohort_table(attempt, max_width=max_width)
         for line in _shortfalls(attempt):
@@ -75,6 +76,8 @@ def round_account(
             yield _heading("Incidents (UTC)")
         for incident in attempt["incidents"]:
             yield Text(f"{_clock(incident['at'])}  {incident_text(incident)}")
+        for incident in diagnosed(attempt)[:NUM_SHOWN_WHOLE]:
+            yield from diagnosis_account(incident, max_width=max_width)
     latest = history[-1]["round"]
     suspended = [one for one in standings.values() if one.suspended_until > latest]
     if suspended:
@@ -197,20 +200,17 @@ def _why(attempt: Values, state: str, client: int, update: Values | None) -> str
             return "nothing had come when the round closed"
         return f"it came {_between_s(attempt['closed_at'], update['received_at'])} after the close"
     stops = [
-        one for one in attempt["incidents"] if one["client"] == client and one["kind"] in _STOPS
+        one
+        for one in attempt["incidents"]
+        if one["client"] == client and one["kind"] in _STOPS and not _is_cured(one)
     ]
     if stops:
         return incident_text({**stops[-1], "client": None})
     return "the attempt failed" if attempt["phase"] == "FAILED" else "the client gave it up"
 
 
-def _facts(lines: Sequence[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in lines:
-        table.add_row(Text(name), Text(value))
-    return table
+def _is_cured(incident: Values) -> bool:
+    return "diagnosis" in incident and bool(incident["diagnosis"]["remedy"]["is_working"])
 
 
 def _heading(text: str) -> Text:

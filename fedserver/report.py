@@ -9,6 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
 from fedserver.records import HeldUpdate
 
@@ -50,6 +51,16 @@ def fitting_table(columns: Sequence[Column], *, title: str | None, max_width: in
         table.add_column(one.heading, justify=one.justify, no_wrap=True)
     for cells in zip(*(one.cells for one in columns[:num_shown]), strict=True):
         table.add_row(*cells)
+    return table
+
+
+def fact_table(lines: Sequence[tuple[str, str]]) -> Table:
+    """Return a line for each fact, its name before it; long ones fold."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in lines:
+        table.add_row(Text(name), Text(value))
     return table
 
 

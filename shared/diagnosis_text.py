@@ -43,7 +43,7 @@ _ODDITIES: Mapping[Oddity, str] = {
     Oddity.EMPTY: "nothing in it",
     Oddity.NONE: "nothing odd to be seen",
 }
-_EXPERIMENTS: Mapping[ExperimentName, str] = {
+_EXPERIMENTS: dict[ExperimentName, str] = {
     ExperimentName.UNCHANGED: "unchanged",
     ExperimentName.WITHOUT_SAMPLES: "without the suspects",
     ExperimentName.INPUTS_SANITISED: "inputs sanitised",
@@ -56,6 +56,10 @@ _EXPERIMENTS: Mapping[ExperimentName, str] = {
     ExperimentName.FRESH_INITIALISATION: "fresh weights",
     ExperimentName.CLIPPED_GRADIENT: "gradient clipped at",
     ExperimentName.LOWER_RATE: "rate times",
+}
+_HEALING = _EXPERIMENTS | {
+    ExperimentName.CLIPPED_GRADIENT: "clipping the gradient",
+    ExperimentName.LOWER_RATE: "a lower rate",
 }
 _WITH_VALUE = {ExperimentName.CLIPPED_GRADIENT, ExperimentName.LOWER_RATE}
 _EXTRA_CAUSES = {
@@ -106,7 +110,7 @@ def facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     if diagnosis.num_samples:
         found.append(("samples", _samples(diagnosis)))
     if diagnosis.contributing:
-        others = ", ".join(_EXPERIMENTS[one] for one in diagnosis.contributing)
+        others = ", ".join(_HEALING[one] for one in diagnosis.contributing)
         found.append(("heals it too", others))
     found.append(("done", f"{_done(diagnosis)} ({_effort(diagnosis)})"))
     return found

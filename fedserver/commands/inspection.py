@@ -44,7 +44,7 @@ def opened_run(
 
 
 @contextmanager
-def drawing_into(path: Path) -> Iterator[None]:
+def drawing_into(path: Path, *, flag: str = "--out") -> Iterator[None]:
     """Say what is in the way of drawing.
 
     Raises:
@@ -57,4 +57,4 @@ def drawing_into(path: Path) -> Iterator[None]:
             "drawing needs matplotlib; install it with: python -m pip install 'fedrounds[plot]'"
         ) from error
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"can't draw into {path}: {error}; choose --out") from error
+        raise InvalidInput(f"can't draw into {path}: {error}; choose {flag}") from error

@@ -1,11 +1,18 @@
 """`python -m fedserver show`: one round, told as a person would."""
 
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
 from fedserver.account import round_account
-from fedserver.commands.inspection import InspectionSettings, opened_run
+from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
+from fedserver.diagnosis_report import diagnosed, draw_diagnosis
 from fedserver.store import read_history
 from shared.cli import parse
 from shared.errors import NotFound
@@ -17,10 +24,18 @@ class ShowSettings(InspectionSettings):
     model_config = SettingsConfigDict(cli_prog_name="python -m fedserver show")
 
     round: int | None = Field(default=None, ge=1, description="number of the round; the latest")
+    json_: bool = Field(default=False, alias="json", description="as a JSON object")
+    diagnosis_out: Path | None = Field(
+        default=None,
+        description="draw the trend of a client's diagnosis into this PNG (extra `plot`)",
+    )
+    client: int | None = Field(
+        default=None, ge=0, description="whose diagnosis is drawn; that of the last who has one"
+    )
 
 
 def run(argv: list[str]) -> None:
-    """Print the round's account."""
+    """Print the round's account, or its JSON, and draw a diagnosis if asked to."""
     settings = parse(ShowSettings, argv)
     with opened_run(settings) as (store, found):
         history = read_history(store, found)
@@ -32,14 +47,38 @@ def run(argv: list[str]) -> None:
     number = latest if settings.round is None else settings.round
     if number not in {one["round"] for one in history}:
         raise NotFound(f"{found.run_id} has no round {number}; its latest is round {latest}")
+    digest = {one.round_number: one.digest for one in entries}.get(number)
+    attempts = [one for one in history if one["round"] == number]
+    if settings.diagnosis_out is not None:
+        _draw(attempts, settings.diagnosis_out, client_id=settings.client)
+    if settings.json_:
+        told = {"run": found.run_id, "round": number, "attempts": attempts, "entry_digest": digest}
+        print(json.dumps(told, indent=2))
+        return
     of_rounds = f" of {found.settings['rounds']}" if "rounds" in found.settings else ""
     console = Console()
     for part in round_account(
         history,
         number,
         title=f"{found.run_id}, round {number}{of_rounds}",
-        entry_digest={one.round_number: one.digest for one in entries}.get(number),
+        entry_digest=digest,
         standings=standings,
         max_width=console.width,
     ):
         console.print(part, highlight=False)
+
+
+def _draw(attempts: Sequence[Mapping[str, Any]], path: Path, *, client_id: int | None) -> None:
+    """Draw the last diagnosis of a round's attempts, or the last of one client's."""
+    known = [incident for one in attempts for incident in diagnosed(one)]
+    wanted = [one for one in known if client_id in (None, one["client"])]
+    number = attempts[0]["round"]
+    if not wanted:
+        clients = sorted({one["client"] for one in known})
+        raise NotFound(
+            f"no diagnosis of {'any client' if client_id is None else f'client {client_id}'} in "
+            f"round {number}; there is one of clients {clients}"
+        )
+    with drawing_into(path, flag="--diagnosis-out"):
+        draw_diagnosis(wanted[-1], path, title=f"client {wanted[-1]['client']}, round {number}")
+    print(f"the diagnosis of client {wanted[-1]['client']} is in {path}", file=sys.stderr)

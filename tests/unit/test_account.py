@@ -1,16 +1,26 @@
 """What a person reads: `show` tells a round, and no table cuts a word."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from fedserver.__main__ import main
+from fedserver.diagnoses import diagnosis_fields
 from fedserver.events import event_of
 from fedserver.records import Event, Round
 from fedserver.rounds import OrderEvent
 from fedserver.store import Store
+from shared.diagnosis import Cause, Remedy, RemedyKind
 from shared.types import IncidentKind
-from tests.factories import begin_round, end_order, make_event, make_round, make_update
+from tests.factories import (
+    begin_round,
+    end_order,
+    make_diagnosis,
+    make_event,
+    make_round,
+    make_update,
+)
 
 REASON = (
     "tensor 'fc.weight' has shape [4, 4] and dtype torch.float32; the model has [3, 3] and "
@@ -103,6 +113,85 @@ def test_show_tells_a_round_with_its_attempts_and_incidents(
     ):
         assert told in words, told
     assert words.count(REASON) == 2, "beside the verdict and in the standing, not once more"
+
+
+@pytest.fixture
+def diagnosed(state_dir: Path) -> Path:
+    """Give the same run, in whose second round clients 3 and 0 had something to report."""
+    store = Store(state_dir / "federation.sqlite")
+    run = store.latest_run()
+    assert run is not None
+    current = store.latest_round(run.run_id)
+    stopped = make_diagnosis(cause=Cause.LEARNING_RATE, remedy=Remedy(kind=RemedyKind.NONE))
+    for client_id, found in ((3, make_diagnosis()), (0, stopped)):
+        happened = event_of(
+            *(IncidentKind.TRAINING_DIAGNOSED, current),
+            **{"step": 17, **diagnosis_fields(found)},
+            client_id=client_id,
+            is_incident=True,
+        )
+        store.add_events(run.run_id, [happened])
+    store.close()
+    return state_dir
+
+
+CURED = "client 3: bad-data at step 17 (2 samples with NaN in the input): dropped, training went on"
+
+
+def test_show_tells_a_diagnosis_with_its_evidence(
+    diagnosed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verdict in a sentence, the place, the experiments and the trend as tables."""
+    printed = shown(capsys, monkeypatch, "show", diagnosed)
+    assert max(map(len, printed.splitlines())) <= 80
+    words = " ".join(printed.split())
+    for told in (
+        CURED,
+        "client 0: learning-rate at step 17",
+        "training stopped, no update",
+        "where forward pass, module 1, operation native_batch_norm, tensor 1.weight",
+        "samples number 40 (NaN in the input, 3)",
+        "heals it too a lower rate",
+        "without the suspects goes well 0.75",
+        "17 bad nan inf 2.5 0.05",
+    ):
+        assert told in words, told
+    assert CURED[len("client 3: ") :] in " ".join(
+        shown(capsys, monkeypatch, "history", diagnosed).split()
+    )
+
+
+def test_show_gives_a_round_as_json(
+    diagnosed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The history's objects of the round's attempts, diagnoses whole; nothing but JSON."""
+    told = json.loads(shown(capsys, monkeypatch, "show", diagnosed, "--json"))
+    assert (told["round"], told["entry_digest"]) == (2, None)
+    (attempt,) = told["attempts"]
+    kept = [one for one in attempt["incidents"] if one["kind"] == "training-diagnosed"]
+    assert [one["client"] for one in kept] == [3, 0]
+    assert kept[0]["diagnosis"]["trend"][1]["grad_norm"] == "inf"
+    before = json.loads(shown(capsys, monkeypatch, "show", diagnosed, "--json", "--round", "1"))
+    assert [one["phase"] for one in before["attempts"]] == ["FAILED", "DONE"]
+    assert len(before["entry_digest"]) == 64
+
+
+def test_a_diagnosis_is_drawn(
+    diagnosed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one, or a client's; where there is none, a sentence says which there are."""
+    pictures = []
+    for flags in ([], ["--client", "3"]):
+        out = diagnosed / "diagnosis.png"
+        shown(capsys, monkeypatch, "show", diagnosed, "--diagnosis-out", str(out), *flags)
+        pictures.append(out.read_bytes())
+        assert pictures[-1].startswith(b"\x89PNG")
+    assert pictures[0] != pictures[1]
+    at = ["--state-dir", str(diagnosed), "--diagnosis-out", str(diagnosed / "no.png")]
+    assert main(["show", *at, "--client", "5"]) == 1
+    assert "there is one of clients [0, 3]" in capsys.readouterr().err
+    assert main(["show", *at[:-1], str(diagnosed / "no" / "where.png")]) == 1
+    assert "choose --diagnosis-out" in capsys.readouterr().err
 
 
 def test_show_tells_the_round_that_goes_on(

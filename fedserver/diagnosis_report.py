@@ -1,0 +1,103 @@
+"""A client's diagnosis as a person reads it: in words, as tables, as a picture."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from fedserver.diagnoses import read_diagnosis
+from fedserver.report import Column, fact_table, fitting_table
+from shared.diagnosis import Diagnosis
+from shared.diagnosis_text import (
+    EXPERIMENT_HEADINGS,
+    TREND_HEADINGS,
+    Rows,
+    experiment_rows,
+    facts,
+    trend_rows,
+    verdict,
+)
+
+NUM_SHOWN_WHOLE = 3
+"""Of a round's diagnoses; the others are told in a sentence each, as all incidents are."""
+
+
+def diagnosed(attempt: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return those of an attempt's incidents that hold a diagnosis."""
+    return [one for one in attempt["incidents"] if "diagnosis" in one]
+
+
+def diagnosis_account(incident: Mapping[str, Any], *, max_width: int) -> Iterator[RenderableType]:
+    """Yield what to print of a diagnosis: the verdict, the place, experiments and trend."""
+    found = read_diagnosis(incident)
+    yield Text(f"\nclient {incident['client']}: {verdict(found)}", style="bold")
+    yield fact_table(facts(found))
+    for title, headings, rows in (
+        ("The same steps again, with one thing changed", EXPERIMENT_HEADINGS, experiment_rows),
+        ("The steps before", TREND_HEADINGS, trend_rows),
+    ):
+        if lines := rows(found):
+            yield Text(title)
+            yield fitting_table(_columns(headings, lines), title=None, max_width=max_width)
+
+
+def draw_diagnosis(incident: Mapping[str, Any], path: Path, *, title: str) -> None:
+    """Draw a diagnosis's trend and what its experiments showed into a PNG.
+
+    Raises:
+        ImportError: the extra `plot` isn't installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
+    found = read_diagnosis(incident)
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{title}: {found.cause} at step {found.step}")
+    loss_axes, norm_axes = figure.subplots(2, 1, sharex=True)
+    for axes, values, what in (
+        (loss_axes, [one.loss for one in found.trend], "loss"),
+        (norm_axes, [one.grad_norm for one in found.trend], "gradient norm"),
+    ):
+        _draw_trend(axes, found, values)
+        axes.set_ylabel(what)
+        axes.grid(alpha=0.3)
+    if any(0 < one.grad_norm < math.inf for one in found.trend):
+        norm_axes.set_yscale("log")
+    norm_axes.set_xlabel("step")
+    norm_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    told = [
+        " ".join(word for word in (name, value, "-", result) if word)
+        for name, value, result, _ in experiment_rows(found)
+    ]
+    if told:
+        figure.supxlabel("\n".join(told), fontsize=9, family="monospace")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_trend(axes: Any, found: Diagnosis, values: Sequence[float]) -> None:  # noqa: ANN401
+    """Draw numbers over the steps; those that aren't finite are crosses at the top."""
+    steps = [one.step for one in found.trend]
+    axes.plot(steps, [v if math.isfinite(v) else math.nan for v in values], marker="o")
+    lost = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
+    transform = axes.get_xaxis_transform()
+    axes.plot(
+        lost, [0.95] * len(lost), "x", color="tab:red", transform=transform, label="not finite"
+    )
+    axes.axvline(found.step, color="tab:red", linestyle="--", label="the bad step")
+    axes.legend(loc="upper left")
+
+
+def _columns(headings: Sequence[str], rows: Rows) -> list[Column]:
+    """Return a table's columns, words to the left and numbers to the right."""
+    return [
+        Column(heading, [row[number] for row in rows], "left" if heading in _WORDS else "right")
+        for number, heading in enumerate(headings)
+    ]
+
+
+_WORDS = {"experiment", "result", "step"}
