@@ -9,7 +9,7 @@ Evaluation goes on beside the next round.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TypeVar
 
 from fedserver.aggregation import reduce_updates, screen
@@ -199,9 +199,10 @@ class Coordinator:
         while True:
             await self._give_up_orders()
             deadline_s = self._parts.settings.round_deadline
+            states, needed = self._parts.book.states(), self._updates_needed(current)
             due = due_event(
-                self._parts.book.states(),
-                min_updates=self._updates_needed(current),
+                states,
+                min_updates=needed,
                 closes_early=self._parts.settings.over_select > 1,
                 is_overdue=deadline_s is not None and time.monotonic() - opened_at > deadline_s,
             )
@@ -212,7 +213,7 @@ class Coordinator:
                 pass_by(FailPoint.ROUND_CLOSED)
                 break
             if due is RoundEvent.FAIL:
-                return await self._fail_round(current, "too few updates can still come")
+                return await self._fail_round(current, _shortfall(states, needed))
             await self._parts.book.round_changed.wait(self._tick_s)
         self._parts.book.close_round()
         self._parts.bus.publish(happened)
@@ -361,6 +362,15 @@ class Coordinator:
         )
         assert latest is not None
         return latest
+
+
+def _shortfall(states: Collection[OrderState], needed: int) -> str:
+    """Return why a round whose orders have these states can't close."""
+    num_open = sum(state is OrderState.OPEN for state in states)
+    num_stored = sum(state is OrderState.STORED for state in states)
+    if num_stored + num_open < needed:
+        return f"{num_stored} of {needed} updates are there, and only {num_open} can still come"
+    return f"only {num_stored} of {needed} updates were there at its deadline"
 
 
 def _opened(opened: Round) -> Event:

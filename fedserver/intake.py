@@ -229,13 +229,20 @@ class Intake:
     async def _answer_ended(self, record: OrderRecord, update: ClientUpdate) -> UploadAnswer:
         if record.digest is None:
             return await self._end(record, update, OrderEvent.MISS)
+        is_same = record.digest == update.digest
+        if not is_same:
+            await self._note_contradiction(record, update)
         if record.state is OrderState.REFUSED:
             return UploadAnswer(receipt=Receipt.REFUSED, reason=record.reason or "")
         if record.state in (OrderState.LATE, OrderState.ABANDONED):
             return UploadAnswer(receipt=Receipt.LATE)
-        if record.digest == update.digest:
+        if is_same:
             return UploadAnswer(receipt=Receipt.DUPLICATE)
         reason = f"order {update.order_id} has an update with other bytes; the first one stands"
+        return UploadAnswer(receipt=Receipt.REFUSED, reason=reason)
+
+    async def _note_contradiction(self, record: OrderRecord, update: ClientUpdate) -> None:
+        """Put on record, once, that an order which had an update was sent another one."""
         happened = Event(
             kind=IncidentKind.UPDATE_CONTRADICTED,
             at=time.time(),
@@ -253,4 +260,3 @@ class Intake:
         )
         if is_new:
             self._parts.bus.publish(happened)
-        return UploadAnswer(receipt=Receipt.REFUSED, reason=reason)

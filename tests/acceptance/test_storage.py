@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import signal
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from shared.codec import digest_file
+from shared.codec import digest_bytes, digest_file
+from shared.pb import federation_pb2 as pb
 from tests.acceptance.federation import (
+    BIG,
     expect_clean_exits,
     incident_kinds,
     start_client,
@@ -16,6 +19,7 @@ from tests.acceptance.federation import (
     verdicts,
 )
 from tests.acceptance.test_mistakes import expect_sentence
+from tests.integration.peer import Peer
 from tests.processes import Scene, Server, fixed_port, wait_until
 
 GIB = 1 << 30
@@ -145,6 +149,33 @@ def test_only_so_many_models_and_updates_are_kept(scene: Scene) -> None:
     )
     assert (gone.returncode == 0) == (history[0]["model_digest"] == best)
     assert gone.returncode == 0 or "isn't kept any more" in gone.stderr
+
+
+def test_a_model_that_somebody_downloads_is_kept_until_it_is_there(scene: Scene) -> None:
+    """Rounds after --keep-rounds would have let it go; it goes when nobody needs it any more."""
+    server = start_server(
+        *(scene, "--rounds", 6, "--min-clients", 1, "--keep-rounds", 1),
+        *("--require-all", "--stall-after", 3600),
+        task=BIG,
+    )
+    reader = Peer(server.address, 1, num_examples=0)
+    # It says nothing of its data: no round asks it.
+    reader.session_id = reader.register().session_id
+    wait_until(lambda: len(models(scene)) == 1, what="the model that the run begins with")
+    (first,) = models(scene)
+    parts = reader.download_parts(first)
+    begun = next(parts)
+    client = start_client(scene, 0, server.address, task=BIG)
+    server.wait_for_line("round-done", times=4)
+    client.signal(signal.SIGSTOP)
+    assert first in models(scene)
+    assert digest_bytes(begun + b"".join(parts)) == first
+    client.signal(signal.SIGCONT)
+    while reader.pull().state != pb.WORK_STATE_FINISHED:
+        continue
+    reader.close()
+    expect_clean_exits(server, client)
+    assert first not in models(scene)
 
 
 def test_a_round_that_asks_more_than_it_needs_leaves_the_slowest_behind(scene: Scene) -> None:

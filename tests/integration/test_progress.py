@@ -124,6 +124,36 @@ def test_a_client_that_waits_for_the_server_to_take_its_upload_is_not_late(
     assert queued.finish().receipt == pb.RECEIPT_STORED
 
 
+def test_a_round_closes_at_its_deadline_with_what_it_has_or_fails(scene: Scene) -> None:
+    """Whoever is still at work then is late, though no clock of progress has run out."""
+    server = scene.server(
+        *("--task", "tests.tiny_task:tiny", "--rounds", 1000, "--max-attempts", 1000),
+        *("--min-clients", 2, "--min-updates", 1, "--round-deadline", 3),
+        *("--stall-after", 3600, "--lease", 3600),
+    )
+    peers = {one: Peer(server.address, one) for one in (0, 1)}
+    opened = open_round(peers)
+    assert opened.settle(0) == [pb.RECEIPT_STORED]
+    batches = iter(range(1, 1_000_000))
+
+    def is_over() -> bool:
+        return peers[1].report(opened.orders[1], batches=next(batches)) == pb.DIRECTIVE_ABANDON
+
+    wait_until(is_over, what="the client that is still at work to be told ABANDON", every_s=0.05)
+    assert opened.settle(1) == [pb.RECEIPT_LATE]
+    # Nobody delivers to the round after it.
+    server.wait_for_line("round-opened round=2 attempt=2")
+    closed, failed, _ = scene.history()
+    states = {one["client"]: one["state"] for one in closed["orders"]}
+    assert (closed["phase"], states) == ("DONE", {0: "COUNTED", 1: "LATE"})
+    assert [one["kind"] for one in closed["incidents"]] == ["update-late"]
+    (incident,) = failed["incidents"]
+    assert incident["kind"] == "round-failed"
+    assert incident["reason"] == "only 0 of 1 updates were there at its deadline"
+    for peer in peers.values():
+        peer.close()
+
+
 def test_an_upload_nothing_comes_from_gives_its_place_to_others(
     hurried: OpenRound, impatient: Server
 ) -> None:

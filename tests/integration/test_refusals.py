@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from shared.codec import digest_bytes
 from shared.pb import federation_pb2 as pb
 from tests.integration.conftest import MAX_NUM_EXAMPLES, History
 from tests.integration.peer import (
@@ -145,14 +146,18 @@ def test_bytes_that_are_no_safetensors_file_are_refused(
     expect_refused_and_recorded(opened, history, answer, "not a safetensors file")
 
 
-def test_a_refused_order_stays_refused(opened: OpenRound) -> None:
-    """A client can't mend a refusal by sending something else: the order has ended."""
+def test_a_refused_order_stays_refused(opened: OpenRound, history: History) -> None:
+    """A client can't mend a refusal by sending something else; that it tried is on record, once."""
     peer, order = opened.peers[0], opened.orders[0]
-    bad = payload_of(with_value(opened.base, torch.nan))
+    bad, other = payload_of(with_value(opened.base, torch.nan)), payload_of(changed(opened.base))
     first = peer.upload(order, bad)
-    for payload in (bad, payload_of(changed(opened.base))):
+    for payload in (bad, other, other):
         again = peer.upload(order, payload)
         assert (again.receipt, again.reason) == (pb.RECEIPT_REFUSED, first.reason)
+    refused, contradicted = entry_of(history(), order)["incidents"]
+    assert (refused["kind"], contradicted["kind"]) == ("update-refused", "update-contradicted")
+    assert contradicted["first"] == digest_bytes(bad)
+    assert contradicted["second"] == digest_bytes(other)
 
 
 def test_a_round_without_one_good_update_fails_and_is_tried_again(

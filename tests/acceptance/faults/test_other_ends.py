@@ -1,12 +1,14 @@
 """Kill -9 and SIGSTOP of the server where an order or a round ends in another way than well.
 
 Peers make the calls by hand: a bad update, one that is late, a client that gives up, a round that
-fails. What is recorded before the fault stands after it, once.
+fails. What is recorded before the fault stands after it, once. With the places of an undisturbed
+run, every row of both tables in fedserver/rounds.py is struck.
 """
 
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -23,8 +25,6 @@ from tests.processes import Scene, Server, fixed_port, wait_until
 OTHER_PLACES = (FailPoint.ORDER_ABANDONED, FailPoint.ROUND_FAILED)
 """Where an undisturbed run never comes by."""
 
-CLIENTS = (0, 1)
-
 pytestmark = FULL
 
 Call = Callable[[], Any]
@@ -33,15 +33,16 @@ Call = Callable[[], Any]
 class Struck:
     """A server that a fault strikes in the middle of a call, and its peers."""
 
-    def __init__(self, scene: Scene, place: FailPoint, action: str, *, times: int = 1) -> None:
+    def __init__(self, scene: Scene, end: "End", action: str) -> None:
         self.struck_at = now()
         self._scene = scene
         self._action = action
+        self._clients = range(end.num_clients)
         self._flags = (
-            *("--port", fixed_port(), "--rounds", 1, "--min-clients", len(CLIENTS)),
-            *("--min-updates", 1, "--seed", 5),
+            *("--port", fixed_port(), "--rounds", 1, "--min-clients", end.num_clients),
+            *("--seed", 5, "--farewell", 120, *end.flags),
         )
-        armed = {VARIABLE: f"{place}:{action}:{times}"}
+        armed = {VARIABLE: f"{end.place}:{action}"}
         self.server: Server = start_server(scene, *self._flags, **armed)
         self.peers = self._connect()
 
@@ -66,15 +67,21 @@ class Struck:
                 self.server.signal(signal.SIGCONT)
                 answer.result()
 
-    def end(self) -> None:
-        """Let the run end: the second client delivers well in the attempt that is open."""
-        current = open_round({1: self.peers[1]})
-        answer = self.peers[1].upload(current.orders[1], payload_of(changed(current.base)))
-        assert answer.receipt == pb.RECEIPT_STORED
+    def end(self, deliverers: tuple[int, ...]) -> None:
+        """Let the run end: these clients deliver well in the attempt that is open."""
+        if deliverers:
+            deliver(open_round({one: self.peers[one] for one in deliverers}), *deliverers)
         say_farewell(self.server, self.peers)
 
     def _connect(self) -> dict[int, Peer]:
-        return {one: Peer(self.server.address, one) for one in CLIENTS}
+        return {one: Peer(self.server.address, one) for one in self._clients}
+
+
+def deliver(opened: OpenRound, *client_ids: int) -> None:
+    """Send a good update for each of these clients."""
+    for one in client_ids:
+        answer = opened.peers[one].upload(opened.orders[one], payload_of(changed(opened.base)))
+        assert answer.receipt == pb.RECEIPT_STORED
 
 
 def refused(struck: Struck, opened: OpenRound) -> list[str]:
@@ -113,35 +120,90 @@ def failed(struck: Struck, opened: OpenRound) -> list[str]:
     return ["round-failed"]
 
 
+def closed_without(struck: Struck, opened: OpenRound) -> list[str]:
+    """An order that was open when the round closed is late; its update changes nothing."""
+    struck.strike(lambda: deliver(opened, 1))
+    payload = payload_of(changed(opened.base))
+    assert struck.peers[0].upload(opened.orders[0], payload).receipt == pb.RECEIPT_LATE
+    return ["update-late"]
+
+
+def excluded(struck: Struck, opened: OpenRound) -> list[str]:
+    """An update far from its cohort's is excluded, once; `verify` finds its bytes in quarantine."""
+    far = payload_of(changed(opened.base, by=0.5))
+    assert opened.peers[0].upload(opened.orders[0], far).receipt == pb.RECEIPT_STORED
+    deliver(opened, 1, 2, 3)
+    struck.strike(lambda: deliver(opened, 4))
+    return ["update-excluded"]
+
+
+def failed_by_exclusion(struck: Struck, opened: OpenRound) -> list[str]:
+    """The attempt has failed when it was aggregated; the good updates it had count for nothing."""
+    return [*excluded(struck, opened), "round-failed"]
+
+
+@dataclass(frozen=True)
+class End:
+    """How something ends badly, where the fault strikes, and who counts in spite of it."""
+
+    bring_about: Callable[[Struck, OpenRound], list[str]]
+    """Returns the incidents that are then on record."""
+    place: FailPoint
+    counted: tuple[int, ...] = (1,)
+    deliverers: tuple[int, ...] = (1,)
+    """Who delivers afterwards, so that the run ends."""
+    num_failed: int = 0
+    flags: tuple[str | int, ...] = ("--min-updates", 1)
+    num_clients: int = 2
+
+
+ONE_OF_TWO = ("--clients-per-round", 1, "--over-select", 2)
+FIVE = (0, 1, 2, 3, 4)
+"""Fewer than four updates aren't compared with each other."""
+
 ENDS = {
-    "refused": (refused, FailPoint.UPDATE_RECORDED),
-    "late": (late, FailPoint.UPDATE_RECORDED),
-    "given up": (given_up, FailPoint.ORDER_ABANDONED),
-    "failed": (failed, FailPoint.ROUND_FAILED),
+    "an order refused": End(refused, FailPoint.UPDATE_RECORDED),
+    "an order late": End(late, FailPoint.UPDATE_RECORDED),
+    "an order given up": End(given_up, FailPoint.ORDER_ABANDONED),
+    "an order late at the close": End(
+        closed_without, FailPoint.ROUND_CLOSED, deliverers=(), flags=ONE_OF_TWO
+    ),
+    "an order excluded": End(
+        excluded, FailPoint.ROUND_DONE, counted=FIVE[1:], deliverers=(), num_clients=len(FIVE)
+    ),
+    "a round failed": End(failed, FailPoint.ROUND_FAILED, num_failed=1),
+    "a round failed by an exclusion": End(
+        failed_by_exclusion,
+        FailPoint.ROUND_FAILED,
+        counted=FIVE,
+        deliverers=FIVE,
+        num_failed=1,
+        flags=("--min-updates", len(FIVE)),
+        num_clients=len(FIVE),
+    ),
 }
 
 
 @pytest.mark.parametrize("action", ["kill", "halt"])
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("name", ENDS)
 def test_a_server_struck_when_something_has_ended_badly(
-    scene: Scene, end: str, action: str
+    scene: Scene, name: str, action: str
 ) -> None:
-    """It is on record once, and the run ends with the client that delivers well."""
-    bring_about, place = ENDS[end]
-    struck = Struck(scene, place, action)
+    """It is on record once, and the run ends with the clients that deliver well."""
+    end = ENDS[name]
+    struck = Struck(scene, end, action)
     opened = open_round(struck.peers)
-    expected = bring_about(struck, opened)
-    struck.end()
+    expected = end.bring_about(struck, opened)
+    struck.end(end.deliverers)
     history = scene.history()
     kinds = [kind for kind in incident_kinds(history) if kind != "server-restarted"]
     assert kinds == expected
     counted = [one for one in verdicts(history) if one[2] == "COUNTED"]
-    assert counted == [(1, 1, "COUNTED")]
-    assert [one["phase"] for one in history] == ["FAILED"] * (end == "failed") + ["DONE"]
-    what = "a round" if end == "failed" else "an order"
-    name = "kill -9" if action == "kill" else "SIGSTOP"
+    assert counted == [(1, client_id, "COUNTED") for client_id in end.counted]
+    assert [one["phase"] for one in history] == ["FAILED"] * end.num_failed + ["DONE"]
+    fault = "kill -9" if action == "kill" else "SIGSTOP"
     conclude(
         scene,
-        fault=f"{name} of the server with {what} {end}, recorded and not told",
+        fault=f"{fault} of the server with {name}, recorded and not told",
         struck_at=struck.struck_at,
     )
