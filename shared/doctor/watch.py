@@ -191,11 +191,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Say that a tensor was non-finite before the step."""
         storage = storage_of(tensor)
         if storage is not None:
-            self._add(storage, Production(rank, -1, origin, 0.0))
-
-    def _add(self, storage: Storage, production: Production) -> None:
-        known = self._productions.get(storage)
-        self._productions[storage] = production if known is None else min(known, production)
+            self._productions[storage] = Production(rank, -1, origin, 0.0)
 
     def __torch_dispatch__(
         self,
@@ -241,12 +237,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 (declared.name, declared.alias_info is not None and declared.alias_info.is_write)
                 for declared in func._schema.arguments
             ]
+        is_batch_norm = "batch_norm" in func.overloadpacket.__name__
         for number, (name, is_declared) in enumerate(self._declared[func]):
             value = args[number] if number < len(args) else kwargs.get(name)
             for tensor, place in floating(value):
                 storage = storage_of(tensor)
                 # BatchNorm's running statistics are written without being declared.
-                is_written = is_declared or storage in self._buffers
+                is_written = is_declared or (is_batch_norm and storage in self._buffers)
                 is_known_good = storage in self._seen and storage not in self._productions
                 is_bad = not is_known_good and not is_finite(tensor)
                 if storage is not None:
@@ -285,7 +282,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if (argument.place is None or place is None or argument.place == place)
             and not (argument.is_written and operation in _OVERWRITING)
         ]
-        self._add(storage, self._explain(operation, tensor, inputs, numbers))
+        production = self._explain(operation, tensor, inputs, numbers)
+        if not covers_its_storage(tensor):
+            # What the rest of the memory holds may be older.
+            production = min(production, self._productions.get(storage, production))
+        self._productions[storage] = production
         if self.phase is StepPhase.OPTIMIZER:
             self._bad_in_optimizer.append(weakref.ref(tensor))
 
