@@ -7,7 +7,10 @@ from fedserver.settings import ServerSettings
 from shared.cli import log_to_stderr, parse
 from shared.errors import FederationError
 
-COMMANDS = ("history", "export", "curve", "confusion", "quarantine", "show", "verify")
+COMMANDS = (
+    *("history", "export", "curve", "confusion", "quarantine", "show", "strategies"),
+    "verify",
+)
 
 
 def main(argv: list[str]) -> int:

@@ -1,20 +1,20 @@
 """What is made of a closed round: who is screened out, and the next global model."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from fedserver.checkpoints import GlobalModel
 from fedserver.events import event_of
 from fedserver.parts import Parts
 from fedserver.records import Exclusion, Refusal, Round, StoredUpdate
 from fedserver.screening import norm_band
-from fedserver.strategies import Strategy
-from fedserver.strategies.blocks import Block, StateFile
+from fedserver.strategies.blocks import Cohort, StateFile
+from fedserver.strategies.rows import Strategy
+from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import read_layout
+from shared.seeds import derive_seed
 from shared.types import IncidentKind
-from shared.weights import EntryKind
 
 
 def screen(
@@ -63,34 +63,60 @@ def screen(
 
 
 def reduce_updates(
-    parts: Parts, strategy: Strategy, base: GlobalModel, counted: Sequence[StoredUpdate]
+    parts: Parts,
+    strategy: Strategy,
+    closed: Round,
+    base: GlobalModel,
+    counted: Sequence[StoredUpdate],
 ) -> GlobalModel:
-    """Write the model that a strategy makes of these updates, in their order.
+    """Write the model, and the server state, that a strategy makes of a closed round's updates.
 
     Raises:
         NonFiniteAggregate: it holds a NaN or an infinity; nothing is kept.
+        UnfitCohort: the strategy can't be applied to these updates.
         OutOfSpace: the disk is full; nothing is kept.
     """
-    updates = [
-        (parts.spool.path(one.update.order_id, one.update.digest), one.update.num_examples)
-        for one in counted
-    ]
-    return parts.checkpoints.save(base.file, next_model(strategy, base.file, updates, parts.kinds))
+    cohort = Cohort(
+        base=base.file,
+        updates=[
+            update_file(
+                parts.spool.path(one.update.order_id, one.update.digest),
+                num_examples=one.update.num_examples,
+                num_steps=one.update.num_steps,
+                global_loss=one.update.metrics.get("global_loss"),
+            )
+            for one in counted
+        ],
+        kinds=parts.kinds,
+        seed=strategy_seed(parts.run.settings, closed.round_number, closed.attempt),
+    )
+    server_state = None if base.server_state is None else base.server_state.file
+    return parts.checkpoints.save(
+        base.file,
+        next_blocks(strategy, cohort, server_state),
+        state_layout=state_layout(strategy, cohort),
+    )
 
 
-def next_model(
-    strategy: Strategy,
-    base: StateFile,
-    counted: Sequence[tuple[Path, int]],
-    kinds: Mapping[str, EntryKind],
-) -> Iterator[tuple[Block, torch.Tensor]]:
-    """Return the blocks of what a strategy makes of these updates, in their order.
+def update_file(
+    path: Path, *, num_examples: int, num_steps: int, global_loss: float | str | None
+) -> StateFile:
+    """Return an update on the disk, with what its client said of it.
 
-    `counted` holds each update's file and its num_examples. Serving a run and verifying it are
-    the same arithmetic: this.
+    Serving a run and verifying it build the same values here; `global_loss` may be the name of a
+    number that JSON can't hold.
     """
-    updates = [
-        StateFile(path=path, layout=read_layout(path), num_examples=num_examples)
-        for path, num_examples in counted
-    ]
-    return strategy.aggregator(base, updates, kinds)
+    return StateFile(
+        path=path,
+        layout=read_layout(path),
+        num_examples=num_examples,
+        num_steps=num_steps,
+        global_loss=None if global_loss is None else float(global_loss),
+    )
+
+
+def strategy_seed(settings: Mapping[str, Any], round_number: int, attempt: int) -> int:
+    """Return the seed of what a strategy draws in an attempt at a round."""
+    return derive_seed(
+        settings.get("seed", 0), "strategy", round_number=round_number, attempt=attempt
+    )

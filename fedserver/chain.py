@@ -130,7 +130,9 @@ def _differences(entry: Entry, row: Attempt) -> Iterator[str]:
     for what, ours, written in (
         ("the attempt that finished", row.attempt, entry["attempt"]),
         ("its base model", row.base_digest, entry["base"]),
+        ("its base's server state", row.base_state_digest, entry["base_state"]),
         ("its model", row.model_digest, entry["model"]),
+        ("its server state", row.state_digest, entry["state"]),
     ):
         if ours != written:
             yield f"{what} is {ours} in the table of rounds, {written} in the ledger"

@@ -1,16 +1,21 @@
-"""Global models on disk: content-addressed safetensors files, whole or not there."""
+"""Global models on disk: content-addressed safetensors files, whole or not there.
+
+Beside a model may lie the server state that goes with it, named by its own content.
+"""
 
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from blake3 import blake3
 
-from fedserver.strategies.blocks import Block, BlockReader, StateFile, blocks_of
+from fedserver.strategies.blocks import Block, BlockReader, NextBlock, StateFile, blocks_of
 from shared.codec import Layout, digest_file, read_layout, write_state
 from shared.errors import FederationError, NotFound, StorageDamaged
 from shared.files import naming_full_disk, sync_folder
@@ -26,21 +31,49 @@ def model_path(folder: Path, digest: str) -> Path:
     return folder / f"{digest}.safetensors"
 
 
-def digest_blocks(layout: Layout, blocks: Iterable[tuple[Block, torch.Tensor]]) -> str:
-    """Return the digest of the file that `Checkpoints.save` writes from these blocks."""
+def state_path(folder: Path, digest: str) -> Path:
+    """Return where in a folder of models the server state of this digest lies."""
+    return folder / f"{digest}.server-state"
+
+
+def digest_blocks(
+    layout: Layout, blocks: Iterable[NextBlock], *, state_layout: Layout | None = None
+) -> tuple[str, str | None]:
+    """Return the digests of the files that `Checkpoints.save` writes: model and server state."""
     hasher = blake3(layout.header)
-    for _, values in blocks:
-        hasher.update(values.view(torch.uint8).numpy().data)
-    return hasher.hexdigest()
+    state_hasher = None if state_layout is None else blake3(state_layout.header)
+    for one in blocks:
+        hasher.update(_content(one.values))
+        if state_hasher is not None and one.moments is not None:
+            state_hasher.update(_content(one.moments))
+    return hasher.hexdigest(), None if state_hasher is None else state_hasher.hexdigest()
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What the server keeps for the next step beside the model: an optimizer's moments."""
+
+    digest: str
+    file: StateFile
 
 
 @dataclass(frozen=True)
 class GlobalModel:
-    """A global model on disk; `parameter_norm` is the L2 norm over all parameters."""
+    """A global model on disk; `parameter_norm` is the L2 norm over all parameters.
+
+    `server_state` is what the step that made it left; None at the beginning of a run, and where the
+    strategy keeps none.
+    """
 
     digest: str
     file: StateFile
     parameter_norm: float
+    server_state: ServerState | None = None
+
+    @property
+    def state_digest(self) -> str | None:
+        """The digest of the server state, if there is one."""
+        return None if self.server_state is None else self.server_state.digest
 
 
 class Checkpoints:
@@ -63,43 +96,54 @@ class Checkpoints:
         reader = BlockReader()
         try:
             return self.save(
-                base, ((block, reader.read(base, block)) for block in blocks_of(base.layout))
+                base,
+                (NextBlock(block, reader.read(base, block)) for block in blocks_of(base.layout)),
             )
         finally:
             draft.unlink()
 
-    def save(self, base: StateFile, blocks: Iterable[tuple[Block, torch.Tensor]]) -> GlobalModel:
+    def save(
+        self,
+        base: StateFile,
+        blocks: Iterable[NextBlock],
+        *,
+        state_layout: Layout | None = None,
+    ) -> GlobalModel:
         """Write a model with the layout of `base` from its blocks, durable when this returns.
+
+        With a `state_layout` the blocks hold the server state too, which is written beside it.
 
         Raises:
             NonFiniteAggregate: a block holds a NaN or an infinity; nothing is kept.
             OutOfSpace: the disk is full; nothing is kept.
         """
-        draft = self._folder / "aggregate.draft"
-        hasher = blake3(base.layout.header)
         squares = 0.0
-        try:
-            with naming_full_disk(self._folder), draft.open("wb") as file:
-                file.write(base.layout.header)
-                for block, values in blocks:
-                    if values.is_floating_point():
-                        squares += self._square_sum(block, values)
-                    content = values.view(torch.uint8).numpy().data
-                    hasher.update(content)
-                    file.write(content)
-                file.flush()
-                os.fdatasync(file.fileno())
-        except FederationError:
-            draft.unlink(missing_ok=True)
-            raise
-        digest = hasher.hexdigest()
-        path = self.path(digest)
-        draft.replace(path)
+        with ExitStack() as stack:
+            stack.enter_context(naming_full_disk(self._folder))
+            model = stack.enter_context(_Draft(self._folder / "aggregate.draft", base.layout))
+            state = None
+            if state_layout is not None:
+                draft = _Draft(self._folder / "server-state.draft", state_layout)
+                state = stack.enter_context(draft)
+            for one in blocks:
+                if one.values.is_floating_point():
+                    squares += self._square_sum(one.block, one.values)
+                model.append(one.values)
+                if state is not None and one.moments is not None:
+                    _examine_moments(one.block, one.moments)
+                    state.append(one.moments)
+            server_state = None
+            if state is not None:
+                digest = state.keep(lambda digest: state_path(self._folder, digest))
+                file = StateFile(path=state_path(self._folder, digest), layout=state.layout)
+                server_state = ServerState(digest, file)
+            digest = model.keep(self.path)
         sync_folder(self._folder)
         return GlobalModel(
             digest=digest,
-            file=StateFile(path=path, layout=base.layout),
+            file=StateFile(path=self.path(digest), layout=base.layout),
             parameter_norm=squares**0.5,
+            server_state=server_state,
         )
 
     def export(self, digest: str, to: Path) -> None:
@@ -114,35 +158,37 @@ class Checkpoints:
             draft.replace(to)
 
     def digests(self) -> set[str]:
-        """Return the digests of all models in the folder."""
-        return {path.stem for path in self._folder.glob("*.safetensors")}
+        """Return the digests of all models and server states in the folder."""
+        kept = (*self._folder.glob("*.safetensors"), *self._folder.glob("*.server-state"))
+        return {path.stem for path in kept}
 
     def drop(self, digest: str) -> None:
-        """Delete a model, if it is there."""
+        """Delete a model or a server state, if it is there."""
         self.path(digest).unlink(missing_ok=True)
+        state_path(self._folder, digest).unlink(missing_ok=True)
 
-    def load(self, digest: str) -> GlobalModel:
+    def load(self, digest: str, *, state_digest: str | None = None) -> GlobalModel:
         """Find a model written before and examine that its content is still its name.
 
+        Its server state is that of `state_digest`.
+
         Raises:
-            NotFound: there is no such model.
+            NotFound: there is no such model or server state.
             StorageDamaged: its bytes aren't those that were written.
         """
-        path = self.path(digest)
-        if not path.exists():
-            raise NotFound(f"there is no model {digest} in {self._folder}")
-        if (actual := digest_file(path)) != digest:
-            raise StorageDamaged(
-                f"{path} holds other bytes than its name says (digest {actual}); "
-                "restore it from a copy"
-            )
-        file = StateFile(path=path, layout=read_layout(path))
+        file = _examined(self.path(digest), digest, what="model")
         reader = BlockReader()
         squares = 0.0
         for block in blocks_of(file.layout):
             if file.layout.entries[block.name].dtype.is_floating_point:
                 squares += self._square_sum(block, reader.read(file, block))
-        return GlobalModel(digest=digest, file=file, parameter_norm=squares**0.5)
+        server_state = None
+        if state_digest is not None:
+            path = state_path(self._folder, state_digest)
+            server_state = ServerState(
+                state_digest, _examined(path, state_digest, what="server state")
+            )
+        return GlobalModel(digest, file, squares**0.5, server_state)
 
     def _square_sum(self, block: Block, values: torch.Tensor) -> float:
         # float32 is wide enough for a norm that only bounds the absurd.
@@ -159,3 +205,57 @@ class Checkpoints:
             wide = values.double()
             square_sum = float(torch.dot(wide, wide))
         return square_sum if self._kinds[block.name] is EntryKind.PARAMETER else 0.0
+
+
+class _Draft:
+    """A file that is being written; gone at the end of its context unless it was kept."""
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self.layout = layout
+        self._path = path
+        self._file = path.open("wb")
+        self._hasher = blake3(layout.header)
+
+    def __enter__(self) -> Self:
+        self._file.write(self.layout.header)
+        return self
+
+    def append(self, values: torch.Tensor) -> None:
+        content = _content(values)
+        self._hasher.update(content)
+        self._file.write(content)
+
+    def keep(self, named: Callable[[str], Path]) -> str:
+        """Make the file durable under the name that its digest gives; returns the digest."""
+        self._file.flush()
+        os.fdatasync(self._file.fileno())
+        digest: str = self._hasher.hexdigest()
+        self._path.replace(named(digest))
+        return digest
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+def _content(values: torch.Tensor) -> memoryview:
+    content: memoryview = values.contiguous().view(torch.uint8).numpy().data
+    return content
+
+
+def _examine_moments(block: Block, moments: torch.Tensor) -> None:
+    if not bool(torch.isfinite(moments).all()):
+        raise NonFiniteAggregate(
+            f"the server state of tensor {block.name!r} holds a NaN or an infinity; the base model "
+            "stands"
+        )
+
+
+def _examined(path: Path, digest: str, *, what: str) -> StateFile:
+    if not path.exists():
+        raise NotFound(f"there is no {what} {digest} in {path.parent}")
+    if (actual := digest_file(path)) != digest:
+        raise StorageDamaged(
+            f"{path} holds other bytes than its name says (digest {actual}); restore it from a copy"
+        )
+    return StateFile(path=path, layout=read_layout(path))

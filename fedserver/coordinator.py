@@ -24,6 +24,7 @@ from fedserver.recovery import damaged_updates
 from fedserver.retention import drop_models, drop_updates
 from fedserver.rounds import OrderState, Phase, RoundEvent, due_event
 from fedserver.strategies import find_strategy
+from fedserver.strategies.rows import UnfitCohort
 from shared.errors import OutOfSpace, RunFailed, StorageDamaged
 from shared.failpoints import FailPoint, pass_by
 from shared.seeds import derive_seed
@@ -45,7 +46,7 @@ class Coordinator:
         self._parts = parts
         self._task = task
         self._evaluations = Evaluations(parts, evaluator)
-        self._strategy = find_strategy(settings.strategy)
+        self._strategy = find_strategy(parts.run.settings)
         self._last_counted: dict[int, str] = {}
         self._tick_s = min(_MAX_TICK_S, settings.stall_after / 4, settings.lease / 4)
 
@@ -128,9 +129,11 @@ class Coordinator:
             )
             base = await on_disk(self._parts.checkpoints.save_initial, state_dict)
             return await self._open(1, attempt=1, base=base), base
-        digest = latest.model_digest if latest.phase is Phase.DONE else latest.base_digest
-        assert digest is not None
-        base = await on_disk(self._parts.checkpoints.load, digest)
+        digest, state_digest = latest.base_digest, latest.base_state_digest
+        if latest.phase is Phase.DONE:
+            assert latest.model_digest is not None
+            digest, state_digest = latest.model_digest, latest.state_digest
+        base = await on_disk(self._parts.checkpoints.load, digest, state_digest=state_digest)
         if latest.phase in (Phase.COLLECTING, Phase.AGGREGATING):
             stored = await in_store(store.stored_updates, latest)
             damaged = await on_disk(damaged_updates, self._parts.spool, stored)
@@ -280,9 +283,13 @@ class Coordinator:
             reason = f"{len(excluded)} of {len(stored)} updates were excluded, too many to go on"
             return await self._fail_round(current, reason, exclusions=exclusions), base
         try:
-            model = await on_disk(reduce_updates, self._parts, self._strategy, base, counted)
-        except NonFiniteAggregate as error:
-            return await self._fail_round(current, str(error)), base
+            model = await on_disk(
+                reduce_updates, self._parts, self._strategy, current, base, counted
+            )
+        except (NonFiniteAggregate, UnfitCohort) as error:
+            # Excluded they stay: the next attempt doesn't ask their clients.
+            reason = str(error)
+            return await self._fail_round(current, reason, exclusions=exclusions), base
         pass_by(FailPoint.MODEL_WRITTEN)
         self._last_counted.update({one.client_id: one.update.order_id for one in counted})
         following = None
@@ -304,6 +311,7 @@ class Coordinator:
             store.finish_round,
             current,
             model_digest=model.digest,
+            state_digest=model.state_digest,
             exclusions=exclusions,
             client_evaluation=summarise_clients([one.update for one in counted]),
             next_round=following,

@@ -19,14 +19,17 @@ def entry_bytes(
     round_number: int,
     attempt: int,
     base_digest: str,
+    base_state_digest: str | None,
     model_digest: str,
+    state_digest: str | None,
     settings: Mapping[str, Any],
     updates: Sequence[Mapping[str, Any]],
     previous: str,
 ) -> bytes:
     """Return the canonical JSON of a round's entry.
 
-    `updates` are in the order of aggregation, each with order_id, client, num_examples, digest and
+    The states are the server's, beside base and model. `updates` are in the order of aggregation,
+    each with order_id, client, num_examples, num_steps, global_loss, digest, delta_norm and
     verdict; `previous` is the digest of the entry before, GENESIS for the first.
     """
     entry = {
@@ -34,7 +37,9 @@ def entry_bytes(
         "round": round_number,
         "attempt": attempt,
         "base": base_digest,
+        "base_state": base_state_digest,
         "model": model_digest,
+        "state": state_digest,
         "settings": settings,
         "updates": list(updates),
         "previous": previous,

@@ -46,6 +46,7 @@ def plan_round(
         attempt=attempt,
         phase=Phase.COLLECTING,
         base_digest=base.digest,
+        base_state_digest=base.state_digest,
         max_delta_norm=settings.max_delta_norm or 100 * (1 + base.parameter_norm),
         orders=tuple(
             Order(

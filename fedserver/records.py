@@ -77,7 +77,11 @@ class OrderRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """An attempt at a round; `max_delta_norm` is the norm cap frozen when it opened."""
+    """An attempt at a round; `max_delta_norm` is the norm cap frozen when it opened.
+
+    `base_state_digest` and `state_digest` are the server state before and after, None where there
+    is none.
+    """
 
     run_id: str
     round_number: int
@@ -86,7 +90,9 @@ class Round:
     base_digest: str
     max_delta_norm: float
     orders: tuple[Order, ...]
+    base_state_digest: str | None = None
     model_digest: str | None = None
+    state_digest: str | None = None
 
     @property
     def cohort(self) -> tuple[int, ...]:
@@ -189,7 +195,9 @@ class Attempt:
     attempt: int
     phase: str
     base_digest: str
+    base_state_digest: str | None
     model_digest: str | None
+    state_digest: str | None
     updates: Sequence[Mapping[str, Any]]
 
 

@@ -57,7 +57,7 @@ def run_server(settings: ServerSettings) -> None:
         raise InvalidInput(f"--export {settings.export}: there is no such folder; make it first")
     # All that a wrong setting can break comes before a run is begun with it.
     task = find_task(settings.task)
-    find_strategy(settings.strategy)
+    _examine_strategy(settings)
     examine_scheme(settings.partition, settings.partitioning.parameters)
     evaluator = Evaluator(task, data_root=settings.data_root)
     with locked_folder(settings.state_dir) as state_dir:
@@ -75,6 +75,16 @@ def run_server(settings: ServerSettings) -> None:
         finally:
             workers.close()
             store.close()
+
+
+def _examine_strategy(settings: ServerSettings) -> None:
+    strategy = find_strategy(settings.run_settings())
+    if settings.updates_needed < strategy.min_updates:
+        raise InvalidInput(
+            f"strategy {strategy.name} needs at least {strategy.min_updates} updates in a round, "
+            f"but {settings.updates_needed} are enough to close one; raise --min-updates (or "
+            "--min-clients)"
+        )
 
 
 def _open_run(store: Store, settings: ServerSettings) -> Run:

@@ -73,7 +73,15 @@ class RoundSettings(Settings):
     """Rounds."""
 
     rounds: int = Field(default=10, ge=1, description="rounds in the run")
-    strategy: str = Field(default="fedavg", description="how updates become the next model")
+    strategy: str = Field(
+        default="fedavg",
+        description="how updates become the next model, such as krum or nnm+median+fedadam; the "
+        "command strategies lists all",
+    )
+    strategy_parameters: dict[str, float] = Field(
+        default_factory=dict,
+        description="numbers of the strategy by name: f=2,server_lr=0.03; a table in TOML",
+    )
     min_clients: int = Field(default=2, ge=1, description="clients that must be there to begin")
     clients_per_round: int = Field(default=0, ge=0, description="size of a cohort; 0: everybody")
     over_select: float = Field(
@@ -164,7 +172,7 @@ class ServerSettings(
     """Run a federated-learning coordinator; it exits with 0 when the run is done.
 
     Also: `history`, `show`, `curve`, `confusion`, `export` and `verify` look at a run, also while
-    it goes on (`history --help`).
+    it goes on (`history --help`); `strategies` lists what --strategy can name.
     Started again with the same settings, an unfinished run goes on where it was.
     """
 
@@ -264,6 +272,7 @@ RUN_SETTINGS = (
     "init",
     "rounds",
     "strategy",
+    "strategy_parameters",
     "min_clients",
     "clients_per_round",
     "over_select",

@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
-from fedserver.aggregation import next_model
+from fedserver.aggregation import strategy_seed, update_file
 from fedserver.chain import (
     Entry,
     chain_findings,
@@ -23,13 +24,15 @@ from fedserver.chain import (
     row_findings,
     whole_entries,
 )
-from fedserver.checkpoints import digest_blocks, model_path
+from fedserver.checkpoints import digest_blocks, model_path, state_path
 from fedserver.records import HeldState, HeldUpdate, Ledger, Run
 from fedserver.rounds import OrderState
 from fedserver.spool import update_path
 from fedserver.store import Store
 from fedserver.strategies import find_strategy
-from fedserver.strategies.blocks import StateFile
+from fedserver.strategies.blocks import Cohort, StateFile
+from fedserver.strategies.rows import UnfitCohort
+from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import digest_file, read_layout
 from shared.errors import InvalidInput, NotFound, StorageDamaged
 from shared.tasks import find_task
@@ -48,6 +51,7 @@ class BlobKind(StrEnum):
     """What a file holds."""
 
     MODEL = "model"
+    STATE = "server state"
     UPDATE = "update"
     HELD = "quarantined payload"
 
@@ -127,6 +131,8 @@ def verify(
     words += [
         _counted(kind, Counter(states[one.name] for one in blobs if one.kind is kind))
         for kind in BlobKind
+        # Most strategies keep no state.
+        if kind is not BlobKind.STATE or any(one.kind is kind for one in blobs)
     ]
     entries = {ledger.run_id: whole_entries(ledger) for ledger in ledgers}
     outcomes = Counter(
@@ -160,6 +166,8 @@ def known_blobs(
     def add(kind: BlobKind, name: str, what: str, where: str, digest: str) -> None:
         if kind is BlobKind.MODEL:
             paths = [model_path(state_dir / "models", digest)]
+        elif kind is BlobKind.STATE:
+            paths = [state_path(state_dir / "models", digest)]
         else:
             # In this order, since a server may be moving it from the one to the other.
             paths = [update_path(state_dir / one, name, digest) for one in ("spool", "quarantine")]
@@ -177,28 +185,39 @@ def known_blobs(
         # Entries come first: where a row differs from one, that is found elsewhere.
         named = [
             *(
-                (number, one["base"], one["model"], one["updates"])
+                (number, (one["base"], one["model"]), (one["base_state"], one["state"]), one)
                 for number, one in entries.items()
             ),
             *(
-                (one.round_number, one.base_digest, one.model_digest, one.updates)
+                (
+                    one.round_number,
+                    (one.base_digest, one.model_digest),
+                    (one.base_state_digest, one.state_digest),
+                    {"updates": one.updates},
+                )
                 for one in ledger.attempts
             ),
         ]
-        for number, base, model, updates in named:
+        for number, (base, model), (base_state, state), entry in named:
             if round_number not in (None, number):
                 continue
             where = place(ledger.run_id, number)
-            add(BlobKind.MODEL, base, "its base model", where, base)
-            if model is not None:
-                add(BlobKind.MODEL, model, "its model", where, model)
-            for one in updates:
+            for kind, what, digest in (
+                (BlobKind.MODEL, "its base model", base),
+                (BlobKind.STATE, "its base's server state", base_state),
+                (BlobKind.MODEL, "its model", model),
+                (BlobKind.STATE, "its server state", state),
+            ):
+                if digest is not None:
+                    add(kind, digest, what, where, digest)
+            for one in entry["updates"]:
                 if one["delta_norm"] is not None:
                     what = f"the update of client {one['client']}"
                     add(BlobKind.UPDATE, one["order_id"], what, where, one["digest"])
     if round_number is None:
-        for path in sorted((state_dir / "models").glob("*.safetensors")):
-            add(BlobKind.MODEL, path.stem, "a model", str(state_dir), path.stem)
+        for kind, ending in ((BlobKind.MODEL, "safetensors"), (BlobKind.STATE, "server-state")):
+            for path in sorted((state_dir / "models").glob(f"*.{ending}")):
+                add(kind, path.stem, f"a {kind}", str(state_dir), path.stem)
     return list(found.values())
 
 
@@ -225,7 +244,7 @@ def re_aggregate(
     states: Mapping[str, State],
     find: Callable[[str], None],
 ) -> State:
-    """Make a finished round's model again of what it rested on, and compare the bytes.
+    """Make a finished round's model and server state again, and compare the bytes.
 
     `entry` is the round's whole entry, if there is one; `states` tells of each file, by name.
     Returns DAMAGED without a word where something the round rests on is damaged: that was said.
@@ -233,38 +252,75 @@ def re_aggregate(
     if entry is None:
         return State.DAMAGED
     counted = [one for one in entry["updates"] if one["verdict"] == OrderState.COUNTED]
-    needed = {states[name] for name in (entry["base"], *(one["order_id"] for one in counted))}
+    names = [entry["base"], *(one["order_id"] for one in counted)]
+    if entry["base_state"] is not None:
+        names.append(entry["base_state"])
+    needed = {states[name] for name in names}
     if needed != {State.WHOLE}:
         return State.DAMAGED if State.DAMAGED in needed else State.NOT_KEPT
     where = place(entry["run"], entry["round"])
     base_path = model_path(state_dir / "models", entry["base"])
-    updates = [
-        (update_path(state_dir / "spool", one["order_id"], one["digest"]), one["num_examples"])
-        for one in counted
+    paths = [
+        base_path,
+        *(update_path(state_dir / "spool", one["order_id"], one["digest"]) for one in counted),
     ]
-    strategy = find_strategy(entry["settings"]["strategy"])
-    kinds = _kinds_of(entry["settings"]["task"])
+    if entry["base_state"] is not None:
+        paths.append(state_path(state_dir / "models", entry["base_state"]))
     try:
-        base = StateFile(path=base_path, layout=read_layout(base_path))
-        if base.layout.entries.keys() != kinds.keys():
-            raise InvalidInput(
-                f"{where}: the task {entry['settings']['task']!r} makes a model of other tensors "
-                "than the run's; verify with the code that the run was made with"
-            )
-        digest = digest_blocks(base.layout, next_model(strategy, base, updates, kinds))
-    except (FileNotFoundError, StorageDamaged) as error:
-        if not all(path.exists() for path in (base_path, *(path for path, _ in updates))):
+        made = _made_again(entry, counted, state_dir)
+    except (FileNotFoundError, StorageDamaged, UnfitCohort) as error:
+        if not all(path.exists() for path in paths):
             # A server has let them go meanwhile.
             return State.NOT_KEPT
         find(f"{where}: {error}")
         return State.DAMAGED
-    if digest != entry["model"]:
-        find(
-            f"{where}: aggregated again it gives model {digest[:12]}, in the ledger is "
-            f"{entry['model'][:12]}"
+    outcome = State.WHOLE
+    for what, digest, written in zip(
+        ("model", "server state"), made, (entry["model"], entry["state"]), strict=True
+    ):
+        if digest != written:
+            outcome = State.DAMAGED
+            find(
+                f"{where}: aggregated again it gives {what} {_short(digest)}, in the ledger is "
+                f"{_short(written)}"
+            )
+    return outcome
+
+
+def _made_again(
+    entry: Entry, counted: Sequence[Mapping[str, Any]], state_dir: Path
+) -> tuple[str, str | None]:
+    """Return the digests of what a round's strategy makes of its files: model and server state."""
+    settings = entry["settings"]
+    strategy = find_strategy(settings)
+    kinds = _kinds_of(settings["task"])
+    base_path = model_path(state_dir / "models", entry["base"])
+    base = StateFile(path=base_path, layout=read_layout(base_path))
+    if base.layout.entries.keys() != kinds.keys():
+        raise InvalidInput(
+            f"{place(entry['run'], entry['round'])}: the task {settings['task']!r} makes a model "
+            "of other tensors than the run's; verify with the code that the run was made with"
         )
-        return State.DAMAGED
-    return State.WHOLE
+    server_state = None
+    if entry["base_state"] is not None:
+        path = state_path(state_dir / "models", entry["base_state"])
+        server_state = StateFile(path=path, layout=read_layout(path))
+    cohort = Cohort(
+        base=base,
+        updates=[
+            update_file(
+                update_path(state_dir / "spool", one["order_id"], one["digest"]),
+                num_examples=one["num_examples"],
+                num_steps=one["num_steps"],
+                global_loss=one["global_loss"],
+            )
+            for one in counted
+        ],
+        kinds=kinds,
+        seed=strategy_seed(settings, entry["round"], entry["attempt"]),
+    )
+    blocks = next_blocks(strategy, cohort, server_state)
+    return digest_blocks(base.layout, blocks, state_layout=state_layout(strategy, cohort))
 
 
 @functools.cache
@@ -281,6 +337,9 @@ def _gone(store: Store, ledgers: Iterable[Ledger], missing: Collection[Blob]) ->
     for ledger in ledgers:
         for attempt in store.read_ledger(ledger.run_id).attempts[-1:]:
             needed.add(attempt.model_digest or attempt.base_digest)
+            state = attempt.state_digest if attempt.model_digest else attempt.base_state_digest
+            if state is not None:
+                needed.add(state)
             needed |= {
                 one["order_id"] for one in attempt.updates if one["verdict"] == OrderState.STORED
             }
@@ -289,6 +348,10 @@ def _gone(store: Store, ledgers: Iterable[Ledger], missing: Collection[Blob]) ->
 
 def _is_held(one: HeldUpdate) -> bool:
     return one.state is HeldState.HELD and one.kept_bytes > 0
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else digest[:12]
 
 
 def _counted(kind: BlobKind, states: Counter[State]) -> str:

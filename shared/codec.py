@@ -195,6 +195,31 @@ def read_layout(path: Path, *, offset: int = 0, size_bytes: int | None = None) -
     return Layout(header=header, entries=dict(entries), size_bytes=total)
 
 
+def make_layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Layout:
+    """Return the layout of a file with tensors of these dtypes and shapes, in their order.
+
+    For writing it block by block: the file is the header, then the tensors' bytes.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    described, position = {}, 0
+    for tensor_name, (dtype, shape) in tensors.items():
+        end = position + math.prod(shape) * dtype.itemsize
+        described[tensor_name] = {
+            "dtype": names[dtype],
+            "shape": shape,
+            "data_offsets": (position, end),
+        }
+        position = end
+    text = json.dumps(described, separators=(",", ":")).encode()
+    # The format aligns the tensors by spaces behind the header's text.
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    entries = {
+        name: _parse_entry(name, fields, len(header)) for name, fields in json.loads(text).items()
+    }
+    return Layout(header=header, entries=entries, size_bytes=len(header) + position)
+
+
 def _without_sharing(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors on the CPU, contiguous, none sharing memory with another."""
     known = set(DTYPES.values())

@@ -1,17 +1,20 @@
 """A server's state-dir as it is after a run, for tests that damage it or look at it."""
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from fedserver.aggregation import next_model
-from fedserver.checkpoints import Checkpoints
+from fedserver.aggregation import strategy_seed, update_file
+from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.records import Round
 from fedserver.rounds import OrderEvent
 from fedserver.spool import Spool
 from fedserver.store import Store
 from fedserver.strategies import find_strategy
+from fedserver.strategies.blocks import Cohort
+from fedserver.strategies.step import next_blocks, state_layout
 from fedserver.verification import verify
 from shared.codec import decode_state, encode_state
 from shared.weights import entry_kinds
@@ -66,7 +69,9 @@ class StateDir:
         return findings, verdict.summary
 
 
-def write_state_dir(folder: Path, *, task: str = "tests.tiny_task:tiny") -> StateDir:
+def write_state_dir(
+    folder: Path, *, task: str = "tests.tiny_task:tiny", strategy: str = "fedavg"
+) -> StateDir:
     """Write what a server leaves behind."""
     made = StateDir(folder)
     model = tiny.build_model()
@@ -74,10 +79,11 @@ def write_state_dir(folder: Path, *, task: str = "tests.tiny_task:tiny") -> Stat
     checkpoints, spool = Checkpoints(folder / "models", kinds), Spool(folder / "spool")
     (folder / "quarantine").mkdir()
     store = Store(folder / "federation.sqlite")
-    run = store.begin_run({"strategy": "fedavg", "task": task, "lr": 0.1})
+    settings = {"strategy": strategy, "task": task, "lr": 0.1}
+    run = store.begin_run(settings)
     made.run_id = run.run_id
     base = checkpoints.save_initial(model.state_dict())
-    current: Round | None = _round(run.run_id, 1, base.digest)
+    current: Round | None = _round(run.run_id, 1, base)
     assert current is not None
     store.open_round(current, make_event("round-opened"))
     while current is not None:
@@ -101,24 +107,45 @@ def write_state_dir(folder: Path, *, task: str = "tests.tiny_task:tiny") -> Stat
             else:
                 path = spool.path(order.order_id, update.digest)
                 end_order(store, run, update)
-                counted.append((path, update.num_examples))
+                counted.append((path, update))
             path.write_bytes(payload)
         store.close_round(current, make_event("round-closed", round_number=current.round_number))
-        blocks = next_model(find_strategy("fedavg"), base.file, counted, kinds)
-        base = checkpoints.save(base.file, blocks)
+        cohort = Cohort(
+            base=base.file,
+            updates=[
+                update_file(
+                    path, num_examples=one.num_examples, num_steps=one.num_steps, global_loss=None
+                )
+                for path, one in counted
+            ],
+            kinds=kinds,
+            seed=strategy_seed(settings, current.round_number, current.attempt),
+        )
+        made_by = find_strategy(settings)
+        before = None if base.server_state is None else base.server_state.file
+        base = checkpoints.save(
+            base.file,
+            next_blocks(made_by, cohort, before),
+            state_layout=state_layout(made_by, cohort),
+        )
         number = current.round_number + 1
-        following = _round(run.run_id, number, base.digest) if number <= NUM_ROUNDS else None
+        following = _round(run.run_id, number, base) if number <= NUM_ROUNDS else None
         happened = [make_event("round-done", round_number=current.round_number)]
         if following is not None:
             happened.append(make_event("round-opened", round_number=number))
         store.finish_round(
-            current, model_digest=base.digest, next_round=following, happened=happened
+            current,
+            model_digest=base.digest,
+            state_digest=base.state_digest,
+            next_round=following,
+            happened=happened,
         )
         current = following
     store.close()
     return made
 
 
-def _round(run_id: str, number: int, base_digest: str) -> Round:
+def _round(run_id: str, number: int, base: GlobalModel) -> Round:
     clients = (*CLIENTS, BAD_CLIENT) if number == BAD_ROUND else CLIENTS
-    return make_round(run_id, round_number=number, clients=clients, base_digest=base_digest)
+    opened = make_round(run_id, round_number=number, clients=clients, base_digest=base.digest)
+    return replace(opened, base_state_digest=base.state_digest)

@@ -44,7 +44,9 @@ class Book(Database):
                         attempt=row.attempt,
                         phase=row.phase,
                         base_digest=row.base_digest,
+                        base_state_digest=row.base_state_digest,
                         model_digest=row.model_digest,
+                        state_digest=row.state_digest,
                         updates=read_verdicts(connection, run_id, row.round, row.attempt),
                     )
                     for row in attempts
@@ -72,6 +74,8 @@ def read_verdicts(
             "order_id": row.order_id,
             "client": row.client_id,
             "num_examples": row.num_examples,
+            "num_steps": row.num_steps,
+            "global_loss": row.metrics.get("global_loss"),
             "digest": row.digest,
             "delta_norm": row.delta_norm,
             "verdict": row.state,
@@ -81,7 +85,12 @@ def read_verdicts(
 
 
 def append_entry(
-    connection: Connection, finished: Round, *, model_digest: str, updates: list[dict[str, Any]]
+    connection: Connection,
+    finished: Round,
+    *,
+    model_digest: str,
+    state_digest: str | None,
+    updates: list[dict[str, Any]],
 ) -> None:
     """Write the entry of a round that is done, chained to the one before."""
     of_run = schema.runs.c.run_id == finished.run_id
@@ -93,7 +102,9 @@ def append_entry(
         round_number=finished.round_number,
         attempt=finished.attempt,
         base_digest=finished.base_digest,
+        base_state_digest=finished.base_state_digest,
         model_digest=model_digest,
+        state_digest=state_digest,
         settings=settings,
         updates=updates,
         previous=previous or ledger.GENESIS,

@@ -1,8 +1,9 @@
 """Rounds: opened, closed, failed, finished; each step one transaction."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import or_, select, update
 
 from fedserver.records import Event, Exclusion, Round
 from fedserver.rounds import OrderEvent, OrderState, Phase, RoundEvent
@@ -70,6 +71,7 @@ class Rounds(Database):
         finishing: Round,
         *,
         model_digest: str,
+        state_digest: str | None = None,
         next_round: Round | None,
         happened: Sequence[Event],
         exclusions: Sequence[Exclusion] = (),
@@ -87,6 +89,7 @@ class Rounds(Database):
                 finishing,
                 RoundEvent.FINISH,
                 model_digest=model_digest,
+                state_digest=state_digest,
                 client_evaluation=client_evaluation,
                 finished_at=at,
             )
@@ -97,7 +100,13 @@ class Rounds(Database):
                 run_id,
                 [one["client"] for one in verdicts if one["verdict"] == OrderState.COUNTED],
             )
-            append_entry(connection, finishing, model_digest=model_digest, updates=verdicts)
+            append_entry(
+                connection,
+                finishing,
+                model_digest=model_digest,
+                state_digest=state_digest,
+                updates=verdicts,
+            )
             if next_round is None:
                 add_events(connection, run_id, happened)
             else:
@@ -135,29 +144,37 @@ class Rounds(Database):
     def models_let_go(self, run_id: str, digests: Collection[str], *, since_round: int) -> set[str]:
         """Return those of `digests` that only rounds of this run before `since_round` know of.
 
-        The run's best model stays, and whatever another run knows of.
+        They name models and server states. The run's best model stays, with the state that goes
+        with it, and whatever another run knows of.
         """
         table = schema.rounds
+        named = (
+            *(table.c.base_digest, table.c.base_state_digest),
+            *(table.c.model_digest, table.c.state_digest),
+        )
         with self.reading() as connection:
             rows = connection.execute(
                 select(
-                    *(table.c.run_id, table.c.round, table.c.base_digest, table.c.model_digest),
+                    *(table.c.run_id, table.c.round, *named),
                     table.c.evaluation["accuracy"].as_float().label("accuracy"),
-                ).where(table.c.model_digest.in_(digests) | table.c.base_digest.in_(digests))
+                ).where(or_(*(column.in_(digests) for column in named)))
             ).all()
         old = [row for row in rows if row.run_id == run_id and row.round < since_round]
-        kept = {
-            digest
-            for row in rows
-            if row not in old
-            for digest in (row.base_digest, row.model_digest)
-        }
-        evaluated = [
-            (row.accuracy, -row.round, row.model_digest)
-            for row in rows
-            if row.run_id == run_id and row.accuracy is not None
-        ]
+        kept = _blobs_of(row for row in rows if row not in old)
+        evaluated = [row for row in rows if row.run_id == run_id and row.accuracy is not None]
         if evaluated:
-            kept.add(max(evaluated)[-1])
-        known = {digest for row in old for digest in (row.base_digest, row.model_digest)}
-        return (known & set(digests)) - kept
+            best = max(evaluated, key=lambda row: (row.accuracy, -row.round))
+            kept |= {best.model_digest, best.state_digest}
+        return (set(digests) & _blobs_of(old)) - kept
+
+
+def _blobs_of(rows: Iterable[Any]) -> set[str | None]:
+    """Return the models and server states that rows of `rounds` name."""
+    return {
+        digest
+        for row in rows
+        for digest in (
+            *(row.base_digest, row.base_state_digest),
+            *(row.model_digest, row.state_digest),
+        )
+    }

@@ -14,7 +14,7 @@ from sqlalchemy import (
     Table,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 metadata = MetaData()
 
@@ -56,8 +56,11 @@ rounds = Table(
     Column("attempt", Integer, primary_key=True),
     Column("phase", String, nullable=False),
     Column("base_digest", String, nullable=False),
+    # The server state that goes with the base, and with the model; NULL where there is none.
+    Column("base_state_digest", String),
     Column("max_delta_norm", Float, nullable=False),
     Column("model_digest", String),
+    Column("state_digest", String),
     Column("evaluation", JSON(none_as_null=True)),
     # How good the base is on the round's own clients, as they say.
     Column("client_evaluation", JSON(none_as_null=True)),

@@ -55,6 +55,7 @@ def insert_round(connection: Connection, opened: Round, happened: Event) -> None
             **key,
             phase=opened.phase,
             base_digest=opened.base_digest,
+            base_state_digest=opened.base_state_digest,
             max_delta_norm=opened.max_delta_norm,
             started_at=happened.at,
         )
@@ -262,7 +263,9 @@ def read_round(connection: Connection, row: Row[Any]) -> Round:
         phase=Phase(row.phase),
         base_digest=row.base_digest,
         max_delta_norm=row.max_delta_norm,
+        base_state_digest=row.base_state_digest,
         model_digest=row.model_digest,
+        state_digest=row.state_digest,
         orders=tuple(
             Order(order_id=one.order_id, client_id=one.client_id, state=OrderState(one.state))
             for one in rows

@@ -1,36 +1,175 @@
-"""What the server makes of a cohort's updates, one row a strategy."""
+"""What the server makes of a cohort's updates: the table of all rows, and how they are combined.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+A strategy is named by its rows: steps before a robust rule, the aggregator, a server optimizer, in
+this order and joined by "+", such as nnm+krum or median+fedadam. Without an aggregator it is
+fedavg, or uniform behind steps of which num_examples can't tell the weight any more.
+"""
 
-from fedserver.strategies.blocks import Aggregator
-from fedserver.strategies.means import weighted_mean
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedserver.strategies import means, mixing, robust, server_optimizers
+from fedserver.strategies.rows import Mean, Mixing, Part, Rule, ServerOptimizer, Strategy
+from fedserver.strategies.step import by_rule
 from shared.errors import InvalidInput
 
+Row = Callable[..., Part]
 
-@dataclass(frozen=True)
-class Strategy:
-    """How updates become the next global model."""
-
-    aggregator: Aggregator
-
-
-STRATEGIES: Mapping[str, Strategy] = {
-    # McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
-    # Data", algorithm 1.
-    "fedavg": Strategy(aggregator=weighted_mean),
+ROWS: Mapping[str, Row] = {
+    "fedavg": means.fedavg,
+    "uniform": robust.uniform,
+    "qfedavg": means.qfedavg,
+    "fednova": means.fednova,
+    "median": robust.median,
+    "trimmed-mean": robust.trimmed_mean,
+    "krum": robust.krum,
+    "multi-krum": robust.multi_krum,
+    "geometric-median": robust.geometric_median,
+    "centered-clipping": robust.centered_clipping,
+    "bulyan": robust.bulyan,
+    "clip": mixing.clip,
+    "nnm": mixing.nnm,
+    "bucketing": mixing.bucketing,
+    "fedavgm": server_optimizers.fedavgm,
+    "fedadagrad": server_optimizers.fedadagrad,
+    "fedadam": server_optimizers.fedadam,
+    "fedyogi": server_optimizers.fedyogi,
 }
 
 
-def find_strategy(name: str) -> Strategy:
-    """Return the strategy of that name.
+def find_strategy(settings: Mapping[str, Any]) -> Strategy:
+    """Return the strategy that a run's settings name.
+
+    They are `strategy`, `strategy_parameters` (numbers by name, of all its rows together) and what
+    single rows rest on. Naming `package.module:row` imports the module, that is, runs its code.
 
     Raises:
-        InvalidInput: there is none; the message lists those there are.
+        InvalidInput: there is no such row or parameter, a number is out of range, or the rows make
+            no sense together.
     """
-    try:
-        return STRATEGIES[name]
-    except KeyError:
+    name = settings["strategy"]
+    given = dict(settings.get("strategy_parameters") or {})
+    rows = [(one, _find_row(one)) for one in name.split("+")]
+    known = {key for _, row in rows for key in parameters_of(row)}
+    for key in given.keys() - known:
+        near = difflib.get_close_matches(key, known, n=1)
         raise InvalidInput(
-            f"there is no strategy {name!r}; choose one of {', '.join(STRATEGIES)}"
-        ) from None
+            f"strategy {name} has no parameter {key!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+            + f" (it has: {', '.join(sorted(known)) or 'none'})"
+        )
+    parts = [_made(one, row, given, settings) for one, row in rows]
+    return _composed(name, parts)
+
+
+def parameters_of(row: Row) -> dict[str, inspect.Parameter]:
+    """Return what can be chosen of a row, by name."""
+    parameters = inspect.signature(row).parameters
+    return {key: one for key, one in parameters.items() if key != "settings"}
+
+
+def _find_row(name: str) -> Row:
+    if name in ROWS:
+        return ROWS[name]
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        near = difflib.get_close_matches(name, ROWS, n=1)
+        raise InvalidInput(
+            f"there is no strategy {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+            + f" There are: {', '.join(ROWS)}, joined by +; one of your own is named "
+            "package.module:function. `python -m fedserver strategies` tells of each"
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise InvalidInput(
+            f"strategy {name!r}: importing {module_name} failed ({error}); is it installed or on "
+            "PYTHONPATH?"
+        ) from error
+    except AttributeError as error:
+        raise InvalidInput(f"strategy {name!r}: {module_name} has no {attribute}") from error
+    if not callable(found):
+        raise InvalidInput(
+            f"strategy {name!r} is a {type(found).__name__}; name a function that returns a row "
+            "(see fedserver.strategies.rows)"
+        )
+    row: Row = found
+    return row
+
+
+def _made(name: str, row: Row, given: Mapping[str, float], settings: Mapping[str, Any]) -> Part:
+    """Call a row's function with its own of the given parameters."""
+    arguments: dict[str, Any] = {}
+    for key, parameter in parameters_of(row).items():
+        if key in given:
+            arguments[key] = _number(name, parameter, given[key])
+        elif parameter.default is inspect.Parameter.empty:
+            raise InvalidInput(
+                f"strategy {name} needs its parameter {key!r}; give --strategy-parameters {key}=..."
+            )
+    if "settings" in inspect.signature(row).parameters:
+        arguments["settings"] = settings
+    part = row(**arguments)
+    if not isinstance(part, Part):
+        raise InvalidInput(
+            f"strategy {name!r} gives a {type(part).__name__}; its function must return a Mean, "
+            "Rule, Mixing or ServerOptimizer of fedserver.strategies.rows"
+        )
+    return part
+
+
+def _number(name: str, parameter: inspect.Parameter, value: float) -> float | int | bool:
+    if parameter.annotation is float:
+        return value
+    is_switch = parameter.annotation is bool
+    if value != int(value) or (is_switch and value not in (0, 1)):
+        raise InvalidInput(
+            f"{parameter.name} of strategy {name} is {value:g}; it must be "
+            + ("0 or 1" if is_switch else "a whole number")
+        )
+    return bool(value) if is_switch else int(value)
+
+
+def _composed(name: str, parts: list[Part]) -> Strategy:
+    """Put the rows together, if they stand in an order that makes sense."""
+    order = [
+        0 if isinstance(part, Mixing) else 2 if isinstance(part, ServerOptimizer) else 1
+        for part in parts
+    ]
+    if order != sorted(order):
+        raise InvalidInput(
+            f"strategy {name}: steps such as nnm come first, then one aggregator, then a server "
+            "optimizer"
+        )
+    for kind, what in ((1, "aggregator"), (2, "server optimizer")):
+        if order.count(kind) > 1:
+            raise InvalidInput(f"strategy {name} has more than one {what}; name one")
+    mixings = [part for part in parts if isinstance(part, Mixing)]
+    aggregator: Part = means.fedavg() if not mixings else robust.uniform()
+    optimizer = None
+    for part in parts:
+        if isinstance(part, Mean | Rule):
+            aggregator = part
+        elif isinstance(part, ServerOptimizer):
+            optimizer = part
+    if isinstance(aggregator, Mean):
+        if mixings:
+            raise InvalidInput(
+                f"strategy {name}: what comes out of a step is nobody's update, so a mean can't "
+                "weigh it by what its client says; use uniform or a robust rule instead"
+            )
+        return Strategy(name=name, aggregator=aggregator.aggregator, server_optimizer=optimizer)
+    assert isinstance(aggregator, Rule)
+    min_updates = aggregator.min_updates
+    for one in reversed(mixings):
+        min_updates = one.min_updates(min_updates)
+    return Strategy(
+        name=name,
+        aggregator=by_rule([one.step for one in mixings], aggregator),
+        server_optimizer=optimizer,
+        min_updates=min_updates,
+    )

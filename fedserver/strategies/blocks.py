@@ -9,11 +9,12 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -25,18 +26,38 @@ BLOCK_ELEMENTS = 64 * 1024
 # More threads find memory no faster.
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _BLOCKS_AT_A_TIME = 8
+_ROWS_BYTES = 16 * 1024 * 1024
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateFile:
     """A state_dict on disk: the global model, or a client's update.
 
-    `num_examples` is the update's weight in a mean; the global model has none.
+    Of an update, `num_examples` is its weight in a mean, `num_steps` counts its optimizer steps and
+    `global_loss` is how bad the base is on the client's examples (None: it wasn't asked). Other
+    files have none of them.
     """
 
     path: Path
     layout: Layout
     num_examples: int = 0
+    num_steps: int = 0
+    global_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """What a closed round is aggregated from: all that the next model may depend on.
+
+    `updates` are in client order; `seed` is of this attempt at the round, for rules that draw.
+    """
+
+    base: StateFile
+    updates: Sequence[StateFile]
+    kinds: Mapping[str, EntryKind]
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,25 +69,31 @@ class Block:
     count: int
 
 
-Aggregator = Callable[
-    [StateFile, Sequence[StateFile], Mapping[str, EntryKind]],
-    Iterator[tuple[Block, torch.Tensor]],
-]
-"""(base, updates in client order, kinds) -> every block of the next model with its values.
+@dataclass(frozen=True)
+class NextBlock:
+    """A block of the next model, and of the server state that goes with it.
 
-Blocks come in the order of the base's bytes; a block's tensor is 1-dim, of the entry's dtype, and
-valid until the next block is asked for.
-"""
+    `values` is [count], of the entry's dtype; `moments` is [count, num_moments], of the server
+    state's, None where the block has none. Both own their memory.
+    """
+
+    block: Block
+    values: torch.Tensor
+    moments: torch.Tensor | None = None
+
 
 BlockFunction = Callable[[Block], torch.Tensor]
-"""A block of the next model; the tensor is its own, not a view of a buffer used again."""
+"""What an averaged entry's block becomes: float64 [count], its own or reused by the next call."""
+
+Aggregator = Callable[[Cohort], Callable[[], BlockFunction]]
+"""Looks at a cohort as a whole; what it returns is called once in every thread that computes."""
 
 
 class BlockReader:
     """Owns the buffer that blocks are read into; `read` overwrites what it returned before."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray(BLOCK_ELEMENTS * 8)
+        self._buffer = bytearray()
 
     def read(self, file: StateFile, block: Block) -> torch.Tensor:
         """Return a block of `file` as a 1-dim tensor of the entry's dtype, [block.count].
@@ -76,6 +103,8 @@ class BlockReader:
         """
         entry = file.layout.entries[block.name]
         size = entry.dtype.itemsize
+        if len(self._buffer) < block.count * size:
+            self._buffer = bytearray(block.count * size)
         view = memoryview(self._buffer)[: block.count * size]
         try:
             descriptor = os.open(file.path, os.O_RDONLY)
@@ -92,33 +121,66 @@ class BlockReader:
         return torch.frombuffer(self._buffer, dtype=entry.dtype, count=block.count)
 
 
-def blocks_of(layout: Layout) -> Iterator[Block]:
+class RowReader:
+    """Reads one block of many files at once; owns the memory, which the next `read` overwrites."""
+
+    def __init__(self, files: Sequence[StateFile]) -> None:
+        self._files = files
+        self._reader = BlockReader()
+        self._rows = torch.empty(0)
+
+    def read(self, block: Block) -> torch.Tensor:
+        """Return [num_files, block.count], of the entry's dtype.
+
+        Raises:
+            StorageDamaged: one of the files is shorter than its layout, or gone.
+        """
+        dtype = self._files[0].layout.entries[block.name].dtype
+        num_elements = len(self._files) * block.count
+        if self._rows.dtype != dtype or len(self._rows) < num_elements:
+            self._rows = torch.empty(num_elements, dtype=dtype)
+        rows = self._rows[:num_elements].view(len(self._files), block.count)
+        for row, file in zip(rows, self._files, strict=True):
+            row.copy_(self._reader.read(file, block))
+        return rows
+
+
+def elements_per_row(num_rows: int) -> int:
+    """Return how long blocks may be of which one of each of so many files is held at a time."""
+    return max(1024, min(BLOCK_ELEMENTS, _ROWS_BYTES // (4 * num_rows)))
+
+
+def blocks_of(layout: Layout, *, max_elements: int | None = None) -> Iterator[Block]:
     """Yield the blocks of all entries in the order of their bytes; empty entries have none."""
+    step = min(BLOCK_ELEMENTS, max_elements or BLOCK_ELEMENTS)
     for name, entry in layout.entries.items():
         num_elements = math.prod(entry.shape)
-        for begin in range(0, num_elements, BLOCK_ELEMENTS):
-            yield Block(name, begin, min(BLOCK_ELEMENTS, num_elements - begin))
+        for begin in range(0, num_elements, step):
+            yield Block(name, begin, min(step, num_elements - begin))
 
 
 def compute_blocks(
-    layout: Layout, begin: Callable[[], BlockFunction]
-) -> Iterator[tuple[Block, torch.Tensor]]:
-    """Yield every block of `layout` with its values, computed side by side, in order.
+    blocks: Iterable[Block],
+    begin: Callable[[], Callable[[Block], T]],
+    *,
+    at_a_time: int = _BLOCKS_AT_A_TIME,
+) -> Iterator[T]:
+    """Yield what becomes of every block, computed side by side, in order.
 
     Each thread calls `begin` once, for a function with buffers of its own. Blocks don't depend on
     each other, so the threads change nothing but the time.
     """
     own = threading.local()
 
-    def compute(run: list[Block]) -> list[tuple[Block, torch.Tensor]]:
+    def compute(run: list[Block]) -> list[T]:
         if not hasattr(own, "function"):
             own.function = begin()
-        return [(block, own.function(block)) for block in run]
+        return [own.function(block) for block in run]
 
-    blocks = blocks_of(layout)
-    runs = iter(lambda: list(islice(blocks, _BLOCKS_AT_A_TIME)), [])
+    remaining = iter(blocks)
+    runs = iter(lambda: list(islice(remaining, at_a_time)), [])
     pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="blocks")
-    under_way: deque[Future[list[tuple[Block, torch.Tensor]]]] = deque()
+    under_way: deque[Future[list[T]]] = deque()
     try:
         for run in runs:
             under_way.append(pool.submit(compute, run))

@@ -1,59 +1,180 @@
-"""Means over a cohort."""
+"""Means over a cohort: each update has a weight, which may rest on what its client says of it.
 
-from collections.abc import Iterator, Mapping, Sequence
+Whoever lies about it has as much weight as the server admits. Rules that don't trust the cohort are
+in fedserver.strategies.robust.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fedserver.strategies.blocks import (
     BLOCK_ELEMENTS,
+    Aggregator,
     Block,
     BlockFunction,
     BlockReader,
+    Cohort,
     StateFile,
-    compute_blocks,
 )
+from fedserver.strategies.geometry import squared_distances
+from fedserver.strategies.rows import Mean, UnfitCohort
+from shared.errors import InvalidInput
 from shared.weights import EntryKind
 
 
-def weighted_mean(
-    base: StateFile, updates: Sequence[StateFile], kinds: Mapping[str, EntryKind]
-) -> Iterator[tuple[Block, torch.Tensor]]:
-    """Average the clients' state_dicts, weighted by num_examples (McMahan et al. 2017, alg. 1).
+@dataclass(frozen=True)
+class Weights:
+    """The next parameters are (of_base * base + sum of_updates[i] * updates[i]) / total."""
 
-    Exact in order: num_examples * value is summed in float64 in the order of `updates` and divided
-    once. Weights are integers below 2^29, so products with float32 and narrower are exact (29 + 24
-    bits fit in 53) and fused and unfused arithmetic agree; float64 entries are multiplied and added
-    in two roundings for the same reason. Thus the bytes depend on nothing but the arguments.
+    of_updates: Sequence[float]
+    total: float
+    of_base: float = 0.0
 
-    Parameters and float buffers are averaged, counters take the maximum, anything else stays as in
-    the base. Without updates, or with a total weight of zero, the next model is the base.
+
+def fedavg() -> Mean:
+    """Mean weighted by num_examples (McMahan et al. 2017, algorithm 1).
+
+    "Communication-Efficient Learning of Deep Networks from Decentralized Data".
     """
-    total = sum(update.num_examples for update in updates)
+    return Mean(aggregator=_mean_by(_by_num_examples))
 
-    def begin() -> BlockFunction:
-        reader = BlockReader()
-        accumulator = torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)
 
-        def compute(block: Block) -> torch.Tensor:
-            kind = kinds[block.name]
-            if total == 0 or kind is EntryKind.FIXED:
-                return reader.read(base, block).clone()
-            if kind is EntryKind.COUNTER:
-                largest = reader.read(base, block).clone()
-                for update in updates:
-                    torch.maximum(largest, reader.read(update, block), out=largest)
-                return largest
-            # Minus zero is the sum's neutral element; from plus zero on, a mean of -0.0 were +0.0.
-            mean = accumulator[: block.count].fill_(-0.0)
-            for update in updates:
-                values = reader.read(update, block)
-                if values.dtype is torch.float64:
-                    mean.add_(values.mul_(update.num_examples))
-                else:
-                    mean.add_(values, alpha=update.num_examples)
-            mean.div_(total)
-            return mean.to(base.layout.entries[block.name].dtype, copy=True)
+def qfedavg(*, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, Any]) -> Mean:
+    """Clients on whose data the model is bad count more (Li et al. 2020, algorithm 2).
 
-        return compute
+    "Fair Resource Allocation in Federated Learning". With F_k the loss of the global model on
+    client k's examples and d_k its delta, the model moves by sum_k F_k^q L d_k / sum_k h_k, where
+    h_k = q F_k^(q-1) L^2 |d_k|^2 + L F_k^q: the paper's update with its Delta w_k = -L d_k. All
+    clients count the same otherwise.
 
-    return compute_blocks(base.layout, begin)
+    Args:
+        q: 0 is the plain mean; the larger, the more even the clients' losses.
+        lipschitz: the paper's L; 0: 1 / --lr, as the paper has it.
+        settings: the run's; clients must tell the loss (--evaluate-on-clients).
+    """
+    if not 0 <= q < math.inf or not 0 <= lipschitz < math.inf:
+        raise InvalidInput(f"q is {q:g}, lipschitz {lipschitz:g}; neither may be below 0")
+    if not settings.get("evaluate_on_clients"):
+        raise InvalidInput(
+            "strategy qfedavg needs the loss of the global model on each client's data; add "
+            "--evaluate-on-clients"
+        )
+    smoothness = lipschitz or 1 / float(settings["lr"])
+
+    def weigh(cohort: Cohort) -> Weights:
+        squared_norms = squared_distances(cohort)[0, 1:].tolist()
+        moves, steps = [], []
+        for update, squared_norm in zip(cohort.updates, squared_norms, strict=True):
+            loss = _loss_of(update)
+            moves.append(loss**q * smoothness)
+            steps.append(q * loss ** (q - 1) * smoothness**2 * squared_norm + moves[-1])
+        total = math.fsum(steps)
+        return Weights(moves, total, of_base=total - math.fsum(moves))
+
+    return Mean(aggregator=_mean_by(weigh))
+
+
+def fednova(*, settings: Mapping[str, Any]) -> Mean:
+    """Deltas divided by how far their local steps reach (Wang et al. 2020).
+
+    "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", equation
+    7: the model moves by (sum_k p_k a_k) * sum_k p_k d_k / a_k with p_k the share of the examples.
+    a_k is the number of local steps for plain SGD, and with momentum rho the L1 norm that the paper
+    gives in section 4: (s - rho (1 - rho^s) / (1 - rho)) / (1 - rho) for s steps.
+
+    Args:
+        settings: the run's; the local optimizer must be SGD, its momentum is --momentum.
+    """
+    if settings.get("optimizer", "sgd") != "sgd":
+        raise InvalidInput(
+            f"strategy fednova is defined for local SGD, but --optimizer is "
+            f"{settings['optimizer']}; give --optimizer sgd or another strategy"
+        )
+    momentum = float(settings.get("momentum", 0.0))
+
+    def weigh(cohort: Cohort) -> Weights:
+        total = sum(update.num_examples for update in cohort.updates)
+        reaches = [_reach(update.num_steps, momentum) for update in cohort.updates]
+        shares = [update.num_examples / total for update in cohort.updates]
+        mean_reach = math.fsum(p * a for p, a in zip(shares, reaches, strict=True))
+        moves = [mean_reach * p / a for p, a in zip(shares, reaches, strict=True)]
+        return Weights(moves, 1.0, of_base=1 - math.fsum(moves))
+
+    return Mean(aggregator=_mean_by(weigh))
+
+
+def weighted_sum(
+    cohort: Cohort, weights: Weights, *, reader: BlockReader, accumulator: torch.Tensor
+) -> BlockFunction:
+    """Return what computes a weighted mean's blocks, in `accumulator`.
+
+    Exact in order: weight * value is summed in float64 in the order of `updates` and divided once.
+    Weights that are integers below 2^29 make products with float32 and narrower that are exact (29
+    + 24 bits fit in 53), so fused and unfused arithmetic agree; other products are multiplied and
+    added in two roundings for the same reason. Thus the bytes depend on nothing but the arguments.
+    """
+    terms = [(cohort.base, weights.of_base), *zip(cohort.updates, weights.of_updates, strict=True)]
+    terms = [(file, weight) for file, weight in terms if weight != 0]
+
+    def compute(block: Block) -> torch.Tensor:
+        # Minus zero is the sum's neutral element; from plus zero on, a mean of -0.0 were +0.0.
+        mean = accumulator[: block.count].fill_(-0.0)
+        for file, weight in terms:
+            values = reader.read(file, block)
+            if isinstance(weight, int) and values.dtype is not torch.float64:
+                mean.add_(values, alpha=weight)
+            else:
+                mean.add_(values.double().mul_(weight))
+        return mean.div_(weights.total)
+
+    return compute
+
+
+def _mean_by(weigh: Callable[[Cohort], Weights]) -> Aggregator:
+    """Return the aggregator that gives parameters these weights, float buffers num_examples."""
+
+    def prepare(cohort: Cohort) -> Callable[[], BlockFunction]:
+        of_buffers = _by_num_examples(cohort)
+        of_parameters = of_buffers if weigh is _by_num_examples else weigh(cohort)
+
+        def begin() -> BlockFunction:
+            reader, accumulator = BlockReader(), torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)
+            parameters, buffers = (
+                weighted_sum(cohort, weights, reader=reader, accumulator=accumulator)
+                for weights in (of_parameters, of_buffers)
+            )
+
+            def compute(block: Block) -> torch.Tensor:
+                is_parameter = cohort.kinds[block.name] is EntryKind.PARAMETER
+                return parameters(block) if is_parameter else buffers(block)
+
+            return compute
+
+        return begin
+
+    return prepare
+
+
+def _by_num_examples(cohort: Cohort) -> Weights:
+    weights = [update.num_examples for update in cohort.updates]
+    return Weights(weights, sum(weights))
+
+
+def _loss_of(update: StateFile) -> float:
+    loss = update.global_loss
+    if loss is None or not 0 < loss < math.inf:
+        raise UnfitCohort(
+            f"qfedavg needs each client's loss of the global model, above 0 and finite; "
+            f"{update.path.name} came with {loss}"
+        )
+    return loss
+
+
+def _reach(num_steps: int, momentum: float) -> float:
+    if num_steps < 1:
+        raise UnfitCohort(f"fednova divides by the local steps, but an update has {num_steps}")
+    return (num_steps - momentum * (1 - momentum**num_steps) / (1 - momentum)) / (1 - momentum)

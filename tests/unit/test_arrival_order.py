@@ -19,7 +19,9 @@ from fedserver.checkpoints import Checkpoints
 from fedserver.rounds import OrderState
 from fedserver.spool import Spool
 from fedserver.store import Store
-from fedserver.strategies.means import weighted_mean
+from fedserver.strategies import find_strategy
+from fedserver.strategies.blocks import Cohort
+from fedserver.strategies.step import next_blocks
 from shared.codec import digest_bytes, encode_state
 from shared.weights import EntryKind
 from tests.factories import begin_round, end_order, make_update, write_state
@@ -29,6 +31,7 @@ WEIGHTS = (3, 5, 3, 5)
 """Clients two apart have equal weights, so that their +1e30 and -1e30 cancel."""
 
 KINDS = {"w": EntryKind.PARAMETER}
+FEDAVG = find_strategy({"strategy": "fedavg"})
 
 # What a server does with a recorded round; each argument is a folder and a number of threads.
 AGGREGATE = """
@@ -38,8 +41,9 @@ import torch
 from fedserver.checkpoints import Checkpoints
 from fedserver.spool import Spool
 from fedserver.store import Store
-from fedserver.strategies.blocks import StateFile
-from fedserver.strategies.means import weighted_mean
+from fedserver.strategies import find_strategy
+from fedserver.strategies.blocks import Cohort, StateFile
+from fedserver.strategies.step import next_blocks
 from shared.codec import read_layout
 from shared.weights import EntryKind
 
@@ -57,7 +61,9 @@ for argument in sys.argv[1:]:
         weight = stored.update.num_examples
         updates.append(StateFile(path=path, layout=read_layout(path), num_examples=weight))
     base = checkpoints.load(collected.base_digest).file
-    print(checkpoints.save(base, weighted_mean(base, updates, kinds)).digest)
+    cohort = Cohort(base=base, updates=updates, kinds=kinds)
+    blocks = next_blocks(find_strategy({"strategy": "fedavg"}), cohort)
+    print(checkpoints.save(base, blocks).digest)
     store.close()
 """
 
@@ -156,7 +162,8 @@ def test_thread_counts_agree_on_other_precisions(tmp_path: Path) -> None:
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 checkpoints = Checkpoints(tmp_path / "models", KINDS)
-                digests.add(checkpoints.save(base, weighted_mean(base, updates, KINDS)).digest)
+                cohort = Cohort(base=base, updates=updates, kinds=KINDS)
+                digests.add(checkpoints.save(base, next_blocks(FEDAVG, cohort)).digest)
             assert len(digests) == 1
     finally:
         torch.set_num_threads(before)

@@ -96,3 +96,17 @@ def test_help_lists_every_setting_with_its_default(
     ]
     assert missing == []
     assert "(default: cpu)" in shown if settings_class is ClientSettings else "(default: 10)"
+
+
+def test_a_strategys_parameters_are_one_flag_or_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers by name, the same from either; a word isn't one."""
+    config = _toml(tmp_path, 'strategy = "krum"\n[strategy_parameters]\nf = 2\nserver_lr = 0.5\n')
+    expected = {"f": 2.0, "server_lr": 0.5}
+    assert parse(ServerSettings, ["--config", config]).strategy_parameters == expected
+    given = parse(ServerSettings, ["--strategy-parameters", "f=2,server_lr=0.5"])
+    assert given.strategy_parameters == expected
+    assert given.run_settings()["strategy_parameters"] == expected
+    refused = _refusal(capsys, "--strategy-parameters", "f=two")
+    assert "f is 'two': input should be a valid number" in refused

@@ -18,7 +18,9 @@ def make_entry(**changed: Any) -> bytes:  # noqa: ANN401
         "round_number": 1,
         "attempt": 2,
         "base_digest": "aa",
+        "base_state_digest": None,
         "model_digest": "bb",
+        "state_digest": "dd",
         "settings": {"lr": 0.1, "task": "t"},
         "updates": [UPDATE],
         "previous": GENESIS,
@@ -29,8 +31,10 @@ def make_entry(**changed: Any) -> bytes:  # noqa: ANN401
 def test_the_bytes_of_an_entry_are_pinned() -> None:
     """Sorted keys, no spaces: an entry written today is verified by the software of tomorrow."""
     expected = (
-        '{"attempt":2,"base":"aa","model":"bb","previous":"' + "0" * 64 + '","round":1,'
-        '"run":"run1","settings":{"lr":0.1,"task":"t"},"updates":[{"client":3,"digest":"cc",'
+        '{"attempt":2,"base":"aa","base_state":null,"model":"bb","previous":"'
+        + "0" * 64
+        + '","round":1,'
+        '"run":"run1","settings":{"lr":0.1,"task":"t"},"state":"dd","updates":[{"client":3,"digest":"cc",'
         '"num_examples":5,"order_id":"o","verdict":"COUNTED"}]}'
     ).encode()
     assert make_entry() == expected
@@ -45,7 +49,9 @@ def test_the_bytes_of_an_entry_are_pinned() -> None:
         {"round_number": 2},
         {"attempt": 1},
         {"base_digest": "ab"},
+        {"base_state_digest": "ab"},
         {"model_digest": "ba"},
+        {"state_digest": None},
         {"settings": {"lr": 0.2, "task": "t"}},
         {"updates": []},
         {"updates": [UPDATE, UPDATE]},

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from fedserver.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
 from fedserver.strategies import blocks, find_strategy
-from fedserver.strategies.blocks import blocks_of
-from fedserver.strategies.means import weighted_mean
+from fedserver.strategies.blocks import Cohort, blocks_of
+from fedserver.strategies.step import next_blocks
 from shared.codec import decode_state, digest_bytes, encode_state
-from shared.errors import InvalidInput, NotFound, StorageDamaged
+from shared.errors import NotFound, StorageDamaged
 from shared.weights import EntryKind, entry_kinds
 from tests.factories import State, TinyNet, write_state
 
 KINDS = entry_kinds(TinyNet())
 ONE_PARAMETER = {"w": EntryKind.PARAMETER}
+FEDAVG = find_strategy({"strategy": "fedavg"})
 
 
 def aggregate(
@@ -35,7 +36,8 @@ def aggregate(
     start = write_state(folder, base)
     files = [write_state(folder, state, num_examples=weight) for state, weight in updates]
     checkpoints = Checkpoints(folder / "models", kinds)
-    return checkpoints.save(start, weighted_mean(start, files, kinds))
+    cohort = Cohort(base=start, updates=files, kinds=kinds)
+    return checkpoints.save(start, next_blocks(FEDAVG, cohort))
 
 
 def result_of(model: GlobalModel) -> dict[str, Tensor]:
@@ -210,18 +212,12 @@ def test_a_file_that_shrank_or_went_is_damage(tmp_path: Path) -> None:
     base = write_state(tmp_path, {"w": torch.zeros(4)})
     cut = write_state(tmp_path, {"w": torch.ones(4)}, num_examples=1)
     cut.path.write_bytes(cut.path.read_bytes()[:-1])
+    cohort = Cohort(base=base, updates=[cut], kinds=ONE_PARAMETER)
     with pytest.raises(StorageDamaged, match="ends inside tensor 'w'"):
-        list(weighted_mean(base, [cut], ONE_PARAMETER))
+        list(next_blocks(FEDAVG, cohort))
     cut.path.unlink()
     with pytest.raises(StorageDamaged, match="is gone"):
-        list(weighted_mean(base, [cut], ONE_PARAMETER))
-
-
-def test_a_strategy_is_found_by_name() -> None:
-    """The row fedavg is the weighted mean; an unknown name lists those there are."""
-    assert find_strategy("fedavg").aggregator is weighted_mean
-    with pytest.raises(InvalidInput, match="no strategy 'fedavgg'; choose one of fedavg"):
-        find_strategy("fedavgg")
+        list(next_blocks(FEDAVG, cohort))
 
 
 def test_a_model_on_disk_is_examined_before_it_is_used(tmp_path: Path) -> None:

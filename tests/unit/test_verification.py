@@ -243,6 +243,46 @@ def test_an_entry_rewritten_with_its_chain_is_found_by_the_arithmetic(state_dir:
     expect_found(state_dir, ("round 4: aggregated again it gives model",))
 
 
+def test_server_states_are_looked_at_and_made_again(tmp_path: Path) -> None:
+    """Each one's bytes; a step whose state is damaged or let go isn't made again."""
+    state_dir = write_state_dir(tmp_path, strategy="median+fedadam")
+    whole = ALL_WHOLE.replace("5 models whole", "5 models whole, 4 server states whole")
+    assert state_dir.verify() == ([], whole)
+
+    def state_of(number: int) -> Path:
+        digest = state_dir.ask("SELECT state_digest FROM rounds WHERE round = ?", number)
+        return state_dir.folder / "models" / f"{digest}.server-state"
+
+    state_of(1).unlink()
+    flip_bit(state_of(2))
+    summary = expect_found(state_dir, ("round 2: its server state holds other bytes",))
+    assert "2 of 3 server states whole" in summary
+    # Round 2 began with the first state, round 3 with the second.
+    assert summary.endswith("2 of 4 re-aggregated (1 not kept, 1 damaged)")
+    state_dir.change("UPDATE rounds SET state_digest = 'abc' WHERE round = 3")
+    state_of(4).unlink()
+    expect_found(
+        state_dir,
+        ("round 3: its server state is abc in the table of rounds",),
+        ("round 2: its server state holds other bytes",),
+        ("round 4: its server state is gone",),
+    )
+
+
+def test_a_server_state_that_cant_be_made_again_is_found(tmp_path: Path) -> None:
+    """By the arithmetic: the entry and its chain agree on another state than the updates make."""
+    state_dir = write_state_dir(tmp_path, strategy="fedavgm")
+    entry = state_dir.ask("SELECT entry FROM ledger WHERE round = 4")
+    state = state_dir.ask("SELECT state_digest FROM rounds WHERE round = 4")
+    other = state_dir.ask("SELECT state_digest FROM rounds WHERE round = 3")
+    rewritten = entry.replace(f'"state":"{state}"', f'"state":"{other}"')
+    digest = entry_digest(rewritten.encode())
+    state_dir.change("UPDATE ledger SET entry = ?, digest = ? WHERE round = 4", rewritten, digest)
+    state_dir.change("UPDATE runs SET ledger_head = ?", digest)
+    state_dir.change("UPDATE rounds SET state_digest = ? WHERE round = 4", other)
+    expect_found(state_dir, ("round 4: aggregated again it gives server state",))
+
+
 def test_what_was_let_go_is_no_finding_but_is_counted(state_dir: StateDir) -> None:
     """Old models and updates may be let go; the round whose base is gone can't be made again."""
     state_dir.path("models", round_number=1).unlink()

@@ -1,0 +1,95 @@
+"""What a strategy is put together from: the kinds of rows, and what a whole one is.
+
+A row of the table is a function with parameters by name that returns one of these. The parameter
+`settings`, where a function has it, are the run's settings.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedserver.strategies.blocks import Aggregator
+from shared.errors import FederationError
+
+Matrix = npt.NDArray[np.float64]
+
+
+class UnfitCohort(FederationError):
+    """A strategy can't be applied to these updates; the attempt at the round fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A linear step from points to points, told by coefficients.
+
+    `apply` gets the squared L2 distances between the global model and m updates, [m + 1, m + 1]
+    with the global model first, and a seed; it returns coefficients [k, m + 1] whose rows sum to 1,
+    the k updates that come out. Where it doesn't need distances they may be all 0.
+    """
+
+    apply: Callable[[Matrix, int], Matrix]
+    needs_distances: bool = True
+
+
+Reduction = Callable[[Matrix], Matrix]
+"""Coordinate-wise: the updates' values ascending, [count, num_updates] -> float64 [count]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """An aggregator that weighs the updates by what their clients say of them."""
+
+    aggregator: Aggregator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """An aggregator to which all updates count the same: `select` some, then `reduce` them.
+
+    `select` leaves all as they are if it is None. Where it leaves more than one, `reduce` makes one
+    of them, and in any case of the float buffers of all. `min_updates` is how many it takes.
+    """
+
+    reduce: Reduction
+    select: Step | None = None
+    min_updates: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """A step before a Rule; `min_updates` says how many it takes for that many to come out."""
+
+    step: Step
+    min_updates: Callable[[int], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptimizer:
+    """How the model follows the pseudo-gradient, the aggregate minus the global model.
+
+    `initial` is what each moment of a parameter begins with. `step` gets the pseudo-gradient,
+    float64 [count], and the moments, float64 [count, num_moments], and returns by how much the
+    model moves and the moments after. Momenta are kept for parameters alone.
+    """
+
+    initial: tuple[float, ...]
+    step: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+Part = Mean | Rule | Mixing | ServerOptimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How a cohort's updates become the next global model.
+
+    `min_updates` is the smallest cohort it makes sense for.
+    """
+
+    name: str
+    aggregator: Aggregator
+    server_optimizer: ServerOptimizer | None = None
+    min_updates: int = 1

@@ -1,0 +1,231 @@
+"""One step of the global model: the aggregate, then the server optimizer, block by block.
+
+The server's state (an optimizer's moments) is passed in and comes out; nothing is remembered here.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fedserver.strategies.blocks import (
+    BLOCK_ELEMENTS,
+    Aggregator,
+    Block,
+    BlockFunction,
+    BlockReader,
+    Cohort,
+    NextBlock,
+    RowReader,
+    StateFile,
+    blocks_of,
+    compute_blocks,
+    elements_per_row,
+)
+from fedserver.strategies.geometry import distances_between, squared_distances
+from fedserver.strategies.means import Weights, weighted_sum
+from fedserver.strategies.rows import Matrix, Rule, ServerOptimizer, Step, Strategy, UnfitCohort
+from shared.codec import Layout, make_layout
+from shared.weights import EntryKind
+
+# Sorted at a time, so that it stays in the cache.
+_SORTED_ELEMENTS = 256 * 1024
+
+
+def next_blocks(
+    strategy: Strategy, cohort: Cohort, server_state: StateFile | None = None
+) -> Iterator[NextBlock]:
+    """Return every block of the next model, in the order of the base's bytes.
+
+    Parameters and float buffers are aggregated; the server optimizer then touches parameters only.
+    Counters take the maximum, anything else stays as in the base. Updates without examples don't
+    count; without any that do, the aggregate is the base. `server_state` is what the step before
+    left, None at the beginning.
+
+    Raises:
+        UnfitCohort: the strategy can't be applied to these updates.
+        StorageDamaged: one of the files is shorter than its layout, or gone.
+    """
+    updates = [update for update in cohort.updates if update.num_examples > 0]
+    cohort = replace(cohort, updates=updates)
+    if updates and len(updates) < strategy.min_updates:
+        raise UnfitCohort(
+            f"strategy {strategy.name} needs at least {strategy.min_updates} updates, but only "
+            f"{len(updates)} count"
+        )
+    begin_aggregate = strategy.aggregator(cohort) if updates else _base_of(cohort)
+
+    def begin() -> Callable[[Block], NextBlock]:
+        aggregate, reader = begin_aggregate(), BlockReader()
+
+        def compute(block: Block) -> NextBlock:
+            kind = cohort.kinds[block.name]
+            dtype = cohort.base.layout.entries[block.name].dtype
+            if kind is EntryKind.FIXED:
+                return NextBlock(block, reader.read(cohort.base, block).clone())
+            if kind is EntryKind.COUNTER:
+                largest = reader.read(cohort.base, block).clone()
+                for update in updates:
+                    torch.maximum(largest, reader.read(update, block), out=largest)
+                return NextBlock(block, largest)
+            values = aggregate(block)
+            optimizer = strategy.server_optimizer
+            if kind is not EntryKind.PARAMETER or optimizer is None:
+                return NextBlock(block, values.to(dtype, copy=True))
+            # A copy: the reader's next read is into the same memory.
+            base = reader.read(cohort.base, block).to(torch.float64, copy=True)
+            moments = _moments(optimizer, server_state, block, reader)
+            move, moments = optimizer.step(values - base, moments)
+            moments = moments.to(_state_dtype(dtype), copy=True)
+            return NextBlock(block, (base + move).to(dtype), moments)
+
+        return compute
+
+    longest = elements_per_row(len(updates) + 1)
+    return compute_blocks(blocks_of(cohort.base.layout, max_elements=longest), begin)
+
+
+def state_layout(strategy: Strategy, cohort: Cohort) -> Layout | None:
+    """Return the layout of the server state that a step leaves, None where it leaves none.
+
+    A safetensors file with an entry for each parameter, of its shape with the moments as one
+    dimension more at the end, so that it is written in the order of the model's blocks.
+    """
+    if strategy.server_optimizer is None:
+        return None
+    num_moments = len(strategy.server_optimizer.initial)
+    return make_layout(
+        {
+            name: (_state_dtype(entry.dtype), (*entry.shape, num_moments))
+            for name, entry in cohort.base.layout.entries.items()
+            if cohort.kinds[name] is EntryKind.PARAMETER
+        }
+    )
+
+
+def by_rule(steps: Sequence[Step], rule: Rule) -> Aggregator:
+    """Return the aggregator that takes these steps, then the rule's own, then reduces."""
+    all_steps = [*steps, *([rule.select] if rule.select else [])]
+
+    def prepare(cohort: Cohort) -> Callable[[], BlockFunction]:
+        coefficients = _chained(all_steps, cohort)
+
+        def begin() -> BlockFunction:
+            of_buffers = _Coordinates(cohort, rule)
+            if coefficients is None:
+                of_parameters: BlockFunction = of_buffers
+            elif len(coefficients) == 1:
+                of_parameters = weighted_sum(
+                    cohort,
+                    _weights_of(coefficients[0]),
+                    reader=BlockReader(),
+                    accumulator=torch.empty(BLOCK_ELEMENTS, dtype=torch.float64),
+                )
+            else:
+                of_parameters = _Coordinates(cohort, rule, coefficients)
+
+            def compute(block: Block) -> torch.Tensor:
+                is_parameter = cohort.kinds[block.name] is EntryKind.PARAMETER
+                return of_parameters(block) if is_parameter else of_buffers(block)
+
+            return compute
+
+        return begin
+
+    return prepare
+
+
+class _Coordinates:
+    """A thread's coordinate-wise reduction, of the updates or of combinations of them."""
+
+    def __init__(self, cohort: Cohort, rule: Rule, coefficients: Matrix | None = None) -> None:
+        self._reduce = rule.reduce
+        self._coefficients = None
+        files = cohort.updates
+        if coefficients is not None:
+            files = [cohort.base, *cohort.updates]
+            chosen = coefficients.argmax(axis=1)
+            if np.array_equal(coefficients, np.eye(len(files))[chosen]):
+                files = [files[index] for index in chosen]
+            else:
+                self._coefficients = torch.from_numpy(coefficients)
+        self._rows = RowReader(files)
+
+    def __call__(self, block: Block) -> torch.Tensor:
+        """Return the block's reduced values, float64 [count]."""
+        values = self._rows.read(block)
+        if values.dtype is not torch.float64:
+            values = values.float()
+        num_rows = len(values) if self._coefficients is None else len(self._coefficients)
+        reduced = np.empty(block.count)
+        step = max(1, _SORTED_ELEMENTS // num_rows)
+        for begin in range(0, block.count, step):
+            part = values[:, begin : begin + step]
+            if self._coefficients is not None:
+                part = self._coefficients @ part.double()
+            ascending = part.T.contiguous().numpy()
+            ascending.sort(axis=1)
+            # Plus zero makes -0.0 plain 0.0: sorting doesn't tell them apart.
+            reduced[begin : begin + step] = self._reduce(ascending) + 0.0
+        return torch.from_numpy(reduced)
+
+
+def _chained(steps: Sequence[Step], cohort: Cohort) -> Matrix | None:
+    """Return what the steps make of the updates, as coefficients of base and updates.
+
+    [num_points, num_updates + 1]; None where there are no steps.
+    """
+    if not steps:
+        return None
+    num_updates = len(cohort.updates)
+    coefficients = np.eye(num_updates + 1)
+    squared = np.zeros((num_updates + 1, num_updates + 1))
+    if any(step.needs_distances for step in steps):
+        squared = squared_distances(cohort)
+    for number, step in enumerate(steps):
+        applied = step.apply(squared, cohort.seed)
+        is_last = number == len(steps) - 1
+        if not is_last:
+            squared = distances_between(squared, applied)
+            # The base stays the first of the points.
+            applied = np.vstack([np.eye(1, applied.shape[1]), applied])
+        coefficients = np.einsum("ij,jk->ik", applied, coefficients)
+    return coefficients
+
+
+def _weights_of(coefficients: Matrix) -> Weights:
+    """Return one point's coefficients as weights: exact ones where all that count are equal."""
+    of_base, *of_updates = coefficients.tolist()
+    used = {value for value in of_updates if value}
+    if len(used) == 1 and of_base == 0:
+        weights = [int(value > 0) for value in of_updates]
+        return Weights(weights, sum(weights))
+    return Weights(of_updates, 1.0, of_base=of_base)
+
+
+def _base_of(cohort: Cohort) -> Callable[[], BlockFunction]:
+    def begin() -> BlockFunction:
+        reader = BlockReader()
+        return lambda block: reader.read(cohort.base, block).double()
+
+    return begin
+
+
+def _moments(
+    optimizer: ServerOptimizer,
+    server_state: StateFile | None,
+    block: Block,
+    reader: BlockReader,
+) -> torch.Tensor:
+    """Return a block's moments before the step, float64 [count, num_moments]."""
+    num_moments = len(optimizer.initial)
+    if server_state is None:
+        initial = torch.tensor(optimizer.initial, dtype=torch.float64)
+        return initial.expand(block.count, num_moments).clone()
+    interleaved = Block(block.name, block.begin * num_moments, block.count * num_moments)
+    return reader.read(server_state, interleaved).double().view(block.count, num_moments)
+
+
+def _state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32

@@ -1,0 +1,68 @@
+"""Strategies in whole runs: a server's state survives kills, is kept with its models, verified."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.acceptance.federation import expect_clean_exits, start_client, start_server, verdicts
+from tests.processes import Scene, fixed_port
+
+CLIENTS = (0, 1, 2)
+FLAGS = (
+    *("--rounds", 5, "--min-clients", 3, "--require-all", "--seed", 5),
+    *("--strategy", "median+fedyogi", "--strategy-parameters", "server_lr=0.02,tau=0.01"),
+)
+
+
+def models_of(history: list[dict[str, Any]]) -> list[str]:
+    """Return each round's model."""
+    return [entry["model_digest"] for entry in history]
+
+
+def state_files(folder: Path) -> set[str]:
+    """Return the digests of the server states that are kept."""
+    return {path.stem for path in (folder / "models").glob("*.server-state")}
+
+
+def test_a_server_optimizers_state_outlives_kills_and_is_verified(scene: Scene) -> None:
+    """Killed -9 in the middle the run ends in the same models; verify makes every state again.
+
+    The second run also lets go what --keep-rounds says: states go with their models.
+    """
+    first = start_server(scene, *FLAGS, "--keep-updates", "all", state="whole")
+    expect_clean_exits(
+        first,
+        *(start_client(scene, one, first.address, state=f"whole-{one}") for one in CLIENTS),
+    )
+    expected = scene.history(state="whole")
+    assert len(state_files(scene.folder / "whole")) == 5
+    verified = scene.command("verify", "--state-dir", scene.folder / "whole")
+    assert verified.returncode == 0, verified.stdout
+    assert "5 server states whole" in verified.stdout
+    assert verified.stdout.endswith("5 of 5 re-aggregated\n")
+
+    flags = (*FLAGS, "--port", fixed_port(), "--keep-rounds", 2)
+    server = start_server(scene, *flags)
+    clients = [start_client(scene, one, server.address, TINY_STEP_S="0.01") for one in CLIENTS]
+    server.wait_for_line("round-opened.*round=3")
+    server.signal(signal.SIGKILL)
+    server.wait()
+    expect_clean_exits(start_server(scene, *flags), *clients)
+    history = scene.history()
+    assert verdicts(history) == [
+        (one, client, "COUNTED") for one in range(1, 6) for client in CLIENTS
+    ]
+    assert models_of(history) == models_of(expected)
+    kept = state_files(scene.folder / "server")
+    assert kept < state_files(scene.folder / "whole")
+    # Those that the last two rounds began and ended with, and the best model's.
+    assert 3 <= len(kept) <= 4
+    assert scene.command("verify", "--state-dir", scene.folder / "server").returncode == 0
+
+
+def test_a_strategy_that_a_round_could_starve_is_refused_at_the_start(scene: Scene) -> None:
+    """In a sentence, before a run is begun."""
+    server = start_server(scene, "--strategy", "krum", "--strategy-parameters", "f=2")
+    assert server.wait() == 1
+    assert "strategy krum needs at least 7 updates in a round, but 2 are enough" in server.lines[-1]
+    assert not (scene.folder / "server" / "federation.sqlite").exists()

@@ -1,0 +1,139 @@
+"""Means that weigh by more than num_examples: q-FedAvg and FedNova beside their papers' lines."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from fedserver.strategies import find_strategy
+from fedserver.strategies.blocks import Cohort
+from fedserver.strategies.rows import UnfitCohort
+from fedserver.strategies.step import next_blocks
+from shared.weights import EntryKind
+from tests.factories import write_state
+
+KINDS = {"norm.running_var": EntryKind.FLOAT_BUFFER, "w": EntryKind.PARAMETER}
+EXAMPLES = (30, 10, 60)
+STEPS = (5, 40, 12)
+LOSSES = (0.2, 2.5, 0.9)
+SIZE = 41
+
+Vectors = npt.NDArray[np.float64]
+
+
+def values(seed: int) -> Vectors:
+    """Return a model's parameters."""
+    return np.random.default_rng(seed).standard_normal(SIZE)
+
+
+BASE, UPDATES = values(0), [values(one) for one in (1, 2, 3)]
+
+
+def aggregate(
+    folder: Path,
+    strategy: str,
+    *,
+    parameters: dict[str, float] | None = None,
+    losses: Sequence[float | None] = LOSSES,
+    steps: Sequence[int] = STEPS,
+    momentum: float = 0.0,
+) -> tuple[Vectors, float]:
+    """Return the next parameters, and a running variance that is 1, 2 and 3 at the clients."""
+
+    def state(vector: Vectors, variance: float) -> dict[str, torch.Tensor]:
+        return {"norm.running_var": torch.tensor(variance), "w": torch.from_numpy(vector)}
+
+    updates = [
+        replace(
+            write_state(folder, state(vector, number + 1.0), num_examples=EXAMPLES[number]),
+            num_steps=steps[number],
+            global_loss=losses[number],
+        )
+        for number, vector in enumerate(UPDATES)
+    ]
+    cohort = Cohort(base=write_state(folder, state(BASE, 0.0)), updates=updates, kinds=KINDS)
+    settings = {
+        "strategy": strategy,
+        "strategy_parameters": parameters or {},
+        "lr": 0.05,
+        "momentum": momentum,
+        "evaluate_on_clients": True,
+    }
+    found = {one.block.name: one.values for one in next_blocks(find_strategy(settings), cohort)}
+    return found["w"].numpy(), found["norm.running_var"].item()
+
+
+@pytest.mark.parametrize("q", [0.0, 0.5, 1.0, 5.0])
+@pytest.mark.parametrize("lipschitz", [0.0, 3.0])
+def test_qfedavg_is_the_papers_algorithm(tmp_path: Path, q: float, lipschitz: float) -> None:
+    """Li et al. 2020, algorithm 2, lines 5 to 7, with L = 1 / lr unless it is given."""
+    smoothness = lipschitz or 1 / 0.05
+    deltas, steps = [], []
+    for update, loss in zip(UPDATES, LOSSES, strict=True):
+        move = smoothness * (BASE - update)
+        deltas.append(loss**q * move)
+        steps.append(q * loss ** (q - 1) * (move**2).sum() + smoothness * loss**q)
+    expected = BASE - np.sum(deltas, axis=0) / sum(steps)
+    found, variance = aggregate(tmp_path, "qfedavg", parameters={"q": q, "lipschitz": lipschitz})
+    assert np.abs(found - expected).max() < 1e-12
+    # 30, 10 and 60 examples with 1, 2 and 3.
+    assert variance == pytest.approx(2.3)
+
+
+def test_qfedavg_with_q_0_is_the_uniform_mean(tmp_path: Path) -> None:
+    """All clients count alike, as the paper's FedAvg does."""
+    found, _ = aggregate(tmp_path, "qfedavg", parameters={"q": 0})
+    assert np.abs(found - np.mean(UPDATES, axis=0)).max() < 1e-12
+
+
+@pytest.mark.parametrize("loss", [None, math.nan, math.inf, 0.0, -1.0])
+def test_qfedavg_without_a_loss_is_a_sentence(tmp_path: Path, loss: float | None) -> None:
+    """A client that tells none, or one that is no loss, can't be weighed."""
+    with pytest.raises(UnfitCohort, match="needs each client's loss of the global model"):
+        aggregate(tmp_path, "qfedavg", losses=(0.2, loss, 0.9))
+
+
+def local_weights(num_steps: int, momentum: float) -> Vectors:
+    """Return with which factor each local gradient is in the delta: momentum SGD, run by hand.
+
+    Step by step: m = momentum m + g, x = x - m; of g_k alone, x moves by 1 + momentum + ... in the
+    steps from k on.
+    """
+    factors = np.zeros(num_steps)
+    for gradient in range(num_steps):
+        buffer = 0.0
+        for step in range(num_steps):
+            buffer = momentum * buffer + (step == gradient)
+            factors[gradient] += buffer
+    return factors
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_fednova_is_the_papers_equation(tmp_path: Path, momentum: float) -> None:
+    """Wang et al. 2020, equation 7: d_i = delta_i / |a_i|, tau = sum p_i |a_i|; a_i by hand."""
+    reaches = [local_weights(steps, momentum).sum() for steps in STEPS]
+    shares = np.array(EXAMPLES) / sum(EXAMPLES)
+    tau = sum(shares * reaches)
+    normalised = [(one - BASE) / reach for one, reach in zip(UPDATES, reaches, strict=True)]
+    expected = BASE + tau * sum(p * one for p, one in zip(shares, normalised, strict=True))
+    found, variance = aggregate(tmp_path, "fednova", momentum=momentum)
+    assert np.abs(found - expected).max() < 1e-12
+    assert variance == pytest.approx(2.3)
+
+
+def test_fednova_of_equal_steps_is_fedavg(tmp_path: Path) -> None:
+    """Nothing to normalise: the weighted mean."""
+    found, _ = aggregate(tmp_path, "fednova", steps=(7, 7, 7), momentum=0.9)
+    expected, _ = aggregate(tmp_path, "fedavg", steps=(7, 7, 7))
+    assert np.abs(found - expected).max() < 1e-12
+
+
+def test_fednova_without_steps_is_a_sentence(tmp_path: Path) -> None:
+    """A client that claims not to have moved can't be normalised."""
+    with pytest.raises(UnfitCohort, match="divides by the local steps"):
+        aggregate(tmp_path, "fednova", steps=(7, 0, 7))
