@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import torch
-from rich.console import Console
 
 from fedserver.checkpoints import Checkpoints
 from fedserver.coordinator import Coordinator
@@ -33,6 +32,7 @@ from fedserver.store import Store, read_history
 from fedserver.strategies import find_strategy
 from fedserver.terminal import showing_progress
 from fedserver.workers import Workers
+from shared.cli import stderr_console
 from shared.data import examine_scheme
 from shared.errors import InvalidInput, RunFailed, StorageDamaged, WrongSettings
 from shared.failpoints import FailPoint, pass_by
@@ -201,7 +201,7 @@ def _export(parts: Parts, last_digest: str) -> None:
 
 def _show_end(parts: Parts) -> None:
     history = read_history(parts.store, parts.run)
-    console = Console(stderr=True)
+    console = stderr_console()
     console.print(round_table(history, title=f"{parts.run.run_id}: done", max_width=console.width))
     for line in incident_lines(history):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

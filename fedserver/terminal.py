@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -17,6 +17,7 @@ from fedserver.events import EventBus, event_line, log_event
 from fedserver.orderbook import OpenOrder, OrderBook
 from fedserver.records import Event
 from fedserver.rounds import OrderState
+from shared.cli import stderr_console
 
 _NUM_CLIENTS_SHOWN = 20
 _NUM_INCIDENTS_SHOWN = 5
@@ -25,7 +26,7 @@ _NUM_INCIDENTS_SHOWN = 5
 @contextmanager
 def showing_progress(bus: EventBus, book: OrderBook, *, total_rounds: int) -> Iterator[None]:
     """Show the run on standard error until the block ends."""
-    console = Console(stderr=True)
+    console = stderr_console()
     if not console.is_terminal:
         bus.subscribe(log_event)
         yield

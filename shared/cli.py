@@ -6,6 +6,7 @@ ends the process with a sentence and exit code 2.
 
 import argparse
 import difflib
+import functools
 import inspect
 import json
 import logging
@@ -170,9 +171,15 @@ def _described(settings: Settings, flags: dict[str, Any]) -> list[str]:
     return lines
 
 
+@functools.cache
+def stderr_console() -> Console:
+    """Return the console on standard error; one, or log lines would write into a live view."""
+    return Console(stderr=True)
+
+
 def log_to_stderr(level: str) -> None:
     """Send log lines to standard error with the time: a person's in a terminal, plain elsewhere."""
-    console = Console(stderr=True)
+    console = stderr_console()
     if console.is_terminal:
         # Writes above a live view, where a plain handler would write into it.
         handler: logging.Handler = RichHandler(console=console, show_path=False)

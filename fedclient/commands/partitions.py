@@ -54,7 +54,11 @@ def run(argv: list[str]) -> None:
     console.print(title, highlight=False, soft_wrap=True)
     console.print(_table(counts, max_width=console.width))
     if settings.out is not None:
-        _draw(counts, settings.out, title=f"{title} {parameters or ''}")
+        _draw(
+            counts,
+            settings.out,
+            title=" ".join([title, *(f"{name} {value}" for name, value in parameters.items())]),
+        )
         print(f"drawn into {settings.out}")
 
 
