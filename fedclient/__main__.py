@@ -12,16 +12,18 @@ from shared.errors import FederationError
 # Run as a module this one is called __main__, which the log level isn't set for.
 logger = logging.getLogger("fedclient")
 
+COMMANDS = ("partitions",)
+
 
 def main(argv: list[str]) -> int:
     """Return the exit code: 0 done or stopped, 1 failed, 2 wrong usage."""
     try:
-        if argv and argv[0] == "partitions":
+        if argv and argv[0] in COMMANDS:
             from fedclient.commands import partitions  # noqa: PLC0415
 
             partitions.run(argv[1:])
             return 0
-        settings = parse(ClientSettings, argv)
+        settings = parse(ClientSettings, argv, commands=COMMANDS)
         log_to_stderr(settings.log_level)
         _run(settings, _stop_when_asked())
     except FederationError as error:

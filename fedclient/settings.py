@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from shared.cli import Settings
@@ -12,12 +12,23 @@ from shared.cli import Settings
 class ConnectionSettings(Settings):
     """Who it is, and the server."""
 
-    id: int = Field(ge=0, description="this client's number, another one for every client")
+    id: int = Field(
+        ge=0, le=2**53, description="this client's number, another one for every client"
+    )
     server: str = Field(default="localhost:50051", description="the coordinator, host:port")
     state_dir: Path | None = Field(
         default=None, description="everything kept is here; state/client-ID"
     )
     stay: bool = Field(default=False, description="wait for the next run when one is done")
+
+    @field_validator("server")
+    @classmethod
+    def _examine_server(cls, server: str) -> str:
+        """Refuse an address at which no server can ever be, or the client would wait for it."""
+        host, _, port = server.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise ValueError("write it as host:port, such as localhost:50051")
+        return server
 
 
 class DataSettings(Settings):

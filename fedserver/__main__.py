@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
             command = importlib.import_module(f"fedserver.commands.{argv[0]}")
             code: int | None = command.run(argv[1:])
             return code or 0
-        settings = parse(ServerSettings, argv)
+        settings = parse(ServerSettings, argv, commands=COMMANDS)
         log_to_stderr(settings.log_level)
         from fedserver.server import run_server  # noqa: PLC0415
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedserver.events import event_of
 from fedserver.parts import Parts
@@ -31,22 +32,26 @@ class EvaluationStopped(Exception):
 
 
 class Evaluator:
-    """Holds the model and the held-out set; `evaluate` computes, so call it from a thread."""
+    """Holds the held-out set and a model to test; `evaluate` computes: call it from a thread."""
 
-    def __init__(self, task: Task, *, data_root: Path | None) -> None:
+    def __init__(self, task: Task, model: nn.Module, *, data_root: Path | None) -> None:
         examples = task.load_test(data_root)
         if examples is not None and (bad := examine_examples(task, examples)):
             raise InvalidInput(
                 f"task {task.name!r}: held-out example {bad[0]} (from 0) holds a NaN or an "
                 "infinity; correct the data"
             )
-        self._loader = (
-            None
-            if examples is None
-            else make_loader(examples, batch_size=_BATCH_SIZE, shuffle=False)
-        )
+        # Dataset declares no length.
+        if examples is not None and len(examples) == 0:  # type: ignore[arg-type]
+            raise InvalidInput(
+                f"task {task.name!r}: the held-out set is empty; give it examples, or let "
+                "load_test return None"
+            )
         self._task = task
-        self._model = task.build_model()
+        self._loader = None
+        if examples is not None:
+            self._loader = make_loader(examples, batch_size=_BATCH_SIZE, shuffle=False)
+            self._model = model
         self._stop = threading.Event()
 
     @property

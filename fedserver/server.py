@@ -6,6 +6,7 @@ import logging
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Set
 
 import torch
 
@@ -38,7 +39,7 @@ from shared.errors import InvalidInput, RunFailed, StorageDamaged, WrongSettings
 from shared.failpoints import FailPoint, pass_by
 from shared.files import locked_folder
 from shared.tasks import Task, find_task
-from shared.weights import entry_kinds
+from shared.weights import EntryKind, entry_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,16 @@ def run_server(settings: ServerSettings) -> None:
     task = find_task(settings.task)
     _examine_strategy(settings)
     examine_scheme(settings.partition, settings.partitioning.parameters)
-    evaluator = Evaluator(task, data_root=settings.data_root)
+    model = task.build_model()
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidInput(
+            f"task {task.name!r}: build_model returned a {type(model).__name__}, not a "
+            "torch.nn.Module"
+        )
+    kinds = entry_kinds(model)
+    modules = {name for name, _ in model.named_modules()}
+    evaluator = Evaluator(task, model, data_root=settings.data_root)
+    del model
     with locked_folder(settings.state_dir) as state_dir:
         try:
             store = Store(state_dir / "federation.sqlite")
@@ -70,7 +80,16 @@ def run_server(settings: ServerSettings) -> None:
         try:
             run = _open_run(store, settings)
             asyncio.run(
-                _serve(settings, run, store, workers=workers, task=task, evaluator=evaluator)
+                _serve(
+                    settings,
+                    run,
+                    store,
+                    workers,
+                    task=task,
+                    kinds=kinds,
+                    modules=modules,
+                    evaluator=evaluator,
+                )
             )
         finally:
             workers.close()
@@ -111,15 +130,13 @@ async def _serve(
     settings: ServerSettings,
     run: Run,
     store: Store,
-    *,
     workers: Workers,
+    *,
     task: Task,
+    kinds: Mapping[str, EntryKind],
+    modules: Set[str],
     evaluator: Evaluator,
 ) -> None:
-    model = task.build_model()
-    kinds = entry_kinds(model)
-    modules = {name for name, _ in model.named_modules()}
-    del model
     state_dir = settings.state_dir
     checkpoints = Checkpoints(state_dir / "models", kinds)
     bus, book = EventBus(), OrderBook()

@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -77,13 +78,15 @@ class Settings(BaseSettings):
         return init_settings, env_settings, toml
 
 
-def parse(settings_class: type[S], argv: list[str]) -> S:
+def parse(settings_class: type[S], argv: list[str], *, commands: Sequence[str] = ()) -> S:
     """Return the validated settings that `argv`, the environment and the TOML file make.
+
+    `commands` are the words that may stand in place of the first setting.
 
     Ends the process with exit code 2 and a sentence on standard error where one of them is wrong,
     and with 0 after --help and --print-config.
     """
-    parser = _Parser(settings_class)
+    parser = _Parser(settings_class, commands)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     config_file = finder.parse_known_args(argv)[0].config
@@ -111,7 +114,7 @@ def parse(settings_class: type[S], argv: list[str]) -> S:
 class _Parser(argparse.ArgumentParser):
     """Groups flags by the settings class that declares them; suggests the nearest unknown one."""
 
-    def __init__(self, settings_class: type[Settings]) -> None:
+    def __init__(self, settings_class: type[Settings], commands: Sequence[str]) -> None:
         super().__init__(
             prog=settings_class.model_config.get("cli_prog_name"),
             usage="%(prog)s [settings]",
@@ -120,6 +123,7 @@ class _Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self._settings_class = settings_class
+        self._commands = commands
         self._titles: dict[str, argparse._ArgumentGroup] = {}
 
     def add_setting(self, *names: str, **options: Any) -> argparse.Action:  # noqa: ANN401
@@ -134,8 +138,13 @@ class _Parser(argparse.ArgumentParser):
         _, is_unknown, rest = message.partition("unrecognized arguments: ")
         if is_unknown:
             unknown = rest.split()[0].partition("=")[0]
-            near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
-            message = f"there is no flag {unknown}" + (f"; did you mean {near[0]}?" if near else "")
+            is_flag = unknown.startswith("-")
+            names = self._option_string_actions if is_flag else self._commands
+            near = difflib.get_close_matches(unknown, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            if not is_flag and not near:
+                hint = "; settings are given as --name value"
+            message = f"there is no {'flag' if is_flag else 'command'} {unknown}{hint}"
         print(f"{self.prog}: {message} (--help lists all)", file=sys.stderr)
         raise SystemExit(USAGE_EXIT_CODE)
 

@@ -136,6 +136,8 @@ def find_task(name: str) -> Task:
             f"task {name!r}: importing {module_name} failed ({error}); is it installed or on "
             f"PYTHONPATH?"
         ) from error
+    except SyntaxError as error:
+        raise InvalidInput(f"task {name!r}: {module_name} can't be read: {error}") from error
     if not hasattr(module, attribute):
         tasks = [key for key, value in vars(module).items() if isinstance(value, Task)]
         raise InvalidInput(
@@ -159,11 +161,16 @@ def examine_examples(task: Task, examples: Examples) -> list[int]:
         don't: training stops at the first of them, and says in which step.
 
     Raises:
-        InvalidInput: a target is no class of the task.
+        InvalidInput: a target is no class of the task, or an example isn't (input, target).
     """
     if not isinstance(examples, TensorDataset):
         return []
-    inputs, targets = examples.tensors[:2]
+    if len(examples.tensors) != 2:
+        raise InvalidInput(
+            f"task {task.name!r}: an example is (input, target), but the data set has "
+            f"{len(examples.tensors)} tensors"
+        )
+    inputs, targets = examples.tensors
     if task.num_classes is not None and len(targets) > 0:
         outside = _any_in_each((targets < 0) | (targets >= task.num_classes))
         if outside.any():

@@ -203,8 +203,9 @@ def _download(name: str, source: _IdxSource, root: Path) -> None:
                     path.replace(target / path.name)
     # URLError and timeouts are OSErrors; torchvision's own 'no mirror worked' is a RuntimeError
     except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
         raise DataUnavailable(
-            f"{name}: not under {root}, and downloading it there failed ({error}); either pass "
+            f"{name}: not under {root}, and downloading it there failed ({reason}); either pass "
             f"--data-root with the files in torchvision's layout ({source.folder}/raw/"
             f"train-images-idx3-ubyte and so on), or connect to the internet and start again"
         ) from error

@@ -84,6 +84,22 @@ def test_a_task_nobody_knows_lists_the_tasks(scene: Scene) -> None:
     assert server.stdout_lines == []
 
 
+def test_a_task_without_a_model_begins_no_run(scene: Scene) -> None:
+    """What is wrong with a task is told before anything is written for it."""
+    lines = (
+        "from torch.nn.functional import cross_entropy",
+        "from shared.tasks import Task",
+        "train = lambda request: None",
+        "test = lambda data_root: None",
+        "task = Task(name='own', build_model=dict, load_train=train, load_test=test,",
+        "            loss=cross_entropy)",
+    )
+    (scene.folder / "modelless.py").write_text("\n".join(lines))
+    server = scene.server("--task", "modelless:task", PYTHONPATH=str(scene.folder))
+    expect_refusal(server, "'own': build_model returned a dict, not a torch.nn.Module")
+    assert not (scene.folder / "server").exists()
+
+
 def test_a_client_of_another_task_ends_with_both_names(
     waiting: Server, module_scene: Scene
 ) -> None:

@@ -60,6 +60,7 @@ def test_an_unknown_setting_is_told_the_nearest_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "no flag --epoch; did you mean --epochs?" in _refusal(capsys, "--epoch", "3")
+    assert "no command rounds; settings are given as --name" in _refusal(capsys, "rounds", "3")
     config = _toml(tmp_path, "learning_rate = 1\nepochss = 3\n")
     told = _refusal(capsys, "--config", config)
     assert "there is no setting 'epochss'; did you mean 'epochs'?" in told
@@ -78,6 +79,22 @@ def test_a_value_that_cant_be_is_told_with_its_setting(
     assert "--rounds is 'x'" in _refusal(capsys, "--config", _toml(tmp_path, "rounds = 'x'"))
     monkeypatch.setenv("FEDSERVER_PORT", "high")
     assert "--port is 'high'" in _refusal(capsys)
+
+
+@pytest.mark.parametrize("server", ["localhost", "localhost:port", ":50051", "there:0", "a:70000"])
+def test_a_client_never_waits_for_a_server_nowhere(
+    server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What can't be an address is told at the start."""
+    with pytest.raises(SystemExit):
+        parse(ClientSettings, ["--id", "1", "--server", server])
+    assert f"--server is '{server}': write it as host:port" in capsys.readouterr().err
+
+
+def test_a_misspelt_command_is_told_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(ClientSettings, ["partition"], commands=["partitions"])
+    assert "no command partition; did you mean partitions?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings_class", [ServerSettings, ClientSettings])

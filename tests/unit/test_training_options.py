@@ -217,6 +217,11 @@ def test_a_label_that_is_no_class_is_named() -> None:
         examine_examples(make_task(num_classes=2), sequences)
 
 
+def test_examples_without_targets_are_told() -> None:
+    with pytest.raises(InvalidInput, match=r"is \(input, target\), but the data set has 1 tensors"):
+        examine_examples(make_task(), TensorDataset(torch.zeros(2, 4)))
+
+
 def test_inputs_that_arent_finite_are_counted_where_they_shouldnt_be() -> None:
     """Infinities that cancel in a sum are found all the same; large sums are no false alarm."""
     inputs = torch.zeros(5, 2, 2)
@@ -233,7 +238,14 @@ def test_a_server_doesnt_start_with_a_held_out_set_that_isnt_finite() -> None:
     """Every evaluation would be NaN, and look like a collapse of the model."""
     held_out = TensorDataset(torch.tensor([[0.0] * 3, [math.nan] * 3]), torch.tensor([0, 1]))
     with pytest.raises(InvalidInput, match=r"held-out example 1 \(from 0\) holds a NaN"):
-        Evaluator(make_task(load_test=lambda _: held_out), data_root=None)
+        Evaluator(make_task(load_test=lambda _: held_out), nn.Linear(3, 2), data_root=None)
+
+
+def test_a_server_doesnt_start_with_an_empty_held_out_set() -> None:
+    """None is the way to say that there is none."""
+    nothing = TensorDataset(torch.zeros(0, 3), torch.zeros(0).long())
+    with pytest.raises(InvalidInput, match=r"held-out set is empty; .* load_test return None"):
+        Evaluator(make_task(load_test=lambda _: nothing), nn.Linear(3, 2), data_root=None)
 
 
 def test_data_of_other_kinds_is_taken_as_it_is() -> None:
