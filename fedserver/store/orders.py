@@ -6,7 +6,15 @@ from dataclasses import asdict
 
 from sqlalchemy import insert, select
 
-from fedserver.records import Event, OrderRecord, Refusal, Round, StoredUpdate, json_number
+from fedserver.records import (
+    Event,
+    HeldState,
+    OrderRecord,
+    Refusal,
+    Round,
+    StoredUpdate,
+    json_number,
+)
 from fedserver.rounds import OrderEvent, OrderState, Phase
 from fedserver.store import schema
 from fedserver.store.database import Database
@@ -159,24 +167,30 @@ class Orders(Database):
             return True
 
     def orders_to_keep(self, run_id: str, *, since_round: int) -> set[str]:
-        """Return the orders that a round still needs, and those COUNTED from `since_round` on."""
-        orders, rounds = schema.orders, schema.rounds
+        """Return the orders whose updates the spool must not lose.
+
+        Those that a round still needs, those COUNTED from `since_round` on, and those HELD: a
+        stream that was fenced leaves its bytes here, until the quarantine is tidied.
+        """
+        orders, rounds, held = schema.orders, schema.rounds, schema.quarantine
         with self.reading() as connection:
-            return set(
-                connection.execute(
-                    select(orders.c.order_id)
-                    .join(
-                        rounds,
-                        (rounds.c.run_id == orders.c.run_id)
-                        & (rounds.c.round == orders.c.round)
-                        & (rounds.c.attempt == orders.c.attempt),
-                    )
-                    .where(
-                        orders.c.run_id == run_id,
-                        rounds.c.phase.in_([Phase.COLLECTING, Phase.AGGREGATING])
-                        | (
-                            (orders.c.state == OrderState.COUNTED) & (orders.c.round >= since_round)
-                        ),
-                    )
-                ).scalars()
-            )
+            needed = connection.execute(
+                select(orders.c.order_id)
+                .join(
+                    rounds,
+                    (rounds.c.run_id == orders.c.run_id)
+                    & (rounds.c.round == orders.c.round)
+                    & (rounds.c.attempt == orders.c.attempt),
+                )
+                .where(
+                    orders.c.run_id == run_id,
+                    rounds.c.phase.in_([Phase.COLLECTING, Phase.AGGREGATING])
+                    | ((orders.c.state == OrderState.COUNTED) & (orders.c.round >= since_round)),
+                )
+            ).scalars()
+            kept = connection.execute(
+                select(held.c.order_id).where(
+                    held.c.run_id == run_id, held.c.state == HeldState.HELD, held.c.kept_bytes > 0
+                )
+            ).scalars()
+            return {*needed, *kept}

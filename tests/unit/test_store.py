@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedserver import ledger
-from fedserver.records import Event, Round, Run, RunState
+from fedserver.records import Event, HeldState, Round, Run, RunState
 from fedserver.rounds import ForbiddenTransition, OrderEvent, OrderState, Phase
 from fedserver.store import Store, read_history
 from shared.errors import NotFound
@@ -94,6 +94,23 @@ def test_a_refused_update_is_kept_with_its_reason(store: Store) -> None:
     (kept,) = json.loads(json.dumps(entry, allow_nan=False))["updates"]
     assert (kept["verdict"], kept["reason"]) == ("REFUSED", "loss is nan")
     assert kept["metrics"] == {"loss": "nan", "accuracy": 0.5}
+
+
+def test_the_spool_keeps_what_a_round_needs_and_what_is_held(store: Store) -> None:
+    """All of the open round; of one that is done what is held, and what counted if it is recent."""
+    run, opened = begin_round(store, clients=(0, 1, 2))
+    good, bad, early = (one.order_id for one in opened.orders)
+    end_order(store, run, make_update(good))
+    end_order(store, run, make_update(bad), OrderEvent.REFUSE, reason="bad", kept_bytes=9)
+    # Refused by its header: there are no bytes of it.
+    end_order(store, run, make_update(early), OrderEvent.REFUSE, reason="bad")
+    assert store.orders_to_keep(run.run_id, since_round=2) == {good, bad, early}
+    finish(store, run, opened)
+    assert store.orders_to_keep(run.run_id, since_round=1) == {good, bad}
+    assert store.orders_to_keep(run.run_id, since_round=2) == {bad}
+    (held,) = (one for one in store.held_updates() if one.order_id == bad)
+    store.free_held(held, HeldState.DROPPED, make_event("quarantine-dropped"))
+    assert store.orders_to_keep(run.run_id, since_round=2) == set()
 
 
 def test_an_update_that_comes_too_late_is_on_record_and_counts_for_nothing(store: Store) -> None:

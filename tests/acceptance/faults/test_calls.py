@@ -17,7 +17,7 @@ from tests.acceptance.faults.aftermath import (
     expect_same_models,
     now,
 )
-from tests.acceptance.federation import expect_clean_exits, start_server
+from tests.acceptance.federation import expect_clean_exits, incident_kinds, start_server
 from tests.integration.peer import OpenRound, Peer, changed, expect_status, open_round, payload_of
 from tests.processes import Scene, Server
 
@@ -82,11 +82,7 @@ def test_duplicate_and_reordered_calls_change_nothing(scene: Scene) -> None:
         for one, peer in opened.peers.items():
             order, payload = opened.orders[one], payload_for(opened, one)
             # The last client's update closes the round: what comes after that is among `earlier`.
-            with ThreadPoolExecutor(NUM_AT_ONCE) as threads:
-                sent = [
-                    threads.submit(try_upload, peer, order, payload) for _ in range(NUM_AT_ONCE)
-                ]
-            found = [one.result() for one in sent]
+            found = upload_at_once(peer, order, payload)
             assert set(found) <= {pb.RECEIPT_STORED, pb.RECEIPT_DUPLICATE, None}
             assert found.count(pb.RECEIPT_STORED) <= 1
             receipts.extend(one for one in found if one is not None)
@@ -108,6 +104,13 @@ def test_duplicate_and_reordered_calls_change_nothing(scene: Scene) -> None:
         struck_at=struck_at,
         seen=[f"{num_duplicates} answered as duplicates"],
     )
+
+
+def upload_at_once(peer: Peer, order: pb.WorkOrder, payload: bytes) -> list[int | None]:
+    """Try several uploads of one update at the same time; returns what came of each."""
+    with ThreadPoolExecutor(NUM_AT_ONCE) as threads:
+        sent = [threads.submit(try_upload, peer, order, payload) for _ in range(NUM_AT_ONCE)]
+    return [one.result() for one in sent]
 
 
 def try_upload(peer: Peer, order: pb.WorkOrder, payload: bytes) -> int | None:
@@ -168,3 +171,35 @@ def test_calls_in_an_order_that_no_client_has(scene: Scene) -> None:
     history = run_by_hand(scene, deliver)
     expect_same_models(history, expected)
     conclude(scene, fault="calls in an order that no client has", struck_at=struck_at)
+
+
+@FULL
+def test_a_bad_update_sent_many_times_at_once_is_kept_out_once(scene: Scene) -> None:
+    """Refused once, kept once: whichever of the streams it was that brought the bytes."""
+    server = start_server(
+        scene,
+        *("--rounds", NUM_ROUNDS, "--min-clients", len(CLIENTS), "--min-updates", 1, "--seed", 5),
+    )
+    peers = {one: Peer(server.address, one) for one in CLIENTS}
+    struck_at = now()
+    opened = open_round(peers)
+    bad = payload_of(changed(opened.base, float("nan")))
+    found = upload_at_once(peers[0], opened.orders[0], bad)
+    assert set(found) <= {pb.RECEIPT_REFUSED, None}
+    while try_upload(peers[0], opened.orders[0], bad) is None:
+        continue
+    for one in CLIENTS[1:]:
+        peers[one].upload(opened.orders[one], payload_for(opened, one))
+    for _ in range(NUM_ROUNDS - 1):
+        # All three are needed: the first is called back at once.
+        deliver_plainly(open_round(peers))
+    say_farewell(server, peers)
+    history = scene.history()
+    assert incident_kinds(history) == ["update-refused"]
+    (kept,) = (scene.folder / "server" / "quarantine").iterdir()
+    assert kept.read_bytes() == bad
+    conclude(
+        scene,
+        fault=f"a bad update sent {NUM_AT_ONCE} times at once",
+        struck_at=struck_at,
+    )
