@@ -15,7 +15,8 @@ from enum import Enum, auto
 
 from tests.processes import GENEROUS_S, Scene
 
-_READ_BYTES = 1 << 16
+PIECE_BYTES = 1 << 16
+"""What goes on at once, at most."""
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -160,7 +161,7 @@ class FaultyWire:
         ends = (link.client, link.server)
         source, sink = ends if way is Way.UP else ends[::-1]
         try:
-            while data := source.recv(_READ_BYTES):
+            while data := source.recv(PIECE_BYTES):
                 while data:
                     now = self._admitted(link, way, data)
                     if not now:
@@ -178,7 +179,7 @@ class FaultyWire:
 
     def _admitted(self, link: Link, way: Way, data: bytes) -> bytes:
         """Return what of `data` goes on now, once anything may; nothing if the link is over."""
-        pause_s = self._delay_s + min(len(data), _READ_BYTES) / self._bytes_per_s.get(way, 1e12)
+        pause_s = self._delay_s + min(len(data), PIECE_BYTES) / self._bytes_per_s.get(way, 1e12)
         if pause_s > 1e-4:
             self._is_closed.wait(pause_s)
         with self._changed:

@@ -22,7 +22,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 
-GENEROUS_S = 120.0
+GENEROUS_S = 240.0
 """Far longer than anything takes: who waits this long has found a defect."""
 
 _SHOWN_LINES = 100

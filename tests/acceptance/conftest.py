@@ -34,10 +34,13 @@ Undisturbed = Callable[[str], Run]
 
 
 def run_flags(task: str, port: int) -> list[str | int]:
-    """Return the server's flags for the run, the same at every start."""
+    """Return the server's flags for the run, the same at every start.
+
+    On a busy machine it waits long enough at the end for every client to hear of it.
+    """
     return [
         *("--port", port, "--rounds", NUM_ROUNDS[task], "--min-clients", len(CLIENTS)),
-        *("--require-all", "--seed", 5),
+        *("--require-all", "--seed", 5, "--farewell", 120),
     ]
 
 

@@ -212,7 +212,7 @@ def test_a_client_halted_too_long_is_done_without_and_taken_back(
     server = start_server(
         scene,
         *("--rounds", 20, "--min-clients", 3, "--min-updates", 2, "--seed", 5),
-        *("--stall-after", 2),
+        *("--stall-after", 15, "--lease", 120, "--farewell", 120),
     )
     slow = {"TINY_STEP_S": "0.05"}
     others = [start_client(scene, one, server.address, **slow) for one in CLIENTS if one != VICTIM]

@@ -16,12 +16,17 @@ from tests.acceptance.federation import (
     start_client,
     start_server,
 )
-from tests.faulty_wire import End, FaultyWire, Way, wire_to
+from tests.faulty_wire import PIECE_BYTES, End, FaultyWire, Way, wire_to
 from tests.processes import Process, Scene, Server, wait_until
 
 VICTIM = 0
 SIZE_BYTES = 27_000_000
 """Of the big model, a little less than it has."""
+
+STALL_S = 15
+"""More than a client takes for its first training step on a busy machine."""
+SLOW_S = 3 * STALL_S
+"""Of a transfer that is slow."""
 
 ONE_ROUND = ("--rounds", 1)
 """Given after the flags of the undisturbed run: it has the same first round."""
@@ -46,17 +51,17 @@ def way_name(way: Way) -> str:
 @pytest.mark.parametrize("fault", ["slow writer", "slow reader", "delay"])
 def test_slow_is_not_late(scene: Scene, fault: str, undisturbed: Undisturbed) -> None:
     """Who gets further is waited for, though the transfer takes far longer than --stall-after."""
-    flags = ("--rounds", 1, "--min-clients", 3, "--seed", 5, "--stall-after", 2)
+    flags = ("--rounds", 1, "--min-clients", 3, "--seed", 5, "--stall-after", STALL_S)
     server = start_server(scene, *flags, task=BIG)
     wire = wire_to(scene, server.address)
     struck_at = now()
     match fault:
         case "slow writer":
-            wire.slow_down(bytes_per_s={Way.UP: SIZE_BYTES / 6})
+            wire.slow_down(bytes_per_s={Way.UP: SIZE_BYTES / SLOW_S})
         case "slow reader":
-            wire.slow_down(bytes_per_s={Way.DOWN: SIZE_BYTES / 6})
+            wire.slow_down(bytes_per_s={Way.DOWN: SIZE_BYTES / SLOW_S})
         case "delay":
-            wire.slow_down(delay_s=0.015)
+            wire.slow_down(delay_s=SLOW_S * PIECE_BYTES / SIZE_BYTES)
     clients = start_behind_wire(scene, server, wire)
     expect_clean_exits(server, *clients)
     assert incident_kinds(scene.history()) == []
