@@ -8,9 +8,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedserver.adjustments import adjustment_text
 from fedserver.diagnosis_report import NUM_SHOWN_WHOLE, diagnosed, diagnosis_account
-from fedserver.records import Standing
-from fedserver.report import Column, History, fact_table, fitting_table, number_text
+from fedserver.records import Adjustments, Standing
+from fedserver.report import Column, History, fact_table, fitting_table, number_text, phase_text
 from shared.types import IncidentKind
 
 Values = Mapping[str, Any]
@@ -32,7 +33,9 @@ _WORDS: Mapping[str, str] = {
     IncidentKind.SERVER_RESTARTED: "the server was started again",
     IncidentKind.DISK_LOW: "the disk is nearly full: no round opens",
     IncidentKind.DISK_FULL: "the disk is full",
-    IncidentKind.EVALUATION_COLLAPSED: "the model's loss isn't finite",
+    IncidentKind.EVALUATION_COLLAPSED: "the new global model is bad",
+    IncidentKind.MODEL_ROLLED_BACK: "the model was taken back; the one before it is in its place",
+    IncidentKind.ROUND_ABANDONED: "the attempt was abandoned",
 }
 _STOPS = {
     IncidentKind.NON_FINITE_LOSS,
@@ -62,12 +65,14 @@ def round_account(
     `entry_digest` is of its entry in the ledger, `standings` are those of this moment.
     """
     attempts = [one for one in history if one["round"] == round_number]
-    before = [one for one in history if one["round"] == round_number - 1][-1:]
-    yield Text(f"{title}: {attempts[-1]['phase'].lower()}", style="bold")
+    before = [one for one in history if one["round"] == round_number - 1 and one["phase"] == "DONE"]
+    yield Text(f"{title}: {phase_text(attempts[-1])}", style="bold")
     for attempt in attempts:
         if len(attempts) > 1:
-            yield _heading(f"Attempt {attempt['attempt']}: {attempt['phase'].lower()}")
+            yield _heading(f"Attempt {attempt['attempt']}: {phase_text(attempt)}")
         yield fact_table([*_times(attempt), *_results(attempt, before)])
+        if changed := adjustment_text(Adjustments(**attempt["adjustments"])):
+            yield Text(f"changed for this attempt: {changed}")
         yield _heading(_turnout(attempt))
         yield _cohort_table(attempt, max_width=max_width)
         for line in _shortfalls(attempt):
@@ -93,6 +98,8 @@ def incident_text(incident: Values) -> str:
     """Return an incident in words: who, what, and the numbers that show it."""
     kind = incident["kind"]
     who = "" if incident["client"] is None else f"client {incident['client']}: "
+    if kind == IncidentKind.CAUSE_SHARED:
+        return _shared_text(incident)
     if "verdict" in incident:
         return f"{who}{incident['verdict']}"
     known = {"kind", "at", "client", "reason", "suspended_until", "first", "second"}
@@ -113,13 +120,21 @@ def incident_text(incident: Values) -> str:
     )
 
 
+def _shared_text(incident: Values) -> str:
+    clients = ", ".join(map(str, incident["clients"]))
+    return (
+        f"clients {clients} of {incident['answers']} that answered report {incident['cause']}: "
+        f"{incident['change']}"
+    )
+
+
 def _times(attempt: Values) -> list[tuple[str, str]]:
     opened, closed, finished = (attempt[f"{one}_at"] for one in ("started", "closed", "finished"))
     times = [("opened", f"{opened[:10]} {_clock(opened)} UTC")]
     if closed:
         times.append(("closed", f"{_clock(closed)}, after {_between_s(opened, closed)}"))
     if finished:
-        word = "failed" if attempt["phase"] == "FAILED" else "finished"
+        word = "finished" if attempt["model_digest"] else "failed"
         times.append((word, f"{_clock(finished)}, after {_between_s(closed or opened, finished)}"))
     return times
 
@@ -147,7 +162,7 @@ def _turnout(attempt: Values) -> str:
     num_asked = len(attempt["cohort"])
     states = [one["state"] for one in attempt["orders"]]
     num_good = sum(state in ("COUNTED", "STORED") for state in states)
-    word = "counted" if attempt["phase"] == "DONE" else "stored"
+    word = "counted" if attempt["model_digest"] else "stored"
     return f"{num_good} of {num_asked} updates {word}"
 
 
@@ -206,7 +221,8 @@ def _why(attempt: Values, state: str, client: int, update: Values | None) -> str
     ]
     if stops:
         return incident_text({**stops[-1], "client": None})
-    return "the attempt failed" if attempt["phase"] == "FAILED" else "the client gave it up"
+    ended = attempt["phase"] in ("FAILED", "ABANDONED")
+    return f"the attempt {phase_text(attempt)}" if ended else "the client gave it up"
 
 
 def _is_cured(incident: Values) -> bool:

@@ -7,14 +7,17 @@ the tables.
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from itertools import pairwise
 from typing import Any
 
 from fedserver.ledger import GENESIS, entry_digest
 from fedserver.records import Attempt, Ledger, LedgerRow
-from fedserver.rounds import OrderState, Phase
+from fedserver.rounds import OrderState, Phase, RoundEvent
 
 Entry = Mapping[str, Any]
+Key = tuple[int, int]
+"""A round and an attempt at it."""
+
+_FINISH = str(RoundEvent.FINISH)
 
 
 def place(run_id: str, round_number: int) -> str:
@@ -23,34 +26,52 @@ def place(run_id: str, round_number: int) -> str:
 
 
 def finished_rounds(ledger: Ledger) -> list[int]:
-    """Return the rounds that have an entry or a finished attempt, in order."""
-    return sorted({row.round_number for row in ledger.entries} | _finished(ledger).keys())
+    """Return the rounds that an attempt has finished which wasn't rolled back, in order."""
+    return sorted({number for number, _ in _finishes(ledger) - _rollbacks(ledger)})
+
+
+def every_entry(ledger: Ledger) -> dict[Key, Entry]:
+    """Return the entries of finished attempts that can be relied on, also of those rolled back."""
+    return {
+        (row.round_number, row.attempt): json.loads(row.entry)
+        for row in ledger.entries
+        if row.kind == _FINISH
+        and entry_digest(row.entry.encode()) == row.digest
+        and _is_in_place(ledger.run_id, row)
+    }
 
 
 def whole_entries(ledger: Ledger) -> dict[int, Entry]:
-    """Return the entries that can be relied on, by round."""
-    found = {
-        row.round_number: json.loads(row.entry)
-        for row in ledger.entries
-        if entry_digest(row.entry.encode()) == row.digest
-    }
-    return {
-        number: entry
-        for number, entry in found.items()
-        if (entry["run"], entry["round"]) == (ledger.run_id, number)
-    }
+    """Return the entries that can be relied on and aren't rolled back, by round."""
+    undone = _rollbacks(ledger)
+    return {key[0]: entry for key, entry in every_entry(ledger).items() if key not in undone}
 
 
 def chain_findings(ledger: Ledger) -> Iterator[str]:
-    """Say where there isn't one entry for each finished round, chained to the one before."""
-    rows = {row.round_number: row for row in ledger.entries}
-    for before, number in pairwise([0, *finished_rounds(ledger)]):
-        if number > before + 1:
-            yield f"{ledger.run_id}: {_numbers(range(before + 1, number))} missing altogether"
-        if number not in rows:
-            yield f"{place(ledger.run_id, number)}: its entry is missing from the ledger"
-    for number, row in rows.items():
-        for finding in _entry_findings(ledger.run_id, row, before=rows.get(number - 1)):
+    """Say where there isn't an entry for each finish and rollback, chained to the one before."""
+    rows = {(row.round_number, row.attempt, row.kind): row for row in ledger.entries}
+    # In the order in which they were written: a round is rolled back before it is done again, and
+    # before the round after it is done.
+    wanted = sorted(
+        rows.keys()
+        | {(*key, _FINISH) for key in _finishes(ledger)}
+        | {(*key, str(RoundEvent.ROLL_BACK)) for key in _rollbacks(ledger)}
+    )
+    for before, key in zip([None, *wanted], wanted, strict=False):
+        number, _, kind = key
+        number_before = 0 if before is None else before[0]
+        if number > number_before + 1:
+            missing = range(number_before + 1, number)
+            yield f"{ledger.run_id}: {_numbers(missing)} missing altogether"
+        if key not in rows:
+            what = "its entry" if kind == _FINISH else "that it was rolled back"
+            yield f"{place(ledger.run_id, number)}: {what} is missing from the ledger"
+            continue
+        follows = None if number > number_before + 1 or before is None else rows.get(before)
+        is_known = follows is not None or (before is None and number == 1)
+        for finding in _entry_findings(
+            ledger.run_id, rows[key], before=follows, is_before_known=is_known
+        ):
             yield f"{place(ledger.run_id, number)}: {finding}"
     last = ledger.entries[-1] if ledger.entries else None
     if ledger.head not in ([None] if last is None else _digests_of(last)):
@@ -63,7 +84,8 @@ def chain_findings(ledger: Ledger) -> Iterator[str]:
 
 def row_findings(ledger: Ledger) -> Iterator[str]:
     """Say where the tables differ from the ledger's whole entries, or a round from the next."""
-    entries, finished = whole_entries(ledger), _finished(ledger)
+    entries = whole_entries(ledger)
+    finished = {one.round_number: one for one in ledger.attempts if one.phase == Phase.DONE}
     yield from _settings_findings(ledger, entries)
     for number in finished_rounds(ledger):
         if number not in finished:
@@ -74,25 +96,105 @@ def row_findings(ledger: Ledger) -> Iterator[str]:
         elif number in entries:
             for finding in _differences(entries[number], finished[number]):
                 yield f"{place(ledger.run_id, number)}: {finding}"
-    models = {number: one.model_digest for number, one in finished.items()}
-    models |= {number: entry["model"] for number, entry in entries.items()}
+    yield from _rollback_findings(ledger)
+    yield from _base_findings(ledger, entries, finished)
     attempts: dict[int, set[int]] = {}
     for one in ledger.attempts:
         attempts.setdefault(one.round_number, set()).add(one.attempt)
-        is_in_entry = one.phase == Phase.DONE and one.round_number in entries
-        base = entries[one.round_number]["base"] if is_in_entry else one.base_digest
-        ended_with = models.get(one.round_number - 1, base)
-        if ended_with != base:
-            yield (
-                f"{place(ledger.run_id, one.round_number)}: attempt {one.attempt} began with model "
-                f"{_short(base)}, the round before ended with {_short(ended_with)}"
-            )
     for number, there in attempts.items():
         if missing := sorted(set(range(1, max(there))) - there):
             yield f"{place(ledger.run_id, number)}: attempts {missing} of {max(there)} are missing"
 
 
-def _entry_findings(run_id: str, row: LedgerRow, *, before: LedgerRow | None) -> Iterator[str]:
+def _rollback_findings(ledger: Ledger) -> Iterator[str]:
+    """Say where ledger and tables differ about what was rolled back."""
+    entries = every_entry(ledger)
+    rows = {(one.round_number, one.attempt): one for one in ledger.attempts}
+    for key in sorted(_rollbacks(ledger)):
+        where = place(ledger.run_id, key[0])
+        row = rows.get(key)
+        if row is None or row.phase != Phase.ROLLED_BACK:
+            phase = "missing" if row is None else row.phase
+            yield f"{where}: attempt {key[1]} was rolled back, in the table of rounds it is {phase}"
+        elif key in entries:
+            for finding in _differences(entries[key], row):
+                yield f"{where}: {finding}"
+
+
+def _base_findings(
+    ledger: Ledger, entries: Mapping[int, Entry], finished: Mapping[int, Attempt]
+) -> Iterator[str]:
+    """Say which attempt didn't begin with the model that the round before it ended with.
+
+    An attempt that came to nothing may have begun with one that was rolled back since.
+    """
+    models = {number: one.model_digest for number, one in finished.items()}
+    models |= {number: entry["model"] for number, entry in entries.items()}
+    undone = [one for one in ledger.attempts if one.phase == Phase.ROLLED_BACK]
+    first_models: dict[int, str | None] = {}
+    for one in ledger.attempts:
+        number = one.round_number
+        is_in_entry = one.phase == Phase.DONE and number in entries
+        base = entries[number]["base"] if is_in_entry else one.base_digest
+        rolled_back = {two.model_digest for two in undone if two.round_number == number - 1}
+        if number == 1:
+            ended_with = first_models.setdefault(one.adjustments.get("num_redraws", 0), base)
+        else:
+            ended_with = models.get(number - 1, None if rolled_back else base)
+        came_to_nothing = one.phase in (Phase.FAILED, Phase.ABANDONED, Phase.ROLLED_BACK)
+        if base != ended_with and not (came_to_nothing and base in rolled_back):
+            before = "the attempts" if number == 1 else "the round"
+            yield (
+                f"{place(ledger.run_id, number)}: attempt {one.attempt} began with model "
+                f"{_short(base)}, {before} before ended with {_short(ended_with)}"
+            )
+
+
+def _finishes(ledger: Ledger) -> set[Key]:
+    """Return the attempts that made a model, as ledger and tables have it.
+
+    Where they differ about which attempt it was, the ledger's word counts.
+    """
+    entered = {(row.round_number, row.attempt) for row in ledger.entries if row.kind == _FINISH}
+    rolled_back = _rollbacks(ledger)
+    in_force = {number for number, _ in entered - rolled_back}
+    return {
+        *entered,
+        *rolled_back,
+        *(
+            (one.round_number, one.attempt)
+            for one in ledger.attempts
+            if one.phase == Phase.DONE and one.round_number not in in_force
+        ),
+    }
+
+
+def _rollbacks(ledger: Ledger) -> set[Key]:
+    """Return the attempts whose model was taken back, as ledger and tables have it."""
+    return {
+        *((row.round_number, row.attempt) for row in ledger.entries if row.kind != _FINISH),
+        *(
+            (one.round_number, one.attempt)
+            for one in ledger.attempts
+            if one.phase == Phase.ROLLED_BACK
+        ),
+    }
+
+
+def _is_in_place(run_id: str, row: LedgerRow) -> bool:
+    """Whether what a row holds is the entry of its own round, attempt and kind."""
+    entry = json.loads(row.entry)
+    return (entry["run"], entry["round"], entry["attempt"], "rolled_back" not in entry) == (
+        run_id,
+        row.round_number,
+        row.attempt,
+        row.kind == _FINISH,
+    )
+
+
+def _entry_findings(
+    run_id: str, row: LedgerRow, *, before: LedgerRow | None, is_before_known: bool
+) -> Iterator[str]:
     actual = entry_digest(row.entry.encode())
     if actual != row.digest:
         yield (
@@ -101,9 +203,9 @@ def _entry_findings(run_id: str, row: LedgerRow, *, before: LedgerRow | None) ->
         )
         return
     entry = json.loads(row.entry)
-    if (entry["run"], entry["round"]) != (run_id, row.round_number):
+    if not _is_in_place(run_id, row):
         yield f"in its place in the ledger is the entry of {place(entry['run'], entry['round'])}"
-    if before is None and row.round_number > 1:
+    if not is_before_known:
         return
     expected = [GENESIS] if before is None else _digests_of(before)
     if entry["previous"] not in expected:
@@ -133,6 +235,7 @@ def _differences(entry: Entry, row: Attempt) -> Iterator[str]:
         ("its base's server state", row.base_state_digest, entry["base_state"]),
         ("its model", row.model_digest, entry["model"]),
         ("its server state", row.state_digest, entry["state"]),
+        ("what was changed for it", row.adjustments, entry["adjustments"]),
     ):
         if ours != written:
             yield f"{what} is {ours} in the table of rounds, {written} in the ledger"
@@ -155,10 +258,6 @@ def _differences(entry: Entry, row: Attempt) -> Iterator[str]:
                 f"the update of client {one['client']} ({one['verdict']}) has a row, but isn't in "
                 "the ledger"
             )
-
-
-def _finished(ledger: Ledger) -> dict[int, Attempt]:
-    return {one.round_number: one for one in ledger.attempts if one.phase == Phase.DONE}
 
 
 def _digests_of(row: LedgerRow) -> list[str]:

@@ -9,25 +9,25 @@ Evaluation goes on beside the next round.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from fedserver.aggregation import reduce_updates, screen
 from fedserver.checkpoints import GlobalModel, NonFiniteAggregate
-from fedserver.evaluation import Evaluations, Evaluator, initial_state, summarise_clients
+from fedserver.evaluation import Evaluations, Evaluator, may_be_repeated, summarise_clients
 from fedserver.events import event_of
-from fedserver.orderbook import OpenOrder
 from fedserver.parts import Parts
+from fedserver.patience import give_up_orders
 from fedserver.planning import admission_limits, plan_round, standings_after, work_orders
-from fedserver.records import Event, Exclusion, Round, RunState
+from fedserver.records import NO_ADJUSTMENTS, Adjustments, Event, Exclusion, Round, RunState
 from fedserver.recovery import damaged_updates
 from fedserver.retention import drop_models, drop_updates
-from fedserver.rounds import OrderState, Phase, RoundEvent, due_event
+from fedserver.rollback import consequences_of, first_model, roll_back
+from fedserver.rounds import Phase, RoundEvent, due_event, shortfall
 from fedserver.strategies import find_strategy
 from fedserver.strategies.rows import UnfitCohort
 from shared.errors import OutOfSpace, RunFailed, StorageDamaged
 from shared.failpoints import FailPoint, pass_by
-from shared.seeds import derive_seed
 from shared.tasks import Task
 from shared.types import IncidentKind
 
@@ -84,22 +84,39 @@ class Coordinator:
 
     async def _run_rounds(self) -> str:
         current, base = await self._resume()
-        while not (
-            current.phase is Phase.DONE and current.round_number == self._parts.settings.rounds
-        ):
-            if current.phase is Phase.COLLECTING:
+        while True:
+            is_last = (
+                current.phase is Phase.DONE and current.round_number == self._parts.settings.rounds
+            )
+            if is_last:
+                await self._evaluations.done()
+            if (bad := await self._bad_round()) is not None:
+                current, base = await self._roll_back(bad, current)
+            elif is_last:
+                return base.digest
+            elif current.phase is Phase.COLLECTING:
                 current = await self._collect(current)
             elif current.phase is Phase.AGGREGATING:
                 current, base = await self._aggregate(current, base)
-            elif (
-                current.phase is Phase.FAILED
-                and current.attempt >= self._parts.settings.max_attempts
-            ):
-                await self._fail_run(current)
             else:
-                current = await self._open_next(current, base)
-        await self._evaluations.done()
-        return base.digest
+                current, base = await self._open_next(current, base)
+
+    async def _bad_round(self) -> Round | None:
+        """Return the last round done if its evaluation says that it is to be rolled back."""
+        if not self._evaluations.has_alarm:
+            return None
+        self._evaluations.has_alarm = False
+        bad = await self._parts.workers.in_store(
+            self._parts.store.alarmed_round, self._parts.run.run_id
+        )
+        return bad if bad is not None and await may_be_repeated(self._parts, bad) else None
+
+    async def _roll_back(self, bad: Round, current: Round) -> tuple[Round, GlobalModel]:
+        latest, base = await roll_back(self._parts, bad, current)
+        self._last_counted = await self._parts.workers.in_store(
+            self._parts.store.last_counted_orders, self._parts.run.run_id
+        )
+        return latest, base
 
     async def _note_restart(self) -> None:
         run_id = self._parts.run.run_id
@@ -122,13 +139,11 @@ class Coordinator:
         held = await in_store(store.held_updates)
         await on_disk(self._parts.quarantine.tidy, held, self._parts.spool)
         await drop_updates(self._parts, done_round=0 if latest is None else latest.round_number - 1)
+        # One that was found before a restart may not have been acted on.
+        self._evaluations.has_alarm = True
         if latest is None:
-            seed = derive_seed(self._parts.settings.seed, "init")
-            state_dict = await on_disk(
-                initial_state, self._task, seed=seed, init=self._parts.settings.init
-            )
-            base = await on_disk(self._parts.checkpoints.save_initial, state_dict)
-            return await self._open(1, attempt=1, base=base), base
+            base = await first_model(self._parts, self._task, num_redraws=0)
+            return await self._open(1, base, NO_ADJUSTMENTS), base
         digest, state_digest = latest.base_digest, latest.base_state_digest
         if latest.phase is Phase.DONE:
             assert latest.model_digest is not None
@@ -156,12 +171,26 @@ class Coordinator:
             )
         return await self._fail_round(latest, f"damaged on the disk: {'; '.join(damaged)}")
 
-    async def _open_next(self, ended: Round, base: GlobalModel) -> Round:
-        if ended.phase is Phase.FAILED:
-            return await self._open(ended.round_number, attempt=ended.attempt + 1, base=base)
-        return await self._open(ended.round_number + 1, attempt=1, base=base)
+    async def _open_next(self, ended: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
+        """Open the attempt that follows one that has ended, and return it with its base.
 
-    async def _open(self, round_number: int, *, attempt: int, base: GlobalModel) -> Round:
+        Raises:
+            RunFailed: the round has failed as often as it may.
+        """
+        number = ended.round_number + (ended.phase is Phase.DONE)
+        phases = await self._parts.workers.in_store(
+            self._parts.store.phases_of, ended.run_id, number
+        )
+        if phases.count(Phase.FAILED) >= self._parts.settings.max_attempts:
+            await self._fail_run(ended)
+        adjustments = ended.adjustments_after
+        if adjustments.num_redraws > ended.adjustments.num_redraws:
+            base = await first_model(self._parts, self._task, num_redraws=adjustments.num_redraws)
+        return await self._open(number, base, adjustments, attempt=len(phases) + 1), base
+
+    async def _open(
+        self, round_number: int, base: GlobalModel, adjustments: Adjustments, *, attempt: int = 1
+    ) -> Round:
         """Wait until there are clients enough, then open the round."""
         num_said: int | None = None
         run_id = self._parts.run.run_id
@@ -169,7 +198,11 @@ class Coordinator:
             await self._parts.disk.tell()
             standings = await self._parts.workers.in_store(self._parts.store.standings, run_id)
             planned = plan_round(
-                self._parts, round_number, attempt=attempt, base=base, standings=standings
+                *(self._parts, round_number),
+                attempt=attempt,
+                base=base,
+                adjustments=adjustments,
+                standings=standings,
             )
             if planned is not None:
                 break
@@ -196,11 +229,13 @@ class Coordinator:
         )
 
     async def _collect(self, current: Round) -> Round:
-        """Wait for updates until the round closes or fails."""
+        """Wait for updates until the round closes or fails, or its base turns out to be bad."""
         assert self._parts.book.current is not None
         opened_at = self._parts.book.current.opened_at
         while True:
-            await self._give_up_orders()
+            if self._evaluations.has_alarm:
+                return current
+            await give_up_orders(self._parts)
             deadline_s = self._parts.settings.round_deadline
             states, needed = self._parts.book.states(), self._updates_needed(current)
             due = due_event(
@@ -216,7 +251,7 @@ class Coordinator:
                 pass_by(FailPoint.ROUND_CLOSED)
                 break
             if due is RoundEvent.FAIL:
-                return await self._fail_round(current, _shortfall(states, needed))
+                return await self._fail_round(current, shortfall(states, needed))
             await self._parts.book.round_changed.wait(self._tick_s)
         self._parts.book.close_round()
         self._parts.bus.publish(happened)
@@ -227,54 +262,19 @@ class Coordinator:
             return len(current.orders)
         return min(self._parts.settings.updates_needed, len(current.orders))
 
-    async def _give_up_orders(self) -> None:
-        """Abandon the orders whose clients don't get further, or are gone."""
-        if self._parts.settings.require_all:
-            return
-        for order in self._parts.book.open_orders():
-            stalled = order.handed_out_at is not None and (
-                self._parts.book.idle_s(order) > self._parts.settings.stall_after
-            )
-            lost = order.handed_out_at is None and not self._parts.sessions.has_live_holder(
-                order.order.client_id
-            )
-            if stalled or lost:
-                kind = IncidentKind.CLIENT_STALLED if stalled else IncidentKind.CLIENT_LOST
-                await self._abandon(order, kind)
-
-    async def _abandon(self, order: OpenOrder, kind: IncidentKind) -> None:
-        """End an order without an update, and say why."""
-        current = self._parts.book.current
-        assert current is not None
-        happened = event_of(
-            kind,
-            current.record,
-            client_id=order.order.client_id,
-            is_incident=True,
-            idle_s=self._parts.book.idle_s(order),
-        )
-        order_id = order.order.order_id
-        recorded = await self._parts.workers.in_store(
-            self._parts.store.abandon_order,
-            self._parts.run.run_id,
-            order_id,
-            happened,
-            strikes=True,
-        )
-        pass_by(FailPoint.ORDER_ABANDONED)
-        if recorded is not None:
-            self._parts.book.settle(order_id, OrderState.ABANDONED)
-            self._parts.bus.publish(recorded)
-
     async def _aggregate(self, current: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
         """Make the next global model and open the round after it."""
         settings, store, run_id = self._parts.settings, self._parts.store, current.run_id
         in_store, on_disk = self._parts.workers.in_store, self._parts.workers.on_disk
+        # Nothing is to rest on a model that turns out to be bad.
+        await self._evaluations.done()
+        if self._evaluations.has_alarm:
+            return current, base
         stored = await in_store(store.stored_updates, current)
         exclusions = screen(
             current,
             stored,
-            width=settings.norm_band,
+            width=settings.norm_band * current.adjustments.norm_band_factor,
             trusted=await in_store(store.trusted_clients, run_id),
         )
         excluded = {one.order_id for one in exclusions}
@@ -292,19 +292,24 @@ class Coordinator:
             return await self._fail_round(current, reason, exclusions=exclusions), base
         pass_by(FailPoint.MODEL_WRITTEN)
         self._last_counted.update({one.client_id: one.update.order_id for one in counted})
+        follows = await consequences_of(self._parts, current, is_done=True)
         following = None
         if current.round_number < settings.rounds:
             standings = await in_store(store.standings, run_id)
             following = plan_round(
                 self._parts,
                 current.round_number + 1,
-                attempt=1,
+                attempt=1 + len(await in_store(store.phases_of, run_id, current.round_number + 1)),
                 base=model,
+                adjustments=follows.adjustments,
                 standings=standings_after(
                     standings, current, exclusions, {one.client_id for one in counted}
                 ),
             )
-        happened = [event_of("round-done", current, updates=len(counted), model=model.digest)]
+        happened = [
+            event_of("round-done", current, updates=len(counted), model=model.digest),
+            *follows.happened,
+        ]
         if following is not None:
             happened.append(_opened(following))
         happened = await in_store(
@@ -312,6 +317,7 @@ class Coordinator:
             current,
             model_digest=model.digest,
             state_digest=model.state_digest,
+            adjustments_after=follows.adjustments,
             exclusions=exclusions,
             client_evaluation=summarise_clients([one.update for one in counted]),
             next_round=following,
@@ -333,8 +339,13 @@ class Coordinator:
         self, current: Round, reason: str, *, exclusions: Sequence[Exclusion] = ()
     ) -> Round:
         happened = event_of(IncidentKind.ROUND_FAILED, current, is_incident=True, reason=reason)
+        follows = await consequences_of(self._parts, current, is_done=False)
         recorded = await self._parts.workers.in_store(
-            self._parts.store.fail_round, current, happened, exclusions=exclusions
+            self._parts.store.fail_round,
+            current,
+            [happened, *follows.happened],
+            adjustments_after=follows.adjustments,
+            exclusions=exclusions,
         )
         pass_by(FailPoint.ROUND_FAILED)
         self._parts.book.close_round()
@@ -359,7 +370,7 @@ class Coordinator:
             self._parts.store.end_run, self._parts.run.run_id, RunState.FAILED, happened
         )
         raise RunFailed(
-            f"round {current.round_number} failed {current.attempt} times; "
+            f"round {current.round_number} failed {self._parts.settings.max_attempts} times; "
             "see why with `python -m fedserver history --state-dir "
             f"{self._parts.settings.state_dir}`"
         )
@@ -370,15 +381,6 @@ class Coordinator:
         )
         assert latest is not None
         return latest
-
-
-def _shortfall(states: Collection[OrderState], needed: int) -> str:
-    """Return why a round whose orders have these states can't close."""
-    num_open = sum(state is OrderState.OPEN for state in states)
-    num_stored = sum(state is OrderState.STORED for state in states)
-    if num_stored + num_open < needed:
-        return f"{num_stored} of {needed} updates are there, and only {num_open} can still come"
-    return f"only {num_stored} of {needed} updates were there at its deadline"
 
 
 def _opened(opened: Round) -> Event:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedserver.alarm import find_alarm
 from fedserver.events import event_of
 from fedserver.parts import Parts
 from fedserver.records import Round
+from fedserver.rounds import Phase
 from shared.codec import load_state_into
 from shared.data import make_loader
 from shared.errors import InvalidInput
@@ -97,6 +99,8 @@ class Evaluations:
         self._parts = parts
         self._evaluator = evaluator
         self._evaluating: asyncio.Task[None] | None = None
+        self.has_alarm = False
+        """Whether an evaluation has found a bad model since somebody last looked."""
 
     async def start(self, evaluated: Round, digest: str) -> None:
         """Begin to evaluate a round's model, once the evaluation before is done."""
@@ -118,7 +122,6 @@ class Evaluations:
         except EvaluationStopped:
             return
         pass_by(FailPoint.EVALUATED)
-        has_collapsed = not math.isfinite(found.loss)
         numbers = {"accuracy": found.accuracy, "loss": found.loss, **found.metrics}
         # JSON has no NaN.
         fields: dict[str, Any] = {
@@ -130,10 +133,18 @@ class Evaluations:
                 "class_accuracy": class_accuracies(found.confusion),
                 "confusion": found.confusion.tolist(),
             }
+        before = await self._parts.workers.in_store(
+            self._parts.store.good_evaluations, evaluated.run_id
+        )
+        alarm = find_alarm(fields | by_class, before)
+        reason = None if alarm is None else alarm.reason
+        if alarm is not None and not await may_be_repeated(self._parts, evaluated):
+            reason = f"{alarm.reason}; it stands, --max-rollbacks allows no more repetitions"
         happened = event_of(
-            IncidentKind.EVALUATION_COLLAPSED if has_collapsed else "evaluated",
+            "evaluated" if alarm is None else IncidentKind.EVALUATION_COLLAPSED,
             evaluated,
-            is_incident=has_collapsed,
+            is_incident=alarm is not None,
+            reason=reason,
             **fields,
         )
         await self._parts.workers.in_store(
@@ -141,8 +152,19 @@ class Evaluations:
             evaluated,
             fields | by_class,
             happened,
+            alarm=None if alarm is None else alarm.symptom,
         )
         self._parts.bus.publish(happened)
+        if alarm is not None:
+            pass_by(FailPoint.ALARM_RECORDED)
+            self.has_alarm = True
+            self._parts.book.round_changed.notify()
+
+
+async def may_be_repeated(parts: Parts, bad: Round) -> bool:
+    """Whether a round may be rolled back and repeated once more because its model is bad."""
+    phases = await parts.workers.in_store(parts.store.phases_of, bad.run_id, bad.round_number)
+    return phases.count(Phase.ROLLED_BACK) < parts.settings.max_rollbacks
 
 
 def class_accuracies(confusion: torch.Tensor) -> list[float | None]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence, Set
 
+from fedserver.adjustments import adjusted
 from fedserver.admission import AdmissionLimits
 from fedserver.checkpoints import GlobalModel
 from fedserver.parts import Parts
-from fedserver.records import Exclusion, Order, Round, Standing
+from fedserver.records import Adjustments, Exclusion, Order, Round, Standing
 from fedserver.rounds import Phase
 from fedserver.sampling import choose_cohort
 from fedserver.settings import ServerSettings
@@ -20,6 +21,7 @@ def plan_round(
     *,
     attempt: int,
     base: GlobalModel,
+    adjustments: Adjustments,
     standings: Mapping[int, Standing],
 ) -> Round | None:
     """Return the round to open, or None while there are too few clients or too little disk."""
@@ -48,6 +50,7 @@ def plan_round(
         base_digest=base.digest,
         base_state_digest=base.state_digest,
         max_delta_norm=settings.max_delta_norm or 100 * (1 + base.parameter_norm),
+        adjustments=adjustments,
         orders=tuple(
             Order(
                 order_id=f"{run_id}-r{round_number}-a{attempt}-c{client_id}-s1",
@@ -74,6 +77,7 @@ def work_orders(
     section = Section(
         name=MODEL_SECTION, digest=base.digest, size_bytes=base.file.layout.size_bytes
     )
+    training = adjusted(settings.training_in(opened.round_number), opened.adjustments)
     return [
         WorkOrder(
             order_id=order.order_id,
@@ -81,7 +85,7 @@ def work_orders(
             round_number=opened.round_number,
             attempt=opened.attempt,
             sections=(section,),
-            training=settings.training_in(opened.round_number),
+            training=training,
             seed=derive_seed(
                 settings.seed,
                 "train",

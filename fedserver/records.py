@@ -1,7 +1,7 @@
 """The values the coordinator works with and the store keeps. Times are seconds since the epoch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -76,11 +76,38 @@ class OrderRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adjustments:
+    """What is changed of the settings for one attempt at a round, after what went wrong before it.
+
+    `lr_factor` multiplies the clients' rate, `norm_band_factor` the width of the norm band,
+    `clip_norm` bounds the L2 norm of their gradients beside the setting's. `num_lowered` counts
+    the steps that the rate was lowered by and `num_clipped` those of the clipping, `num_doublings`
+    how often its norm was doubled since; `num_redraws` how often the first model was drawn anew.
+    """
+
+    lr_factor: float = 1.0
+    num_lowered: int = 0
+    clip_norm: float | None = None
+    num_clipped: int = 0
+    num_doublings: int = 0
+    norm_band_factor: float = 1.0
+    num_redraws: int = 0
+
+    def as_json(self) -> dict[str, float | int]:
+        """Return what differs from no adjustment at all."""
+        nothing = asdict(NO_ADJUSTMENTS)
+        return {name: one for name, one in asdict(self).items() if one != nothing[name]}
+
+
+NO_ADJUSTMENTS = Adjustments()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Round:
     """An attempt at a round; `max_delta_norm` is the norm cap frozen when it opened.
 
     `base_state_digest` and `state_digest` are the server state before and after, None where there
-    is none.
+    is none. `adjustments` were in force in it, its end has led to `adjustments_after`.
     """
 
     run_id: str
@@ -93,6 +120,8 @@ class Round:
     base_state_digest: str | None = None
     model_digest: str | None = None
     state_digest: str | None = None
+    adjustments: Adjustments = NO_ADJUSTMENTS
+    adjustments_after: Adjustments = NO_ADJUSTMENTS
 
     @property
     def cohort(self) -> tuple[int, ...]:
@@ -180,9 +209,14 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerRow:
-    """A ledger's entry (canonical JSON, see fedserver.ledger) as the store holds it."""
+    """A ledger's entry (canonical JSON, see fedserver.ledger) as the store holds it.
+
+    `kind` is the RoundEvent it tells of: "finish" or "roll-back".
+    """
 
     round_number: int
+    attempt: int
+    kind: str
     entry: str
     digest: str
 
@@ -198,6 +232,7 @@ class Attempt:
     base_state_digest: str | None
     model_digest: str | None
     state_digest: str | None
+    adjustments: Mapping[str, Any]
     updates: Sequence[Mapping[str, Any]]
 
 

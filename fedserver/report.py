@@ -72,7 +72,7 @@ def round_table(history: History, *, title: str, max_width: int) -> Table:
     return fitting_table(
         [
             Column("round", [f"{one['round']}{n}" for one, n in zip(history, again, strict=True)]),
-            Column("phase", [one["phase"].lower() for one in history], "left"),
+            Column("phase", [phase_text(one) for one in history], "left"),
             Column(
                 "counted",
                 [f"{n} of {len(one['cohort'])}" for one, n in zip(history, counted, strict=True)],
@@ -88,12 +88,22 @@ def round_table(history: History, *, title: str, max_width: int) -> Table:
     )
 
 
+def phase_text(attempt: Mapping[str, Any]) -> str:
+    """Return an attempt's phase in words."""
+    return str(attempt["phase"]).lower().replace("_", " ")
+
+
+def models_by_round(history: History) -> dict[int, str]:
+    """Return the digest of the model that each round is done with; one rolled back isn't one."""
+    return {one["round"]: one["model_digest"] for one in history if one["phase"] == "DONE"}
+
+
 def best_round(history: History) -> int | None:
     """Return the number of the round with the highest accuracy, the earliest of equals."""
     evaluated = [
         (entry["evaluation"]["accuracy"], -entry["round"])
         for entry in history
-        if entry["evaluation"]
+        if entry["evaluation"] and entry["phase"] == "DONE"
     ]
     return -max(evaluated)[1] if evaluated else None
 
@@ -147,7 +157,7 @@ def draw_curve(history: History, path: Path) -> None:
     evaluated = [
         (entry["round"], entry["evaluation"]["accuracy"], entry["evaluation"]["loss"])
         for entry in history
-        if entry["evaluation"]
+        if entry["evaluation"] and entry["phase"] == "DONE"
     ]
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,14 +1,20 @@
 """The life of a round and of an order: everything that changes a phase is in this file.
 
-    round:  COLLECTING -close-> AGGREGATING -finish-> DONE
+    round:  COLLECTING -close-> AGGREGATING -finish-> DONE -roll back-> ROLLED_BACK
                 |                    |
-                +------- fail -------+-------------> FAILED      (tried again, next attempt)
+                +------- fail -------+-------------> FAILED
+                |                    |
+                +------ abandon -----+-------------> ABANDONED
+
+FAILED is tried again. ROLLED_BACK: the model it made is bad, so the model before it is the global
+one again, and the round is tried again; the attempt at the round after, which began with the bad
+model, is ABANDONED. Every new try is the next attempt.
 
     order:  OPEN -store-> STORED -count-> COUNTED
              |               +-exclude-> EXCLUDED                 (screened out at the close)
              +-refuse-> REFUSED                                   (the update is bad in itself)
              +-miss---> LATE                                      (the round closed without it)
-             +-abandon> ABANDONED   (given up by the client, stalled, lost, or the round failed)
+             +-abandon> ABANDONED   (given up by the client, stalled, lost, or with its round)
 
 An order ends exactly once, and the event that ends it is applied in the transaction that also
 records what it rests on.
@@ -27,6 +33,8 @@ class Phase(StrEnum):
     AGGREGATING = "AGGREGATING"
     DONE = "DONE"
     FAILED = "FAILED"
+    ROLLED_BACK = "ROLLED_BACK"
+    ABANDONED = "ABANDONED"
 
 
 class RoundEvent(StrEnum):
@@ -35,6 +43,8 @@ class RoundEvent(StrEnum):
     CLOSE = "close"
     FINISH = "finish"
     FAIL = "fail"
+    ROLL_BACK = "roll-back"
+    ABANDON = "abandon"
 
 
 class OrderState(StrEnum):
@@ -65,6 +75,9 @@ ROUND_TABLE: Mapping[tuple[Phase, RoundEvent], Phase] = {
     (Phase.COLLECTING, RoundEvent.FAIL): Phase.FAILED,
     (Phase.AGGREGATING, RoundEvent.FINISH): Phase.DONE,
     (Phase.AGGREGATING, RoundEvent.FAIL): Phase.FAILED,
+    (Phase.COLLECTING, RoundEvent.ABANDON): Phase.ABANDONED,
+    (Phase.AGGREGATING, RoundEvent.ABANDON): Phase.ABANDONED,
+    (Phase.DONE, RoundEvent.ROLL_BACK): Phase.ROLLED_BACK,
 }
 
 ORDER_TABLE: Mapping[tuple[OrderState, OrderEvent], OrderState] = {
@@ -123,3 +136,12 @@ def due_event(
     if num_open and not is_overdue and not (closes_early and has_enough):
         return None
     return RoundEvent.CLOSE if has_enough else RoundEvent.FAIL
+
+
+def shortfall(states: Collection[OrderState], needed: int) -> str:
+    """Return why a round whose orders have these states can't close."""
+    num_open = sum(state is OrderState.OPEN for state in states)
+    num_stored = sum(state is OrderState.STORED for state in states)
+    if num_stored + num_open < needed:
+        return f"{num_stored} of {needed} updates are there, and only {num_open} can still come"
+    return f"only {num_stored} of {needed} updates were there at its deadline"

@@ -24,7 +24,7 @@ from fedserver.parts import Parts
 from fedserver.quarantine import QuarantineFolder
 from fedserver.records import Run, RunState
 from fedserver.recovery import salvageable
-from fedserver.report import best_round, incident_lines, round_table
+from fedserver.report import best_round, incident_lines, models_by_round, round_table
 from fedserver.service import start_server
 from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
@@ -211,9 +211,9 @@ def _export(parts: Parts, last_digest: str) -> None:
     parts.checkpoints.export(last_digest, last)
     history = read_history(parts.store, parts.run)
     number = best_round(history)
-    for entry in history:
-        if entry["round"] == number and entry["model_digest"] not in (None, last_digest):
-            parts.checkpoints.export(entry["model_digest"], last.with_stem(f"{last.stem}-best"))
+    best = models_by_round(history).get(number or 0)
+    if best not in (None, last_digest):
+        parts.checkpoints.export(best, last.with_stem(f"{last.stem}-best"))
 
 
 def _show_end(parts: Parts) -> None:

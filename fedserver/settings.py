@@ -163,6 +163,17 @@ class AdmissionSettings(Settings):
         description="robust standard deviations around the cohort's median norm of local minus "
         "global, outside of which an update is excluded; 0: none is",
     )
+    max_adjustments: int = Field(
+        default=3,
+        ge=0,
+        description="steps by which rate and clipping may be changed when several clients report "
+        "the same cause; 0: never",
+    )
+    max_rollbacks: int = Field(
+        default=2,
+        ge=0,
+        description="times that a round is repeated because its model is bad; 0: never",
+    )
     max_uploads: int = Field(default=16, ge=1, description="uploads written at the same time")
 
 
@@ -295,4 +306,6 @@ RUN_SETTINGS = (
     "augment",
     "max_num_examples",
     "max_delta_norm",
+    "max_adjustments",
+    "max_rollbacks",
 )

@@ -19,6 +19,7 @@ from fedserver.aggregation import strategy_seed, update_file
 from fedserver.chain import (
     Entry,
     chain_findings,
+    every_entry,
     finished_rounds,
     place,
     row_findings,
@@ -181,12 +182,11 @@ def known_blobs(
             where = place(one.run_id, one.round_number)
             add(BlobKind.HELD, one.order_id, what, where, one.digest)
     for ledger in ledgers:
-        entries = whole_entries(ledger)
         # Entries come first: where a row differs from one, that is found elsewhere.
         named = [
             *(
                 (number, (one["base"], one["model"]), (one["base_state"], one["state"]), one)
-                for number, one in entries.items()
+                for (number, _), one in every_entry(ledger).items()
             ),
             *(
                 (

@@ -78,6 +78,11 @@ class IncidentKind(StrEnum):
     DISK_LOW = "disk-low"
     DISK_FULL = "disk-full"
     EVALUATION_COLLAPSED = "evaluation-collapsed"
+    """Something is wrong with the new global model: its loss, or that it answers one class only."""
+    MODEL_ROLLED_BACK = "model-rolled-back"
+    ROUND_ABANDONED = "round-abandoned"
+    CAUSE_SHARED = "cause-shared"
+    """Several clients report the same cause in a round."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ def run(argv: list[str]) -> None:
     known = {
         entry["round"]: entry["evaluation"]
         for entry in history
-        if entry["evaluation"] and "confusion" in entry["evaluation"]
+        if entry["phase"] == "DONE" and "confusion" in (entry["evaluation"] or {})
     }
     wanted = max(known, default=None) if settings.round is None else settings.round
     if wanted is None or wanted not in known:

@@ -6,7 +6,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from fedserver.commands.inspection import InspectionSettings, opened_run
-from fedserver.report import best_round
+from fedserver.report import best_round, models_by_round
 from fedserver.store import read_history
 from shared.cli import parse
 from shared.errors import InvalidInput, NotFound
@@ -28,7 +28,7 @@ def run(argv: list[str]) -> None:
     settings = parse(ExportSettings, argv)
     with opened_run(settings) as (store, run):
         history = read_history(store, run)
-    done = {entry["round"]: entry["model_digest"] for entry in history if entry["model_digest"]}
+    done = models_by_round(history)
     if settings.best and settings.round:
         raise InvalidInput("--best and --round name a round each; give one of them")
     number = (best_round(history) if settings.best else settings.round) or max(done, default=0)

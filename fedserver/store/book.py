@@ -6,6 +6,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from fedserver import ledger
 from fedserver.records import Attempt, Ledger, LedgerRow, Round
+from fedserver.rounds import RoundEvent
 from fedserver.store import schema
 from fedserver.store.database import Database
 
@@ -23,7 +24,9 @@ class Book(Database):
                 )
             ).one()
             entries = connection.execute(
-                select(table).where(table.c.run_id == run_id).order_by(table.c.round)
+                select(table)
+                .where(table.c.run_id == run_id)
+                .order_by(table.c.round, table.c.attempt, table.c.kind)
             ).all()
             attempts = connection.execute(
                 select(rounds)
@@ -35,7 +38,13 @@ class Book(Database):
                 settings=settings,
                 head=head,
                 entries=[
-                    LedgerRow(round_number=row.round, entry=row.entry, digest=row.digest)
+                    LedgerRow(
+                        round_number=row.round,
+                        attempt=row.attempt,
+                        kind=row.kind,
+                        entry=row.entry,
+                        digest=row.digest,
+                    )
                     for row in entries
                 ],
                 attempts=[
@@ -47,6 +56,7 @@ class Book(Database):
                         base_state_digest=row.base_state_digest,
                         model_digest=row.model_digest,
                         state_digest=row.state_digest,
+                        adjustments=row.adjustments,
                         updates=read_verdicts(connection, run_id, row.round, row.attempt),
                     )
                     for row in attempts
@@ -93,10 +103,7 @@ def append_entry(
     updates: list[dict[str, Any]],
 ) -> None:
     """Write the entry of a round that is done, chained to the one before."""
-    of_run = schema.runs.c.run_id == finished.run_id
-    settings, previous = connection.execute(
-        select(schema.runs.c.settings, schema.runs.c.ledger_head).where(of_run)
-    ).one()
+    settings, previous = _settings_and_head(connection, finished.run_id)
     entry = ledger.entry_bytes(
         run_id=finished.run_id,
         round_number=finished.round_number,
@@ -106,16 +113,49 @@ def append_entry(
         model_digest=model_digest,
         state_digest=state_digest,
         settings=settings,
+        adjustments=finished.adjustments.as_json(),
         updates=updates,
-        previous=previous or ledger.GENESIS,
+        previous=previous,
     )
+    _append(connection, finished, RoundEvent.FINISH, entry)
+
+
+def append_rollback(connection: Connection, bad: Round) -> None:
+    """Write the entry of a round that is rolled back, chained to the one before."""
+    assert bad.model_digest is not None
+    _, previous = _settings_and_head(connection, bad.run_id)
+    entry = ledger.rollback_bytes(
+        run_id=bad.run_id,
+        round_number=bad.round_number,
+        attempt=bad.attempt,
+        base_digest=bad.base_digest,
+        model_digest=bad.model_digest,
+        previous=previous,
+    )
+    _append(connection, bad, RoundEvent.ROLL_BACK, entry)
+
+
+def _settings_and_head(connection: Connection, run_id: str) -> tuple[dict[str, Any], str]:
+    settings, head = connection.execute(
+        select(schema.runs.c.settings, schema.runs.c.ledger_head).where(
+            schema.runs.c.run_id == run_id
+        )
+    ).one()
+    return settings, head or ledger.GENESIS
+
+
+def _append(connection: Connection, of: Round, kind: RoundEvent, entry: bytes) -> None:
     digest = ledger.entry_digest(entry)
     connection.execute(
         insert(schema.ledger).values(
-            run_id=finished.run_id,
-            round=finished.round_number,
+            run_id=of.run_id,
+            round=of.round_number,
+            attempt=of.attempt,
+            kind=kind,
             entry=entry.decode(),
             digest=digest,
         )
     )
-    connection.execute(update(schema.runs).where(of_run).values(ledger_head=digest))
+    connection.execute(
+        update(schema.runs).where(schema.runs.c.run_id == of.run_id).values(ledger_head=digest)
+    )

@@ -13,10 +13,11 @@ from fedserver.store.store import Store
 def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
     """Return one object for every attempt at a round, in order.
 
-    Keys: round, attempt, phase, cohort (client ids), updates (each client, num_examples, digest,
-    verdict, metrics, reason, received_at), base_digest, model_digest (None until DONE), evaluation
-    (of the round's model: accuracy, loss, the task's metrics, class_accuracy, confusion; None until
-    known), client_evaluation (of its base by its clients, if asked: accuracy, worst_decile, loss),
+    Keys: round, attempt, phase, adjustments (what of the settings was changed for it), cohort
+    (client ids), updates (each client, num_examples, digest, verdict, metrics, reason,
+    received_at), base_digest, model_digest (None until DONE), evaluation (of the round's model:
+    accuracy, loss, the task's metrics, class_accuracy, confusion; None until known),
+    client_evaluation (of its base by its clients, if asked: accuracy, worst_decile, loss),
     started_at, closed_at, finished_at (ISO 8601, UTC, or None), orders (each order_id, client,
     state, handed_out_at), incidents (each kind, at, client, and what belongs to the kind).
     """
@@ -56,6 +57,7 @@ def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:
         "round": row.round,
         "attempt": row.attempt,
         "phase": row.phase,
+        "adjustments": row.adjustments,
         "cohort": [order.client_id for order in order_rows],
         "updates": [
             {

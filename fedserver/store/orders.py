@@ -1,10 +1,12 @@
 """Orders, the updates they end with, and events."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from itertools import takewhile
+from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import ColumnElement, Table, insert, select
 
 from fedserver.records import (
     Event,
@@ -27,7 +29,7 @@ from fedserver.store.transitions import (
     read_update,
     strike_client,
 )
-from shared.types import ClientUpdate
+from shared.types import ClientUpdate, IncidentKind
 
 
 class Orders(Database):
@@ -43,12 +45,17 @@ class Orders(Database):
             return find_order(connection, order_id)
 
     def last_counted_orders(self, run_id: str) -> dict[int, str]:
-        """Return each client's last COUNTED order."""
-        table = schema.orders
+        """Return each client's last COUNTED order; those of a round rolled back are undone."""
+        table, rounds = schema.orders, schema.rounds
         with self.reading() as connection:
             rows = connection.execute(
                 select(table.c.client_id, table.c.order_id)
-                .where(table.c.run_id == run_id, table.c.state == OrderState.COUNTED)
+                .join(rounds, _same_attempt(table, rounds))
+                .where(
+                    table.c.run_id == run_id,
+                    table.c.state == OrderState.COUNTED,
+                    rounds.c.phase == Phase.DONE,
+                )
                 .order_by(table.c.round)
             ).all()
         return {row.client_id: row.order_id for row in rows}
@@ -166,6 +173,50 @@ class Orders(Database):
             add_events(connection, run_id, happened, report_key=report_key)
             return True
 
+    def answers(self, ending: Round) -> tuple[list[tuple[int, Mapping[str, Any]]], set[int]]:
+        """Return what clients have answered to a round under the adjustments in force.
+
+        That is in this attempt and in those before it with the same adjustments, since the first
+        client to give up may end an attempt before the others can say why they do. First who
+        reported a diagnosis, with the incident's fields, in order; then who has sent an update.
+        """
+        rounds, orders, updates = schema.rounds, schema.orders, schema.updates
+        events = schema.events
+
+        def in_attempts(table: Table) -> tuple[ColumnElement[bool], ...]:
+            return (
+                table.c.run_id == ending.run_id,
+                table.c.round == ending.round_number,
+                table.c.attempt.in_(alike),
+            )
+
+        with self.reading() as connection:
+            tried = connection.execute(
+                select(rounds.c.attempt, rounds.c.adjustments)
+                .where(
+                    rounds.c.run_id == ending.run_id,
+                    rounds.c.round == ending.round_number,
+                    rounds.c.attempt <= ending.attempt,
+                )
+                .order_by(rounds.c.attempt.desc())
+            ).all()
+            in_force = ending.adjustments.as_json()
+            alike = [one.attempt for one in takewhile(lambda o: o.adjustments == in_force, tried)]
+            diagnosed = connection.execute(
+                select(events.c.client_id, events.c.fields)
+                .where(
+                    *in_attempts(events),
+                    events.c.kind == IncidentKind.TRAINING_DIAGNOSED,
+                )
+                .order_by(events.c.sequence)
+            ).all()
+            updating = connection.execute(
+                select(orders.c.client_id)
+                .join(updates, updates.c.order_id == orders.c.order_id)
+                .where(*in_attempts(orders))
+            ).scalars()
+            return [(row.client_id, row.fields) for row in diagnosed], set(updating)
+
     def orders_to_keep(self, run_id: str, *, since_round: int) -> set[str]:
         """Return the orders whose updates the spool must not lose.
 
@@ -176,12 +227,7 @@ class Orders(Database):
         with self.reading() as connection:
             needed = connection.execute(
                 select(orders.c.order_id)
-                .join(
-                    rounds,
-                    (rounds.c.run_id == orders.c.run_id)
-                    & (rounds.c.round == orders.c.round)
-                    & (rounds.c.attempt == orders.c.attempt),
-                )
+                .join(rounds, _same_attempt(orders, rounds))
                 .where(
                     orders.c.run_id == run_id,
                     rounds.c.phase.in_([Phase.COLLECTING, Phase.AGGREGATING])
@@ -194,3 +240,11 @@ class Orders(Database):
                 )
             ).scalars()
             return {*needed, *kept}
+
+
+def _same_attempt(orders: Table, rounds: Table) -> ColumnElement[bool]:
+    return (
+        (rounds.c.run_id == orders.c.run_id)
+        & (rounds.c.round == orders.c.round)
+        & (rounds.c.attempt == orders.c.attempt)
+    )

@@ -3,15 +3,16 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import Select, or_, select, update
 
-from fedserver.records import Event, Exclusion, Round
+from fedserver.records import NO_ADJUSTMENTS, Adjustments, Event, Exclusion, Round
 from fedserver.rounds import OrderEvent, OrderState, Phase, RoundEvent
 from fedserver.store import schema
-from fedserver.store.book import append_entry, read_verdicts
+from fedserver.store.book import append_entry, append_rollback, read_verdicts
 from fedserver.store.database import Database
 from fedserver.store.transitions import (
     add_events,
+    end_attempt,
     exclude_orders,
     forgive_clients,
     in_round,
@@ -26,18 +27,42 @@ class Rounds(Database):
     """The attempts at rounds, the last of which goes on."""
 
     def latest_round(self, run_id: str) -> Round | None:
-        """Return the last attempt at the last round with its orders, None before the first."""
+        """Return the attempt from which the run goes on, with its orders; None before the first.
+
+        It is the last one at the first round that isn't done, if that began with the model that
+        the round before ended with; else the one that ended the round before. Where a round was
+        rolled back, attempts at the round after it that began with its model are left behind.
+        """
         table = schema.rounds
         with self.reading() as connection:
-            row = connection.execute(
+            done = connection.execute(_last_done(run_id)).first()
+            tried = connection.execute(
                 select(table)
-                .where(table.c.run_id == run_id)
-                .order_by(table.c.round.desc(), table.c.attempt.desc())
+                .where(
+                    table.c.run_id == run_id,
+                    table.c.round == (1 if done is None else done.round + 1),
+                )
+                .order_by(table.c.attempt.desc())
                 .limit(1)
             ).first()
-            if row is None:
-                return None
-            return read_round(connection, row)
+            if done is not None and (
+                tried is None
+                or (tried.base_digest, tried.base_state_digest)
+                != (done.model_digest, done.state_digest)
+            ):
+                return read_round(connection, done)
+            return None if tried is None else read_round(connection, tried)
+
+    def phases_of(self, run_id: str, round_number: int) -> list[Phase]:
+        """Return how the attempts at a round stand, the first one first."""
+        table = schema.rounds
+        with self.reading() as connection:
+            phases = connection.execute(
+                select(table.c.phase)
+                .where(table.c.run_id == run_id, table.c.round == round_number)
+                .order_by(table.c.attempt)
+            ).scalars()
+            return [Phase(one) for one in phases]
 
     def open_round(self, opened: Round, happened: Event) -> None:
         """Record a round that begins to collect, with its orders."""
@@ -52,19 +77,48 @@ class Rounds(Database):
             add_events(connection, closing.run_id, [happened])
 
     def fail_round(
-        self, failing: Round, happened: Event, *, exclusions: Sequence[Exclusion] = ()
+        self,
+        failing: Round,
+        happened: Sequence[Event],
+        *,
+        adjustments_after: Adjustments = NO_ADJUSTMENTS,
+        exclusions: Sequence[Exclusion] = (),
     ) -> list[Event]:
         """Give up an attempt; whatever it had stays recorded and counts for nothing.
 
         Returns the events recorded: those of the exclusions, then `happened`.
         """
+        at = happened[0].at
         with self.writing() as connection:
             excluded = exclude_orders(connection, failing, exclusions)
-            move_round(connection, failing, RoundEvent.FAIL, finished_at=happened.at)
-            for state in (OrderState.OPEN, OrderState.STORED):
-                move_orders(connection, failing, state, OrderEvent.ABANDON, at=happened.at)
-            add_events(connection, failing.run_id, [happened])
-        return [*excluded, happened]
+            end_attempt(
+                *(connection, failing, RoundEvent.FAIL),
+                at=at,
+                adjustments_after=adjustments_after.as_json(),
+            )
+            add_events(connection, failing.run_id, happened)
+        return [*excluded, *happened]
+
+    def roll_back(
+        self,
+        bad: Round,
+        happened: Sequence[Event],
+        *,
+        adjustments_after: Adjustments,
+        abandoned: Round | None,
+    ) -> None:
+        """Take a DONE round's model back: the one it began with is the global model again.
+
+        `abandoned` is the attempt that goes on with the bad model, if there is one.
+        """
+        at = happened[0].at
+        with self.writing() as connection:
+            if abandoned is not None:
+                end_attempt(connection, abandoned, RoundEvent.ABANDON, at=at)
+            values = {"adjustments_after": adjustments_after.as_json()}
+            move_round(connection, bad, RoundEvent.ROLL_BACK, **values)
+            append_rollback(connection, bad)
+            add_events(connection, bad.run_id, happened)
 
     def finish_round(
         self,
@@ -74,6 +128,7 @@ class Rounds(Database):
         state_digest: str | None = None,
         next_round: Round | None,
         happened: Sequence[Event],
+        adjustments_after: Adjustments = NO_ADJUSTMENTS,
         exclusions: Sequence[Exclusion] = (),
         client_evaluation: Mapping[str, float] | None = None,
     ) -> list[Event]:
@@ -91,6 +146,7 @@ class Rounds(Database):
                 model_digest=model_digest,
                 state_digest=state_digest,
                 client_evaluation=client_evaluation,
+                adjustments_after=adjustments_after.as_json(),
                 finished_at=at,
             )
             move_orders(connection, finishing, OrderState.STORED, OrderEvent.COUNT, at=at)
@@ -115,14 +171,19 @@ class Rounds(Database):
         return [*excluded, *happened]
 
     def record_evaluation(
-        self, evaluated: Round, evaluation: Mapping[str, object], happened: Event
+        self,
+        evaluated: Round,
+        evaluation: Mapping[str, object],
+        happened: Event,
+        *,
+        alarm: str | None = None,
     ) -> None:
-        """Record how good the model is that a DONE round produced."""
+        """Record how good the model is that a DONE round produced, and what is wrong with it."""
         with self.writing() as connection:
             connection.execute(
                 update(schema.rounds)
                 .where(*in_round(schema.rounds, evaluated), schema.rounds.c.phase == Phase.DONE)
-                .values(evaluation=dict(evaluation))
+                .values(evaluation=dict(evaluation), alarm=alarm)
             )
             add_events(connection, evaluated.run_id, [happened])
 
@@ -140,6 +201,30 @@ class Rounds(Database):
                 .order_by(table.c.round)
             ).all()
             return [read_round(connection, row) for row in rows]
+
+    def good_evaluations(self, run_id: str) -> list[dict[str, Any]]:
+        """Return the evaluations of DONE rounds with whose models nothing is wrong, in order."""
+        table = schema.rounds
+        with self.reading() as connection:
+            found = connection.execute(
+                select(table.c.evaluation)
+                .where(
+                    table.c.run_id == run_id,
+                    table.c.phase == Phase.DONE,
+                    table.c.evaluation.is_not(None),
+                    table.c.alarm.is_(None),
+                )
+                .order_by(table.c.round)
+            ).scalars()
+            return list(found)
+
+    def alarmed_round(self, run_id: str) -> Round | None:
+        """Return the last DONE round if something is wrong with its model."""
+        with self.reading() as connection:
+            row = connection.execute(_last_done(run_id)).first()
+            if row is None or row.alarm is None:
+                return None
+            return read_round(connection, row)
 
     def models_let_go(self, run_id: str, digests: Collection[str], *, since_round: int) -> set[str]:
         """Return those of `digests` that only rounds of this run before `since_round` know of.
@@ -178,3 +263,13 @@ def _blobs_of(rows: Iterable[Any]) -> set[str | None]:
             *(row.model_digest, row.state_digest),
         )
     }
+
+
+def _last_done(run_id: str) -> Select[Any]:
+    table = schema.rounds
+    return (
+        select(table)
+        .where(table.c.run_id == run_id, table.c.phase == Phase.DONE)
+        .order_by(table.c.round.desc())
+        .limit(1)
+    )

@@ -61,7 +61,12 @@ rounds = Table(
     Column("max_delta_norm", Float, nullable=False),
     Column("model_digest", String),
     Column("state_digest", String),
+    # What was changed of the settings for this attempt, and what its end changed for the next one.
+    Column("adjustments", JSON, nullable=False),
+    Column("adjustments_after", JSON(none_as_null=True)),
     Column("evaluation", JSON(none_as_null=True)),
+    # What is wrong with the model, as its evaluation shows.
+    Column("alarm", String),
     # How good the base is on the round's own clients, as they say.
     Column("client_evaluation", JSON(none_as_null=True)),
     Column("started_at", Float, nullable=False),
@@ -147,6 +152,9 @@ ledger = Table(
     metadata,
     Column("run_id", ForeignKey("runs.run_id"), primary_key=True),
     Column("round", Integer, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    # A round that was done and then rolled back has an entry of each.
+    Column("kind", String, primary_key=True),
     Column("entry", String, nullable=False),
     Column("digest", String, nullable=False),
 )

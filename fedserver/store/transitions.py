@@ -8,6 +8,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, delete, insert, se
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from fedserver.records import (
+    Adjustments,
     Event,
     Exclusion,
     HeldState,
@@ -57,6 +58,7 @@ def insert_round(connection: Connection, opened: Round, happened: Event) -> None
             base_digest=opened.base_digest,
             base_state_digest=opened.base_state_digest,
             max_delta_norm=opened.max_delta_norm,
+            adjustments=opened.adjustments.as_json(),
             started_at=happened.at,
         )
     )
@@ -79,6 +81,20 @@ def move_round(
     connection.execute(
         update(schema.rounds).where(*where).values(phase=next_phase(phase, round_event), **values)
     )
+
+
+def end_attempt(
+    connection: Connection,
+    ending: Round,
+    round_event: RoundEvent,
+    *,
+    at: float,
+    **values: object,
+) -> None:
+    """End an attempt without a model: nothing of what it had counts."""
+    move_round(connection, ending, round_event, finished_at=at, **values)
+    for state in (OrderState.OPEN, OrderState.STORED):
+        move_orders(connection, ending, state, OrderEvent.ABANDON, at=at)
 
 
 def move_orders(
@@ -266,11 +282,21 @@ def read_round(connection: Connection, row: Row[Any]) -> Round:
         base_state_digest=row.base_state_digest,
         model_digest=row.model_digest,
         state_digest=row.state_digest,
+        adjustments=read_adjustments(row.adjustments),
+        adjustments_after=read_adjustments(row.adjustments_after or {}),
         orders=tuple(
             Order(order_id=one.order_id, client_id=one.client_id, state=OrderState(one.state))
             for one in rows
         ),
     )
+
+
+def read_adjustments(values: Mapping[str, Any]) -> Adjustments:
+    """Return the adjustments that a column of `rounds` holds."""
+    try:
+        return Adjustments(**values)
+    except TypeError as error:
+        raise ValueError(f"adjustments {values!r}: {error}") from error
 
 
 def read_run(row: Row[Any]) -> Run:

@@ -206,12 +206,20 @@ class OpenRound:
         ]
 
 
-def open_round(peers: Mapping[int, Peer]) -> OpenRound:
-    """Pull the orders of the round that is open, or the next one to be."""
+def open_round(peers: Mapping[int, Peer], *, attempt: tuple[int, int] | None = None) -> OpenRound:
+    """Pull the orders of the round that is open, or the next one to be.
+
+    With an `attempt`, a round and its number, orders of others are passed over until that is open.
+    """
+    deadline = time.monotonic() + GENEROUS_S
+
+    def pull(peer: Peer) -> pb.WorkOrder:
+        while (found := peer.pull_order()) and attempt not in (None, (found.round, found.attempt)):
+            assert time.monotonic() < deadline, f"no order of attempt {attempt}: {found}"
+        return found
+
     with ThreadPoolExecutor(len(peers)) as threads:
-        orders = dict(
-            zip(peers, threads.map(lambda one: one.pull_order(), peers.values()), strict=True)
-        )
+        orders = dict(zip(peers, threads.map(pull, peers.values()), strict=True))
     assert len({(one.round, one.attempt) for one in orders.values()}) == 1
     first = next(iter(peers))
     return OpenRound(peers=peers, orders=orders, base=peers[first].base_of(orders[first]))

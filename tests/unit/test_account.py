@@ -39,7 +39,7 @@ def state_dir(tmp_path: Path) -> Path:
     happened = event_of(
         IncidentKind.ROUND_FAILED, failed, is_incident=True, reason="too few updates can still come"
     )
-    store.fail_round(failed, happened)
+    store.fail_round(failed, [happened])
     opened = make_round(run.run_id, attempt=2, clients=(0, 1, 2, 3))
     store.open_round(opened, make_event("round-opened", attempt=2))
     good, bad, stalled, late = (one.order_id for one in opened.orders)

@@ -22,6 +22,7 @@ def make_entry(**changed: Any) -> bytes:  # noqa: ANN401
         "model_digest": "bb",
         "state_digest": "dd",
         "settings": {"lr": 0.1, "task": "t"},
+        "adjustments": {"lr_factor": 0.5},
         "updates": [UPDATE],
         "previous": GENESIS,
     }
@@ -31,10 +32,10 @@ def make_entry(**changed: Any) -> bytes:  # noqa: ANN401
 def test_the_bytes_of_an_entry_are_pinned() -> None:
     """Sorted keys, no spaces: an entry written today is verified by the software of tomorrow."""
     expected = (
-        '{"attempt":2,"base":"aa","base_state":null,"model":"bb","previous":"'
-        + "0" * 64
-        + '","round":1,'
-        '"run":"run1","settings":{"lr":0.1,"task":"t"},"state":"dd","updates":[{"client":3,"digest":"cc",'
+        '{"adjustments":{"lr_factor":0.5},"attempt":2,"base":"aa","base_state":null,"model":"bb",'
+        '"previous":"' + "0" * 64 + '","round":1,'
+        '"run":"run1","settings":{"lr":0.1,"task":"t"},"state":"dd",'
+        '"updates":[{"client":3,"digest":"cc",'
         '"num_examples":5,"order_id":"o","verdict":"COUNTED"}]}'
     ).encode()
     assert make_entry() == expected
@@ -53,6 +54,7 @@ def test_the_bytes_of_an_entry_are_pinned() -> None:
         {"model_digest": "ba"},
         {"state_digest": None},
         {"settings": {"lr": 0.2, "task": "t"}},
+        {"adjustments": {}},
         {"updates": []},
         {"updates": [UPDATE, UPDATE]},
         {"updates": [UPDATE | {"num_examples": 6}]},

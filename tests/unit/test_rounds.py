@@ -23,6 +23,9 @@ PHASES = {
     ("COLLECTING", "fail"): "FAILED",
     ("AGGREGATING", "finish"): "DONE",
     ("AGGREGATING", "fail"): "FAILED",
+    ("COLLECTING", "abandon"): "ABANDONED",
+    ("AGGREGATING", "abandon"): "ABANDONED",
+    ("DONE", "roll-back"): "ROLLED_BACK",
 }
 STATES = {
     ("OPEN", "store"): "STORED",
@@ -58,8 +61,9 @@ def test_an_order_moves_as_the_table_says_or_not_at_all(
 
 
 def test_what_has_ended_has_no_way_out_and_everything_can_end() -> None:
-    """DONE and FAILED, and the five ends of an order, are final; all others lead to an end."""
-    assert set(Phase) - {phase for phase, _ in ROUND_TABLE} == {Phase.DONE, Phase.FAILED}
+    """FAILED and its like, and the five ends of an order, are final; all others lead to an end."""
+    final = {Phase.FAILED, Phase.ABANDONED, Phase.ROLLED_BACK}
+    assert set(Phase) - {phase for phase, _ in ROUND_TABLE} == final
     assert {state for state, _ in ORDER_TABLE} == {OrderState.OPEN, OrderState.STORED}
     assert set(ORDER_TABLE.values()) == set(OrderState) - {OrderState.OPEN}
     assert set(ROUND_TABLE.values()) == set(Phase) - {Phase.COLLECTING}

@@ -234,7 +234,7 @@ def test_a_failure_amid_finishing_leaves_nothing_half_done(
 
     name = "book.ledger.entry_bytes" if where == "ledger" else "rounds.insert_round"
     monkeypatch.setattr(f"fedserver.store.{name}", fail)
-    following = make_round(run.run_id, round_number=2)
+    following = make_round(run.run_id, round_number=2, base_digest="ee" * 32)
     with pytest.raises(RuntimeError, match="cut off"):
         store.finish_round(
             opened,
@@ -281,9 +281,9 @@ def test_no_phase_is_entered_twice_or_out_of_turn(store: Store, path: Path) -> N
     with pytest.raises(ForbiddenTransition, match="AGGREGATING can't close"):
         store.close_round(opened, make_event("round-closed"))
     assert dump(path) == before
-    store.fail_round(opened, make_event("round-failed"))
+    store.fail_round(opened, [make_event("round-failed")])
     with pytest.raises(ForbiddenTransition, match="FAILED can't fail"):
-        store.fail_round(opened, make_event("round-failed"))
+        store.fail_round(opened, [make_event("round-failed")])
 
 
 def test_a_failed_round_ends_every_order(store: Store) -> None:
@@ -291,7 +291,7 @@ def test_a_failed_round_ends_every_order(store: Store) -> None:
     run, opened = begin_round(store, clients=(0, 1, 2))
     end_order(store, run, make_update(opened.orders[0].order_id))
     end_order(store, run, make_update(opened.orders[1].order_id), OrderEvent.REFUSE, reason="bad")
-    store.fail_round(opened, make_event("round-failed"))
+    store.fail_round(opened, [make_event("round-failed")])
     assert states_of(store, opened) == [
         OrderState.ABANDONED,
         OrderState.REFUSED,

@@ -56,7 +56,8 @@ def count_twice(history: History) -> int:
     places: Counter[tuple[int, int]] = Counter()
     for entry in history:
         for order in entry["orders"]:
-            if order["state"] == "COUNTED":
+            # What was counted in a model that was taken back may count in the one in its place.
+            if order["state"] == "COUNTED" and entry["phase"] != "ROLLED_BACK":
                 orders[order["order_id"]] += 1
                 places[entry["round"], order["client"]] += 1
     return max(sum(count - 1 for count in counts.values()) for counts in (orders, places))

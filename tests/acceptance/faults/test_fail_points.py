@@ -15,6 +15,7 @@ import pytest
 from shared.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS, NUM_ROUNDS, Undisturbed, run_flags
 from tests.acceptance.faults.aftermath import FULL, conclude, expect_same_models, now
+from tests.acceptance.faults.test_bad_models import BAD_MODEL_PLACES
 from tests.acceptance.faults.test_other_ends import OTHER_PLACES
 from tests.acceptance.federation import (
     TINY,
@@ -66,7 +67,8 @@ def places(action: str, among: dict[FailPoint, Any]) -> list[Any]:
 
 def test_every_place_is_struck_on_one_side() -> None:
     """A new fail point comes with its row here."""
-    assert {*SERVER_PLACES, *CLIENT_PLACES, *OTHER_PLACES} == set(FailPoint)
+    struck = {*SERVER_PLACES, *CLIENT_PLACES, *OTHER_PLACES, *BAD_MODEL_PLACES}
+    assert struck == set(FailPoint)
 
 
 def wait_until_halted(process: Process) -> None:

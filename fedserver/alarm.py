@@ -1,0 +1,91 @@
+"""Whether something is wrong with a new global model, by its evaluation and those before it.
+
+It is when
+
+- its loss isn't finite; or
+- the loss exploded: it is above all of the run so far, and far above the newest of them: more than
+  10 robust standard deviations (1.4826 times the median absolute deviation, as for normal values:
+  Rousseeuw and Croux 1993) from their median, of which each counts as half the median at least; or
+- it collapsed: it answers one class to nearly everything, though the examples hold others, and a
+  model before it was at least half way from there to knowing all.
+
+A run begins with models that know nothing, and a cohort of few classes makes one forget the others
+for a while: neither is to be an alarm, so the rules ask for a fall from what was reached.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shared.diagnosis import Symptom
+
+_NUM_COMPARED = 10
+_WIDTH = 10.0
+_TO_DEVIATION = 1.4826
+_LEAST_SPREAD = 0.5
+_NEARLY_ALL = 0.99
+
+Evaluation = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """What is wrong with a model, and the numbers that show it, in a sentence."""
+
+    symptom: Symptom
+    reason: str
+
+
+def find_alarm(evaluation: Evaluation, before: Sequence[Evaluation]) -> Alarm | None:
+    """Return what is wrong with a model that was evaluated so, None if nothing is.
+
+    `before` are the evaluations of the run's good models, oldest first. Evaluations are as the
+    history has them: a loss that isn't finite is None.
+    """
+    loss = evaluation["loss"]
+    if loss is None:
+        return Alarm(symptom=Symptom.NON_FINITE_LOSS, reason="its loss isn't finite")
+    losses = [one["loss"] for one in before if one["loss"] is not None]
+    bound = _loss_bound(losses)
+    if loss > bound:
+        return Alarm(
+            symptom=Symptom.LOSS_EXPLOSION,
+            reason=f"its loss is {loss:.4g}, that of the models before it at most "
+            f"{max(losses):.4g}; {bound:.4g} is the bound",
+        )
+    return _collapse(evaluation, before)
+
+
+def _loss_bound(losses: Sequence[float]) -> float:
+    """Return the loss above which a model's has exploded, infinity where there were none before."""
+    if not losses:
+        return math.inf
+    newest = losses[-_NUM_COMPARED:]
+    median = statistics.median(newest)
+    mad = statistics.median(abs(one - median) for one in newest)
+    spread = max(_TO_DEVIATION * mad, _LEAST_SPREAD * abs(median))
+    return max(*losses, median + _WIDTH * spread)
+
+
+def _collapse(evaluation: Evaluation, before: Sequence[Evaluation]) -> Alarm | None:
+    confusion = evaluation.get("confusion")
+    reached = max((one["accuracy"] for one in before), default=0.0)
+    if confusion is None:
+        return None
+    num_answers = sum(map(sum, confusion))
+    counts = [sum(row[answer] for row in confusion) for answer in range(len(confusion[0]))]
+    answer = max(range(len(counts)), key=counts.__getitem__)
+    if counts[answer] < _NEARLY_ALL * num_answers:
+        return None
+    # What it would be right about that answered nothing else; none of the classes is the last one.
+    share = sum(confusion[answer]) / num_answers if answer < len(confusion) else 0.0
+    if share == 1 or reached < share + (1 - share) / 2:
+        return None
+    what = f"class {answer}" if answer < len(confusion) else "no class at all"
+    return Alarm(
+        symptom=Symptom.COLLAPSE,
+        reason=f"it answers {what} to {counts[answer]} of {num_answers} examples; the best model "
+        f"before it was right about {reached:.2%} of them",
+    )

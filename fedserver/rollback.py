@@ -1,0 +1,107 @@
+"""What follows from what went wrong: the next attempt's adjustments, and the way back.
+
+The decisions are in fedserver.adjustments and fedserver.alarm; here they meet the store.
+"""
+
+from dataclasses import dataclass
+
+from fedserver.adjustments import adjustment_text, after_attempt, after_bad_model
+from fedserver.checkpoints import GlobalModel
+from fedserver.diagnoses import read_diagnosis
+from fedserver.evaluation import initial_state
+from fedserver.events import event_of
+from fedserver.parts import Parts
+from fedserver.records import Adjustments, Event, Round
+from fedserver.retention import drop_updates
+from fedserver.rounds import Phase
+from shared.failpoints import FailPoint, pass_by
+from shared.seeds import derive_seed
+from shared.tasks import Task
+from shared.types import IncidentKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consequences:
+    """What follows from an attempt: the adjustments after it, and what to record of them."""
+
+    adjustments: Adjustments
+    happened: list[Event]
+
+
+async def consequences_of(parts: Parts, ending: Round, *, is_done: bool) -> Consequences:
+    """Return what follows from the diagnoses that clients have reported when an attempt ends."""
+    diagnosed, updating = await parts.workers.in_store(parts.store.answers, ending)
+    reports = [(client_id, read_diagnosis(fields)) for client_id, fields in diagnosed]
+    after, shared = after_attempt(
+        ending.adjustments,
+        reports,
+        round_number=ending.round_number,
+        is_done=is_done,
+        num_answers=len(updating | {one for one, _ in reports}),
+        max_steps=parts.settings.max_adjustments,
+    )
+    happened = [
+        event_of(
+            IncidentKind.CAUSE_SHARED,
+            ending,
+            is_incident=True,
+            cause=str(one.cause),
+            clients=list(one.clients),
+            answers=one.num_answers,
+            change=one.change,
+        )
+        for one in shared
+    ]
+    return Consequences(adjustments=after, happened=happened)
+
+
+async def first_model(parts: Parts, task: Task, *, num_redraws: int) -> GlobalModel:
+    """Return the model that a run begins with, drawn anew so many times."""
+    # The first draw's seed is as it was before there were others.
+    seed = derive_seed(parts.settings.seed, "init", attempt=num_redraws)
+    state_dict = await parts.workers.on_disk(
+        initial_state, task, seed=seed, init=parts.settings.init
+    )
+    return await parts.workers.on_disk(parts.checkpoints.save_initial, state_dict)
+
+
+async def roll_back(parts: Parts, bad: Round, current: Round) -> tuple[Round, GlobalModel]:
+    """Take back the model that a round has made; returns the attempt to go on from, and its base.
+
+    The round after it, if `current` is an attempt at it that goes on, is abandoned.
+    """
+    is_open = current.phase in (Phase.COLLECTING, Phase.AGGREGATING)
+    adjustments = after_bad_model(bad.adjustments, max_steps=parts.settings.max_adjustments)
+    happened = [
+        event_of(
+            IncidentKind.MODEL_ROLLED_BACK,
+            bad,
+            is_incident=True,
+            model=bad.model_digest,
+            to=bad.base_digest,
+            change=adjustment_text(adjustments) or None,
+        )
+    ]
+    if is_open:
+        reason = f"the model it began with was rolled back, round {bad.round_number} is repeated"
+        happened.append(
+            event_of(IncidentKind.ROUND_ABANDONED, current, is_incident=True, reason=reason)
+        )
+    await parts.workers.in_store(
+        parts.store.roll_back,
+        bad,
+        happened,
+        adjustments_after=adjustments,
+        abandoned=current if is_open else None,
+    )
+    pass_by(FailPoint.ROLLED_BACK)
+    parts.book.close_round()
+    for one in happened:
+        parts.bus.publish(one)
+    await drop_updates(parts, done_round=bad.round_number - 1)
+    latest = await parts.workers.in_store(parts.store.latest_round, bad.run_id)
+    assert latest is not None
+    base = await parts.workers.on_disk(
+        parts.checkpoints.load, bad.base_digest, state_digest=bad.base_state_digest
+    )
+    return latest, base

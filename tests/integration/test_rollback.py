@@ -1,0 +1,251 @@
+"""Clients that agree on a cause change the run; a bad global model is taken back."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+
+from shared.diagnosis import Cause, Experiment, ExperimentName, Remedy, RemedyKind
+from shared.diagnosis_wire import diagnosis_message
+from shared.pb import federation_pb2 as pb
+from tests.factories import make_diagnosis
+from tests.integration.peer import OpenRound, Peer, State, changed, open_round, payload_of
+from tests.processes import Scene, Server
+
+CLIENTS = (0, 1)
+LR = 0.25
+
+Connect = Callable[..., dict[int, Peer]]
+
+
+@pytest.fixture
+def connect(scene: Scene) -> Iterator[Connect]:
+    """Give a function that starts a server with these flags and returns its two clients."""
+    connected: dict[int, Peer] = {}
+
+    def start(*flags: str | float) -> dict[int, Peer]:
+        server = scene.server(
+            *("--task", "tests.tiny_task:tiny", "--rounds", 100, "--min-clients", len(CLIENTS)),
+            *("--stall-after", 3600, "--lease", 3600, "--lr", LR),
+            *flags,
+        )
+        server.wait_for_line("fedserver listening on")
+        connected.update({one: Peer(server.address, one) for one in CLIENTS})
+        return connected
+
+    yield start
+    for peer in connected.values():
+        peer.close()
+
+
+def server_of(scene: Scene) -> Server:
+    """Return the scene's server."""
+    (found,) = (one for one in scene.processes if isinstance(one, Server))
+    return found
+
+
+def report(
+    opened: OpenRound,
+    cause: Cause,
+    *tried: Experiment,
+    clients: Sequence[int] = CLIENTS,
+    gave_up: bool = False,
+) -> None:
+    """Let clients report a cause, and perhaps that no update comes."""
+    found = make_diagnosis(cause=cause, experiments=tried, remedy=Remedy(kind=RemedyKind.NONE))
+    incident = pb.Incident(
+        sequence=1,
+        kind=pb.INCIDENT_KIND_TRAINING_DIAGNOSED,
+        diagnosis=diagnosis_message(found),
+    )
+    for one in clients:
+        opened.peers[one].report(opened.orders[one], incidents=[incident])
+    for one in clients if gave_up else ():
+        opened.peers[one].report(opened.orders[one], gave_up=True)
+
+
+def place(opened: OpenRound) -> tuple[int, int]:
+    """Return a round and its attempt."""
+    order = opened.orders[0]
+    return order.round, order.attempt
+
+
+def rates(opened: OpenRound) -> set[float]:
+    """Return the rates that a round's clients are to train with."""
+    return {one.training.lr for one in opened.orders.values()}
+
+
+def poisoned(base: State) -> State:
+    """Return a model that answers class 0 to everything: finite, and near enough to be taken."""
+    state = changed(base)
+    state["3.bias"][0] += 100
+    return state
+
+
+def deliver(opened: OpenRound, make: Callable[[State], State] = changed) -> None:
+    """Upload the same update for every client of a round."""
+    payload = payload_of(make(opened.base))
+    for one, peer in opened.peers.items():
+        assert peer.upload(opened.orders[one], payload).receipt == pb.RECEIPT_STORED
+
+
+def same(one: State, other: State) -> bool:
+    """Whether two models hold the same numbers."""
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_clients_that_agree_on_the_rate_lower_it_until_rounds_go_well(
+    scene: Scene, connect: Connect
+) -> None:
+    """In the next attempt and the next round's orders; a good round takes it back."""
+    peers = connect()
+    first = open_round(peers)
+    healing = Experiment(name=ExperimentName.LOWER_RATE, value=0.1, is_healed=True)
+    report(first, Cause.LEARNING_RATE, healing, gave_up=True)
+    again = open_round(peers)
+    assert (place(again), rates(again)) == ((1, 2), {LR * 0.1})
+    # One client says so again: nothing is lowered further, nor taken back.
+    report(again, Cause.LEARNING_RATE, healing, clients=[1])
+    deliver(again)
+    second = open_round(peers)
+    assert (place(second), rates(second)) == ((2, 1), {LR * 0.1})
+    expected = [LR * 0.2, LR * 0.4, LR * 0.8, LR]
+    found: list[float] = []
+    for _ in expected:
+        deliver(second)
+        second = open_round(peers)
+        found += rates(second)
+    assert found == pytest.approx(expected)
+
+    history = scene.history()
+    shared = [one for one in history[0]["incidents"] if one["kind"] == "cause-shared"]
+    assert [(one["cause"], one["clients"], one["answers"]) for one in shared] == [
+        ("learning-rate", [0, 1], 2)
+    ]
+    in_force = [one["adjustments"].get("lr_factor", 1) for one in history]
+    assert in_force == pytest.approx([1, 0.1, 0.1, 0.2, 0.4, 0.8, 1])
+    server_of(scene).wait_for_line("cause-shared.*learning-rate.*rate times 0.1")
+    shown = scene.command("show", "--state-dir", scene.folder / "server", "--round", "1").stdout
+    words = " ".join(shown.split())
+    assert "clients 0, 1 of 2 that answered report learning-rate: rate times 0.1" in words
+    assert "changed for this attempt: rate times 0.1" in words
+
+
+def test_they_agree_though_the_first_to_give_up_ends_the_attempt(connect: Connect) -> None:
+    """What the others say of it afterwards counts in the next one."""
+    peers = connect()
+    first = open_round(peers)
+    report(first, Cause.LEARNING_RATE, clients=[0], gave_up=True)
+    again = open_round(peers, attempt=(1, 2))
+    assert rates(again) == {LR}
+    report(first, Cause.LEARNING_RATE, clients=[1])
+    again.peers[0].report(again.orders[0], gave_up=True)
+    assert rates(open_round(peers, attempt=(1, 3))) == {LR / 2}
+
+
+def test_clients_that_agree_on_exploding_gradients_get_them_clipped(connect: Connect) -> None:
+    """At the median of the norms that healed them."""
+    peers = connect()
+    opened = open_round(peers)
+    for client, norm in ((0, 2.0), (1, 3.0)):
+        healing = Experiment(name=ExperimentName.CLIPPED_GRADIENT, value=norm, is_healed=True)
+        report(opened, Cause.EXPLODING_GRADIENT, healing, clients=[client])
+    deliver(opened)
+    after = open_round(peers)
+    assert {one.training.clip_norm for one in after.orders.values()} == {2.5}
+    assert rates(after) == {LR}
+
+
+def test_a_bad_first_model_is_drawn_anew(scene: Scene, connect: Connect) -> None:
+    """Twice, each time another one; then the draw stays as it is."""
+    peers = connect()
+    bases = []
+    for attempt in range(1, 5):
+        opened = open_round(peers)
+        assert place(opened) == (1, attempt)
+        bases.append(opened.base)
+        if attempt < 4:
+            report(opened, Cause.BAD_INITIALISATION, gave_up=True)
+    assert not same(bases[0], bases[1])
+    assert not same(bases[1], bases[2])
+    assert same(bases[2], bases[3])
+    deliver(opened)
+    open_round(peers)
+    verified = scene.command("verify", "--state-dir", scene.folder / "server")
+    assert verified.returncode == 0, verified.stdout
+
+
+def test_nothing_is_changed_where_that_is_switched_off(scene: Scene, connect: Connect) -> None:
+    """It is said all the same."""
+    peers = connect("--max-adjustments", 0)
+    opened = open_round(peers)
+    report(opened, Cause.LEARNING_RATE)
+    deliver(opened)
+    assert rates(open_round(peers)) == {LR}
+    (shared,) = (one for one in scene.history()[0]["incidents"] if one["kind"] == "cause-shared")
+    assert "--max-adjustments is 0" in shared["change"]
+
+
+def test_a_bad_model_is_taken_back_and_its_round_repeated(scene: Scene, connect: Connect) -> None:
+    """From the last good model, with half the rate, twice at most; all of it is on record."""
+    peers = connect("--keep-updates", "all")
+    first = open_round(peers)
+    deliver(first)
+    second = open_round(peers)
+    good = second.base
+    for attempt in (1, 2):
+        assert rates(second) == {LR * 0.5 ** (attempt - 1)}
+        deliver(second, poisoned)
+        second = open_round(peers, attempt=(2, attempt + 1))
+        assert same(second.base, good)
+    # A third time it stands.
+    deliver(second, poisoned)
+    third = open_round(peers)
+    server_of(scene).wait_for_line("evaluation-collapsed", times=3)
+    assert place(third)[0] == 3
+    assert not same(third.base, good)
+
+    history = scene.history()
+    done = [(one["round"], one["attempt"]) for one in history if one["phase"] == "DONE"]
+    assert done == [(1, 1), (2, 3)]
+    undone = [one for one in history if one["phase"] == "ROLLED_BACK"]
+    assert [(one["round"], one["attempt"]) for one in undone] == [(2, 1), (2, 2)]
+    for one in undone:
+        kinds = [incident["kind"] for incident in one["incidents"]]
+        assert kinds == ["evaluation-collapsed", "model-rolled-back"]
+        assert one["incidents"][1]["to"] == history[0]["model_digest"]
+        assert {order["state"] for order in one["orders"]} == {"COUNTED"}
+    abandoned = [one for one in history if one["phase"] == "ABANDONED"]
+    assert {one["round"] for one in abandoned} == {3}
+    assert {order["state"] for one in abandoned for order in one["orders"]} == {"ABANDONED"}
+    stood = [one for one in history[3]["incidents"] if one["kind"] == "evaluation-collapsed"]
+    assert "it stands, --max-rollbacks allows no more" in stood[0]["reason"]
+    json.dumps(history, allow_nan=False)
+
+    state_dir = scene.folder / "server"
+    verified = scene.command("verify", "--state-dir", state_dir)
+    assert verified.returncode == 0, verified.stdout
+    assert "2 of 2 re-aggregated" in verified.stdout
+    out = scene.folder / "exported.safetensors"
+    scene.command("export", "--state-dir", state_dir, "--round", "2", "--out", out)
+    assert (
+        out.read_bytes()
+        == (state_dir / "models" / f"{history[3]['model_digest']}.safetensors").read_bytes()
+    )
+    shown = " ".join(scene.command("show", "--state-dir", state_dir, "--round", "2").stdout.split())
+    assert "Attempt 1: rolled back" in shown
+    assert "the model was taken back; the one before it is in its place" in shown
+    assert "its loss is" in shown
+
+
+def test_a_bad_model_stands_where_that_is_switched_off(scene: Scene, connect: Connect) -> None:
+    """It is said all the same."""
+    peers = connect("--max-rollbacks", 0)
+    deliver(open_round(peers))
+    second = open_round(peers)
+    deliver(second, poisoned)
+    third = open_round(peers)
+    server_of(scene).wait_for_line("evaluation-collapsed.*it stands")
+    deliver(third)
+    assert place(open_round(peers)) == (4, 1)
