@@ -26,7 +26,7 @@ BLOCK_ELEMENTS = 64 * 1024
 # More threads find memory no faster.
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _BLOCKS_AT_A_TIME = 8
-_ROWS_BYTES = 16 * 1024 * 1024
+_ROWS_BYTES = 8 * 1024 * 1024
 
 T = TypeVar("T")
 

@@ -21,8 +21,8 @@ from shared.weights import EntryKind
 
 _COLUMNS = 2048
 _BITS = 20
-# Below this share of the two norms a difference of sums has lost too many digits.
-_CLOSE = 2.0**-7
+# Of a squared distance within a block of columns.
+_TOLERANCE = 2.0**-31
 
 
 def squared_distances(cohort: Cohort) -> Matrix:
@@ -57,20 +57,24 @@ class BlockDistances:
         values = self._rows.read(block)
         found = np.zeros((len(values), len(values)))
         for begin in range(0, block.count, _COLUMNS):
-            wide = values[:, begin : begin + _COLUMNS].double()
-            _add_distances(found, wide[1:] - wide[0])
+            _add_distances(found, values[:, begin : begin + _COLUMNS].double())
         return found
 
 
-def _add_distances(found: Matrix, deltas: torch.Tensor) -> None:
-    """Add the squared distances of `deltas`, float64 [num_updates, at most _COLUMNS].
+def _add_distances(found: Matrix, points: torch.Tensor) -> None:
+    """Add the squared distances of `points`, float64 [num_points, at most _COLUMNS].
 
-    The inner products are sums of exact ones (Ozaki et al. 2012, "Error-free transformations of
-    matrix multiplication"): each row is split into two slices of 20 bits below its largest element,
-    so that a product of slices summed over 2^11 columns fits in float64's 53 bits. Then it doesn't
-    matter in which order a matrix product adds, which differs between numbers of threads. What the
-    slices leave out is below 2^-41 of a row's largest element.
+    They are norms minus twice the inner products, of deltas from the points' mean: what all updates
+    have in common must not drown out how they differ. The inner products are sums of exact ones
+    (Ozaki et al. 2012, "Error-free transformations of matrix multiplication"): each row is split
+    into two slices of 20 bits below its largest element, so that a product of slices summed over
+    2^11 columns fits in float64's 53 bits. Then it doesn't matter in which order a matrix product
+    adds, which differs between numbers of threads. What the slices leave out is below 2^-41 of a
+    row's largest element; the products of two lower slices are left out too, and pairs for which
+    they could matter are computed from their differences.
     """
+    # Of NumPy, whose sums are the same for any number of threads.
+    deltas = points - torch.from_numpy(points.numpy().mean(axis=0))
     exponents = torch.frexp(deltas.abs().amax(dim=1, keepdim=True)).exponent.double()
     # Added and taken away again, it rounds to multiples of 2^(exponent - _BITS).
     rounder = 1.5 * torch.exp2(exponents + (52 - _BITS))
@@ -81,21 +85,29 @@ def _add_distances(found: Matrix, deltas: torch.Tensor) -> None:
     low += rounder
     low -= rounder
     cross = high @ low.T
-    products = (high @ high.T + (cross + cross.T) + low @ low.T).numpy()
-    norms = products.diagonal().copy()
-    sums = norms[:, None] + norms[None, :]
-    squared = sums - 2 * products
+    products = (_products(high) + (cross + cross.T)).numpy()
+    norms, low_norms = (np.einsum("ij,ij->i", one, one) for one in (deltas.numpy(), low.numpy()))
+    squared = norms[:, None] + norms[None, :] - 2 * products
     np.fill_diagonal(squared, 0.0)
-    values = deltas.numpy()
-    first, second = np.nonzero(np.triu(squared < _CLOSE * sums, k=1))
+    left_out = 2 * np.sqrt(np.outer(low_norms, low_norms))
+    first, second = np.nonzero(np.triu(left_out > _TOLERANCE * squared, k=1))
+    values = points.numpy()
     for begin in range(0, len(first), len(values)):
         one, other = first[begin : begin + len(values)], second[begin : begin + len(values)]
         differences = values[one] - values[other]
         squared[one, other] = np.einsum("pk,pk->p", differences, differences)
         squared[other, one] = squared[one, other]
-    found[1:, 1:] += squared
-    found[0, 1:] += norms
-    found[1:, 0] += norms
+    found += squared
+
+
+def _products(rows: torch.Tensor) -> torch.Tensor:
+    """Return the inner products of all rows, a quarter of which are those of others mirrored."""
+    half = len(rows) // 2
+    products = torch.empty(len(rows), len(rows), dtype=rows.dtype)
+    products[:half] = rows[:half] @ rows.T
+    products[half:, :half] = products[:half, half:].T
+    products[half:, half:] = rows[half:] @ rows[half:].T
+    return products
 
 
 def distances_between(squared: Matrix, coefficients: Matrix) -> Matrix:
