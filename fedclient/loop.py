@@ -4,11 +4,12 @@ Everything it needs after a crash is in the state-dir: who it is, the updates no
 the blobs it holds. Everything else it asks the server for again.
 """
 
+import functools
 import logging
 import random
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,8 +19,13 @@ from fedclient.devices import find_device
 from fedclient.outbox import Outbox
 from fedclient.progress import OrderAbandoned, ProgressReporter, Stopped
 from fedclient.settings import ClientSettings
+from fedclient.state import ClientStates, StateLost
 from fedclient.training import train_order
 from shared import __version__
+from shared.diagnosis import Diagnosis
+from shared.diagnosis_text import verdict
+from shared.doctor import TrainingHalted
+from shared.doctor.easing import Convalescence
 from shared.errors import (
     CorruptPayload,
     FederationError,
@@ -33,7 +39,7 @@ from shared.errors import (
 from shared.failpoints import FailPoint, pass_by
 from shared.files import replace_file
 from shared.tasks import DataRequest, Examples, Partition, Task, examine_examples, find_task
-from shared.training import NonFiniteError
+from shared.training import incident_of
 from shared.types import (
     ClientUpdate,
     Counters,
@@ -73,6 +79,7 @@ class Client:
         self._instance_key = _instance_key(state_dir)
         self._outbox = Outbox(state_dir / "outbox")
         self._cache = BlobCache(state_dir / "blobs")
+        self._states = ClientStates(state_dir / "states")
         self._device = find_device(settings.device)
         self._session: SessionInfo | None = None
         self._data: tuple[SessionInfo, Task, Examples] | None = None
@@ -105,17 +112,18 @@ class Client:
     def _work_on(self, order: WorkOrder) -> None:
         pass_by(FailPoint.ORDER_PULLED)
         update = self._outbox.find(order.order_id)
-        reporter = ProgressReporter(lambda counters: self._report(order, counters), stop=self._stop)
+        reporter = ProgressReporter(functools.partial(self._report, order), stop=self._stop)
         with reporter as progress:
             try:
                 if update is None:
                     update = self._train(order, progress)
+                    self._tell_incidents(order, progress, gave_up=False)
                 self._deliver(update, on_sent=lambda count: progress.add(bytes_sent=count))
             except OrderAbandoned:
                 logger.info("round %d: the server wants no update any more", order.round_number)
-            except NonFiniteError as error:
+            except TrainingHalted as error:
                 logger.warning("round %d: %s; no update is sent", order.round_number, error)
-                self._give_up(order, progress.counters, error.incident)
+                self._tell_incidents(order, progress, gave_up=True)
             except NotFound as error:
                 # Its model is gone: the round has ended meanwhile.
                 logger.info("round %d: %s", order.round_number, error)
@@ -129,16 +137,23 @@ class Client:
             except Exception:
                 # The task's own code may fail in any way: the server must hear of it (its kind,
                 # not its text), and the person here sees the rest as this process ends.
-                incident = Incident(kind=IncidentKind.TRAINING_FAILED)
-                self._give_up(order, progress.counters, incident)
+                progress.note(Incident(kind=IncidentKind.TRAINING_FAILED))
+                self._tell_incidents(order, progress, gave_up=True)
                 raise
 
     def _train(self, order: WorkOrder, progress: ProgressReporter) -> ClientUpdate:
         assert self._data is not None
         _, task, examples = self._data
+        state = self._state_in_force(order, progress)
         global_model = self._fetch(order, progress)
         pass_by(FailPoint.MODEL_FETCHED)
-        update = train_order(
+
+        def tell(diagnosis: Diagnosis) -> None:
+            logger.warning("round %d: %s", order.round_number, verdict(diagnosis))
+            may_tell = self._settings.report_samples
+            progress.note(incident_of(diagnosis if may_tell else diagnosis.without_samples()))
+
+        update, next_state = train_order(
             order,
             task=task,
             examples=examples,
@@ -147,11 +162,23 @@ class Client:
             progress=progress,
             payload=self._outbox.draft_path(order.order_id),
             log_steps=self._settings.log_steps,
+            doctor=self._settings.doctor_settings,
+            state=state,
+            on_diagnosis=tell,
         )
         pass_by(FailPoint.TRAINED)
+        self._states.keep(order.order_id, next_state)
         self._outbox.put(update)
         pass_by(FailPoint.UPDATE_KEPT)
         return update
+
+    def _state_in_force(self, order: WorkOrder, progress: ProgressReporter) -> Convalescence:
+        try:
+            return self._states.promoted(order.last_counted_order_id)
+        except StateLost as error:
+            logger.warning("round %d: %s", order.round_number, error)
+            progress.note(Incident(kind=IncidentKind.CLIENT_STATE_LOST))
+            return Convalescence()
 
     def _fetch(self, order: WorkOrder, progress: ProgressReporter) -> Path:
         section = order.sections[0]
@@ -208,20 +235,27 @@ class Client:
             update.metrics["accuracy"],
         )
 
-    def _report(self, order: WorkOrder, counters: Counters) -> Directive:
+    def _report(
+        self, order: WorkOrder, counters: Counters, incidents: Sequence[tuple[int, Incident]]
+    ) -> Directive:
         assert self._session is not None
         return self._connection.report_progress(
-            self._session.session_id, order.order_id, counters=counters
+            self._session.session_id, order.order_id, counters=counters, incidents=incidents
         )
 
-    def _give_up(self, order: WorkOrder, counters: Counters, incident: Incident) -> None:
+    def _tell_incidents(
+        self, order: WorkOrder, progress: ProgressReporter, *, gave_up: bool
+    ) -> None:
+        """Make sure that the server knows of all that went wrong, and whether an update comes."""
+        if not gave_up and not progress.unreported:
+            return
         self._call(
             lambda session: self._connection.report_progress(
                 session.session_id,
                 order.order_id,
-                counters=counters,
-                incidents=[(1, incident)],
-                gave_up=True,
+                counters=progress.counters,
+                incidents=progress.unreported,
+                gave_up=gave_up,
             )
         )
 

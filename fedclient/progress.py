@@ -2,13 +2,13 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from shared.errors import FederationError
-from shared.types import Counters, Directive
+from shared.types import Counters, Directive, Incident
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,20 @@ class Stopped(Exception):
 class ProgressReporter:
     """Reports the counters every second from a thread of its own, as a context manager.
 
-    `report(counters)` makes the call. A report that fails is no harm: the next one says more.
-    `stop` is set when the process is asked to end.
+    `report(counters, incidents)` makes the call, with the incidents not reported yet and their
+    numbers in the order, from 1. A report that fails is no harm: the next one says more. `stop` is
+    set when the process is asked to end.
     """
 
-    def __init__(self, report: Callable[[Counters], Directive], *, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        report: Callable[[Counters, Sequence[tuple[int, Incident]]], Directive],
+        *,
+        stop: threading.Event,
+    ) -> None:
         self._report = report
+        self._incidents: list[Incident] = []
+        self._num_reported = 0
         self._stop = stop
         self._counters = Counters()
         self._is_abandoned = False
@@ -55,7 +63,14 @@ class ProgressReporter:
         """How far the order is."""
         return self._counters
 
-    def add(self, *, bytes_received: int = 0, bytes_sent: int = 0, batches: int = 0) -> None:
+    def add(
+        self,
+        *,
+        bytes_received: int = 0,
+        bytes_sent: int = 0,
+        batches: int = 0,
+        replays: int = 0,
+    ) -> None:
         """Count what was done."""
         before = self._counters
         self._counters = replace(
@@ -63,7 +78,18 @@ class ProgressReporter:
             bytes_received=before.bytes_received + bytes_received,
             bytes_sent=before.bytes_sent + bytes_sent,
             batches=before.batches + batches,
+            replays=before.replays + replays,
         )
+
+    def note(self, incident: Incident) -> None:
+        """Say with the next report that something went wrong."""
+        self._incidents.append(incident)
+
+    @property
+    def unreported(self) -> list[tuple[int, Incident]]:
+        """The incidents that the server hasn't acknowledged, with their numbers in the order."""
+        numbered = list(enumerate(self._incidents, start=1))
+        return numbered[self._num_reported :]
 
     def expect_batches(self, batches_total: int) -> None:
         """Say how many batches the order takes."""
@@ -84,7 +110,10 @@ class ProgressReporter:
     def _run(self) -> None:
         while not self._ended.wait(_INTERVAL_S):
             try:
-                if self._report(self._counters) is Directive.ABANDON:
+                incidents = self.unreported
+                directive = self._report(self._counters, incidents)
+                self._num_reported += len(incidents)
+                if directive is Directive.ABANDON:
                     self._is_abandoned = True
                     return
             except FederationError as error:

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from shared.cli import Settings
+from shared.diagnosis import Cause, DoctorSettings, RemedyPolicy
 
 
 class ConnectionSettings(Settings):
@@ -56,7 +57,48 @@ class ComputeSettings(Settings):
     )
 
 
-class ClientSettings(ComputeSettings, DataSettings, ConnectionSettings):
+class DoctorOptions(Settings):
+    """What it does where training goes wrong."""
+
+    doctor: Literal["cure", "skip", "report", "off"] = Field(
+        default="cure",
+        description="cure: find the cause and go on; skip: leave the batch out; report: say why "
+        "and stop; off: stop at what isn't finite",
+    )
+    doctor_policies: dict[Cause, RemedyPolicy] = Field(
+        default_factory=dict,
+        description="other than --doctor for some causes, as bad-data=skip,learning-rate=report",
+    )
+    max_remedies: int = Field(default=3, ge=0, description="remedies a round until it gives up")
+    doctor_bytes: int = Field(
+        default=512 * 2**20, ge=0, description="bytes of states and batches kept to go back to"
+    )
+    report_samples: bool = Field(
+        default=False, description="tell the server which examples were bad, by number"
+    )
+
+    @field_validator("doctor_policies", mode="before")
+    @classmethod
+    def _read_policies(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        pairs = (word.partition("=") for word in value.split(",") if word)
+        return {cause.strip(): policy.strip() for cause, _, policy in pairs}
+
+    @property
+    def doctor_settings(self) -> DoctorSettings:
+        """What the doctor may do."""
+        is_armed = self.doctor != "off"
+        return DoctorSettings(
+            is_armed=is_armed,
+            default_policy=RemedyPolicy(self.doctor) if is_armed else RemedyPolicy.REPORT,
+            policies=self.doctor_policies,
+            max_remedies=self.max_remedies,
+            memory_bytes=self.doctor_bytes,
+        )
+
+
+class ClientSettings(DoctorOptions, ComputeSettings, DataSettings, ConnectionSettings):
     """Take part in a federated run; it exits with 0 when the run is done.
 
     Stopped or killed and started again with the same state-dir, it goes on where it was.

@@ -3,14 +3,17 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedclient.progress import ProgressReporter
 from shared.codec import digest_file, load_state_into, write_state
 from shared.data import AugmentedBatches, make_loader
+from shared.diagnosis import Diagnosis, DoctorSettings
+from shared.doctor.easing import Convalescence
 from shared.errors import InvalidInput, WrongSettings
 from shared.evaluation import evaluate
 from shared.seeds import derive_seed
@@ -32,22 +35,35 @@ def train_order(
     device: torch.device,
     progress: ProgressReporter,
     payload: Path,
+    doctor: DoctorSettings,
+    state: Convalescence,
+    on_diagnosis: Callable[[Diagnosis], None],
     log_steps: int = 0,
-) -> ClientUpdate:
+) -> tuple[ClientUpdate, Convalescence]:
     """Train on one client's examples from the global model; writes the update's payload.
 
-    Every `log_steps` steps (0: never) one log line says how training goes.
+    Every `log_steps` steps (0: never) one log line says how training goes. `state` is what is in
+    force from earlier rounds, `on_diagnosis` hears at once of what goes wrong.
 
-    A function of the order, the examples and the global model alone: trained again after a crash,
-    it gives the same bytes (on one machine, build, device and number of threads).
+    A function of the order, the examples, the global model and the state alone: trained again after
+    a crash, it gives the same bytes (on one machine, build, device and number of threads).
+
+    Returns:
+        The update, and the state that comes into force if it is counted.
 
     Raises:
-        NonFiniteError: training met a number that isn't finite.
+        TrainingHalted: training went wrong, and may not or can't be cured.
         WrongSettings: the task's model isn't the one the server holds.
         OrderAbandoned: the server wants no update any more.
     """
     torch.manual_seed(derive_seed(order.seed, "model"))
     model = task.build_model()
+
+    def fresh_state() -> dict[str, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(order.seed, "model"))
+            return task.build_model().state_dict()
+
     try:
         load_state_into(model.state_dict(), global_model)
     except InvalidInput as error:
@@ -78,6 +94,10 @@ def train_order(
         progress.add(batches=1)
         progress.examine()
 
+    def count_replay() -> None:
+        progress.add(replays=1)
+        progress.examine()
+
     began = time.monotonic()
     result = train_model(
         model,
@@ -93,24 +113,37 @@ def train_order(
         schedule=training.schedule,
         on_step=count_step,
         gradient_every=log_steps,
+        doctor=doctor,
+        num_classes=task.num_classes,
+        is_initial=order.round_number == 1,
+        fresh_state=fresh_state,
+        treatment=state.treatment,
+        on_replay=count_replay,
+        on_diagnosis=on_diagnosis,
     )
     train_s = time.monotonic() - began
     write_state(payload, result.state_dict)
     digest = digest_file(payload)
     size_bytes = payload.stat().st_size
-    return ClientUpdate(
+    report = result.report
+    update = ClientUpdate(
         order_id=order.order_id,
         digest=digest,
         size_bytes=size_bytes,
         sections=(Section(name=MODEL_SECTION, digest=digest, size_bytes=size_bytes),),
-        num_examples=result.report.num_examples,
-        num_steps=result.report.num_steps,
+        num_examples=report.num_examples,
+        num_steps=report.num_steps,
         metrics={
             "accuracy": result.accuracy,
-            "loss": result.report.epochs[-1].loss,
+            "loss": report.epochs[-1].loss,
             "train_s": train_s,
             **metrics,
         },
+    )
+    return update, state.after_round(
+        report.treatment,
+        was_healthy=not report.diagnoses,
+        has_dropped_samples=report.has_dropped_samples,
     )
 
 

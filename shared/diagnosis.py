@@ -130,6 +130,26 @@ class RemedyPolicy(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorSettings:
+    """What the doctor may do.
+
+    `policies` name causes for which something else than the default is done; `max_remedies` is how
+    many remedies a training may get; `memory_bytes` bounds the states and batches kept. Disarmed,
+    it only stops at what isn't finite: nothing is kept, found out or cured.
+    """
+
+    is_armed: bool = True
+    default_policy: RemedyPolicy = RemedyPolicy.CURE
+    policies: Mapping[Cause, RemedyPolicy] = field(default_factory=dict)
+    max_remedies: int = 3
+    memory_bytes: int = 512 * 2**20
+
+    def policy_for(self, cause: Cause) -> RemedyPolicy:
+        """Return what is done about a cause."""
+        return self.policies.get(cause, self.default_policy)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Origin:
     """Where the first bad value was produced, not passed on.
 

@@ -1,53 +1,29 @@
 """Training a model. Pure PyTorch: knows no round, no server and no wire.
 
-A model that stops being finite never leaves this module: `train_model` stops at the step at
-which the loss, a gradient, a parameter or a buffer is first not finite and raises
-`NonFiniteError`, which carries the numbers that show why and no weights.
+A model that stops being finite never leaves this module. Every step is the doctor's
+(shared.doctor): armed, it finds out why a training goes wrong, cures it and goes on; disarmed, it
+stops at the step at which the loss, a gradient, a parameter or a buffer is first not finite.
 """
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Sized
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
-from torch.optim import Optimizer
 
-from shared.errors import FederationError, InvalidInput
+from shared.diagnosis import Diagnosis, Symptom
+from shared.doctor import UNTREATED, Doctor, DoctorSettings, StepReport, Treatment
+from shared.doctor.batches import Batch
+from shared.errors import InvalidInput
 from shared.evaluation import Batches, Loss, count_correct
 from shared.optimizers import make_optimizer, make_scheduler
 from shared.types import Incident, IncidentKind, Schedule
-from shared.weights import first_non_finite
 
-_NUM_NORMS_KEPT = 5
 _CONSTANT = Schedule()
-
-
-class NonFiniteError(FederationError):
-    """Training met a number that is not finite; the model is of no use and isn't returned.
-
-    `incident` says what, in which step, and the numbers before it; its detail holds
-
-    - `lr`; `batch` (from 1 in its epoch); `loss` of the step, itself perhaps nan or inf;
-    - `grad_norm_0`, `grad_norm_1`, ...: L2 norms of the gradients before clipping, of the
-      failing step, of the one before it, and so on.
-    """
-
-    status = "ABORTED"
-
-    def __init__(self, incident: Incident) -> None:
-        where = f" in {incident.tensor}" if incident.tensor else ""
-        batch = incident.detail["batch"]
-        super().__init__(
-            f"{incident.kind}{where} at step {incident.step} (epoch {incident.epoch}, batch "
-            f"{batch:.0f}, lr {incident.detail['lr']:g}, loss {incident.detail['loss']:g}); "
-            f"lower lr or set clip_norm, and look for bad values in the data"
-        )
-        self.incident = incident
+DISARMED = DoctorSettings(is_armed=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +54,18 @@ class EpochReport:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingReport:
-    """What was done. `num_examples` is the size of the data set, not multiplied by epochs."""
+    """What was done. `num_examples` is the size of the data set, not multiplied by epochs.
+
+    `diagnoses` are of what went wrong and was cured, `treatment` is what is in force at the end;
+    `has_dropped_samples` whether it left any sample out.
+    """
 
     num_steps: int
     num_examples: int
     epochs: tuple[EpochReport, ...]
+    diagnoses: tuple[Diagnosis, ...] = ()
+    treatment: Treatment = UNTREATED
+    has_dropped_samples: bool = False
 
 
 class TrainingResult(NamedTuple):
@@ -112,6 +95,13 @@ def train_model(
     schedule: Schedule = _CONSTANT,
     on_step: Callable[[StepProgress], None] | None = None,
     gradient_every: int = 0,
+    doctor: DoctorSettings = DISARMED,
+    num_classes: int | None = None,
+    is_initial: bool = True,
+    fresh_state: Callable[[], Mapping[str, Tensor]] | None = None,
+    treatment: Treatment = UNTREATED,
+    on_replay: Callable[[], None] = lambda: None,
+    on_diagnosis: Callable[[Diagnosis], None] = lambda _: None,
 ) -> TrainingResult:
     """Train `model` in place for `epochs` passes over `dataloader`.
 
@@ -122,7 +112,8 @@ def train_model(
 
     Args:
         model: moved to `device`, left there, in training mode.
-        dataloader: gone through once an epoch; `shared.data.make_loader` gives one.
+        dataloader: gone through once an epoch; `shared.data.make_loader` gives one. Where it has
+            `newest_indices`, a diagnosis names examples by these.
         epochs: number of passes, at least 1.
         lr: step size, above 0, before the schedule.
         device: a torch device.
@@ -137,171 +128,185 @@ def train_model(
         on_step: told of each step after its checks; what it raises stops training and passes
             through, leaving the model in between.
         gradient_every: every so many steps on_step also hears of the largest gradient; 0: never.
+        doctor: what is done where training goes wrong; by default it stops there.
+        num_classes: targets go from 0 to below it; a label that doesn't is found before it harms.
+        is_initial: whether the weights are freshly initialised rather than trained before.
+        fresh_state: gives usual initial weights by name, for the doctor's experiments.
+        treatment: what is in force from the beginning, from a cure before.
+        on_replay: told of each step that the doctor takes again.
+        on_diagnosis: told of each diagnosis the moment it is there.
 
     Returns:
         The trained state_dict, its accuracy while training, and the report.
 
     Raises:
         InvalidInput: a setting out of range, no batches, or outputs that don't fit the targets.
-        NonFiniteError: the loss, a gradient, a parameter or a float buffer became non-finite.
+        TrainingHalted: training went wrong, and may not or can't be cured.
     """
     if epochs < 1:
         raise InvalidInput(f"epochs must be at least 1, but is {epochs}")
     if clip_norm is not None and not 0 < clip_norm < math.inf:
         raise InvalidInput(f"clip_norm must be a positive number or None, but is {clip_norm}")
     model.to(device).train()
-    trained = _Trained(model, loss=loss, clip_norm=clip_norm)
+    dtypes = {name: one.dtype for name, one in model.state_dict().items()}
+    learning = [one for one in model.parameters() if one.requires_grad]
     descent = make_optimizer(
-        optimizer, trained.learning, lr=lr, momentum=momentum, weight_decay=weight_decay
+        optimizer, learning, lr=lr, momentum=momentum, weight_decay=weight_decay
     )
     steps_per_epoch = len(dataloader) if isinstance(dataloader, Sized) else None
-    scheduler = make_scheduler(descent, schedule, steps_per_epoch=steps_per_epoch, epochs=epochs)
-    newest_norms: deque[float] = deque(maxlen=_NUM_NORMS_KEPT)
+    at_work = Doctor(
+        model,
+        descent,
+        _compute_loss(loss),
+        scheduler=make_scheduler(descent, schedule, steps_per_epoch=steps_per_epoch, epochs=epochs),
+        settings=doctor,
+        clip_norm=clip_norm,
+        num_classes=num_classes,
+        is_initial=is_initial,
+        fresh_state=fresh_state,
+        treatment=treatment,
+        on_replay=on_replay,
+        on_diagnosis=on_diagnosis,
+    )
     epoch_reports: list[EpochReport] = []
-    step = 0
-
+    step = num_examples = num_kept = 0
     for epoch in range(1, epochs + 1):
-        loss_sum = 0.0
-        num_correct = torch.zeros((), dtype=torch.int64, device=device)
-        num_examples = num_targets = 0
-        for batch, (batch_inputs, batch_targets) in enumerate(dataloader, start=1):
+        means = _EpochMeans(device)
+        for batch, (inputs, targets) in enumerate(dataloader, start=1):
+            taken = at_work.step(
+                (inputs.to(device), targets.to(device)),
+                indices=getattr(dataloader, "newest_indices", None),
+                epoch=epoch,
+            )
             step += 1
-            inputs, targets = batch_inputs.to(device), batch_targets.to(device)
-            rate = descent.param_groups[0]["lr"]
-            is_measured = gradient_every > 0 and step % gradient_every == 0
-            taken = _take_step(trained, descent, inputs, targets, is_measured=is_measured)
-            newest_norms.appendleft(taken.grad_norm)
-            if taken.fault is not None:
-                norms = {f"grad_norm_{age}": norm for age, norm in enumerate(newest_norms)}
-                raise NonFiniteError(
-                    Incident(
-                        kind=taken.fault,
-                        step=step,
-                        epoch=epoch,
-                        tensor=taken.bad_tensor,
-                        detail={"lr": rate, "batch": batch, "loss": taken.loss, **norms},
-                    )
-                )
-            if scheduler is not None:
-                scheduler.step()
-            loss_sum += taken.loss * len(targets)
-            num_correct += count_correct(taken.outputs, targets)
-            num_examples += len(targets)
-            num_targets += targets.numel()
+            means.add(taken, num_given=len(targets))
             if on_step is not None:
+                is_measured = gradient_every > 0 and step % gradient_every == 0
                 on_step(
                     StepProgress(
                         step=step,
                         epoch=epoch,
                         batch=batch,
-                        batch_size=len(targets),
+                        batch_size=taken.batch_size,
                         loss=taken.loss,
                         grad_norm=taken.grad_norm,
-                        lr=rate,
-                        largest_gradient=taken.largest_gradient,
+                        lr=taken.lr,
+                        largest_gradient=(
+                            _largest_gradient(learning, taken, clip_norm) if is_measured else None
+                        ),
                     )
                 )
-        if num_examples == 0:
+        if means.num_given == 0:
             raise InvalidInput(f"epoch {epoch}: the dataloader gave no examples; is it used up?")
-        epoch_reports.append(
-            EpochReport(loss=loss_sum / num_examples, accuracy=num_correct.item() / num_targets)
-        )
-
-    # Gradients and momenta go before the copy is made, so that it costs no new memory.
+        num_examples, num_kept = means.num_given, means.num_examples
+        epoch_reports.append(means.report())
+    at_work.finish()
+    report = TrainingReport(
+        num_steps=step,
+        num_examples=num_examples,
+        epochs=tuple(epoch_reports),
+        diagnoses=tuple(at_work.diagnoses),
+        treatment=at_work.treatment,
+        has_dropped_samples=num_kept < num_examples,
+    )
+    # Gradients, momenta and the doctor's copies go before the last copy is made.
     descent.zero_grad()
-    del descent
+    del descent, at_work
     return TrainingResult(
         state_dict={
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            name: tensor.detach()
+            .to("cpu", dtypes[name])
+            .clone(memory_format=torch.contiguous_format)
             for name, tensor in model.state_dict().items()
         },
         accuracy=epoch_reports[-1].accuracy,
-        report=TrainingReport(
-            num_steps=step, num_examples=num_examples, epochs=tuple(epoch_reports)
-        ),
+        report=report,
     )
 
 
-class _Trained:
-    """A model under training, its loss, and its parameters listed once instead of every step."""
+def incident_of(diagnosis: Diagnosis) -> Incident:
+    """Return the incident that a diagnosis is.
 
-    def __init__(self, model: nn.Module, *, loss: Loss, clip_norm: float | None) -> None:
-        self.model = model
-        self.loss = loss
-        self.clip_norm = clip_norm
-        self.parameters = dict(model.named_parameters())
-        self.learning = [one for one in self.parameters.values() if one.requires_grad]
+    One that a disarmed doctor made is of a kind by its symptom; its detail holds
 
-    def gradients(self) -> list[Tensor]:
-        """Return the gradients that the newest backward pass left."""
-        return [one.grad for one in self.learning if one.grad is not None]
+    - `lr`; `batch` (from 1 in its epoch); `loss` of the step, itself perhaps nan or inf;
+    - `grad_norm_0`, `grad_norm_1`, ...: L2 norms of the gradients before clipping, of the
+      failing step, of the one before it, and so on.
+    """
+    if diagnosis.experiments:
+        return Incident(
+            kind=IncidentKind.TRAINING_DIAGNOSED,
+            step=diagnosis.step,
+            epoch=diagnosis.epoch,
+            tensor=diagnosis.origin.tensor or None,
+            diagnosis=diagnosis,
+        )
+    newest_first = diagnosis.trend[::-1]
+    norms = {f"grad_norm_{age}": one.grad_norm for age, one in enumerate(newest_first)}
+    return Incident(
+        kind=_KINDS.get(diagnosis.symptom, IncidentKind.NON_FINITE_PARAMETER),
+        step=diagnosis.step,
+        epoch=diagnosis.epoch,
+        tensor=diagnosis.origin.tensor or None,
+        detail={
+            "lr": diagnosis.lr,
+            "batch": diagnosis.batch,
+            "loss": newest_first[0].loss,
+            **norms,
+        },
+    )
 
-    def first_bad_gradient(self) -> str | None:
-        """Return the name of the first parameter whose gradient isn't finite."""
-        return first_non_finite(
-            {name: one.grad for name, one in self.parameters.items() if one.grad is not None}
+
+_KINDS: Mapping[Symptom, IncidentKind] = {
+    Symptom.NON_FINITE_FORWARD: IncidentKind.NON_FINITE_LOSS,
+    Symptom.NON_FINITE_LOSS: IncidentKind.NON_FINITE_LOSS,
+    Symptom.NON_FINITE_GRADIENT: IncidentKind.NON_FINITE_GRADIENT,
+}
+
+
+class _EpochMeans:
+    """Sums over an epoch's examples, and their means; what was left out doesn't count."""
+
+    def __init__(self, device: str | torch.device) -> None:
+        self.num_given = self.num_examples = 0
+        self._num_targets = 0
+        self._loss_sum = 0.0
+        self._num_correct = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, taken: StepReport, *, num_given: int) -> None:
+        self.num_given += num_given
+        if taken.batch_size == 0:
+            return
+        assert taken.outputs is not None
+        assert taken.targets is not None
+        self.num_examples += taken.batch_size
+        self._num_targets += taken.targets.numel()
+        self._loss_sum += taken.loss * taken.batch_size
+        self._num_correct += count_correct(taken.outputs, taken.targets)
+
+    def report(self) -> EpochReport:
+        if self.num_examples == 0:
+            return EpochReport(loss=math.nan, accuracy=0.0)
+        return EpochReport(
+            loss=self._loss_sum / self.num_examples,
+            accuracy=self._num_correct.item() / self._num_targets,
         )
 
-    def first_bad_entry(self) -> str | None:
-        """Return the name of the first entry of the state_dict that isn't finite."""
-        # Buffers are listed anew: a module may put another tensor in the place of one.
-        entries = (*self.parameters.values(), *self.model.buffers())
-        # The norm is a screen six times cheaper than looking at each entry: where it isn't
-        # finite, a number is bad or the norm itself overflows, and then we look.
-        if math.isfinite(get_total_norm(one for one in entries if one.is_floating_point())):
-            return None
-        return first_non_finite(self.model.state_dict())
+
+def _compute_loss(loss: Loss) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
+    def compute(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert isinstance(batch, tuple)
+        inputs, targets = batch
+        outputs = model(inputs)
+        return loss(outputs, targets), outputs
+
+    return compute
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One optimizer step, or why it failed; `bad_tensor` is a key of the state_dict."""
-
-    outputs: Tensor
-    loss: float
-    grad_norm: float
-    largest_gradient: float | None = None
-    fault: IncidentKind | None = None
-    bad_tensor: str | None = None
-
-
-def _take_step(
-    trained: _Trained, descent: Optimizer, inputs: Tensor, targets: Tensor, *, is_measured: bool
-) -> _Step:
-    descent.zero_grad()
-    outputs = trained.model(inputs)
-    batch_loss = trained.loss(outputs, targets)
-    batch_loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-    gradients = trained.gradients()
-    # One wait for the device: once the norm is there, the loss is.
-    grad_norm = float(get_total_norm(gradients))
-    bad_gradient = None
-    if not math.isfinite(grad_norm):
-        bad_gradient = trained.first_bad_gradient()
-        if bad_gradient is None:
-            grad_norm = _norm_without_overflow(gradients)
-    largest = _largest(gradients) if is_measured else None
-    taken = _Step(outputs.detach(), batch_loss.item(), grad_norm, largest)
-    if not math.isfinite(taken.loss):
-        return replace(taken, fault=IncidentKind.NON_FINITE_LOSS)
-    if bad_gradient is not None:
-        return replace(taken, fault=IncidentKind.NON_FINITE_GRADIENT, bad_tensor=bad_gradient)
-    if trained.clip_norm is not None and grad_norm > trained.clip_norm:
-        for gradient in gradients:
-            gradient.mul_(trained.clip_norm / grad_norm)
-    descent.step()
-    bad_entry = trained.first_bad_entry()
-    if bad_entry is not None:
-        return replace(taken, fault=IncidentKind.NON_FINITE_PARAMETER, bad_tensor=bad_entry)
-    return taken
-
-
-def _largest(tensors: Iterable[Tensor]) -> float:
-    return max(float(one.abs().max()) for one in tensors if one.numel() > 0)
-
-
-def _norm_without_overflow(tensors: Iterable[Tensor]) -> float:
-    """Return the L2 norm of finite tensors whose squares don't fit their own type."""
-    filled = [tensor.detach().abs().cpu().double() for tensor in tensors if tensor.numel() > 0]
-    largest = _largest(filled)
-    return largest * math.hypot(*(float((tensor / largest).norm()) for tensor in filled))
+def _largest_gradient(
+    learning: Iterable[nn.Parameter], taken: StepReport, clip_norm: float | None
+) -> float:
+    """Return the largest absolute value in any gradient before it was clipped."""
+    gradients = [one.grad for one in learning if one.grad is not None and one.grad.numel() > 0]
+    scale = 1.0 if clip_norm is None else max(1.0, taken.grad_norm / clip_norm)
+    return scale * max(float(one.abs().max()) for one in gradients)

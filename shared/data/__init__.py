@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
-from torch import Tensor
-from torch.utils.data import DataLoader
-
 from shared.data.augmentation import AugmentedBatches
 from shared.data.datasets import ImageClassificationData, load_images, to_dataset
-from shared.data.loaders import make_loader
+from shared.data.loaders import NumberedLoader, make_loader
 from shared.data.partitioners import PARTITIONERS, examine_scheme, partition_indices
 from shared.seeds import derive_seed
 
@@ -32,7 +29,7 @@ def load_data(
     seed: int = 0,
     name: str = "mnist-sample",
     data_root: Path | None = None,
-) -> tuple[list[DataLoader[tuple[Tensor, ...]]], DataLoader[tuple[Tensor, ...]]]:
+) -> tuple[list[NumberedLoader], NumberedLoader]:
     """Return the clients' training loaders and one test loader, for experiments in one process.
 
     `iid=True` deals the examples out at random; `iid=False` deals shards sorted by label, so

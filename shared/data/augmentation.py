@@ -6,8 +6,8 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from shared.data.loaders import NumberedLoader
 from shared.errors import InvalidInput
 
 _MAX_SHIFT = 2
@@ -22,7 +22,7 @@ class AugmentedBatches:
         InvalidInput: no augmentation of this name, or (on the way) inputs it isn't made for.
     """
 
-    def __init__(self, loader: DataLoader[tuple[Tensor, ...]], *, name: str, seed: int) -> None:
+    def __init__(self, loader: NumberedLoader, *, name: str, seed: int) -> None:
         if name not in AUGMENTATIONS:
             raise InvalidInput(
                 f"there is no augmentation {name!r}; there are: none, {', '.join(AUGMENTATIONS)}"
@@ -33,6 +33,11 @@ class AugmentedBatches:
 
     def __len__(self) -> int:
         return len(self._loader)
+
+    @property
+    def newest_indices(self) -> list[int]:
+        """The numbers in the data set, from 0, of the newest batch's examples."""
+        return self._loader.newest_indices
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for inputs, *rest in self._loader:

@@ -1,5 +1,7 @@
 """From a data set to batches."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -15,6 +17,43 @@ from torch.utils.data import (
 from shared.errors import InvalidInput
 
 
+class NumberedSampler(BatchSampler):
+    """Batches of examples' numbers; `newest` is the one given last."""
+
+    newest: list[int]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Give the batches of one pass."""
+        for numbers in super().__iter__():
+            self.newest = numbers
+            yield numbers
+
+
+class NumberedLoader(DataLoader[tuple[Tensor, ...]]):
+    """A DataLoader in one process that tells which examples the newest batch is made of."""
+
+    def __init__(
+        self,
+        dataset: Dataset[tuple[Tensor, ...]],
+        batches: NumberedSampler,
+        *,
+        generator: torch.Generator,
+    ) -> None:
+        # Without a generator of its own a DataLoader draws from the global one in every epoch.
+        if isinstance(dataset, TensorDataset):
+            # One indexing operation gathers a batch, instead of one for each example.
+            super().__init__(dataset, sampler=batches, batch_size=None, generator=generator)
+        else:
+            super().__init__(dataset, batch_sampler=batches, generator=generator)
+        # Among a DataLoader's attributes it would be one more that can't be set later.
+        self._numbered = batches
+
+    @property
+    def newest_indices(self) -> list[int]:
+        """The numbers in the data set, from 0, of the newest batch's examples."""
+        return self._numbered.newest
+
+
 def make_loader(
     dataset: Dataset[tuple[Tensor, ...]],
     *,
@@ -22,7 +61,7 @@ def make_loader(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     shuffle: bool = True,
-) -> DataLoader[tuple[Tensor, ...]]:
+) -> NumberedLoader:
     """Return batches of a map-style data set, the last one smaller if it must be.
 
     With `shuffle` the order comes from `generator`, or from a new one seeded with `seed`, and
@@ -47,9 +86,5 @@ def make_loader(
         if shuffle
         else SequentialSampler(range(num_examples))
     )
-    batches = BatchSampler(order, batch_size, drop_last=False)
-    # Without a generator of its own a DataLoader draws from the global one in every epoch.
-    if isinstance(dataset, TensorDataset):
-        # One indexing operation gathers a batch, instead of one for each example.
-        return DataLoader(dataset, sampler=batches, batch_size=None, generator=generator)
-    return DataLoader(dataset, batch_sampler=batches, generator=generator)
+    batches = NumberedSampler(order, batch_size, drop_last=False)
+    return NumberedLoader(dataset, batches, generator=generator)

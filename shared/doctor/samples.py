@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from shared.diagnosis import Oddity, SuspectSample
-from shared.errors import InvalidInput
+from shared.doctor.batches import (
+    Batch,
+    are_out_of_range,
+    batch_size,
+    inputs_of,
+    labels_of,
+    take,
+)
 
-Batch = Tensor | tuple[Tensor, ...] | list[Tensor] | dict[str, Tensor]
-"""Tensors with the samples in dimension 0."""
-
-_IGNORED_LABEL = -100
-"""What torch's losses leave out unless told otherwise (ignore_index): not out of range."""
 _OUTLIER_DEVIATIONS = 20.0
 _OUTLIER_FACTOR = 10.0
 _OUTLIER_FACTOR_WITHOUT_HEALTHY = 100.0
@@ -35,68 +37,6 @@ _MAX_PAIRS = 4
 _MAX_PIECES = 8
 _DENSE = (3 - math.sqrt(5)) / 2
 _MIN_JUDGED = 8
-
-
-def tensors_of(batch: Batch) -> list[Tensor]:
-    """Return the batch's tensors in their order."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    return list(batch.values() if isinstance(batch, dict) else batch)
-
-
-def batch_size(batch: Batch) -> int:
-    """Return the number of samples: the length of the first tensor that has one.
-
-    Raises:
-        InvalidInput: no tensor of the batch has a dimension.
-    """
-    for tensor in tensors_of(batch):
-        if tensor.dim() > 0:
-            return len(tensor)
-    raise InvalidInput("a batch needs a tensor with the samples in dimension 0, but has none")
-
-
-def take(batch: Batch, positions: Sequence[int]) -> Batch:
-    """Return the samples at these positions, in this order, as a batch of the same kind.
-
-    A tensor whose first dimension isn't the number of samples belongs to no sample and stays.
-    """
-    count = batch_size(batch)
-
-    def chosen(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0 or len(tensor) != count:
-            return tensor
-        return tensor[torch.as_tensor(positions, dtype=torch.int64, device=tensor.device)]
-
-    if isinstance(batch, Tensor):
-        return chosen(batch)
-    if isinstance(batch, dict):
-        return {name: chosen(tensor) for name, tensor in batch.items()}
-    if isinstance(batch, list):
-        return [chosen(tensor) for tensor in batch]
-    taken = tuple(chosen(tensor) for tensor in batch)
-    # A named tuple takes its fields one by one.
-    return type(batch)(*taken) if hasattr(batch, "_fields") else taken
-
-
-def inputs_of(batch: Batch) -> list[Tensor]:
-    """Return the floating tensors with a row a sample (targets of a regression among them)."""
-    count = batch_size(batch)
-    return [
-        tensor
-        for tensor in tensors_of(batch)
-        if tensor.is_floating_point() and tensor.dim() > 0 and len(tensor) == count
-    ]
-
-
-def labels_of(batch: Batch) -> Tensor | None:
-    """Return the last integer tensor with a row a sample, None if there is none."""
-    count = batch_size(batch)
-    for tensor in reversed(tensors_of(batch)):
-        is_integer = not tensor.is_floating_point() and not tensor.is_complex()
-        if is_integer and tensor.dtype != torch.bool and tensor.dim() > 0 and len(tensor) == count:
-            return tensor
-    return None
 
 
 class _OutOfTries(Exception):
@@ -325,7 +265,7 @@ def oddities(
 
     labels = labels_of(batch)
     if labels is not None and num_classes is not None:
-        is_wrong = ((labels < 0) | (labels >= num_classes)) & (labels != _IGNORED_LABEL)
+        is_wrong = are_out_of_range(labels, num_classes)
         note(is_wrong.reshape(count, -1).any(1).cpu(), Oddity.LABEL_OUT_OF_RANGE, none)
 
     deviations = none.double()

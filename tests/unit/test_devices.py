@@ -6,9 +6,10 @@ from torch.utils.data import TensorDataset
 
 from fedclient.devices import available_devices, find_device
 from shared.data import make_loader
+from shared.doctor import TrainingHalted
 from shared.errors import InvalidInput
 from shared.models import SimpleCNN
-from shared.training import NonFiniteError, train_model
+from shared.training import incident_of, train_model
 
 ACCELERATORS = available_devices()[1:]
 needs_accelerator = pytest.mark.skipif(not ACCELERATORS, reason="there is no GPU here")
@@ -54,6 +55,6 @@ def test_a_gpu_names_the_step_that_stops_being_finite(name: str) -> None:
     examples = _digits(64)
     examples.tensors[0][40] = torch.nan
     loader = make_loader(examples, batch_size=16, shuffle=False)
-    with pytest.raises(NonFiniteError) as stopped:
+    with pytest.raises(TrainingHalted) as stopped:
         train_model(SimpleCNN(), loader, epochs=1, device=find_device(name))
-    assert stopped.value.incident.step == 3
+    assert incident_of(stopped.value.diagnosis).step == 3

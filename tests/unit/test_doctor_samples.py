@@ -10,16 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shared.diagnosis import Oddity
-from shared.doctor.samples import (
+from shared.doctor.batches import (
     Batch,
     batch_size,
-    failing_samples,
     inputs_of,
     labels_of,
-    oddities,
     take,
     tensors_of,
 )
+from shared.doctor.samples import failing_samples, oddities
 from shared.errors import InvalidInput
 
 

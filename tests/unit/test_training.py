@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from shared.data import make_loader
+from shared.doctor import TrainingHalted
 from shared.errors import InvalidInput
 from shared.evaluation import evaluate
 from shared.models import SimpleCNN
-from shared.training import NonFiniteError, StepProgress, train_model
+from shared.training import StepProgress, incident_of, train_model
 from shared.types import IncidentKind
 
 Batch = tuple[Tensor, Tensor]
@@ -181,10 +182,10 @@ def test_a_bad_example_stops_training_at_its_step(bad: float) -> None:
         def __iter__(self) -> Iterator[Batch]:
             return iter(next(passes))
 
-    with pytest.raises(NonFiniteError, match=r"step 5 \(epoch 2, batch 2, lr 0.1") as caught:
+    with pytest.raises(TrainingHalted, match=r"step 5 \(epoch 2, batch 2, lr 0.1") as caught:
         train_model(make_model(), Changing(), epochs=2, lr=0.1, on_step=seen.append)
 
-    incident = caught.value.incident
+    incident = incident_of(caught.value.diagnosis)
     assert incident.kind is IncidentKind.NON_FINITE_LOSS
     assert (incident.step, incident.epoch, incident.tensor) == (5, 2, None)
     assert incident.detail["batch"] == 2
@@ -202,9 +203,9 @@ def test_a_bad_gradient_under_a_good_loss_names_its_tensor() -> None:
     def loss(outputs: Tensor, _: Tensor) -> Tensor:
         return (outputs[:, 0] - outputs[:, 0].detach()).sqrt().mean()
 
-    with pytest.raises(NonFiniteError, match="non-finite-gradient in scale at step 1") as caught:
+    with pytest.raises(TrainingHalted, match="non-finite-gradient in scale at step 1") as caught:
         train_model(Product(), [(torch.ones(2), torch.zeros(2, dtype=torch.int64))], loss=loss)
-    incident = caught.value.incident
+    incident = incident_of(caught.value.diagnosis)
     assert incident.kind is IncidentKind.NON_FINITE_GRADIENT
     assert incident.tensor == "scale"
     assert incident.detail["loss"] == 0.0
@@ -217,7 +218,7 @@ def test_a_bad_gradient_never_reaches_the_parameters() -> None:
         return (outputs[:, 0] - outputs[:, 0].detach()).sqrt().mean()
 
     for clip_norm in (None, 1.0):
-        with pytest.raises(NonFiniteError):
+        with pytest.raises(TrainingHalted):
             train_model(
                 model,
                 [(torch.ones(2), torch.zeros(2, dtype=torch.int64))],
@@ -230,11 +231,11 @@ def test_a_bad_gradient_never_reaches_the_parameters() -> None:
 def test_a_step_that_overflows_a_parameter_names_it() -> None:
     """The gradient is 1e30 / 2, finite, and lr 1e10 times that is above 3.4e38."""
     batch = (torch.tensor([1e30]), torch.tensor([1]))
-    with pytest.raises(NonFiniteError) as caught:
+    with pytest.raises(TrainingHalted) as caught:
         train_model(Product(0.0), [batch], lr=1e10)
-    assert caught.value.incident.kind is IncidentKind.NON_FINITE_PARAMETER
-    assert caught.value.incident.tensor == "scale"
-    assert caught.value.incident.step == 1
+    assert incident_of(caught.value.diagnosis).kind is IncidentKind.NON_FINITE_PARAMETER
+    assert incident_of(caught.value.diagnosis).tensor == "scale"
+    assert incident_of(caught.value.diagnosis).step == 1
 
 
 def test_a_bad_buffer_is_caught_although_no_gradient_sees_it() -> None:
@@ -249,10 +250,10 @@ def test_a_bad_buffer_is_caught_although_no_gradient_sees_it() -> None:
         return (last.weight**2).sum() + outputs.detach().nan_to_num().sum() * 0
 
     batch = (torch.tensor([[3e19], [-3e19]]), torch.tensor([0, 1]))
-    with pytest.raises(NonFiniteError) as caught:
+    with pytest.raises(TrainingHalted) as caught:
         train_model(model, [batch], loss=loss)
-    assert caught.value.incident.kind is IncidentKind.NON_FINITE_PARAMETER
-    assert caught.value.incident.tensor == "0.running_var"
+    assert incident_of(caught.value.diagnosis).kind is IncidentKind.NON_FINITE_PARAMETER
+    assert incident_of(caught.value.diagnosis).tensor == "0.running_var"
 
 
 def test_a_norm_that_overflows_although_all_entries_are_finite_is_no_incident() -> None:

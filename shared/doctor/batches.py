@@ -1,0 +1,99 @@
+"""Batches of any shape: a tensor, or a tuple, list or dict of tensors, samples in dimension 0."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from shared.errors import InvalidInput
+
+Batch: TypeAlias = Tensor | tuple[Tensor, ...] | list[Tensor] | Mapping[str, Tensor]
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """Return the batch's tensors in their order."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    return list(batch.values()) if isinstance(batch, Mapping) else list(batch)
+
+
+def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """Return a batch of the same form with every tensor changed."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {name: change(one) for name, one in batch.items()}
+    changed = [change(one) for one in batch]
+    if isinstance(batch, list):
+        return changed
+    # A named tuple takes its fields one by one.
+    return type(batch)(*changed) if hasattr(batch, "_fields") else tuple(changed)
+
+
+def batch_size(batch: Batch) -> int:
+    """Return the number of samples: the length of the first tensor that has one.
+
+    Raises:
+        InvalidInput: no tensor of the batch has a dimension.
+    """
+    for one in tensors_of(batch):
+        if one.ndim > 0:
+            return len(one)
+    raise InvalidInput("a batch needs a tensor with the samples in dimension 0, but has none")
+
+
+def take(batch: Batch, positions: Sequence[int]) -> Batch:
+    """Return the samples at these positions; tensors without samples stay as they are."""
+    num = batch_size(batch)
+
+    def chosen(one: Tensor) -> Tensor:
+        if one.ndim == 0 or len(one) != num:
+            return one
+        return one[torch.tensor(positions, dtype=torch.int64, device=one.device)]
+
+    return map_tensors(batch, chosen)
+
+
+IGNORED_LABEL = -100
+"""What torch's losses leave out unless told otherwise (ignore_index): not out of range."""
+
+
+def are_out_of_range(labels: Tensor, num_classes: int) -> Tensor:
+    """Return which labels are no class, bool of their shape."""
+    return ((labels < 0) | (labels >= num_classes)) & (labels != IGNORED_LABEL)
+
+
+def joined(first: Batch, second: Batch) -> Batch:
+    """Return a batch of the samples of two of the same form.
+
+    Raises:
+        RuntimeError: the samples' shapes differ.
+    """
+    seconds = iter(tensors_of(second))
+
+    def both(one: Tensor) -> Tensor:
+        other = next(seconds)
+        return one if one.ndim == 0 else torch.cat([one, other])
+
+    return map_tensors(first, both)
+
+
+def inputs_of(batch: Batch) -> list[Tensor]:
+    """Return the floating-point tensors that have samples."""
+    num = batch_size(batch)
+    return [
+        one
+        for one in tensors_of(batch)
+        if one.is_floating_point() and one.ndim > 0 and len(one) == num
+    ]
+
+
+def labels_of(batch: Batch) -> Tensor | None:
+    """Return the last tensor of whole numbers that has samples, None if there is none."""
+    num = batch_size(batch)
+    for one in reversed(tensors_of(batch)):
+        is_whole = not (one.is_floating_point() or one.is_complex() or one.dtype == torch.bool)
+        if is_whole and one.ndim > 0 and len(one) == num:
+            return one
+    return None

@@ -1,0 +1,116 @@
+"""Experiments over several steps: from a good state to where it went wrong, with one thing changed.
+
+Lowering the rate and clipping the gradient are compared here. Where both heal, the gradient is to
+blame if it is as steep where the lower rate leads: then it isn't the rate that led there.
+"""
+
+import math
+from collections.abc import Callable
+
+from shared.diagnosis import Cause, Experiment, ExperimentName
+from shared.doctor import changes
+from shared.doctor.batches import Batch
+from shared.doctor.recording import Snapshot, restore_snapshot
+from shared.doctor.replay import Change, Course, Replay
+
+_RATE_FACTORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)
+_JUMP = 10.0
+
+
+class Courses:
+    """Runs them on a replay, and writes them down in `experiments`."""
+
+    def __init__(self, replay: Replay, experiments: list[Experiment]) -> None:
+        self._replay = replay
+        self._experiments = experiments
+
+    def run(
+        self,
+        name: ExperimentName,
+        start: Snapshot,
+        until: int,
+        *,
+        change: Change = lambda one: one,
+        prepare: Callable[[], None] | None = None,
+        convert: Callable[[Batch], Batch] = lambda one: one,
+        value: float = 0.0,
+    ) -> Course | None:
+        """Take the steps since a state again; returns how that went if it went well."""
+        course = self._replay.run(start, until, change=change, prepare=prepare, convert=convert)
+        is_healed = not course.failed_at and self._replay.is_sane(is_strict=True)
+        self._experiments.append(
+            Experiment(
+                name=name,
+                is_healed=is_healed,
+                value=value,
+                loss=course.last_loss,
+                failed_at_step=0 if is_healed else course.failed_at or until,
+            )
+        )
+        return course if is_healed else None
+
+    def look_at_rates(
+        self, newest: Snapshot, *, until: int, usual_norm: float | None
+    ) -> tuple[Cause, Snapshot] | None:
+        """Return whether rate, gradient or precision is to blame, and the state to go back to."""
+        clip = usual_norm or 1.0
+        starts = self._good_starts(newest)
+        for start in starts:
+            clipped = self.run(
+                ExperimentName.CLIPPED_GRADIENT,
+                start,
+                until,
+                change=changes.clipping(clip),
+                value=clip,
+            )
+            slow = self._slow_enough(start, until)
+            if clipped is not None and (slow is None or _is_steep(slow, start, usual_norm)):
+                return Cause.EXPLODING_GRADIENT, start
+            if slow is not None:
+                return Cause.LEARNING_RATE, start
+        subject = self._replay.subject
+        widened = self.run(
+            ExperimentName.FLOAT64,
+            starts[-1],
+            until,
+            prepare=lambda: changes.double(subject),
+            convert=changes.doubled,
+        )
+        return None if widened is None else (Cause.PRECISION, starts[-1])
+
+    def _slow_enough(self, start: Snapshot, until: int) -> Course | None:
+        for factor in _RATE_FACTORS:
+            slow = self.run(
+                ExperimentName.LOWER_RATE,
+                start,
+                until,
+                change=changes.slowing(factor),
+                value=factor,
+            )
+            if slow is not None:
+                return slow
+        return None
+
+    def _good_starts(self, newest: Snapshot) -> list[Snapshot]:
+        """Return the newest state that is good beyond doubt, and the oldest."""
+        snapshots = self._replay.tape.snapshots
+        for snapshot in reversed(snapshots[1:]):
+            if snapshot.step > newest.step:
+                continue
+            restore_snapshot(self._replay.subject, snapshot)
+            if self._replay.is_sane(is_strict=True):
+                return [snapshot, snapshots[0]]
+        return snapshots[:1]
+
+
+def _is_steep(slow: Course, start: Snapshot, usual_norm: float | None) -> bool:
+    """Whether the gradient is far steeper than usual on the way that a lower rate takes.
+
+    Without earlier steps to compare with, steep is a gradient a hundred times as long as all
+    weights together.
+    """
+    steepest = max(one.taken.grad_norm for one in slow.steps)
+    if usual_norm is not None:
+        return steepest > _JUMP * usual_norm
+    weights = math.hypot(*(float(one.double().norm()) for one in start.tensors))
+    return steepest > _JUMP**2 * max(1.0, weights)

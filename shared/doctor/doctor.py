@@ -1,0 +1,399 @@
+"""The doctor: takes the steps of a training, notices what goes wrong, and cures it."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from shared.diagnosis import (
+    Cause,
+    Diagnosis,
+    DoctorSettings,
+    Origin,
+    Remedy,
+    RemedyKind,
+    RemedyPolicy,
+    StepPhase,
+    Symptom,
+    TrendPoint,
+)
+from shared.doctor import changes
+from shared.doctor.batches import Batch, batch_size
+from shared.doctor.examination import examine
+from shared.doctor.findings import PROOFS, Case, Finding
+from shared.doctor.oddness import usual_state
+from shared.doctor.recording import (
+    RandomState,
+    Recorded,
+    Tape,
+    device_of,
+    first_bad_entry,
+    first_bad_gradient,
+    is_finite,
+    restore_snapshot,
+    take_snapshot,
+)
+from shared.doctor.remedies import applied, remedies_for
+from shared.doctor.reports import StepReport, TrainingHalted
+from shared.doctor.stepping import (
+    UNTREATED,
+    ComputeLoss,
+    Subject,
+    Taken,
+    Treatment,
+    take_step,
+)
+from shared.doctor.symptoms import Watch
+
+_NUM_TREND = 5
+_SUSPICIONS = (Symptom.LOSS_EXPLOSION, Symptom.DEAD_NETWORK, Symptom.COLLAPSE)
+
+
+class Doctor:
+    """Owns the tape of one training, and the model and optimizer while a step is taken.
+
+    `doctor.step(batch)` stands in place of forward, backward and the optimizer's step;
+    `doctor.finish()` after the last one makes sure that all is well.
+
+    Args:
+        model: on its device, in training mode.
+        optimizer: over the model's parameters.
+        compute_loss: (model, batch) to the loss, or to (loss, outputs [n, classes, ...]); it may
+            be called again and again and depends on nothing but its arguments and torch's
+            generators.
+        scheduler: stepped after every optimizer step.
+        settings: what may be done.
+        clip_norm: the training's own largest global L2 norm of a gradient.
+        num_classes: labels, the last integer tensor of a batch, go from 0 to below it; where not
+            given, taken from the first outputs that fit the labels.
+        is_initial: whether the weights are freshly initialised rather than received or trained.
+        fresh_state: gives usual initial weights by name; by default the modules'
+            `reset_parameters` do.
+        treatment: what is in force from the beginning, from a cure before.
+        on_replay: told of each step that is taken again.
+        on_diagnosis: told of each diagnosis the moment it is there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        compute_loss: ComputeLoss,
+        *,
+        scheduler: LRScheduler | None = None,
+        settings: DoctorSettings | None = None,
+        clip_norm: float | None = None,
+        num_classes: int | None = None,
+        is_initial: bool = True,
+        fresh_state: Callable[[], Mapping[str, Tensor]] | None = None,
+        treatment: Treatment = UNTREATED,
+        on_replay: Callable[[], None] = lambda: None,
+        on_diagnosis: Callable[[Diagnosis], None] = lambda _: None,
+    ) -> None:
+        self.settings = settings or DoctorSettings()
+        self.treatment = treatment
+        self.diagnoses: list[Diagnosis] = []
+        self._subject = Subject(
+            model=model,
+            optimizer=optimizer,
+            compute_loss=compute_loss,
+            scheduler=scheduler,
+            clip_norm=clip_norm,
+            num_classes=num_classes,
+            learning=[one for one in model.parameters() if one.requires_grad],
+        )
+        self._is_initial = is_initial
+        self._fresh_state = fresh_state or (lambda: usual_state(model))
+        self._on_replay = on_replay
+        self._on_diagnosis = on_diagnosis
+        self._device = device_of(self._subject)
+        self._watch = Watch(num_classes=num_classes)
+        self._tape = Tape(memory_bytes=self.settings.memory_bytes)
+        self._step = 0
+        self._epoch = self._batch = 0
+        self._num_remedies = 0
+        self._recent: deque[TrendPoint] = deque(maxlen=_NUM_TREND)
+        self._dismissed: set[Symptom] = set()
+        if treatment.widens:
+            changes.widen(self._subject)
+        if self.settings.is_armed:
+            self._tape.keep(take_snapshot(self._subject, step=0))
+
+    def step(
+        self, batch: Batch, *, indices: Sequence[int] | Tensor | None = None, epoch: int = 1
+    ) -> StepReport:
+        """Take one training step on a batch.
+
+        Args:
+            batch: a tensor, or a tuple, list or dict of tensors, with the samples in dimension 0.
+            indices: the samples' numbers in the data set, if known.
+            epoch: from 1; for reports.
+
+        Returns:
+            How it went; after a cure, how it went then.
+
+        Raises:
+            TrainingHalted: it went wrong, and may not or can't be cured.
+        """
+        self._step += 1
+        self._batch = self._batch + 1 if epoch == self._epoch else 1
+        self._epoch = epoch
+        symptom = self._watch.examine_batch(batch) if self.settings.is_armed else None
+        if symptom in self._dismissed or self._is_treated(symptom):
+            symptom = None
+        random_state = RandomState.now(self._device) if self.settings.is_armed else None
+        taken = (
+            Taken(lr=self._lr())
+            if symptom is not None
+            else take_step(self._subject, batch, self.treatment, step=self._step)
+        )
+        self._recent.append(
+            TrendPoint(
+                step=self._step,
+                loss=taken.loss,
+                grad_norm=taken.grad_norm,
+                largest_weight=math.nan,
+                lr=taken.lr,
+            )
+        )
+        if random_state is None:
+            self._examine_unarmed(taken)
+            return self._report(taken)
+        self._tape.record(
+            Recorded(
+                step=self._step,
+                epoch=epoch,
+                batch_number=self._batch,
+                batch=batch,
+                indices=None if indices is None else [int(one) for one in indices],
+                random_state=random_state,
+                treatment=self.treatment,
+                taken=taken.without_tensors(),
+            )
+        )
+        if symptom is None:
+            symptom = self._watch.examine_step(taken, step=self._step)
+        if symptom is None and self._tape.is_snapshot_due(self._step):
+            symptom = self._keep_state()
+        if symptom is not None and symptom not in self._dismissed:
+            taken = self._treat(symptom, taken)
+        return self._report(taken)
+
+    def finish(self) -> None:
+        """Make sure that the last steps left the model well; call it after the last one.
+
+        Raises:
+            TrainingHalted: they didn't, and it may not or can't be cured.
+        """
+        if self.settings.is_armed and self._step and not is_finite(self._subject):
+            self._treat(self._symptom_of_state(), self._tape.steps[-1].taken)
+
+    # ---- noticing
+
+    def _keep_state(self) -> Symptom | None:
+        """Keep the state if it is good."""
+        if not is_finite(self._subject):
+            return self._symptom_of_state()
+        symptom = self._watch.examine_answers()
+        if symptom is None or symptom in self._dismissed:
+            self._tape.keep(take_snapshot(self._subject, step=self._step))
+        return symptom
+
+    def _symptom_of_state(self) -> Symptom:
+        name = first_bad_entry(self._subject)
+        if name is None:
+            return Symptom.NON_FINITE_OPTIMIZER_STATE
+        parameters = dict(self._subject.model.named_parameters())
+        return Symptom.NON_FINITE_PARAMETER if name in parameters else Symptom.NON_FINITE_BUFFER
+
+    def _is_treated(self, symptom: Symptom | None) -> bool:
+        """Whether the treatment in force takes care of what a batch shows."""
+        return symptom is not None and (bool(self.treatment.drops) or self.treatment.sanitises)
+
+    # ---- treating
+
+    def _treat(self, symptom: Symptom, taken: Taken) -> Taken:
+        """Find out why, and go on if that can be; returns how the newest step went then."""
+        began = time.monotonic()
+        live = take_snapshot(self._subject, step=self._step)
+        random_state = RandomState.now(self._device)
+        steps = list(self._tape.steps)
+        finding = examine(
+            Case(
+                subject=self._subject,
+                tape=self._tape,
+                symptom=symptom,
+                level=self._watch.first_level,
+                usual_norm=self._watch.usual_norm,
+                is_initial=self._is_initial,
+                fresh_state=self._fresh_state,
+                on_replay=self._on_replay,
+            )
+        )
+        if finding is None:
+            restore_snapshot(self._subject, live)
+            random_state.restore(self._device)
+            return self._dismiss(symptom, taken)
+        if taken.error is not None and finding.cause is Cause.UNKNOWN:
+            # Nothing says that it isn't a mistake in the model's code: its author is to see it.
+            raise taken.error
+        diagnosis = self._diagnosis(symptom, finding)
+        policy = self.settings.policy_for(finding.cause)
+        candidates: list[Remedy] = []
+        if policy is RemedyPolicy.CURE:
+            candidates = list(remedies_for(finding))
+        elif policy is RemedyPolicy.SKIP:
+            candidates = [Remedy(kind=RemedyKind.SKIP_BATCH)]
+        for remedy in candidates:
+            if self._num_remedies >= self.settings.max_remedies:
+                break
+            self._num_remedies += 1
+            again = self._apply(remedy, finding, steps)
+            if again is not None:
+                random_state.restore(self._device)
+                cured = replace(remedy, is_working=True)
+                self._tell(replace(diagnosis, remedy=cured, seconds=time.monotonic() - began))
+                return again
+        tried = candidates[-1] if candidates else diagnosis.remedy
+        self._tell(replace(diagnosis, remedy=tried, seconds=time.monotonic() - began))
+        raise TrainingHalted(self.diagnoses[-1])
+
+    def _dismiss(self, symptom: Symptom, taken: Taken) -> Taken:
+        """Go on as if nothing had been noticed; the same suspicion isn't followed for ever."""
+        if symptom not in (Symptom.LOSS_EXPLOSION,):
+            self._dismissed.add(symptom)
+        if not taken.is_taken or math.isnan(taken.loss):
+            taken = take_step(
+                self._subject, self._tape.steps[-1].batch, self.treatment, step=self._step
+            )
+        if self._tape.is_snapshot_due(self._step) and is_finite(self._subject):
+            self._tape.keep(take_snapshot(self._subject, step=self._step))
+        return taken
+
+    def _apply(
+        self, remedy: Remedy, finding: Finding, recorded: Sequence[Recorded]
+    ) -> Taken | None:
+        """Go back and take the steps since again under a remedy; None if that fails."""
+        treatment = applied(self.treatment, remedy, finding)
+        start = finding.return_to
+        steps = [one for one in recorded if one.step > start.step]
+        restore_snapshot(self._subject, start)
+        if remedy.kind is RemedyKind.USE_FLOAT32:
+            changes.widen(self._subject)
+        if remedy.kind is RemedyKind.RESET_OPTIMIZER:
+            changes.forget_history(self._subject)
+        self._watch.rewind(start.step)
+        self._tape.rewind(start.step)
+        self._tape.keep(take_snapshot(self._subject, step=start.step))
+        taken = Taken(is_taken=False)
+        for one in steps:
+            one.random_state.restore(self._device)
+            taken = take_step(self._subject, one.batch, treatment, step=one.step)
+            self._on_replay()
+            self._tape.record(
+                replace(
+                    one,
+                    treatment=treatment,
+                    taken=taken.without_tensors(),
+                )
+            )
+            symptom = self._watch.examine_step(taken, step=one.step)
+            if symptom is not None and symptom not in _SUSPICIONS:
+                return None
+        if not is_finite(self._subject):
+            return None
+        self.treatment = treatment
+        return taken
+
+    def _examine_unarmed(self, taken: Taken) -> None:
+        if taken.error is not None:
+            raise taken.error
+        symptom = self._watch.examine_step(taken, step=self._step)
+        if symptom in _SUSPICIONS:
+            symptom = None
+        tensor = ""
+        if symptom is None and not is_finite(self._subject):
+            symptom = self._symptom_of_state()
+            tensor = first_bad_entry(self._subject) or ""
+        if symptom is None:
+            return
+        if symptom is Symptom.NON_FINITE_GRADIENT:
+            tensor = first_bad_gradient(self._subject) or ""
+        self._tell(
+            Diagnosis(
+                symptom=symptom,
+                cause=Cause.UNKNOWN,
+                step=self._step,
+                noticed_at_step=self._step,
+                epoch=self._epoch,
+                batch=self._batch,
+                batch_size=taken.batch_size,
+                lr=taken.lr,
+                origin=Origin(phase=_PHASES.get(symptom, StepPhase.FORWARD), tensor=tensor),
+                trend=tuple(self._recent),
+            )
+        )
+        raise TrainingHalted(self.diagnoses[-1])
+
+    # ---- telling
+
+    def _diagnosis(self, symptom: Symptom, finding: Finding) -> Diagnosis:
+        bad = finding.bad_step
+        is_claimed = finding.cause is not Cause.UNKNOWN
+        proof = PROOFS.get(finding.cause)
+        return Diagnosis(
+            symptom=symptom,
+            cause=finding.cause,
+            step=bad.step,
+            noticed_at_step=self._step,
+            epoch=bad.epoch,
+            batch=bad.batch_number,
+            batch_size=batch_size(bad.batch),
+            lr=bad.taken.lr,
+            origin=finding.origin,
+            samples=finding.samples,
+            num_samples=finding.num_samples,
+            experiments=finding.experiments,
+            contributing=tuple(
+                dict.fromkeys(
+                    one.name
+                    for one in finding.experiments
+                    if is_claimed and one.is_healed and one.name is not proof
+                )
+            ),
+            trend=finding.trend or tuple(self._recent),
+            returned_to_step=finding.return_to.step,
+            num_replayed_steps=finding.num_replayed_steps,
+        )
+
+    def _tell(self, diagnosis: Diagnosis) -> None:
+        self.diagnoses.append(diagnosis)
+        self._on_diagnosis(diagnosis)
+
+    def _lr(self) -> float:
+        rate = float(self._subject.optimizer.param_groups[0]["lr"])
+        return rate * self.treatment.rate_factor_at(self._step)
+
+    def _report(self, taken: Taken) -> StepReport:
+        return StepReport(
+            step=self._step,
+            loss=taken.loss,
+            grad_norm=taken.grad_norm,
+            lr=taken.lr,
+            outputs=taken.outputs,
+            targets=taken.targets,
+            batch_size=taken.batch_size if taken.is_taken else 0,
+        )
+
+
+_PHASES: Mapping[Symptom, StepPhase] = {
+    Symptom.NON_FINITE_LOSS: StepPhase.LOSS,
+    Symptom.NON_FINITE_GRADIENT: StepPhase.BACKWARD,
+    Symptom.NON_FINITE_OPTIMIZER_STATE: StepPhase.OPTIMIZER,
+    Symptom.NON_FINITE_PARAMETER: StepPhase.OPTIMIZER,
+}

@@ -1,0 +1,81 @@
+"""What of a cure lasts into a client's next rounds, and how it is released, step by step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shared.diagnosis import Oddity
+from shared.doctor.stepping import UNTREATED, Treatment
+from shared.errors import InvalidInput
+
+_HEALTHY_ROUNDS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convalescence:
+    """A treatment that lasts, and for how many rounds since all has gone well."""
+
+    treatment: Treatment = UNTREATED
+    num_healthy_rounds: int = 0
+
+    def after_round(
+        self, treatment: Treatment, *, was_healthy: bool, has_dropped_samples: bool
+    ) -> "Convalescence":
+        """Return what is in force in the next round, given how one ended.
+
+        A round with a diagnosis begins the count anew. With each healthy one the rate doubles back
+        to its own, and so does the norm that gradients are clipped at. After four, what still holds
+        is released, but for leaving samples out as long as there are any to leave out. A step that
+        was skipped is no step of the next round.
+        """
+        lasting = replace(treatment, skips=frozenset(), warmup_steps=0, warmup_from=0)
+        if not was_healthy:
+            return Convalescence(treatment=lasting)
+        num_healthy = self.num_healthy_rounds + 1
+        clip_norm = None if lasting.clip_norm is None else 2 * lasting.clip_norm
+        eased = replace(lasting, rate_factor=min(1.0, 2 * lasting.rate_factor), clip_norm=clip_norm)
+        if num_healthy >= _HEALTHY_ROUNDS:
+            eased = replace(UNTREATED, rate_factor=eased.rate_factor)
+            if has_dropped_samples:
+                eased = replace(eased, drops=lasting.drops, max_input=lasting.max_input)
+        return Convalescence(treatment=eased, num_healthy_rounds=num_healthy)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        one = self.treatment
+        return {
+            "num_healthy_rounds": self.num_healthy_rounds,
+            "rate_factor": one.rate_factor,
+            "clip_norm": one.clip_norm,
+            "drops": sorted(one.drops),
+            "sanitises": one.sanitises,
+            # JSON has no infinity.
+            "max_input": str(one.max_input),
+            "min_batch_size": one.min_batch_size,
+            "guards": one.guards,
+            "widens": one.widens,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Convalescence":
+        """Return what `as_json` gave.
+
+        Raises:
+            InvalidInput: something is missing or not what it should be.
+        """
+        try:
+            return cls(
+                num_healthy_rounds=int(values["num_healthy_rounds"]),
+                treatment=Treatment(
+                    rate_factor=float(values["rate_factor"]),
+                    clip_norm=None if values["clip_norm"] is None else float(values["clip_norm"]),
+                    drops=frozenset(Oddity(one) for one in values["drops"]),
+                    sanitises=bool(values["sanitises"]),
+                    max_input=float(values["max_input"]),
+                    min_batch_size=int(values["min_batch_size"]),
+                    guards=bool(values["guards"]),
+                    widens=bool(values["widens"]),
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"a kept treatment is damaged: {error!r}") from error

@@ -1,0 +1,415 @@
+"""Finding out why a training went wrong, by taking its steps again with one thing changed.
+
+The verdict is the most specific cause whose removal alone heals it, in this order:
+
+1. `not-reproducible`: the same steps give other bits; where only the optimizer's state was changed
+   from outside, `optimizer-state`.
+2. `bad-label`, `bad-data`: samples with something odd about them, without which the step goes well.
+3. `degenerate-batch`: a batch of one sample, of none, or of one sample many times, that goes well
+   when joined with another.
+4. `bad-initialisation`, `received-model`: weights at the start unlike any usual ones, and the same
+   steps go well from usual ones.
+5. `precision`: the bad value came up in 16 bits, and in float32 all goes well.
+6. `optimizer-state`: the bad value came up in the optimizer's step, or its state is beyond what the
+   gradients explain, and without its history all goes well.
+7. `loss-function`: the bad value came up in the loss from outputs of an ordinary size, and the
+   guarded loss goes well.
+8. `exploding-gradient`, `learning-rate`: clipping, or a lower rate, heals. Where both do, it is the
+   gradient if that jumped though the steps before changed the weights little, and the rate
+   otherwise.
+9. `unknown`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from shared.diagnosis import (
+    MAX_SAMPLES,
+    MAX_TREND,
+    Cause,
+    Experiment,
+    ExperimentName,
+    Oddity,
+    Origin,
+    StepPhase,
+    SuspectSample,
+    Symptom,
+    TrendPoint,
+)
+from shared.doctor import changes
+from shared.doctor.batches import Batch, batch_size, inputs_of, joined, take
+from shared.doctor.courses import Courses
+from shared.doctor.findings import Case, Finding
+from shared.doctor.locate import locate, locate_error
+from shared.doctor.oddness import (
+    has_odd_optimizer_state,
+    unusual_entries,
+)
+from shared.doctor.recording import (
+    Recorded,
+    device_of,
+    restore_snapshot,
+    take_snapshot,
+)
+from shared.doctor.replay import Change, Course, Replay
+from shared.doctor.reproduction import contradiction, largest_norm
+from shared.doctor.samples import failing_samples, oddities
+from shared.doctor.stepping import descend, prepared, treated
+
+_MAX_TRIES = 64
+_MODERATE = 1e9
+"""What is computed from numbers below this has no excuse to overflow."""
+_NUM_HEALTHY = 8
+_SMALL_SHARE = 0.25
+_LONGEST_RESTART = 48
+_SEEN_AT_ONCE = (Symptom.NON_FINITE_INPUT, Symptom.LABEL_OUT_OF_RANGE)
+_NARROW = ("float16", "bfloat16")
+
+
+def examine(case: Case) -> Finding | None:
+    """Find the cause; None if the suspicion was none. The subject's state is used up."""
+    return _Examination(case).find()
+
+
+class _Examination:
+    """One case on the table: what was found so far."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._subject = case.subject
+        self._tape = case.tape
+        self._noticed = case.tape.steps[-1]
+        self._replay = Replay(
+            case.subject,
+            case.tape,
+            level=case.level,
+            needs_gradient=case.symptom is Symptom.DEAD_NETWORK,
+            on_replay=case.on_replay,
+        )
+        self._experiments: list[Experiment] = []
+        self._courses = Courses(self._replay, self._experiments)
+        self._samples: tuple[SuspectSample, ...] = ()
+        self._num_samples = 0
+        self._max_input = math.inf
+        self._course: Course | None = None
+        self._bad = self._noticed
+        self._before = self._start = case.tape.snapshots[-1]
+        self._origin = Origin(phase=StepPhase.INPUT)
+        self._largest_input = 0.0
+
+    def find(self) -> Finding | None:
+        if self._case.symptom in _SEEN_AT_ONCE:
+            self._before = self._start = take_snapshot(self._subject, step=self._noticed.step - 1)
+            if self._step_goes_well(self._bad.batch):
+                return None
+        else:
+            live = take_snapshot(self._subject, step=self._noticed.step)
+            course = self._course = self._replay.run(self._start, self._noticed.step)
+            if (cause := contradiction(self._case, course, live)) is not None:
+                self._note(ExperimentName.UNCHANGED, is_healed=True)
+                if cause is Cause.OPTIMIZER_STATE:
+                    self._origin = Origin(phase=StepPhase.OPTIMIZER)
+                return self._finding(cause)
+            if not course.failed_at and self._replay.is_sane():
+                return None
+            self._find_onset(course)
+        self._locate()
+        self._note(ExperimentName.UNCHANGED, is_healed=False)
+        for look in (
+            self._look_at_samples,
+            self._look_at_batch,
+            self._look_at_start,
+            self._look_at_precision,
+            self._look_at_optimizer,
+            self._look_at_loss,
+            self._look_at_rates,
+        ):
+            cause = look()
+            if cause is not None:
+                self._add_contributing(cause)
+                return self._finding(cause)
+        self._try_step(ExperimentName.WITHOUT_BATCH, change=changes.skipping(self._bad.step))
+        return self._finding(Cause.UNKNOWN)
+
+    # ---- where
+
+    def _find_onset(self, course: Course) -> None:
+        """Find the first step that harmed the model, and the last good state before it."""
+        failed_at = course.failed_at or self._noticed.step
+        self._before = course.before
+        self._bad = self._recorded(failed_at)
+        restore_snapshot(self._subject, course.before)
+        if self._replay.is_sane():
+            return
+        for snapshot in reversed(self._tape.snapshots):
+            self._start = snapshot
+            restore_snapshot(self._subject, snapshot)
+            if self._replay.is_sane():
+                break
+        self._course = self._replay.run(self._start, failed_at, is_watched=True)
+        self._bad = self._recorded(self._course.failed_at or failed_at)
+        self._before = self._course.before
+
+    def _recorded(self, step: int) -> Recorded:
+        return next(one for one in self._tape.steps if one.step == step)
+
+    def _locate(self) -> None:
+        """Find where the first bad value comes up in the bad step."""
+        bad, subject = self._bad, self._subject
+        batch = prepared(bad.batch, bad.treatment, num_classes=subject.num_classes)
+        self._origin = Origin(phase=_QUIET_PHASES.get(self._case.symptom, StepPhase.LOSS))
+        if batch is None:
+            return
+
+        def compute_loss(model: torch.nn.Module, one: Batch) -> Tensor | tuple[Tensor, Tensor]:
+            with treated(bad.treatment):
+                return subject.compute_loss(model, one)
+
+        restore_snapshot(subject, self._before)
+        bad.random_state.restore(device_of(subject))
+        self._replay.count_step()
+        if bad.taken.error is not None or self._case.symptom is Symptom.LABEL_OUT_OF_RANGE:
+            raised = locate_error(subject.model, batch, compute_loss)
+            if raised is not None:
+                self._origin = raised[1]
+            return
+        found = locate(
+            subject.model,
+            batch,
+            compute_loss,
+            optimizer_step=lambda: descend(subject, bad.treatment, step=bad.step),
+        )
+        if found is not None:
+            self._origin = found.origin
+            self._largest_input = found.largest_input
+
+    # ---- why
+
+    def _look_at_samples(self) -> Cause | None:
+        bad, num_classes = self._bad, self._subject.num_classes
+        count = batch_size(bad.batch)
+        healthy = self._healthy_batches()
+        odd = oddities(bad.batch, num_classes=num_classes, healthy=healthy)
+        is_on_cpu = device_of(self._subject).type == "cpu"
+        wrong = [one for one in odd.values() if one.oddity is Oddity.LABEL_OUT_OF_RANGE]
+        if wrong and not is_on_cpu:
+            # A label out of range ends a CUDA process for good: it is never tried.
+            positions: tuple[int, ...] = tuple(one.position for one in wrong)
+        else:
+            positions = failing_samples(
+                bad.batch,
+                lambda part: not self._step_goes_well(part),
+                suspects=list(odd),
+                max_tries=_MAX_TRIES if odd else _MAX_TRIES // 4,
+            )
+        if not positions and count and len(odd) == count:
+            positions = tuple(range(count))
+        if not positions:
+            return None
+        rest = [one for one in range(count) if one not in positions]
+        is_healed = not rest or self._step_goes_well(take(bad.batch, rest))
+        self._note(ExperimentName.WITHOUT_SAMPLES, is_healed=is_healed, value=len(positions))
+        is_label_error = isinstance(bad.taken.error, IndexError) and (
+            self._origin.phase is StepPhase.LOSS
+        )
+        unseen = Oddity.LABEL_OUT_OF_RANGE if is_label_error else Oddity.NONE
+        suspects = [odd.get(one, SuspectSample(position=one, oddity=unseen)) for one in positions]
+        kinds = {one.oddity for one in suspects}
+        if not is_healed or (kinds == {Oddity.NONE} and len(suspects) > _SMALL_SHARE * count):
+            return None
+        self._num_samples = len(suspects)
+        self._samples = tuple(
+            replace(one, index=self._index_of(one.position)) for one in suspects[:MAX_SAMPLES]
+        )
+        self._max_input = _largest_input(*([take(bad.batch, rest)] if rest else []), *healthy)
+        if Oddity.LABEL_OUT_OF_RANGE in kinds:
+            return Cause.BAD_LABEL
+        if kinds == {Oddity.NONE}:
+            return None
+        limit = self._max_input
+        self._try_step(
+            ExperimentName.INPUTS_SANITISED,
+            change=changes.sanitising(limit),
+            value=limit,
+        )
+        if not rest:
+            # With nothing left of the batch only putting its inputs right can prove anything.
+            return Cause.BAD_DATA if self._experiments[-1].is_healed else None
+        return Cause.BAD_DATA
+
+    def _look_at_batch(self) -> Cause | None:
+        batch = self._bad.batch
+        healthy = self._healthy_batches()
+        is_degenerate = batch_size(batch) <= 1 or all(
+            bool((one == one[:1]).all()) for one in inputs_of(batch)
+        )
+        if not is_degenerate or not healthy:
+            return None
+        try:
+            larger = joined(batch, healthy[-1])
+        except RuntimeError:
+            return None
+        if self._try_step(ExperimentName.LARGER_BATCH, batch=larger):
+            return Cause.DEGENERATE_BATCH
+        return None
+
+    def _look_at_start(self) -> Cause | None:
+        start, fresh_state = self._tape.snapshots[0], self._case.fresh_state
+        if start.step != 0:
+            return None
+        fresh = fresh_state()
+        if not unusual_entries(self._subject.model, start, fresh, is_initial=self._case.is_initial):
+            return None
+        restarted = self._courses.run(
+            ExperimentName.FRESH_INITIALISATION,
+            start,
+            min(self._noticed.step, _LONGEST_RESTART),
+            prepare=lambda: changes.load_weights(self._subject, fresh),
+        )
+        if restarted is None:
+            return None
+        return Cause.BAD_INITIALISATION if self._case.is_initial else Cause.RECEIVED_MODEL
+
+    def _look_at_precision(self) -> Cause | None:
+        parameters = list(self._subject.model.parameters())
+        has_narrow = any(one.dtype in (torch.float16, torch.bfloat16) for one in parameters)
+        if self._origin.dtype not in _NARROW and not has_narrow:
+            return None
+        is_healed = self._try_step(
+            ExperimentName.FLOAT32,
+            change=changes.widening(),
+            prepare=lambda: changes.widen(self._subject),
+        )
+        return Cause.PRECISION if is_healed else None
+
+    def _look_at_optimizer(self) -> Cause | None:
+        is_suspect = self._origin.phase is StepPhase.OPTIMIZER and self._origin.num_nan > 0
+        if not is_suspect and not has_odd_optimizer_state(
+            self._before, largest_norm=largest_norm(self._tape, before=self._bad.step)
+        ):
+            return None
+        is_healed = self._try_step(
+            ExperimentName.FRESH_OPTIMIZER, prepare=lambda: changes.forget_history(self._subject)
+        )
+        return Cause.OPTIMIZER_STATE if is_healed else None
+
+    def _look_at_loss(self) -> Cause | None:
+        origin = self._origin
+        is_in_loss = origin.phase is StepPhase.LOSS or (
+            origin.phase is StepPhase.BACKWARD and not origin.module and not origin.tensor
+        )
+        has_come_up = origin.num_nan + origin.num_inf > 0
+        if not (is_in_loss and has_come_up and self._largest_input <= _MODERATE):
+            return None
+        is_healed = self._try_step(ExperimentName.GUARDED_LOSS, change=changes.guarding_loss())
+        return Cause.LOSS_FUNCTION if is_healed else None
+
+    def _look_at_rates(self) -> Cause | None:
+        found = self._courses.look_at_rates(
+            self._start, until=self._noticed.step, usual_norm=self._case.usual_norm
+        )
+        if found is None:
+            return None
+        cause, self._start = found
+        return cause
+
+    def _add_contributing(self, cause: Cause) -> None:
+        """Try what is cheap besides: would it have helped, too?"""
+        if cause in (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.UNKNOWN):
+            return
+        clip = self._case.usual_norm or 1.0
+        self._try_step(ExperimentName.CLIPPED_GRADIENT, change=changes.clipping(clip), value=clip)
+        self._try_step(ExperimentName.LOWER_RATE, change=changes.slowing(0.1), value=0.1)
+
+    # ---- experiments
+
+    def _step_goes_well(self, batch: Batch) -> bool:
+        return self._replay.goes_well(self._before, self._bad, batch)
+
+    def _try_step(
+        self,
+        name: ExperimentName,
+        *,
+        batch: Batch | None = None,
+        change: Change = lambda one: one,
+        prepare: Callable[[], None] | None = None,
+        value: float = 0.0,
+    ) -> bool:
+        """Take the bad step once more with one thing changed; returns whether it went well."""
+        is_healed = self._replay.goes_well(
+            self._before,
+            self._bad,
+            self._bad.batch if batch is None else batch,
+            change=change,
+            prepare=prepare,
+        )
+        self._note(name, is_healed=is_healed, value=value)
+        return is_healed
+
+    def _note(self, name: ExperimentName, *, is_healed: bool, value: float = 0.0) -> None:
+        failed_at = 0 if is_healed else self._bad.step
+        self._experiments.append(
+            Experiment(name=name, is_healed=is_healed, value=value, failed_at_step=failed_at)
+        )
+
+    # ---- material
+
+    def _healthy_batches(self) -> list[Batch]:
+        earlier = [one for one in self._tape.steps if one.step < self._bad.step]
+        return [one.batch for one in earlier[-_NUM_HEALTHY:]]
+
+    def _index_of(self, position: int) -> int:
+        indices = self._bad.indices
+        return int(indices[position]) if indices is not None and position < len(indices) else -1
+
+    def _finding(self, cause: Cause) -> Finding:
+        steps = self._course.steps if self._course is not None else ()
+        return Finding(
+            cause=cause,
+            bad_step=self._bad,
+            origin=self._origin,
+            samples=self._samples,
+            num_samples=self._num_samples,
+            max_input=self._max_input,
+            experiments=tuple(self._experiments),
+            trend=tuple(
+                TrendPoint(
+                    step=one.step,
+                    loss=one.taken.loss,
+                    grad_norm=one.taken.grad_norm,
+                    largest_weight=one.largest_weight,
+                    lr=one.taken.lr,
+                )
+                for one in steps[-MAX_TREND:]
+            ),
+            return_to=self._start if cause in _FROM_EARLIER else self._before,
+            num_replayed_steps=self._replay.num_steps,
+        )
+
+
+_QUIET_PHASES: Mapping[Symptom, StepPhase] = {
+    Symptom.NON_FINITE_INPUT: StepPhase.INPUT,
+    Symptom.LABEL_OUT_OF_RANGE: StepPhase.INPUT,
+    Symptom.DEAD_NETWORK: StepPhase.BACKWARD,
+    Symptom.COLLAPSE: StepPhase.FORWARD,
+}
+"""Where to look if no number of the bad step is non-finite; otherwise it is the loss."""
+_FROM_EARLIER = (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.NOT_REPRODUCIBLE)
+
+
+def _largest_input(*batches: Batch) -> float:
+    """Return the largest absolute finite input, times the room that is left to healthy ones."""
+    largest = [
+        float(one.detach().abs().nan_to_num(nan=0.0, posinf=0.0).max())
+        for batch in batches
+        for one in inputs_of(batch)
+        if one.numel() > 0
+    ]
+    return _ROOM * max(largest) if largest and max(largest) > 0 else math.inf
+
+
+_ROOM = 4.0

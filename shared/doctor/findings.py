@@ -1,0 +1,73 @@
+"""What an examination begins with, and what it comes to."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shared.diagnosis import (
+    Cause,
+    Experiment,
+    ExperimentName,
+    Origin,
+    SuspectSample,
+    Symptom,
+    TrendPoint,
+)
+from shared.doctor.recording import Recorded, Snapshot, Tape
+from shared.doctor.stepping import Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A training in which `symptom` was noticed in the newest step of its tape.
+
+    `level` is the loss it began with, `usual_norm` the median gradient norm of its healthy steps;
+    `fresh_state` gives usual initial weights by name, `on_replay` is told of every step repeated.
+    """
+
+    subject: Subject
+    tape: Tape
+    symptom: Symptom
+    level: float
+    usual_norm: float | None
+    is_initial: bool
+    fresh_state: Callable[[], Mapping[str, Tensor]]
+    on_replay: Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What the examination came to; `return_to` is the last good state."""
+
+    cause: Cause
+    bad_step: Recorded
+    origin: Origin
+    samples: tuple[SuspectSample, ...] = ()
+    num_samples: int = 0
+    max_input: float = math.inf
+    experiments: tuple[Experiment, ...] = ()
+    trend: tuple[TrendPoint, ...] = ()
+    return_to: Snapshot
+    num_replayed_steps: int = 0
+
+    def healing(self, name: ExperimentName) -> Experiment | None:
+        """Return the experiment of that name that healed, if one did."""
+        return next((one for one in self.experiments if one.name is name and one.is_healed), None)
+
+
+PROOFS: Mapping[Cause, ExperimentName] = {
+    Cause.BAD_LABEL: ExperimentName.WITHOUT_SAMPLES,
+    Cause.BAD_DATA: ExperimentName.WITHOUT_SAMPLES,
+    Cause.DEGENERATE_BATCH: ExperimentName.LARGER_BATCH,
+    Cause.RECEIVED_MODEL: ExperimentName.FRESH_INITIALISATION,
+    Cause.BAD_INITIALISATION: ExperimentName.FRESH_INITIALISATION,
+    Cause.PRECISION: ExperimentName.FLOAT32,
+    Cause.OPTIMIZER_STATE: ExperimentName.FRESH_OPTIMIZER,
+    Cause.LOSS_FUNCTION: ExperimentName.GUARDED_LOSS,
+    Cause.EXPLODING_GRADIENT: ExperimentName.CLIPPED_GRADIENT,
+    Cause.LEARNING_RATE: ExperimentName.LOWER_RATE,
+    Cause.NOT_REPRODUCIBLE: ExperimentName.UNCHANGED,
+}
+"""The experiment that proves a cause."""

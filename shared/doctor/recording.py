@@ -1,0 +1,220 @@
+"""What is kept of a training so that it can go back: states, and the batches between them."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.doctor.batches import Batch, tensors_of
+from shared.doctor.stepping import Subject, Taken, Treatment
+from shared.doctor.symptoms import INTERVAL
+
+_MAX_AGE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomState:
+    """Where torch's global generators are, so that dropout repeats."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> "RandomState":
+        """Return it as it is at this moment; `device` is the model's."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(cpu=torch.get_rng_state(), cuda=cuda)
+
+    def restore(self, device: torch.device) -> None:
+        """Put the generators where they were."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A training's state after `step` steps, 0 before the first: copies of all that a step reads.
+
+    Random states are not in it: those are recorded with each step.
+    """
+
+    step: int
+    tensors: list[Tensor]
+    optimizer_state: list[dict[str, Any]]
+    groups: list[dict[str, Any]]
+    scheduler_state: dict[str, Any] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """What the copies take."""
+        state = (one for entry in self.optimizer_state for one in entry.values())
+        return sum(one.nbytes for one in (*self.tensors, *state) if isinstance(one, Tensor))
+
+
+def entries_of(subject: Subject) -> list[Tensor]:
+    """Return the model's own parameters and buffers, not copies, each once."""
+    return [*subject.model.parameters(), *subject.model.buffers()]
+
+
+def device_of(subject: Subject) -> torch.device:
+    """Return where the model is; the processor if it has no tensors."""
+    return next((one.device for one in entries_of(subject)), torch.device("cpu"))
+
+
+def take_snapshot(subject: Subject, *, step: int) -> Snapshot:
+    """Copy the state that a training has now."""
+    optimizer = subject.optimizer
+    learned = [one for group in optimizer.param_groups for one in group["params"]]
+    return Snapshot(
+        step=step,
+        tensors=[one.detach().clone() for one in entries_of(subject)],
+        optimizer_state=[_copied(optimizer.state.get(one, {})) for one in learned],
+        groups=[
+            {key: _copy(value) for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ],
+        scheduler_state=None if subject.scheduler is None else subject.scheduler.state_dict(),
+    )
+
+
+def restore_snapshot(subject: Subject, snapshot: Snapshot) -> None:
+    """Put a training back where it was, bit for bit."""
+    with torch.no_grad():
+        for entry, kept in zip(entries_of(subject), snapshot.tensors, strict=True):
+            if entry.dtype == kept.dtype:
+                entry.copy_(kept)
+            else:
+                entry.data = kept.clone()
+    optimizer = subject.optimizer
+    learned = [one for group in optimizer.param_groups for one in group["params"]]
+    optimizer.state.clear()
+    for parameter, state in zip(learned, snapshot.optimizer_state, strict=True):
+        if state:
+            optimizer.state[parameter] = _copied(state)
+    for group, saved in zip(optimizer.param_groups, snapshot.groups, strict=True):
+        group.update({key: _copy(value) for key, value in saved.items()})
+    optimizer.zero_grad()
+    if subject.scheduler is not None and snapshot.scheduler_state is not None:
+        subject.scheduler.load_state_dict(snapshot.scheduler_state)
+
+
+def is_finite(subject: Subject) -> bool:
+    """Whether parameters, buffers and the optimizer's state are; one wait for the device."""
+    tensors = [one for one in entries_of(subject) if one.is_floating_point()]
+    tensors += [
+        one
+        for state in subject.optimizer.state.values()
+        for one in state.values()
+        if isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 0
+    ]
+    norms = torch._foreach_norm([one.detach() for one in tensors if one.numel() > 0])
+    # The norm screens; where it isn't finite a number is bad or the norm itself overflows.
+    if math.isfinite(sum(float(one) for one in norms)):
+        return True
+    return all(bool(one.isfinite().all()) for one in tensors)
+
+
+def first_bad_entry(subject: Subject) -> str | None:
+    """Return the name of the first parameter or buffer that isn't finite, None if all are."""
+    named = [*subject.model.named_parameters(), *subject.model.named_buffers()]
+    return next((name for name, one in named if not bool(one.isfinite().all())), None)
+
+
+def first_bad_gradient(subject: Subject) -> str | None:
+    """Return the name of the first parameter whose gradient isn't finite, None if all are."""
+    named = subject.model.named_parameters()
+    return next(
+        (name for name, one in named if one.grad is not None and not one.grad.isfinite().all()),
+        None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """A step as it was taken: enough to take it again."""
+
+    step: int
+    epoch: int
+    batch_number: int
+    batch: Batch
+    indices: Sequence[int] | None
+    random_state: RandomState
+    treatment: Treatment
+    taken: Taken
+
+    @property
+    def num_bytes(self) -> int:
+        """What the batch takes."""
+        return sum(one.nbytes for one in tensors_of(self.batch))
+
+
+class Tape:
+    """Owns the states kept and the steps since the oldest of them, within a byte limit.
+
+    States get rarer with age: each is at least half its own age older than the next, and none is
+    older than 128 steps. At least one state stays, whatever the limit.
+    """
+
+    def __init__(self, *, memory_bytes: int) -> None:
+        self._memory_bytes = memory_bytes
+        self._num_bytes = 0
+        self.snapshots: list[Snapshot] = []
+        self.steps: deque[Recorded] = deque()
+
+    def is_snapshot_due(self, step: int) -> bool:
+        """Whether a state is to be kept after `step` steps.
+
+        So few are repeated at most to come to a bad one.
+        """
+        since = step - self.snapshots[-1].step
+        return since >= INTERVAL or self._num_bytes > self._memory_bytes
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Keep a state, and drop what age and limit don't allow."""
+        self.snapshots.append(snapshot)
+        kept = [snapshot]
+        for older in reversed(self.snapshots[:-1]):
+            age = snapshot.step - older.step
+            if age <= _MAX_AGE and kept[-1].step - older.step >= (age - INTERVAL) / 2:
+                kept.append(older)
+        self.snapshots = kept[::-1]
+        while len(self.snapshots) > 1 and self._count_bytes() > self._memory_bytes:
+            del self.snapshots[0]
+        self._count_bytes()
+
+    def record(self, recorded: Recorded) -> None:
+        """Keep a step."""
+        self.steps.append(recorded)
+        self._num_bytes += recorded.num_bytes
+
+    def rewind(self, step: int) -> None:
+        """Forget the states and steps after `step`."""
+        self.snapshots = [one for one in self.snapshots if one.step <= step]
+        while self.steps and self.steps[-1].step > step:
+            self.steps.pop()
+
+    def between(self, after: int, until: int) -> list[Recorded]:
+        """Return the steps after one and until another, which is among them."""
+        return [one for one in self.steps if after < one.step <= until]
+
+    def _count_bytes(self) -> int:
+        """Drop the steps that no state leads to; return what the rest takes."""
+        while self.steps and self.steps[0].step <= self.snapshots[0].step:
+            self.steps.popleft()
+        self._num_bytes = sum(one.num_bytes for one in self.snapshots) + sum(
+            one.num_bytes for one in self.steps
+        )
+        return self._num_bytes
+
+
+def _copy(value: Any) -> Any:  # noqa: ANN401  # an optimizer's state holds anything
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) for key, value in state.items()}

@@ -1,0 +1,78 @@
+"""From a cause to what is done about it: the smallest thing that the experiments showed to work."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from shared.diagnosis import Cause, ExperimentName, Oddity, Remedy, RemedyKind
+from shared.doctor import changes
+from shared.doctor.batches import batch_size
+from shared.doctor.findings import Finding
+from shared.doctor.stepping import Treatment
+from shared.doctor.symptoms import INTERVAL
+
+
+def remedies_for(finding: Finding) -> Iterator[Remedy]:
+    """Yield what may be done, the best first; nothing where only others can help.
+
+    A received model or a first one is the server's to change, never a client's.
+    """
+    clip = finding.healing(ExperimentName.CLIPPED_GRADIENT)
+    rate = finding.healing(ExperimentName.LOWER_RATE)
+    match finding.cause:
+        case Cause.BAD_DATA | Cause.BAD_LABEL:
+            yield from _remedies_for_samples(finding)
+        case Cause.DEGENERATE_BATCH:
+            yield Remedy(kind=RemedyKind.SKIP_BATCH, value=batch_size(finding.bad_step.batch))
+        case Cause.LOSS_FUNCTION:
+            yield Remedy(kind=RemedyKind.GUARD_LOSS)
+        case Cause.PRECISION:
+            yield Remedy(kind=RemedyKind.USE_FLOAT32)
+        case Cause.OPTIMIZER_STATE:
+            yield Remedy(kind=RemedyKind.RESET_OPTIMIZER)
+        case Cause.EXPLODING_GRADIENT if clip is not None:
+            yield Remedy(kind=RemedyKind.CLIP_GRADIENT, value=clip.value)
+        case Cause.LEARNING_RATE if rate is not None:
+            yield Remedy(kind=RemedyKind.LOWER_RATE, value=rate.value)
+        case Cause.NOT_REPRODUCIBLE:
+            yield Remedy(kind=RemedyKind.REPEAT)
+        case Cause.UNKNOWN if finding.healing(ExperimentName.WITHOUT_BATCH) is not None:
+            yield Remedy(kind=RemedyKind.SKIP_BATCH)
+        case _:
+            return
+
+
+def applied(treatment: Treatment, remedy: Remedy, finding: Finding) -> Treatment:
+    """Return a treatment with a remedy added to it, from the last good state on."""
+    change = {
+        RemedyKind.LOWER_RATE: changes.slowing(remedy.value),
+        RemedyKind.CLIP_GRADIENT: changes.clipping(remedy.value),
+        RemedyKind.SANITISE_INPUTS: changes.sanitising(remedy.value),
+        RemedyKind.GUARD_LOSS: changes.guarding_loss(),
+        RemedyKind.USE_FLOAT32: changes.widening(),
+        RemedyKind.SKIP_BATCH: changes.skipping(finding.bad_step.step),
+    }.get(remedy.kind)
+    if change is not None:
+        treatment = change(treatment)
+    if remedy.kind is RemedyKind.LOWER_RATE:
+        return replace(treatment, warmup_steps=INTERVAL, warmup_from=finding.return_to.step + 1)
+    if remedy.kind is RemedyKind.DROP_SAMPLES:
+        return replace(
+            treatment,
+            drops=treatment.drops | {one.oddity for one in finding.samples} - {Oddity.NONE},
+            max_input=min(treatment.max_input, remedy.value),
+        )
+    if remedy.kind is RemedyKind.SKIP_BATCH and finding.cause is Cause.DEGENERATE_BATCH:
+        return replace(
+            treatment, min_batch_size=max(treatment.min_batch_size, min(int(remedy.value) + 1, 2))
+        )
+    return treatment
+
+
+def _remedies_for_samples(finding: Finding) -> Iterator[Remedy]:
+    oddity = finding.samples[0].oddity
+    is_whole = finding.num_samples == batch_size(finding.bad_step.batch)
+    if finding.healing(ExperimentName.WITHOUT_SAMPLES) is not None and not is_whole:
+        yield Remedy(kind=RemedyKind.DROP_SAMPLES, value=finding.max_input, oddity=oddity)
+    if finding.healing(ExperimentName.INPUTS_SANITISED) is not None:
+        yield Remedy(kind=RemedyKind.SANITISE_INPUTS, value=finding.max_input, oddity=oddity)
+    yield Remedy(kind=RemedyKind.SKIP_BATCH, oddity=oddity)

@@ -1,0 +1,202 @@
+"""Noticing that a training goes wrong, from numbers that a step has at hand anyway.
+
+What isn't finite is certain. Losses that jump and answers that are all the same are suspicions: the
+replay decides whether the model is harmed.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shared.diagnosis import Symptom
+from shared.doctor.batches import Batch, are_out_of_range, inputs_of, labels_of
+from shared.doctor.stepping import Taken
+
+EXPLOSION = 10.0
+"""A loss of so many times its usual level is suspicious."""
+INTERVAL = 8
+"""Steps between two looks at what needs no look at every step."""
+_NUM_FIRST = 5
+_NUM_KEPT = 64
+_BAND = 20.0
+"""Robust standard deviations around the median of the last losses."""
+_CHANCE = 30.0
+"""A cross-entropy of so many times that of guessing is no way to begin."""
+_NUM_DEAD = 3
+_COLLAPSE_STEPS = 16
+_COLLAPSE_SAMPLES = 128
+_MAX_SHARE = 0.9
+"""Where one class has a larger share of the labels, answering it always is what was learned."""
+_NOT_FITTED = 0.1
+"""Gradients of zero are what to expect where the loss is below this share of its first level."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    step: int
+    loss: float
+    grad_norm: float
+    is_dead: bool
+
+
+class Watch:
+    """Knows the losses and gradient norms of the last steps, and what is usual for them."""
+
+    def __init__(self, *, num_classes: int | None) -> None:
+        self._num_classes = num_classes
+        self._first: list[_Seen] = []
+        self._seen: deque[_Seen] = deque(maxlen=_NUM_KEPT)
+        self._answers: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=_COLLAPSE_STEPS)
+        self._best_accuracy = 0.0
+        self._ceiling = math.inf
+
+    @property
+    def first_level(self) -> float:
+        """The loss of the first step, which no update can have spoilt; nan before it."""
+        return self._first[0].loss if self._first else math.nan
+
+    @property
+    def usual_norm(self) -> float | None:
+        """The median gradient norm of the last steps, None where there are hardly any."""
+        norms = [one.grad_norm for one in self._seen]
+        return median(norms) if len(norms) >= _NUM_FIRST else None
+
+    def examine_batch(self, batch: Batch) -> Symptom | None:
+        """Look at a batch before anything is computed from it."""
+        for one in inputs_of(batch):
+            # The sum is a screen; it may overflow where every number is finite.
+            if not math.isfinite(one.sum()) and not bool(one.isfinite().all()):
+                return Symptom.NON_FINITE_INPUT
+        labels = labels_of(batch)
+        if self._num_classes is not None and labels is not None and labels.numel() > 0:
+            low, high = labels.aminmax()
+            is_suspect = int(low) < 0 or int(high) >= self._num_classes
+            if is_suspect and bool(are_out_of_range(labels, self._num_classes).any()):
+                return Symptom.LABEL_OUT_OF_RANGE
+        return None
+
+    def examine_step(self, taken: Taken, *, step: int) -> Symptom | None:
+        """Look at a step that was taken; what is well is remembered."""
+        if taken.error is not None:
+            return Symptom.STEP_FAILED
+        if not taken.is_taken:
+            return None
+        if not taken.is_finite:
+            return _symptom_of(taken)
+        has_exploded = self._has_exploded(taken)
+        seen = _Seen(step, taken.loss, taken.grad_norm, taken.has_dead_weights)
+        self._seen.append(seen)
+        if len(self._first) < _NUM_FIRST:
+            self._first.append(seen)
+        if len(self._first) < _NUM_FIRST or step % INTERVAL == 0:
+            self._ceiling = self._find_ceiling()
+        if taken.outputs is not None and taken.labels is not None and taken.outputs.ndim > 1:
+            self._answers.append((step, taken.outputs, taken.labels))
+        if has_exploded:
+            return Symptom.LOSS_EXPLOSION
+        return Symptom.DEAD_NETWORK if self._is_dead() else None
+
+    def examine_answers(self) -> Symptom | None:
+        """Look at the answers of the last steps together; called now and then."""
+        pairs = [(outputs, labels) for _, outputs, labels in self._answers]
+        num = sum(len(labels) for _, labels in pairs)
+        if len(pairs) < _COLLAPSE_STEPS or num < _COLLAPSE_SAMPLES:
+            return None
+        try:
+            outputs = torch.cat([outputs for outputs, _ in pairs])
+            labels = torch.cat([labels for _, labels in pairs])
+        except RuntimeError:
+            # Batches of different widths: there is nothing to compare.
+            return None
+        answers = outputs.argmax(dim=1)
+        if outputs.shape[1] < 2 or answers.shape != labels.shape:
+            return None
+        accuracy = float((answers == labels).float().mean())
+        share = float(labels.flatten().bincount(minlength=1).max()) / labels.numel()
+        has_learned = self._best_accuracy >= share + 0.2
+        self._best_accuracy = max(self._best_accuracy, accuracy)
+        if share > _MAX_SHARE or bool((answers != answers.flatten()[0]).any()):
+            return None
+        return Symptom.COLLAPSE if has_learned or are_constant(outputs) else None
+
+    def rewind(self, step: int) -> None:
+        """Forget what was seen after `step`."""
+        self._first = [one for one in self._first if one.step <= step]
+        self._seen = deque((one for one in self._seen if one.step <= step), maxlen=_NUM_KEPT)
+        self._answers = deque(
+            (one for one in self._answers if one[0] <= step), maxlen=_COLLAPSE_STEPS
+        )
+
+    def first_dead_step(self) -> int:
+        """Return the first of the newest steps in a row without any gradient."""
+        first = self._seen[-1].step
+        for one in reversed(self._seen):
+            if not one.is_dead:
+                break
+            first = one.step
+        return first
+
+    def _has_exploded(self, taken: Taken) -> bool:
+        if len(self._first) < _NUM_FIRST and is_beyond_chance(
+            taken.outputs, taken.labels, self._num_classes
+        ):
+            return True
+        if taken.loss <= self._ceiling:
+            return False
+        self._ceiling = self._find_ceiling()
+        return taken.loss > self._ceiling
+
+    def _find_ceiling(self) -> float:
+        """Return the loss above which there is a suspicion; infinite before the first step."""
+        if not self._first:
+            return math.inf
+        losses = [one.loss for one in self._seen]
+        usual = median(losses)
+        deviation = median(abs(one - usual) for one in losses) * 1.4826
+        level = max(abs(self.first_level), abs(usual) + _BAND * deviation)
+        # Far below its first level a jump counts by what is usual by now.
+        settled = abs(usual) * EXPLOSION + _BAND * deviation
+        is_settled = len(losses) >= _NUM_FIRST and settled < abs(self.first_level)
+        return abs(self.first_level) if is_settled else EXPLOSION * level
+
+    def _is_dead(self) -> bool:
+        last = list(self._seen)[-_NUM_DEAD:]
+        floor = _NOT_FITTED * abs(self.first_level)
+        return len(last) == _NUM_DEAD and all(one.is_dead and one.loss > floor for one in last)
+
+
+def _symptom_of(taken: Taken) -> Symptom:
+    if math.isfinite(taken.loss):
+        return Symptom.NON_FINITE_GRADIENT
+    outputs = taken.outputs
+    has_bad_output = outputs is not None and not bool(outputs.isfinite().all())
+    return Symptom.NON_FINITE_FORWARD if has_bad_output else Symptom.NON_FINITE_LOSS
+
+
+def are_constant(outputs: Tensor) -> bool:
+    """Whether the outputs [n, ...] are the same for every sample, but for rounding."""
+    if len(outputs) < 2 or outputs.ndim < 2 or outputs.shape[1] < 2:
+        return False
+    if not bool(outputs.isfinite().all()):
+        return False
+    spread = (outputs - outputs[:1]).abs().max()
+    return float(spread) <= 1e-4 * max(float(outputs.abs().max()), 1e-30)
+
+
+def is_beyond_chance(
+    outputs: Tensor | None, labels: Tensor | None, num_classes: int | None
+) -> bool:
+    """Whether the outputs are confidently wrong beyond all measure, whatever the loss is."""
+    if num_classes is None or num_classes < 2 or outputs is None or labels is None:
+        return False
+    if outputs.ndim < 2 or outputs.shape[1] != num_classes:
+        return False
+    if outputs.shape[:1] + outputs.shape[2:] != labels.shape:
+        return False
+    found = float(functional.cross_entropy(outputs.float(), labels.long()))
+    return found > _CHANCE * math.log(num_classes)
