@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.diagnosis import Origin
+from shared.doctor.batches import Batch
 from shared.doctor.locate import Found
-from shared.doctor.samples import Batch
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -64,6 +64,17 @@ def are_out_of_range(labels: Tensor, num_classes: int) -> Tensor:
     return ((labels < 0) | (labels >= num_classes)) & (labels != IGNORED_LABEL)
 
 
+def largest_input(*batches: Batch) -> float:
+    """Return the largest absolute finite number in any input, 0 if there is none."""
+    largest = [
+        float(one.detach().abs().nan_to_num(nan=0.0, posinf=0.0).max())
+        for batch in batches
+        for one in inputs_of(batch)
+        if one.numel() > 0
+    ]
+    return max(largest, default=0.0)
+
+
 def joined(first: Batch, second: Batch) -> Batch:
     """Return a batch of the samples of two of the same form.
 

@@ -38,10 +38,9 @@ from shared.diagnosis import (
     StepPhase,
     SuspectSample,
     Symptom,
-    TrendPoint,
 )
 from shared.doctor import changes
-from shared.doctor.batches import Batch, batch_size, inputs_of, joined, take
+from shared.doctor.batches import Batch, batch_size, inputs_of, joined, largest_input, take
 from shared.doctor.courses import Courses
 from shared.doctor.findings import Case, Finding
 from shared.doctor.locate import locate, locate_error
@@ -65,6 +64,8 @@ _MODERATE = 1e9
 """What is computed from numbers below this has no excuse to overflow."""
 _NUM_HEALTHY = 8
 _SMALL_SHARE = 0.25
+_ROOM = 4.0
+"""Inputs may be so many times as large as healthy ones before they count as outliers."""
 _LONGEST_RESTART = 48
 _SEEN_AT_ONCE = (Symptom.NON_FINITE_INPUT, Symptom.LABEL_OUT_OF_RANGE)
 _NARROW = ("float16", "bfloat16")
@@ -225,7 +226,8 @@ class _Examination:
         self._samples = tuple(
             replace(one, index=self._index_of(one.position)) for one in suspects[:MAX_SAMPLES]
         )
-        self._max_input = _largest_input(*([take(bad.batch, rest)] if rest else []), *healthy)
+        good = [*([take(bad.batch, rest)] if rest else []), *healthy]
+        self._max_input = _ROOM * largest_input(*good) or math.inf
         if Oddity.LABEL_OUT_OF_RANGE in kinds:
             return Cause.BAD_LABEL
         if kinds == {Oddity.NONE}:
@@ -376,16 +378,7 @@ class _Examination:
             num_samples=self._num_samples,
             max_input=self._max_input,
             experiments=tuple(self._experiments),
-            trend=tuple(
-                TrendPoint(
-                    step=one.step,
-                    loss=one.taken.loss,
-                    grad_norm=one.taken.grad_norm,
-                    largest_weight=one.largest_weight,
-                    lr=one.taken.lr,
-                )
-                for one in steps[-MAX_TREND:]
-            ),
+            trend=tuple(one.point for one in steps[-MAX_TREND:]),
             return_to=self._start if cause in _FROM_EARLIER else self._before,
             num_replayed_steps=self._replay.num_steps,
         )
@@ -399,17 +392,3 @@ _QUIET_PHASES: Mapping[Symptom, StepPhase] = {
 }
 """Where to look if no number of the bad step is non-finite; otherwise it is the loss."""
 _FROM_EARLIER = (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.NOT_REPRODUCIBLE)
-
-
-def _largest_input(*batches: Batch) -> float:
-    """Return the largest absolute finite input, times the room that is left to healthy ones."""
-    largest = [
-        float(one.detach().abs().nan_to_num(nan=0.0, posinf=0.0).max())
-        for batch in batches
-        for one in inputs_of(batch)
-        if one.numel() > 0
-    ]
-    return _ROOM * max(largest) if largest and max(largest) > 0 else math.inf
-
-
-_ROOM = 4.0

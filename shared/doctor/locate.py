@@ -8,7 +8,7 @@ from traceback import walk_tb
 from torch import Tensor, nn
 
 from shared.diagnosis import Origin, StepPhase
-from shared.doctor.samples import Batch, tensors_of
+from shared.doctor.batches import Batch, tensors_of
 from shared.doctor.tensors import describe, is_finite
 from shared.doctor.watch import Rank, Watch
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shared.diagnosis import TrendPoint
 from shared.doctor.batches import Batch, batch_size, labels_of
 from shared.doctor.recording import (
     RandomState,
@@ -37,15 +38,22 @@ Change = Callable[[Treatment], Treatment]
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
-    """A step of a replay: how it went, and what it did to the parameters.
-
-    `update_ratio` is the L2 norm of the parameters' change over their own before it.
-    """
+    """A step of a replay: how it went, and the largest absolute parameter after it."""
 
     step: int
     taken: Taken
     largest_weight: float
-    update_ratio: float
+
+    @property
+    def point(self) -> TrendPoint:
+        """The numbers of it that a report shows."""
+        return TrendPoint(
+            step=self.step,
+            loss=self.taken.loss,
+            grad_norm=self.taken.grad_norm,
+            largest_weight=self.largest_weight,
+            lr=self.taken.lr,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +133,7 @@ class Replay:
         before = start
         for recorded in self.tape.between(start.step, until):
             before = take_snapshot(self.subject, step=recorded.step - 1)
-            one = self._take(recorded, convert(recorded.batch), change(recorded.treatment), before)
+            one = self._take(recorded, convert(recorded.batch), change(recorded.treatment))
             traced.append(one)
             has_failed = not one.taken.is_finite or not is_finite(self.subject)
             if has_failed or (is_watched and not self.is_sane()):
@@ -212,25 +220,15 @@ class Replay:
         is_alike = len({one.shape[1:] for one in answers}) == 1
         return losses, torch.cat(answers) if is_alike else None, has_gradient
 
-    def _take(
-        self, recorded: Recorded, batch: Batch, treatment: Treatment, before: Snapshot
-    ) -> Traced:
+    def _take(self, recorded: Recorded, batch: Batch, treatment: Treatment) -> Traced:
         recorded.random_state.restore(device_of(self.subject))
         self.count_step()
         taken = take_step(self.subject, batch, treatment, step=recorded.step)
-        parameters = [one.detach() for one in self.subject.model.parameters() if one.numel() > 0]
-        kept = [one for one in before.tensors[: len(parameters)] if one.numel() > 0]
-        change = moved = 0.0
-        if len(kept) == len(parameters) and all(
-            one.dtype == old.dtype for one, old in zip(parameters, kept, strict=True)
-        ):
-            change = _norm([one - old for one, old in zip(parameters, kept, strict=True)])
-            moved = _norm(kept)
+        parameters = (one.detach() for one in self.subject.model.parameters() if one.numel() > 0)
         return Traced(
             step=recorded.step,
             taken=taken.without_tensors(),
             largest_weight=max((float(one.abs().max()) for one in parameters), default=0.0),
-            update_ratio=change / moved if moved else 0.0,
         )
 
     def _choose_probe(self) -> Probe | None:
@@ -269,7 +267,3 @@ def has_live_weights(subject: Subject) -> bool:
     """Whether any weight has a gradient other than zero, or no weight has one at all."""
     gradients = [one.grad for one in subject.learning if one.ndim > 1 and one.grad is not None]
     return not gradients or any(bool(one.any()) for one in gradients)
-
-
-def _norm(tensors: list[Tensor]) -> float:
-    return math.hypot(*(float(one.double().norm()) for one in tensors))

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.diagnosis import Origin, StepPhase
+from shared.doctor.batches import Batch
 from shared.doctor.locate import locate
-from shared.doctor.samples import Batch
 from tests.small_networks import (
     Apply,
     Forward,

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared.diagnosis import Origin, StepPhase
+from shared.doctor.batches import Batch
 from shared.doctor.locate import locate, locate_error
-from shared.doctor.samples import Batch
 from tests.small_networks import (
     Apply,
     Forward,
