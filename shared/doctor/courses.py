@@ -23,6 +23,7 @@ class Courses:
     def __init__(self, replay: Replay, experiments: list[Experiment]) -> None:
         self._replay = replay
         self._experiments = experiments
+        self._has_stepped = False
 
     def run(
         self,
@@ -37,6 +38,7 @@ class Courses:
     ) -> Course | None:
         """Take the steps since a state again; returns how that went if it went well."""
         course = self._replay.run(start, until, change=change, prepare=prepare, convert=convert)
+        self._has_stepped = bool(course.steps) and course.steps[-1].taken.is_finite
         is_healed = not course.failed_at and self._replay.is_sane(is_strict=True)
         self._experiments.append(
             Experiment(
@@ -89,6 +91,9 @@ class Courses:
             )
             if slow is not None:
                 return slow
+            if self._experiments[-1].failed_at_step == start.step + 1 and not self._has_stepped:
+                # It fails before the rate has any say.
+                return None
         return None
 
     def _good_starts(self, newest: Snapshot) -> list[Snapshot]:

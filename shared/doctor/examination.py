@@ -302,7 +302,7 @@ class _Examination:
     def _look_at_loss(self) -> Cause | None:
         origin = self._origin
         is_in_loss = origin.phase is StepPhase.LOSS or (
-            origin.phase is StepPhase.BACKWARD and not origin.module and not origin.tensor
+            origin.phase is StepPhase.BACKWARD and not origin.module
         )
         has_come_up = origin.num_nan + origin.num_inf > 0
         if not (is_in_loss and has_come_up and self._largest_input <= _MODERATE):
