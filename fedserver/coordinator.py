@@ -18,9 +18,15 @@ from fedserver.evaluation import Evaluations, Evaluator, may_be_repeated, summar
 from fedserver.events import event_of
 from fedserver.parts import Parts
 from fedserver.patience import give_up_orders
-from fedserver.planning import admission_limits, plan_round, standings_after, work_orders
+from fedserver.planning import (
+    admission_limits,
+    plan_round,
+    standings_after,
+    updates_needed,
+    work_orders,
+)
 from fedserver.records import NO_ADJUSTMENTS, Adjustments, Event, Exclusion, Round, RunState
-from fedserver.recovery import damaged_updates
+from fedserver.recovery import damaged_updates, note_restart
 from fedserver.retention import drop_models, drop_updates
 from fedserver.rollback import consequences_of, first_model, roll_back
 from fedserver.rounds import Phase, RoundEvent, due_event, shortfall
@@ -59,7 +65,7 @@ class Coordinator:
             RunFailed: a round failed as often as it may be tried.
             StorageDamaged: what the store or the folders hold isn't what was written.
         """
-        await self._note_restart()
+        await note_restart(self._parts)
         return await self.with_room(self._run_rounds)
 
     async def with_room(self, step: Callable[[], Awaitable[T]]) -> T:
@@ -117,14 +123,6 @@ class Coordinator:
             self._parts.store.last_counted_orders, self._parts.run.run_id
         )
         return latest, base
-
-    async def _note_restart(self) -> None:
-        run_id = self._parts.run.run_id
-        latest = await self._parts.workers.in_store(self._parts.store.latest_round, run_id)
-        if latest is not None:
-            happened = event_of(IncidentKind.SERVER_RESTARTED, latest, is_incident=True)
-            await self._parts.workers.in_store(self._parts.store.add_events, run_id, [happened])
-            self._parts.bus.publish(happened)
 
     async def _resume(self) -> tuple[Round, GlobalModel]:
         """Take the run up where the store says that it is; open its first round if there is none.
@@ -237,7 +235,10 @@ class Coordinator:
                 return current
             await give_up_orders(self._parts)
             deadline_s = self._parts.settings.round_deadline
-            states, needed = self._parts.book.states(), self._updates_needed(current)
+            states, needed = (
+                self._parts.book.states(),
+                updates_needed(self._parts.settings, current),
+            )
             due = due_event(
                 states,
                 min_updates=needed,
@@ -256,11 +257,6 @@ class Coordinator:
         self._parts.book.close_round()
         self._parts.bus.publish(happened)
         return await self._latest()
-
-    def _updates_needed(self, current: Round) -> int:
-        if self._parts.settings.require_all:
-            return len(current.orders)
-        return min(self._parts.settings.updates_needed, len(current.orders))
 
     async def _aggregate(self, current: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
         """Make the next global model and open the round after it."""
@@ -288,8 +284,11 @@ class Coordinator:
             )
         except (NonFiniteAggregate, UnfitCohort) as error:
             # Excluded they stay: the next attempt doesn't ask their clients.
-            reason = str(error)
-            return await self._fail_round(current, reason, exclusions=exclusions), base
+            is_bad = isinstance(error, NonFiniteAggregate)
+            failed = await self._fail_round(
+                current, str(error), exclusions=exclusions, is_model_bad=is_bad
+            )
+            return failed, base
         pass_by(FailPoint.MODEL_WRITTEN)
         self._last_counted.update({one.client_id: one.update.order_id for one in counted})
         follows = await consequences_of(self._parts, current, is_done=True)
@@ -336,10 +335,17 @@ class Coordinator:
         return following or await self._latest(), model
 
     async def _fail_round(
-        self, current: Round, reason: str, *, exclusions: Sequence[Exclusion] = ()
+        self,
+        current: Round,
+        reason: str,
+        *,
+        exclusions: Sequence[Exclusion] = (),
+        is_model_bad: bool = False,
     ) -> Round:
+        follows = await consequences_of(
+            self._parts, current, is_done=False, is_model_bad=is_model_bad
+        )
         happened = event_of(IncidentKind.ROUND_FAILED, current, is_incident=True, reason=reason)
-        follows = await consequences_of(self._parts, current, is_done=False)
         recorded = await self._parts.workers.in_store(
             self._parts.store.fail_round,
             current,

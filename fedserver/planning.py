@@ -61,6 +61,13 @@ def plan_round(
     )
 
 
+def updates_needed(settings: ServerSettings, opened: Round) -> int:
+    """Return how many updates an attempt needs to close."""
+    if settings.require_all:
+        return len(opened.orders)
+    return min(settings.updates_needed, len(opened.orders))
+
+
 def admission_limits(settings: ServerSettings, opened: Round) -> AdmissionLimits:
     """Return the bounds that were frozen when a round opened."""
     return AdmissionLimits(

@@ -3,9 +3,22 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedserver.events import event_of
+from fedserver.parts import Parts
 from fedserver.records import StoredUpdate
 from fedserver.spool import Spool
 from shared.codec import digest_file
+from shared.types import IncidentKind
+
+
+async def note_restart(parts: Parts) -> None:
+    """Record that the server was started again, if the run has begun."""
+    run_id = parts.run.run_id
+    latest = await parts.workers.in_store(parts.store.latest_round, run_id)
+    if latest is not None:
+        happened = event_of(IncidentKind.SERVER_RESTARTED, latest, is_incident=True)
+        await parts.workers.in_store(parts.store.add_events, run_id, [happened])
+        parts.bus.publish(happened)
 
 
 def damaged_updates(spool: Spool, stored: Sequence[StoredUpdate]) -> list[str]:

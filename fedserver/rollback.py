@@ -28,8 +28,13 @@ class Consequences:
     happened: list[Event]
 
 
-async def consequences_of(parts: Parts, ending: Round, *, is_done: bool) -> Consequences:
-    """Return what follows from the diagnoses that clients have reported when an attempt ends."""
+async def consequences_of(
+    parts: Parts, ending: Round, *, is_done: bool, is_model_bad: bool = False
+) -> Consequences:
+    """Return what follows from the diagnoses that clients have reported when an attempt ends.
+
+    `is_model_bad` says that the attempt failed because its aggregate isn't finite.
+    """
     diagnosed, updating = await parts.workers.in_store(parts.store.answers, ending)
     reports = [(client_id, read_diagnosis(fields)) for client_id, fields in diagnosed]
     after, shared = after_attempt(
@@ -52,6 +57,8 @@ async def consequences_of(parts: Parts, ending: Round, *, is_done: bool) -> Cons
         )
         for one in shared
     ]
+    if is_model_bad:
+        after = after_bad_model(after, max_steps=parts.settings.max_adjustments)
     return Consequences(adjustments=after, happened=happened)
 
 

@@ -97,6 +97,17 @@ class RoundSettings(Settings):
         default=False, description="clients also say how good the global model is on their data"
     )
     max_attempts: int = Field(default=5, ge=1, description="tries at one round before giving up")
+    max_adjustments: int = Field(
+        default=3,
+        ge=0,
+        description="steps by which rate and clipping may be changed when several clients report "
+        "the same cause; 0: never",
+    )
+    max_rollbacks: int = Field(
+        default=2,
+        ge=0,
+        description="times that a round is repeated because its model is bad; 0: never",
+    )
     require_all: bool = Field(
         default=False, description="wait for every client of the cohort, however long it takes"
     )
@@ -162,17 +173,6 @@ class AdmissionSettings(Settings):
         ge=0,
         description="robust standard deviations around the cohort's median norm of local minus "
         "global, outside of which an update is excluded; 0: none is",
-    )
-    max_adjustments: int = Field(
-        default=3,
-        ge=0,
-        description="steps by which rate and clipping may be changed when several clients report "
-        "the same cause; 0: never",
-    )
-    max_rollbacks: int = Field(
-        default=2,
-        ge=0,
-        description="times that a round is repeated because its model is bad; 0: never",
     )
     max_uploads: int = Field(default=16, ge=1, description="uploads written at the same time")
 

@@ -239,6 +239,22 @@ def test_a_bad_model_is_taken_back_and_its_round_repeated(scene: Scene, connect:
     assert "its loss is" in shown
 
 
+def test_a_server_optimizer_that_overflows_has_its_round_repeated_with_half_the_rate(
+    scene: Scene, connect: Connect
+) -> None:
+    """Its moments are squares: of a change by 1e30 they aren't finite, and no model is made."""
+    peers = connect("--strategy", "fedadam", "--max-delta-norm", 1e35)
+    first = open_round(peers)
+    deliver(first, lambda base: changed(base, by=1e30))
+    again = open_round(peers, attempt=(1, 2))
+    assert rates(again) == {LR / 2}
+    assert same(again.base, first.base)
+    deliver(again)
+    assert place(open_round(peers)) == (2, 1)
+    (failed,) = (one for one in scene.history()[0]["incidents"])
+    assert failed["kind"] == "round-failed"
+
+
 def test_a_bad_model_stands_where_that_is_switched_off(scene: Scene, connect: Connect) -> None:
     """It is said all the same."""
     peers = connect("--max-rollbacks", 0)

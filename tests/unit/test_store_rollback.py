@@ -1,0 +1,230 @@
+"""A round that is rolled back: one transaction, a fact in the ledger, and where a run goes on."""
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedserver.chain import chain_findings, finished_rounds, row_findings, whole_entries
+from fedserver.records import Adjustments, Round, Run
+from fedserver.rounds import ForbiddenTransition, OrderState, Phase
+from fedserver.store import Store
+from tests.factories import begin_round, make_event, make_round, store_updates
+
+FIRST, BAD, GOOD, LAST = ("11" * 32, "22" * 32, "33" * 32, "44" * 32)
+LOWERED = Adjustments(lr_factor=0.5, num_lowered=1)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Give the place of a database."""
+    return tmp_path / "federation.sqlite"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    """Give an empty store."""
+    opened = Store(path)
+    yield opened
+    opened.close()
+
+
+def finish(store: Store, run: Run, opened: Round, model: str, following: Round | None) -> None:
+    """Let everybody deliver to a round, and finish it."""
+    store_updates(store, run, opened)
+    store.close_round(opened, make_event("round-closed", round_number=opened.round_number))
+    happened = [make_event("round-done", round_number=opened.round_number)]
+    if following is not None:
+        happened.append(make_event("round-opened", round_number=following.round_number))
+    store.finish_round(opened, model_digest=model, next_round=following, happened=happened)
+
+
+def latest(store: Store, run: Run) -> Round:
+    """Return the attempt from which a run goes on."""
+    found = store.latest_round(run.run_id)
+    assert found is not None
+    return found
+
+
+def place(found: Round) -> tuple[int, int, Phase]:
+    """Return where an attempt is and how it stands."""
+    return found.round_number, found.attempt, found.phase
+
+
+def findings(store: Store, run: Run) -> list[str]:
+    """Return what is wrong with a run's ledger and rows."""
+    ledger = store.read_ledger(run.run_id)
+    return [*chain_findings(ledger), *row_findings(ledger)]
+
+
+def two_rounds(store: Store) -> tuple[Run, Round, Round, Round]:
+    """Begin a run with two rounds done, the third open; returns the run and the rounds."""
+    run, first = begin_round(store)
+    second = make_round(run.run_id, round_number=2, base_digest=FIRST)
+    third = make_round(run.run_id, round_number=3, base_digest=BAD)
+    finish(store, run, first, FIRST, second)
+    finish(store, run, second, BAD, third)
+    return run, first, second, third
+
+
+def roll_back(store: Store, run: Run, abandoned: Round | None) -> None:
+    """Take the model of the second round back."""
+    bad = store.alarmed_round(run.run_id) or latest(store, run)
+    store.roll_back(
+        bad,
+        [make_event("model-rolled-back", round_number=2)],
+        adjustments_after=LOWERED,
+        abandoned=abandoned,
+    )
+
+
+def alarm(store: Store, second: Round) -> None:
+    """Record that the second round's model is bad."""
+    evaluation = {"accuracy": 0.1, "loss": None}
+    event = make_event("evaluation-collapsed", round_number=2)
+    store.record_evaluation(second, evaluation, event, alarm="non-finite-loss")
+
+
+def repeat(store: Store, run: Run) -> None:
+    """Do the second round again, open the third again, and do it."""
+    again = make_round(run.run_id, round_number=2, attempt=2, base_digest=FIRST)
+    store.open_round(again, make_event("round-opened", round_number=2, attempt=2))
+    number = 1 + len(store.phases_of(run.run_id, 3))
+    third = make_round(run.run_id, round_number=3, attempt=number, base_digest=GOOD)
+    finish(store, run, again, GOOD, third)
+    finish(store, run, third, LAST, None)
+
+
+def test_a_rollback_ends_both_attempts_at_once(store: Store) -> None:
+    """The bad round's and that which goes on with its model; nothing of them is in force."""
+    run, first, second, third = two_rounds(store)
+    assert store.alarmed_round(run.run_id) is None
+    alarm(store, second)
+    bad = store.alarmed_round(run.run_id)
+    assert bad is not None
+    assert place(bad) == (2, 1, Phase.DONE)
+    roll_back(store, run, third)
+    after = latest(store, run)
+    assert place(after) == (2, 1, Phase.ROLLED_BACK)
+    assert (after.base_digest, after.adjustments_after) == (FIRST, LOWERED)
+    assert store.phases_of(run.run_id, 3) == [Phase.ABANDONED]
+    assert store.find_order(third.orders[0].order_id).state is OrderState.ABANDONED
+    assert store.find_order(second.orders[0].order_id).state is OrderState.COUNTED
+    assert store.last_counted_orders(run.run_id) == {
+        one.client_id: one.order_id for one in first.orders
+    }
+    assert store.good_evaluations(run.run_id) == []
+    assert store.alarmed_round(run.run_id) is None
+    with pytest.raises(ForbiddenTransition):
+        store.roll_back(bad, [make_event("again")], adjustments_after=LOWERED, abandoned=None)
+
+
+def test_a_run_goes_on_from_the_repetition(store: Store) -> None:
+    """Whatever attempts at the round after it were left behind, also failed ones."""
+    run, _, second, third = two_rounds(store)
+    store.fail_round(third, [make_event("round-failed", round_number=3)])
+    alarm(store, second)
+    roll_back(store, run, None)
+    assert place(latest(store, run)) == (2, 1, Phase.ROLLED_BACK)
+    again = make_round(run.run_id, round_number=2, attempt=2, base_digest=FIRST)
+    store.open_round(again, make_event("round-opened", round_number=2, attempt=2))
+    assert place(latest(store, run)) == (2, 2, Phase.COLLECTING)
+    finish(store, run, again, GOOD, None)
+    assert place(latest(store, run)) == (2, 2, Phase.DONE)
+    assert store.phases_of(run.run_id, 3) == [Phase.FAILED]
+    assert findings(store, run) == []
+
+
+def test_the_ledger_holds_a_rollback_as_a_fact(store: Store) -> None:
+    """Whole at every moment: with the bad model, rolled back, and done again."""
+    run, _, second, third = two_rounds(store)
+    assert findings(store, run) == []
+    alarm(store, second)
+    roll_back(store, run, third)
+    assert findings(store, run) == []
+    assert finished_rounds(store.read_ledger(run.run_id)) == [1]
+    repeat(store, run)
+    assert findings(store, run) == []
+    ledger = store.read_ledger(run.run_id)
+    assert [(row.round_number, row.attempt, row.kind) for row in ledger.entries] == [
+        (1, 1, "finish"),
+        (2, 1, "finish"),
+        (2, 1, "roll-back"),
+        (2, 2, "finish"),
+        (3, 2, "finish"),
+    ]
+    assert finished_rounds(ledger) == [1, 2, 3]
+    models = {number: entry["model"] for number, entry in whole_entries(ledger).items()}
+    assert models == {1: FIRST, 2: GOOD, 3: LAST}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            "UPDATE rounds SET phase = 'DONE' WHERE round = 2 AND attempt = 1",
+            "round 2: attempt 1 was rolled back, in the table of rounds it is DONE",
+        ),
+        (
+            "UPDATE rounds SET phase = 'ROLLED_BACK' WHERE round = 3 AND attempt = 2",
+            "round 3: that it was rolled back is missing from the ledger",
+        ),
+        (
+            "DELETE FROM ledger WHERE kind = 'roll-back'",
+            "round 2: that it was rolled back is missing from the ledger",
+        ),
+        (
+            "DELETE FROM ledger WHERE round = 2 AND attempt = 1 AND kind = 'finish'",
+            "round 2: its entry is missing from the ledger",
+        ),
+        (
+            "UPDATE ledger SET entry = replace(entry, 'rolled_back', 'rolled_over')"
+            " WHERE kind = 'roll-back'",
+            "round 2: its entry in the ledger isn't what was written",
+        ),
+        (
+            f"UPDATE rounds SET base_digest = '{BAD}' WHERE round = 3 AND attempt = 2",
+            "round 3: its base model is",
+        ),
+        (
+            f"UPDATE rounds SET base_digest = '{LAST}' WHERE round = 3 AND attempt = 1",
+            "round 3: attempt 1 began with model 444444444444",
+        ),
+        (
+            "UPDATE rounds SET adjustments = '{\"lr_factor\": 0.25}'"
+            " WHERE round = 2 AND attempt = 2",
+            "round 2: what was changed for it is {'lr_factor': 0.25}",
+        ),
+        (
+            "UPDATE rounds SET model_digest = 'x' WHERE round = 2 AND attempt = 1",
+            "round 2: its model is x in the table",
+        ),
+    ],
+)
+def test_what_was_changed_about_a_rollback_is_found(
+    store: Store, path: Path, change: str, words: str
+) -> None:
+    """In the ledger, in the table of rounds, or the one without the other."""
+    run, _, second, third = two_rounds(store)
+    alarm(store, second)
+    roll_back(store, run, third)
+    repeat(store, run)
+    connection = sqlite3.connect(path)
+    assert connection.execute(change).rowcount == 1
+    connection.commit()
+    connection.close()
+    found = findings(store, run)
+    assert any(words in one for one in found), found
+
+
+def test_attempts_at_the_first_round_share_their_model_unless_it_was_drawn_anew(
+    store: Store,
+) -> None:
+    """Another base without a redraw on record is found."""
+    run, first = begin_round(store)
+    store.fail_round(first, [make_event("round-failed")])
+    redrawn = make_round(run.run_id, attempt=2, base_digest=FIRST)
+    store.open_round(redrawn, make_event("round-opened", attempt=2))
+    (found,) = findings(store, run)
+    assert "attempt 2 began with model 111111111111" in found
