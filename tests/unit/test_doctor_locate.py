@@ -189,6 +189,17 @@ def test_a_recurrent_network_and_a_transformer_are_healthy() -> None:
     assert where(found) == ("forward", "encoder.linear1", "addmm")
 
 
+def test_a_mask_made_by_a_logarithm_comes_after_the_fault_it_is_added_to() -> None:
+    """The mask's infinity is older, but the scores' overflow is what spoils the softmax."""
+
+    def attend(scores: Tensor) -> Tensor:
+        mask = torch.eye(6)[2].log()
+        return (scores.sigmoid() * 2 * 3e38 + mask).softmax(1)
+
+    found = locate(network(Apply(attend)), samples(), cross_entropy)
+    assert where(found) == ("forward", "1", "mul")
+
+
 def test_a_network_with_its_own_softmax_and_logarithm() -> None:
     """The classical mistake: log(softmax) of outputs far apart."""
 
