@@ -1,0 +1,109 @@
+"""What the doctor costs where nothing is wrong, beside a bare PyTorch loop.
+
+Armed, unarmed, bare and under `torch.autograd.set_detect_anomaly` train models of their own and
+take turns step by step, in another random order each time, so that whatever slows the machine
+slows all. Each block of steps gives a ratio (or a difference); the interval is made of these.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from shared.doctor import Doctor, DoctorSettings
+from torch import nn
+
+from benchmarks.doctor_cases import tasks
+from benchmarks.doctor_cases.plain import loss_of
+from benchmarks.doctor_cases.training import Step, Task, Training, begin
+from benchmarks.epoch import median_interval
+
+_WAYS = ("bare", "armed", "unarmed", "anomaly")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """Medians over blocks with 95 % intervals: ratios to bare, and microseconds a step over it."""
+
+    name: str
+    bare_us: float
+    ratios: dict[str, tuple[float, float, float]]
+    over_us: dict[str, tuple[float, float, float]]
+
+
+def measure_overhead(*, num_blocks: int = 31, num_steps: int = 12) -> list[Overhead]:
+    """Return the overhead for SimpleCNN (steps above 5 ms) and for a tiny MLP."""
+    return [
+        _measure("SimpleCNN, batches of 32", tasks.CNN, num_blocks, num_steps),
+        _measure("MLP of 12-32-32-5, batches of 32", tasks.MLP, num_blocks, 10 * num_steps),
+    ]
+
+
+def _measure(name: str, task: Task, num_blocks: int, num_steps: int) -> Overhead:
+    endless = replace(task, epochs=10**6)
+    loops = {way: _loop(way, begin(endless, seed=1)) for way in _WAYS}
+    order = random.Random(1)
+    for loop in loops.values():
+        for _ in range(num_steps):
+            next(loop)
+    blocks: list[dict[str, float]] = []
+    for _ in range(num_blocks):
+        block = dict.fromkeys(_WAYS, 0.0)
+        for _ in range(num_steps):
+            for way in order.sample(_WAYS, len(_WAYS)):
+                began = time.perf_counter()
+                next(loops[way])
+                block[way] += (time.perf_counter() - began) / num_steps
+        blocks.append(block)
+    others = _WAYS[1:]
+    return Overhead(
+        name=name,
+        bare_us=1e6 * statistics.median(block["bare"] for block in blocks),
+        ratios={way: _interval([block[way] / block["bare"] for block in blocks]) for way in others},
+        over_us={
+            way: _interval([1e6 * (block[way] - block["bare"]) for block in blocks])
+            for way in others
+        },
+    )
+
+
+def _interval(values: list[float]) -> tuple[float, float, float]:
+    return (statistics.median(values), *median_interval(sorted(values)))
+
+
+def _loop(way: str, training: Training) -> Iterator[None]:
+    steps = (
+        given for epoch in range(1, training.task.epochs + 1) for given in training.epoch(epoch)
+    )
+    take: Callable[[Step], object]
+    if way in ("armed", "unarmed"):
+        doctor = Doctor(
+            training.model,
+            training.optimizer,
+            training.task.loss,
+            settings=DoctorSettings(is_armed=way == "armed"),
+            num_classes=training.task.num_classes,
+        )
+
+        def take(given: Step) -> None:
+            doctor.step(given.batch, indices=given.indices)
+    else:
+
+        def take(given: Step) -> None:
+            with torch.autograd.set_detect_anomaly(way == "anomaly"):
+                _bare_step(training.model, training, given)
+
+    for given in steps:
+        take(given)
+        yield
+
+
+def _bare_step(model: nn.Module, training: Training, given: Step) -> None:
+    training.optimizer.zero_grad()
+    loss = loss_of(training.task.loss(model, given.batch))
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    training.optimizer.step()
+    # Everybody looks at the loss.
+    loss.item()
