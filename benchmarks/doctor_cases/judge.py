@@ -80,7 +80,7 @@ def treat(training: Training) -> Treated:
         clip_norm=task.clip_norm,
         num_classes=task.num_classes,
         is_initial=task.is_initial,
-        reinitialise=task.reinitialise,
+        fresh_state=task.fresh_state,
     )
     try:
         for epoch in range(1, task.epochs + 1):

@@ -26,7 +26,7 @@ Spoil = Callable[[nn.Module], None]
 
 def initialisations() -> list[Case]:
     """Return the cases of fresh weights that can't be trained. Only a server may draw others."""
-    fresh = replace(tasks.SMALL_CNN, reinitialise=lambda: SmallCNN().state_dict())
+    fresh = replace(tasks.SMALL_CNN, fresh_state=lambda: SmallCNN().state_dict())
     rows: list[tuple[str, Task, Spoil]] = [
         ("cnn weights times 30", tasks.CNN, _scaled(30)),
         ("cnn weights times 1000", tasks.CNN, _scaled(1000)),

@@ -88,7 +88,7 @@ class Task:
     clip_norm: float | None = None
     num_classes: int | None = None
     is_initial: bool = True
-    reinitialise: Callable[[], Mapping[str, Tensor]] | None = None
+    fresh_state: Callable[[], Mapping[str, Tensor]] | None = None
     has_indices: bool = True
     is_shuffled: bool = True
     prepare: Callable[[nn.Module, Optimizer], None] | None = None
