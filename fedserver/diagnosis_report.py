@@ -84,10 +84,11 @@ def _draw_trend(axes: Any, found: Diagnosis, values: Sequence[float]) -> None:  
     steps = [one.step for one in found.trend]
     axes.plot(steps, [v if math.isfinite(v) else math.nan for v in values], marker="o")
     lost = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
-    transform = axes.get_xaxis_transform()
-    axes.plot(
-        lost, [0.95] * len(lost), "x", color="tab:red", transform=transform, label="not finite"
-    )
+    if lost:
+        high = axes.get_xaxis_transform()
+        axes.plot(
+            lost, [0.95] * len(lost), "x", color="tab:red", transform=high, label="not finite"
+        )
     axes.axvline(found.step, color="tab:red", linestyle="--", label="the bad step")
     axes.legend(loc="upper left")
 

@@ -72,5 +72,5 @@ def log_event(event: Event) -> None:
 def _short(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = str(value)
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return repr(text) if " " in text else text

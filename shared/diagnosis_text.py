@@ -21,6 +21,9 @@ Rows = Sequence[Sequence[str]]
 EXPERIMENT_HEADINGS = ("experiment", "value", "result", "loss")
 TREND_HEADINGS = ("step", "loss", "gradient", "weight", "rate")
 
+_MAX_LISTED = 8
+"""Samples that are listed one by one."""
+
 _SYMPTOMS: Mapping[Symptom, str] = {
     Symptom.NON_FINITE_INPUT: "the input isn't finite",
     Symptom.LABEL_OUT_OF_RANGE: "a label is out of range",
@@ -62,6 +65,7 @@ _HEALING = _EXPERIMENTS | {
     ExperimentName.LOWER_RATE: "a lower rate",
 }
 _WITH_VALUE = {ExperimentName.CLIPPED_GRADIENT, ExperimentName.LOWER_RATE}
+_OF_SAMPLES = {Cause.BAD_DATA, Cause.BAD_LABEL, Cause.DEGENERATE_BATCH}
 _EXTRA_CAUSES = {
     Cause.NOT_REPRODUCIBLE: "the same steps went otherwise when repeated",
     Cause.UNKNOWN: "no experiment healed it",
@@ -153,7 +157,7 @@ def _shown(diagnosis: Diagnosis) -> str:
     """Return the evidence in a few words."""
     if diagnosis.cause in _EXTRA_CAUSES:
         return f"{_SYMPTOMS[diagnosis.symptom]}; {_EXTRA_CAUSES[diagnosis.cause]}"
-    if diagnosis.num_samples:
+    if diagnosis.num_samples and diagnosis.cause in _OF_SAMPLES:
         odd = diagnosis.remedy.oddity
         oddities = {one.oddity for one in diagnosis.samples} or {odd} - {Oddity.NONE}
         how = " or ".join(text for one, text in _ODDITIES.items() if one in oddities)
@@ -192,9 +196,6 @@ def _samples(diagnosis: Diagnosis) -> str:
     )
     more = diagnosis.num_samples - min(len(diagnosis.samples), _MAX_LISTED)
     return listed + (f" and {more} more" if more > 0 else "")
-
-
-_MAX_LISTED = 8
 
 
 def _effort(diagnosis: Diagnosis) -> str:

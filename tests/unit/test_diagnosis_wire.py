@@ -144,7 +144,6 @@ def test_the_verdict_is_a_sentence() -> None:
     lowered = make_diagnosis(
         symptom=Symptom.NON_FINITE_GRADIENT,
         cause=Cause.LEARNING_RATE,
-        num_samples=0,
         remedy=Remedy(kind=RemedyKind.LOWER_RATE, value=0.1),
     )
     assert verdict(lowered) == (
