@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from shared.doctor import Doctor, DoctorSettings, TrainingHalted
 from torch import Tensor
 
 from benchmarks.doctor_cases.cases import TOLERANCE, Case, Healthy, Outcome
@@ -16,6 +15,7 @@ from benchmarks.doctor_cases.plain import (
 )
 from benchmarks.doctor_cases.training import Training
 from shared.diagnosis import Cause, Diagnosis, SuspectSample
+from shared.doctor import Doctor, DoctorSettings, TrainingHalted
 
 _WITH_SAMPLES = frozenset({Cause.BAD_DATA, Cause.BAD_LABEL})
 
