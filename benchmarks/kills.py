@@ -33,9 +33,10 @@ from tests.acceptance.federation import expect_clean_exits, start_client, start_
 from tests.processes import Process, Scene, Server, fixed_port
 
 CLIENTS = (0, 1, 2)
-ROUNDS_A_KILL = 3
-"""More than pass between two kills on average, so that the run doesn't end before the last one."""
-STEP_S = "0.05"
+ROUNDS_A_KILL = 2
+"""More than pass between two kills on average, so that the run doesn't end before the last one: the
+one that waits for who was killed, and 0.8 in the pause after it."""
+STEP_S = "0.1"
 """A round takes 8 to 12 steps of this on each client."""
 LONGEST_WAIT_S = 2.0
 IMPATIENT = 0.25
@@ -77,7 +78,8 @@ class Federation:
         self._step_s = step_s
         self._flags: list[str | int] = [
             *("--port", fixed_port(), "--rounds", num_rounds, "--min-clients", len(CLIENTS)),
-            *("--require-all", "--seed", 5),
+            # On a busy machine a client may hear late that the run is over.
+            *("--require-all", "--seed", 5, "--farewell", 120),
         ]
         self.server: Server = start_server(scene, *self._flags)
         self.clients = {one: self._start_client(one) for one in CLIENTS}

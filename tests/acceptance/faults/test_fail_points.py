@@ -71,6 +71,13 @@ def test_every_place_is_struck_on_one_side() -> None:
     assert struck == set(FailPoint)
 
 
+def expect_whole_run(scene: Scene, undisturbed: Undisturbed) -> None:
+    """Compare a run that has ended with the one nobody disturbed: all of its models."""
+    history = scene.history()
+    expect_same_models(history, undisturbed(TINY).history)
+    assert len(history) == NUM_ROUNDS[TINY]
+
+
 def wait_until_halted(process: Process) -> None:
     """Return once SIGSTOP has taken effect."""
     wait_until(lambda: process.is_halted, what=f"{process.name} to be halted")
@@ -117,8 +124,7 @@ def test_a_server_killed_at(scene: Scene, place: FailPoint, undisturbed: Undistu
     landed = expect_server_struck(scene, place)
     server = start_server(scene, *run_flags(TINY, port))
     expect_clean_exits(server, *clients)
-    expect_same_models(scene.history(), undisturbed(TINY).history)
-    assert len(scene.history()) == NUM_ROUNDS[TINY]
+    expect_whole_run(scene, undisturbed)
     conclude(scene, fault=f"kill -9 of the server at {place}", struck_at=struck_at, seen=[landed])
 
 
@@ -137,8 +143,7 @@ def test_a_server_halted_at(scene: Scene, place: FailPoint, undisturbed: Undistu
     clients[0].wait_for_line("no answer from")
     struck_at = go_on(server)
     expect_clean_exits(server, *clients)
-    expect_same_models(scene.history(), undisturbed(TINY).history)
-    assert len(scene.history()) == NUM_ROUNDS[TINY]
+    expect_whole_run(scene, undisturbed)
     seen = [landed, "the clients noticed"]
     conclude(scene, fault=f"SIGSTOP of the server at {place}", struck_at=struck_at, seen=seen)
 
@@ -167,8 +172,7 @@ def test_a_client_killed_at(scene: Scene, place: FailPoint, undisturbed: Undistu
     landed = expect_client_struck(scene, place)
     victim = start_client(scene, VICTIM, server.address)
     expect_clean_exits(server, victim, *others)
-    expect_same_models(scene.history(), undisturbed(TINY).history)
-    assert len(scene.history()) == NUM_ROUNDS[TINY]
+    expect_whole_run(scene, undisturbed)
     conclude(
         scene,
         fault=f"kill -9 of a client at {place}",
@@ -191,8 +195,7 @@ def test_a_client_halted_at(scene: Scene, place: FailPoint, undisturbed: Undistu
     server.wait_for_line("update-stored", times=3 * num_rounds - 1)
     struck_at = go_on(victim)
     expect_clean_exits(server, victim, *others)
-    expect_same_models(scene.history(), undisturbed(TINY).history)
-    assert len(scene.history()) == NUM_ROUNDS[TINY]
+    expect_whole_run(scene, undisturbed)
     conclude(
         scene,
         fault=f"SIGSTOP of a client at {place}",
