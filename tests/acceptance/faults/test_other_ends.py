@@ -1,8 +1,8 @@
 """Kill -9 and SIGSTOP of the server where an order or a round ends in another way than well.
 
 Peers make the calls by hand: a bad update, one that is late, a client that gives up, a round that
-fails. What is recorded before the fault stands after it, once. With the places of an undisturbed
-run, every row of both tables in fedserver/rounds.py is struck.
+fails. What is recorded before the fault stands after it, once. What goes well is struck in
+test_fail_points.py, rolling back in test_bad_models.py.
 """
 
 import signal
