@@ -167,7 +167,7 @@ class Client:
             on_diagnosis=tell,
         )
         pass_by(FailPoint.TRAINED)
-        self._states.keep(order.order_id, next_state)
+        self._states.keep(order.order_id, next_state, follows=order.last_counted_order_id)
         self._outbox.put(update)
         pass_by(FailPoint.UPDATE_KEPT)
         return update

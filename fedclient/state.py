@@ -2,7 +2,8 @@
 
 It is kept under the order whose update it goes with, and only that of the last order which was
 COUNTED is ever in force: the server names it with every new order, so that a LATE, REFUSED or
-repeated round can't make the two sides disagree.
+repeated round can't make the two sides disagree. What was in force before it is kept too: a round
+that is rolled back makes an order that was counted count no more, and the one before is named.
 """
 
 import json
@@ -24,13 +25,15 @@ class ClientStates:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
 
-    def keep(self, order_id: str, state: Convalescence) -> None:
+    def keep(self, order_id: str, state: Convalescence, *, follows: str) -> None:
         """Keep a state until another order is counted; before its update is put into the outbox.
+
+        `follows` is the order that was the last one counted when this one was given.
 
         Raises:
             OutOfSpace: the disk is full.
         """
-        content = json.dumps(state.as_json()).encode()
+        content = json.dumps({"follows": follows, "state": state.as_json()}).encode()
         replace_file(self._path(order_id), content, survive_power_loss=False)
 
     def promoted(self, last_counted_order_id: str) -> Convalescence:
@@ -41,19 +44,26 @@ class ClientStates:
         Raises:
             StateLost: it was kept here and isn't whole any more, or never was kept here.
         """
-        wanted = self._path(last_counted_order_id)
-        for path in self._folder.iterdir():
-            if path != wanted:
-                path.unlink()
         if not last_counted_order_id:
+            self._forget_all_but()
             return Convalescence()
         try:
-            return Convalescence.from_json(json.loads(wanted.read_bytes()))
-        except (OSError, ValueError) as error:
+            kept = json.loads(self._path(last_counted_order_id).read_bytes())
+            follows, state = kept["follows"], Convalescence.from_json(kept["state"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            self._forget_all_but()
             raise StateLost(
                 f"what was kept with order {last_counted_order_id} is lost ({error}); "
                 "a remedy that was in force isn't any more"
             ) from error
+        self._forget_all_but(last_counted_order_id, follows)
+        return state
+
+    def _forget_all_but(self, *order_ids: str) -> None:
+        kept = {self._path(one) for one in order_ids}
+        for path in self._folder.iterdir():
+            if path not in kept:
+                path.unlink()
 
     def _path(self, order_id: str) -> Path:
         return self._folder / f"{order_id}.json"

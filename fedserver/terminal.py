@@ -18,6 +18,7 @@ from fedserver.orderbook import OpenOrder, OrderBook
 from fedserver.records import Event
 from fedserver.rounds import OrderState
 from shared.cli import stderr_console
+from shared.types import IncidentKind
 
 _NUM_CLIENTS_SHOWN = 20
 _NUM_INCIDENTS_SHOWN = 5
@@ -58,6 +59,8 @@ class LiveView:
             )
         elif event.is_incident:
             self._incidents.append(event_line(event))
+            if event.kind == IncidentKind.MODEL_ROLLED_BACK and event.round_number is not None:
+                self._num_done = event.round_number - 1
         elif event.kind == "round-done" and event.round_number is not None:
             self._num_done = event.round_number
         elif event.kind == "evaluated" and event.round_number is not None:

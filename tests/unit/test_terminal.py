@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from fedserver.checkpoints import Checkpoints
+from fedserver.diagnoses import diagnosis_fields
 from fedserver.orderbook import OrderBook
 from fedserver.records import Event
 from fedserver.report import draw_curve
@@ -15,7 +16,7 @@ from fedserver.rounds import OrderState
 from fedserver.terminal import LiveView
 from shared.types import Counters
 from shared.weights import EntryKind
-from tests.factories import make_event, make_limits, make_order, make_round
+from tests.factories import make_diagnosis, make_event, make_limits, make_order, make_round
 
 PIXELS_AT = 16
 """Where a PNG's header says its width and height, four bytes each."""
@@ -96,6 +97,22 @@ def test_between_rounds_the_view_counts_those_that_are_done(book: OrderBook) -> 
     view.hear(make_event("round-done", round_number=1))
     book.close_round()
     assert shown(view)[:2] == ["1 of 3 rounds done", "no accuracy yet"]
+    view.hear(make_event("round-done", round_number=2))
+    taken_back = make_event("model-rolled-back", round_number=2)
+    view.hear(replace(taken_back, is_incident=True))
+    assert shown(view)[0] == "1 of 3 rounds done"
+
+
+def test_a_diagnosis_is_told_in_its_sentence_the_moment_it_comes(book: OrderBook) -> None:
+    view = LiveView(book, total_rounds=3)
+    happened = make_event("training-diagnosed", round_number=2)
+    fields = {"step": 17, **diagnosis_fields(make_diagnosis())}
+    view.hear(replace(happened, is_incident=True, client_id=3, fields=fields))
+    told = " ".join(line.strip() for line in shown(view) if "client" in line or "on" in line)
+    assert (
+        "! round 2, client 3: bad-data at step 17 (2 samples with NaN in the input): dropped, "
+        "training went on"
+    ) in told
 
 
 @pytest.mark.parametrize("accuracies", [[], [0.5], [0.5, 0.75, 0.875]], ids=len)
@@ -104,11 +121,12 @@ def test_the_curve_is_drawn_of_as_many_rounds_as_there_are(
 ) -> None:
     """Also of a run without a held-out set, and of one round."""
     history = [
-        {"round": number, "evaluation": {"accuracy": accuracy, "loss": 1.0}}
+        {"round": number, "phase": "DONE", "evaluation": {"accuracy": accuracy, "loss": 1.0}}
         for number, accuracy in enumerate(accuracies, start=1)
     ]
     picture = tmp_path / "curve.png"
-    draw_curve([*history, {"round": 9, "evaluation": None}], picture)
+    going_on = {"round": 9, "phase": "COLLECTING", "evaluation": None}
+    draw_curve([*history, going_on], picture)
     content = picture.read_bytes()
     assert content.startswith(b"\x89PNG")
     assert int.from_bytes(content[PIXELS_AT : PIXELS_AT + 4]) == 840  # 7 inches of 120 pixels

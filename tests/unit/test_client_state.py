@@ -1,0 +1,61 @@
+"""What a client keeps between orders: in force is what went with the last one that counts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedclient.state import ClientStates, StateLost
+from shared.doctor.easing import Convalescence
+
+
+def state(rate_factor: float) -> Convalescence:
+    """Return a state that can be told from others."""
+    treatment = Convalescence().treatment
+    return Convalescence(treatment=replace(treatment, rate_factor=rate_factor))
+
+
+@pytest.fixture
+def states(tmp_path: Path) -> ClientStates:
+    """Give an empty folder of states."""
+    return ClientStates(tmp_path)
+
+
+def test_only_what_went_with_the_last_counted_order_is_in_force(states: ClientStates) -> None:
+    """Nothing before the first; what was kept with an order that never counted is forgotten."""
+    assert states.promoted("") == Convalescence()
+    states.keep("first", state(0.5), follows="")
+    assert states.promoted("first") == state(0.5)
+    states.keep("late", state(0.25), follows="first")
+    assert states.promoted("first") == state(0.5)
+    with pytest.raises(StateLost, match="kept with order late is lost"):
+        states.promoted("late")
+
+
+def test_a_round_rolled_back_brings_the_state_before_it_back(states: ClientStates) -> None:
+    """Also when its repetition is rolled back, and when it was the first one."""
+    states.keep("first", state(0.5), follows="")
+    states.promoted("first")
+    for attempt in ("second", "second again"):
+        states.keep(attempt, state(0.25), follows="first")
+        assert states.promoted(attempt) == state(0.25)
+        assert states.promoted("first") == state(0.5)
+    states.keep("third", state(0.125), follows="first")
+    states.promoted("third")
+    assert states.promoted("") == Convalescence()
+
+
+def test_no_more_than_two_are_kept(states: ClientStates, tmp_path: Path) -> None:
+    before = ""
+    for number in range(5):
+        states.keep(f"order-{number}", state(0.5), follows=before)
+        before = f"order-{number}"
+        states.promoted(before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["order-3.json", "order-4.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"follows": "", "state": {}}', b"\xff"])
+def test_a_damaged_state_is_lost(states: ClientStates, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "order.json").write_bytes(content)
+    with pytest.raises(StateLost, match="a remedy that was in force isn't any more"):
+        states.promoted("order")
