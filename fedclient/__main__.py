@@ -1,4 +1,7 @@
-"""`python -m fedclient --id 3`: take part in a run; `partitions` shows how data is dealt out."""
+"""`python -m fedclient --id 3`: take part in a run.
+
+`partitions` shows how data is dealt out, `doctor` whether a client is fit to join.
+"""
 
 import logging
 import signal
@@ -12,17 +15,21 @@ from shared.errors import FederationError
 # Run as a module this one is called __main__, which the log level isn't set for.
 logger = logging.getLogger("fedclient")
 
-COMMANDS = ("partitions",)
+COMMANDS = ("partitions", "doctor")
 
 
 def main(argv: list[str]) -> int:
-    """Return the exit code: 0 done or stopped, 1 failed, 2 wrong usage."""
+    """Return the exit code: 0 done or stopped, 1 failed or not well, 2 wrong usage."""
     try:
-        if argv and argv[0] in COMMANDS:
+        if argv and argv[0] == "partitions":
             from fedclient.commands import partitions  # noqa: PLC0415
 
             partitions.run(argv[1:])
             return 0
+        if argv and argv[0] == "doctor":
+            from fedclient.commands import doctor  # noqa: PLC0415
+
+            return doctor.run(argv[1:])
         settings = parse(ClientSettings, argv, commands=COMMANDS)
         log_to_stderr(settings.log_level)
         _run(settings, _stop_when_asked())

@@ -45,6 +45,24 @@ class DataSettings(Settings):
     data_root: Path | None = Field(default=None, description="folder of the data")
 
 
+class SharesSettings(Settings):
+    """How a simulation deals the data out."""
+
+    partition: str = Field(default="iid", description="iid, shards, classes, dirichlet, quantity")
+    num_partitions: int = Field(default=10, ge=1, description="number of shares")
+    alpha: float | None = Field(default=None, gt=0, description="spread of partition dirichlet")
+    shards_per_client: int | None = Field(default=None, ge=1, description="of partition shards")
+    classes_per_client: int | None = Field(default=None, ge=1, description="of partition classes")
+    seed: int = Field(default=0, ge=0, description="the run's seed")
+
+    @property
+    def scheme_parameters(self) -> dict[str, float]:
+        """The numbers of the scheme that were given, by name."""
+        return self.model_dump(
+            include={"alpha", "shards_per_client", "classes_per_client"}, exclude_none=True
+        )
+
+
 class ComputeSettings(Settings):
     """Where it trains."""
 

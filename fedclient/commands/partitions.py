@@ -13,15 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import TensorDataset
 
-from shared.cli import Settings, parse
-from shared.data import PARTITIONERS, examine_scheme, partition_indices
+from fedclient.settings import SharesSettings
+from shared.cli import parse
+from shared.data import examine_scheme, partition_indices
 from shared.errors import InvalidInput
 from shared.tasks import DataRequest, Examples, Partition, Task, find_task
 
 _FEW_LABELS = 10
 
 
-class PartitionsSettings(Settings):
+class PartitionsSettings(SharesSettings):
     """Show how many examples of each label every client would hold, and draw it."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m fedclient partitions")
@@ -30,21 +31,13 @@ class PartitionsSettings(Settings):
         default="mnist-sample", description="a built-in task, or package.module:attribute"
     )
     data_root: Path | None = Field(default=None, description="folder of the data sets")
-    partition: str = Field(default="iid", description=", ".join(PARTITIONERS))
-    num_partitions: int = Field(default=10, ge=1, description="number of clients")
-    alpha: float | None = Field(default=None, gt=0, description="spread of partition dirichlet")
-    shards_per_client: int | None = Field(default=None, ge=1, description="of partition shards")
-    classes_per_client: int | None = Field(default=None, ge=1, description="of partition classes")
-    seed: int = Field(default=0, ge=0, description="the run's seed")
     out: Path | None = Field(default=None, description="draw it into this PNG (extra: plot)")
 
 
 def run(argv: list[str]) -> None:
     """Print the histogram of labels per client; with --out, draw it."""
     settings = parse(PartitionsSettings, argv)
-    parameters = settings.model_dump(
-        include={"alpha", "shards_per_client", "classes_per_client"}, exclude_none=True
-    )
+    parameters = settings.scheme_parameters
     task = find_task(settings.task)
     shares = _labels_of_shares(task, settings, parameters)
     num_labels = max((int(labels.max(initial=-1)) + 1 for labels in shares), default=0)
