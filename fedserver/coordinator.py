@@ -20,6 +20,7 @@ from fedserver.parts import Parts
 from fedserver.patience import give_up_orders
 from fedserver.planning import (
     admission_limits,
+    participation,
     plan_round,
     standings_after,
     updates_needed,
@@ -201,6 +202,7 @@ class Coordinator:
                 base=base,
                 adjustments=adjustments,
                 standings=standings,
+                past=await participation(self._parts),
             )
             if planned is not None:
                 break
@@ -304,6 +306,7 @@ class Coordinator:
                 standings=standings_after(
                     standings, current, exclusions, {one.client_id for one in counted}
                 ),
+                past=await participation(self._parts),
             )
         happened = [
             event_of("round-done", current, updates=len(counted), model=model.digest),

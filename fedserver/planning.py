@@ -8,11 +8,18 @@ from fedserver.checkpoints import GlobalModel
 from fedserver.parts import Parts
 from fedserver.records import Adjustments, Exclusion, Order, Round, Standing
 from fedserver.rounds import Phase
-from fedserver.sampling import choose_cohort
+from fedserver.sampling import RESTS_ON_THE_PAST, Candidate, Participation, choose_cohort
 from fedserver.settings import ServerSettings
 from fedserver.standing import eligible_clients, strike
 from shared.seeds import derive_seed
 from shared.types import MODEL_SECTION, Section, WorkOrder
+
+
+async def participation(parts: Parts) -> Mapping[int, Participation]:
+    """Return what clients have done so far, where the cohort is chosen by it; else nothing."""
+    if parts.settings.cohort not in RESTS_ON_THE_PAST:
+        return {}
+    return await parts.workers.in_store(parts.store.participation, parts.run.run_id)
 
 
 def plan_round(
@@ -23,6 +30,7 @@ def plan_round(
     base: GlobalModel,
     adjustments: Adjustments,
     standings: Mapping[int, Standing],
+    past: Mapping[int, Participation],
 ) -> Round | None:
     """Return the round to open, or None while there are too few clients or too little disk."""
     settings = parts.settings
@@ -36,10 +44,16 @@ def plan_round(
         num_needed=max(settings.min_clients, settings.updates_needed),
     )
     place = {"round_number": round_number, "attempt": attempt}
+    sizes = parts.sessions.data_sizes()
     cohort = choose_cohort(
-        eligible,
+        [
+            Candidate(client_id=one, num_examples=sizes[one], past=past.get(one, Participation()))
+            for one in eligible
+        ],
         size=settings.cohort_size,
         seed=derive_seed(settings.seed, "cohort", **place),
+        cohort=settings.cohort,
+        num_drawn=settings.cohort_candidates,
     )
     run_id = parts.run.run_id
     return Round(

@@ -1,15 +1,134 @@
-"""Which clients make up a round's cohort."""
+"""Which clients make up a round's cohort: a function of what is known of them and a seed, alone."""
 
+import heapq
+import math
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+CohortName = Literal["uniform", "data-size", "round-robin", "power-of-choice", "availability"]
 
 
-def choose_cohort(candidates: Collection[int], *, size: int, seed: int) -> tuple[int, ...]:
+@dataclass(frozen=True, kw_only=True)
+class Participation:
+    """What a client has done in a run so far.
+
+    `num_asked` counts its orders, `num_answered` those it has sent an admitted update for. `loss`
+    is what it said last: of the global model on its data, if it is asked for that, else of its last
+    local epoch; None before it said anything.
+    """
+
+    num_asked: int = 0
+    num_answered: int = 0
+    loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A client that may be asked; `num_examples` is the size of its data."""
+
+    client_id: int
+    num_examples: int = 1
+    past: Participation = Participation()
+
+
+Choice = Callable[[Sequence[Candidate], int, int, random.Random], Collection[Candidate]]
+"""(candidates by id, size of the cohort, number to draw first, generator) -> the cohort."""
+
+
+def choose_cohort(
+    candidates: Collection[Candidate],
+    *,
+    size: int,
+    seed: int,
+    cohort: CohortName = "uniform",
+    num_drawn: int = 0,
+) -> tuple[int, ...]:
     """Return `size` of the client ids (0, or more than there are: all), ascending.
 
-    Uniform without replacement; a function of the set of candidates and the seed alone.
+    A function of the set of candidates, the choice named `cohort` and the seed alone. `num_drawn`
+    is how many power-of-choice looks at (0: twice the size).
     """
-    ordered = sorted(candidates)
+    ordered = sorted(candidates, key=lambda one: one.client_id)
     if size == 0 or size >= len(ordered):
-        return tuple(ordered)
-    return tuple(sorted(random.Random(seed).sample(ordered, size)))
+        return tuple(one.client_id for one in ordered)
+    drawn = min(len(ordered), max(size, num_drawn or 2 * size))
+    chosen = _CHOICES[cohort](ordered, size, drawn, random.Random(seed))
+    return tuple(sorted(one.client_id for one in chosen))
+
+
+def _uniform(
+    candidates: Sequence[Candidate], size: int, _: int, generator: random.Random
+) -> Collection[Candidate]:
+    return generator.sample(candidates, size)
+
+
+def _by_data_size(
+    candidates: Sequence[Candidate], size: int, _: int, generator: random.Random
+) -> Collection[Candidate]:
+    """Choose the next one with a probability that is proportional to its examples, `size` times."""
+    return _weighted(candidates, [one.num_examples for one in candidates], size, generator)
+
+
+def _round_robin(
+    candidates: Sequence[Candidate], size: int, _: int, generator: random.Random
+) -> Collection[Candidate]:
+    """Choose those that were asked least often so far; among equals at random."""
+    shuffled = generator.sample(candidates, len(candidates))
+    return heapq.nsmallest(size, shuffled, key=lambda one: one.past.num_asked)
+
+
+def _power_of_choice(
+    candidates: Sequence[Candidate], size: int, num_drawn: int, generator: random.Random
+) -> Collection[Candidate]:
+    """Draw some by the size of their data, and of these choose those with the largest losses.
+
+    Cho et al. 2020, "Client Selection in Federated Learning: Convergence Analysis and
+    Power-of-Choice Selection Strategies", in the variant rpow-d: the losses are those that clients
+    told last. A client that hasn't told any, or one that isn't finite, comes first: what it would
+    say isn't known yet, and a loss beyond all numbers is a large one.
+    """
+    drawn = _by_data_size(candidates, num_drawn, num_drawn, generator)
+
+    def loss(one: Candidate) -> float:
+        told = one.past.loss
+        return told if told is not None and math.isfinite(told) else math.inf
+
+    return heapq.nlargest(size, drawn, key=loss)
+
+
+def _by_availability(
+    candidates: Sequence[Candidate], size: int, _: int, generator: random.Random
+) -> Collection[Candidate]:
+    """Choose by how likely an answer is: answered orders and 1 of all orders and 2 (Laplace)."""
+    shares = [(one.past.num_answered + 1) / (one.past.num_asked + 2) for one in candidates]
+    return _weighted(candidates, shares, size, generator)
+
+
+def _weighted(
+    candidates: Sequence[Candidate], weights: Sequence[float], size: int, generator: random.Random
+) -> list[Candidate]:
+    """Draw without replacement, each time proportional to the weights of those that are left.
+
+    Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir", algorithm A: the
+    largest u^(1/w), here of its logarithm.
+    """
+    # 1 - random() lies above 0 and up to 1.
+    keys = [math.log(1 - generator.random()) / weight for weight in weights]
+    best = heapq.nlargest(size, range(len(keys)), key=keys.__getitem__)
+    return [candidates[index] for index in best]
+
+
+_CHOICES: Mapping[CohortName, Choice] = {
+    "uniform": _uniform,
+    "data-size": _by_data_size,
+    "round-robin": _round_robin,
+    "power-of-choice": _power_of_choice,
+    "availability": _by_availability,
+}
+
+RESTS_ON_THE_PAST: frozenset[CohortName] = frozenset(
+    {"round-robin", "power-of-choice", "availability"}
+)
+"""The choices that look at what clients have done before."""

@@ -103,6 +103,14 @@ class Sessions:
             for client_id in session.client_ids
         }
 
+    def data_sizes(self) -> dict[int, int]:
+        """Return how many examples each client has, of those that have told."""
+        return {
+            client_id: size
+            for session in self._sessions.values()
+            for client_id, size in zip(session.client_ids, session.num_examples, strict=False)
+        }
+
     def live_sessions(self) -> set[str]:
         """Return the ids of the sessions whose lease goes on."""
         return {key for key, session in self._sessions.items() if self.is_live(session)}

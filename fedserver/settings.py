@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from fedserver.sampling import CohortName
 from shared.cli import Settings
 from shared.types import (
     AugmentationName,
@@ -84,6 +85,17 @@ class RoundSettings(Settings):
     )
     min_clients: int = Field(default=2, ge=1, description="clients that must be there to begin")
     clients_per_round: int = Field(default=0, ge=0, description="size of a cohort; 0: everybody")
+    cohort: CohortName = Field(
+        default="uniform",
+        description="whom a round asks, of those there are: any (uniform), by the size of their "
+        "data, whoever was asked least (round-robin), where the model is worst (power-of-choice), "
+        "who is likely to answer",
+    )
+    cohort_candidates: int = Field(
+        default=0,
+        ge=0,
+        description="how many power-of-choice draws to choose from; 0: twice as many as it asks",
+    )
     over_select: float = Field(
         default=1, ge=1, description="ask this many times --clients-per-round; the slowest are late"
     )
@@ -197,6 +209,15 @@ class ServerSettings(
                 f"--clients-per-round {self.clients_per_round} is less than the {needed} updates "
                 "a round needs; lower --min-updates"
             )
+        if self.cohort != "uniform" and not self.clients_per_round:
+            raise ValueError(
+                f"--cohort {self.cohort} has nothing to choose where a round asks everybody; say "
+                "how many it asks with --clients-per-round"
+            )
+        if self.cohort_candidates and self.cohort != "power-of-choice":
+            raise ValueError(
+                "--cohort-candidates is of --cohort power-of-choice alone; leave it out"
+            )
         if self.over_select > 1 and not self.clients_per_round:
             raise ValueError(
                 f"--over-select {self.over_select:g} asks more clients than a round is to have; "
@@ -286,6 +307,8 @@ RUN_SETTINGS = (
     "strategy_parameters",
     "min_clients",
     "clients_per_round",
+    "cohort",
+    "cohort_candidates",
     "over_select",
     "min_updates",
     "norm_band",

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from itertools import takewhile
 from typing import Any
 
-from sqlalchemy import ColumnElement, Table, insert, select
+from sqlalchemy import ColumnElement, Table, func, insert, select
 
 from fedserver.records import (
     Event,
@@ -18,6 +18,7 @@ from fedserver.records import (
     json_number,
 )
 from fedserver.rounds import OrderEvent, OrderState, Phase
+from fedserver.sampling import Participation
 from fedserver.store import schema
 from fedserver.store.database import Database
 from fedserver.store.transitions import (
@@ -59,6 +60,44 @@ class Orders(Database):
                 .order_by(table.c.round)
             ).all()
         return {row.client_id: row.order_id for row in rows}
+
+    def participation(self, run_id: str) -> dict[int, Participation]:
+        """Return what every client that was ever asked has done so far."""
+        orders, updates = schema.orders, schema.updates
+        of_run = orders.c.run_id == run_id
+        has_answered = orders.c.state.in_([OrderState.STORED, OrderState.COUNTED])
+        with self.reading() as connection:
+            counts = connection.execute(
+                select(
+                    orders.c.client_id,
+                    func.count().label("num_asked"),
+                    func.count().filter(has_answered).label("num_answered"),
+                    func.max(orders.c.round).filter(has_answered).label("last_round"),
+                )
+                .where(of_run)
+                .group_by(orders.c.client_id)
+            ).all()
+            last = {row.client_id: row.last_round for row in counts}
+            told = connection.execute(
+                select(orders.c.client_id, orders.c.round, updates.c.metrics)
+                .join(updates, updates.c.order_id == orders.c.order_id)
+                .where(of_run, has_answered, orders.c.round.in_(set(last.values()) - {None}))
+                # A round that was rolled back has more than one attempt with answers.
+                .order_by(orders.c.round, orders.c.attempt)
+            ).all()
+        losses = {
+            row.client_id: row.metrics.get("global_loss", row.metrics.get("loss"))
+            for row in told
+            if row.round == last[row.client_id]
+        }
+        return {
+            row.client_id: Participation(
+                num_asked=row.num_asked,
+                num_answered=row.num_answered,
+                loss=_number(losses.get(row.client_id)),
+            )
+            for row in counts
+        }
 
     def end_order(
         self,
@@ -240,6 +279,11 @@ class Orders(Database):
                 )
             ).scalars()
             return {*needed, *kept}
+
+
+def _number(value: float | str | None) -> float | None:
+    """Return a metric as it was before `json_number`."""
+    return None if value is None else float(value)
 
 
 def _same_attempt(orders: Table, rounds: Table) -> ColumnElement[bool]:
