@@ -65,7 +65,9 @@ def _run(settings: ClientSettings, stop: threading.Event) -> None:
     from fedclient.loop import Client  # noqa: PLC0415
     from fedclient.progress import Stopped  # noqa: PLC0415
     from shared.files import locked_folder  # noqa: PLC0415
+    from shared.memory import keep_freed_memory  # noqa: PLC0415
 
+    keep_freed_memory()
     torch.set_num_threads(settings.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     with locked_folder(settings.folder) as state_dir:

@@ -94,7 +94,7 @@ class Client:
         self._persist(self._register)
         for update in self._outbox.waiting():
             logger.info("order %s is trained and not acknowledged yet", update.order_id)
-            self._deliver(update, on_sent=lambda _: None)
+            self._deliver(update, is_new=False, on_sent=lambda _: None)
         while True:
             work = self._call(
                 lambda session: self._connection.pull_work(
@@ -112,13 +112,18 @@ class Client:
     def _work_on(self, order: WorkOrder) -> None:
         pass_by(FailPoint.ORDER_PULLED)
         update = self._outbox.find(order.order_id)
+        is_new = update is None
         reporter = ProgressReporter(functools.partial(self._report, order), stop=self._stop)
         with reporter as progress:
             try:
                 if update is None:
                     update = self._train(order, progress)
                     self._tell_incidents(order, progress, gave_up=False)
-                self._deliver(update, on_sent=lambda count: progress.add(bytes_sent=count))
+                self._deliver(
+                    update,
+                    is_new=is_new,
+                    on_sent=lambda count: progress.add(bytes_sent=count),
+                )
             except OrderAbandoned:
                 logger.info("round %d: the server wants no update any more", order.round_number)
             except TrainingHalted as error:
@@ -195,15 +200,22 @@ class Client:
 
         return self._call(download, how_far=lambda: progress.counters.bytes_received)
 
-    def _deliver(self, update: ClientUpdate, *, on_sent: Callable[[int], None]) -> None:
-        """Send an update until the server gives its receipt, then forget it."""
+    def _deliver(
+        self, update: ClientUpdate, *, is_new: bool, on_sent: Callable[[int], None]
+    ) -> None:
+        """Send an update until the server gives its receipt, then forget it.
+
+        Of one that `is_new` nothing was sent yet: the server isn't asked how much it has.
+        """
         offset = 0
 
         def send(session: SessionInfo) -> str:
-            nonlocal offset
+            nonlocal offset, is_new
             while True:
                 try:
-                    offset = self._connection.committed_bytes(session.session_id, update)
+                    if not is_new:
+                        offset = self._connection.committed_bytes(session.session_id, update)
+                    is_new = False
                     answer = self._connection.upload(
                         session.session_id,
                         update,

@@ -117,8 +117,8 @@ class Desk:
         self, session_id: str, order_id: str, digest: str
     ) -> tuple[int, bool]:
         """Return how many bytes of a payload are committed, and whether its update is recorded."""
-        await self._find_order(session_id, order_id)
-        return await self._intake.committed_bytes(order_id, digest)
+        record = await self._find_order(session_id, order_id)
+        return self._intake.committed_bytes(record, digest)
 
     async def upload(
         self,
@@ -129,8 +129,8 @@ class Desk:
         offset: int,
     ) -> UploadAnswer:
         """Take an update in; see `Intake.receive`."""
-        await self._find_order(session_id, update.order_id)
-        return await self._intake.receive(update, chunks, offset=offset)
+        record = await self._find_order(session_id, update.order_id)
+        return await self._intake.receive(record, update, chunks, offset=offset)
 
     async def report_progress(
         self,
@@ -201,7 +201,9 @@ class Desk:
 
     async def _find_order(self, session_id: str, order_id: str) -> OrderRecord:
         session = self._parts.sessions.touch(session_id)
-        record = await self._parts.workers.in_store(self._parts.store.find_order, order_id)
+        record = self._parts.book.open_record(order_id)
+        if record is None:
+            record = await self._parts.workers.in_store(self._parts.store.find_order, order_id)
         self._examine_holder(session, record.client_id, order_id)
         return record
 

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fedserver.admission import UpdateRefused, examine_content, examine_header
-from fedserver.memory import return_free_pages
 from fedserver.orderbook import OpenRound
 from fedserver.parts import Parts
 from fedserver.records import Event, OrderRecord, Refusal
@@ -21,6 +20,7 @@ from fedserver.strategies.blocks import StateFile
 from shared.codec import digest_file, read_layout
 from shared.errors import CorruptPayload, InvalidInput, OutOfSpace, ServerUnreachable
 from shared.failpoints import FailPoint, pass_by
+from shared.memory import return_free_pages
 from shared.types import ClientUpdate, IncidentKind, Receipt, UploadAnswer
 
 _ANSWERS = {
@@ -29,6 +29,9 @@ _ANSWERS = {
     OrderState.LATE: Receipt.LATE,
     OrderState.ABANDONED: Receipt.LATE,
 }
+
+_TIDYING_BYTES = 32 << 20
+"""So much may arrive before the heap's free pages are given back: it costs a look at all of it."""
 
 
 class Intake:
@@ -39,18 +42,25 @@ class Intake:
         self._slots = asyncio.Semaphore(parts.settings.max_uploads)
         # A stream nothing comes from gives its place to others; the client resumes it.
         self._idle_s = parts.settings.stall_after
+        self._bytes_since_tidying = 0
 
-    async def committed_bytes(self, order_id: str, digest: str) -> tuple[int, bool]:
+    def committed_bytes(self, record: OrderRecord, digest: str) -> tuple[int, bool]:
         """Return how much of a payload has arrived and whether its update is recorded."""
-        record = await self._parts.workers.in_store(self._parts.store.find_order, order_id)
         if record.digest == digest:
             return 0, True
-        return self._parts.spool.committed_bytes(order_id, digest), False
+        return self._parts.spool.committed_bytes(record.order_id, digest), False
 
     async def receive(
-        self, update: ClientUpdate, chunks: AsyncIterator[memoryview], *, offset: int
+        self,
+        record: OrderRecord,
+        update: ClientUpdate,
+        chunks: AsyncIterator[memoryview],
+        *,
+        offset: int,
     ) -> UploadAnswer:
-        """Take one stream of an update in; returns when the receipt may be given.
+        """Take one stream of an order's update in; returns when the receipt may be given.
+
+        A `record` that says OPEN may be a moment old: the store decides when the update is there.
 
         Raises:
             WrongOffset, StreamFenced: another stream of this update was or is further.
@@ -58,7 +68,6 @@ class Intake:
             InvalidInput: the stream holds more or fewer bytes than the header says.
             OutOfSpace: the disk is full; what is committed stays.
         """
-        record = await self._parts.workers.in_store(self._parts.store.find_order, update.order_id)
         current = self._parts.book.current
         if record.state is not OrderState.OPEN:
             return await self._answer_ended(record, update)
@@ -126,21 +135,32 @@ class Intake:
     async def _accept(
         self, record: OrderRecord, update: ClientUpdate, stream: UpdateStream, current: OpenRound
     ) -> UploadAnswer:
-        if await self._parts.workers.on_disk(digest_file, stream.path) != update.digest:
+        settled = await self._parts.workers.on_disk(self._settle_bytes, update, stream, current)
+        if isinstance(settled, Refusal):
+            return await self._end(
+                record, update, OrderEvent.REFUSE, refusal=settled, stream=stream
+            )
+        self._bytes_since_tidying += update.size_bytes
+        if self._bytes_since_tidying > _TIDYING_BYTES:
+            self._bytes_since_tidying = 0
+            await self._parts.workers.on_disk(return_free_pages)
+        pass_by(FailPoint.UPDATE_DURABLE)
+        return await self._end(record, update, OrderEvent.STORE, stream=stream, delta_norm=settled)
+
+    def _settle_bytes(
+        self, update: ClientUpdate, stream: UpdateStream, current: OpenRound
+    ) -> float | Refusal:
+        """Return the norm of a good update's delta, durable by then, or why it isn't one."""
+        if digest_file(stream.path) != update.digest:
             self._parts.spool.discard(stream)
             raise CorruptPayload(
                 f"order {update.order_id}: the bytes don't match digest {update.digest}; "
                 "they were dropped, send the payload again from byte 0"
             )
-        examined = await self._parts.workers.on_disk(self._examine, update, stream, current)
-        if isinstance(examined, Refusal):
-            return await self._end(
-                record, update, OrderEvent.REFUSE, refusal=examined, stream=stream
-            )
-        await self._parts.workers.on_disk(stream.make_durable)
-        await self._parts.workers.on_disk(return_free_pages)
-        pass_by(FailPoint.UPDATE_DURABLE)
-        return await self._end(record, update, OrderEvent.STORE, stream=stream, delta_norm=examined)
+        examined = self._examine(update, stream, current)
+        if not isinstance(examined, Refusal):
+            stream.make_durable()
+        return examined
 
     def _examine(
         self, update: ClientUpdate, stream: UpdateStream, current: OpenRound

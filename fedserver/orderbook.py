@@ -88,6 +88,22 @@ class OrderBook:
         """Return the order if it belongs to the round that collects."""
         return self._orders.get(order_id)
 
+    def open_record(self, order_id: str) -> OrderRecord | None:
+        """Return what the store holds of an order that is open here; None for any other."""
+        found = self._orders.get(order_id)
+        if self.current is None or found is None or found.state is not OrderState.OPEN:
+            return None
+        return OrderRecord(
+            order_id=order_id,
+            run_id=self.current.record.run_id,
+            round_number=self.current.record.round_number,
+            attempt=self.current.record.attempt,
+            client_id=found.order.client_id,
+            state=OrderState.OPEN,
+            digest=None,
+            reason=None,
+        )
+
     def open_order_of(self, client_ids: Iterable[int]) -> OpenOrder | None:
         """Return the first open order for one of these clients."""
         for client_id in client_ids:

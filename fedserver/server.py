@@ -18,7 +18,6 @@ from fedserver.downloads import Downloads
 from fedserver.evaluation import Evaluator
 from fedserver.events import EventBus
 from fedserver.intake import Intake
-from fedserver.memory import keep_one_heap
 from fedserver.orderbook import OrderBook
 from fedserver.parts import Parts
 from fedserver.quarantine import QuarantineFolder
@@ -38,6 +37,7 @@ from shared.data import examine_scheme
 from shared.errors import InvalidInput, RunFailed, StorageDamaged, WrongSettings
 from shared.failpoints import FailPoint, pass_by
 from shared.files import locked_folder
+from shared.memory import keep_one_heap
 from shared.tasks import Task, find_task
 from shared.weights import EntryKind, entry_kinds
 

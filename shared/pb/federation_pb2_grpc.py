@@ -115,7 +115,8 @@ class FederationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def QueryUpload(self, request, context):
-        """Called by a client before it uploads (again): how many bytes of this payload are committed.
+        """Called by a client before it uploads what it may have sent a part of before: how many bytes of
+        this payload are committed.
         NOT_FOUND  the server never gave this order
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -83,7 +83,8 @@ class FederationServiceStub:
       NOT_FOUND     the server never gave this order
     """
     QueryUpload: _grpc.UnaryUnaryMultiCallable[_federation_pb2.QueryUploadRequest, _federation_pb2.QueryUploadResponse]
-    """Called by a client before it uploads (again): how many bytes of this payload are committed.
+    """Called by a client before it uploads what it may have sent a part of before: how many bytes of
+    this payload are committed.
       NOT_FOUND  the server never gave this order
     """
     ReportProgress: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ReportProgressRequest, _federation_pb2.ReportProgressResponse]
@@ -126,7 +127,8 @@ class FederationServiceAsyncStub(FederationServiceStub):
       NOT_FOUND     the server never gave this order
     """
     QueryUpload: _aio.UnaryUnaryMultiCallable[_federation_pb2.QueryUploadRequest, _federation_pb2.QueryUploadResponse]  # type: ignore[assignment]
-    """Called by a client before it uploads (again): how many bytes of this payload are committed.
+    """Called by a client before it uploads what it may have sent a part of before: how many bytes of
+    this payload are committed.
       NOT_FOUND  the server never gave this order
     """
     ReportProgress: _aio.UnaryUnaryMultiCallable[_federation_pb2.ReportProgressRequest, _federation_pb2.ReportProgressResponse]  # type: ignore[assignment]
@@ -196,7 +198,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _federation_pb2.QueryUploadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.QueryUploadResponse, _abc.Awaitable[_federation_pb2.QueryUploadResponse]]:
-        """Called by a client before it uploads (again): how many bytes of this payload are committed.
+        """Called by a client before it uploads what it may have sent a part of before: how many bytes of
+        this payload are committed.
           NOT_FOUND  the server never gave this order
         """
 

@@ -1,0 +1,43 @@
+"""How the C library holds on to memory that was freed, each side in its own way.
+
+Other C libraries than glibc are left alone.
+"""
+
+import ctypes
+import platform
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+
+_LARGEST_BLOCK_KEPT_BYTES = 32 << 20
+_MAX_BYTES_KEPT = (1 << 31) - 1
+
+
+def keep_one_heap() -> None:
+    """Let all threads allocate from one heap; to be called before there are threads.
+
+    For the server: message buffers of a mebibyte come and go between small things that stay. With a
+    heap per thread and dynamic thresholds, sixty uploads left 70 MiB of holes behind; one heap
+    whose free pages are given back now and then holds what is in use.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def return_free_pages() -> None:
+    """Give the pages in the heap's holes back to the operating system."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Take memory from the operating system once, and use it again for the next order.
+
+    For a client: every order makes a model and a copy of it. Fresh pages for a model of 25 MB and
+    its copy cost 24 ms of the 59 that its whole way through the client takes.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK_KEPT_BYTES)
+        library.mallopt(_M_TRIM_THRESHOLD, _MAX_BYTES_KEPT)
