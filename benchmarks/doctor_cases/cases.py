@@ -16,6 +16,9 @@ TOLERANCE = 0.005
 """How far below the healthy twin's score a cured training may end."""
 
 
+_NORMALISED = ("MLP with BatchNorm", "TabularMLP")
+
+
 class Outcome(StrEnum):
     """How it is to end."""
 
@@ -23,6 +26,9 @@ class Outcome(StrEnum):
     """Training goes on and ends at the healthy twin's score."""
     HALTED = "halted"
     """Nothing a client may do heals it: training stops and says so."""
+    CURED_OR_HALTED = "cured or halted"
+    """Stopping is honest, for a cure takes more than a few remedies; but a training that goes on
+    must end at the healthy twin's score."""
     EITHER = "either"
     """Going on with a finite model and stopping are both honest."""
 
@@ -33,7 +39,9 @@ class Expected:
 
     `modules` are those in which the first bad value may be said to arise; `step` is the step in
     which it does. `positions` are the bad samples of that batch, judged where the cause that was
-    found is bad data or a bad label; `indices` are the same in the data set.
+    found is bad data or a bad label; `indices` are the same in the data set. With `may_add_one`,
+    under BatchNorm, a set that was verified to fail alone may hold one good sample more: a sample
+    by itself can't be normalised.
     """
 
     causes: frozenset[Cause]
@@ -42,6 +50,7 @@ class Expected:
     step: int | None = None
     positions: frozenset[int] | None = None
     indices: frozenset[int] | None = None
+    may_add_one: bool = False
     outcome: Outcome = Outcome.CURED
 
 
@@ -176,6 +185,7 @@ def plant_samples(
             indices=frozenset(order.at(first)[position] for position in bad[first])
             if task.has_indices
             else None,
+            may_add_one=task.architecture in _NORMALISED,
             outcome=outcome,
         ),
         twin=twin,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 
 from benchmarks.doctor_cases.training import Batch, Training
 from shared.diagnosis import StepPhase
@@ -69,7 +69,7 @@ def train_plainly(training: Training, *, is_watched: bool = False) -> PlainRun:
                 return run
             run.step_s.append(time.perf_counter() - began)
     run.is_finite = is_finite(training.model)
-    run.score = _score(training) if run.is_finite else 0.0
+    run.score = final_score(training)
     return run
 
 
@@ -93,7 +93,7 @@ def halve_the_rate(training: Training) -> PlainRun:
             if "initial_lr" in group:
                 group["initial_lr"] *= 0.5
     run.is_finite = is_finite(training.model)
-    run.score = _score(training) if run.is_finite else 0.0
+    run.score = final_score(training)
     return run
 
 
@@ -114,7 +114,7 @@ def skip_the_batch(training: Training) -> PlainRun:
             if training.scheduler is not None:
                 training.scheduler.step()
     run.is_finite = is_finite(training.model)
-    run.score = _score(training) if run.is_finite else 0.0
+    run.score = final_score(training)
     return run
 
 
@@ -127,8 +127,14 @@ def is_finite(model: nn.Module) -> bool:
     )
 
 
-def _score(training: Training) -> float:
-    scored = training.score()
+def final_score(training: Training) -> float:
+    """Return the score of the model as training left it: 0 where it can't even be used."""
+    if not is_finite(training.model):
+        return 0.0
+    try:
+        scored = training.score()
+    except RuntimeError:
+        return 0.0
     return scored if math.isfinite(scored) else 0.0
 
 
@@ -173,9 +179,13 @@ def _backward(training: Training, batch: Batch) -> tuple[float, float]:
     training.optimizer.zero_grad()
     loss = loss_of(training.task.loss(training.model, batch))
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-    most = math.inf if training.task.clip_norm is None else training.task.clip_norm
-    norm = clip_grad_norm_(training.model.parameters(), most)
-    return loss.item(), norm.item()
+    gradients = [one.grad for one in training.model.parameters() if one.grad is not None]
+    norm, most = get_total_norm(gradients).item(), training.task.clip_norm
+    # As train_model clips: exactly to the norm, where clip_grad_norm_ adds 1e-6 to the divisor.
+    if most is not None and norm > most:
+        for gradient in gradients:
+            gradient.mul_(most / norm)
+    return loss.item(), norm
 
 
 def _take_step(

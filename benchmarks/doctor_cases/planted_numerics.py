@@ -15,7 +15,6 @@ from shared.diagnosis import Cause, StepPhase
 _LOSS = frozenset({StepPhase.LOSS})
 _BACKWARD = frozenset({StepPhase.BACKWARD})
 _OUTSIDE = frozenset({""})
-_COSINE_SCALE = 120
 
 
 def loss_functions() -> list[Case]:
@@ -37,14 +36,20 @@ def loss_functions() -> list[Case]:
     hotter = replace(tasks.MLP, optimizer=tasks.sgd(0.0005))
     zero_biases = replace(tasks.MLP, build=_zero_biases)
     rows: list[tuple[str, Task, ComputeLoss, ComputeLoss, frozenset[StepPhase]]] = [
-        ("mlp log of a softmax", tasks.MLP, _log_of_softmax, _cosine_softmax, _LOSS),
-        ("small cnn log of a softmax", cosine_cnn, _log_of_softmax, _cosine_softmax, _LOSS),
+        ("mlp log of a softmax", tasks.MLP, _log_of_softmax(95.0), _cosine_softmax(95.0), _LOSS),
+        (
+            "small cnn log of a softmax",
+            cosine_cnn,
+            _log_of_softmax(110.0),
+            _cosine_softmax(110.0),
+            _LOSS,
+        ),
         ("mlp exponentials summed", hotter, _summed_exponentials(60.0), _log_softmax(60.0), _LOSS),
         (
             "mlp cosine softmax at a low temperature",
             tasks.MLP,
             _cosine_naive,
-            _cosine_softmax,
+            _cosine_softmax(95.0),
             _LOSS,
         ),
         ("mlp bce of saturated probabilities", binary, _naive_bce(15.0), _stable_bce(15.0), _LOSS),
@@ -108,10 +113,14 @@ def _log_softmax(scale: float) -> ComputeLoss:
     return loss
 
 
-def _log_of_softmax(model: nn.Module, batch: Batch) -> tasks.Outcome:
-    outputs, logits, labels = _scaled(model, batch, 1.0)
-    chances = torch.softmax(_COSINE_SCALE * F.normalize(logits, dim=1), 1)
-    return F.nll_loss(torch.log(chances), labels), outputs
+def _log_of_softmax(scale: float) -> ComputeLoss:
+    def loss(model: nn.Module, batch: Batch) -> tasks.Outcome:
+        outputs, logits, labels = _scaled(model, batch, 1.0)
+        # Logits may be 1.41 times the scale apart; from 104 on a chance is zero in float32.
+        chances = torch.softmax(scale * F.normalize(logits, dim=1), 1)
+        return F.nll_loss(torch.log(chances), labels), outputs
+
+    return loss
 
 
 def _summed_exponentials(scale: float) -> ComputeLoss:
@@ -124,14 +133,18 @@ def _summed_exponentials(scale: float) -> ComputeLoss:
 
 
 def _cosine_naive(model: nn.Module, batch: Batch) -> tasks.Outcome:
+    """Finite unless a cosine is above 0.93: then its exponential isn't."""
     outputs, logits, labels = _scaled(model, batch, 1.0)
-    powers = torch.exp(_COSINE_SCALE * F.normalize(logits, dim=1))
+    powers = torch.exp(95 * F.normalize(logits, dim=1))
     return -torch.log(powers.gather(1, labels[:, None]).squeeze(1) / powers.sum(1)).mean(), outputs
 
 
-def _cosine_softmax(model: nn.Module, batch: Batch) -> tasks.Outcome:
-    outputs, logits, labels = _scaled(model, batch, 1.0)
-    return F.cross_entropy(_COSINE_SCALE * F.normalize(logits, dim=1), labels), outputs
+def _cosine_softmax(scale: float) -> ComputeLoss:
+    def loss(model: nn.Module, batch: Batch) -> tasks.Outcome:
+        outputs, logits, labels = _scaled(model, batch, 1.0)
+        return F.cross_entropy(scale * F.normalize(logits, dim=1), labels), outputs
+
+    return loss
 
 
 def _naive_bce(scale: float) -> ComputeLoss:

@@ -182,21 +182,22 @@ def _unwritten(key: str) -> Spoil:
 
 
 class Cooled(nn.Module):
-    """Divides by a temperature that is lowered in each training step, down to zero."""
+    """Divides by a temperature that falls from 4 by 1 every so many training steps, to zero."""
 
-    temperature: Tensor
+    num_steps: Tensor
 
-    def __init__(self, *, num_steps: int, is_floored: bool) -> None:
+    def __init__(self, *, every: int, lowest: int) -> None:
         super().__init__()
-        self.register_buffer("temperature", torch.tensor(float(num_steps)))
-        self.lowest = 1.0 if is_floored else 0.0
-        self.num_steps = num_steps
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
+        self.every = every
+        self.lowest = lowest
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [n, width] of the same."""
         if self.training:
-            self.temperature = (self.temperature - 1).clamp(min=self.lowest)
-        return x / (self.temperature / self.num_steps)
+            self.num_steps = self.num_steps + 1
+        temperature = (4 - self.num_steps // self.every).clamp(min=self.lowest)
+        return 4 * x / temperature
 
 
 class _Broken(torch.autograd.Function):
@@ -281,9 +282,7 @@ def unproven() -> list[Case]:
             name="mlp a temperature that reaches zero",
             task=tasks.MLP,
             seed=664,
-            fault=Fault(
-                overrides={"build": lambda: Wrapped(Cooled(num_steps=60, is_floored=False))}
-            ),
+            fault=Fault(overrides={"build": lambda: Wrapped(Cooled(every=15, lowest=0))}),
             expected=Expected(
                 # The model's own schedule is at fault, for which there is no name; a quotient that
                 # isn't defined is one, if the guarded loss includes the model.
@@ -293,7 +292,7 @@ def unproven() -> list[Case]:
                 step=60,
                 outcome=Outcome.EITHER,
             ),
-            twin={"build": lambda: Wrapped(Cooled(num_steps=60, is_floored=True))},
+            twin={"build": lambda: Wrapped(Cooled(every=15, lowest=1))},
         ),
     ]
 

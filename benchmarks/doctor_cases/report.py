@@ -9,9 +9,6 @@ from benchmarks.doctor_cases.judge import HealthyJudgement, Judgement
 from benchmarks.doctor_cases.overhead import Overhead
 from shared.diagnosis import Cause
 
-# Found by looking at a batch or at the weights, without training again.
-CHEAP = (Cause.BAD_LABEL, Cause.BAD_DATA, Cause.DEGENERATE_BATCH, Cause.RECEIVED_MODEL)
-
 
 def planted_table(judged: list[Judgement]) -> str:
     """Return what was found over all cases, beside what is aimed at."""
@@ -56,8 +53,8 @@ def cause_table(judged: list[Judgement]) -> str:
     """Return a line for each cause, with the baselines beside the doctor."""
     lines = [
         "| planted cause | cases | cause right | cured (or halted) | halve the rate "
-        "| skip the batch | diagnosis, in steps: median | longest |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| skip the batch | diagnosis, in steps: median | longest | median for SimpleCNN |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cause in Cause:
         mine = [one for one in judged if _planted(one) is cause]
@@ -69,15 +66,25 @@ def cause_table(judged: list[Judgement]) -> str:
             f"| {sum(one.is_end_right for one in mine)} "
             f"| {_share(mine, lambda one: one.halved)} | {_share(mine, lambda one: one.skipped)} "
             f"| {statistics.median(spent) if spent else math.nan:.0f} "
-            f"| {max(spent, default=math.nan):.0f} |"
+            f"| {max(spent, default=math.nan):.0f} | {_median_for('SimpleCNN', mine)} |"
         )
     lines.append(
         f"| all | {len(judged)} | {sum(one.is_cause_right for one in judged)} "
         f"| {sum(one.is_end_right for one in judged)} "
         f"| {_share(judged, lambda one: one.halved)} "
-        f"| {_share(judged, lambda one: one.skipped)} | | |"
+        f"| {_share(judged, lambda one: one.skipped)} | | | |"
     )
     return "\n".join(lines)
+
+
+def _median_for(architecture: str, judged: list[Judgement]) -> str:
+    spent = [
+        steps
+        for one in judged
+        if one.case.task.architecture == architecture
+        for _, steps in one.in_steps
+    ]
+    return f"{statistics.median(spent):.0f}" if spent else ""
 
 
 def _planted(one: Judgement) -> Cause:

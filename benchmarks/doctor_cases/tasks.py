@@ -206,7 +206,7 @@ REGRESSION = Task(
     score=explained,
     num_examples=1600,
     batch_size=32,
-    epochs=5,
+    epochs=8,
 )
 AUTOENCODER = Task(
     architecture="autoencoder",
