@@ -1,0 +1,53 @@
+"""The doctor alone: the examples of docs and examples run, and cure what is planted."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.processes import GENEROUS_S, ROOT
+
+
+def _shown(*argv: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=GENEROUS_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_loop_of_ones_own_is_cured_with_the_proof_shown() -> None:
+    """One of the three failed readings is named, is proven to be the cause, and all are left out.
+
+    Kinds are well apart: without the failed readings nearly all of the new ones are right.
+    """
+    shown = _shown("examples/own_loop.py")
+    assert re.search(
+        r"^bad-data at step \d+ \(1 sample with NaN in the input\): dropped, training went on$",
+        shown,
+        re.MULTILINE,
+    )
+    assert shown.count("bad-data at") == 1
+    assert re.search(r"samples +number (17|404|777) \(NaN in the input, 1\)", shown)
+    assert re.search(r"unchanged +fails at step \d+", shown)
+    assert re.search(r"without the suspects +1 +goes well", shown)
+    assert float(re.findall(r"Right on (\S+)% of 500", shown)[0]) > 95
+    losses = [float(one) for one in re.findall(r"loss (\S+) after", shown)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("page", ["docs/doctor.md"])
+def test_the_program_in_the_documentation_does_what_it_says(page: str) -> None:
+    """As it stands there, it ends with a finite loss and one diagnosis."""
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    first, *verdicts = _shown("-c", program).splitlines()
+    assert float(first.split()[1]) < 0.5
+    assert [re.sub(r"\d+", "N", one) for one in verdicts] == [
+        "bad-data at step N (N sample with NaN in the input): dropped, training went on"
+    ]
