@@ -12,7 +12,7 @@ every file from begin to end in pieces of 1 MiB. Reach: idle + 3 models + 64 MB.
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from benchmarks.federation import machine_line, write_section
+from benchmarks.federation import machine_line, peak_memory_mb, write_section
 from fedserver.checkpoints import Checkpoints
+from fedserver.memory import keep_one_heap
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.step import next_blocks, state_layout
@@ -95,14 +96,19 @@ def _in_new_process(strategy: str, folder: Path, *, f: int) -> dict[str, float]:
 
 def _measure(strategy: str, folder: Path, *, f: int) -> dict[str, float]:
     """Return the seconds, the peak and the idle memory in MB of one pass."""
+    keep_one_heap()
     torch.set_num_threads(1)
-    idle_mb = _peak_mb()
+    idle_mb = peak_memory_mb(os.getpid())
     begin = time.perf_counter()
     if strategy == "read":
         _read_all(folder)
     else:
         _aggregate(strategy, folder, f=f)
-    return {"seconds": time.perf_counter() - begin, "idle_mb": idle_mb, "peak_mb": _peak_mb()}
+    return {
+        "seconds": time.perf_counter() - begin,
+        "idle_mb": idle_mb,
+        "peak_mb": peak_memory_mb(os.getpid()),
+    }
 
 
 def _read_all(folder: Path) -> None:
@@ -128,12 +134,11 @@ def _aggregate(strategy: str, folder: Path, *, f: int) -> None:
     )
 
 
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
-
-
 def _table(arguments: argparse.Namespace, rows: list[tuple[str, dict[str, float]]]) -> list[str]:
-    command = f"--updates {arguments.updates} --model-mb {arguments.model_mb}"
+    command = (
+        f"--updates {arguments.updates} --model-mb {arguments.model_mb} "
+        f"--strategies {arguments.strategies}"
+    )
     reading_s = rows[0][1]["seconds"]
     lines = [
         f"{machine_line()}; `python -m benchmarks.aggregators {command}`: "

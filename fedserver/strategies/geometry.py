@@ -19,7 +19,7 @@ from fedserver.strategies.blocks import (
 from fedserver.strategies.rows import Matrix
 from shared.weights import EntryKind
 
-_COLUMNS = 2048
+_COLUMNS = 1024
 _BITS = 20
 # Of a squared distance within a block of columns.
 _TOLERANCE = 2.0**-31
@@ -68,7 +68,7 @@ def _add_distances(found: Matrix, points: torch.Tensor) -> None:
     have in common must not drown out how they differ. The inner products are sums of exact ones
     (Ozaki et al. 2012, "Error-free transformations of matrix multiplication"): each row is split
     into two slices of 20 bits below its largest element, so that a product of slices summed over
-    2^11 columns fits in float64's 53 bits. Then it doesn't matter in which order a matrix product
+    2^10 columns fits in float64's 53 bits. Then it doesn't matter in which order a matrix product
     adds, which differs between numbers of threads. What the slices leave out is below 2^-41 of a
     row's largest element; the products of two lower slices are left out too, and pairs for which
     they could matter are computed from their differences.
