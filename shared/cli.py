@@ -40,7 +40,8 @@ class Settings(BaseSettings):
     """Everywhere.
 
     The root of both sides' settings. A class derived from it is a group of them, its docstring's
-    first line the heading in --help; the environment's names are PREFIX_NAME in capitals.
+    first line the heading in --help; the environment's names are PREFIX_NAME in capitals, and
+    without an env_prefix there are none.
     """
 
     model_config = SettingsConfigDict(
@@ -73,8 +74,13 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Order the sources: whoever comes first wins; flags come before all of them."""
+        """Order the sources: whoever comes first wins; flags come before all of them.
+
+        Without a prefix of its own a name in the environment may be anybody's: RUN, SEED, TASK.
+        """
         toml = TomlConfigSettingsSource(settings_cls, toml_file=cls._config_file)
+        if not settings_cls.model_config.get("env_prefix"):
+            return init_settings, toml
         return init_settings, env_settings, toml
 
 
@@ -165,7 +171,7 @@ def _described(settings: Settings, flags: dict[str, Any]) -> list[str]:
     prefix = settings_class.model_config.get("env_prefix", "")
     sources = {
         "flag": flags,
-        "environment": EnvSettingsSource(settings_class)(),
+        "environment": EnvSettingsSource(settings_class)() if prefix else {},
         f"{settings._config_file}": TomlConfigSettingsSource(
             settings_class, toml_file=settings._config_file
         )(),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fedclient.commands.doctor import CheckupSettings
 from fedclient.settings import ClientSettings
 from fedserver.settings import ServerSettings
 from shared.cli import parse
@@ -32,6 +33,16 @@ def test_a_flag_beats_the_environment_and_that_the_file(
     monkeypatch.setenv("FEDSERVER_EPOCHS", "2")
     settings = parse(ServerSettings, ["--config", config, "--epochs", "1"])
     assert (settings.rounds, settings.lr, settings.epochs) == (3, 0.2, 1)
+
+
+def test_a_command_without_a_prefix_takes_nothing_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Names as short as these are in many an environment, and mean something else there."""
+    for name in ("ID", "SEED", "LR", "TASK", "STEPS"):
+        monkeypatch.setenv(name, "7")
+    assert parse(CheckupSettings, []) == CheckupSettings()
+    assert CheckupSettings().id == 0
 
 
 def test_print_config_says_where_each_value_came_from(
