@@ -24,11 +24,11 @@ from rich.progress import track
 
 from benchmarks.federation import machine_line, peak_memory_mb, write_section
 from fedserver.checkpoints import Checkpoints
-from fedserver.memory import keep_one_heap
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import read_layout, write_state
+from shared.memory import keep_one_heap
 from shared.weights import EntryKind
 
 MB = 1_000_000
