@@ -1,5 +1,6 @@
 """Batches of any shape: a tensor, or a tuple, list or dict of tensors, samples in dimension 0."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -64,6 +65,11 @@ def are_out_of_range(labels: Tensor, num_classes: int) -> Tensor:
     return ((labels < 0) | (labels >= num_classes)) & (labels != IGNORED_LABEL)
 
 
+def rows_of(tensor: Tensor) -> Tensor:
+    """Return a tensor of samples as [n, entries of each], also where there are none."""
+    return tensor.reshape(len(tensor), math.prod(tensor.shape[1:]))
+
+
 def largest_input(*batches: Batch) -> float:
     """Return the largest absolute finite number in any input, 0 if there is none."""
     largest = [
@@ -88,6 +94,22 @@ def joined(first: Batch, second: Batch) -> Batch:
         return one if one.ndim == 0 else torch.cat([one, other])
 
     return map_tensors(first, both)
+
+
+def blurred(batch: Batch) -> Batch:
+    """Return a batch whose inputs are moved at random by about a hundredth of their size, or 0.01.
+
+    The same for the same batch; torch's own generators aren't touched.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(one: Tensor) -> Tensor:
+        if not one.is_floating_point():
+            return one
+        noise = torch.randn(one.shape, generator=generator).to(one)
+        return one + 0.01 * noise * one.abs().clamp(min=1.0)
+
+    return map_tensors(batch, moved)
 
 
 def inputs_of(batch: Batch) -> list[Tensor]:

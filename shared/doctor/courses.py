@@ -12,6 +12,7 @@ from shared.doctor import changes
 from shared.doctor.batches import Batch
 from shared.doctor.recording import Snapshot, restore_snapshot
 from shared.doctor.replay import Change, Course, Replay
+from shared.doctor.stepping import UNTREATED
 
 _RATE_FACTORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)
 _JUMP = 10.0
@@ -39,7 +40,8 @@ class Courses:
         """Take the steps since a state again; returns how that went if it went well."""
         course = self._replay.run(start, until, change=change, prepare=prepare, convert=convert)
         self._has_stepped = bool(course.steps) and course.steps[-1].taken.is_finite
-        is_healed = not course.failed_at and self._replay.is_sane(is_strict=True)
+        treatment = change(UNTREATED)
+        is_healed = not course.failed_at and self._replay.is_sane(treatment, is_strict=True)
         self._experiments.append(
             Experiment(
                 name=name,

@@ -48,7 +48,7 @@ from shared.doctor.stepping import (
     Treatment,
     take_step,
 )
-from shared.doctor.symptoms import Watch
+from shared.doctor.symptoms import Watch, classes_of
 
 _NUM_TREND = 5
 _SUSPICIONS = (Symptom.LOSS_EXPLOSION, Symptom.DEAD_NETWORK, Symptom.COLLAPSE)
@@ -178,6 +178,8 @@ class Doctor:
         )
         if symptom is None:
             symptom = self._watch.examine_step(taken, step=self._step)
+        if self._subject.num_classes is None and self._step == 1:
+            self._learn_classes(taken)
         if symptom is None and self._tape.is_snapshot_due(self._step):
             symptom = self._keep_state()
         if symptom is not None and symptom not in self._dismissed:
@@ -194,6 +196,12 @@ class Doctor:
             self._treat(self._symptom_of_state(), self._tape.steps[-1].taken)
 
     # ---- noticing
+
+    def _learn_classes(self, taken: Taken) -> None:
+        """Take from the first outputs how many classes there are."""
+        num_classes = classes_of(taken.outputs, taken.labels)
+        self._subject = replace(self._subject, num_classes=num_classes)
+        self._watch.num_classes = num_classes
 
     def _keep_state(self) -> Symptom | None:
         """Keep the state if it is good."""
@@ -377,7 +385,7 @@ class Doctor:
 
     def _lr(self) -> float:
         rate = float(self._subject.optimizer.param_groups[0]["lr"])
-        return rate * self.treatment.rate_factor_at(self._step)
+        return self.treatment.rate(rate, step=self._step)
 
     def _report(self, taken: Taken) -> StepReport:
         return StepReport(

@@ -46,10 +46,11 @@ class Convalescence:
         return {
             "num_healthy_rounds": self.num_healthy_rounds,
             "rate_factor": one.rate_factor,
+            # JSON has no infinity.
+            "max_rate": str(one.max_rate),
             "clip_norm": one.clip_norm,
             "drops": sorted(one.drops),
             "sanitises": one.sanitises,
-            # JSON has no infinity.
             "max_input": str(one.max_input),
             "min_batch_size": one.min_batch_size,
             "guards": one.guards,
@@ -68,6 +69,7 @@ class Convalescence:
                 num_healthy_rounds=int(values["num_healthy_rounds"]),
                 treatment=Treatment(
                     rate_factor=float(values["rate_factor"]),
+                    max_rate=float(values["max_rate"]),
                     clip_norm=None if values["clip_norm"] is None else float(values["clip_norm"]),
                     drops=frozenset(Oddity(one) for one in values["drops"]),
                     sanitises=bool(values["sanitises"]),

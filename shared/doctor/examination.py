@@ -7,13 +7,13 @@ The verdict is the most specific cause whose removal alone heals it, in this ord
 2. `bad-label`, `bad-data`: samples with something odd about them, without which the step goes well.
 3. `degenerate-batch`: a batch of one sample, of none, or of one sample many times, that goes well
    when joined with another.
-4. `bad-initialisation`, `received-model`: weights at the start unlike any usual ones, and the same
-   steps go well from usual ones.
-5. `precision`: the bad value came up in 16 bits, and in float32 all goes well.
-6. `optimizer-state`: the bad value came up in the optimizer's step, or its state is beyond what the
-   gradients explain, and without its history all goes well.
-7. `loss-function`: the bad value came up in the loss from outputs of an ordinary size, and the
+4. `precision`: the bad value came up in 16 bits, and in float32 all goes well.
+5. `loss-function`: the bad value came up in the loss from outputs of an ordinary size, and the
    guarded loss goes well.
+6. `bad-initialisation`, `received-model`: weights at the start unlike any usual ones, or answers
+   beyond chance from the start, and the same steps go well from usual ones.
+7. `optimizer-state`: the bad value came up in the optimizer's step, or its state is beyond what the
+   gradients explain, and without its history all goes well.
 8. `exploding-gradient`, `learning-rate`: clipping, or a lower rate, heals. Where both do, it is the
    gradient if that jumped though the steps before changed the weights little, and the rate
    otherwise.
@@ -40,7 +40,15 @@ from shared.diagnosis import (
     Symptom,
 )
 from shared.doctor import changes
-from shared.doctor.batches import Batch, batch_size, inputs_of, joined, largest_input, take
+from shared.doctor.batches import (
+    Batch,
+    batch_size,
+    blurred,
+    inputs_of,
+    joined,
+    largest_input,
+    take,
+)
 from shared.doctor.courses import Courses
 from shared.doctor.findings import Case, Finding
 from shared.doctor.locate import locate, locate_error
@@ -64,6 +72,7 @@ _MODERATE = 1e9
 """What is computed from numbers below this has no excuse to overflow."""
 _NUM_HEALTHY = 8
 _SMALL_SHARE = 0.25
+_MOST = 0.5
 _ROOM = 4.0
 """Inputs may be so many times as large as healthy ones before they count as outliers."""
 _LONGEST_RESTART = 48
@@ -97,7 +106,7 @@ class _Examination:
         self._num_samples = 0
         self._max_input = math.inf
         self._course: Course | None = None
-        self._bad = self._noticed
+        self._bad = self._failed = self._noticed
         self._before = self._start = case.tape.snapshots[-1]
         self._origin = Origin(phase=StepPhase.INPUT)
         self._largest_input = 0.0
@@ -107,6 +116,8 @@ class _Examination:
             self._before = self._start = take_snapshot(self._subject, step=self._noticed.step - 1)
             if self._step_goes_well(self._bad.batch):
                 return None
+            self._locate()
+            self._note(ExperimentName.UNCHANGED, is_healed=False)
         else:
             live = take_snapshot(self._subject, step=self._noticed.step)
             course = self._course = self._replay.run(self._start, self._noticed.step)
@@ -117,16 +128,19 @@ class _Examination:
                 return self._finding(cause)
             if not course.failed_at and self._replay.is_sane():
                 return None
-            self._find_onset(course)
-        self._locate()
-        self._note(ExperimentName.UNCHANGED, is_healed=False)
+            self._failed = self._bad = self._recorded(course.failed_at or self._noticed.step)
+            self._before = course.before
+            self._locate()
+            self._note(ExperimentName.UNCHANGED, is_healed=False)
+            if not (self._is_loss_suspect() and self._guarded_step_goes_well()):
+                self._find_onset()
         for look in (
             self._look_at_samples,
             self._look_at_batch,
-            self._look_at_start,
             self._look_at_precision,
-            self._look_at_optimizer,
             self._look_at_loss,
+            self._look_at_start,
+            self._look_at_optimizer,
             self._look_at_rates,
         ):
             cause = look()
@@ -138,12 +152,12 @@ class _Examination:
 
     # ---- where
 
-    def _find_onset(self, course: Course) -> None:
-        """Find the first step that harmed the model, and the last good state before it."""
-        failed_at = course.failed_at or self._noticed.step
-        self._before = course.before
-        self._bad = self._recorded(failed_at)
-        restore_snapshot(self._subject, course.before)
+    def _find_onset(self) -> None:
+        """Find the first step that harmed the model, and the last good state before it.
+
+        Where the bad value came up stays what was found, unless no value was bad at all.
+        """
+        restore_snapshot(self._subject, self._before)
         if self._replay.is_sane():
             return
         for snapshot in reversed(self._tape.snapshots):
@@ -151,9 +165,11 @@ class _Examination:
             restore_snapshot(self._subject, snapshot)
             if self._replay.is_sane():
                 break
-        self._course = self._replay.run(self._start, failed_at, is_watched=True)
-        self._bad = self._recorded(self._course.failed_at or failed_at)
+        self._course = self._replay.run(self._start, self._failed.step, is_watched=True)
+        self._bad = self._recorded(self._course.failed_at or self._failed.step)
         self._before = self._course.before
+        if not self._has_come_up():
+            self._failed = self._bad
 
     def _recorded(self, step: int) -> Recorded:
         return next(one for one in self._tape.steps if one.step == step)
@@ -207,7 +223,8 @@ class _Examination:
                 suspects=list(odd),
                 max_tries=_MAX_TRIES if odd else _MAX_TRIES // 4,
             )
-        if not positions and count and len(odd) == count:
+        is_whole = count > 0 and len(odd) >= _MOST * count
+        if is_whole:
             positions = tuple(range(count))
         if not positions:
             return None
@@ -218,6 +235,9 @@ class _Examination:
             self._origin.phase is StepPhase.LOSS
         )
         unseen = Oddity.LABEL_OUT_OF_RANGE if is_label_error else Oddity.NONE
+        if is_whole:
+            # What makes most samples odd doesn't spare the others.
+            unseen = next(iter(odd.values())).oddity
         suspects = [odd.get(one, SuspectSample(position=one, oddity=unseen)) for one in positions]
         kinds = {one.oddity for one in suspects}
         if not is_healed or (kinds == {Oddity.NONE} and len(suspects) > _SMALL_SHARE * count):
@@ -231,28 +251,30 @@ class _Examination:
         if Oddity.LABEL_OUT_OF_RANGE in kinds:
             return Cause.BAD_LABEL
         if kinds == {Oddity.NONE}:
-            return None
+            # Nothing to be seen; but an error that only these samples raise is theirs.
+            return None if bad.taken.error is None else Cause.BAD_DATA
         limit = self._max_input
         self._try_step(
             ExperimentName.INPUTS_SANITISED,
             change=changes.sanitising(limit),
             value=limit,
         )
-        if not rest:
-            # With nothing left of the batch only putting its inputs right can prove anything.
-            return Cause.BAD_DATA if self._experiments[-1].is_healed else None
         return Cause.BAD_DATA
 
     def _look_at_batch(self) -> Cause | None:
         batch = self._bad.batch
         healthy = self._healthy_batches()
+        if batch_size(batch) == 0:
+            step = self._bad.step
+            is_healed = self._try_step(ExperimentName.WITHOUT_BATCH, change=changes.skipping(step))
+            return Cause.DEGENERATE_BATCH if is_healed else None
         is_degenerate = batch_size(batch) <= 1 or all(
             bool((one == one[:1]).all()) for one in inputs_of(batch)
         )
-        if not is_degenerate or not healthy:
+        if not is_degenerate:
             return None
         try:
-            larger = joined(batch, healthy[-1])
+            larger = joined(batch, healthy[-1] if healthy else blurred(batch))
         except RuntimeError:
             return None
         if self._try_step(ExperimentName.LARGER_BATCH, batch=larger):
@@ -300,15 +322,28 @@ class _Examination:
         return Cause.OPTIMIZER_STATE if is_healed else None
 
     def _look_at_loss(self) -> Cause | None:
+        if not self._is_loss_suspect():
+            return None
+        is_healed = self._guarded_step_goes_well()
+        self._note(ExperimentName.GUARDED_LOSS, is_healed=is_healed)
+        return Cause.LOSS_FUNCTION if is_healed else None
+
+    def _has_come_up(self) -> bool:
+        """Whether a number of the bad step isn't finite."""
+        return self._origin.num_nan + self._origin.num_inf > 0
+
+    def _is_loss_suspect(self) -> bool:
+        """Whether the loss made a bad value of numbers that are no reason for one."""
         origin = self._origin
         is_in_loss = origin.phase is StepPhase.LOSS or (
             origin.phase is StepPhase.BACKWARD and not origin.module
         )
-        has_come_up = origin.num_nan + origin.num_inf > 0
-        if not (is_in_loss and has_come_up and self._largest_input <= _MODERATE):
-            return None
-        is_healed = self._try_step(ExperimentName.GUARDED_LOSS, change=changes.guarding_loss())
-        return Cause.LOSS_FUNCTION if is_healed else None
+        return is_in_loss and self._has_come_up() and self._largest_input <= _MODERATE
+
+    def _guarded_step_goes_well(self) -> bool:
+        return self._replay.goes_well(
+            self._before, self._bad, self._bad.batch, change=changes.guarding_loss()
+        )
 
     def _look_at_rates(self) -> Cause | None:
         found = self._courses.look_at_rates(
@@ -372,7 +407,7 @@ class _Examination:
         steps = self._course.steps if self._course is not None else ()
         return Finding(
             cause=cause,
-            bad_step=self._bad,
+            bad_step=self._bad if cause in _OF_THE_BATCH else self._failed,
             origin=self._origin,
             samples=self._samples,
             num_samples=self._num_samples,
@@ -391,4 +426,6 @@ _QUIET_PHASES: Mapping[Symptom, StepPhase] = {
     Symptom.COLLAPSE: StepPhase.FORWARD,
 }
 """Where to look if no number of the bad step is non-finite; otherwise it is the loss."""
+_OF_THE_BATCH = (Cause.BAD_DATA, Cause.BAD_LABEL, Cause.DEGENERATE_BATCH, Cause.UNKNOWN)
+"""Reported with the step that harmed the model, others with the one where a bad value came up."""
 _FROM_EARLIER = (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.NOT_REPRODUCIBLE)

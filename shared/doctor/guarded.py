@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from shared.doctor.stable import Forms
+
 _SHARE = 7 / 8
 
 
@@ -43,7 +45,11 @@ def guarding() -> Iterator[None]:
 
 
 class _Guarding(TorchFunctionMode):
-    """Changes what goes into the operations in GUARDS."""
+    """Changes what goes into the operations in GUARDS, and takes stable forms where there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forms = Forms()
 
     def __torch_function__(
         self,
@@ -61,19 +67,33 @@ class _Guarding(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         # The name of an operation in place ends with a line.
         plain = name.removesuffix("_") if not name.startswith("__") else name
-        if plain in _REDUCTIONS:
-            return _guard_reduction(func, plain, positional, named)
-        guard = GUARDS.get(plain)
-        if guard is None:
-            return func(*args, **(kwargs or {}))
-        if plain == name:
+        if plain != name:
+            return self._in_place(func, plain, positional, named)
+        stable = self._forms.rewritten(name, positional, named)
+        if stable is not None:
+            return stable
+        given = tuple(positional)
+        if name in _REDUCTIONS:
+            return _guard_reduction(func, name, positional, named)
+        guard = GUARDS.get(name)
+        if guard is not None:
             guard(positional, named)
+        result = func(*positional, **named)
+        self._forms.note(func, name, given, named, result)
+        return result
+
+    def _in_place(
+        self, func: Callable[..., Any], name: str, positional: list[Any], named: dict[str, Any]
+    ) -> object:
+        """Call a function that changes its first argument; `name` is that of its plain form."""
+        guard = GUARDS.get(name)
+        if guard is None:
             return func(*positional, **named)
-        # In place on a copy: what the guard remembers for backward may not be overwritten.
+        # On a copy: what the guard remembers for backward may not be overwritten.
         target = positional[0]
         positional[0] = target.clone()
         guard(positional, named)
-        return target.copy_(getattr(torch, plain)(*positional, **named))
+        return target.copy_(getattr(torch, name)(*positional, **named))
 
 
 def _guard_input(bounds: Callable[[torch.finfo], tuple[float, float]]) -> Callable[..., None]:

@@ -12,7 +12,7 @@ from shared.doctor.recording import Snapshot
 
 _RATIO = 10.0
 """An initial weight tensor's root mean square is within this factor of a usual one's."""
-_RATIO_TRAINED = 100.0
+_RATIO_OTHER = 100.0
 _STATE_FACTOR = 100.0
 
 
@@ -37,12 +37,11 @@ def unusual_entries(
     """Return the entries of a training's first state that no initialisation or training gives.
 
     Weights (two or more dimensions) whose root mean square is more than 10 times a usual initial
-    one's (100 where they were trained before), or that are constant where usual ones aren't; other
+    one's or less than a tenth of it, or that are constant where usual ones aren't; other
     entries more than 100 times as large as usual ones, or as 1; negative running variances.
     """
     names = [name for name, _ in model.named_parameters()]
     names += [name for name, _ in model.named_buffers()]
-    ratio = _RATIO if is_initial else _RATIO_TRAINED
     found = []
     for name, tensor in zip(names, start.tensors, strict=True):
         fresh = usual.get(name)
@@ -52,10 +51,10 @@ def unusual_entries(
         if tensor.ndim > 1:
             is_constant = tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())
             is_usually_constant = bool((fresh == fresh.flatten()[0]).all())
-            is_odd = size > ratio * usual_size or size < usual_size / ratio
+            is_odd = size > _RATIO * usual_size or size < usual_size / _RATIO
             is_odd |= is_constant and not is_usually_constant
         else:
-            is_odd = size > _RATIO_TRAINED * max(usual_size, 1.0 if not is_initial else 0.1)
+            is_odd = size > _RATIO_OTHER * max(usual_size, 1.0 if not is_initial else 0.1)
             is_odd |= name.endswith("running_var") and bool((tensor < 0).any())
         if is_odd or not math.isfinite(size):
             found.append(name)

@@ -54,12 +54,19 @@ def applied(treatment: Treatment, remedy: Remedy, finding: Finding) -> Treatment
     if change is not None:
         treatment = change(treatment)
     if remedy.kind is RemedyKind.LOWER_RATE:
-        return replace(treatment, warmup_steps=INTERVAL, warmup_from=finding.return_to.step + 1)
-    if remedy.kind is RemedyKind.DROP_SAMPLES:
+        # A schedule that raises the rate must not undo it.
+        return replace(
+            treatment,
+            max_rate=min(treatment.max_rate, remedy.value * finding.bad_step.taken.lr),
+            warmup_steps=INTERVAL,
+            warmup_from=finding.return_to.step + 1,
+        )
+    if remedy.oddity is not Oddity.NONE and remedy.kind is not RemedyKind.SANITISE_INPUTS:
+        # Also where a whole batch is left out: others may hold some of its kind.
         return replace(
             treatment,
             drops=treatment.drops | {one.oddity for one in finding.samples} - {Oddity.NONE},
-            max_input=min(treatment.max_input, remedy.value),
+            max_input=min(treatment.max_input, finding.max_input),
         )
     if remedy.kind is RemedyKind.SKIP_BATCH and finding.cause is Cause.DEGENERATE_BATCH:
         return replace(
@@ -69,10 +76,12 @@ def applied(treatment: Treatment, remedy: Remedy, finding: Finding) -> Treatment
 
 
 def _remedies_for_samples(finding: Finding) -> Iterator[Remedy]:
-    oddity = finding.samples[0].oddity
+    oddity = next(
+        (one.oddity for one in finding.samples if one.oddity is not Oddity.NONE), Oddity.NONE
+    )
     is_whole = finding.num_samples == batch_size(finding.bad_step.batch)
-    if finding.healing(ExperimentName.WITHOUT_SAMPLES) is not None and not is_whole:
+    if oddity is not Oddity.NONE and not is_whole:
         yield Remedy(kind=RemedyKind.DROP_SAMPLES, value=finding.max_input, oddity=oddity)
+    yield Remedy(kind=RemedyKind.SKIP_BATCH, oddity=oddity)
     if finding.healing(ExperimentName.INPUTS_SANITISED) is not None:
         yield Remedy(kind=RemedyKind.SANITISE_INPUTS, value=finding.max_input, oddity=oddity)
-    yield Remedy(kind=RemedyKind.SKIP_BATCH, oddity=oddity)

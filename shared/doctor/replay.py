@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.diagnosis import TrendPoint
-from shared.doctor.batches import Batch, batch_size, labels_of
+from shared.doctor.batches import Batch, batch_size, labels_of, take
 from shared.doctor.recording import (
     RandomState,
     Recorded,
@@ -26,9 +26,11 @@ from shared.doctor.samples import oddities
 from shared.doctor.stepping import STEP_ERRORS, UNTREATED, Subject, Taken, Treatment, take_step
 from shared.doctor.symptoms import EXPLOSION, are_constant, is_beyond_chance
 
-_HEALED = 3.0
+_HEALED = 1.25
 """The loss after an experiment is at most so many times the usual one, or nothing is healed."""
-_FORGOTTEN = 30.0
+_FORGOTTEN = 10.0
+_KNOWN = 0.8
+"""A loss of this share of the first one, where it was a tenth of that, is knowledge lost."""
 _FITTED = 0.1
 _PROBE_SAMPLES = 32
 _PROBE_BATCHES = 8
@@ -155,39 +157,42 @@ class Replay:
             prepare()
         recorded.random_state.restore(device_of(self.subject))
         self.count_step()
-        taken = take_step(self.subject, batch, change(recorded.treatment), step=recorded.step)
-        return taken.is_finite and is_finite(self.subject) and self.is_sane()
+        treatment = change(recorded.treatment)
+        taken = take_step(self.subject, batch, treatment, step=recorded.step)
+        return taken.is_finite and self.is_sane(treatment)
 
     def count_step(self) -> None:
         """Count a step that is taken once more, and tell."""
         self.num_steps += 1
         self._on_replay()
 
-    def is_sane(self, *, is_strict: bool = False) -> bool:
+    def is_sane(self, treatment: Treatment = UNTREATED, *, is_strict: bool = False) -> bool:
         """Whether the model, as it is now, still knows what the probe's batches taught it.
 
         The same batches are compared with themselves: their loss is finite, not many times what it
-        was when they were learned from, and no worse than at the very beginning. The strict form
-        is for experiments. Model and random streams are left as they are.
+        was when they were learned from, and no worse than at the very beginning. The loss is computed
+        as `treatment` says. The strict form is for experiments. Model and random streams are left as they are.
         """
         if not is_finite(self.subject):
             return False
         if self.probe is None:
             return True
         level, usual = abs(self.probe.level), abs(self.probe.usual)
-        losses, outputs, has_gradient = self._look(self.probe.batches)
+        losses, outputs, has_gradient = self._look(self.probe.batches, treatment)
         found = sum(losses) / len(losses)
         is_fitted = found <= _FITTED * level
-        limit = (_HEALED if is_strict else EXPLOSION) * max(level, usual)
+        limit = max(_HEALED * usual, level / 2) if is_strict else EXPLOSION * max(level, usual)
         has_exploded = not found <= limit or is_beyond_chance(
             outputs, self.probe.labels, self.subject.num_classes
         )
-        has_forgotten = found > _HEALED * level and found > _FORGOTTEN * usual
+        has_forgotten = found > _KNOWN * level and found > _FORGOTTEN * usual
         is_dead = not has_gradient and not is_fitted
         is_mute = outputs is not None and not is_fitted and are_constant(outputs)
         return not (has_exploded or has_forgotten or is_dead or is_mute)
 
-    def _look(self, batches: Sequence[Batch]) -> tuple[list[float], Tensor | None, bool]:
+    def _look(
+        self, batches: Sequence[Batch], treatment: Treatment = UNTREATED
+    ) -> tuple[list[float], Tensor | None, bool]:
         """Return the losses and outputs, and whether any weight has a gradient.
 
         The gradient is looked at only where a lack of it was noticed: it costs as much again.
@@ -201,7 +206,7 @@ class Replay:
         try:
             for batch in batches:
                 with torch.set_grad_enabled(self._needs_gradient):
-                    loss, outputs = subject.loss_of(batch, UNTREATED)
+                    loss, outputs = subject.loss_of(batch, treatment)
                 losses.append(float(loss.detach()))
                 if outputs is not None:
                     answers.append(outputs.detach().float())
@@ -232,35 +237,55 @@ class Replay:
         )
 
     def _choose_probe(self) -> Probe | None:
-        """Choose early batches whose loss was nothing special."""
+        """Choose early batches whose loss was nothing special, without samples that look odd."""
         steps = [
-            one for one in list(self.tape.steps)[:-1] if one.taken.is_taken and one.taken.is_finite
+            one
+            for one in list(self.tape.steps)[:-1]
+            if one.taken.is_taken and one.taken.is_finite and batch_size(one.batch)
         ]
-        if not steps:
-            return None
-        early = sorted(one.taken.loss for one in steps[:16])
-        bound = 3 * abs(early[len(early) // 2])
-        chosen: list[Recorded] = []
+        early = sorted(abs(one.taken.loss) for one in steps[:16])
+        bound = 3 * early[len(early) // 2] if early else math.inf
+        chosen: list[Batch] = []
+        losses: list[float] = []
         num = 0
         for one in steps:
             if num >= _PROBE_SAMPLES or len(chosen) == _PROBE_BATCHES:
                 break
-            if abs(one.taken.loss) <= bound and not self._is_odd(one.batch):
-                chosen.append(one)
+            if abs(one.taken.loss) <= bound and not self._odd_positions(one.batch):
+                chosen.append(one.batch)
+                losses.append(one.taken.loss)
                 num += batch_size(one.batch)
+        level = self._level
         if not chosen:
-            return None
-        labels = [found for one in chosen if (found := labels_of(one.batch)) is not None]
+            chosen = self._cleaned()
+            if not chosen:
+                return None
+            restore_snapshot(self.subject, self.tape.snapshots[0])
+            losses, _, _ = self._look(chosen)
+            if not all(math.isfinite(one) for one in losses):
+                return None
+            level = max(abs(one) for one in losses)
+        labels = [found for one in chosen if (found := labels_of(one)) is not None]
         is_alike = len({one.shape[1:] for one in labels}) == 1
         return Probe(
-            batches=tuple(one.batch for one in chosen),
+            batches=tuple(chosen),
             labels=torch.cat(labels) if is_alike else None,
-            usual=sum(one.taken.loss for one in chosen) / len(chosen),
-            level=self._level,
+            usual=sum(losses) / len(losses),
+            level=level,
         )
 
-    def _is_odd(self, batch: Batch) -> bool:
-        return bool(oddities(batch, num_classes=self.subject.num_classes, healthy=()))
+    def _cleaned(self) -> list[Batch]:
+        """Return the oldest batches without the samples that look odd."""
+        cleaned: list[Batch] = []
+        for one in list(self.tape.steps)[:2]:
+            odd = self._odd_positions(one.batch)
+            good = [number for number in range(batch_size(one.batch)) if number not in odd]
+            if good:
+                cleaned.append(take(one.batch, good))
+        return cleaned[:1]
+
+    def _odd_positions(self, batch: Batch) -> set[int]:
+        return set(oddities(batch, num_classes=self.subject.num_classes, healthy=()))
 
 
 def has_live_weights(subject: Subject) -> bool:

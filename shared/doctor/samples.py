@@ -22,6 +22,7 @@ from shared.doctor.batches import (
     batch_size,
     inputs_of,
     labels_of,
+    rows_of,
     take,
 )
 
@@ -266,7 +267,7 @@ def oddities(
     labels = labels_of(batch)
     if labels is not None and num_classes is not None:
         is_wrong = are_out_of_range(labels, num_classes)
-        note(is_wrong.reshape(count, -1).any(1).cpu(), Oddity.LABEL_OUT_OF_RANGE, none)
+        note(rows_of(is_wrong).any(1).cpu(), Oddity.LABEL_OUT_OF_RANGE, none)
 
     deviations = none.double()
     for number, rows in enumerate(inputs):
@@ -283,7 +284,7 @@ def oddities(
 
 def _rows(tensor: Tensor) -> Tensor:
     """Return float [n, ...] as float64 [n, entries] on the CPU."""
-    return tensor.detach().to("cpu", torch.float64).reshape(len(tensor), -1)
+    return rows_of(tensor.detach().to("cpu", torch.float64))
 
 
 def _largest(rows: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from shared.doctor.batches import (
     inputs_of,
     labels_of,
     map_tensors,
+    rows_of,
     take,
     tensors_of,
 )
@@ -35,7 +36,7 @@ STEP_ERRORS = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueE
 class Treatment:
     """What is done otherwise than the training says; the default is nothing.
 
-    `rate_factor` multiplies the learning rate; over `warmup_steps` steps from `warmup_from` on it
+    `rate_factor` multiplies the learning rate, which is at most `max_rate` then; over `warmup_steps` steps from `warmup_from` on it
     grows evenly to that. `clip_norm` is the largest global L2 norm of a gradient, beside the
     training's own. Samples with one of the oddities in `drops` are left out; an input is an outlier
     here if its absolute value is above `max_input`. With `sanitises`, such inputs are put right
@@ -45,6 +46,7 @@ class Treatment:
     """
 
     rate_factor: float = 1.0
+    max_rate: float = math.inf
     warmup_steps: int = 0
     warmup_from: int = 0
     clip_norm: float | None = None
@@ -56,12 +58,13 @@ class Treatment:
     guards: bool = False
     widens: bool = False
 
-    def rate_factor_at(self, step: int) -> float:
-        """Return what the learning rate is multiplied by in a step."""
+    def rate(self, lr: float, *, step: int) -> float:
+        """Return the learning rate of a step, where the training's own is `lr`."""
         done = step - self.warmup_from
+        factor = self.rate_factor
         if 0 <= done < self.warmup_steps:
-            return self.rate_factor * (done + 1) / (self.warmup_steps + 1)
-        return self.rate_factor
+            factor *= (done + 1) / (self.warmup_steps + 1)
+        return min(lr * factor, self.max_rate)
 
 
 UNTREATED = Treatment()
@@ -122,7 +125,7 @@ class Taken:
 
 def take_step(subject: Subject, batch: Batch, treatment: Treatment, *, step: int) -> Taken:
     """Take one step: forward, backward, clipping, the optimizer's step and the scheduler's."""
-    lr = float(subject.optimizer.param_groups[0]["lr"]) * treatment.rate_factor_at(step)
+    lr = treatment.rate(float(subject.optimizer.param_groups[0]["lr"]), step=step)
     kept = prepared(batch, treatment, num_classes=subject.num_classes)
     if kept is None or step in treatment.skips:
         if subject.scheduler is not None:
@@ -165,14 +168,10 @@ def descend(subject: Subject, treatment: Treatment, *, step: int) -> None:
         grad_norm = _total([float(one) for one in torch._foreach_norm(gradients)], gradients)
         if grad_norm > min(limits):
             torch._foreach_mul_(gradients, min(limits) / grad_norm)
-    factor = treatment.rate_factor_at(step)
-    if factor == 1:
-        subject.optimizer.step()
-        return
     groups = subject.optimizer.param_groups
     before = [group["lr"] for group in groups]
     for group in groups:
-        group["lr"] = group["lr"] * factor
+        group["lr"] = treatment.rate(group["lr"], step=step)
     try:
         subject.optimizer.step()
     finally:
@@ -258,7 +257,7 @@ def odd_samples(batch: Batch, treatment: Treatment, *, num_classes: int | None) 
     """Return for each sample whether a treatment leaves it out, bool [n]."""
     odd = torch.zeros(batch_size(batch), dtype=torch.bool)
     for one in inputs_of(batch):
-        flat = one.detach().reshape(len(one), -1)
+        flat = rows_of(one.detach())
         if flat.shape[1] == 0:
             continue
         if Oddity.NAN in treatment.drops:
@@ -272,6 +271,6 @@ def odd_samples(batch: Batch, treatment: Treatment, *, num_classes: int | None) 
             odd |= (flat == 0).all(dim=1).cpu()
     labels = labels_of(batch)
     if Oddity.LABEL_OUT_OF_RANGE in treatment.drops and labels is not None and num_classes:
-        wrong = are_out_of_range(labels, num_classes).reshape(len(labels), -1)
+        wrong = rows_of(are_out_of_range(labels, num_classes))
         odd |= wrong.any(dim=1).cpu()
     return odd

@@ -48,7 +48,7 @@ class Watch:
     """Knows the losses and gradient norms of the last steps, and what is usual for them."""
 
     def __init__(self, *, num_classes: int | None) -> None:
-        self._num_classes = num_classes
+        self.num_classes = num_classes
         self._first: list[_Seen] = []
         self._seen: deque[_Seen] = deque(maxlen=_NUM_KEPT)
         self._answers: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=_COLLAPSE_STEPS)
@@ -73,10 +73,10 @@ class Watch:
             if not math.isfinite(one.sum()) and not bool(one.isfinite().all()):
                 return Symptom.NON_FINITE_INPUT
         labels = labels_of(batch)
-        if self._num_classes is not None and labels is not None and labels.numel() > 0:
+        if self.num_classes is not None and labels is not None and labels.numel() > 0:
             low, high = labels.aminmax()
-            is_suspect = int(low) < 0 or int(high) >= self._num_classes
-            if is_suspect and bool(are_out_of_range(labels, self._num_classes).any()):
+            is_suspect = int(low) < 0 or int(high) >= self.num_classes
+            if is_suspect and bool(are_out_of_range(labels, self.num_classes).any()):
                 return Symptom.LABEL_OUT_OF_RANGE
         return None
 
@@ -95,7 +95,11 @@ class Watch:
             self._first.append(seen)
         if len(self._first) < _NUM_FIRST or step % INTERVAL == 0:
             self._ceiling = self._find_ceiling()
-        if taken.outputs is not None and taken.labels is not None and taken.outputs.ndim > 1:
+        if (
+            taken.outputs is not None
+            and taken.labels is not None
+            and _fit(taken.outputs, taken.labels)
+        ):
             self._answers.append((step, taken.outputs, taken.labels))
         if has_exploded:
             return Symptom.LOSS_EXPLOSION
@@ -104,25 +108,20 @@ class Watch:
     def examine_answers(self) -> Symptom | None:
         """Look at the answers of the last steps together; called now and then."""
         pairs = [(outputs, labels) for _, outputs, labels in self._answers]
-        num = sum(len(labels) for _, labels in pairs)
-        if len(pairs) < _COLLAPSE_STEPS or num < _COLLAPSE_SAMPLES:
+        labels = torch.cat([one.flatten() for _, one in pairs]) if pairs else torch.empty(0)
+        known = labels[labels >= 0].long()
+        if len(pairs) < _COLLAPSE_STEPS or len(known) < _COLLAPSE_SAMPLES:
             return None
-        try:
-            outputs = torch.cat([outputs for outputs, _ in pairs])
-            labels = torch.cat([labels for _, labels in pairs])
-        except RuntimeError:
-            # Batches of different widths: there is nothing to compare.
-            return None
-        answers = outputs.argmax(dim=1)
-        if outputs.shape[1] < 2 or answers.shape != labels.shape:
-            return None
+        answers = torch.cat([outputs.argmax(dim=1).flatten() for outputs, _ in pairs])
         accuracy = float((answers == labels).float().mean())
-        share = float(labels.flatten().bincount(minlength=1).max()) / labels.numel()
+        share = float(known.bincount().max()) / len(known)
         has_learned = self._best_accuracy >= share + 0.2
         self._best_accuracy = max(self._best_accuracy, accuracy)
-        if share > _MAX_SHARE or bool((answers != answers.flatten()[0]).any()):
+        if share > _MAX_SHARE:
             return None
-        return Symptom.COLLAPSE if has_learned or are_constant(outputs) else None
+        is_one_answer = has_learned and not bool((answers != answers[0]).any())
+        is_mute = all(are_constant(outputs) for outputs, _ in pairs)
+        return Symptom.COLLAPSE if is_one_answer or is_mute else None
 
     def rewind(self, step: int) -> None:
         """Forget what was seen after `step`."""
@@ -143,7 +142,7 @@ class Watch:
 
     def _has_exploded(self, taken: Taken) -> bool:
         if len(self._first) < _NUM_FIRST and is_beyond_chance(
-            taken.outputs, taken.labels, self._num_classes
+            taken.outputs, taken.labels, self.num_classes
         ):
             return True
         if taken.loss <= self._ceiling:
@@ -170,6 +169,20 @@ class Watch:
         return len(last) == _NUM_DEAD and all(one.is_dead and one.loss > floor for one in last)
 
 
+def _fit(outputs: Tensor, labels: Tensor) -> bool:
+    """Whether the outputs [n, classes, ...] answer the labels [n, ...] with two classes or more."""
+    is_wide = outputs.ndim >= 2 and outputs.shape[1] >= 2
+    return is_wide and outputs.shape[:1] + outputs.shape[2:] == labels.shape
+
+
+def classes_of(outputs: Tensor | None, labels: Tensor | None) -> int | None:
+    """Return how many classes a batch's outputs tell of, None if that can't be said."""
+    if outputs is None or labels is None or labels.numel() == 0 or not _fit(outputs, labels):
+        return None
+    num_classes = outputs.shape[1]
+    return None if bool(are_out_of_range(labels, num_classes).any()) else num_classes
+
+
 def _symptom_of(taken: Taken) -> Symptom:
     if math.isfinite(taken.loss):
         return Symptom.NON_FINITE_GRADIENT
@@ -194,9 +207,7 @@ def is_beyond_chance(
     """Whether the outputs are confidently wrong beyond all measure, whatever the loss is."""
     if num_classes is None or num_classes < 2 or outputs is None or labels is None:
         return False
-    if outputs.ndim < 2 or outputs.shape[1] != num_classes:
-        return False
-    if outputs.shape[:1] + outputs.shape[2:] != labels.shape:
+    if not _fit(outputs, labels) or outputs.shape[1] != num_classes:
         return False
     found = float(functional.cross_entropy(outputs.float(), labels.long()))
     return found > _CHANCE * math.log(num_classes)
