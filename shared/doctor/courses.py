@@ -4,7 +4,6 @@ Lowering the rate and clipping the gradient are compared here. Where both heal, 
 blame if it is as steep where the lower rate leads: then it isn't the rate that led there.
 """
 
-import math
 from collections.abc import Callable
 
 from shared.diagnosis import Cause, Experiment, ExperimentName
@@ -16,6 +15,7 @@ from shared.doctor.stepping import UNTREATED
 
 _RATE_FACTORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)
 _JUMP = 10.0
+_STEEP = 30.0
 
 
 class Courses:
@@ -36,12 +36,20 @@ class Courses:
         prepare: Callable[[], None] | None = None,
         convert: Callable[[Batch], Batch] = lambda one: one,
         value: float = 0.0,
+        highest: float | None = None,
     ) -> Course | None:
-        """Take the steps since a state again; returns how that went if it went well."""
+        """Take the steps since a state again; returns how that went if it went well.
+
+        That is a sane model, or with `highest` a probe's loss of at most that.
+        """
         course = self._replay.run(start, until, change=change, prepare=prepare, convert=convert)
         self._has_stepped = bool(course.steps) and course.steps[-1].taken.is_finite
         treatment = change(UNTREATED)
-        is_healed = not course.failed_at and self._replay.is_sane(treatment, is_strict=True)
+        is_healed = not course.failed_at and (
+            self._replay.is_sane(treatment, is_strict=True)
+            if highest is None
+            else self._replay.probe_loss() <= highest
+        )
         self._experiments.append(
             Experiment(
                 name=name,
@@ -59,6 +67,8 @@ class Courses:
         """Return whether rate, gradient or precision is to blame, and the state to go back to."""
         clip = usual_norm or 1.0
         starts = self._good_starts(newest)
+        restore_snapshot(self._replay.subject, starts[-1])
+        hopeless = None if self._replay.is_sane() else starts[-1]
         for start in starts:
             clipped = self.run(
                 ExperimentName.CLIPPED_GRADIENT,
@@ -67,8 +77,9 @@ class Courses:
                 change=changes.clipping(clip),
                 value=clip,
             )
-            slow = self._slow_enough(start, until)
-            if clipped is not None and (slow is None or _is_steep(slow, start, usual_norm)):
+            # Where the start itself is bad, no rate helps.
+            slow = self._slow_enough(start, until) if start is not hopeless else None
+            if clipped is not None and (slow is None or _is_steep(slow, usual_norm)):
                 return Cause.EXPLODING_GRADIENT, start
             if slow is not None:
                 return Cause.LEARNING_RATE, start
@@ -110,14 +121,12 @@ class Courses:
         return snapshots[:1]
 
 
-def _is_steep(slow: Course, start: Snapshot, usual_norm: float | None) -> bool:
+def _is_steep(slow: Course, usual_norm: float | None) -> bool:
     """Whether the gradient is far steeper than usual on the way that a lower rate takes.
 
-    Without earlier steps to compare with, steep is a gradient a hundred times as long as all
-    weights together.
+    Without earlier steps to compare with, steep is a gradient thirty times the loss, and thirty.
     """
     steepest = max(one.taken.grad_norm for one in slow.steps)
     if usual_norm is not None:
         return steepest > _JUMP * usual_norm
-    weights = math.hypot(*(float(one.double().norm()) for one in start.tensors))
-    return steepest > _JUMP**2 * max(1.0, weights)
+    return steepest > _STEEP * max(1.0, abs(slow.steps[0].taken.loss))

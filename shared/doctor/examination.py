@@ -72,6 +72,9 @@ _MODERATE = 1e9
 """What is computed from numbers below this has no excuse to overflow."""
 _NUM_HEALTHY = 8
 _SMALL_SHARE = 0.25
+_NO_WORSE = 1.25
+_SPIKE = 100.0
+_SPOILT = 1.5
 _MOST = 0.5
 _ROOM = 4.0
 """Inputs may be so many times as large as healthy ones before they count as outliers."""
@@ -126,7 +129,7 @@ class _Examination:
                 if cause is Cause.OPTIMIZER_STATE:
                     self._origin = Origin(phase=StepPhase.OPTIMIZER)
                 return self._finding(cause)
-            if not course.failed_at and self._replay.is_sane():
+            if not course.failed_at and self._replay.is_sane() and not self._has_spoilt(course):
                 return None
             self._failed = self._bad = self._recorded(course.failed_at or self._noticed.step)
             self._before = course.before
@@ -170,6 +173,19 @@ class _Examination:
         self._before = self._course.before
         if not self._has_come_up():
             self._failed = self._bad
+
+    def _has_spoilt(self, course: Course) -> bool:
+        """Whether a gradient far beyond the usual ones has undone a part of what was learned."""
+        usual = self._case.usual_norm
+        if usual is None or not self._noticed.taken.grad_norm > _SPIKE * usual:
+            return False
+        after = self._replay.probe_loss()
+        restore_snapshot(self._subject, course.before)
+        allowed = _SPOILT * abs(self._replay.probe_loss())
+        if not after > allowed:
+            return False
+        self._replay.allowed = allowed
+        return True
 
     def _recorded(self, step: int) -> Recorded:
         return next(one for one in self._tape.steps if one.step == step)
@@ -288,11 +304,13 @@ class _Examination:
         fresh = fresh_state()
         if not unusual_entries(self._subject.model, start, fresh, is_initial=self._case.is_initial):
             return None
+        changes.load_weights(self._subject, fresh)
         restarted = self._courses.run(
             ExperimentName.FRESH_INITIALISATION,
             start,
             min(self._noticed.step, _LONGEST_RESTART),
             prepare=lambda: changes.load_weights(self._subject, fresh),
+            highest=_NO_WORSE * self._replay.probe_loss(),
         )
         if restarted is None:
             return None

@@ -103,6 +103,7 @@ class Replay:
         self.subject = subject
         self.tape = tape
         self.num_steps = 0
+        self.allowed = math.inf
         self._needs_gradient = needs_gradient
         self._on_replay = on_replay
         self._level = level
@@ -170,8 +171,9 @@ class Replay:
         """Whether the model, as it is now, still knows what the probe's batches taught it.
 
         The same batches are compared with themselves: their loss is finite, not many times what it
-        was when they were learned from, and no worse than at the very beginning. The loss is computed
-        as `treatment` says. The strict form is for experiments. Model and random streams are left as they are.
+        was when they were learned from, no worse than at the very beginning, and at most `allowed`.
+        It is computed as `treatment` says. The strict form is for experiments. Model and random
+        streams are left as they are.
         """
         if not is_finite(self.subject):
             return False
@@ -182,13 +184,20 @@ class Replay:
         found = sum(losses) / len(losses)
         is_fitted = found <= _FITTED * level
         limit = max(_HEALED * usual, level / 2) if is_strict else EXPLOSION * max(level, usual)
-        has_exploded = not found <= limit or is_beyond_chance(
+        has_exploded = not found <= min(limit, self.allowed) or is_beyond_chance(
             outputs, self.probe.labels, self.subject.num_classes
         )
         has_forgotten = found > _KNOWN * level and found > _FORGOTTEN * usual
         is_dead = not has_gradient and not is_fitted
         is_mute = outputs is not None and not is_fitted and are_constant(outputs)
         return not (has_exploded or has_forgotten or is_dead or is_mute)
+
+    def probe_loss(self, treatment: Treatment = UNTREATED) -> float:
+        """Return the mean loss of the probe's batches as the model is now; nan without a probe."""
+        if self.probe is None:
+            return math.nan
+        losses, _, _ = self._look(self.probe.batches, treatment)
+        return sum(losses) / len(losses)
 
     def _look(
         self, batches: Sequence[Batch], treatment: Treatment = UNTREATED

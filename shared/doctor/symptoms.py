@@ -17,7 +17,7 @@ from shared.diagnosis import Symptom
 from shared.doctor.batches import Batch, are_out_of_range, inputs_of, labels_of
 from shared.doctor.stepping import Taken
 
-EXPLOSION = 10.0
+EXPLOSION = 5.0
 """A loss of so many times its usual level is suspicious."""
 INTERVAL = 8
 """Steps between two looks at what needs no look at every step."""
