@@ -48,7 +48,7 @@ from shared.doctor.stepping import (
     Treatment,
     take_step,
 )
-from shared.doctor.symptoms import Watch, classes_of
+from shared.doctor.symptoms import PHASES, Watch, classes_of
 
 _NUM_TREND = 5
 _SUSPICIONS = (Symptom.LOSS_EXPLOSION, Symptom.DEAD_NETWORK, Symptom.COLLAPSE)
@@ -342,7 +342,7 @@ class Doctor:
                 batch=self._batch,
                 batch_size=taken.batch_size,
                 lr=taken.lr,
-                origin=Origin(phase=_PHASES.get(symptom, StepPhase.FORWARD), tensor=tensor),
+                origin=Origin(phase=PHASES.get(symptom, StepPhase.FORWARD), tensor=tensor),
                 trend=tuple(self._recent),
             )
         )
@@ -397,11 +397,3 @@ class Doctor:
             targets=taken.targets,
             batch_size=taken.batch_size if taken.is_taken else 0,
         )
-
-
-_PHASES: Mapping[Symptom, StepPhase] = {
-    Symptom.NON_FINITE_LOSS: StepPhase.LOSS,
-    Symptom.NON_FINITE_GRADIENT: StepPhase.BACKWARD,
-    Symptom.NON_FINITE_OPTIMIZER_STATE: StepPhase.OPTIMIZER,
-    Symptom.NON_FINITE_PARAMETER: StepPhase.OPTIMIZER,
-}

@@ -21,17 +21,14 @@ The verdict is the most specific cause whose removal alone heals it, in this ord
 """
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from shared.diagnosis import (
     MAX_SAMPLES,
     MAX_TREND,
     Cause,
-    Experiment,
     ExperimentName,
     Oddity,
     Origin,
@@ -41,7 +38,6 @@ from shared.diagnosis import (
 )
 from shared.doctor import changes
 from shared.doctor.batches import (
-    Batch,
     batch_size,
     blurred,
     inputs_of,
@@ -49,32 +45,23 @@ from shared.doctor.batches import (
     largest_input,
     take,
 )
-from shared.doctor.courses import Courses
+from shared.doctor.evidence import Evidence
 from shared.doctor.findings import Case, Finding
-from shared.doctor.locate import locate, locate_error
 from shared.doctor.oddness import (
     has_odd_optimizer_state,
     unusual_entries,
 )
 from shared.doctor.recording import (
-    Recorded,
     device_of,
     restore_snapshot,
     take_snapshot,
 )
-from shared.doctor.replay import Change, Course, Replay
 from shared.doctor.reproduction import contradiction, largest_norm
 from shared.doctor.samples import failing_samples, oddities
-from shared.doctor.stepping import descend, prepared, treated
 
 _MAX_TRIES = 64
-_MODERATE = 1e9
-"""What is computed from numbers below this has no excuse to overflow."""
-_NUM_HEALTHY = 8
 _SMALL_SHARE = 0.25
 _NO_WORSE = 1.25
-_SPIKE = 100.0
-_SPOILT = 1.5
 _MOST = 0.5
 _ROOM = 4.0
 """Inputs may be so many times as large as healthy ones before they count as outliers."""
@@ -88,31 +75,8 @@ def examine(case: Case) -> Finding | None:
     return _Examination(case).find()
 
 
-class _Examination:
-    """One case on the table: what was found so far."""
-
-    def __init__(self, case: Case) -> None:
-        self._case = case
-        self._subject = case.subject
-        self._tape = case.tape
-        self._noticed = case.tape.steps[-1]
-        self._replay = Replay(
-            case.subject,
-            case.tape,
-            level=case.level,
-            needs_gradient=case.symptom is Symptom.DEAD_NETWORK,
-            on_replay=case.on_replay,
-        )
-        self._experiments: list[Experiment] = []
-        self._courses = Courses(self._replay, self._experiments)
-        self._samples: tuple[SuspectSample, ...] = ()
-        self._num_samples = 0
-        self._max_input = math.inf
-        self._course: Course | None = None
-        self._bad = self._failed = self._noticed
-        self._before = self._start = case.tape.snapshots[-1]
-        self._origin = Origin(phase=StepPhase.INPUT)
-        self._largest_input = 0.0
+class _Examination(Evidence):
+    """Looks for one cause after another."""
 
     def find(self) -> Finding | None:
         if self._case.symptom in _SEEN_AT_ONCE:
@@ -152,75 +116,6 @@ class _Examination:
                 return self._finding(cause)
         self._try_step(ExperimentName.WITHOUT_BATCH, change=changes.skipping(self._bad.step))
         return self._finding(Cause.UNKNOWN)
-
-    # ---- where
-
-    def _find_onset(self) -> None:
-        """Find the first step that harmed the model, and the last good state before it.
-
-        Where the bad value came up stays what was found, unless no value was bad at all.
-        """
-        restore_snapshot(self._subject, self._before)
-        if self._replay.is_sane():
-            return
-        for snapshot in reversed(self._tape.snapshots):
-            self._start = snapshot
-            restore_snapshot(self._subject, snapshot)
-            if self._replay.is_sane():
-                break
-        self._course = self._replay.run(self._start, self._failed.step, is_watched=True)
-        self._bad = self._recorded(self._course.failed_at or self._failed.step)
-        self._before = self._course.before
-        if not self._has_come_up():
-            self._failed = self._bad
-
-    def _has_spoilt(self, course: Course) -> bool:
-        """Whether a gradient far beyond the usual ones has undone a part of what was learned."""
-        usual = self._case.usual_norm
-        if usual is None or not self._noticed.taken.grad_norm > _SPIKE * usual:
-            return False
-        after = self._replay.probe_loss()
-        restore_snapshot(self._subject, course.before)
-        allowed = _SPOILT * abs(self._replay.probe_loss())
-        if not after > allowed:
-            return False
-        self._replay.allowed = allowed
-        return True
-
-    def _recorded(self, step: int) -> Recorded:
-        return next(one for one in self._tape.steps if one.step == step)
-
-    def _locate(self) -> None:
-        """Find where the first bad value comes up in the bad step."""
-        bad, subject = self._bad, self._subject
-        batch = prepared(bad.batch, bad.treatment, num_classes=subject.num_classes)
-        self._origin = Origin(phase=_QUIET_PHASES.get(self._case.symptom, StepPhase.LOSS))
-        if batch is None:
-            return
-
-        def compute_loss(model: torch.nn.Module, one: Batch) -> Tensor | tuple[Tensor, Tensor]:
-            with treated(bad.treatment):
-                return subject.compute_loss(model, one)
-
-        restore_snapshot(subject, self._before)
-        bad.random_state.restore(device_of(subject))
-        self._replay.count_step()
-        if bad.taken.error is not None or self._case.symptom is Symptom.LABEL_OUT_OF_RANGE:
-            raised = locate_error(subject.model, batch, compute_loss)
-            if raised is not None:
-                self._origin = raised[1]
-            return
-        found = locate(
-            subject.model,
-            batch,
-            compute_loss,
-            optimizer_step=lambda: descend(subject, bad.treatment, step=bad.step),
-        )
-        if found is not None:
-            self._origin = found.origin
-            self._largest_input = found.largest_input
-
-    # ---- why
 
     def _look_at_samples(self) -> Cause | None:
         bad, num_classes = self._bad, self._subject.num_classes
@@ -284,9 +179,9 @@ class _Examination:
             step = self._bad.step
             is_healed = self._try_step(ExperimentName.WITHOUT_BATCH, change=changes.skipping(step))
             return Cause.DEGENERATE_BATCH if is_healed else None
-        is_degenerate = batch_size(batch) <= 1 or all(
-            bool((one == one[:1]).all()) for one in inputs_of(batch)
-        )
+        inputs = inputs_of(batch)
+        is_same = bool(inputs) and all(bool((one == one[:1]).all()) for one in inputs)
+        is_degenerate = batch_size(batch) == 1 or is_same
         if not is_degenerate:
             return None
         try:
@@ -302,7 +197,10 @@ class _Examination:
         if start.step != 0:
             return None
         fresh = fresh_state()
-        if not unusual_entries(self._subject.model, start, fresh, is_initial=self._case.is_initial):
+        restore_snapshot(self._subject, start)
+        is_initial = self._case.is_initial
+        is_unusual = bool(unusual_entries(self._subject.model, start, fresh, is_initial=is_initial))
+        if not is_unusual and self._replay.is_sane():
             return None
         changes.load_weights(self._subject, fresh)
         restarted = self._courses.run(
@@ -314,7 +212,7 @@ class _Examination:
         )
         if restarted is None:
             return None
-        return Cause.BAD_INITIALISATION if self._case.is_initial else Cause.RECEIVED_MODEL
+        return Cause.BAD_INITIALISATION if is_initial else Cause.RECEIVED_MODEL
 
     def _look_at_precision(self) -> Cause | None:
         parameters = list(self._subject.model.parameters())
@@ -346,23 +244,6 @@ class _Examination:
         self._note(ExperimentName.GUARDED_LOSS, is_healed=is_healed)
         return Cause.LOSS_FUNCTION if is_healed else None
 
-    def _has_come_up(self) -> bool:
-        """Whether a number of the bad step isn't finite."""
-        return self._origin.num_nan + self._origin.num_inf > 0
-
-    def _is_loss_suspect(self) -> bool:
-        """Whether the loss made a bad value of numbers that are no reason for one."""
-        origin = self._origin
-        is_in_loss = origin.phase is StepPhase.LOSS or (
-            origin.phase is StepPhase.BACKWARD and not origin.module
-        )
-        return is_in_loss and self._has_come_up() and self._largest_input <= _MODERATE
-
-    def _guarded_step_goes_well(self) -> bool:
-        return self._replay.goes_well(
-            self._before, self._bad, self._bad.batch, change=changes.guarding_loss()
-        )
-
     def _look_at_rates(self) -> Cause | None:
         found = self._courses.look_at_rates(
             self._start, until=self._noticed.step, usual_norm=self._case.usual_norm
@@ -380,47 +261,6 @@ class _Examination:
         self._try_step(ExperimentName.CLIPPED_GRADIENT, change=changes.clipping(clip), value=clip)
         self._try_step(ExperimentName.LOWER_RATE, change=changes.slowing(0.1), value=0.1)
 
-    # ---- experiments
-
-    def _step_goes_well(self, batch: Batch) -> bool:
-        return self._replay.goes_well(self._before, self._bad, batch)
-
-    def _try_step(
-        self,
-        name: ExperimentName,
-        *,
-        batch: Batch | None = None,
-        change: Change = lambda one: one,
-        prepare: Callable[[], None] | None = None,
-        value: float = 0.0,
-    ) -> bool:
-        """Take the bad step once more with one thing changed; returns whether it went well."""
-        is_healed = self._replay.goes_well(
-            self._before,
-            self._bad,
-            self._bad.batch if batch is None else batch,
-            change=change,
-            prepare=prepare,
-        )
-        self._note(name, is_healed=is_healed, value=value)
-        return is_healed
-
-    def _note(self, name: ExperimentName, *, is_healed: bool, value: float = 0.0) -> None:
-        failed_at = 0 if is_healed else self._bad.step
-        self._experiments.append(
-            Experiment(name=name, is_healed=is_healed, value=value, failed_at_step=failed_at)
-        )
-
-    # ---- material
-
-    def _healthy_batches(self) -> list[Batch]:
-        earlier = [one for one in self._tape.steps if one.step < self._bad.step]
-        return [one.batch for one in earlier[-_NUM_HEALTHY:]]
-
-    def _index_of(self, position: int) -> int:
-        indices = self._bad.indices
-        return int(indices[position]) if indices is not None and position < len(indices) else -1
-
     def _finding(self, cause: Cause) -> Finding:
         steps = self._course.steps if self._course is not None else ()
         return Finding(
@@ -437,13 +277,6 @@ class _Examination:
         )
 
 
-_QUIET_PHASES: Mapping[Symptom, StepPhase] = {
-    Symptom.NON_FINITE_INPUT: StepPhase.INPUT,
-    Symptom.LABEL_OUT_OF_RANGE: StepPhase.INPUT,
-    Symptom.DEAD_NETWORK: StepPhase.BACKWARD,
-    Symptom.COLLAPSE: StepPhase.FORWARD,
-}
-"""Where to look if no number of the bad step is non-finite; otherwise it is the loss."""
 _OF_THE_BATCH = (Cause.BAD_DATA, Cause.BAD_LABEL, Cause.DEGENERATE_BATCH, Cause.UNKNOWN)
 """Reported with the step that harmed the model, others with the one where a bad value came up."""
 _FROM_EARLIER = (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.NOT_REPRODUCIBLE)

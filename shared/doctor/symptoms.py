@@ -6,6 +6,7 @@ replay decides whether the model is harmed.
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shared.diagnosis import Symptom
+from shared.diagnosis import StepPhase, Symptom
 from shared.doctor.batches import Batch, are_out_of_range, inputs_of, labels_of
 from shared.doctor.stepping import Taken
 
@@ -211,3 +212,12 @@ def is_beyond_chance(
         return False
     found = float(functional.cross_entropy(outputs.float(), labels.long()))
     return found > _CHANCE * math.log(num_classes)
+
+
+PHASES: Mapping[Symptom, StepPhase] = {
+    Symptom.NON_FINITE_LOSS: StepPhase.LOSS,
+    Symptom.NON_FINITE_GRADIENT: StepPhase.BACKWARD,
+    Symptom.NON_FINITE_OPTIMIZER_STATE: StepPhase.OPTIMIZER,
+    Symptom.NON_FINITE_PARAMETER: StepPhase.OPTIMIZER,
+}
+"""Where to look first for what made a number bad; elsewhere in the forward pass."""
