@@ -4,6 +4,7 @@ Lowering the rate and clipping the gradient are compared here. Where both heal, 
 blame if it is as steep where the lower rate leads: then it isn't the rate that led there.
 """
 
+import math
 from collections.abc import Callable
 
 from shared.diagnosis import Cause, Experiment, ExperimentName
@@ -40,7 +41,7 @@ class Courses:
     ) -> Course | None:
         """Take the steps since a state again; returns how that went if it went well.
 
-        That is a sane model, or with `highest` a probe's loss of at most that.
+        That is a sane model, or with `highest` a probe's loss of at most that (nan: any).
         """
         course = self._replay.run(start, until, change=change, prepare=prepare, convert=convert)
         self._has_stepped = bool(course.steps) and course.steps[-1].taken.is_finite
@@ -48,7 +49,7 @@ class Courses:
         is_healed = not course.failed_at and (
             self._replay.is_sane(treatment, is_strict=True)
             if highest is None
-            else self._replay.probe_loss() <= highest
+            else math.isnan(highest) or self._replay.probe_loss() <= highest
         )
         self._experiments.append(
             Experiment(

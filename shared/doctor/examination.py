@@ -38,10 +38,12 @@ from shared.diagnosis import (
 )
 from shared.doctor import changes
 from shared.doctor.batches import (
+    IGNORED_LABEL,
     batch_size,
     blurred,
     inputs_of,
     joined,
+    labels_of,
     largest_input,
     take,
 )
@@ -181,7 +183,9 @@ class _Examination(Evidence):
             return Cause.DEGENERATE_BATCH if is_healed else None
         inputs = inputs_of(batch)
         is_same = bool(inputs) and all(bool((one == one[:1]).all()) for one in inputs)
-        is_degenerate = batch_size(batch) == 1 or is_same
+        labels = labels_of(batch)
+        is_unlabelled = labels is not None and bool((labels == IGNORED_LABEL).all())
+        is_degenerate = batch_size(batch) == 1 or is_same or is_unlabelled
         if not is_degenerate:
             return None
         try:
@@ -200,7 +204,8 @@ class _Examination(Evidence):
         restore_snapshot(self._subject, start)
         is_initial = self._case.is_initial
         is_unusual = bool(unusual_entries(self._subject.model, start, fresh, is_initial=is_initial))
-        if not is_unusual and self._replay.is_sane():
+        has_odd_history = has_odd_optimizer_state(start, largest_norm=1.0)
+        if not is_unusual and (has_odd_history or self._replay.is_sane()):
             return None
         changes.load_weights(self._subject, fresh)
         restarted = self._courses.run(
@@ -267,8 +272,8 @@ class _Examination(Evidence):
             cause=cause,
             bad_step=self._bad if cause in _OF_THE_BATCH else self._failed,
             origin=self._origin,
-            samples=self._samples,
-            num_samples=self._num_samples,
+            samples=self._samples if cause not in _OF_ALL_SAMPLES else (),
+            num_samples=self._num_samples if cause not in _OF_ALL_SAMPLES else 0,
             max_input=self._max_input,
             experiments=tuple(self._experiments),
             trend=tuple(one.point for one in steps[-MAX_TREND:]),
@@ -279,4 +284,6 @@ class _Examination(Evidence):
 
 _OF_THE_BATCH = (Cause.BAD_DATA, Cause.BAD_LABEL, Cause.DEGENERATE_BATCH, Cause.UNKNOWN)
 """Reported with the step that harmed the model, others with the one where a bad value came up."""
+_OF_ALL_SAMPLES = (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.OPTIMIZER_STATE)
+"""That some samples show it more than others says nothing against these."""
 _FROM_EARLIER = (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.NOT_REPRODUCIBLE)

@@ -38,11 +38,11 @@ class Treatment:
 
     `rate_factor` multiplies the learning rate, which is at most `max_rate` then; over
     `warmup_steps` steps from `warmup_from` on it grows evenly to that. `clip_norm` is the largest
-    global L2 norm of a gradient, beside the training's own. Samples with one of the oddities in `drops` are left out; an input is an outlier
-    here if its absolute value is above `max_input`. With `sanitises`, such inputs are put right
-    instead. Batches of fewer than `min_batch_size` samples, and the steps in `skips`, are left
-    out. With `guards` the loss is computed by shared.doctor.guarded, with `widens` everything
-    narrower is computed in float32.
+    global L2 norm of a gradient, beside the training's own. Samples with one of the oddities in
+    `drops` are left out; an input is an outlier here if its absolute value is above `max_input`.
+    With `sanitises`, such inputs are put right instead. Batches of fewer than `min_batch_size`
+    samples, and the steps in `skips`, are left out. With `guards` the loss is computed by
+    shared.doctor.guarded, with `widens` everything narrower is computed in float32.
     """
 
     rate_factor: float = 1.0

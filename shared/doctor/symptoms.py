@@ -158,11 +158,12 @@ class Watch:
         losses = [one.loss for one in self._seen]
         usual = median(losses)
         deviation = median(abs(one - usual) for one in losses) * 1.4826
-        level = max(abs(self.first_level), abs(usual) + _BAND * deviation)
+        level = max(abs(self.first_level), abs(usual))
+        band = abs(usual) + _BAND * deviation
         # Far below its first level a jump counts by what is usual by now.
-        settled = abs(usual) * EXPLOSION + _BAND * deviation
+        settled = max(EXPLOSION * abs(usual), band)
         is_settled = len(losses) >= _NUM_FIRST and settled < abs(self.first_level)
-        return abs(self.first_level) if is_settled else EXPLOSION * level
+        return abs(self.first_level) if is_settled else max(EXPLOSION * level, band)
 
     def _is_dead(self) -> bool:
         last = list(self._seen)[-_NUM_DEAD:]
