@@ -17,6 +17,7 @@ from shared.doctor.stepping import UNTREATED
 _RATE_FACTORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)
 _JUMP = 10.0
 _STEEP = 30.0
+_FURTHER = 0.9
 
 
 class Courses:
@@ -95,6 +96,9 @@ class Courses:
         return None if widened is None else (Cause.PRECISION, starts[-1])
 
     def _slow_enough(self, start: Snapshot, until: int) -> Course | None:
+        """Lower the rate until it heals; once more if that leads clearly further."""
+        healing: Course | None = None
+        reached = math.inf
         for factor in _RATE_FACTORS:
             slow = self.run(
                 ExperimentName.LOWER_RATE,
@@ -103,12 +107,17 @@ class Courses:
                 change=changes.slowing(factor),
                 value=factor,
             )
-            if slow is not None:
-                return slow
+            found = self._replay.probe_loss()
+            if healing is not None:
+                if slow is not None and found < _FURTHER * reached:
+                    return slow
+                self._experiments.pop()
+                return healing
+            healing, reached = slow, found
             if self._experiments[-1].failed_at_step == start.step + 1 and not self._has_stepped:
                 # It fails before the rate has any say.
                 return None
-        return None
+        return healing
 
     def _good_starts(self, newest: Snapshot) -> list[Snapshot]:
         """Return the newest state that is good beyond doubt, and the oldest."""

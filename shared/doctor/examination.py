@@ -126,9 +126,13 @@ class _Examination(Evidence):
         odd = oddities(bad.batch, num_classes=num_classes, healthy=healthy)
         is_on_cpu = device_of(self._subject).type == "cpu"
         wrong = [one for one in odd.values() if one.oddity is Oddity.LABEL_OUT_OF_RANGE]
+        others = [one for one in range(count) if one not in odd]
         if wrong and not is_on_cpu:
             # A label out of range ends a CUDA process for good: it is never tried.
             positions: tuple[int, ...] = tuple(one.position for one in wrong)
+        elif len(odd) == 1 and others and self._step_goes_well(take(bad.batch, others)):
+            # The whole batch fails and the rest doesn't: there is no smaller set.
+            positions = tuple(odd)
         else:
             positions = failing_samples(
                 bad.batch,

@@ -53,8 +53,9 @@ class Finding:
     num_replayed_steps: int = 0
 
     def healing(self, name: ExperimentName) -> Experiment | None:
-        """Return the experiment of that name that healed, if one did."""
-        return next((one for one in self.experiments if one.name is name and one.is_healed), None)
+        """Return the last experiment of that name that healed, if one did."""
+        healed = [one for one in self.experiments if one.name is name and one.is_healed]
+        return healed[-1] if healed else None
 
 
 PROOFS: Mapping[Cause, ExperimentName] = {
