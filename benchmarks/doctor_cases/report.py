@@ -100,12 +100,14 @@ def _share(judged: list[Judgement], of: Callable[[Judgement], bool | None]) -> s
 def healthy_table(judged: list[HealthyJudgement]) -> str:
     """Return the false alarms, and whether the doctor changed what it only watched."""
     alarms = sum(bool(one.treated.diagnoses or one.treated.is_halted) for one in judged)
+    errors = sum(bool(one.treated.error) for one in judged)
     unchanged = sum(one.is_unchanged for one in judged)
     return "\n".join(
         [
             "| healthy runs | of | aim |",
             "| --- | --- | --- |",
             f"| false alarms | {alarms} of {len(judged)} | 0 |",
+            f"| ended by an error of the doctor's | {errors} of {len(judged)} | 0 |",
             f"| weights bit for bit those of a plain loop | {unchanged} of {len(judged)} | all |",
         ]
     )
