@@ -27,11 +27,11 @@ class RandomState:
     def now(cls, device: torch.device) -> "RandomState":
         """Return it as it is at this moment; `device` is the model's."""
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(cpu=torch.get_rng_state(), cuda=cuda)
+        return cls(cpu=torch.default_generator.get_state(), cuda=cuda)
 
     def restore(self, device: torch.device) -> None:
         """Put the generators where they were."""
-        torch.set_rng_state(self.cpu)
+        torch.default_generator.set_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
 
@@ -114,9 +114,15 @@ def is_finite(subject: Subject) -> bool:
     ]
     norms = torch._foreach_norm([one.detach() for one in tensors if one.numel() > 0])
     # The norm screens; where it isn't finite a number is bad or the norm itself overflows.
-    if math.isfinite(sum(float(one) for one in norms)):
+    if math.isfinite(_sum(norms)):
         return True
     return all(bool(one.isfinite().all()) for one in tensors)
+
+
+def _sum(norms: Sequence[Tensor]) -> float:
+    if len({(one.dtype, one.device) for one in norms}) == 1:
+        return float(torch.stack(list(norms)).sum())
+    return sum(float(one) for one in norms)
 
 
 def first_bad_entry(subject: Subject) -> str | None:

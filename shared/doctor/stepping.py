@@ -58,6 +58,11 @@ class Treatment:
     guards: bool = False
     widens: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the loss is computed as it is written."""
+        return not (self.guards or self.widens)
+
     def rate(self, lr: float, *, step: int) -> float:
         """Return the learning rate of a step, where the training's own is `lr`."""
         done = step - self.warmup_from
@@ -85,8 +90,11 @@ class Subject:
 
     def loss_of(self, batch: Batch, treatment: Treatment) -> tuple[Tensor, Tensor | None]:
         """Return the loss of a batch, with its graph, and the outputs if there are any."""
-        with treated(treatment):
+        if treatment.is_plain:
             found = self.compute_loss(self.model, batch)
+        else:
+            with treated(treatment):
+                found = self.compute_loss(self.model, batch)
         return found if isinstance(found, tuple) else (found, None)
 
 
@@ -135,8 +143,7 @@ def take_step(subject: Subject, batch: Batch, treatment: Treatment, *, step: int
     subject.optimizer.zero_grad()
     try:
         loss, outputs = subject.loss_of(kept, treatment)
-        with treated(treatment):
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     except STEP_ERRORS as error:
         return Taken(lr=lr, batch_size=size, error=error)
     learned = [one for one in subject.learning if one.grad is not None]

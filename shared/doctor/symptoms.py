@@ -53,7 +53,7 @@ class Watch:
         self._first: list[_Seen] = []
         self._seen: deque[_Seen] = deque(maxlen=_NUM_KEPT)
         self._answers: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=_COLLAPSE_STEPS)
-        self._best_accuracy = 0.0
+        self._accuracies: deque[float] = deque(maxlen=_COLLAPSE_STEPS)
         self._ceiling = math.inf
 
     @property
@@ -108,18 +108,28 @@ class Watch:
 
     def examine_answers(self) -> Symptom | None:
         """Look at the answers of the last steps together; called now and then."""
+        if not self._answers:
+            return None
+        _, newest, labels = self._answers[-1]
+        answers = newest.argmax(dim=1)
+        self._accuracies.append(float((answers == labels).float().mean()))
+        if bool((answers != answers.flatten()[0]).any()):
+            return None
+        return self._examine_one_answer()
+
+    def _examine_one_answer(self) -> Symptom | None:
+        """Look whether one class is the answer to everything, as it is in the newest batch."""
         pairs = [(outputs, labels) for _, outputs, labels in self._answers]
-        labels = torch.cat([one.flatten() for _, one in pairs]) if pairs else torch.empty(0)
+        labels = torch.cat([one.flatten() for _, one in pairs])
         known = labels[labels >= 0].long()
         if len(pairs) < _COLLAPSE_STEPS or len(known) < _COLLAPSE_SAMPLES:
             return None
-        answers = torch.cat([outputs.argmax(dim=1).flatten() for outputs, _ in pairs])
-        accuracy = float((answers == labels).float().mean())
         share = float(known.bincount().max()) / len(known)
-        has_learned = self._best_accuracy >= share + 0.2
-        self._best_accuracy = max(self._best_accuracy, accuracy)
         if share > _MAX_SHARE:
             return None
+        answers = torch.cat([outputs.argmax(dim=1).flatten() for outputs, _ in pairs])
+        window = list(self._accuracies)[:-2]
+        has_learned = len(window) > 1 and sum(window) / len(window) >= share + 0.2
         is_one_answer = has_learned and not bool((answers != answers[0]).any())
         is_mute = all(are_constant(outputs) for outputs, _ in pairs)
         return Symptom.COLLAPSE if is_one_answer or is_mute else None
@@ -166,6 +176,8 @@ class Watch:
         return abs(self.first_level) if is_settled else max(EXPLOSION * level, band)
 
     def _is_dead(self) -> bool:
+        if not self._seen[-1].is_dead:
+            return False
         last = list(self._seen)[-_NUM_DEAD:]
         floor = _NOT_FITTED * abs(self.first_level)
         return len(last) == _NUM_DEAD and all(one.is_dead and one.loss > floor for one in last)
