@@ -34,6 +34,8 @@ _MODERATE = 1e9
 _NUM_HEALTHY = 8
 _SPIKE = 100.0
 _SPOILT = 1.5
+_WORTH = 0.3
+"""A loss below this share of the first one is nothing to worry about."""
 
 
 class Evidence:
@@ -88,7 +90,7 @@ class Evidence:
             return False
         after = self._replay.probe_loss()
         restore_snapshot(self._subject, course.before)
-        allowed = _SPOILT * abs(self._replay.probe_loss())
+        allowed = max(_SPOILT * abs(self._replay.probe_loss()), _WORTH * abs(self._case.level))
         if not after > allowed:
             return False
         self._replay.allowed = allowed
