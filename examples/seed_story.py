@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,6 +46,15 @@ FAULTS = {
     "data": f"{len(BLANK_SCANS)} of its scans are blank, and divided by their own contrast: 0/0",
     "rate": f"its steps are {RATE_FACTOR:g} times as long as everybody's",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is trained: rounds, and into how many shares the digits are dealt, one a client."""
+
+    num_rounds: int
+    num_shares: int
+    data_root: Path | None
 
 
 # ---- the task, as any task of one's own
@@ -84,9 +94,7 @@ digits = Task(
 # ---- act 1
 
 
-def average_plainly(
-    fault: str, *, num_rounds: int, data_root: Path | None
-) -> tuple[float, float, float]:
+def average_plainly(fault: str, size: Size) -> tuple[float, float, float]:
     """Average models round by round, as the textbook has it, and print how that goes.
 
     Returns:
@@ -94,16 +102,16 @@ def average_plainly(
     """
     torch.manual_seed(0)
     model = digits.build_model()
-    test = digits.load_test(data_root)
+    test = digits.load_test(size.data_root)
     assert test is not None
     images, labels = test[:]
     shares = []
     for client in range(NUM_CLIENTS):
-        partition = Partition(num_partitions=NUM_CLIENTS, index=client, seed=0)
-        request = DataRequest(data_root=data_root, partition=partition)
+        partition = Partition(num_partitions=size.num_shares, index=client, seed=0)
+        request = DataRequest(data_root=size.data_root, partition=partition)
         shares.append(load_train(request, fault=fault if client == BAD_CLIENT else "none"))
     loss = accuracy = 0.0
-    for round_number in range(1, num_rounds + 1):
+    for round_number in range(1, size.num_rounds + 1):
         before = {name: one.clone() for name, one in model.state_dict().items()}
         sums = {name: torch.zeros_like(one) for name, one in before.items()}
         for client, share in enumerate(shares):
@@ -132,23 +140,21 @@ def _train(model: nn.Module, share: Examples, *, fault: str) -> None:
 # ---- acts 2 and 3
 
 
-def run_service(
-    fault: str, *, num_rounds: int, data_root: Path | None, doctor: str
-) -> list[dict[str, Any]]:
+def run_service(fault: str, size: Size, *, doctor: str) -> list[dict[str, Any]]:
     """Run the service with one bad client, and print how that goes.
 
     Returns:
         The run's history, as `fedserver history --json` gives it.
     """
     task = ["--task", "examples.seed_story:digits"]
-    task += [] if data_root is None else ["--data-root", str(data_root.resolve())]
+    task += [] if size.data_root is None else ["--data-root", str(size.data_root.resolve())]
     with tempfile.TemporaryDirectory(prefix="seed-story-") as name:
         folder = Path(name)
         with (folder / "server.log").open("w") as log:
             server = _start(
                 *("fedserver", "--port", 0, "--state-dir", folder / "server", *task),
-                *("--rounds", num_rounds, "--min-clients", NUM_CLIENTS),
-                *("--min-updates", NUM_CLIENTS - 1, "--num-partitions", NUM_CLIENTS),
+                *("--rounds", size.num_rounds, "--min-clients", NUM_CLIENTS),
+                *("--min-updates", NUM_CLIENTS - 1, "--num-partitions", size.num_shares),
                 *("--epochs", EPOCHS, "--batch-size", BATCH_SIZE, "--lr", LR),
                 *("--farewell", 60, "--log-level", "WARNING"),
                 log=log,
@@ -235,13 +241,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--fault", choices=FAULTS, default="data", help="what client 1 does wrong")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--shares", type=int, default=NUM_CLIENTS, help="into how many the digits are dealt"
+    )
     parser.add_argument("--data-root", type=Path, help="MNIST in torchvision's layout; not bundled")
     args = parser.parse_args(argv)
-    size = {"num_rounds": args.rounds, "data_root": args.data_root}
+    size = Size(num_rounds=args.rounds, num_shares=args.shares, data_root=args.data_root)
     say(f"{NUM_CLIENTS} clients; client {BAD_CLIENT} is bad: {FAULTS[args.fault]}.")
 
     say("\nAct 1: plain averaging, no checks")
-    loss, accuracy, share = average_plainly(args.fault, **size)
+    loss, accuracy, share = average_plainly(args.fault, size)
     say(
         f"It ends with loss: {loss:.4f}, test acc: {accuracy:.4f}, without an error or a warning. "
         f"Of the held-out digits {share:.4f} are zeros"
@@ -249,14 +258,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     say("\nAct 2: the service, without the doctor (--doctor off)")
-    checked = run_service(args.fault, doctor="off", **size)[-1]["evaluation"]
+    checked = run_service(args.fault, size, doctor="off")[-1]["evaluation"]
     say(
         f"It ends with loss: {checked['loss']:.4f}, test acc: {checked['accuracy']:.4f}. The bad "
         "client's rounds fail by name and the model stays finite; what that client knows is lost."
     )
 
     say("\nAct 3: the service, as it is by default")
-    cured = run_service(args.fault, doctor="cure", **size)[-1]
+    cured = run_service(args.fault, size, doctor="cure")[-1]
     say(
         f"It ends with loss: {cured['evaluation']['loss']:.4f}, test acc: "
         f"{cured['evaluation']['accuracy']:.4f}, {num_counted(cured)} of {NUM_CLIENTS} clients "

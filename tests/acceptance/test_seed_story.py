@@ -33,7 +33,7 @@ def test_one_bad_client_spoils_all_or_one_round_or_nothing() -> None:
 
     Two rounds. A model of NaN answers class 0, and 200 of the 2000 held-out digits are zeros.
     """
-    plain, checked, cured = _told("--rounds", "2")
+    plain, checked, cured = _told("--rounds", "2", "--shares", "10")
     assert [math.isnan(loss) for loss, _ in _rounds(plain)] == [True, True]
     assert [accuracy for _, accuracy in _rounds(plain)] == [0.1, 0.1]
     assert "0.1000 are zeros" in plain
