@@ -100,8 +100,23 @@ def peak_memory_mb(pid: int) -> float:
     Raises:
         OSError: there is no such process.
     """
+    return _memory_mb(pid, "VmHWM")
+
+
+def anonymous_memory_mb(pid: int) -> float:
+    """Return the memory of its own that a process holds now, without the pages of libraries.
+
+    How many of those count as resident depends on what the kernel has at hand: 100 MB more or less.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    return _memory_mb(pid, "RssAnon")
+
+
+def _memory_mb(pid: int, name: str) -> float:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024 / 1e6
     return 0.0  # it has ended, but nobody has waited for it yet
 
@@ -113,6 +128,12 @@ def machine_line() -> str:
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores ({processor}), "
         f"Python {platform.python_version()}"
     )
+
+
+def read_section(name: str, *, page: str = "performance.md") -> str:
+    """Return what stands between a benchmark's marks in a page of docs."""
+    rest = (ROOT / "docs" / page).read_text().partition(f"<!-- {name}: begin -->")[2]
+    return rest.partition(f"<!-- {name}: end -->")[0]
 
 
 def write_section(name: str, text: str, *, page: str = "performance.md") -> None:

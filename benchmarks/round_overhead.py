@@ -6,8 +6,9 @@
 A case is MEGABYTESxCLIENTS; every client is a process and gives back the model with every tensor
 changed. Rounds of the service and of raw gRPC (the same bytes, written and fdatasync'd) take turns
 in blocks; of either the median counts, after warm-up rounds. `--write` puts the table into
-docs/performance.md. With `--peer flwr` the same rounds run on Flower too, after ours, in the
-environment that PATH is the Python of.
+docs/performance.md, where rows of other cases stay: a case can be measured by itself. With
+`--peer flwr` the same rounds run on Flower too, after ours, in the environment that PATH is the
+Python of.
 """
 
 import argparse
@@ -16,23 +17,30 @@ import itertools
 import statistics
 import threading
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 
 from benchmarks import flower_peer
-from benchmarks.federation import machine_line, peak_memory_mb, started, write_section
+from benchmarks.federation import (
+    anonymous_memory_mb,
+    machine_line,
+    read_section,
+    started,
+    write_section,
+)
 from benchmarks.raw_stream import raw_rounds
 
 CASES = "1x2,1x10,25x2,25x10,100x2,100x10,400x2,1x50,25x50"
 _NUM_WARM_UP = 3
 _NUM_MEASURED = 7
+_SAMPLE_S = 0.01
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One case; memory in MB, peaks over idle in models."""
+    """One case; anonymous memory in MB, idle with a model of 4 KB."""
 
     megabytes: float
     num_clients: int
@@ -46,7 +54,7 @@ class Measured:
 
 
 class PeakMemory:
-    """Samples the largest resident memory of a process while it lives."""
+    """Samples the most memory of its own that a process holds while it lives."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -61,10 +69,9 @@ class PeakMemory:
         self._thread.join()
 
     def _sample(self) -> None:
-        # The kernel's own high-water mark, so that nothing falls between two samples.
-        while not self._ended.wait(0.05):
+        while not self._ended.wait(_SAMPLE_S):
             try:
-                self.peak_mb = max(self.peak_mb, peak_memory_mb(self._pid))
+                self.peak_mb = max(self.peak_mb, anonymous_memory_mb(self._pid))
             except OSError:
                 return
 
@@ -124,7 +131,7 @@ def _loopback_bytes() -> int:
 
 
 def table(measured: list[Measured], peer: list[flower_peer.PeerMeasured]) -> str:
-    """Return the results as Markdown, with three more columns if a peer was measured."""
+    """Return the results as a Markdown table, with three more columns if a peer was measured."""
     lines = [
         "| model x clients | round (s) | raw (s) | ratio | wire / ideal "
         "| server idle -> peak (MB) | in models | client idle -> peak (MB) | in models |",
@@ -147,7 +154,24 @@ def table(measured: list[Measured], peer: list[flower_peer.PeerMeasured]) -> str
                 f" {other.round_s:.3f} | {other.round_s / one.round_s:.1f} "
                 f"| {other.server_peak_mb:.0f} |"
             )
+    lines[0] += " measured (UTC) |"
+    lines[1] += " --- |"
+    lines[2:] = [f"{line} {datetime.now(UTC):%Y-%m-%d %H:%M} |" for line in lines[2:]]
     return "\n".join(lines)
+
+
+def joined(earlier: str, new: str) -> str:
+    """Return a table with the rows of an earlier one, by size, but for those measured again."""
+    kept, lines = ([one for one in text.splitlines() if one[:1] == "|"] for text in (earlier, new))
+    if kept[:1] != lines[:1]:
+        return new
+    rows = {line.split("|")[1]: line for line in (*kept[2:], *lines[2:])}
+
+    def size(case: str) -> tuple[float, int]:
+        megabytes, num_clients = case.split(" MB x ")
+        return float(megabytes), int(num_clients)
+
+    return "\n".join([*lines[:2], *(rows[case] for case in sorted(rows, key=size))])
 
 
 def main() -> None:
@@ -161,7 +185,7 @@ def main() -> None:
     parser.add_argument("--peer-rounds", type=int, default=3, metavar="N")
     arguments = parser.parse_args()
     flower = None
-    made_by = f"`python -m benchmarks.round_overhead --cases {arguments.cases}`"
+    made_by = "`python -m benchmarks.round_overhead`"
     if arguments.peer:
         if arguments.peer_python is None:
             parser.error("--peer needs --peer-python, the Python of Flower's environment")
@@ -178,11 +202,12 @@ def main() -> None:
         measured.append(measure(*size))
         if flower is not None:
             peer.append(flower_peer.measure(flower, *size, arguments.peer_rounds))
-        print(table(measured[-1:], peer[-1:]).splitlines()[-1], flush=True)
-    text = f"{machine_line()}; {made_by}\n\n{table(measured, peer)}\n"
-    print(text)
-    if arguments.write:
-        write_section(arguments.section, text)
+        newest = table(measured[-1:], peer[-1:])
+        print(newest.splitlines()[-1], flush=True)
+        if arguments.write:
+            rows = joined(read_section(arguments.section), newest)
+            write_section(arguments.section, f"{machine_line()}; {made_by}\n\n{rows}\n")
+    print(table(measured, peer))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ _ANSWERS = {
     OrderState.ABANDONED: Receipt.LATE,
 }
 
-_TIDYING_BYTES = 32 << 20
+_TIDYING_BYTES = 8 << 20
 """So much may arrive before the heap's free pages are given back: it costs a look at all of it."""
 
 
