@@ -15,8 +15,7 @@ The verdict is the most specific cause whose removal alone heals it, in this ord
 7. `optimizer-state`: the bad value came up in the optimizer's step, or its state is beyond what the
    gradients explain, and without its history all goes well.
 8. `exploding-gradient`, `learning-rate`: clipping, or a lower rate, heals. Where both do, it is the
-   gradient if that jumped though the steps before changed the weights little, and the rate
-   otherwise.
+   gradient if that is as steep where the lower rate leads, and the rate otherwise.
 9. `unknown`.
 """
 
