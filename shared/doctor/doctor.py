@@ -273,6 +273,7 @@ class Doctor:
 
     def _dismiss(self, symptom: Symptom, taken: Taken) -> Taken:
         """Go on as if nothing had been noticed; the same suspicion isn't followed for ever."""
+        assert is_finite(self._subject), symptom
         if symptom not in (Symptom.LOSS_EXPLOSION,):
             self._dismissed.add(symptom)
         if not taken.is_taken or math.isnan(taken.loss):
