@@ -38,6 +38,7 @@ from shared.diagnosis import (
 from shared.doctor import changes
 from shared.doctor.batches import (
     IGNORED_LABEL,
+    Batch,
     batch_size,
     blurred,
     inputs_of,
@@ -69,6 +70,13 @@ _ROOM = 4.0
 _LONGEST_RESTART = 48
 _SEEN_AT_ONCE = (Symptom.NON_FINITE_INPUT, Symptom.LABEL_OUT_OF_RANGE)
 _NARROW = ("float16", "bfloat16")
+
+
+def _without_odd_ones(batch: Batch) -> Batch:
+    """Return a batch without samples that did no harm by chance: they aren't what is usual."""
+    odd = oddities(batch, num_classes=None, healthy=())
+    kept = [position for position in range(batch_size(batch)) if position not in odd]
+    return take(batch, kept) if odd and kept else batch
 
 
 def examine(case: Case) -> Finding | None:
@@ -121,7 +129,7 @@ class _Examination(Evidence):
     def _look_at_samples(self) -> Cause | None:
         bad, num_classes = self._bad, self._subject.num_classes
         count = batch_size(bad.batch)
-        healthy = self._healthy_batches()
+        healthy = [_without_odd_ones(one) for one in self._healthy_batches()]
         odd = oddities(bad.batch, num_classes=num_classes, healthy=healthy)
         is_on_cpu = device_of(self._subject).type == "cpu"
         wrong = [one for one in odd.values() if one.oddity is Oddity.LABEL_OUT_OF_RANGE]
@@ -162,7 +170,8 @@ class _Examination(Evidence):
         self._samples = tuple(
             replace(one, index=self._index_of(one.position)) for one in suspects[:MAX_SAMPLES]
         )
-        good = [*([take(bad.batch, rest)] if rest else []), *healthy]
+        usual = [one for one in rest if one not in odd]
+        good = [*([take(bad.batch, usual)] if usual else []), *healthy]
         self._max_input = _ROOM * largest_input(*good) or math.inf
         if Oddity.LABEL_OUT_OF_RANGE in kinds:
             return Cause.BAD_LABEL

@@ -119,6 +119,24 @@ def spoil_input(value: float, *, at_step: int = 20, position: int = 5) -> Spoil:
     return spoil
 
 
+def test_a_bad_sample_that_did_no_harm_before_makes_the_next_one_no_less_odd() -> None:
+    """The first has the label that torch's loss passes over, so nothing is learned from it."""
+
+    def spoil(step: int, inputs: Tensor, labels: Tensor) -> None:
+        if step == 18:
+            inputs[2, 3] = 1e20
+            labels[2] = -100
+        if step == 22:
+            # Whatever the answer is, it is wrong for two of the three.
+            inputs[4:7, 3] = 1e20
+            labels[4:7] = torch.arange(3)
+
+    found = Trained(spoil=spoil).diagnosis
+    assert (found.cause, found.step) == (Cause.BAD_DATA, 22)
+    assert {one.oddity for one in found.samples} == {Oddity.OUTLIER}
+    assert found.remedy.kind is RemedyKind.DROP_SAMPLES
+
+
 @pytest.mark.parametrize(
     ("value", "oddity"),
     [
