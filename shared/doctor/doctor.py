@@ -25,7 +25,7 @@ from shared.diagnosis import (
 from shared.doctor import changes
 from shared.doctor.batches import Batch, batch_size
 from shared.doctor.examination import examine
-from shared.doctor.findings import PROOFS, Case, Finding
+from shared.doctor.findings import Case, Finding
 from shared.doctor.oddness import usual_state
 from shared.doctor.recording import (
     RandomState,
@@ -312,7 +312,8 @@ class Doctor:
                 )
             )
             symptom = self._watch.examine_step(taken, step=one.step)
-            if symptom is not None and symptom not in _SUSPICIONS:
+            is_certain = symptom is not None and symptom not in _SUSPICIONS
+            if is_certain or (symptom is not None and remedy.kind is RemedyKind.REPEAT):
                 return None
         if not is_finite(self._subject):
             return None
@@ -353,8 +354,6 @@ class Doctor:
 
     def _diagnosis(self, symptom: Symptom, finding: Finding) -> Diagnosis:
         bad = finding.bad_step
-        is_claimed = finding.cause is not Cause.UNKNOWN
-        proof = PROOFS.get(finding.cause)
         return Diagnosis(
             symptom=symptom,
             cause=finding.cause,
@@ -368,13 +367,7 @@ class Doctor:
             samples=finding.samples,
             num_samples=finding.num_samples,
             experiments=finding.experiments,
-            contributing=tuple(
-                dict.fromkeys(
-                    one.name
-                    for one in finding.experiments
-                    if is_claimed and one.is_healed and one.name is not proof
-                )
-            ),
+            contributing=finding.contributing,
             trend=finding.trend or tuple(self._recent),
             returned_to_step=finding.return_to.step,
             num_replayed_steps=finding.num_replayed_steps,

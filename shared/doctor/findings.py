@@ -57,6 +57,14 @@ class Finding:
         healed = [one for one in self.experiments if one.name is name and one.is_healed]
         return healed[-1] if healed else None
 
+    @property
+    def contributing(self) -> tuple[ExperimentName, ...]:
+        """What else healed it, though the cause is another; nothing where none is claimed."""
+        if self.cause is Cause.UNKNOWN:
+            return ()
+        healed = [one.name for one in self.experiments if one.is_healed]
+        return tuple(one for one in dict.fromkeys(healed) if one is not PROOFS.get(self.cause))
+
 
 PROOFS: Mapping[Cause, ExperimentName] = {
     Cause.BAD_LABEL: ExperimentName.WITHOUT_SAMPLES,

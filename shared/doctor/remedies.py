@@ -35,6 +35,7 @@ def remedies_for(finding: Finding) -> Iterator[Remedy]:
             yield Remedy(kind=RemedyKind.LOWER_RATE, value=rate.value)
         case Cause.NOT_REPRODUCIBLE:
             yield Remedy(kind=RemedyKind.REPEAT)
+            yield Remedy(kind=RemedyKind.SKIP_BATCH)
         case Cause.UNKNOWN if finding.healing(ExperimentName.WITHOUT_BATCH) is not None:
             yield Remedy(kind=RemedyKind.SKIP_BATCH)
         case _:
