@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.doctor_cases.training import Fault, Task, Training, begin
+from benchmarks.doctor_cases.training import DRAW, Fault, Task, Training, begin
 from shared.diagnosis import Cause, StepPhase
 
 TOLERANCE = 0.005
@@ -105,7 +105,7 @@ def row(name: str, task: Task, least_score: float, **changes: object) -> Healthy
 
 def drawing(name: str) -> random.Random:
     """Return the frozen random numbers of a case."""
-    return random.Random(name)
+    return random.Random(f"{name}/{DRAW.get()}" if DRAW.get() else name)
 
 
 def log_uniform(draw: random.Random, low: float, high: float) -> float:

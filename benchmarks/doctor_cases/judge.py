@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -67,7 +67,8 @@ class HealthyJudgement:
     run: Healthy
     treated: Treated
     is_unchanged: bool
-    wrong: tuple[str, ...] = field(default=())
+    wrong: tuple[str, ...]
+    took_s: float
 
 
 def treat(training: Training) -> Treated:
@@ -215,6 +216,7 @@ def _judge_end(case: Case, treated: Treated, twin_score: float, wrong: list[str]
 
 def judge_healthy(run: Healthy) -> HealthyJudgement:
     """Run a healthy training under the doctor and in a plain loop."""
+    began = time.perf_counter()
     # Each begins anew, for its random numbers come from the global generator.
     bare = run.begin()
     train_plainly(bare)
@@ -237,7 +239,13 @@ def judge_healthy(run: Healthy) -> HealthyJudgement:
     )
     if not is_unchanged and not treated.diagnoses:
         wrong.append("the weights aren't those of a plain loop")
-    return HealthyJudgement(run=run, treated=treated, is_unchanged=is_unchanged, wrong=tuple(wrong))
+    return HealthyJudgement(
+        run=run,
+        treated=treated,
+        is_unchanged=is_unchanged,
+        wrong=tuple(wrong),
+        took_s=time.perf_counter() - began,
+    )
 
 
 def _causes(treated: Treated) -> str:

@@ -6,6 +6,7 @@ case is the same task, from the same seed, without the fault.
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shared.seeds import derive_seed
 
+DRAW: ContextVar[int] = ContextVar("DRAW", default=0)
+"""Which draw of all that is random is in force: 0 is the one that docs/doctor.md tells of."""
 Data = dict[str, Tensor]
 """Tensors by name, all with the samples in dimension 0."""
 Batch = Any
@@ -38,7 +41,7 @@ class Order:
     def batches(self, epoch: int) -> Sequence[Tensor]:
         """Return the indices int64 [batch] of each batch of an epoch (from 1)."""
         drawn = torch.Generator().manual_seed(
-            derive_seed(self.seed, "doctor-cases-order", attempt=epoch)
+            derive_seed(self.seed, "doctor-cases-order", round_number=DRAW.get(), attempt=epoch)
         )
         order = (
             torch.randperm(self.num_examples, generator=drawn)
@@ -184,7 +187,7 @@ def begin(task: Task, *, seed: int, fault: Fault = _NO_FAULT) -> Training:
     data = {name: tensor[: task.num_examples].clone() for name, tensor in train.items()}
     if fault.data is not None:
         fault.data(data)
-    torch.manual_seed(derive_seed(seed, "doctor-cases-weights"))
+    torch.manual_seed(derive_seed(seed, "doctor-cases-weights", round_number=DRAW.get()))
     model = task.build().train()
     if task.is_initial and fault.weights is not None:
         fault.weights(model)
@@ -196,7 +199,7 @@ def begin(task: Task, *, seed: int, fault: Fault = _NO_FAULT) -> Training:
         fault.weights(model)
     if fault.state is not None:
         fault.state(model, optimizer)
-    torch.manual_seed(derive_seed(seed, "doctor-cases-training"))
+    torch.manual_seed(derive_seed(seed, "doctor-cases-training", round_number=DRAW.get()))
     return Training(
         task=task,
         order=task.order(seed),
