@@ -68,6 +68,7 @@ _MOST = 0.5
 _ROOM = 4.0
 """Inputs may be so many times as large as healthy ones before they count as outliers."""
 _LONGEST_RESTART = 48
+_AT_ONCE = 2
 _SEEN_AT_ONCE = (Symptom.NON_FINITE_INPUT, Symptom.LABEL_OUT_OF_RANGE)
 _NARROW = ("float16", "bfloat16")
 
@@ -216,8 +217,10 @@ class _Examination(Evidence):
         restore_snapshot(self._subject, start)
         is_initial = self._case.is_initial
         is_unusual = bool(unusual_entries(self._subject.model, start, fresh, is_initial=is_initial))
-        has_odd_history = has_odd_optimizer_state(start, largest_norm=1.0)
-        if not is_unusual and (has_odd_history or self._replay.is_sane()):
+        is_sane = has_odd_optimizer_state(start, largest_norm=1.0) or self._replay.is_sane()
+        # A trained model's weights may be large and good; a broken one shows at once.
+        is_late = not is_initial and self._bad.step > _AT_ONCE
+        if is_sane and (is_late or not is_unusual):
             return None
         changes.load_weights(self._subject, fresh)
         restarted = self._courses.run(
