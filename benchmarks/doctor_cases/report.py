@@ -108,7 +108,8 @@ def healthy_table(judged: list[HealthyJudgement]) -> str:
             "| --- | --- | --- |",
             f"| false alarms | {alarms} of {len(judged)} | 0 |",
             f"| ended by an error of the doctor's | {errors} of {len(judged)} | 0 |",
-            f"| weights those of a plain loop, bit for bit (clipped: to 1e-4) | {unchanged} of {len(judged)} | all |",
+            "| weights those of a plain loop, bit for bit (clipped: to 1e-4) "
+            f"| {unchanged} of {len(judged)} | all |",
         ]
     )
 
