@@ -53,7 +53,7 @@ CLIENT_PLACES = {
 }
 """Where its order of the second round then stands; with the receipt, that round may end."""
 
-QUICK = {("kill", FailPoint.UPDATE_RECORDED), ("halt", FailPoint.TRAINED)}
+QUICK = {("kill", FailPoint.ROUND_CLOSED), ("halt", FailPoint.TRAINED)}
 """What plain `pytest` runs."""
 
 
