@@ -69,7 +69,7 @@ class _Guarding(TorchFunctionMode):
         plain = name.removesuffix("_") if not name.startswith("__") else name
         if plain != name:
             return self._in_place(func, plain, positional, named)
-        stable = self._forms.rewritten(name, positional, named)
+        stable = self._forms.rewritten(name, positional)
         if stable is not None:
             return stable
         given = tuple(positional)

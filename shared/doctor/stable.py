@@ -31,9 +31,7 @@ class Forms:
     def __init__(self) -> None:
         self._forms: dict[int, tuple[Tensor, _Form]] = {}
 
-    def rewritten(
-        self, name: str, positional: Sequence[Any], named: Mapping[str, Any]
-    ) -> Tensor | None:
+    def rewritten(self, name: str, positional: Sequence[Any]) -> Tensor | None:
         """Return the stable form of a whole, None if the call is none that has one."""
         form = self._form_of(positional[0])
         if form is None:

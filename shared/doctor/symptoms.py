@@ -142,15 +142,6 @@ class Watch:
             (one for one in self._answers if one[0] <= step), maxlen=_COLLAPSE_STEPS
         )
 
-    def first_dead_step(self) -> int:
-        """Return the first of the newest steps in a row without any gradient."""
-        first = self._seen[-1].step
-        for one in reversed(self._seen):
-            if not one.is_dead:
-                break
-            first = one.step
-        return first
-
     def _has_exploded(self, taken: Taken) -> bool:
         if len(self._first) < _NUM_FIRST and is_beyond_chance(
             taken.outputs, taken.labels, self.num_classes
