@@ -62,7 +62,7 @@ def _run(settings: ClientSettings, stop: threading.Event) -> None:
     import torch  # noqa: PLC0415
 
     from fedclient.connection import Connection  # noqa: PLC0415
-    from fedclient.loop import Client  # noqa: PLC0415
+    from fedclient.loop import take_part  # noqa: PLC0415
     from fedclient.progress import Stopped  # noqa: PLC0415
     from shared.files import locked_folder  # noqa: PLC0415
     from shared.memory import keep_freed_memory  # noqa: PLC0415
@@ -79,7 +79,7 @@ def _run(settings: ClientSettings, stop: threading.Event) -> None:
 
         threading.Thread(target=close_when_stopped, daemon=True).start()
         try:
-            Client(settings, state_dir=state_dir, connection=connection, stop=stop).run()
+            take_part(settings, state_dir=state_dir, connection=connection, stop=stop)
         except Stopped:
             logger.info("stopped; the same command goes on")
         finally:

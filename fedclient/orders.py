@@ -1,0 +1,234 @@
+"""The work on one order: fetch its model, train, keep the update, deliver it.
+
+Each step rests on what is in the state-dir and can be repeated after a crash with the same result.
+"""
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from fedclient.cache import BlobCache
+from fedclient.devices import find_device
+from fedclient.holdings import Holdings
+from fedclient.outbox import Outbox
+from fedclient.progress import OrderAbandoned, ProgressReporter, Stopped
+from fedclient.session import FIRST_PAUSE_S, LONGEST_PAUSE_S, ServerSession
+from fedclient.settings import ClientSettings
+from fedclient.state import ClientStates, StateLost
+from fedclient.training import train_order
+from shared.diagnosis import Diagnosis
+from shared.diagnosis_text import verdict
+from shared.doctor import TrainingHalted
+from shared.doctor.easing import Convalescence
+from shared.errors import CorruptPayload, NotFound, OutOfSpace, StreamFenced, WrongOffset
+from shared.failpoints import FailPoint, pass_by
+from shared.training import incident_of
+from shared.types import (
+    ClientUpdate,
+    Counters,
+    Directive,
+    Incident,
+    IncidentKind,
+    Receipt,
+    SessionInfo,
+    WorkOrder,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class OrderWorker:
+    """Works on orders, one after another; owns what `state_dir` keeps of them."""
+
+    def __init__(
+        self,
+        settings: ClientSettings,
+        *,
+        state_dir: Path,
+        session: ServerSession,
+        holdings: Holdings,
+        stop: threading.Event,
+    ) -> None:
+        self._settings = settings
+        self._session = session
+        self._holdings = holdings
+        self._stop = stop
+        self._outbox = Outbox(state_dir / "outbox")
+        self._cache = BlobCache(state_dir / "blobs")
+        self._states = ClientStates(state_dir / "states")
+        self._device = find_device(settings.device)
+
+    def deliver_waiting(self) -> None:
+        """Deliver the updates that an earlier process trained and got no receipt for."""
+        for update in self._outbox.waiting():
+            logger.info("order %s is trained and not acknowledged yet", update.order_id)
+            self._deliver(update, is_new=False, on_sent=lambda _: None)
+
+    def work_on(self, order: WorkOrder) -> None:
+        """Do what an order asks for, or say why not; an update that is here already is sent.
+
+        Raises:
+            Stopped: the process is asked to end.
+            Exception: what the task's own code raised, told to the server before.
+        """
+        pass_by(FailPoint.ORDER_PULLED)
+        update = self._outbox.find(order.order_id)
+        is_new = update is None
+        reporter = ProgressReporter(functools.partial(self._report, order), stop=self._stop)
+        with reporter as progress:
+            try:
+                if update is None:
+                    update = self._train(order, progress)
+                    self._tell_incidents(order, progress, gave_up=False)
+                self._deliver(
+                    update,
+                    is_new=is_new,
+                    on_sent=lambda count: progress.add(bytes_sent=count),
+                )
+            except OrderAbandoned:
+                logger.info("round %d: the server wants no update any more", order.round_number)
+            except TrainingHalted as error:
+                logger.warning("round %d: %s; no update is sent", order.round_number, error)
+                self._tell_incidents(order, progress, gave_up=True)
+            except NotFound as error:
+                # Its model is gone: the round has ended meanwhile.
+                logger.info("round %d: %s", order.round_number, error)
+                self._session.pause(FIRST_PAUSE_S)
+            except OutOfSpace as error:
+                # The order stays open and is asked for again.
+                logger.warning("round %d: %s", order.round_number, error)
+                self._session.pause(LONGEST_PAUSE_S)
+            except Stopped:
+                raise
+            except Exception:
+                # The task's own code may fail in any way: the server must hear of it (its kind,
+                # not its text), and the person here sees the rest as this process ends.
+                progress.note(Incident(kind=IncidentKind.TRAINING_FAILED))
+                self._tell_incidents(order, progress, gave_up=True)
+                raise
+
+    def _train(self, order: WorkOrder, progress: ProgressReporter) -> ClientUpdate:
+        state = self._state_in_force(order, progress)
+        global_model = self._fetch(order, progress)
+        pass_by(FailPoint.MODEL_FETCHED)
+
+        def tell(diagnosis: Diagnosis) -> None:
+            logger.warning("round %d: %s", order.round_number, verdict(diagnosis))
+            may_tell = self._settings.report_samples
+            progress.note(incident_of(diagnosis if may_tell else diagnosis.without_samples()))
+
+        update, next_state = train_order(
+            order,
+            task=self._holdings.task,
+            examples=self._holdings.examples_of(order.client_id),
+            global_model=global_model,
+            device=self._device,
+            progress=progress,
+            payload=self._outbox.draft_path(order.order_id),
+            log_steps=self._settings.log_steps,
+            doctor=self._settings.doctor_settings,
+            state=state,
+            on_diagnosis=tell,
+        )
+        pass_by(FailPoint.TRAINED)
+        self._states.keep(order.order_id, next_state, follows=order.last_counted_order_id)
+        self._outbox.put(update)
+        pass_by(FailPoint.UPDATE_KEPT)
+        return update
+
+    def _state_in_force(self, order: WorkOrder, progress: ProgressReporter) -> Convalescence:
+        try:
+            return self._states.promoted(order.last_counted_order_id)
+        except StateLost as error:
+            logger.warning("round %d: %s", order.round_number, error)
+            progress.note(Incident(kind=IncidentKind.CLIENT_STATE_LOST))
+            return Convalescence()
+
+    def _fetch(self, order: WorkOrder, progress: ProgressReporter) -> Path:
+        section = order.sections[0]
+
+        def download(session: SessionInfo) -> Path:
+            def pieces(offset: int) -> Iterator[memoryview]:
+                for data in self._session.connection.download(
+                    session.session_id, section.digest, offset=offset
+                ):
+                    progress.add(bytes_received=len(data))
+                    yield data
+
+            return self._cache.fetch(section.digest, pieces)
+
+        return self._session.call(download, how_far=lambda: progress.counters.bytes_received)
+
+    def _deliver(
+        self, update: ClientUpdate, *, is_new: bool, on_sent: Callable[[int], None]
+    ) -> None:
+        """Send an update until the server gives its receipt, then forget it.
+
+        Of one that `is_new` nothing was sent yet: the server isn't asked how much it has.
+        """
+        offset = 0
+
+        def send(session: SessionInfo) -> str:
+            nonlocal offset, is_new
+            while True:
+                try:
+                    if not is_new:
+                        offset = self._session.connection.committed_bytes(
+                            session.session_id, update
+                        )
+                    is_new = False
+                    answer = self._session.connection.upload(
+                        session.session_id,
+                        update,
+                        self._outbox.payload_path(update.order_id),
+                        offset=offset,
+                        on_sent=on_sent,
+                    )
+                except (WrongOffset, CorruptPayload, StreamFenced) as error:
+                    logger.warning("order %s: %s", update.order_id, error)
+                    self._session.pause(FIRST_PAUSE_S)
+                except NotFound:
+                    return "of a run the server doesn't know"
+                else:
+                    if answer.receipt is Receipt.REFUSED:
+                        return f"refused: {answer.reason}"
+                    return answer.receipt.value
+
+        outcome = self._session.call(send, how_far=lambda: offset)
+        pass_by(FailPoint.RECEIPT_GIVEN)
+        self._outbox.drop(update.order_id)
+        is_good = outcome in (Receipt.STORED, Receipt.DUPLICATE)
+        logger.log(
+            logging.INFO if is_good else logging.WARNING,
+            "order %s: update %s (num_examples=%d loss=%.4g accuracy=%.4g)",
+            update.order_id,
+            outcome,
+            update.num_examples,
+            update.metrics["loss"],
+            update.metrics["accuracy"],
+        )
+
+    def _report(
+        self, order: WorkOrder, counters: Counters, incidents: Sequence[tuple[int, Incident]]
+    ) -> Directive:
+        return self._session.connection.report_progress(
+            self._session.info.session_id, order.order_id, counters=counters, incidents=incidents
+        )
+
+    def _tell_incidents(
+        self, order: WorkOrder, progress: ProgressReporter, *, gave_up: bool
+    ) -> None:
+        """Make sure that the server knows of all that went wrong, and whether an update comes."""
+        if not gave_up and not progress.unreported:
+            return
+        self._session.call(
+            lambda session: self._session.connection.report_progress(
+                session.session_id,
+                order.order_id,
+                counters=progress.counters,
+                incidents=progress.unreported,
+                gave_up=gave_up,
+            )
+        )

@@ -1,0 +1,141 @@
+"""The session with the server, and the patience to reach it.
+
+Every call of the loop's goes through here: repeated until the server answers, and with a new
+session where the server has forgotten the old one.
+"""
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from fedclient.connection import Connection
+from fedclient.progress import Stopped
+from shared import __version__
+from shared.errors import FederationError, UnknownSession
+from shared.types import Registration, SessionInfo
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 5.0
+
+
+class ServerSession:
+    """The session of one client id with one server.
+
+    `load_data(info)` tells how many examples each id has, once the server has said what is learned.
+    `stop` is set when the process is asked to end.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        server: str,
+        client_ids: tuple[int, ...],
+        instance_key: str,
+        task: str,
+        load_data: Callable[[SessionInfo], Sequence[int]],
+        stop: threading.Event,
+    ) -> None:
+        self.connection = connection
+        self._server = server
+        self._client_ids = client_ids
+        self._instance_key = instance_key
+        self._task = task
+        self._load_data = load_data
+        self._stop = stop
+        self._info: SessionInfo | None = None
+
+    @property
+    def info(self) -> SessionInfo:
+        """The session in force, once there is one."""
+        assert self._info is not None
+        return self._info
+
+    def open(self) -> None:
+        """Register, however long it takes to reach the server.
+
+        Raises:
+            Stopped: the process is asked to end.
+            FederationError: an answer that trying again won't change.
+        """
+        self._persist(self._register, lambda: 0)
+
+    def call(
+        self, call: Callable[[SessionInfo], T], *, how_far: Callable[[], int] = lambda: 0
+    ) -> T:
+        """Make a call with the session in force; where the server has forgotten it, a new one.
+
+        Tries until the server answers; says so once when it doesn't and once when it does again.
+        The pauses between tries grow, and begin anew when an attempt got further than the last.
+
+        Raises:
+            Stopped: the process is asked to end.
+            FederationError: an answer that trying again won't change.
+        """
+
+        def attempt() -> T:
+            try:
+                return call(self.info)
+            except UnknownSession:
+                self._register()
+                return call(self.info)
+
+        return self._persist(attempt, how_far)
+
+    def pause(self, seconds: float) -> None:
+        """Wait.
+
+        Raises:
+            Stopped: the process is asked to end.
+        """
+        if self._stop.wait(seconds):
+            raise Stopped
+
+    def _register(self) -> None:
+        """Open the session; the first answer tells which data the second call gives the size of."""
+        self._info = self._registered(num_examples=tuple(self._load_data(self._registered())))
+
+    def _registered(self, num_examples: tuple[int, ...] = ()) -> SessionInfo:
+        return self.connection.register(
+            Registration(
+                client_ids=self._client_ids,
+                instance_key=self._instance_key,
+                software_version=__version__,
+                task=self._task,
+                num_examples=num_examples,
+            )
+        )
+
+    def _persist(self, attempt: Callable[[], T], how_far: Callable[[], int]) -> T:
+        pause_s, reached = FIRST_PAUSE_S, how_far()
+        has_said_so = False
+        while True:
+            try:
+                result = attempt()
+            except FederationError as error:
+                if self._stop.is_set():
+                    raise Stopped from None
+                if not error.retry:
+                    raise
+                if not has_said_so:
+                    logger.warning(
+                        "no answer from %s (%s); trying again until there is one",
+                        self._server,
+                        error,
+                    )
+                    has_said_so = True
+                if how_far() > reached:
+                    pause_s, reached = FIRST_PAUSE_S, how_far()
+                # Jitter keeps a fleet from coming back all at once.
+                self.pause(random.uniform(pause_s / 2, pause_s))
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            else:
+                if has_said_so:
+                    logger.info("%s answers again", self._server)
+                return result
