@@ -102,6 +102,35 @@ class Incident:
     diagnosis: Diagnosis | None = None
 
 
+class Encoding(StrEnum):
+    """How the bytes of an update say what its client has learned.
+
+    STATE_DICT is the whole updated state_dict; the others are the delta, compressed: see
+    shared.compression.
+    """
+
+    STATE_DICT = "state-dict"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    TOP_K = "top-k"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """How updates are compressed; STATE_DICT: not at all.
+
+    `block_size` is how many values share a scale under INT8, `fraction` the share of the
+    coordinates that TOP_K sends.
+    """
+
+    encoding: Encoding = Encoding.STATE_DICT
+    block_size: int = 256
+    fraction: float = 0.05
+
+
+NO_COMPRESSION = Compression()
+
 MODEL_SECTION = "model"
 """The payload section that holds a whole state_dict."""
 
