@@ -40,6 +40,7 @@ from shared.types import (
     Directive,
     Incident,
     IncidentKind,
+    LocalRule,
     Partitioning,
     Receipt,
     Registration,
@@ -306,6 +307,18 @@ def _order(message: pb.WorkOrder) -> WorkOrder:
             clip_norm=training.clip_norm if training.HasField("clip_norm") else None,
             schedule=_schedule(training.schedule) if training.HasField("schedule") else Schedule(),
             augmentation=training.augmentation or "none",
+            local_rule=(
+                LocalRule(
+                    name=training.local_rule.name, parameters=dict(training.local_rule.parameters)
+                )
+                if training.HasField("local_rule")
+                else None
+            ),
+            work_deadline_s=(
+                training.work_deadline.ToTimedelta().total_seconds()
+                if training.HasField("work_deadline")
+                else None
+            ),
         ),
         seed=message.seed,
         last_counted_order_id=message.last_counted_order_id,

@@ -128,6 +128,7 @@ class OrderWorker:
             progress=progress,
             payload=self._outbox.draft_path(order.order_id),
             log_steps=self._settings.log_steps,
+            max_steps=self._settings.max_steps,
             doctor=self._settings.doctor_settings,
             state=state,
             on_diagnosis=tell,

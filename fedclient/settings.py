@@ -70,6 +70,11 @@ class ComputeSettings(Settings):
     threads: int = Field(
         default=1, ge=1, description="threads of training; results repeat for one number of them"
     )
+    max_steps: int = Field(
+        default=0,
+        ge=0,
+        description="training steps a round at most, what was done by then is sent; 0: no limit",
+    )
     log_steps: int = Field(
         default=0, ge=0, description="a log line every so many training steps; 0: none"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fedclient.local_rules import correction_of
 from fedclient.progress import ProgressReporter
 from shared.codec import digest_file, load_state_into, write_state
 from shared.data import AugmentedBatches, make_loader
@@ -39,21 +40,25 @@ def train_order(
     state: Convalescence,
     on_diagnosis: Callable[[Diagnosis], None],
     log_steps: int = 0,
+    max_steps: int = 0,
 ) -> tuple[ClientUpdate, Convalescence]:
     """Train on one client's examples from the global model; writes the update's payload.
 
-    Every `log_steps` steps (0: never) one log line says how training goes. `state` is what is in
-    force from earlier rounds, `on_diagnosis` hears at once of what goes wrong.
+    Every `log_steps` steps (0: never) one log line says how training goes. After `max_steps` steps
+    (0: no limit), or at the order's deadline, training ends and what was done is the update.
+    `state` is what is in force from earlier rounds, `on_diagnosis` hears of what goes wrong.
 
-    A function of the order, the examples, the global model and the state alone: trained again after
-    a crash, it gives the same bytes (on one machine, build, device and number of threads).
+    A function of the order, the examples, the global model and the state alone, unless the order
+    has a deadline: trained again after a crash, it gives the same bytes (on one machine, build,
+    device and number of threads).
 
     Returns:
         The update, and the state that comes into force if it is counted.
 
     Raises:
         TrainingHalted: training went wrong, and may not or can't be cured.
-        WrongSettings: the task's model isn't the one the server holds.
+        WrongSettings: the task's model isn't the one the server holds, or the order's local rule
+            isn't known here.
         OrderAbandoned: the server wants no update any more.
     """
     torch.manual_seed(derive_seed(order.seed, "model"))
@@ -83,7 +88,9 @@ def train_order(
         )
     )
     metrics = _metrics_of_global_model(model, examples, task, device) if order.evaluate else {}
-    progress.expect_batches(training.epochs * len(loader))
+    num_batches = training.epochs * len(loader)
+    last_step = min(max_steps or num_batches, num_batches)
+    progress.expect_batches(last_step)
 
     def count_step(taken: StepProgress) -> None:
         if log_steps and taken.step % log_steps == 0:
@@ -99,6 +106,13 @@ def train_order(
         progress.examine()
 
     began = time.monotonic()
+
+    def is_enough(step: int) -> bool:
+        deadline_s = training.work_deadline_s
+        return step >= last_step or (
+            deadline_s is not None and time.monotonic() - began >= deadline_s
+        )
+
     result = train_model(
         model,
         batches,
@@ -111,6 +125,8 @@ def train_order(
         weight_decay=training.weight_decay,
         clip_norm=training.clip_norm,
         schedule=training.schedule,
+        correction=correction_of(training.local_rule),
+        is_enough=is_enough,
         on_step=count_step,
         gradient_every=log_steps,
         doctor=doctor,
@@ -126,6 +142,11 @@ def train_order(
     digest = digest_file(payload)
     size_bytes = payload.stat().st_size
     report = result.report
+    if report.num_steps < num_batches:
+        logger.info(
+            "round %d: ended after %d of %d steps; what was done is sent",
+            *(order.round_number, report.num_steps, num_batches),
+        )
     update = ClientUpdate(
         order_id=order.order_id,
         digest=digest,

@@ -225,7 +225,10 @@ class Coordinator:
             opened,
             base=base,
             limits=admission_limits(self._parts.settings, opened),
-            orders=work_orders(self._parts.settings, opened, base, self._last_counted),
+            orders=work_orders(
+                *(self._parts.settings, opened, base, self._last_counted),
+                local_rule=self._strategy.local_rule,
+            ),
         )
 
     async def _collect(self, current: Round) -> Round:

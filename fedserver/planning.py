@@ -1,6 +1,8 @@
 """The next round: whom it asks, for what, and what it will admit."""
 
+import random
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 
 from fedserver.adjustments import adjusted
 from fedserver.admission import AdmissionLimits
@@ -12,7 +14,7 @@ from fedserver.sampling import RESTS_ON_THE_PAST, Candidate, Participation, choo
 from fedserver.settings import ServerSettings
 from fedserver.standing import eligible_clients, strike
 from shared.seeds import derive_seed
-from shared.types import MODEL_SECTION, Section, WorkOrder
+from shared.types import MODEL_SECTION, LocalRule, Section, WorkOrder
 
 
 async def participation(parts: Parts) -> Mapping[int, Participation]:
@@ -55,6 +57,9 @@ def plan_round(
         cohort=settings.cohort,
         num_drawn=settings.cohort_candidates,
     )
+    if settings.straggler_work == "none":
+        late = set(draw_stragglers(cohort, settings, **place))
+        cohort = tuple(one for one in cohort if one not in late) or cohort[:1]
     run_id = parts.run.run_id
     return Round(
         run_id=run_id,
@@ -91,14 +96,45 @@ def admission_limits(settings: ServerSettings, opened: Round) -> AdmissionLimits
     )
 
 
+def draw_stragglers(
+    cohort: Sequence[int], settings: ServerSettings, *, round_number: int, attempt: int
+) -> dict[int, int]:
+    """Return how many epochs each straggler of a cohort is to do: from 1 to all, evenly drawn.
+
+    So the experiments of Li et al. 2020 (FedProx), section 5.2, have it: "systems heterogeneity".
+    """
+    num_stragglers = round(settings.stragglers * len(cohort))
+    draws = random.Random(
+        derive_seed(settings.seed, "stragglers", round_number=round_number, attempt=attempt)
+    )
+    chosen = sorted(draws.sample(sorted(cohort), num_stragglers))
+    return {one: draws.randint(1, settings.epochs) for one in chosen}
+
+
 def work_orders(
-    settings: ServerSettings, opened: Round, base: GlobalModel, last_counted: Mapping[int, str]
+    settings: ServerSettings,
+    opened: Round,
+    base: GlobalModel,
+    last_counted: Mapping[int, str],
+    *,
+    local_rule: LocalRule | None,
 ) -> list[WorkOrder]:
     """Return what a round's clients are asked for; `last_counted` names each one's last order."""
     section = Section(
         name=MODEL_SECTION, digest=base.digest, size_bytes=base.file.layout.size_bytes
     )
-    training = adjusted(settings.training_in(opened.round_number), opened.adjustments)
+    training = replace(
+        adjusted(settings.training_in(opened.round_number), opened.adjustments),
+        local_rule=local_rule,
+    )
+    epochs: Mapping[int, int] = {}
+    if settings.straggler_work == "partial":
+        epochs = draw_stragglers(
+            [order.client_id for order in opened.orders],
+            settings,
+            round_number=opened.round_number,
+            attempt=opened.attempt,
+        )
     return [
         WorkOrder(
             order_id=order.order_id,
@@ -106,7 +142,7 @@ def work_orders(
             round_number=opened.round_number,
             attempt=opened.attempt,
             sections=(section,),
-            training=training,
+            training=replace(training, epochs=epochs.get(order.client_id, training.epochs)),
             seed=derive_seed(
                 settings.seed,
                 "train",

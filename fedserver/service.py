@@ -333,6 +333,16 @@ def _order_message(order: WorkOrder) -> pb.WorkOrder:
             clip_norm=training.clip_norm,
             schedule=pb.Schedule(**asdict(training.schedule)),
             augmentation=training.augmentation,
+            local_rule=(
+                None
+                if training.local_rule is None
+                else pb.LocalRule(
+                    name=training.local_rule.name, parameters=training.local_rule.parameters
+                )
+            ),
+            work_deadline=(
+                None if training.work_deadline_s is None else _duration(training.work_deadline_s)
+            ),
         ),
         seed=order.seed,
         last_counted_order_id=order.last_counted_order_id,

@@ -167,6 +167,22 @@ class TrainingSettings(Settings):
     augment: AugmentationName = Field(
         default="none", description="change inputs at random; shift: images, by up to 2 pixels"
     )
+    work_deadline: float | None = Field(
+        default=None,
+        gt=0,
+        description="seconds after which a client ends training and sends what it has done",
+    )
+    stragglers: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="for experiments: this share of a round's clients, drawn anew in each, does "
+        "only 1 to --epochs epochs, drawn too",
+    )
+    straggler_work: Literal["partial", "none"] = Field(
+        default="partial",
+        description="none: stragglers aren't asked, as where their work comes too late",
+    )
 
 
 class AdmissionSettings(Settings):
@@ -228,6 +244,13 @@ class ServerSettings(
                 "--over-select leaves the slowest behind and --require-all waits for everybody; "
                 "give one of them"
             )
+        if self.work_deadline and self.require_all:
+            raise ValueError(
+                "--work-deadline lets time decide how much a client does and --require-all is for "
+                "runs in which time decides nothing; give one of them"
+            )
+        if self.straggler_work == "none" and not self.stragglers:
+            raise ValueError("--straggler-work is of --stragglers; say which share they are")
         if self.warmup_epochs >= self._schedule_epochs:
             raise ValueError(
                 f"--warmup-epochs {self.warmup_epochs:g} is all of the {self._schedule_epochs} "
@@ -271,6 +294,7 @@ class ServerSettings(
                 total_epochs=self._schedule_epochs,
             ),
             augmentation=self.augment,
+            work_deadline_s=self.work_deadline,
         )
 
     @property
@@ -327,6 +351,9 @@ RUN_SETTINGS = (
     "decay_epochs",
     "decay",
     "augment",
+    "work_deadline",
+    "stragglers",
+    "straggler_work",
     "max_num_examples",
     "max_delta_norm",
     "max_adjustments",

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.corrections import Correction, correct_gradients
 from shared.diagnosis import Diagnosis, Symptom
 from shared.doctor import UNTREATED, Doctor, DoctorSettings, StepReport, Treatment
 from shared.doctor.batches import Batch
@@ -54,7 +55,7 @@ class EpochReport:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingReport:
-    """What was done. `num_examples` is the size of the data set, not multiplied by epochs.
+    """What was done. `num_examples` is how many examples it saw, not multiplied by epochs.
 
     `diagnoses` are of what went wrong and was cured, `treatment` is what is in force at the end;
     `has_dropped_samples` whether it left any sample out.
@@ -93,6 +94,8 @@ def train_model(
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
     schedule: Schedule = _CONSTANT,
+    correction: Correction | None = None,
+    is_enough: Callable[[int], bool] = lambda _: False,
     on_step: Callable[[StepProgress], None] | None = None,
     gradient_every: int = 0,
     doctor: DoctorSettings = DISARMED,
@@ -125,6 +128,8 @@ def train_model(
             itself follows Pascanu et al. 2013, "On the difficulty of training recurrent neural
             networks", algorithm 1.
         schedule: how the step size changes; one that does needs a dataloader with a length.
+        correction: what is added to gradients.
+        is_enough: asked after each step, by its number from 1; True ends training there.
         on_step: told of each step after its checks; what it raises stops training and passes
             through, leaving the model in between.
         gradient_every: every so many steps on_step also hears of the largest gradient; 0: never.
@@ -154,6 +159,8 @@ def train_model(
         optimizer, learning, lr=lr, momentum=momentum, weight_decay=weight_decay
     )
     steps_per_epoch = len(dataloader) if isinstance(dataloader, Sized) else None
+    if correction is not None:
+        correct_gradients(descent, model, correction)
     at_work = Doctor(
         model,
         descent,
@@ -170,6 +177,7 @@ def train_model(
     )
     epoch_reports: list[EpochReport] = []
     step = num_examples = num_kept = 0
+    is_over = False
     for epoch in range(1, epochs + 1):
         means = _EpochMeans(device)
         for batch, (inputs, targets) in enumerate(dataloader, start=1):
@@ -196,10 +204,15 @@ def train_model(
                         ),
                     )
                 )
+            if is_over := is_enough(step):
+                break
         if means.num_given == 0:
             raise InvalidInput(f"epoch {epoch}: the dataloader gave no examples; is it used up?")
-        num_examples, num_kept = means.num_given, means.num_examples
+        if means.num_given >= num_examples:
+            num_examples, num_kept = means.num_given, means.num_examples
         epoch_reports.append(means.report())
+        if is_over:
+            break
     at_work.finish()
     report = TrainingReport(
         num_steps=step,

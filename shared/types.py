@@ -39,11 +39,20 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocalRule:
+    """What a client does otherwise than plain training, by name, with the rule's numbers."""
+
+    name: str
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How a client trains in one round; sent with every order.
 
     `lr` is the step size, `clip_norm` the largest global L2 norm of a gradient (None: no clipping),
-    `augmentation` what is done at random to the inputs of each batch.
+    `augmentation` what is done at random to the inputs of each batch. With a `work_deadline_s`
+    training ends after the step at which so many seconds are over: what was done is the update.
     """
 
     epochs: int = 2
@@ -55,6 +64,8 @@ class TrainingConfig:
     clip_norm: float | None = None
     schedule: Schedule = field(default_factory=Schedule)
     augmentation: str = "none"
+    local_rule: LocalRule | None = None
+    work_deadline_s: float | None = None
 
 
 class IncidentKind(StrEnum):

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.padding import Padding
 
 from fedserver.strategies import ROWS, Row, parameters_of
-from fedserver.strategies.rows import Mixing, ServerOptimizer
+from fedserver.strategies.rows import Local, Mixing, ServerOptimizer
 from shared.cli import Settings, parse
 
 
@@ -15,9 +15,9 @@ class StrategiesSettings(Settings):
     """List what --strategy can name, each with a line and its parameters.
 
     A strategy is one aggregator (fedavg if none is named), before it any steps, behind it a server
-    optimizer, joined by +: nnm+krum, median+fedadam. Parameters are given as --strategy-parameters
-    f=2,server_lr=0.03, in TOML as a table; 1 means yes. A row of your own is a function in your own
-    module, named package.module:function.
+    optimizer and a local rule, joined by +: nnm+krum, median+fedadam, fedprox. Parameters are given
+    as --strategy-parameters f=2,server_lr=0.03, in TOML as a table; 1 means yes. A row of your own
+    is a function in your own module, named package.module:function.
     """
 
     model_config = SettingsConfigDict(cli_prog_name="python -m fedserver strategies")
@@ -26,6 +26,7 @@ class StrategiesSettings(Settings):
 _HEADINGS = {
     Mixing: "steps before a robust aggregator",
     ServerOptimizer: "server optimizers",
+    Local: "local rules",
 }
 
 

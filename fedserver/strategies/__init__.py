@@ -1,8 +1,9 @@
 """What the server makes of a cohort's updates: the table of all rows, and how they are combined.
 
-A strategy is named by its rows: steps before a robust rule, the aggregator, a server optimizer, in
-this order and joined by "+", such as nnm+krum or median+fedadam. Without an aggregator it is
-fedavg, or uniform behind steps of which num_examples can't tell the weight any more.
+A strategy is named by its rows: steps before a robust rule, the aggregator, a server optimizer, a
+local rule, in this order and joined by "+", such as nnm+krum or median+fedadam+fedprox. Without an
+aggregator it is fedavg, or uniform behind steps of which num_examples can't tell the weight any
+more.
 """
 
 import difflib
@@ -11,8 +12,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedserver.strategies import means, mixing, robust, server_optimizers
-from fedserver.strategies.rows import Mean, Mixing, Part, Rule, ServerOptimizer, Strategy
+from fedserver.strategies import local_rules, means, mixing, robust, server_optimizers
+from fedserver.strategies.rows import Local, Mean, Mixing, Part, Rule, ServerOptimizer, Strategy
 from fedserver.strategies.step import by_rule
 from shared.errors import InvalidInput
 
@@ -37,6 +38,7 @@ ROWS: Mapping[str, Row] = {
     "fedadagrad": server_optimizers.fedadagrad,
     "fedadam": server_optimizers.fedadam,
     "fedyogi": server_optimizers.fedyogi,
+    "fedprox": local_rules.fedprox,
 }
 
 
@@ -117,7 +119,7 @@ def _made(name: str, row: Row, given: Mapping[str, float], settings: Mapping[str
     if not isinstance(part, Part):
         raise InvalidInput(
             f"strategy {name!r} gives a {type(part).__name__}; its function must return a Mean, "
-            "Rule, Mixing or ServerOptimizer of fedserver.strategies.rows"
+            "Rule, Mixing, ServerOptimizer or Local of fedserver.strategies.rows"
         )
     return part
 
@@ -136,33 +138,38 @@ def _number(name: str, parameter: inspect.Parameter, value: float) -> float | in
 
 def _composed(name: str, parts: list[Part]) -> Strategy:
     """Put the rows together, if they stand in an order that makes sense."""
-    order = [
-        0 if isinstance(part, Mixing) else 2 if isinstance(part, ServerOptimizer) else 1
-        for part in parts
-    ]
+    places = {Mixing: 0, ServerOptimizer: 2, Local: 3}
+    order = [places.get(type(part), 1) for part in parts]
     if order != sorted(order):
         raise InvalidInput(
             f"strategy {name}: steps such as nnm come first, then one aggregator, then a server "
-            "optimizer"
+            "optimizer, then a local rule"
         )
-    for kind, what in ((1, "aggregator"), (2, "server optimizer")):
+    for kind, what in ((1, "aggregator"), (2, "server optimizer"), (3, "local rule")):
         if order.count(kind) > 1:
             raise InvalidInput(f"strategy {name} has more than one {what}; name one")
     mixings = [part for part in parts if isinstance(part, Mixing)]
     aggregator: Part = means.fedavg() if not mixings else robust.uniform()
-    optimizer = None
+    optimizer = local_rule = None
     for part in parts:
         if isinstance(part, Mean | Rule):
             aggregator = part
         elif isinstance(part, ServerOptimizer):
             optimizer = part
+        elif isinstance(part, Local):
+            local_rule = part.rule
     if isinstance(aggregator, Mean):
         if mixings:
             raise InvalidInput(
                 f"strategy {name}: what comes out of a step is nobody's update, so a mean can't "
                 "weigh it by what its client says; use uniform or a robust rule instead"
             )
-        return Strategy(name=name, aggregator=aggregator.aggregator, server_optimizer=optimizer)
+        return Strategy(
+            name=name,
+            aggregator=aggregator.aggregator,
+            server_optimizer=optimizer,
+            local_rule=local_rule,
+        )
     assert isinstance(aggregator, Rule)
     min_updates = aggregator.min_updates
     for one in reversed(mixings):
@@ -171,5 +178,6 @@ def _composed(name: str, parts: list[Part]) -> Strategy:
         name=name,
         aggregator=by_rule([one.step for one in mixings], aggregator),
         server_optimizer=optimizer,
+        local_rule=local_rule,
         min_updates=min_updates,
     )

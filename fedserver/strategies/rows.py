@@ -13,6 +13,7 @@ import torch
 
 from fedserver.strategies.blocks import Aggregator
 from shared.errors import FederationError
+from shared.types import LocalRule
 
 Matrix = npt.NDArray[np.float64]
 
@@ -79,12 +80,19 @@ class ServerOptimizer:
     step: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-Part = Mean | Rule | Mixing | ServerOptimizer
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """What clients do otherwise than plain training: `rule` is sent with every order."""
+
+    rule: LocalRule
+
+
+Part = Mean | Rule | Mixing | ServerOptimizer | Local
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """How a cohort's updates become the next global model.
+    """How clients train, and how a cohort's updates become the next global model.
 
     `min_updates` is the smallest cohort it makes sense for.
     """
@@ -92,4 +100,5 @@ class Strategy:
     name: str
     aggregator: Aggregator
     server_optimizer: ServerOptimizer | None = None
+    local_rule: LocalRule | None = None
     min_updates: int = 1

@@ -656,6 +656,8 @@ class TrainingConfig(_message.Message):
     CLIP_NORM_FIELD_NUMBER: _builtins.int
     SCHEDULE_FIELD_NUMBER: _builtins.int
     AUGMENTATION_FIELD_NUMBER: _builtins.int
+    LOCAL_RULE_FIELD_NUMBER: _builtins.int
+    WORK_DEADLINE_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     batch_size: _builtins.int
     optimizer: _builtins.str
@@ -672,6 +674,16 @@ class TrainingConfig(_message.Message):
     def schedule(self) -> Global___Schedule:
         """Absent: lr is the same throughout."""
 
+    @_builtins.property
+    def local_rule(self) -> Global___LocalRule:
+        """What the client does otherwise than plain training; absent: nothing."""
+
+    @_builtins.property
+    def work_deadline(self) -> _duration_pb2.Duration:
+        """Training ends after the step at which it is over, and what was done by then is the update;
+        absent: it takes as long as it takes.
+        """
+
     def __init__(
         self,
         *,
@@ -684,16 +696,68 @@ class TrainingConfig(_message.Message):
         clip_norm: _builtins.float | None = ...,
         schedule: Global___Schedule | None = ...,
         augmentation: _builtins.str = ...,
+        local_rule: Global___LocalRule | None = ...,
+        work_deadline: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "clip_norm", b"clip_norm", "schedule", b"schedule"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "clip_norm", b"clip_norm", "local_rule", b"local_rule", "schedule", b"schedule", "work_deadline", b"work_deadline"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "augmentation", b"augmentation", "batch_size", b"batch_size", "clip_norm", b"clip_norm", "epochs", b"epochs", "lr", b"lr", "momentum", b"momentum", "optimizer", b"optimizer", "schedule", b"schedule", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "augmentation", b"augmentation", "batch_size", b"batch_size", "clip_norm", b"clip_norm", "epochs", b"epochs", "local_rule", b"local_rule", "lr", b"lr", "momentum", b"momentum", "optimizer", b"optimizer", "schedule", b"schedule", "weight_decay", b"weight_decay", "work_deadline", b"work_deadline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clip_norm: _TypeAlias = _typing.Literal["clip_norm"]  # noqa: Y015
     _WhichOneofArgType__clip_norm: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_norm) -> _WhichOneofReturnType__clip_norm | None: ...
 
 Global___TrainingConfig: _TypeAlias = TrainingConfig  # noqa: Y015
+
+@_typing.final
+class LocalRule(_message.Message):
+    """A rule of how a client trains. One that doesn't know the name must not train without it: it
+    stops and says that it is to be updated.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ParametersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"fedprox"."""
+    @_builtins.property
+    def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Its numbers by name, such as mu."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        parameters: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "parameters", b"parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalRule: _TypeAlias = LocalRule  # noqa: Y015
 
 @_typing.final
 class Schedule(_message.Message):

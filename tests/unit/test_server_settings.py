@@ -14,6 +14,8 @@ from fedserver.settings import ServerSettings
             "--require-all waits for everybody",
         ),
         ({"clients_per_round": 2, "min_updates": 3}, "lower --min-updates"),
+        ({"work_deadline": 5, "require_all": True}, "--work-deadline lets time decide"),
+        ({"straggler_work": "none"}, "say which share they are"),
         ({"cohort": "round-robin"}, "say how many it asks with --clients-per-round"),
         ({"cohort_candidates": 5}, "of --cohort power-of-choice alone"),
         ({"cohort": "anybody"}, "uniform"),

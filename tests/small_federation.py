@@ -1,0 +1,150 @@
+"""A federation in one process, without a socket: the server's and the clients' own code, by turns.
+
+What is learned is a small logistic regression in float64, on data that differ between the clients,
+with all of a client's data in each batch: few lines of plain PyTorch say what must come out.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from fedclient.progress import ProgressReporter
+from fedclient.training import train_order
+from fedserver.aggregation import update_file
+from fedserver.checkpoints import Checkpoints, GlobalModel
+from fedserver.planning import work_orders
+from fedserver.settings import ServerSettings
+from fedserver.strategies import find_strategy
+from fedserver.strategies.blocks import Cohort
+from fedserver.strategies.step import next_blocks, state_layout
+from shared.codec import decode_state
+from shared.diagnosis import DoctorSettings
+from shared.doctor.easing import Convalescence
+from shared.tasks import Task
+from shared.types import ClientUpdate, Directive, WorkOrder
+from shared.weights import entry_kinds
+from tests.factories import make_round
+
+NUM_FEATURES = 4
+NUM_CLASSES = 3
+
+
+def examples_of(client_id: int) -> TensorDataset:
+    """Return a client's data: float64 [n, 4] and labels, around a place of its own."""
+    generator = torch.Generator().manual_seed(client_id)
+    num_examples = 8 + 4 * client_id
+    inputs = torch.randn(num_examples, NUM_FEATURES, generator=generator, dtype=torch.float64)
+    labels = torch.randint(NUM_CLASSES, (num_examples,), generator=generator)
+    return TensorDataset(inputs + 0.5 * client_id, labels)
+
+
+def gradient_of(client_id: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradient of a client's mean loss, by plain autograd."""
+    inputs, labels = examples_of(client_id).tensors
+    leaves = {name: one.clone().requires_grad_() for name, one in state.items()}
+    loss = F.cross_entropy(F.linear(inputs, leaves["weight"], leaves["bias"]), labels)
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+small = Task(
+    name="small",
+    build_model=lambda: nn.Linear(NUM_FEATURES, NUM_CLASSES, dtype=torch.float64),
+    load_train=lambda request: examples_of(0 if request.partition is None else 1),
+    load_test=lambda _: None,
+    loss=F.cross_entropy,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """What a client sent for an order, and where its payload lies."""
+
+    order: WorkOrder
+    update: ClientUpdate
+    payload: Path
+
+
+class SmallFederation:
+    """Owns the folder: the server's models and the clients' payloads."""
+
+    def __init__(self, folder: Path, *, task: Task = small, **settings: Any) -> None:  # noqa: ANN401
+        given: dict[str, Any] = {"epochs": 5, "batch_size": 1000, "lr": 0.1, "momentum": 0.0}
+        self.settings = ServerSettings(**(given | settings))
+        self.strategy = find_strategy(self.settings.run_settings())
+        self.task = task
+        self.round_number = 0
+        self._folder = folder
+        torch.manual_seed(0)
+        model = task.build_model()
+        self.kinds = entry_kinds(model)
+        self._checkpoints = Checkpoints(folder / "models", self.kinds)
+        self.model: GlobalModel = self._checkpoints.save_initial(model.state_dict())
+        self._last_counted: dict[int, str] = {}
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The global model's state_dict."""
+        return decode_state(self.model.file.path.read_bytes())
+
+    def play_round(self, clients: Sequence[int]) -> list[Sent]:
+        """Ask these clients for an update each and make the next global model of them."""
+        sent = [self.train(order) for order in self.open_round(clients)]
+        self.close_round(sent)
+        return sent
+
+    def open_round(self, clients: Sequence[int]) -> list[WorkOrder]:
+        """Return the orders of the next round."""
+        self.round_number += 1
+        opened = make_round(round_number=self.round_number, clients=clients)
+        return work_orders(
+            *(self.settings, opened, self.model, self._last_counted),
+            local_rule=self.strategy.local_rule,
+        )
+
+    def train(self, order: WorkOrder, *, max_steps: int = 0) -> Sent:
+        """Let a client work on its order."""
+        payload = self._folder / f"{order.order_id}.draft"
+        update, _ = train_order(
+            order,
+            task=self.task,
+            examples=examples_of(order.client_id),
+            global_model=self.model.file.path,
+            device=torch.device("cpu"),
+            progress=ProgressReporter(lambda *_: Directive.CONTINUE, stop=threading.Event()),
+            payload=payload,
+            doctor=DoctorSettings(),
+            state=Convalescence(),
+            on_diagnosis=lambda diagnosis: None,
+            max_steps=max_steps,
+        )
+        return Sent(order=order, update=update, payload=payload)
+
+    def close_round(self, counted: Sequence[Sent]) -> None:
+        """Make the next global model of these updates."""
+        state = self.model.server_state
+        cohort = Cohort(
+            base=self.model.file,
+            updates=[
+                update_file(
+                    one.payload,
+                    num_examples=one.update.num_examples,
+                    num_steps=one.update.num_steps,
+                    global_loss=None,
+                )
+                for one in counted
+            ],
+            kinds=self.kinds,
+        )
+        self.model = self._checkpoints.save(
+            self.model.file,
+            next_blocks(self.strategy, cohort, None if state is None else state.file),
+            state_layout=state_layout(self.strategy, cohort),
+        )
+        self._last_counted |= {one.order.client_id: one.order.order_id for one in counted}
