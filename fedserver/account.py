@@ -31,6 +31,7 @@ _WORDS: Mapping[str, str] = {
     IncidentKind.CLIENT_STATE_LOST: "it has lost its state",
     IncidentKind.ROUND_FAILED: "the attempt failed",
     IncidentKind.SERVER_RESTARTED: "the server was started again",
+    IncidentKind.SERVER_AWAY: "the server was stopped for a while and came back",
     IncidentKind.DISK_LOW: "the disk is nearly full: no round opens",
     IncidentKind.DISK_FULL: "the disk is full",
     IncidentKind.EVALUATION_COLLAPSED: "the new global model is bad",

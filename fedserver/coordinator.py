@@ -8,7 +8,6 @@ Evaluation goes on beside the next round.
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -136,7 +135,7 @@ class Coordinator:
         latest = await in_store(store.latest_round, run_id)
         self._last_counted = await in_store(store.last_counted_orders, run_id)
         held = await in_store(store.held_updates)
-        await on_disk(self._parts.quarantine.tidy, held, self._parts.spool)
+        await on_disk(self._parts.quarantine.tidy, held)
         await drop_updates(self._parts, done_round=0 if latest is None else latest.round_number - 1)
         # One that was found before a restart may not have been acted on.
         self._evaluations.has_alarm = True
@@ -233,8 +232,6 @@ class Coordinator:
 
     async def _collect(self, current: Round) -> Round:
         """Wait for updates until the round closes or fails, or its base turns out to be bad."""
-        assert self._parts.book.current is not None
-        opened_at = self._parts.book.current.opened_at
         while True:
             if self._evaluations.has_alarm:
                 return current
@@ -248,7 +245,7 @@ class Coordinator:
                 states,
                 min_updates=needed,
                 closes_early=self._parts.settings.over_select > 1,
-                is_overdue=deadline_s is not None and time.monotonic() - opened_at > deadline_s,
+                is_overdue=deadline_s is not None and self._parts.book.age_s() > deadline_s,
             )
             if due is RoundEvent.CLOSE:
                 happened = event_of("round-closed", current)
@@ -333,8 +330,6 @@ class Coordinator:
             self._hand_out(following, model)
         for one in happened:
             self._parts.bus.publish(one)
-        if exclusions:
-            await self._fill_quarantine()
         await drop_updates(self._parts, done_round=current.round_number)
         await self._evaluations.start(current, model.digest)
         await drop_models(self._parts, done_round=current.round_number)
@@ -363,18 +358,8 @@ class Coordinator:
         self._parts.book.close_round()
         for one in recorded:
             self._parts.bus.publish(one)
-        if exclusions:
-            await self._fill_quarantine()
         await drop_updates(self._parts, done_round=current.round_number - 1)
         return await self._latest()
-
-    async def _fill_quarantine(self) -> None:
-        """Move what the last transaction has excluded out of the spool."""
-        held = await self._parts.workers.in_store(self._parts.store.held_updates)
-        on_disk, quarantine = self._parts.workers.on_disk, self._parts.quarantine
-        await on_disk(quarantine.tidy, held, self._parts.spool)
-        for evicted in await on_disk(quarantine.make_room, self._parts.store):
-            self._parts.bus.publish(evicted)
 
     async def _fail_run(self, current: Round) -> None:
         happened = event_of("run-failed", current, is_incident=True)

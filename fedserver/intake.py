@@ -8,7 +8,7 @@ of streams; the others wait in HTTP/2's flow control.
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fedserver.admission import UpdateRefused, examine_content, examine_header
 from fedserver.orderbook import OpenRound
@@ -18,7 +18,13 @@ from fedserver.rounds import OrderEvent, OrderState
 from fedserver.spool import UpdateStream
 from fedserver.strategies.blocks import StateFile
 from shared.codec import digest_file, read_layout
-from shared.errors import CorruptPayload, InvalidInput, OutOfSpace, ServerUnreachable
+from shared.errors import (
+    CorruptPayload,
+    InvalidInput,
+    OutOfSpace,
+    ServerUnreachable,
+    StreamFenced,
+)
 from shared.failpoints import FailPoint, pass_by
 from shared.memory import return_free_pages
 from shared.types import ClientUpdate, IncidentKind, Receipt, UploadAnswer
@@ -29,6 +35,8 @@ _ANSWERS = {
     OrderState.LATE: Receipt.LATE,
     OrderState.ABANDONED: Receipt.LATE,
 }
+
+_GOOD = (OrderState.STORED, OrderState.COUNTED)
 
 _TIDYING_BYTES = 8 << 20
 """So much may arrive before the heap's free pages are given back: it costs a look at all of it."""
@@ -234,17 +242,26 @@ class Intake:
             record = await self._parts.workers.in_store(
                 self._parts.store.find_order, update.order_id
             )
+            if record.digest == update.digest and record.state not in _GOOD:
+                # An older stream of the same bytes was recorded; this one holds their file.
+                await self._hold(update, stream)
             return await self._answer_ended(record, update)
         self._parts.bus.publish(happened)
-        if state is not OrderState.STORED and stream is not None:
-            for evicted in await self._parts.workers.on_disk(self._quarantine, update, stream):
-                self._parts.bus.publish(evicted)
+        if state not in _GOOD:
+            await self._hold(update, stream)
         return UploadAnswer(receipt=_ANSWERS[state], reason=refusal.reason if refusal else "")
 
-    def _quarantine(self, update: ClientUpdate, stream: UpdateStream) -> list[Event]:
-        path = self._parts.quarantine.path(update.order_id, update.digest)
-        self._parts.spool.hand_over(stream, path)
-        return self._parts.quarantine.make_room(self._parts.store)
+    async def _hold(self, update: ClientUpdate, stream: UpdateStream | None) -> None:
+        """Move the bytes of an update that is kept out into the quarantine."""
+        if stream is None:
+            return
+        quarantine, on_disk = self._parts.quarantine, self._parts.workers.on_disk
+        path = quarantine.path(update.order_id, update.digest)
+        # A newer stream that has taken the file over does it, or the end of the round.
+        with suppress(StreamFenced):
+            await on_disk(self._parts.spool.hand_over, stream, path)
+        for evicted in await on_disk(quarantine.make_room, self._parts.store):
+            self._parts.bus.publish(evicted)
 
     async def _answer_ended(self, record: OrderRecord, update: ClientUpdate) -> UploadAnswer:
         if record.digest is None:

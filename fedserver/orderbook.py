@@ -153,6 +153,11 @@ class OrderBook:
         """Return the orders without an end."""
         return [one for one in self._orders.values() if one.state is OrderState.OPEN]
 
+    def age_s(self) -> float:
+        """Return the seconds since the round that collects was opened here."""
+        assert self.current is not None
+        return self._clock() - self.current.opened_at
+
     def idle_s(self, order: OpenOrder) -> float:
         """Return the seconds since an order's client last got further."""
         return self._clock() - order.advanced_at

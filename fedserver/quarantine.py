@@ -29,16 +29,15 @@ class QuarantineFolder:
         """Delete the payload of an update, if it is there."""
         self.path(held.order_id, held.digest).unlink(missing_ok=True)
 
-    def tidy(self, known: Iterable[HeldUpdate], spool: Spool) -> None:
-        """Complete what a crash has cut: payloads HELD come in, those nobody knows of go."""
-        kept = set()
+    def fill(self, known: Iterable[HeldUpdate], spool: Spool) -> None:
+        """Bring the payloads HELD in that are still in the spool and aren't being written."""
         for one in known:
             if one.state is HeldState.HELD:
-                path = self.path(one.order_id, one.digest)
-                kept.add(path)
-                spooled = spool.path(one.order_id, one.digest)
-                if spooled.exists():
-                    spooled.replace(path)
+                spool.move_out(one.order_id, one.digest, self.path(one.order_id, one.digest))
+
+    def tidy(self, known: Iterable[HeldUpdate]) -> None:
+        """Delete what nobody knows of; only while nothing comes in."""
+        kept = {self.path(one.order_id, one.digest) for one in known if one.state is HeldState.HELD}
         for path in self._folder.iterdir():
             if path not in kept:
                 path.unlink(missing_ok=True)

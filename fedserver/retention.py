@@ -6,8 +6,10 @@ from fedserver.parts import Parts
 async def drop_updates(parts: Parts, *, done_round: int) -> None:
     """Delete the updates that `--keep-updates` lets go now that `done_round` rounds are done.
 
-    What the open round needs stays, and what is arriving right now.
+    What the open round needs stays, and what is arriving right now; what is held in quarantine and
+    hasn't got there yet moves there first.
     """
+    await _fill_quarantine(parts)
     if parts.settings.keep_updates == "all":
         return
     orders = await parts.workers.in_store(
@@ -16,6 +18,15 @@ async def drop_updates(parts: Parts, *, done_round: int) -> None:
         since_round=done_round - parts.settings.keep_updates + 1,
     )
     await parts.workers.on_disk(parts.spool.drop_all_but, orders)
+
+
+async def _fill_quarantine(parts: Parts) -> None:
+    held = await parts.workers.in_store(parts.store.held_updates)
+    if not held:
+        return
+    await parts.workers.on_disk(parts.quarantine.fill, held, parts.spool)
+    for evicted in await parts.workers.on_disk(parts.quarantine.make_room, parts.store):
+        parts.bus.publish(evicted)
 
 
 async def drop_models(parts: Parts, *, done_round: int) -> None:

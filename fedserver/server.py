@@ -1,6 +1,7 @@
 """Wires the coordinator together and serves it until the run is done or somebody stops it."""
 
 import asyncio
+import functools
 import importlib.util
 import logging
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Set
 import torch
 
 from fedserver.checkpoints import Checkpoints
+from fedserver.clock import ServingClock
 from fedserver.coordinator import Coordinator
 from fedserver.desk import Desk
 from fedserver.disk import DiskWatch
@@ -22,7 +24,7 @@ from fedserver.orderbook import OrderBook
 from fedserver.parts import Parts
 from fedserver.quarantine import QuarantineFolder
 from fedserver.records import Run, RunState
-from fedserver.recovery import salvageable
+from fedserver.recovery import note_absence, salvageable
 from fedserver.report import best_round, incident_lines, models_by_round, round_table
 from fedserver.service import start_server
 from fedserver.sessions import Sessions
@@ -139,7 +141,8 @@ async def _serve(
 ) -> None:
     state_dir = settings.state_dir
     checkpoints = Checkpoints(state_dir / "models", kinds)
-    bus, book = EventBus(), OrderBook()
+    clock = ServingClock()
+    bus, book = EventBus(), OrderBook(clock)
     parts = Parts(
         settings=settings,
         run=run,
@@ -150,7 +153,7 @@ async def _serve(
         quarantine=QuarantineFolder(state_dir / "quarantine", max_bytes=settings.quarantine_bytes),
         checkpoints=checkpoints,
         downloads=Downloads(checkpoints, workers, idle_s=settings.stall_after),
-        sessions=Sessions(store.load_sessions(run.run_id), lease_s=settings.lease),
+        sessions=Sessions(store.load_sessions(run.run_id), lease_s=settings.lease, clock=clock),
         book=book,
         bus=bus,
         workers=workers,
@@ -175,6 +178,7 @@ async def _serve(
     print(f"fedserver listening on {settings.host}:{port}", flush=True)
     completing = asyncio.create_task(_complete(parts, coordinator, desk))
     stopping = asyncio.create_task(stop.wait())
+    keeping_time = asyncio.create_task(clock.keep(functools.partial(note_absence, parts)))
     try:
         with showing_progress(parts.bus, parts.book, total_rounds=settings.rounds):
             await asyncio.wait({completing, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -187,9 +191,10 @@ async def _serve(
         desk.stop()
         evaluator.stop()
         await server.stop(_GRACE_S)
-        completing.cancel()
-        stopping.cancel()
-        await asyncio.wait({completing, stopping})
+        tasks = {completing, stopping, keeping_time}
+        for task_left in tasks:
+            task_left.cancel()
+        await asyncio.wait(tasks)
 
 
 async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:

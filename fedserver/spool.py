@@ -143,6 +143,13 @@ class Spool:
             stream.path.replace(to)
         return stream.offset
 
+    def move_out(self, order_id: str, digest: str, to: Path) -> None:
+        """Move an update's file elsewhere on the same disk, if it is there and nobody writes it."""
+        path = self.path(order_id, digest)
+        with self._lock:
+            if path not in self._streams and path.exists():
+                path.replace(to)
+
     def drop(self, order_id: str, digest: str) -> None:
         """Delete an update's file, if it is there."""
         self.path(order_id, digest).unlink(missing_ok=True)

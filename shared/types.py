@@ -86,6 +86,8 @@ class IncidentKind(StrEnum):
     CLIENT_STATE_LOST = "client-state-lost"
     ROUND_FAILED = "round-failed"
     SERVER_RESTARTED = "server-restarted"
+    SERVER_AWAY = "server-away"
+    """It was stopped, or starved, and came back; nobody's time ran meanwhile."""
     DISK_LOW = "disk-low"
     DISK_FULL = "disk-full"
     EVALUATION_COLLAPSED = "evaluation-collapsed"

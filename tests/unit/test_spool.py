@@ -147,3 +147,16 @@ def test_discarding_spares_the_file_of_a_newer_stream(spool: Spool) -> None:
             assert spool.committed_bytes("a", DIGEST) == 5
             spool.discard(newer)
             assert spool.committed_bytes("a", DIGEST) == 0
+
+
+def test_what_is_being_written_isnt_moved(tmp_path: Path, spool: Spool) -> None:
+    """A file that a stream holds stays where the stream expects it; afterwards it moves."""
+    target = tmp_path / "elsewhere"
+    with spool.open_stream("order", "digest", offset=0) as stream:
+        stream.append(memoryview(b"abc"))
+        spool.move_out("order", "digest", target)
+        assert not target.exists()
+    spool.move_out("order", "digest", target)
+    spool.move_out("order", "digest", target)
+    assert target.read_bytes() == b"abc"
+    assert spool.committed_bytes("order", "digest") == 0
