@@ -1,4 +1,4 @@
-"""`python -m fedclient --id 3`: take part in a run.
+"""`python -m fedclient --id 3`: take part in a run; `--ids 0-99` as many clients.
 
 `partitions` shows how data is dealt out, `doctor` whether a client is fit to join.
 """

@@ -1,13 +1,28 @@
-"""What a client learns from: the run's task, and the examples that are its own."""
+"""What a client process learns from: the run's task, and the examples of each of its clients.
 
+Many clients in one process hold shares of one data set. Where the task says what a partitioning
+goes by, that set is read once and a share is cut out of it when its client's turn comes; otherwise
+the task is asked for the share, and the last few are kept.
+"""
+
+import functools
 import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Subset, TensorDataset
 
 from fedclient.settings import ClientSettings
-from shared.errors import WrongSettings
+from shared.data import partition_indices
+from shared.errors import InvalidInput, WrongSettings
 from shared.tasks import DataRequest, Examples, Partition, Task, examine_examples, find_task
-from shared.types import SessionInfo
+from shared.types import Partitioning, SessionInfo
 
 logger = logging.getLogger(__name__)
+
+_NUM_SHARES_KEPT = 8
 
 
 class Holdings:
@@ -15,61 +30,101 @@ class Holdings:
 
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings
-        self._loaded: tuple[SessionInfo, Task, Examples] | None = None
+        self._loaded_for: tuple[str, Partitioning] | None = None
+        self._task: Task | None = None
+        self._examples_of: Callable[[int], Examples] | None = None
+        self._num_examples: tuple[int, ...] = ()
 
     @property
     def task(self) -> Task:
         """The run's task."""
-        assert self._loaded is not None
-        return self._loaded[1]
+        assert self._task is not None
+        return self._task
 
     def examples_of(self, client_id: int) -> Examples:
         """Return one client's examples."""
-        assert client_id == self._settings.id
-        assert self._loaded is not None
-        return self._loaded[2]
+        assert self._examples_of is not None
+        return self._examples_of(client_id)
 
     def load(self, session: SessionInfo) -> tuple[int, ...]:
-        """Load what a run asks for, if it isn't what is here; returns the number of examples.
+        """Load what a run asks for, if it isn't what is here; returns each client's data size.
 
         Raises:
             WrongSettings: the run's task is somebody's own code, and nobody here said to run it.
-            FederationError: the task or its data can't be had.
+            FederationError: the task or its data can't be had, or not so many shares of it.
         """
-        examples = self._examples_for(session)
-        return (len(examples),)  # type: ignore[arg-type]
-
-    def _examples_for(self, session: SessionInfo) -> Examples:
-        settings = self._settings
-        if self._loaded is not None:
-            known, _, examples = self._loaded
-            if (known.task, known.partitioning) == (session.task, session.partitioning):
-                return examples
-        if ":" in session.task and settings.task is None:
+        wanted = (session.task, session.partitioning)
+        if self._loaded_for == wanted:
+            return self._num_examples
+        if ":" in session.task and self._settings.task is None:
             raise WrongSettings(
                 f"the run's task {session.task!r} is code of somebody's own; if you trust it and "
                 f"have it here, start with --task {session.task}"
             )
-        task = find_task(session.task)
-        dealt = session.partitioning
-        partition = Partition(
+        self._task = find_task(session.task)
+        self._examples_of = _share_reader(self._task, session.partitioning, self._settings)
+        self._num_examples = tuple(map(self._examine, self._settings.client_ids))
+        self._loaded_for = wanted
+        return self._num_examples
+
+    def _examine(self, client_id: int) -> int:
+        """Return how many examples a client has; warn of those that will stop its training."""
+        examples = self.examples_of(client_id)
+        if bad := examine_examples(self.task, examples):
+            logger.warning(
+                "client %d: %d examples hold a NaN or an infinity, the first is number %d (from "
+                "0); training will stop where it meets one",
+                *(client_id, len(bad), bad[0]),
+            )
+        return len(examples)  # type: ignore[arg-type]  # Dataset itself declares no length
+
+
+def _share_reader(
+    task: Task, dealt: Partitioning, settings: ClientSettings
+) -> Callable[[int], Examples]:
+    """Return what gives the examples of each of the clients."""
+    root, client_ids = settings.data_root, settings.client_ids
+    if settings.source == "local":
+        return functools.cache(lambda _: task.load_train(DataRequest(data_root=root)))
+    if (beyond := max(client_ids)) >= dealt.num_partitions:
+        raise InvalidInput(
+            f"client {beyond}: partition {beyond} of {dealt.num_partitions} doesn't exist; "
+            f"partitions count from 0 to {dealt.num_partitions - 1}. Leave that id out, or start "
+            f"the server with --num-partitions {beyond + 1}"
+        )
+    if len(client_ids) > 1 and task.load_labels is not None:
+        # One partition is the whole set in its own order, which load_labels goes by.
+        whole = task.load_train(
+            DataRequest(
+                data_root=root, partition=Partition(num_partitions=1, index=0, seed=dealt.seed)
+            )
+        )
+        shares = partition_indices(
+            task.load_labels(root),
             scheme=dealt.scheme,
             num_partitions=dealt.num_partitions,
-            index=settings.id,
             seed=dealt.seed,
             parameters=dealt.parameters,
         )
-        examples = task.load_train(
-            DataRequest(
-                data_root=settings.data_root,
-                partition=partition if settings.source == "partition" else None,
-            )
+        return lambda client_id: _cut(whole, shares[client_id])
+
+    @functools.lru_cache(maxsize=_NUM_SHARES_KEPT)
+    def load(client_id: int) -> Examples:
+        partition = Partition(
+            scheme=dealt.scheme,
+            num_partitions=dealt.num_partitions,
+            index=client_id,
+            seed=dealt.seed,
+            parameters=dealt.parameters,
         )
-        if bad := examine_examples(task, examples):
-            logger.warning(
-                "%d examples hold a NaN or an infinity, the first is number %d (from 0); training "
-                "will stop where it meets one",
-                *(len(bad), bad[0]),
-            )
-        self._loaded = (session, task, examples)
-        return examples
+        return task.load_train(DataRequest(data_root=root, partition=partition))
+
+    return load
+
+
+def _cut(whole: Examples, share: NDArray[np.int64]) -> Examples:
+    """Return the examples of a share; of tensors a copy, which is batched at once."""
+    if isinstance(whole, TensorDataset):
+        chosen = torch.from_numpy(share)
+        return TensorDataset(*(tensor[chosen] for tensor in whole.tensors))
+    return Subset(whole, share.tolist())

@@ -35,7 +35,7 @@ def take_part(
     session = ServerSession(
         connection,
         server=settings.server,
-        client_ids=(settings.id,),
+        client_ids=settings.client_ids,
         instance_key=_instance_key(state_dir),
         task=settings.task or "",
         load_data=holdings.load,

@@ -1,4 +1,6 @@
-"""The work on one order: fetch its model, train, keep the update, deliver it.
+"""The work on one order of one client: fetch its model, train, keep the update, deliver it.
+
+Many clients of one process share the outbox and the blobs; what lasts is kept for each of them.
 
 Each step rests on what is in the state-dir and can be repeated after a crash with the same result.
 """
@@ -57,7 +59,7 @@ class OrderWorker:
         self._stop = stop
         self._outbox = Outbox(state_dir / "outbox")
         self._cache = BlobCache(state_dir / "blobs")
-        self._states = ClientStates(state_dir / "states")
+        self._states_folder = state_dir / "states"
         self._device = find_device(settings.device)
 
     def deliver_waiting(self) -> None:
@@ -88,17 +90,21 @@ class OrderWorker:
                     on_sent=lambda count: progress.add(bytes_sent=count),
                 )
             except OrderAbandoned:
-                logger.info("round %d: the server wants no update any more", order.round_number)
+                logger.info(
+                    "client %d, round %d: the server wants no update any more", *_place(order)
+                )
             except TrainingHalted as error:
-                logger.warning("round %d: %s; no update is sent", order.round_number, error)
+                logger.warning(
+                    "client %d, round %d: %s; no update is sent", *_place(order), error
+                )
                 self._tell_incidents(order, progress, gave_up=True)
             except NotFound as error:
                 # Its model is gone: the round has ended meanwhile.
-                logger.info("round %d: %s", order.round_number, error)
+                logger.info("client %d, round %d: %s", *_place(order), error)
                 self._session.pause(FIRST_PAUSE_S)
             except OutOfSpace as error:
                 # The order stays open and is asked for again.
-                logger.warning("round %d: %s", order.round_number, error)
+                logger.warning("client %d, round %d: %s", *_place(order), error)
                 self._session.pause(LONGEST_PAUSE_S)
             except Stopped:
                 raise
@@ -115,7 +121,7 @@ class OrderWorker:
         pass_by(FailPoint.MODEL_FETCHED)
 
         def tell(diagnosis: Diagnosis) -> None:
-            logger.warning("round %d: %s", order.round_number, verdict(diagnosis))
+            logger.warning("client %d, round %d: %s", *_place(order), verdict(diagnosis))
             may_tell = self._settings.report_samples
             progress.note(incident_of(diagnosis if may_tell else diagnosis.without_samples()))
 
@@ -134,18 +140,21 @@ class OrderWorker:
             on_diagnosis=tell,
         )
         pass_by(FailPoint.TRAINED)
-        self._states.keep(order.order_id, next_state, follows=order.last_counted_order_id)
+        self._states_of(order).keep(order.order_id, next_state, follows=order.last_counted_order_id)
         self._outbox.put(update)
         pass_by(FailPoint.UPDATE_KEPT)
         return update
 
     def _state_in_force(self, order: WorkOrder, progress: ProgressReporter) -> Convalescence:
         try:
-            return self._states.promoted(order.last_counted_order_id)
+            return self._states_of(order).promoted(order.last_counted_order_id)
         except StateLost as error:
-            logger.warning("round %d: %s", order.round_number, error)
+            logger.warning("client %d, round %d: %s", *_place(order), error)
             progress.note(Incident(kind=IncidentKind.CLIENT_STATE_LOST))
             return Convalescence()
+
+    def _states_of(self, order: WorkOrder) -> ClientStates:
+        return ClientStates(self._states_folder / str(order.client_id))
 
     def _fetch(self, order: WorkOrder, progress: ProgressReporter) -> Path:
         section = order.sections[0]
@@ -233,3 +242,8 @@ class OrderWorker:
                 gave_up=gave_up,
             )
         )
+
+
+def _place(order: WorkOrder) -> tuple[int, int]:
+    """Return whose order it is and of which round, for log lines."""
+    return order.client_id, order.round_number

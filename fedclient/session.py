@@ -25,7 +25,7 @@ LONGEST_PAUSE_S = 5.0
 
 
 class ServerSession:
-    """The session of one client id with one server.
+    """The session of a process's client ids with one server.
 
     `load_data(info)` tells how many examples each id has, once the server has said what is learned.
     `stop` is set when the process is asked to end.

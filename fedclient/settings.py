@@ -1,24 +1,36 @@
 """The client's settings."""
 
+import itertools
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from shared.cli import Settings
 from shared.diagnosis import Cause, DoctorSettings, RemedyPolicy
 
+_MAX_CLIENT_ID = 2**53
+_MAX_IDS = 10_000
+_MAX_NAME_LENGTH = 100
+
 
 class ConnectionSettings(Settings):
     """Who it is, and the server."""
 
-    id: int = Field(
-        ge=0, le=2**53, description="this client's number, another one for every client"
+    id: int | None = Field(
+        default=None,
+        ge=0,
+        le=_MAX_CLIENT_ID,
+        description="this client's number, another one for every client",
+    )
+    ids: str | None = Field(
+        default=None,
+        description="the numbers of many clients in this process, such as 0-99 or 0,3,7-9",
     )
     server: str = Field(default="localhost:50051", description="the coordinator, host:port")
     state_dir: Path | None = Field(
-        default=None, description="everything kept is here; state/client-ID"
+        default=None, description="everything kept is here; state/client-ID, or state/clients-IDS"
     )
     stay: bool = Field(default=False, description="wait for the next run when one is done")
 
@@ -30,6 +42,51 @@ class ConnectionSettings(Settings):
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise ValueError("write it as host:port, such as localhost:50051")
         return server
+
+    @model_validator(mode="after")
+    def _examine_ids(self) -> Self:
+        if (self.id is None) == (self.ids is None):
+            both = "" if self.id is None else ", not both"
+            raise ValueError(
+                f"say who this is: --id 3 for one client, or --ids 0-99 for many{both}"
+            )
+        client_ids = self.client_ids
+        if len(set(client_ids)) < len(client_ids):
+            twice = next(one for one in client_ids if client_ids.count(one) > 1)
+            raise ValueError(f"--ids {self.ids} names client {twice} twice; name each once")
+        if self.state_dir is None and len(self.folder.name) > _MAX_NAME_LENGTH:
+            raise ValueError("--ids is too long for the name of a folder; give --state-dir")
+        return self
+
+    @property
+    def client_ids(self) -> tuple[int, ...]:
+        """The ids that this process serves."""
+        if self.ids is None:
+            assert self.id is not None
+            return (self.id,)
+        return tuple(itertools.chain.from_iterable(_read_ranges(self.ids)))
+
+    @property
+    def folder(self) -> Path:
+        """The state-dir in force."""
+        name = f"client-{self.id}" if self.ids is None else f"clients-{self.ids}"
+        return self.state_dir or Path("state") / name.replace(" ", "")
+
+
+def _read_ranges(ids: str) -> list[range]:
+    """Return what the words of `0,3,7-9` stand for."""
+    ranges = []
+    for word in ids.split(","):
+        first, dash, last = (part.strip() for part in word.partition("-"))
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()) or int(first) > int(last):
+            raise ValueError(f"--ids is {ids!r}: write it as 0-99 or 0,3,7-9")
+        if int(last) > _MAX_CLIENT_ID:
+            raise ValueError(f"--ids is {ids!r}: ids go up to 2^53")
+        ranges.append(range(int(first), int(last) + 1))
+    if sum(map(len, ranges)) > _MAX_IDS:
+        raise ValueError(f"--ids is {ids!r}: one process serves at most {_MAX_IDS} clients")
+    return ranges
 
 
 class DataSettings(Settings):
@@ -122,14 +179,18 @@ class DoctorOptions(Settings):
 
 
 class ClientSettings(DoctorOptions, ComputeSettings, DataSettings, ConnectionSettings):
-    """Take part in a federated run; it exits with 0 when the run is done.
+    """Take part in a federated run, as one client or many; it exits with 0 when the run is done.
 
     Stopped or killed and started again with the same state-dir, it goes on where it was.
     """
 
     model_config = SettingsConfigDict(env_prefix="FEDCLIENT_", cli_prog_name="python -m fedclient")
 
-    @property
-    def folder(self) -> Path:
-        """The state-dir in force."""
-        return self.state_dir or Path(f"state/client-{self.id}")
+    @model_validator(mode="after")
+    def _examine_source(self) -> Self:
+        if self.ids is not None and self.source == "local":
+            raise ValueError(
+                "--source local is one client's own data, and --ids are many clients; start one "
+                "process with --id for each"
+            )
+        return self

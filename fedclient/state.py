@@ -1,4 +1,4 @@
-"""What a client keeps from one order to the next, such as a remedy in force.
+"""What one client keeps from one order to the next, such as a remedy in force.
 
 It is kept under the order whose update it goes with, and only that of the last order which was
 COUNTED is ever in force: the server names it with every new order, so that a LATE, REFUSED or
@@ -19,7 +19,7 @@ class StateLost(InvalidInput):
 
 
 class ClientStates:
-    """Owns the folder: one file an order."""
+    """Owns one client's folder: one file an order."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -95,8 +95,9 @@ def train_order(
     def count_step(taken: StepProgress) -> None:
         if log_steps and taken.step % log_steps == 0:
             logger.info(
-                "round %d step %d: loss=%.4g largest_gradient=%.4g lr=%.4g",
-                *(order.round_number, taken.step, taken.loss, taken.largest_gradient, taken.lr),
+                "client %d, round %d step %d: loss=%.4g largest_gradient=%.4g lr=%.4g",
+                *(order.client_id, order.round_number, taken.step),
+                *(taken.loss, taken.largest_gradient, taken.lr),
             )
         progress.add(batches=1)
         progress.examine()

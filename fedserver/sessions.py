@@ -51,7 +51,7 @@ class Sessions:
                 taken = sorted(set(holder.client_ids) & set(registration.client_ids))
                 raise ClientIdTaken(
                     f"client id {taken[0]} is in use by another process; stop that one, choose "
-                    f"another --id, or wait {self._lease_s:g} s after its last call"
+                    f"another --id or --ids, or wait {self._lease_s:g} s after its last call"
                 )
             if holder.instance_key == registration.instance_key and (
                 holder.client_ids == registration.client_ids

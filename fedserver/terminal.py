@@ -103,7 +103,9 @@ class LiveView:
 
 def _client_table(orders: list[OpenOrder]) -> Table:
     table = Table.grid(padding=(0, 2))
-    for one in orders[:_NUM_CLIENTS_SHOWN]:
+    # One process may serve hundreds of clients in turn: those at work are worth a line first.
+    first = sorted(orders, key=_distance_from_work)[:_NUM_CLIENTS_SHOWN]
+    for one in sorted(first, key=lambda one: one.order.client_id):
         done, total = one.counters.batches, one.counters.batches_total
         table.add_row(
             f"client {one.order.client_id}",
@@ -113,6 +115,13 @@ def _client_table(orders: list[OpenOrder]) -> Table:
     if (hidden := len(orders) - _NUM_CLIENTS_SHOWN) > 0:
         table.add_row(f"and {hidden} more", "", "")
     return table
+
+
+def _distance_from_work(one: OpenOrder) -> int:
+    """Return 0 for an order that somebody works on, more for one that waits, most for an ended."""
+    if one.state is not OrderState.OPEN:
+        return 2
+    return 0 if one.handed_out_at is not None else 1
 
 
 def _doing(one: OpenOrder) -> str:

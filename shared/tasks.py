@@ -85,8 +85,10 @@ class Task:
     accuracy and loss: by name, each like `loss`. `num_classes` says that targets are whole
     numbers from 0 to below it; `finite_inputs` that a NaN or an infinity in an input is a
     mistake. Both are checked where the data is read (see `examine_examples`). `load_labels` gives
-    what a partitioning of the examples under a data root goes by, int64 [n] from 0: `python -m
-    fedclient partitions` counts it; without it the targets of each share are counted.
+    what a partitioning of the examples under a data root goes by, int64 [n] from 0, in the order in
+    which `load_train` gives them for one partition: `python -m fedclient partitions` counts it
+    (without it the targets of each share), and a process that serves many clients cuts their shares
+    by it, out of a data set read once.
     """
 
     name: str

@@ -172,15 +172,19 @@ class Scene:
 
     def client(
         self,
-        client_id: int,
+        client_id: int | str,
         address: str,
         *flags: str | float | Path,
         state: str | None = None,
         **environment: str,
     ) -> Process:
-        """Start a client; `state` names its folder if two processes are to have one id."""
+        """Start a client, or many in one process ("0-2"); `state` names its folder.
+
+        It must if two processes are to have one id.
+        """
         folder = self.folder / (state or f"client-{client_id}")
-        argv = ["-m", "fedclient", "--id", str(client_id), "--server", address]
+        which = ["--id" if isinstance(client_id, int) else "--ids", str(client_id)]
+        argv = ["-m", "fedclient", *which, "--server", address]
         argv += ["--state-dir", str(folder), *(str(flag) for flag in flags)]
         name = f"client {client_id} #{self._count()}"
         return self._keep(Process(name, argv, environment=environment))

@@ -17,13 +17,13 @@ def start_server(scene: Scene, *flags: str | float | Path, task: str = TINY, **k
 
 def start_client(
     scene: Scene,
-    client_id: int,
+    client_id: int | str,
     address: str,
     *flags: str | float | Path,
     task: str = TINY,
     **kept: str,
 ) -> Process:
-    """Start a client that trusts the tests' task."""
+    """Start a client, or many in one process ("0-2"), that trusts the tests' task."""
     return scene.client(client_id, address, "--task", task, *flags, **kept)
 
 

@@ -132,6 +132,32 @@ def test_a_client_killed_in_the_middle_of_training_ends_in_the_same_models(
     expect_unchanged(scene, TINY, expected)
 
 
+def test_many_clients_in_one_process_that_is_killed_end_in_the_models_of_many_processes(
+    scene: Scene, undisturbed: Undisturbed, seed: int, record_property: Callable[[str, str], None]
+) -> None:
+    """Killed while one of its ids trains, and others wait for their turn or are done with it."""
+    expected = undisturbed(TINY).history
+    rng = random.Random(f"many {seed}")
+    step = rng.randint(1, sum(NUM_STEPS.values()) * (NUM_ROUNDS[TINY] - 1))
+    server = start_server(scene, *run_flags(TINY, 0))
+
+    def start_all() -> Process:
+        return start_client(scene, "0-2", server.address, TINY_STEP_S="0.01", TINY_TRACE="1")
+
+    victim = start_all()
+    victim.wait_for_line(f"tiny-step {step}$")
+    victim.kill()
+    struck = scene.history()[-1]
+    states = ",".join(order["state"] for order in struck["orders"])
+    record_property("landed", f"step {step}: round {struck['round']} {states}")
+
+    again = start_all()
+    expect_clean_exits(server, again)
+    expect_unchanged(scene, TINY, expected)
+    # Each client's own state was there: none of them was said to have lost it.
+    assert not any(entry["incidents"] for entry in scene.history())
+
+
 def test_both_sides_killed_in_the_middle_of_uploads_end_in_the_same_models(
     scene: Scene, undisturbed: Undisturbed, seed: int, record_property: Callable[[str, str], None]
 ) -> None:

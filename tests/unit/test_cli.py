@@ -102,6 +102,45 @@ def test_a_client_never_waits_for_a_server_nowhere(
     assert f"--server is '{server}': write it as host:port" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "client_ids", "folder"),
+    [
+        (["--id", "3"], (3,), "state/client-3"),
+        (["--ids", "0-3"], (0, 1, 2, 3), "state/clients-0-3"),
+        (["--ids", "7, 0-1,3"], (7, 0, 1, 3), "state/clients-7,0-1,3"),
+        (["--ids", "5", "--state-dir", "mine"], (5,), "mine"),
+    ],
+)
+def test_a_client_process_is_one_client_or_many(
+    argv: list[str], client_ids: tuple[int, ...], folder: str
+) -> None:
+    settings = parse(ClientSettings, argv)
+    assert (settings.client_ids, settings.folder) == (client_ids, Path(folder))
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "--id 3 for one client, or --ids 0-99 for many"),
+        (["--id", "3", "--ids", "0-4"], "many, not both"),
+        (["--ids", "0-4,3"], "names client 3 twice"),
+        (["--ids", "4-0"], "'4-0': write it as 0-99"),
+        (["--ids", "0-"], "'0-': write it as 0-99"),
+        (["--ids", "0-10000"], "at most 10000 clients"),
+        (["--ids", f"{2**53 + 1}"], "ids go up to 2"),
+        (["--ids", ",".join(map(str, range(60)))], "give --state-dir"),
+        (["--ids", "0-4", "--source", "local"], "one process with --id for each"),
+    ],
+)
+def test_which_clients_a_process_is_must_be_clear(
+    argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(ClientSettings, argv)
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_a_misspelt_command_is_told_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(ClientSettings, ["partition"], commands=["partitions"])

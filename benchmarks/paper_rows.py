@@ -1,0 +1,154 @@
+"""What benchmarks.papers runs: one row for each published figure, and its settings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# What would make the run another one than the paper's: nobody is screened out, nothing is adjusted
+# or rolled back, no training is cured, and a round waits for all it asked.
+_AS_IN_PAPERS = (
+    *("--require-all", "--norm-band", "0", "--max-adjustments", "0", "--max-rollbacks", "0"),
+    *("--keep-rounds", "2", "--lease", "600"),
+)
+CLIENT_FLAGS = ("--doctor", "off")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one paper; `name` marks its place in docs/results.md."""
+
+    name: str
+    title: str
+
+
+_MCMAHAN = Table("mcmahan", "Rounds until the target; 100 clients, of which each round asks ten.")
+_NIID = Table("niid", "Accuracy after 50 rounds; 10 clients, E = 10, B = 64, all in every round.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One published figure.
+
+    `paper` is the number of rounds that `target` (an accuracy) took there; without a target it is
+    the accuracy after `rounds`. `flags` are the server's, beside those of every row.
+    """
+
+    name: str
+    table: Table
+    what: str
+    paper: float
+    target: float | None = None
+    rounds: int
+    num_clients: int
+    flags: Sequence[str]
+    num_seeds: int = 1
+
+    def server_flags(self, seed: int) -> list[str]:
+        """Return all that makes the run this run, but where its data and its state are."""
+        return [
+            *("--rounds", str(self.rounds), "--seed", str(seed)),
+            *("--num-partitions", str(self.num_clients), "--min-clients", str(self.num_clients)),
+            *self.flags,
+            *_AS_IN_PAPERS,
+        ]
+
+
+def _mcmahan(
+    name: str,
+    what: str,
+    *,
+    paper: float,
+    target: float,
+    rounds: int,
+    task: str,
+    flags: Sequence[str],
+    num_seeds: int = 1,
+) -> Row:
+    return Row(
+        name=name,
+        table=_MCMAHAN,
+        what=what,
+        paper=paper,
+        target=target,
+        rounds=rounds,
+        num_clients=100,
+        flags=(
+            *("--task", f"benchmarks.paper_tasks:{task}"),
+            *("--clients-per-round", "10", "--min-updates", "10"),
+            *("--batch-size", "10", "--momentum", "0", *flags),
+        ),
+        num_seeds=num_seeds,
+    )
+
+
+def _niid(name: str, what: str, *, paper: float, flags: Sequence[str]) -> Row:
+    return Row(
+        name=name,
+        table=_NIID,
+        what=what,
+        paper=paper,
+        rounds=50,
+        num_clients=10,
+        flags=(
+            *("--task", "benchmarks.paper_tasks:lenet", "--epochs", "10", "--batch-size", "64"),
+            *("--lr", "0.01", "--momentum", "0.9", *flags),
+        ),
+    )
+
+
+_DIRICHLET = ("--partition", "dirichlet", "--alpha", "0.5")
+_TWO_LABELS = ("--partition", "classes", "--classes-per-client", "2")
+_IID, _SHARDS = ("--partition", "iid"), ("--partition", "shards", "--shards-per-client", "2")
+
+ROWS = (
+    _mcmahan(
+        "2nn-iid",
+        "2NN, IID, E = 1, B = 10, 97 %",
+        paper=87,
+        target=0.97,
+        rounds=150,
+        task="two_nn",
+        flags=("--epochs", "1", "--lr", "0.1", *_IID),
+        num_seeds=3,
+    ),
+    _mcmahan(
+        "2nn-noniid",
+        "2NN, two shards a client, E = 1, B = 10, 97 %",
+        paper=664,
+        target=0.97,
+        rounds=900,
+        task="two_nn",
+        flags=("--epochs", "1", "--lr", "0.05", *_SHARDS),
+    ),
+    _mcmahan(
+        "cnn-e1",
+        "CNN, IID, E = 1, B = 10, 99 %",
+        paper=34,
+        target=0.99,
+        rounds=70,
+        task="wide_cnn",
+        flags=("--epochs", "1", "--lr", "0.1", *_IID),
+    ),
+    _mcmahan(
+        "cnn-e5",
+        "CNN, IID, E = 5, B = 10, 99 %",
+        paper=20,
+        target=0.99,
+        rounds=40,
+        task="wide_cnn",
+        flags=("--epochs", "5", "--lr", "0.1", *_IID),
+    ),
+    _niid("niid-dirichlet", "FedAvg, Dirichlet 0.5", paper=0.9889, flags=_DIRICHLET),
+    _niid("niid-two-labels", "FedAvg, two labels a client", paper=0.9686, flags=_TWO_LABELS),
+)
+
+
+def find_rows(names: Sequence[str]) -> list[Row]:
+    """Return the rows with these names, in their order.
+
+    Raises:
+        ValueError: one of them isn't there.
+    """
+    by_name = {row.name: row for row in ROWS}
+    if unknown := [name for name in names if name not in by_name]:
+        raise ValueError(f"there is no row {unknown[0]!r}; there are: {', '.join(by_name)}")
+    return [by_name[name] for name in names]

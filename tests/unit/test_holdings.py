@@ -1,0 +1,135 @@
+"""What a client process learns from: each of its clients has the share it would have alone."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from fedclient.holdings import Holdings
+from fedclient.settings import ClientSettings
+from shared import tasks
+from shared.cli import parse
+from shared.errors import InvalidInput
+from shared.tasks import DataRequest, Examples, Task, choose_indices, find_task
+from shared.types import Partitioning, SessionInfo
+
+SESSION = SessionInfo(
+    session_id="s",
+    run_id="run-1",
+    task="numbers",
+    partitioning=Partitioning(
+        scheme="dirichlet", num_partitions=6, seed=4, parameters={"alpha": 0.5}
+    ),
+    max_wait_s=1.0,
+    lease_s=1.0,
+    total_rounds=1,
+)
+NUM_EXAMPLES = 120
+LABELS = np.arange(NUM_EXAMPLES, dtype=np.int64) % 3
+
+
+def holdings_of(*argv: str) -> Holdings:
+    """Return what a process started with these flags learns from."""
+    return Holdings(parse(ClientSettings, list(argv)))
+
+
+def contents(examples: Examples) -> list[Any]:
+    """Return every example as plain numbers."""
+    num_examples = len(examples)  # type: ignore[arg-type]
+    return [[part.tolist() for part in examples[number]] for number in range(num_examples)]
+
+
+class Numbers(Dataset[tuple[Tensor, ...]]):
+    """Examples that are no tensors until they are asked for."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """Return (input, target)."""
+        number = self._numbers[index]
+        return torch.tensor([float(number)]), torch.tensor(int(LABELS[number]))
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[DataRequest]:
+    """Make a task `numbers` known, and give the list of what it is asked for."""
+    asked: list[DataRequest] = []
+
+    def load_train(request: DataRequest) -> Examples:
+        asked.append(request)
+        assert request.partition is not None
+        return Numbers(choose_indices(LABELS, request.partition).tolist())
+
+    def load_test(_: Path | None) -> Examples | None:
+        return None
+
+    built_in: Mapping[str, Task] = {
+        "numbers": Task(
+            name="numbers",
+            build_model=lambda: torch.nn.Linear(1, 3),
+            load_train=load_train,
+            load_test=load_test,
+            loss=torch.nn.functional.cross_entropy,
+            load_labels=lambda _: LABELS,
+        )
+    }
+    monkeypatch.setattr(tasks, "_BUILT_IN", built_in)
+    return asked
+
+
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_each_of_many_clients_has_the_share_it_would_have_alone(
+    has_labels: bool, requests: list[DataRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not the task says what a partitioning goes by; if it does, it is read once."""
+    if not has_labels:
+        numbers = replace(find_task("numbers"), load_labels=None)
+        monkeypatch.setattr(tasks, "_BUILT_IN", {"numbers": numbers})
+    many = holdings_of("--ids", "5,0-3")
+    sizes = many.load(SESSION)
+    assert many.load(SESSION) == sizes
+    assert len(requests) == (1 if has_labels else 5)
+    for client_id, size in zip((5, 0, 1, 2, 3), sizes, strict=True):
+        alone = holdings_of("--id", str(client_id))
+        assert alone.load(SESSION) == (size,)
+        assert contents(many.examples_of(client_id)) == contents(alone.examples_of(client_id))
+
+
+def test_shares_of_images_are_the_same_bytes() -> None:
+    """A share cut out of the normalised whole is the share that was normalised by itself."""
+    session = replace(SESSION, task="mnist-sample")
+    many, alone = holdings_of("--ids", "0-5"), holdings_of("--id", "4")
+    assert many.load(session)[4:5] == alone.load(session)
+    cut, own = many.examples_of(4), alone.examples_of(4)
+    assert isinstance(cut, TensorDataset)
+    assert isinstance(own, TensorDataset)
+    for one, other in zip(cut.tensors, own.tensors, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_another_run_is_another_share(requests: list[DataRequest]) -> None:
+    """A client that stays for the next run takes the share that run deals it."""
+    many = holdings_of("--ids", "0-1")
+    many.load(SESSION)
+    first = contents(many.examples_of(1))
+    many.load(replace(SESSION, partitioning=replace(SESSION.partitioning, seed=5)))
+    assert contents(many.examples_of(1)) != first
+    assert len(requests) == 2
+
+
+def test_a_client_beyond_the_partitions_is_named(requests: list[DataRequest]) -> None:
+    """Before anything is loaded, and with both ways out."""
+    with pytest.raises(InvalidInput, match=r"client 7: partition 7 of 6 .* --num-partitions 8"):
+        holdings_of("--ids", "3-7").load(SESSION)
+    assert not requests
