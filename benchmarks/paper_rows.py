@@ -20,6 +20,10 @@ class Table:
     title: str
 
 
+_FEDPROX = Table(
+    "fedprox",
+    "Accuracy after 100 rounds; 1000 clients, ten in a round, nine of these stragglers.",
+)
 _MCMAHAN = Table("mcmahan", "Rounds until the target; 100 clients, of which each round asks ten.")
 _NIID = Table("niid", "Accuracy after 50 rounds; 10 clients, E = 10, B = 64, all in every round.")
 
@@ -95,6 +99,22 @@ def _niid(name: str, what: str, *, paper: float, flags: Sequence[str]) -> Row:
     )
 
 
+def _fedprox(name: str, what: str, *, paper: float, flags: Sequence[str]) -> Row:
+    return Row(
+        name=name,
+        table=_FEDPROX,
+        what=what,
+        paper=paper,
+        rounds=100,
+        num_clients=1000,
+        flags=(
+            *("--task", "benchmarks.paper_tasks:logistic", "--epochs", "20", "--batch-size", "10"),
+            *("--lr", "0.03", "--momentum", "0", "--clients-per-round", "10", "--min-updates", "1"),
+            *("--cohort", "data-size", "--stragglers", "0.9", *flags),
+        ),
+    )
+
+
 _DIRICHLET = ("--partition", "dirichlet", "--alpha", "0.5")
 _TWO_LABELS = ("--partition", "classes", "--classes-per-client", "2")
 _IID, _SHARDS = ("--partition", "iid"), ("--partition", "shards", "--shards-per-client", "2")
@@ -139,6 +159,24 @@ ROWS = (
     ),
     _niid("niid-dirichlet", "FedAvg, Dirichlet 0.5", paper=0.9889, flags=_DIRICHLET),
     _niid("niid-two-labels", "FedAvg, two labels a client", paper=0.9686, flags=_TWO_LABELS),
+    _fedprox(
+        "fedprox-dropped",
+        "stragglers dropped",
+        paper=0.64,
+        flags=("--strategy", "uniform", "--straggler-work", "none"),
+    ),
+    _fedprox(
+        "fedprox-partial",
+        "their partial work kept, mu = 0",
+        paper=0.80,
+        flags=("--strategy", "uniform+fedprox", "--strategy-parameters", "mu=0"),
+    ),
+    _fedprox(
+        "fedprox-mu2",
+        "their partial work kept, mu = 2",
+        paper=0.85,
+        flags=("--strategy", "uniform+fedprox", "--strategy-parameters", "mu=2"),
+    ),
 )
 
 

@@ -5,9 +5,9 @@
     python -m benchmarks.papers --list
 
 Every row is a run of the service: one server process, and `--processes` client processes that
-share the client ids among them (`--ids`). Without --rows all rows are run that have no result yet.
-A run that was stopped goes on where it was when the same command is given again: its state-dirs are
-in --work until it is done. A run with a target ends when it is reached.
+share the client ids among them (`--ids`). A run that was stopped goes on where it was when the same
+command is given again: its state-dirs are in --work until it is done. One with a target ends when
+that is reached. One whose result is there isn't repeated: delete the result first.
 
 What came out of a run is kept in benchmarks/results, one file for each row and seed, and the tables
 of docs/results.md are written anew from all of them after each (see benchmarks.paper_report).
@@ -59,9 +59,8 @@ def main() -> None:
     names = [name for name in arguments.rows.split(",") if name]
     for row in find_rows(names) if names else ROWS:
         for seed in range(arguments.seeds or row.num_seeds):
-            if result_path(row, seed).exists() and not names:
-                continue
-            _run(row, seed, arguments)
+            if not result_path(row, seed).exists():
+                _run(row, seed, arguments)
 
 
 def result_path(row: Row, seed: int) -> Path:

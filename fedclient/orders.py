@@ -94,9 +94,7 @@ class OrderWorker:
                     "client %d, round %d: the server wants no update any more", *_place(order)
                 )
             except TrainingHalted as error:
-                logger.warning(
-                    "client %d, round %d: %s; no update is sent", *_place(order), error
-                )
+                logger.warning("client %d, round %d: %s; no update is sent", *_place(order), error)
                 self._tell_incidents(order, progress, gave_up=True)
             except NotFound as error:
                 # Its model is gone: the round has ended meanwhile.
