@@ -14,9 +14,9 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -64,6 +64,14 @@ class Settings(BaseSettings):
         pattern="^(DEBUG|INFO|WARNING|ERROR)$",
         description="DEBUG, INFO, WARNING or ERROR",
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _keep_the_word_none(cls, value: object, info: ValidationInfo) -> object:
+        """Where "none" is one of the words to choose from, it doesn't stand for nothing."""
+        assert info.field_name is not None
+        words = get_args(cls.model_fields[info.field_name].annotation)
+        return "none" if value is None and "none" in words else value
 
     @classmethod
     def settings_customise_sources(

@@ -92,6 +92,19 @@ def test_a_value_that_cant_be_is_told_with_its_setting(
     assert "--port is 'high'" in _refusal(capsys)
 
 
+def test_the_word_none_can_be_chosen_where_it_is_one_of_the_words() -> None:
+    """Elsewhere it takes a setting back, as --data-root none does."""
+    settings = parse(
+        ServerSettings,
+        [
+            *("--stragglers", "0.5", "--straggler-work", "none", "--augment", "none"),
+            *("--data-root", "none"),
+        ],
+    )
+    assert (settings.straggler_work, settings.augment) == ("none", "none")
+    assert settings.data_root is None
+
+
 @pytest.mark.parametrize("server", ["localhost", "localhost:port", ":50051", "there:0", "a:70000"])
 def test_a_client_never_waits_for_a_server_nowhere(
     server: str, capsys: pytest.CaptureFixture[str]
