@@ -53,15 +53,14 @@ def _table(title: str, rows: Sequence[Row], records: Sequence[dict[str, Any]]) -
     ]
     for row in rows:
         of_row = [one for one in records if one["row"] == row.name]
-        paper = f"{row.paper:g}" if row.target else f"{row.paper:.2%}"
         if not of_row:
-            lines.append(f"| {row.name} | {row.what} | {paper} | not run yet | | | |")
+            lines.append(f"| {row.name} | {row.what} | {row.goal} | not run yet | | | |")
             continue
         ours = ", ".join(_found(row, one["accuracies"]) for one in of_row)
         seeds = ", ".join(str(one["seed"]) for one in of_row)
         minutes = ", ".join(f"{one['seconds'] / 60:.0f}" for one in of_row)
         lines.append(
-            f"| {row.name} | {row.what} | {paper} | {ours} | {seeds} | {minutes} min | "
+            f"| {row.name} | {row.what} | {row.goal} | {ours} | {seeds} | {minutes} min | "
             f"{of_row[-1]['date']} |"
         )
         commands.append(f"    {of_row[0]['command']}")

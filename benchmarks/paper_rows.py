@@ -33,18 +33,26 @@ class Row:
     """One published figure.
 
     `paper` is the number of rounds that `target` (an accuracy) took there; without a target it is
-    the accuracy after `rounds`. `flags` are the server's, beside those of every row.
+    the accuracy after `rounds`, or None if we have no figure to compare with. `flags` are the
+    server's, beside those of every row.
     """
 
     name: str
     table: Table
     what: str
-    paper: float
+    paper: float | None
     target: float | None = None
     rounds: int
     num_clients: int
     flags: Sequence[str]
     num_seeds: int = 1
+
+    @property
+    def goal(self) -> str:
+        """The paper's figure in words."""
+        if self.paper is None:
+            return "-"
+        return f"{self.paper:g}" if self.target else f"{self.paper:.2%}"
 
     def server_flags(self, seed: int) -> list[str]:
         """Return all that makes the run this run, but where its data and its state are."""
@@ -84,17 +92,19 @@ def _mcmahan(
     )
 
 
-def _niid(name: str, what: str, *, paper: float, flags: Sequence[str]) -> Row:
+def _niid(
+    name: str, what: str, *, flags: Sequence[str], strategy: str, paper: float | None = None
+) -> Row:
     return Row(
-        name=name,
+        name=f"niid-{name}-{strategy}",
         table=_NIID,
-        what=what,
+        what=f"{strategy}, {what}",
         paper=paper,
         rounds=50,
         num_clients=10,
         flags=(
             *("--task", "benchmarks.paper_tasks:lenet", "--epochs", "10", "--batch-size", "64"),
-            *("--lr", "0.01", "--momentum", "0.9", *flags),
+            *("--lr", "0.01", "--momentum", "0.9", "--strategy", strategy, *flags),
         ),
     )
 
@@ -157,8 +167,12 @@ ROWS = (
         task="wide_cnn",
         flags=("--epochs", "5", "--lr", "0.1", *_IID),
     ),
-    _niid("niid-dirichlet", "FedAvg, Dirichlet 0.5", paper=0.9889, flags=_DIRICHLET),
-    _niid("niid-two-labels", "FedAvg, two labels a client", paper=0.9686, flags=_TWO_LABELS),
+    _niid("dirichlet", "alpha = 0.5", flags=_DIRICHLET, strategy="fedavg", paper=0.9889),
+    _niid("dirichlet", "alpha = 0.5", flags=_DIRICHLET, strategy="fedprox"),
+    _niid("dirichlet", "alpha = 0.5", flags=_DIRICHLET, strategy="fednova"),
+    _niid("two-labels", "2 labels", flags=_TWO_LABELS, strategy="fedavg", paper=0.9686),
+    _niid("two-labels", "2 labels", flags=_TWO_LABELS, strategy="fedprox"),
+    _niid("two-labels", "2 labels", flags=_TWO_LABELS, strategy="fednova"),
     _fedprox(
         "fedprox-dropped",
         "stragglers dropped",

@@ -203,8 +203,7 @@ def _seconds_of(entry: dict[str, Any]) -> float:
 def _list_rows() -> None:
     for row in ROWS:
         done = [seed for seed in range(row.num_seeds) if result_path(row, seed).exists()]
-        goal = f"{row.paper:g} rounds" if row.target else f"{row.paper:.2%}"
-        print(f"{row.name:18} {row.what:50} {goal:12} done: {done or 'none'}")
+        print(f"{row.name:24} {row.what:50} paper: {row.goal:8} done: {done or 'none'}")
 
 
 if __name__ == "__main__":
