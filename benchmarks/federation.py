@@ -1,19 +1,27 @@
 """One server and some clients as separate processes, for the time of a measurement."""
 
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Clients are forked from a process that has imported all: otherwise fifty of them would import
+# torch for minutes, and each have pages of its own of what they can share.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["torch._dynamo", "fedclient.loop", "benchmarks.tasks"])
 
 
 @dataclass(frozen=True)
@@ -22,20 +30,23 @@ class Federation:
 
     folder: Path
     server: subprocess.Popen[str]
-    clients: list[subprocess.Popen[str]]
+    clients: list[ForkServerProcess]
 
     def wait(self) -> None:
         """Return when the run is done.
 
         Raises:
-            RuntimeError: a process failed; the message holds the server's log.
+            RuntimeError: a process failed; the message holds its log.
         """
-        for process in (self.server, *self.clients):
-            if process.wait() != 0:
-                log = (self.folder / "server.log").read_text()
-                raise RuntimeError(
-                    f"{process.args!r} ended with {process.returncode}\n{log[-3000:]}"
-                )
+        self._examine("server", self.server.wait())
+        for number, client in enumerate(self.clients):
+            client.join()
+            self._examine(f"client-{number}", client.exitcode)
+
+    def _examine(self, name: str, code: int | None) -> None:
+        if code != 0:
+            log = (self.folder / f"{name}.log").read_text()
+            raise RuntimeError(f"{name} ended with {code}\n{log[-3000:]}")
 
     def history(self) -> list[dict[str, Any]]:
         """Return what `python -m fedserver history --json` says."""
@@ -72,26 +83,31 @@ def started(
         if not first_line:
             raise RuntimeError((folder / "server.log").read_text())
         address = first_line.split()[-1]
-        clients = [
-            subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "fedclient", "--id", str(client_id)),
-                    *("--server", address, "--state-dir", str(folder / f"client-{client_id}")),
-                    *client_args,
-                ],
-                cwd=ROOT,
-                env=env,
-                text=True,
-                stderr=(folder / f"client-{client_id}.log").open("w"),
-            )
-            for client_id in range(num_clients)
-        ]
+        clients: list[ForkServerProcess] = []
         try:
+            for number in range(num_clients):
+                arguments = ["--id", str(number), "--server", address, *client_args]
+                arguments += ["--state-dir", str(folder / f"client-{number}")]
+                log = folder / f"client-{number}.log"
+                client = _FORKS.Process(target=_run_client, args=(arguments, log, environment))
+                client.start()
+                clients.append(client)
             yield Federation(folder, server, clients)
         finally:
-            for process in (server, *clients):
-                process.kill()
-                process.wait()
+            server.kill()
+            server.wait()
+            for client in clients:
+                client.kill()
+                client.join()
+
+
+def _run_client(arguments: list[str], log: Path, environment: dict[str, str]) -> NoReturn:
+    os.environ |= environment
+    with log.open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    from fedclient.__main__ import main  # noqa: PLC0415  # imports nothing that is heavy
+
+    sys.exit(main(arguments))
 
 
 def peak_memory_mb(pid: int) -> float:
@@ -112,6 +128,16 @@ def anonymous_memory_mb(pid: int) -> float:
         OSError: there is no such process.
     """
     return _memory_mb(pid, "RssAnon")
+
+
+def processor_s(pid: int) -> float:
+    """Return the processor time that a process and its threads have used so far, in seconds.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    # What clock_getcpuclockid(3) returns on Linux; Python doesn't offer it.
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 def _memory_mb(pid: int, name: str) -> float:

@@ -12,11 +12,13 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 from grpc import aio
 
+from benchmarks.federation import processor_s
 from shared.chunks import CHUNK_BYTES
 
 _SERVICE = "raw.Stream"
@@ -73,14 +75,24 @@ def _run_client(port: int, num_bytes: int) -> None:
         print("done", flush=True)
 
 
+@dataclass(frozen=True)
+class RawRound:
+    """The seconds one round took, and the processor seconds of all its processes."""
+
+    round_s: float
+    processor_s: float
+
+
 class RawRounds:
     """Processes that stand ready to move a round's bytes."""
 
-    def __init__(self, clients: list[subprocess.Popen[str]]) -> None:
+    def __init__(self, server: subprocess.Popen[str], clients: list[subprocess.Popen[str]]) -> None:
+        self._server = server
         self._clients = clients
 
-    def run_round(self) -> float:
-        """Move the bytes once; returns the seconds it took."""
+    def run_round(self) -> RawRound:
+        """Move the bytes once."""
+        used_before = self._processor_s()
         began = time.perf_counter()
         for client in self._clients:
             assert client.stdin is not None
@@ -89,7 +101,11 @@ class RawRounds:
         for client in self._clients:
             assert client.stdout is not None
             assert client.stdout.readline() == "done\n"
-        return time.perf_counter() - began
+        round_s = time.perf_counter() - began
+        return RawRound(round_s, self._processor_s() - used_before)
+
+    def _processor_s(self) -> float:
+        return sum(processor_s(one.pid) for one in (self._server, *self._clients))
 
 
 @contextmanager
@@ -110,7 +126,7 @@ def raw_rounds(num_clients: int, num_bytes: int) -> Iterator[RawRounds]:
         port = server.stdout.readline().strip()
         clients = [start("client", port, str(num_bytes)) for _ in range(num_clients)]
         try:
-            yield RawRounds(clients)
+            yield RawRounds(server, clients)
         finally:
             for process in (server, *clients):
                 process.kill()

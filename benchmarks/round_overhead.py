@@ -1,14 +1,15 @@
 """What a round costs beside training: seconds, bytes on the wire, memory, against raw gRPC.
 
     python -m benchmarks.round_overhead [--cases 25x10,100x10] [--write]
-                                        [--peer flwr --peer-python PATH [--peer-rounds 3]]
+                                        [--peer flwr --peer-python PATH [--peer-cases 25x10]]
 
 A case is MEGABYTESxCLIENTS; every client is a process and gives back the model with every tensor
 changed. Rounds of the service and of raw gRPC (the same bytes, written and fdatasync'd) take turns
-in blocks; of either the median counts, after warm-up rounds. `--write` puts the table into
-docs/performance.md, where rows of other cases stay: a case can be measured by itself. With
-`--peer flwr` the same rounds run on Flower too, after ours, in the environment that PATH is the
-Python of.
+in blocks; of either the median counts, after warm-up rounds. Beside the seconds stand those of the
+processors, of all processes together: they tell more where others use the machine too. `--write`
+puts the table into docs/performance.md, where rows of other cases stay: a case can be measured by
+itself. With `--peer flwr` some of the cases run on Flower too, after ours, in the environment that
+PATH is the Python of.
 """
 
 import argparse
@@ -16,16 +17,21 @@ import functools
 import itertools
 import statistics
 import threading
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
+import numpy as np
 import psutil
 
 from benchmarks import flower_peer
 from benchmarks.federation import (
+    Federation,
     anonymous_memory_mb,
     machine_line,
+    processor_s,
     read_section,
     started,
     write_section,
@@ -33,6 +39,7 @@ from benchmarks.federation import (
 from benchmarks.raw_stream import raw_rounds
 
 CASES = "1x2,1x10,25x2,25x10,100x2,100x10,400x2,1x50,25x50"
+_COMMAND = "`python -m benchmarks.round_overhead`"
 _NUM_WARM_UP = 3
 _NUM_MEASURED = 7
 _SAMPLE_S = 0.01
@@ -40,12 +47,17 @@ _SAMPLE_S = 0.01
 
 @dataclass(frozen=True)
 class Measured:
-    """One case; anonymous memory in MB, idle with a model of 4 KB."""
+    """One case; anonymous memory in MB, idle with a model of 4 KB.
+
+    Processor seconds are those of all processes together in a round.
+    """
 
     megabytes: float
     num_clients: int
     round_s: float
     raw_s: float
+    processor_s: float
+    raw_processor_s: float
     wire_ratio: float
     server_idle_mb: float
     server_peak_mb: float
@@ -53,27 +65,47 @@ class Measured:
     client_peak_mb: float
 
 
-class PeakMemory:
-    """Samples the most memory of its own that a process holds while it lives."""
+class Usage:
+    """Samples what a federation's processes use, as a context manager, from start to end of it.
 
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self.peak_mb = 0.0
+    `server_mb` and `client_mb` are the most memory of their own that the server and the first
+    client held.
+    """
+
+    def __init__(self, federation: Federation) -> None:
+        self.server_mb = self.client_mb = 0.0
+        self._server = federation.server.pid
+        clients = [one.pid for one in federation.clients if one.pid is not None]
+        self._client = clients[0]
+        self._pids = [self._server, *clients]
+        self._times: list[float] = []
+        self._processor_s: list[float] = []
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
 
-    def stop(self) -> None:
-        """End the sampling."""
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+
+    def processor_s(self, times: list[float]) -> list[float]:
+        """Return the processor seconds of all processes together up to each of these times."""
+        found = np.interp(times, self._times, self._processor_s)
+        return [float(one) for one in found]
 
     def _sample(self) -> None:
         while not self._ended.wait(_SAMPLE_S):
             try:
-                self.peak_mb = max(self.peak_mb, anonymous_memory_mb(self._pid))
+                self.server_mb = max(self.server_mb, anonymous_memory_mb(self._server))
+                self.client_mb = max(self.client_mb, anonymous_memory_mb(self._client))
+                used = sum(processor_s(pid) for pid in self._pids)
             except OSError:
-                return
+                return  # the first of them has ended: the last round is over
+            self._times.append(time.time())
+            self._processor_s.append(used)
 
 
 def measure(megabytes: float, num_clients: int) -> Measured:
@@ -85,31 +117,30 @@ def measure(megabytes: float, num_clients: int) -> Measured:
     server_args = [*task, "--rounds", str(num_rounds), "--epochs", "1", "--require-all"]
     server_args += ["--num-partitions", str(num_clients)]
     with raw_rounds(num_clients, num_bytes) as raw:
-        raw_s = [raw.run_round() for _ in range(_NUM_WARM_UP + _NUM_MEASURED)][_NUM_WARM_UP:]
+        raw_took = [raw.run_round() for _ in range(_NUM_WARM_UP + _NUM_MEASURED)][_NUM_WARM_UP:]
         wire_before = _loopback_bytes()
         with started(
             num_clients, server_args, client_args=task, FED_BENCH_MB=str(megabytes)
         ) as federation:
-            server = PeakMemory(federation.server.pid)
-            client = PeakMemory(federation.clients[0].pid)
-            federation.wait()
-            server.stop()
-            client.stop()
+            with Usage(federation) as usage:
+                federation.wait()
             wire_bytes = _loopback_bytes() - wire_before
             history = federation.history()
-        raw_s += [raw.run_round() for _ in range(_NUM_MEASURED)]
-    finished = [datetime.fromisoformat(entry["finished_at"]) for entry in history]
-    took_s = [(after - before).total_seconds() for before, after in itertools.pairwise(finished)]
+        raw_took += [raw.run_round() for _ in range(_NUM_MEASURED)]
+    finished = [datetime.fromisoformat(entry["finished_at"]).timestamp() for entry in history]
+    used = usage.processor_s(finished)
     return Measured(
         megabytes=megabytes,
         num_clients=num_clients,
-        round_s=statistics.median(took_s[_NUM_WARM_UP:]),
-        raw_s=statistics.median(raw_s),
+        round_s=_median_step(finished[_NUM_WARM_UP:]),
+        raw_s=statistics.median(one.round_s for one in raw_took),
+        processor_s=_median_step(used[_NUM_WARM_UP:]),
+        raw_processor_s=statistics.median(one.processor_s for one in raw_took),
         wire_ratio=wire_bytes / (2 * num_bytes * num_clients * num_rounds),
         server_idle_mb=server_idle_mb,
-        server_peak_mb=server.peak_mb,
+        server_peak_mb=usage.server_mb,
         client_idle_mb=client_idle_mb,
-        client_peak_mb=client.peak_mb,
+        client_peak_mb=usage.client_mb,
     )
 
 
@@ -117,47 +148,62 @@ def measure(megabytes: float, num_clients: int) -> Measured:
 def _idle_mb() -> tuple[float, float]:
     """Return the peak memory of server and client in a run with a model of 4 KB."""
     task = ["--task", "benchmarks.tasks:changed"]
-    with started(2, [*task, "--rounds", "3"], client_args=task) as federation:
-        server = PeakMemory(federation.server.pid)
-        client = PeakMemory(federation.clients[0].pid)
+    with (
+        started(2, [*task, "--rounds", "3"], client_args=task) as federation,
+        Usage(federation) as usage,
+    ):
         federation.wait()
-        server.stop()
-        client.stop()
-    return server.peak_mb, client.peak_mb
+    return usage.server_mb, usage.client_mb
+
+
+def _median_step(values: list[float]) -> float:
+    return statistics.median(after - before for before, after in itertools.pairwise(values))
 
 
 def _loopback_bytes() -> int:
     return int(psutil.net_io_counters(pernic=True)["lo"].bytes_sent)
 
 
-def table(measured: list[Measured], peer: list[flower_peer.PeerMeasured]) -> str:
-    """Return the results as a Markdown table, with three more columns if a peer was measured."""
-    lines = [
-        "| model x clients | round (s) | raw (s) | ratio | wire / ideal "
-        "| server idle -> peak (MB) | in models | client idle -> peak (MB) | in models |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for one in measured:
-        server_models = (one.server_peak_mb - one.server_idle_mb) / one.megabytes
-        client_models = (one.client_peak_mb - one.client_idle_mb) / one.megabytes
-        lines.append(
-            f"| {one.megabytes:g} MB x {one.num_clients} | {one.round_s:.3f} | {one.raw_s:.3f} "
-            f"| {one.round_s / one.raw_s:.2f} | {one.wire_ratio:.4f} "
-            f"| {one.server_idle_mb:.0f} -> {one.server_peak_mb:.0f} | {server_models:.1f} "
-            f"| {one.client_idle_mb:.0f} -> {one.client_peak_mb:.0f} | {client_models:.1f} |"
-        )
-    if peer:
-        lines[0] += " Flower (s) | Flower / ours | Flower server peak (MB) |"
-        lines[1] += " --- | --- | --- |"
-        for at, (one, other) in enumerate(zip(measured, peer, strict=True), start=2):
-            lines[at] += (
-                f" {other.round_s:.3f} | {other.round_s / one.round_s:.1f} "
-                f"| {other.server_peak_mb:.0f} |"
-            )
-    lines[0] += " measured (UTC) |"
-    lines[1] += " --- |"
-    lines[2:] = [f"{line} {datetime.now(UTC):%Y-%m-%d %H:%M} |" for line in lines[2:]]
-    return "\n".join(lines)
+def table(one: Measured) -> str:
+    """Return a case as a Markdown table with one row."""
+    server_models = (one.server_peak_mb - one.server_idle_mb) / one.megabytes
+    client_models = (one.client_peak_mb - one.client_idle_mb) / one.megabytes
+    return _table(
+        {
+            "model x clients": f"{one.megabytes:g} MB x {one.num_clients}",
+            "round (s)": f"{one.round_s:.3f}",
+            "raw (s)": f"{one.raw_s:.3f}",
+            "ratio": f"{one.round_s / one.raw_s:.2f}",
+            "processor (s)": f"{one.processor_s:.3f}",
+            "raw processor (s)": f"{one.raw_processor_s:.3f}",
+            "ratio of these": f"{one.processor_s / one.raw_processor_s:.2f}",
+            "wire / ideal": f"{one.wire_ratio:.4f}",
+            "server idle -> peak (MB)": f"{one.server_idle_mb:.0f} -> {one.server_peak_mb:.0f}",
+            "in models": f"{server_models:.1f}",
+            "client idle -> peak (MB)": f"{one.client_idle_mb:.0f} -> {one.client_peak_mb:.0f}",
+            "in models ": f"{client_models:.1f}",
+        }
+    )
+
+
+def peer_table(one: Measured, peer: flower_peer.PeerMeasured) -> str:
+    """Return a case beside the same on Flower as a Markdown table with one row."""
+    return _table(
+        {
+            "model x clients": f"{one.megabytes:g} MB x {one.num_clients}",
+            "round (s)": f"{one.round_s:.3f}",
+            "Flower (s)": f"{peer.round_s:.3f}",
+            "Flower / ours": f"{peer.round_s / one.round_s:.1f}",
+            "server peak (MB)": f"{one.server_peak_mb:.0f}",
+            "Flower's (MB)": f"{peer.server_peak_mb:.0f}",
+        }
+    )
+
+
+def _table(row: dict[str, str]) -> str:
+    row["measured (UTC)"] = f"{datetime.now(UTC):%Y-%m-%d %H:%M}"
+    lines = [list(row), ["---"] * len(row), list(row.values())]
+    return "\n".join(f"| {' | '.join(one.strip() for one in line)} |" for line in lines)
 
 
 def joined(earlier: str, new: str) -> str:
@@ -179,13 +225,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--section", default="round_overhead", help="of docs/performance.md")
     parser.add_argument("--peer", choices=["flwr"])
     parser.add_argument("--peer-python", type=Path, metavar="PATH")
+    parser.add_argument("--peer-cases", default="25x10")
     parser.add_argument("--peer-rounds", type=int, default=3, metavar="N")
     arguments = parser.parse_args()
     flower = None
-    made_by = "`python -m benchmarks.round_overhead`"
     if arguments.peer:
         if arguments.peer_python is None:
             parser.error("--peer needs --peer-python, the Python of Flower's environment")
@@ -193,21 +238,27 @@ def main() -> None:
             flower = flower_peer.find_peer(arguments.peer_python)
         except RuntimeError as error:
             parser.error(str(error))
-        made_by += f" with `--peer flwr` ({flower.version})"
-    measured: list[Measured] = []
-    peer: list[flower_peer.PeerMeasured] = []
+    lines: list[str] = []
     for case in arguments.cases.split(","):
         megabytes, num_clients = case.split("x")
         size = (float(megabytes), int(num_clients))
-        measured.append(measure(*size))
-        if flower is not None:
-            peer.append(flower_peer.measure(flower, *size, arguments.peer_rounds))
-        newest = table(measured[-1:], peer[-1:])
-        print(newest.splitlines()[-1], flush=True)
-        if arguments.write:
-            rows = joined(read_section(arguments.section), newest)
-            write_section(arguments.section, f"{machine_line()}; {made_by}\n\n{rows}\n")
-    print(table(measured, peer))
+        measured = measure(*size)
+        lines = _show(lines, "round_overhead", table(measured), _COMMAND, write=arguments.write)
+        if flower is not None and case in arguments.peer_cases.split(","):
+            peer = flower_peer.measure(flower, *size, arguments.peer_rounds)
+            made_by = f"{_COMMAND} with `--peer flwr` ({flower.version})"
+            name = "round_overhead_flwr"
+            _show([], name, peer_table(measured, peer), made_by, write=arguments.write)
+
+
+def _show(lines: list[str], section: str, new: str, made_by: str, *, write: bool) -> list[str]:
+    """Print a table's row, its head only where there are no `lines` yet; returns all lines."""
+    printed = new.splitlines()[2 if lines else 0 :]
+    print("\n".join(printed), flush=True)
+    if write:
+        rows = joined(read_section(section), new)
+        write_section(section, f"{machine_line()}; {made_by}\n\n{rows}\n")
+    return [*lines, *printed]
 
 
 if __name__ == "__main__":

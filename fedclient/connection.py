@@ -5,8 +5,9 @@ Every method makes one call and raises the domain's errors; trying again is the 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -278,12 +279,13 @@ def _errors_translated() -> Iterator[None]:
 
 
 def _upload_messages(
-    header: bytes, file: BinaryIO, on_sent: Callable[[int], None]
+    header: bytes, file: FileIO, on_sent: Callable[[int], None]
 ) -> Iterator[bytes]:
     yield header
-    while data := file.read(CHUNK_BYTES):
-        yield frame(data, field=UPLOAD_DATA_FIELD)
-        on_sent(len(data))
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    while count := file.readinto(buffer):
+        yield frame(buffer[:count], field=UPLOAD_DATA_FIELD)
+        on_sent(count)
 
 
 def _order(message: pb.WorkOrder) -> WorkOrder:

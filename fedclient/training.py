@@ -137,6 +137,7 @@ def train_order(
         treatment=state.treatment,
         on_replay=count_replay,
         on_diagnosis=on_diagnosis,
+        keeps_model=False,
     )
     train_s = time.monotonic() - began
     write_state(payload, result.state_dict)

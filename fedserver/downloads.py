@@ -7,6 +7,7 @@ size; anything else (an older model that a restarted client still asks for) is r
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from fedserver.checkpoints import Checkpoints
 from fedserver.workers import Workers
@@ -27,7 +28,7 @@ class Downloads:
         self._places = asyncio.Semaphore(_MAX_CHUNKS_UNDER_WAY)
         self._under_way: Counter[str] = Counter()
         self._digest = ""
-        self._chunks: dict[int, bytes] = {}
+        self._chunks: dict[int, asyncio.Future[bytes]] = {}
 
     def publish(self, digest: str) -> None:
         """Keep the chunks of this model from now on, once they have been asked for."""
@@ -63,22 +64,13 @@ class Downloads:
         if not 0 <= offset <= size_bytes:
             raise WrongOffset(f"blob {digest} has {size_bytes} bytes; byte {offset} isn't in it")
 
-        def read(begin: int, end: int) -> bytes:
-            with path.open("rb", buffering=0) as file:
-                file.seek(begin)
-                return frame(file.read(end - begin), field=DOWNLOAD_DATA_FIELD)
-
         self._under_way[digest] += 1
         try:
             while offset < size_bytes:
                 end = min(offset - offset % CHUNK_BYTES + CHUNK_BYTES, size_bytes)
                 async with self._places:
                     on_progress()
-                    framed = self._chunks.get(offset) if digest == self._digest else None
-                    if framed is None:
-                        framed = await self._workers.on_disk(read, offset, end)
-                        if digest == self._digest and offset % CHUNK_BYTES == 0:
-                            self._chunks[offset] = framed
+                    framed = await self._framed(digest, offset, end)
                     try:
                         async with asyncio.timeout(self._idle_s):
                             await write(framed)
@@ -91,3 +83,26 @@ class Downloads:
                 offset = end
         finally:
             self._under_way[digest] -= 1
+
+    async def _framed(self, digest: str, begin: int, end: int) -> bytes:
+        """Return a chunk; of the model in force it is read once, whoever asks meanwhile."""
+        path = self._checkpoints.path(digest)
+        if digest != self._digest or begin % CHUNK_BYTES:
+            return await self._workers.on_disk(_read_framed, path, begin, end)
+        chunks = self._chunks
+        if begin not in chunks:
+            chunks[begin] = asyncio.ensure_future(
+                self._workers.on_disk(_read_framed, path, begin, end)
+            )
+        try:
+            # One client that hangs up doesn't take the chunk away from the others.
+            return await asyncio.shield(chunks[begin])
+        except OSError:
+            chunks.pop(begin, None)
+            raise
+
+
+def _read_framed(path: Path, begin: int, end: int) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        return frame(file.read(end - begin), field=DOWNLOAD_DATA_FIELD)

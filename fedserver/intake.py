@@ -17,7 +17,7 @@ from fedserver.records import Event, OrderRecord, Refusal
 from fedserver.rounds import OrderEvent, OrderState
 from fedserver.spool import UpdateStream
 from fedserver.strategies.blocks import StateFile
-from shared.codec import digest_file, read_layout
+from shared.codec import read_layout
 from shared.errors import (
     CorruptPayload,
     InvalidInput,
@@ -38,7 +38,7 @@ _ANSWERS = {
 
 _GOOD = (OrderState.STORED, OrderState.COUNTED)
 
-_TIDYING_BYTES = 8 << 20
+_TIDYING_BYTES = 32 << 20
 """So much may arrive before the heap's free pages are given back: it costs a look at all of it."""
 
 
@@ -159,7 +159,7 @@ class Intake:
         self, update: ClientUpdate, stream: UpdateStream, current: OpenRound
     ) -> float | Refusal:
         """Return the norm of a good update's delta, durable by then, or why it isn't one."""
-        if digest_file(stream.path) != update.digest:
+        if stream.digest() != update.digest:
             self._parts.spool.discard(stream)
             raise CorruptPayload(
                 f"order {update.order_id}: the bytes don't match digest {update.digest}; "

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from blake3 import blake3
+
+from shared.codec import digest_file
 from shared.errors import StreamFenced, WrongOffset
 from shared.files import naming_full_disk, sync_folder
 
@@ -26,6 +29,8 @@ class UpdateStream:
     def __init__(self, path: Path, *, offset: int) -> None:
         self.path = path
         self.offset = offset
+        # Hashed as it arrives, while the bytes are still in the processor's cache.
+        self._hasher = blake3() if offset == 0 else None
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         self._lock = threading.Lock()
         self._is_fenced = False
@@ -41,8 +46,17 @@ class UpdateStream:
             self._examine_fence()
             while data:
                 written = os.pwrite(self._descriptor, data, self.offset)
+                if self._hasher is not None:
+                    self._hasher.update(data[:written])
                 self.offset += written
                 data = data[written:]
+
+    def digest(self) -> str:
+        """Return the digest of all that is committed."""
+        if self._hasher is None:
+            return digest_file(self.path)
+        found: str = self._hasher.hexdigest()
+        return found
 
     def make_durable(self) -> None:
         """Return when the file and its name survive a loss of power.

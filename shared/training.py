@@ -72,8 +72,8 @@ class TrainingReport:
 class TrainingResult(NamedTuple):
     """The trained model and how it went: `state_dict, accuracy, report = train_model(...)`.
 
-    `state_dict` holds detached copies on the CPU; `accuracy` is the last epoch's, in 0..1, as
-    in EpochReport.
+    `state_dict` holds detached copies on the CPU (see `keeps_model`); `accuracy` is the last
+    epoch's, in 0..1, as in EpochReport.
     """
 
     state_dict: dict[str, Tensor]
@@ -105,6 +105,7 @@ def train_model(
     treatment: Treatment = UNTREATED,
     on_replay: Callable[[], None] = lambda: None,
     on_diagnosis: Callable[[Diagnosis], None] = lambda _: None,
+    keeps_model: bool = True,
 ) -> TrainingResult:
     """Train `model` in place for `epochs` passes over `dataloader`.
 
@@ -140,6 +141,7 @@ def train_model(
         treatment: what is in force from the beginning, from a cure before.
         on_replay: told of each step that the doctor takes again.
         on_diagnosis: told of each diagnosis the moment it is there.
+        keeps_model: whether `model` is used any more; if not, the result may be its own tensors.
 
     Returns:
         The trained state_dict, its accuracy while training, and the report.
@@ -227,9 +229,9 @@ def train_model(
     del descent, at_work
     return TrainingResult(
         state_dict={
-            name: tensor.detach()
-            .to("cpu", dtypes[name])
-            .clone(memory_format=torch.contiguous_format)
+            name: tensor.detach().to(
+                "cpu", dtypes[name], copy=keeps_model, memory_format=torch.contiguous_format
+            )
             for name, tensor in model.state_dict().items()
         },
         accuracy=epoch_reports[-1].accuracy,

@@ -142,7 +142,7 @@ class Orders(Database):
                 "received_at": at,
                 "reason": refusal.reason if refusal else None,
             }
-            connection.execute(insert(schema.updates).values(values))
+            connection.execute(insert(schema.updates), values)
             if state is OrderState.REFUSED or (kept_bytes and state is not OrderState.STORED):
                 evidence = refusal.evidence if refusal else {"kind": "stale"}
                 hold_update(

@@ -4,7 +4,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, delete, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Table,
+    bindparam,
+    delete,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from fedserver.records import (
@@ -34,6 +44,14 @@ from fedserver.store import schema
 from shared.errors import NotFound
 from shared.types import ClientUpdate, Section
 
+# Made once: putting a statement together takes longer than running it.
+_FIND_ORDER = (
+    select(schema.orders, schema.updates.c.digest, schema.updates.c.reason)
+    .outerjoin(schema.updates, schema.updates.c.order_id == schema.orders.c.order_id)
+    .where(schema.orders.c.order_id == bindparam("order_id"))
+)
+_MOVE_ORDER = update(schema.orders).where(schema.orders.c.order_id == bindparam("moved_id"))
+
 
 def in_round(table: Table, wanted: Round) -> tuple[ColumnElement[bool], ...]:
     """Return the conditions that pick the rows of one attempt at a round."""
@@ -52,15 +70,16 @@ def insert_round(connection: Connection, opened: Round, happened: Event) -> None
         "attempt": opened.attempt,
     }
     connection.execute(
-        insert(schema.rounds).values(
-            **key,
-            phase=opened.phase,
-            base_digest=opened.base_digest,
-            base_state_digest=opened.base_state_digest,
-            max_delta_norm=opened.max_delta_norm,
-            adjustments=opened.adjustments.as_json(),
-            started_at=happened.at,
-        )
+        insert(schema.rounds),
+        key
+        | {
+            "phase": opened.phase,
+            "base_digest": opened.base_digest,
+            "base_state_digest": opened.base_state_digest,
+            "max_delta_norm": opened.max_delta_norm,
+            "adjustments": opened.adjustments.as_json(),
+            "started_at": happened.at,
+        },
     )
     connection.execute(
         insert(schema.orders),
@@ -117,11 +136,7 @@ def move_order(
 ) -> OrderState:
     """Apply an event to one order that is in `state`; returns the state that follows."""
     following = next_order_state(state, order_event)
-    connection.execute(
-        update(schema.orders)
-        .where(schema.orders.c.order_id == order_id)
-        .values(state=following, **values)
-    )
+    connection.execute(_MOVE_ORDER, {"moved_id": order_id, "state": following, **values})
     return following
 
 
@@ -216,12 +231,7 @@ def find_order(connection: Connection, order_id: str) -> OrderRecord:
     Raises:
         NotFound: no such order was ever given.
     """
-    orders, updates = schema.orders, schema.updates
-    row = connection.execute(
-        select(orders, updates.c.digest, updates.c.reason)
-        .outerjoin(updates, updates.c.order_id == orders.c.order_id)
-        .where(orders.c.order_id == order_id)
-    ).first()
+    row = connection.execute(_FIND_ORDER, {"order_id": order_id}).first()
     if row is None:
         raise NotFound(f"there is no order {order_id!r}; pull work to learn of the open ones")
     return OrderRecord(
@@ -246,17 +256,18 @@ def add_events(
     """Record events in their order."""
     for one in happened:
         connection.execute(
-            insert(schema.events).values(
-                run_id=run_id,
-                kind=one.kind,
-                at=one.at,
-                round=one.round_number,
-                attempt=one.attempt,
-                client_id=one.client_id,
-                is_incident=one.is_incident,
-                fields=dict(one.fields),
-                report_key=report_key,
-            )
+            insert(schema.events),
+            {
+                "run_id": run_id,
+                "kind": one.kind,
+                "at": one.at,
+                "round": one.round_number,
+                "attempt": one.attempt,
+                "client_id": one.client_id,
+                "is_incident": one.is_incident,
+                "fields": dict(one.fields),
+                "report_key": report_key,
+            },
         )
 
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,8 @@ BLOCK_ELEMENTS = 64 * 1024
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _BLOCKS_AT_A_TIME = 8
 _ROWS_BYTES = 8 * 1024 * 1024
+# Of a reader; there are a few readers in each thread that computes.
+_MAX_OPEN_FILES = 16
 
 T = TypeVar("T")
 
@@ -90,10 +93,18 @@ Aggregator = Callable[[Cohort], Callable[[], BlockFunction]]
 
 
 class BlockReader:
-    """Owns the buffer that blocks are read into; `read` overwrites what it returned before."""
+    """Owns the buffer that blocks are read into; `read` overwrites what it returned before.
+
+    The files read last stay open as long as the reader is there.
+    """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self._open: dict[Path, FileIO] = {}
+
+    def __del__(self) -> None:
+        for file in self._open.values():
+            file.close()
 
     def read(self, file: StateFile, block: Block) -> torch.Tensor:
         """Return a block of `file` as a 1-dim tensor of the entry's dtype, [block.count].
@@ -106,19 +117,22 @@ class BlockReader:
         if len(self._buffer) < block.count * size:
             self._buffer = bytearray(block.count * size)
         view = memoryview(self._buffer)[: block.count * size]
-        try:
-            descriptor = os.open(file.path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise StorageDamaged(f"{file.path} is gone; restore it from a copy") from error
-        try:
-            count = os.preadv(descriptor, [view], entry.begin + block.begin * size)
-        finally:
-            os.close(descriptor)
+        opened = self._open.get(file.path) or self._opened(file.path)
+        count = os.preadv(opened.fileno(), [view], entry.begin + block.begin * size)
         if count != len(view):
             raise StorageDamaged(
                 f"{file.path} ends inside tensor {block.name!r}; restore it from a copy"
             )
         return torch.frombuffer(self._buffer, dtype=entry.dtype, count=block.count)
+
+    def _opened(self, path: Path) -> FileIO:
+        if len(self._open) >= _MAX_OPEN_FILES:
+            self._open.pop(next(iter(self._open))).close()
+        try:
+            self._open[path] = path.open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise StorageDamaged(f"{path} is gone; restore it from a copy") from error
+        return self._open[path]
 
 
 class RowReader:
