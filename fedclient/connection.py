@@ -325,6 +325,7 @@ def _order(message: pb.WorkOrder) -> WorkOrder:
         seed=message.seed,
         last_counted_order_id=message.last_counted_order_id,
         evaluate=message.evaluate,
+        holdout=message.holdout,
     )
 
 

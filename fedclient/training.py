@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fedclient.local_rules import correction_of
 from fedclient.progress import ProgressReporter
 from shared.codec import digest_file, load_state_into, write_state
-from shared.data import AugmentedBatches, make_loader
+from shared.data import AugmentedBatches, make_loader, set_aside
+from shared.data.loaders import NumberedLoader
 from shared.diagnosis import Diagnosis, DoctorSettings
 from shared.doctor.easing import Convalescence
 from shared.errors import InvalidInput, WrongSettings
@@ -77,8 +78,12 @@ def train_order(
             "both sides need the same version of the task"
         ) from error
     training = order.training
+    for_training, held_out = _examples_of(order, examples)
     loader = make_loader(
-        examples, batch_size=training.batch_size, seed=derive_seed(order.seed, "batches")
+        examples,
+        batch_size=training.batch_size,
+        seed=derive_seed(order.seed, "batches"),
+        numbers=for_training,
     )
     batches = (
         loader
@@ -87,10 +92,17 @@ def train_order(
             loader, name=training.augmentation, seed=derive_seed(order.seed, "augmentation")
         )
     )
-    metrics = _metrics_of_global_model(model, examples, task, device) if order.evaluate else {}
     num_batches = training.epochs * len(loader)
     last_step = min(max_steps or num_batches, num_batches)
-    progress.expect_batches(last_step)
+    metrics: dict[str, float] = {}
+    if order.evaluate and (order.holdout == 0 or held_out):
+        evaluated = make_loader(
+            examples, batch_size=_EVALUATION_BATCH_SIZE, shuffle=False, numbers=held_out
+        )
+        progress.expect_batches(len(evaluated) + last_step)
+        metrics = _metrics_of_global_model(model, evaluated, task, device, progress)
+    else:
+        progress.expect_batches(last_step)
 
     def count_step(taken: StepProgress) -> None:
         if log_steps and taken.step % log_steps == 0:
@@ -170,11 +182,39 @@ def train_order(
     )
 
 
+def _examples_of(order: WorkOrder, examples: Examples) -> tuple[list[int] | None, list[int] | None]:
+    """Return the numbers of the examples to train on and of those to evaluate on; None: all.
+
+    They are the same in every round, attempt and run: nothing held out is ever trained on.
+    """
+    if order.holdout == 0:
+        return None, None
+    return set_aside(
+        len(examples),  # type: ignore[arg-type]  # Dataset doesn't declare __len__
+        share=order.holdout,
+        seed=derive_seed(0, "holdout", client_id=order.client_id),
+    )
+
+
 def _metrics_of_global_model(
-    model: nn.Module, examples: Examples, task: Task, device: torch.device
+    model: nn.Module,
+    loader: NumberedLoader,
+    task: Task,
+    device: torch.device,
+    progress: ProgressReporter,
 ) -> dict[str, float]:
-    loader = make_loader(examples, batch_size=_EVALUATION_BATCH_SIZE, shuffle=False)
-    found = evaluate(model, loader, task.loss, device)
+    def batches() -> Iterator[tuple[Tensor, ...]]:
+        for batch in loader:
+            yield batch
+            # Counted, or a client with much data would seem to be stalled.
+            progress.add(batches=1)
+            progress.examine()
+
+    found = evaluate(model, batches(), task.loss, device)
     # A loss beyond all numbers isn't a metric; the accuracy says enough.
     loss = {"global_loss": found.loss} if math.isfinite(found.loss) else {}
-    return {"global_accuracy": found.accuracy, **loss}
+    return {
+        "global_accuracy": found.accuracy,
+        "global_examples": float(found.num_examples),
+        **loss,
+    }

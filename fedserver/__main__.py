@@ -8,8 +8,8 @@ from shared.cli import log_to_stderr, parse
 from shared.errors import FederationError
 
 COMMANDS = (
-    *("history", "export", "curve", "confusion", "quarantine", "show", "strategies"),
-    "verify",
+    *("history", "export", "curve", "confusion", "clients", "quarantine", "show"),
+    *("strategies", "verify"),
 )
 
 

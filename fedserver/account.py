@@ -12,6 +12,7 @@ from fedserver.adjustments import adjustment_text
 from fedserver.diagnosis_report import NUM_SHOWN_WHOLE, diagnosed, diagnosis_account
 from fedserver.records import Adjustments, Standing
 from fedserver.report import Column, History, fact_table, fitting_table, number_text, phase_text
+from fedserver.spread import spread_text
 from shared.types import IncidentKind
 
 Values = Mapping[str, Any]
@@ -50,6 +51,10 @@ _STOPS = {
 _VERDICTS = {IncidentKind.UPDATE_REFUSED, IncidentKind.UPDATE_EXCLUDED}
 _ENDED_WITHOUT = ("REFUSED", "EXCLUDED", "LATE", "ABANDONED")
 _DIGITS = 12
+_LEGEND = (
+    "base: the base model's accuracy on a client, before it trained; training: its own in the last "
+    "epoch, while it trained"
+)
 
 
 def round_account(
@@ -76,6 +81,8 @@ def round_account(
             yield Text(f"changed for this attempt: {changed}")
         yield _heading(_turnout(attempt))
         yield _cohort_table(attempt, max_width=max_width)
+        if attempt["client_evaluation"]:
+            yield Text(_LEGEND, style="dim")
         for line in _shortfalls(attempt):
             yield Text(line)
         if attempt["incidents"]:
@@ -154,8 +161,7 @@ def _results(attempt: Values, before: History) -> list[tuple[str, str]]:
             change = f", {value - earlier[name]:+.4f} on round {attempt['round'] - 1}"
         results.append((name.replace("_", " "), number_text(value) + change))
     if said := attempt["client_evaluation"]:
-        text = f"accuracy {said['accuracy']:.4f}, worst tenth {said['worst_decile']:.4f}"
-        results.append(("base model on its clients", text))
+        results.append(("base model on its clients", spread_text(said)))
     return results
 
 
@@ -176,7 +182,13 @@ def _cohort_table(attempt: Values, *, max_width: int) -> Table:
         Column("client", [str(one["client"]) for one in orders]),
         Column("verdict", [one["state"].lower() for one in orders], "left"),
         Column("examples", [str(one.get("num_examples", "")) for one in found]),
-        Column("accuracy", [_metric_text(one.get("accuracy")) for one in metrics]),
+    ]
+    if any("global_accuracy" in one for one in metrics):
+        before = [_metric_text(one.get("global_accuracy")) for one in metrics]
+        columns.append(Column("base", before))
+    columns += [
+        # While it trained, of the examples it trained on: no measure of a model.
+        Column("training", [_metric_text(one.get("accuracy")) for one in metrics]),
         Column("loss", [_metric_text(one.get("loss")) for one in metrics]),
         Column(
             "answered",
@@ -188,13 +200,10 @@ def _cohort_table(attempt: Values, *, max_width: int) -> Table:
             ],
         ),
         Column(
-            "training",
+            "took",
             [f"{one['train_s']:.2f} s" if "train_s" in one else "" for one in metrics],
         ),
     ]
-    if any("global_accuracy" in one for one in metrics):
-        before = [_metric_text(one.get("global_accuracy")) for one in metrics]
-        columns.append(Column("before", before))
     return fitting_table(columns, title=None, max_width=max_width)
 
 

@@ -71,6 +71,16 @@ def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimit
                 f"{', '.join(sorted(METRIC_NAMES))}",
                 kind="metrics",
             )
+        if name.endswith("accuracy") and not 0 <= value <= 1:
+            raise UpdateRefused(
+                f"metric {name!r} is {value:g}; a share of right answers lies in 0 to 1",
+                kind="metrics",
+            )
+        if name == "global_examples" and not 1 <= value <= limits.max_num_examples:
+            raise UpdateRefused(
+                f"metric {name!r} is {value:g}; it must lie in 1 to {limits.max_num_examples}",
+                kind="metrics",
+            )
     names = [section.name for section in update.sections]
     if names != [MODEL_SECTION] or update.sections[0].size_bytes != update.size_bytes:
         raise UpdateRefused(

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from fedserver.aggregation import reduce_updates, screen
 from fedserver.checkpoints import GlobalModel, NonFiniteAggregate
-from fedserver.evaluation import Evaluations, Evaluator, may_be_repeated, summarise_clients
+from fedserver.evaluation import Evaluations, Evaluator, may_be_repeated
 from fedserver.events import event_of
 from fedserver.parts import Parts
 from fedserver.patience import give_up_orders
@@ -30,6 +30,7 @@ from fedserver.recovery import damaged_updates, note_restart
 from fedserver.retention import drop_models, drop_updates
 from fedserver.rollback import consequences_of, first_model, roll_back
 from fedserver.rounds import Phase, RoundEvent, due_event, shortfall
+from fedserver.spread import client_events, summarise_clients
 from fedserver.strategies import find_strategy
 from fedserver.strategies.rows import UnfitCohort
 from shared.errors import OutOfSpace, RunFailed, StorageDamaged
@@ -308,7 +309,9 @@ class Coordinator:
                 ),
                 past=await participation(self._parts),
             )
+        told = summarise_clients([one.update for one in counted], holdout=settings.holdout)
         happened = [
+            *client_events(current, told),
             event_of("round-done", current, updates=len(counted), model=model.digest),
             *follows.happened,
         ]
@@ -321,7 +324,7 @@ class Coordinator:
             state_digest=model.state_digest,
             adjustments_after=follows.adjustments,
             exclusions=exclusions,
-            client_evaluation=summarise_clients([one.update for one in counted]),
+            client_evaluation=told,
             next_round=following,
             happened=happened,
         )

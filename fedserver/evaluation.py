@@ -3,7 +3,7 @@
 import asyncio
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from shared.evaluation import Evaluation, evaluate
 from shared.failpoints import FailPoint, pass_by
 from shared.models import initialise
 from shared.tasks import Task, examine_examples
-from shared.types import ClientUpdate, IncidentKind
+from shared.types import IncidentKind
 
 _BATCH_SIZE = 256
 _MAX_CLASSES = 100
@@ -188,27 +188,3 @@ def initial_state(task: Task, *, seed: int, init: str = "default") -> dict[str, 
         model = task.build_model()
         initialise(model, init)
         return model.state_dict()
-
-
-def summarise_clients(updates: Sequence[ClientUpdate]) -> dict[str, float] | None:
-    """Return how good a round's base model is on its clients, None if they weren't asked.
-
-    accuracy and loss are means weighted by num_examples; worst_decile is the mean accuracy over
-    the tenth of the clients (at least one) where it is lowest, each client counting the same.
-    """
-    asked = [one for one in updates if "global_accuracy" in one.metrics]
-    if not asked:
-        return None
-    total = sum(one.num_examples for one in asked)
-    accuracies = sorted(one.metrics["global_accuracy"] for one in asked)
-    worst = accuracies[: max(1, len(accuracies) // 10)]
-    summary = {
-        "accuracy": sum(one.num_examples * one.metrics["global_accuracy"] for one in asked) / total,
-        "worst_decile": sum(worst) / len(worst),
-        "num_clients": float(len(asked)),
-    }
-    if all("global_loss" in one.metrics for one in asked):
-        summary["loss"] = (
-            sum(one.num_examples * one.metrics["global_loss"] for one in asked) / total
-        )
-    return summary

@@ -152,6 +152,7 @@ def work_orders(
             ),
             last_counted_order_id=last_counted.get(order.client_id, ""),
             evaluate=settings.evaluate_on_clients,
+            holdout=settings.holdout,
         )
         for order in opened.orders
     ]

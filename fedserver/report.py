@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedserver.records import HeldUpdate
+from fedserver.spread import told_of_models
 
 History = Sequence[Mapping[str, Any]]
 
@@ -65,10 +66,26 @@ def fact_table(lines: Sequence[tuple[str, str]]) -> Table:
 
 
 def round_table(history: History, *, title: str, max_width: int) -> Table:
-    """Return a table with one row for each attempt at a round."""
+    """Return a table with one row for each attempt at a round.
+
+    Where clients were asked: mean, worst tenth and standard deviation of the model's accuracies on
+    them, as they were told when the next round began.
+    """
     again = [f" ({one['attempt']})" if one["attempt"] > 1 else "" for one in history]
     evaluations = [one["evaluation"] or {} for one in history]
     counted = [sum(one["verdict"] == "COUNTED" for one in entry["updates"]) for entry in history]
+    told_by = told_of_models(history)
+    told = [
+        told_by[one["round"]]["client_evaluation"]
+        if one["phase"] == "DONE" and one["round"] in told_by
+        else {}
+        for one in history
+    ]
+    on_clients = [
+        Column(heading, [number_text(one.get(name)) for one in told])
+        for heading, name in (("clients", "mean"), ("worst", "worst_decile"), ("std", "std"))
+        if told_by
+    ]
     return fitting_table(
         [
             Column("round", [f"{one['round']}{n}" for one, n in zip(history, again, strict=True)]),
@@ -79,6 +96,7 @@ def round_table(history: History, *, title: str, max_width: int) -> Table:
             ),
             Column("accuracy", [number_text(one.get("accuracy")) for one in evaluations]),
             Column("loss", [number_text(one.get("loss")) for one in evaluations]),
+            *on_clients,
             Column("incidents", [str(len(one["incidents"]) or "") for one in history]),
             Column("seconds", [_seconds(one) for one in history]),
             Column("model", [(one["model_digest"] or "")[:8] for one in history], "left"),
@@ -145,7 +163,7 @@ def held_table(held: Sequence[HeldUpdate], *, title: str) -> Table:
 
 
 def draw_curve(history: History, path: Path) -> None:
-    """Draw accuracy and loss over the rounds into a PNG.
+    """Draw accuracy and loss over the rounds into a PNG; on the clients too, if they were asked.
 
     Raises:
         ImportError: the extra `plot` isn't installed.
@@ -164,6 +182,19 @@ def draw_curve(history: History, path: Path) -> None:
     axes = figure.add_subplot(xlabel="round", ylabel="accuracy")
     loss_axes = axes.twinx()
     loss_axes.set_ylabel("loss")
+    told = {number: one["client_evaluation"] for number, one in told_of_models(history).items()}
+    told.pop(0, None)
+    if told:
+        numbers, summaries = list(told), list(told.values())
+        low, high, mean, worst = (
+            [one[name] for one in summaries]
+            for name in ("quartile_1", "quartile_3", "mean", "worst_decile")
+        )
+        axes.fill_between(
+            numbers, low, high, color="tab:green", alpha=0.2, label="middle half of the clients"
+        )
+        axes.plot(numbers, mean, marker=".", color="tab:green", label="mean of the clients")
+        axes.plot(numbers, worst, ls="--", color="tab:red", label="worst tenth of the clients")
     if evaluated:
         rounds, accuracies, losses = zip(*evaluated, strict=True)
         axes.plot(rounds, accuracies, marker="o", color="tab:blue", label="accuracy")

@@ -347,6 +347,7 @@ def _order_message(order: WorkOrder) -> pb.WorkOrder:
         seed=order.seed,
         last_counted_order_id=order.last_counted_order_id,
         evaluate=order.evaluate,
+        holdout=order.holdout,
     )
 
 

@@ -108,6 +108,13 @@ class RoundSettings(Settings):
     evaluate_on_clients: bool = Field(
         default=False, description="clients also say how good the global model is on their data"
     )
+    holdout: float = Field(
+        default=0,
+        ge=0,
+        lt=1,
+        description="share of its examples that a client never trains on and says so of; 0: it is "
+        "asked about those it trains on",
+    )
     max_attempts: int = Field(default=5, ge=1, description="tries at one round before giving up")
     max_adjustments: int = Field(
         default=3,
@@ -210,8 +217,8 @@ class ServerSettings(
 ):
     """Run a federated-learning coordinator; it exits with 0 when the run is done.
 
-    Also: `history`, `show`, `curve`, `confusion`, `export` and `verify` look at a run, also while
-    it goes on (`history --help`); `strategies` lists what --strategy can name.
+    Also: `history`, `show`, `curve`, `confusion`, `clients`, `export` and `verify` look at a run,
+    also while it goes on (`history --help`); `strategies` lists what --strategy can name.
     Started again with the same settings, an unfinished run goes on where it was.
     """
 
@@ -251,6 +258,11 @@ class ServerSettings(
             )
         if self.straggler_work == "none" and not self.stragglers:
             raise ValueError("--straggler-work is of --stragglers; say which share they are")
+        if self.holdout and not self.evaluate_on_clients:
+            raise ValueError(
+                f"--holdout {self.holdout:g} keeps examples from training that nobody is asked "
+                "about; add --evaluate-on-clients"
+            )
         if self.warmup_epochs >= self._schedule_epochs:
             raise ValueError(
                 f"--warmup-epochs {self.warmup_epochs:g} is all of the {self._schedule_epochs} "
@@ -338,6 +350,7 @@ RUN_SETTINGS = (
     "norm_band",
     "require_all",
     "evaluate_on_clients",
+    "holdout",
     "epochs",
     "batch_size",
     "optimizer",

@@ -4,8 +4,9 @@ A listener of events that also looks at the order book, twice a second, to show 
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -48,6 +49,7 @@ class LiveView:
         self._total_rounds = total_rounds
         self._num_done = 0
         self._accuracies: list[tuple[int, float]] = []
+        self._on_clients: Mapping[str, Any] = {}
         self._incidents: deque[str] = deque(maxlen=_NUM_INCIDENTS_SHOWN)
 
     def hear(self, event: Event) -> None:
@@ -67,10 +69,19 @@ class LiveView:
             accuracy = event.fields["accuracy"]
             assert isinstance(accuracy, float)
             self._accuracies.append((event.round_number, accuracy))
+        elif event.kind == "evaluated-on-clients":
+            self._on_clients = event.fields
 
     def render(self) -> RenderableType:
         """Draw the view."""
         lines: list[RenderableType] = [self._headline(), self._accuracy_line()]
+        if told := self._on_clients:
+            lines.append(
+                Text(
+                    f"on clients {told['mean']:.2%}, worst tenth {told['worst_decile']:.2%}, "
+                    f"standard deviation {told['std']:.2%} after round {told['of_round']}"
+                )
+            )
         orders = self._book.orders()
         if orders:
             lines.append(_client_table(orders))

@@ -196,7 +196,8 @@ class SessionInfo:
 class WorkOrder:
     """One piece of work for one client; ends exactly once.
 
-    With `evaluate` the client also says how good the global model is on its own examples.
+    With `evaluate` the client also says how good the global model is on its own examples: on the
+    share `holdout` of them that it never trains on, or on all where that is 0.
     """
 
     order_id: str
@@ -208,6 +209,7 @@ class WorkOrder:
     seed: int
     last_counted_order_id: str = ""
     evaluate: bool = False
+    holdout: float = 0.0
 
 
 class WorkState(StrEnum):
@@ -284,7 +286,9 @@ MAX_INCIDENTS = 64
 INCIDENT_NUMBERS = frozenset({"lr", "batch", "loss", *(f"grad_norm_{age}" for age in range(5))})
 """The numbers an incident may carry; what they mean, shared.training.NonFiniteError says."""
 
-METRIC_NAMES = frozenset({"accuracy", "loss", "train_s", "global_accuracy", "global_loss"})
+METRIC_NAMES = frozenset(
+    {"accuracy", "loss", "train_s", "global_accuracy", "global_loss", "global_examples"}
+)
 """The metrics an update may carry: share of right answers and mean loss over the last local epoch,
-seconds of training, and, if the order asks, how good the global model was on the client's examples
-before it trained on them in this round."""
+seconds of training, and, if the order asks, how good the global model was before it trained in this
+round, and on how many examples (see WorkOrder)."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from shared.data.augmentation import AugmentedBatches
 from shared.data.datasets import ImageClassificationData, load_images, to_dataset
-from shared.data.loaders import NumberedLoader, make_loader
+from shared.data.loaders import NumberedLoader, make_loader, set_aside
 from shared.data.partitioners import PARTITIONERS, examine_scheme, partition_indices
 from shared.seeds import derive_seed
 
@@ -17,6 +17,7 @@ __all__ = [
     "load_images",
     "make_loader",
     "partition_indices",
+    "set_aside",
     "to_dataset",
 ]
 

@@ -573,6 +573,7 @@ class WorkOrder(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     LAST_COUNTED_ORDER_ID_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
+    HOLDOUT_FIELD_NUMBER: _builtins.int
     order_id: _builtins.str
     client_id: _builtins.int
     round: _builtins.int
@@ -587,7 +588,11 @@ class WorkOrder(_message.Message):
     """
     evaluate: _builtins.bool
     """Whether the client is to say how good the global model is on its own examples, before it
-    trains: the metrics "global_accuracy" and "global_loss".
+    trains: the metrics "global_accuracy", "global_loss" and "global_examples" (on how many).
+    """
+    holdout: _builtins.float
+    """The share of its examples, from 0 to below 1, that the client doesn't train on and evaluates
+    on, the same ones in every order. 0: it trains on all and evaluates on all.
     """
     @_builtins.property
     def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Section]:
@@ -607,10 +612,11 @@ class WorkOrder(_message.Message):
         seed: _builtins.int = ...,
         last_counted_order_id: _builtins.str = ...,
         evaluate: _builtins.bool = ...,
+        holdout: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "client_id", b"client_id", "evaluate", b"evaluate", "last_counted_order_id", b"last_counted_order_id", "order_id", b"order_id", "round", b"round", "sections", b"sections", "seed", b"seed", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "client_id", b"client_id", "evaluate", b"evaluate", "holdout", b"holdout", "last_counted_order_id", b"last_counted_order_id", "order_id", b"order_id", "round", b"round", "sections", b"sections", "seed", b"seed", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -929,7 +935,9 @@ class UploadHeader(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Declared names ("accuracy", "loss", "train_s", "global_accuracy", "global_loss"), finite numbers."""
+        """Declared names ("accuracy", "loss", "train_s", "global_accuracy", "global_loss",
+        "global_examples"), finite numbers.
+        """
 
     def __init__(
         self,

@@ -64,6 +64,14 @@ def test_a_possible_header_is_admitted(base: StateFile, changed: dict[str, objec
         ),
         ({"metrics": {"loss": math.nan}}, "metric 'loss' is nan; metrics are finite"),
         ({"metrics": {"loss": math.inf}}, "metric 'loss' is inf"),
+        (
+            {"metrics": {"global_accuracy": 1.5}},
+            r"'global_accuracy' is 1\.5; a share of right answers lies in 0 to 1",
+        ),
+        (
+            {"metrics": {"global_examples": 0.0}},
+            "'global_examples' is 0; it must lie in 1 to 1000",
+        ),
         ({"size_bytes": 0}, "the payload has 0 bytes"),
         ({"size_bytes": 10**12}, r"the payload has 1000000000000 bytes; the model has \d+"),
         ({"section": "residual"}, r"has sections \['residual'\]; it must hold 'model' alone"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from shared.data import make_loader
+from shared.data import make_loader, set_aside
 from shared.errors import InvalidInput
 
 
@@ -76,3 +76,37 @@ def test_a_loader_that_makes_no_sense_is_refused() -> None:
         make_loader(examples, batch_size=1, seed=1, generator=torch.Generator())
     with pytest.raises(InvalidInput, match="no examples"):
         make_loader(TensorDataset(torch.arange(0)), batch_size=1, seed=1)
+
+
+@given(
+    num=st.integers(1, 200), share=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 2**63 - 1)
+)
+def test_what_is_set_aside_and_what_is_left_are_all_examples(
+    num: int, share: float, seed: int
+) -> None:
+    """As many as the share says, at least one and never all; a smaller share is a part of it."""
+    left, held_out = set_aside(num, share=share, seed=seed)
+    assert sorted([*left, *held_out]) == list(range(num))
+    assert (left, held_out) == (sorted(left), sorted(held_out))
+    if share == 0 or num == 1:
+        assert not held_out
+    else:
+        assert 1 <= len(held_out) < num
+        assert abs(len(held_out) - share * num) <= 1
+        assert set(set_aside(num, share=share / 2, seed=seed)[1]) <= set(held_out)
+
+
+def test_a_loader_of_some_examples_gives_those_and_tells_their_own_numbers() -> None:
+    """Each once an epoch, in an order of the seed; a diagnosis names them as in the data set."""
+    examples = TensorDataset(torch.arange(100))
+    some = [3, 5, 8, 90, 99]
+    loader = make_loader(examples, batch_size=2, seed=1, numbers=some)
+    for _ in range(2):
+        seen = []
+        for (batch,) in loader:
+            assert batch.tolist() == loader.newest_indices
+            seen += batch.tolist()
+        assert sorted(seen) == some
+    in_order = make_loader(examples, batch_size=2, shuffle=False, numbers=some)
+    assert torch.cat([batch for (batch,) in in_order]).tolist() == some
+    assert len(loader) == len(in_order) == 3

@@ -1,0 +1,51 @@
+"""`python -m fedserver clients`: how good a round's model is on each client."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+from rich.console import Console
+
+from fedserver.client_report import client_table, draw_clients
+from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
+from fedserver.spread import spread_text, told_of_models
+from fedserver.store import read_history
+from shared.cli import parse
+from shared.errors import NotFound
+
+
+class ClientsSettings(InspectionSettings):
+    """Show how good a model is on each client, as the clients said when the next round began.
+
+    A run must ask them (--evaluate-on-clients, best with --holdout). Of its last model nobody has
+    been asked. Round 0 is the model that the run began with.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m fedserver clients")
+
+    round: int | None = Field(default=None, ge=0, description="whose model; the last that is known")
+    out: Path | None = Field(default=None, description="draw it into this PNG too (extra `plot`)")
+
+
+def run(argv: list[str]) -> None:
+    """Print the table, the spread, and draw them if asked to."""
+    settings = parse(ClientsSettings, argv)
+    with opened_run(settings) as (store, run):
+        known = told_of_models(read_history(store, run))
+    wanted = max(known, default=None) if settings.round is None else settings.round
+    if wanted is None or wanted not in known:
+        which = "any model" if wanted is None else f"the model of round {wanted}"
+        raise NotFound(
+            f"no client has said how good {which} is; they have of rounds {sorted(known)} (they "
+            "are asked with --evaluate-on-clients, and answer with the updates of the round after)"
+        )
+    asked = known[wanted]
+    num_clients = int(asked["client_evaluation"]["num_clients"])
+    title = f"{run.run_id}, model of round {wanted} on {num_clients} clients"
+    console = Console()
+    console.print(client_table(asked, title=title, max_width=console.width))
+    console.print(spread_text(asked["client_evaluation"]), highlight=False)
+    if settings.out is not None:
+        with drawing_into(settings.out):
+            draw_clients(asked, settings.out, title=title)
+        print(f"the clients' accuracies are in {settings.out}")
