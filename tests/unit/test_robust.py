@@ -1,8 +1,9 @@
 """Robust rules beside byzfl, SciPy and formulas written out, and what must always hold."""
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,18 @@ import pytest
 import torch
 from byzfl import (
     NNM,
+    ALittleIsEnough,
+    Bucketing,
     CenteredClipping,
     Clipping,
+    Gaussian,
     GeometricMedian,
+    InnerProductManipulation,
     Krum,
     Median,
+    Mimic,
     MultiKrum,
+    SignFlipping,
     TrMean,
 )
 from hypothesis import HealthCheck, given, settings
@@ -82,11 +89,19 @@ def aggregate(
     return np.concatenate([one.values.numpy() for one in next_blocks(found, cohort)])
 
 
-def attacked(*, num_updates: int = 13, num_bad: int = 3, size: int = 301) -> Vectors:
-    """Return updates around one direction, and bad ones that point the other way."""
+def attacked(
+    *,
+    num_updates: int = 13,
+    num_bad: int = 3,
+    size: int = 301,
+    attack: Callable[[Vectors], Vectors] | None = None,
+) -> Vectors:
+    """Return updates around one direction, and bad ones: an attack's, or scattered behind it."""
     generator = np.random.default_rng(7)
     updates = 1 + generator.standard_normal((num_updates, size))
     updates[-num_bad:] = -3 + 2 * generator.standard_normal((num_bad, size))
+    if attack is not None:
+        updates[-num_bad:] = attack(updates[:-num_bad].copy())
     return updates
 
 
@@ -151,6 +166,27 @@ def test_a_rule_is_that_of_an_independent_library(
     assert np.abs(moved - base - expected).max() < 1e-9
 
 
+ATTACKS: Sequence[Callable[[Vectors], Vectors]] = (
+    SignFlipping(),
+    InnerProductManipulation(tau=2.0),
+    ALittleIsEnough(tau=1.5),
+    Mimic(epsilon=1),
+    Gaussian(mu=0.0, sigma=100.0),
+)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: type(attack).__name__)
+def test_under_byzfls_attacks_the_rules_still_agree(
+    tmp_path: Path, attack: Callable[[Vectors], Vectors]
+) -> None:
+    """Attackers send the same bytes, so that distances are 0 and scores are tied."""
+    updates = attacked(size=50, attack=attack)
+    for strategy, parameters, reference in REFERENCES:
+        expected = np.asarray(reference(updates.copy()))
+        found = aggregate(tmp_path, strategy, updates, parameters)
+        assert np.abs(found - expected).max() < 1e-9, strategy
+
+
 def plain_bulyan(updates: Vectors, f: int) -> Vectors:
     """Return Bulyan as El Mhamdi et al. tell it: choose by Krum, then the middle of each place."""
     remaining = list(range(len(updates)))
@@ -194,6 +230,19 @@ def test_buckets_are_means_of_updates_dealt_at_random(tmp_path: Path) -> None:
         assert sorted(np.round(mean * 8).tolist()) == [1, 1, 1, 1, 1, 1, 2]
         medians.add(int(mean.argmax()))
     assert len(medians) > 1, "every seed deals alike"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_buckets_are_byzfls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """With the order that the seed draws; of 13 updates the last bucket may have fewer."""
+    updates = attacked()
+    order = random.Random(5).sample(range(13), 13)
+    dealt = SimpleNamespace(permutation=lambda vectors: vectors[order])
+    monkeypatch.setattr("byzfl.aggregators.preaggregators.random_tool", lambda _: dealt)
+    parameters = {"size": size, "nu": 0.1, "iterations": 3}
+    expected = composed(Bucketing(s=size), GeometricMedian(nu=0.1, T=3))(updates)
+    found = aggregate(tmp_path, "bucketing+geometric-median", updates, parameters, seed=5)
+    assert np.abs(found - expected).max() < 1e-9
 
 
 @pytest.mark.parametrize("strategy", ["median", "krum", "multi-krum", "geometric-median", "bulyan"])

@@ -98,25 +98,20 @@ def test_qfedavg_without_a_loss_is_a_sentence(tmp_path: Path, loss: float | None
         aggregate(tmp_path, "qfedavg", losses=(0.2, loss, 0.9))
 
 
-def local_weights(num_steps: int, momentum: float) -> Vectors:
-    """Return with which factor each local gradient is in the delta: momentum SGD, run by hand.
-
-    Step by step: m = momentum m + g, x = x - m; of g_k alone, x moves by 1 + momentum + ... in the
-    steps from k on.
-    """
-    factors = np.zeros(num_steps)
-    for gradient in range(num_steps):
-        buffer = 0.0
-        for step in range(num_steps):
-            buffer = momentum * buffer + (step == gradient)
-            factors[gradient] += buffer
-    return factors
+def reach_of_sgd(num_steps: int, momentum: float) -> float:
+    """Return how far torch's SGD moves with a rate of 1 while the gradient stays at -1."""
+    weight = torch.zeros((), dtype=torch.float64)
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=momentum)
+    for _ in range(num_steps):
+        weight.grad = torch.full_like(weight, -1.0)
+        optimizer.step()
+    return weight.item()
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_fednova_is_the_papers_equation(tmp_path: Path, momentum: float) -> None:
-    """Wang et al. 2020, equation 7: d_i = delta_i / |a_i|, tau = sum p_i |a_i|; a_i by hand."""
-    reaches = [local_weights(steps, momentum).sum() for steps in STEPS]
+    """Wang et al. 2020, equation 7: d_i = delta_i / |a_i|, tau = sum p_i |a_i|; |a_i| by torch."""
+    reaches = np.array([reach_of_sgd(steps, momentum) for steps in STEPS])
     shares = np.array(EXAMPLES) / sum(EXAMPLES)
     tau = sum(shares * reaches)
     normalised = [(one - BASE) / reach for one, reach in zip(UPDATES, reaches, strict=True)]
