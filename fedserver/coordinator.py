@@ -25,7 +25,7 @@ from fedserver.planning import (
     updates_needed,
     work_orders,
 )
-from fedserver.records import NO_ADJUSTMENTS, Adjustments, Event, Exclusion, Round, RunState
+from fedserver.records import NO_ADJUSTMENTS, Adjustments, Exclusion, Round, RunState
 from fedserver.recovery import damaged_updates, note_restart
 from fedserver.retention import drop_models, drop_updates
 from fedserver.rollback import consequences_of, first_model, roll_back
@@ -212,7 +212,7 @@ class Coordinator:
                 logger.info("waiting for clients: %d of %d are here", num_here, needed)
                 num_said = num_here
             await self._parts.sessions.changed.wait(self._tick_s)
-        happened = _opened(planned)
+        happened = event_of("round-opened", planned, clients=len(planned.orders))
         await self._parts.workers.in_store(self._parts.store.open_round, planned, happened)
         pass_by(FailPoint.ROUND_OPENED)
         self._hand_out(planned, base)
@@ -316,7 +316,7 @@ class Coordinator:
             *follows.happened,
         ]
         if following is not None:
-            happened.append(_opened(following))
+            happened.append(event_of("round-opened", following, clients=len(following.orders)))
         happened = await in_store(
             store.finish_round,
             current,
@@ -381,7 +381,3 @@ class Coordinator:
         )
         assert latest is not None
         return latest
-
-
-def _opened(opened: Round) -> Event:
-    return event_of("round-opened", opened, clients=len(opened.orders))
