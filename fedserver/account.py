@@ -12,6 +12,7 @@ from fedserver.adjustments import adjustment_text
 from fedserver.diagnosis_report import NUM_SHOWN_WHOLE, diagnosed, diagnosis_account
 from fedserver.records import Adjustments, Standing
 from fedserver.report import Column, History, fact_table, fitting_table, number_text, phase_text
+from fedserver.sampling import cohort_seed
 from fedserver.spread import spread_text
 from shared.types import IncidentKind
 
@@ -64,6 +65,7 @@ def round_account(
     title: str,
     entry_digest: str | None,
     standings: Mapping[int, Standing],
+    run_settings: Mapping[str, Any],
     max_width: int,
 ) -> Iterator[RenderableType]:
     """Yield what to print of a round of a run's `history`, in order.
@@ -76,7 +78,9 @@ def round_account(
     for attempt in attempts:
         if len(attempts) > 1:
             yield _heading(f"Attempt {attempt['attempt']}: {phase_text(attempt)}")
-        yield fact_table([*_times(attempt), *_results(attempt, before)])
+        yield fact_table(
+            [*_times(attempt), *_choice(attempt, run_settings), *_results(attempt, before)]
+        )
         if changed := adjustment_text(Adjustments(**attempt["adjustments"])):
             yield Text(f"changed for this attempt: {changed}")
         yield _heading(_turnout(attempt))
@@ -145,6 +149,17 @@ def _times(attempt: Values) -> list[tuple[str, str]]:
         word = "finished" if attempt["model_digest"] else "failed"
         times.append((word, f"{_clock(finished)}, after {_between_s(closed or opened, finished)}"))
     return times
+
+
+def _choice(attempt: Values, run_settings: Values) -> list[tuple[str, str]]:
+    """Return how the cohort was chosen, where not everybody was asked."""
+    if not run_settings.get("clients_per_round"):
+        return []
+    seed = cohort_seed(
+        run_settings["seed"], round_number=attempt["round"], attempt=attempt["attempt"]
+    )
+    how = f"{len(attempt['cohort'])} clients, {run_settings['cohort']}, drawn with seed {seed}"
+    return [("cohort", how)]
 
 
 def _results(attempt: Values, before: History) -> list[tuple[str, str]]:

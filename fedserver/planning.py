@@ -10,7 +10,13 @@ from fedserver.checkpoints import GlobalModel
 from fedserver.parts import Parts
 from fedserver.records import Adjustments, Exclusion, Order, Round, Standing
 from fedserver.rounds import Phase
-from fedserver.sampling import RESTS_ON_THE_PAST, Candidate, Participation, choose_cohort
+from fedserver.sampling import (
+    RESTS_ON_THE_PAST,
+    Candidate,
+    Participation,
+    choose_cohort,
+    cohort_seed,
+)
 from fedserver.settings import ServerSettings
 from fedserver.standing import eligible_clients, strike
 from shared.seeds import derive_seed
@@ -53,7 +59,7 @@ def plan_round(
             for one in eligible
         ],
         size=settings.cohort_size,
-        seed=derive_seed(settings.seed, "cohort", **place),
+        seed=cohort_seed(settings.seed, **place),
         cohort=settings.cohort,
         num_drawn=settings.cohort_candidates,
     )

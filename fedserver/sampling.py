@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from shared.seeds import derive_seed
+
 CohortName = Literal["uniform", "data-size", "round-robin", "power-of-choice", "availability"]
 
 
@@ -31,6 +33,11 @@ class Candidate:
     client_id: int
     num_examples: int = 1
     past: Participation = Participation()
+
+
+def cohort_seed(seed: int, *, round_number: int, attempt: int) -> int:
+    """Return what a cohort is drawn by: a function of the run's seed and the attempt at a round."""
+    return derive_seed(seed, "cohort", round_number=round_number, attempt=attempt)
 
 
 Choice = Callable[[Sequence[Candidate], int, int, random.Random], Collection[Candidate]]

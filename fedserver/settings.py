@@ -241,6 +241,11 @@ class ServerSettings(
             raise ValueError(
                 "--cohort-candidates is of --cohort power-of-choice alone; leave it out"
             )
+        if 0 < self.cohort_candidates < self.cohort_size:
+            raise ValueError(
+                f"--cohort-candidates {self.cohort_candidates} is less than the "
+                f"{self.cohort_size} clients that a round asks; there must be some to choose from"
+            )
         if self.over_select > 1 and not self.clients_per_round:
             raise ValueError(
                 f"--over-select {self.over_select:g} asks more clients than a round is to have; "

@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import logging
+import re
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from pydantic_settings import (
     EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 from rich.console import Console
@@ -116,6 +118,9 @@ def parse(settings_class: type[S], argv: list[str], *, commands: Sequence[str] =
         for problem in error.errors():
             print(f"{parser.prog}: {_sentence(problem, settings_class)}", file=sys.stderr)
         raise SystemExit(USAGE_EXIT_CODE) from None
+    except SettingsError as error:
+        print(f"{parser.prog}: {_pairs_sentence(str(error), settings_class)}", file=sys.stderr)
+        raise SystemExit(USAGE_EXIT_CODE) from None
     except FederationError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         raise SystemExit(USAGE_EXIT_CODE) from None
@@ -123,6 +128,18 @@ def parse(settings_class: type[S], argv: list[str], *, commands: Sequence[str] =
         print("\n".join(_described(settings, flags())))
         raise SystemExit(0)
     return settings
+
+
+def _pairs_sentence(told: str, settings_class: type[Settings]) -> str:
+    """Return how a setting of several values is written; `told` names the one that isn't."""
+    in_environment = re.search(r'for field "(\w+)" from source "EnvSettingsSource"', told)
+    if in_environment:
+        prefix = settings_class.model_config.get("env_prefix") or ""
+        name = f"{prefix}{in_environment[1].upper()}"
+        return f'{name} can\'t be read; write it as JSON, such as {{"name": 1}}'
+    flag = re.search(r"encountered for (\w+)", told)
+    name = f"--{flag[1].replace('_', '-')}" if flag else "a setting"
+    return f"{name} can't be read; write it as name=value,name=value"
 
 
 class _Parser(argparse.ArgumentParser):

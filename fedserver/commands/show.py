@@ -63,6 +63,7 @@ def run(argv: list[str]) -> None:
         title=f"{found.run_id}, round {number}{of_rounds}",
         entry_digest=digest,
         standings=standings,
+        run_settings=found.settings,
         max_width=console.width,
     ):
         console.print(part, highlight=False)

@@ -5,6 +5,8 @@ import inspect
 from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from fedserver.strategies import ROWS, Row, parameters_of
 from fedserver.strategies.rows import Local, Mixing, ServerOptimizer
@@ -34,15 +36,25 @@ def run(argv: list[str]) -> None:
     """Print the table."""
     parse(StrategiesSettings, argv)
     console = Console(highlight=False)
-    heading = ""
+    by_heading: dict[str, list[tuple[str, Row]]] = {}
     for name, row in ROWS.items():
-        kind = inspect.signature(row).return_annotation
-        before, heading = heading, _HEADINGS.get(kind, "aggregators")
-        if heading != before:
-            console.print(f"{heading}:", markup=False)
-        console.print(Padding(f"{name}: {_line(row)}", (0, 0, 0, 2)), markup=False)
-        for key, told in _parameters(row).items():
-            console.print(Padding(f"{key}: {told}", (0, 0, 0, 6)), markup=False)
+        kind = inspect.signature(row, eval_str=True).return_annotation
+        by_heading.setdefault(_HEADINGS.get(kind, "aggregators"), []).append((name, row))
+    for heading, rows in by_heading.items():
+        console.print(f"{heading}:", markup=False)
+        for name, row in rows:
+            console.print(_entry(name, _line(row), indent=2))
+            for key, told in _parameters(row).items():
+                console.print(_entry(key, told, indent=6))
+
+
+def _entry(name: str, told: str, *, indent: int) -> Padding:
+    """Return a name and what is told of it, lines that fold set in further than the name."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_row(Text(f"{name}:"), Text(told))
+    return Padding(table, (0, 0, 0, indent))
 
 
 def _line(row: Row) -> str:

@@ -69,7 +69,7 @@ def find_strategy(settings: Mapping[str, Any]) -> Strategy:
 
 def parameters_of(row: Row) -> dict[str, inspect.Parameter]:
     """Return what can be chosen of a row, by name."""
-    parameters = inspect.signature(row).parameters
+    parameters = inspect.signature(row, eval_str=True).parameters
     return {key: one for key, one in parameters.items() if key != "settings"}
 
 
@@ -92,6 +92,8 @@ def _find_row(name: str) -> Row:
             f"strategy {name!r}: importing {module_name} failed ({error}); is it installed or on "
             "PYTHONPATH?"
         ) from error
+    except SyntaxError as error:
+        raise InvalidInput(f"strategy {name!r}: {module_name} can't be read: {error}") from error
     except AttributeError as error:
         raise InvalidInput(f"strategy {name!r}: {module_name} has no {attribute}") from error
     if not callable(found):
@@ -125,7 +127,7 @@ def _made(name: str, row: Row, given: Mapping[str, float], settings: Mapping[str
 
 
 def _number(name: str, parameter: inspect.Parameter, value: float) -> float | int | bool:
-    if parameter.annotation is float:
+    if parameter.annotation in (float, inspect.Parameter.empty):
         return value
     is_switch = parameter.annotation is bool
     if value != int(value) or (is_switch and value not in (0, 1)):

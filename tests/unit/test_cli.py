@@ -190,3 +190,14 @@ def test_a_strategys_parameters_are_one_flag_or_a_table(
     assert given.run_settings()["strategy_parameters"] == expected
     refused = _refusal(capsys, "--strategy-parameters", "f=two")
     assert "f is 'two': input should be a valid number" in refused
+
+
+def test_parameters_that_arent_pairs_are_told_how_they_are_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a flag, and in the environment, where they are JSON."""
+    refused = _refusal(capsys, "--strategy-parameters", "f")
+    assert "--strategy-parameters can't be read; write it as name=value,name=value" in refused
+    monkeypatch.setenv("FEDSERVER_STRATEGY_PARAMETERS", "f=2")
+    refused = _refusal(capsys)
+    assert "FEDSERVER_STRATEGY_PARAMETERS can't be read; write it as JSON" in refused

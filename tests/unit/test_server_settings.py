@@ -18,6 +18,12 @@ from fedserver.settings import ServerSettings
         ({"straggler_work": "none"}, "say which share they are"),
         ({"cohort": "round-robin"}, "say how many it asks with --clients-per-round"),
         ({"cohort_candidates": 5}, "of --cohort power-of-choice alone"),
+        (
+            {"cohort": "power-of-choice", "clients_per_round": 5, "cohort_candidates": 4},
+            "less than the 5 clients that a round asks",
+        ),
+        ({"holdout": 0.2}, "nobody is asked about; add --evaluate-on-clients"),
+        ({"holdout": 1, "evaluate_on_clients": True}, "less than 1"),
         ({"cohort": "anybody"}, "uniform"),
         ({"keep_updates": -1}, "greater than or equal to 0"),
         ({"keep_rounds": 0}, "greater than or equal to 1"),

@@ -15,6 +15,7 @@ from fedserver.__main__ import main
 from fedserver.client_report import draw_clients
 from fedserver.records import Run
 from fedserver.report import draw_curve
+from fedserver.sampling import cohort_seed
 from fedserver.spread import client_events, summarise_clients, told_of_models
 from fedserver.store import Store, read_history
 from shared.types import ClientUpdate
@@ -111,7 +112,9 @@ def play(store: Store, run: Run, number: int) -> None:
 def state_dir(tmp_path: Path) -> Path:
     """Give a run of two rounds, both done."""
     store = Store(tmp_path / "federation.sqlite")
-    run = store.begin_run({"rounds": 2})
+    run = store.begin_run(
+        {"rounds": 2, "seed": 7, "clients_per_round": 3, "cohort": "power-of-choice"}
+    )
     for number in (1, 2):
         play(store, run, number)
     store.close()
@@ -190,6 +193,9 @@ def test_show_has_each_client_before_and_while_it_trained(
         (heading,) = [line for line in lines if line[:2] == ["client", "verdict"]]
         assert heading[2:] == ["examples", "base", "training", "loss", "answered", "took"]
         assert ["1", "counted", "80", "0.2500"] in lines
+        seed = cohort_seed(7, round_number=2, attempt=1)
+        how = f"cohort 3 clients, power-of-choice, drawn with seed {seed}"
+        assert how in " ".join(chain.from_iterable(lines))
     assert main(["show", "--state-dir", str(state_dir), "--round", "2", "--json"]) == 0
     (attempt,) = json.loads(capsys.readouterr().out)["attempts"]
     assert attempt["client_evaluation"]["worst_decile"] == 0.25

@@ -31,6 +31,16 @@ def picky(*, needed: float) -> Rule:
     return Rule(reduce=lambda ascending: ascending[:, 0] * needed)
 
 
+def bare(*, place=-1, share=0.5):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """A row without annotations, as people write them."""
+    return last(place=place) if share == 0.5 else picky(needed=share)
+
+
+def quoted(*, place: "int" = -1, needed: "float" = 0.5) -> "Rule":
+    """A row whose annotations are text, as `from __future__ import annotations` makes them."""
+    return last(place=place) if needed == 0.5 else picky(needed=needed)
+
+
 def wrong() -> int:
     """No row at all."""
     return 3
@@ -106,6 +116,10 @@ def test_a_row_of_ones_own_is_named_by_its_module() -> None:
     assert found.min_updates == 5
     with pytest.raises(InvalidInput, match="did you mean 'place'"):
         find(f"{THIS}:last", {"plaec": 0})
+    assert find(f"{THIS}:bare", {"share": 0.25})
+    assert find(f"{THIS}:quoted", {"needed": 0.25, "place": 0})
+    with pytest.raises(InvalidInput, match=r"place of strategy .* must be a whole number"):
+        find(f"{THIS}:quoted", {"place": 0.5})
 
 
 def test_the_command_tells_of_every_row_and_parameter(
