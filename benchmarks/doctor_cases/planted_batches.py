@@ -1,6 +1,5 @@
 """Faults in labels, and batches that can't be learned from."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,21 +17,12 @@ from benchmarks.doctor_cases.nets import SmallCNN, Wrapped
 from benchmarks.doctor_cases.training import Batch, Fault, Task
 from shared.diagnosis import Cause, StepPhase
 
-_DATA = frozenset({Cause.BAD_DATA})
 _LABEL = frozenset({Cause.BAD_LABEL})
 _DEGENERATE = frozenset({Cause.DEGENERATE_BATCH})
-_INPUT = frozenset({StepPhase.INPUT})
 _FORWARD = frozenset({StepPhase.FORWARD})
 _LOSS = frozenset({StepPhase.LOSS})
-# A finite outlier is bad from the input on, and its loss is the first number that shows it; where
-# products overflow the first number that isn't finite arises further on, in whichever module.
-_OUTLIER = frozenset({StepPhase.INPUT, StepPhase.FORWARD, StepPhase.LOSS, StepPhase.BACKWARD})
 # Found by looking at the labels, or because the loss raised an error.
 _BY_LABEL = frozenset({StepPhase.INPUT, StepPhase.LOSS})
-_ANYWHERE: frozenset[str] = frozenset()
-
-NAN = math.nan
-INF = math.inf
 
 
 def bad_labels() -> list[Case]:
