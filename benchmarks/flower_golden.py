@@ -113,7 +113,8 @@ def _qfedavg(base: Vector, updates: Vector) -> Layers:
     strategy.pre_weights = _layers(base)
     parameters, _ = strategy.aggregate_fit(1, _results(list(updates), [1] * len(updates)), [])
     assert parameters is not None
-    return parameters_to_ndarrays(parameters)
+    layers: Layers = parameters_to_ndarrays(parameters)
+    return layers
 
 
 def _rounds(

@@ -51,6 +51,9 @@ def draw_clients(asked: Mapping[str, Any], path: Path, *, title: str) -> None:
     axes.bar(places, accuracies, width=0.9 if len(told) <= _MAX_CLIENTS_LABELLED else 1.0)
     if len(told) <= _MAX_CLIENTS_LABELLED:
         axes.set_xticks(places, [str(one["client"]) for one in told])
+    else:
+        # Their places, which would be taken for the clients' ids.
+        axes.set_xticks([])
     axes.axhspan(
         summary["quartile_1"],
         summary["quartile_3"],

@@ -1,9 +1,8 @@
 """How good a global model is on its clients, and how differently good: what they said of it."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from fedserver.events import event_of
 from fedserver.records import Event, Round
@@ -25,23 +24,25 @@ def summarise_clients(
     told = [one for one in updates if "global_accuracy" in one.metrics]
     if not told:
         return None
-    accuracies = np.sort([one.metrics["global_accuracy"] for one in told])
-    sizes = np.array([_num_measured(one) for one in told])
-    quartiles = np.percentile(accuracies, (0, 25, 50, 75, 100))
-    places = ("minimum", "quartile_1", "median", "quartile_3", "maximum")
-    found: dict[str, Any] = {
-        "accuracy": np.average([one.metrics["global_accuracy"] for one in told], weights=sizes),
-        "mean": accuracies.mean(),
-        "worst_decile": accuracies[: max(1, len(accuracies) // 10)].mean(),
-        "std": accuracies.std(),
-        **dict(zip(places, quartiles, strict=True)),
-        "num_clients": len(told),
-        "num_examples": sizes.sum(),
+    accuracies = sorted(one.metrics["global_accuracy"] for one in told)
+    sizes = [one.metrics.get("global_examples", float(one.num_examples)) for one in told]
+    found = {
+        "accuracy": statistics.fmean((one.metrics["global_accuracy"] for one in told), sizes),
+        "mean": statistics.fmean(accuracies),
+        "worst_decile": statistics.fmean(accuracies[: max(1, len(accuracies) // 10)]),
+        "std": statistics.pstdev(accuracies),
+        "minimum": accuracies[0],
+        "quartile_1": _quantile(accuracies, 0.25),
+        "median": _quantile(accuracies, 0.5),
+        "quartile_3": _quantile(accuracies, 0.75),
+        "maximum": accuracies[-1],
+        "num_clients": float(len(told)),
+        "num_examples": sum(sizes),
         "holdout": holdout,
     }
     if all("global_loss" in one.metrics for one in told):
-        found["loss"] = np.average([one.metrics["global_loss"] for one in told], weights=sizes)
-    return {name: float(value) for name, value in found.items()}
+        found["loss"] = statistics.fmean((one.metrics["global_loss"] for one in told), sizes)
+    return found
 
 
 def client_events(asked: Round, summary: Mapping[str, Any] | None) -> list[Event]:
@@ -85,5 +86,8 @@ def spread_text(summary: Mapping[str, float]) -> str:
     )
 
 
-def _num_measured(update: ClientUpdate) -> float:
-    return update.metrics.get("global_examples", float(update.num_examples))
+def _quantile(ascending: Sequence[float], share: float) -> float:
+    place = share * (len(ascending) - 1)
+    below = int(place)
+    above = min(below + 1, len(ascending) - 1)
+    return ascending[below] + (place - below) * (ascending[above] - ascending[below])

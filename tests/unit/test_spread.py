@@ -1,12 +1,12 @@
 """How good a model is on each client: the numbers, and what a person sees of them."""
 
 import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,32 +34,29 @@ def told(accuracy: float, *, measured: int = 50, loss: float | None = 1.0) -> Cl
 
 
 @given(
-    st.lists(st.tuples(shares, st.integers(1, 1000), st.floats(0, 100)), min_size=2, max_size=60)
+    st.lists(st.tuples(shares, st.integers(1, 1000), st.floats(0, 100)), min_size=1, max_size=60)
 )
-def test_a_summary_is_that_of_the_standard_library(
-    clients: Sequence[tuple[float, int, float]],
-) -> None:
+def test_a_summary_is_numpys(clients: Sequence[tuple[float, int, float]]) -> None:
     """Means by the examples that were measured, not by those trained on; the rest by client."""
     accuracies, sizes, losses = ([one[place] for one in clients] for place in range(3))
     found = summarise_clients([told(a, measured=n, loss=e) for a, n, e in clients], holdout=0.2)
-    assert found is not None
-    quartiles = statistics.quantiles(accuracies, n=4, method="inclusive")
-    lowest = sorted(accuracies)[: max(1, len(accuracies) // 10)]
-    assert found == {
-        "accuracy": pytest.approx(statistics.fmean(accuracies, sizes)),
-        "loss": pytest.approx(statistics.fmean(losses, sizes)),
-        "mean": pytest.approx(statistics.fmean(accuracies)),
-        "worst_decile": pytest.approx(statistics.fmean(lowest)),
-        "std": pytest.approx(statistics.pstdev(accuracies), abs=1e-9),
-        "minimum": min(accuracies),
-        "quartile_1": pytest.approx(quartiles[0]),
-        "median": pytest.approx(quartiles[1]),
-        "quartile_3": pytest.approx(quartiles[2]),
-        "maximum": max(accuracies),
+    low, middle, high = np.percentile(accuracies, (25, 50, 75))
+    expected = {
+        "accuracy": np.average(accuracies, weights=sizes),
+        "loss": np.average(losses, weights=sizes),
+        "mean": np.mean(accuracies),
+        "worst_decile": np.sort(accuracies)[: max(1, len(accuracies) // 10)].mean(),
+        "std": np.std(accuracies),
+        "minimum": np.min(accuracies),
+        "quartile_1": low,
+        "median": middle,
+        "quartile_3": high,
+        "maximum": np.max(accuracies),
         "num_clients": len(clients),
         "num_examples": sum(sizes),
         "holdout": 0.2,
     }
+    assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_summary_by_hand() -> None:
@@ -67,8 +64,10 @@ def test_a_summary_by_hand() -> None:
     updates = [told(0.9, measured=300, loss=None), told(0.1, measured=100)]
     found = summarise_clients(updates, holdout=0.0)
     assert found is not None
-    assert (found["accuracy"], found["mean"]) == (pytest.approx(0.7), pytest.approx(0.5))
-    assert (found["std"], found["worst_decile"]) == (pytest.approx(0.4), 0.1)
+    assert found["accuracy"] == pytest.approx(0.7)
+    assert found["mean"] == pytest.approx(0.5)
+    assert found["std"] == pytest.approx(0.4)
+    assert found["worst_decile"] == 0.1
     assert "loss" not in found, "one client's loss was beyond all numbers"
     assert summarise_clients([make_update()], holdout=0.0) is None
     assert client_events(make_round(), None) == []

@@ -120,12 +120,13 @@ def test_the_curve_is_drawn_of_as_many_rounds_as_there_are(
     tmp_path: Path, accuracies: list[float]
 ) -> None:
     """Also of a run without a held-out set, and of one round."""
+    unasked = {"client_evaluation": None, "model_digest": "ab"}
     history = [
-        {"round": number, "phase": "DONE", "evaluation": {"accuracy": accuracy, "loss": 1.0}}
-        for number, accuracy in enumerate(accuracies, start=1)
+        {"round": number, "phase": "DONE", "evaluation": {"accuracy": one, "loss": 1.0}, **unasked}
+        for number, one in enumerate(accuracies, start=1)
     ]
     picture = tmp_path / "curve.png"
-    going_on = {"round": 9, "phase": "COLLECTING", "evaluation": None}
+    going_on = {"round": 9, "phase": "COLLECTING", "evaluation": None, **unasked}
     draw_curve([*history, going_on], picture)
     content = picture.read_bytes()
     assert content.startswith(b"\x89PNG")
