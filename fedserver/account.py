@@ -28,6 +28,7 @@ _WORDS: Mapping[str, str] = {
     IncidentKind.UPDATE_EXCLUDED: "its update was excluded",
     IncidentKind.UPDATE_LATE: "its update came too late",
     IncidentKind.UPDATE_CONTRADICTED: "it sent a second update for the same order",
+    IncidentKind.ORDER_STALE: "its order was too stale to be waited for any longer",
     IncidentKind.CLIENT_STALLED: "it got no further and was given up",
     IncidentKind.CLIENT_LOST: "it wasn't there any more and was given up",
     IncidentKind.CLIENT_STATE_LOST: "it has lost its state",
@@ -181,17 +182,24 @@ def _results(attempt: Values, before: History) -> list[tuple[str, str]]:
 
 
 def _turnout(attempt: Values) -> str:
-    num_asked = len(attempt["cohort"])
-    states = [one["state"] for one in attempt["orders"]]
-    num_good = sum(state in ("COUNTED", "STORED") for state in states)
+    num_good = sum(one["verdict"] in ("COUNTED", "STORED") for one in attempt["updates"])
     word = "counted" if attempt["model_digest"] else "stored"
-    return f"{num_good} of {num_asked} updates {word}"
+    if num_carried := attempt["carried_over"]:
+        given = f"{len(attempt['cohort'])} orders given, {num_carried} carried over"
+        return f"{num_good} updates {word}; {given} from earlier rounds"
+    return f"{num_good} of {len(attempt['cohort'])} updates {word}"
 
 
 def _cohort_table(attempt: Values, *, max_width: int) -> Table:
-    orders = attempt["orders"]
-    updates = {one["client"]: one for one in attempt["updates"]}
-    found = [updates.get(one["client"], {}) for one in orders]
+    updates = {one["order_id"]: one for one in attempt["updates"]}
+    given = {one["order_id"] for one in attempt["orders"]}
+    carried = [
+        {**one, "state": one["verdict"], "handed_out_at": None}
+        for one in attempt["updates"]
+        if one["order_id"] not in given
+    ]
+    orders = sorted([*attempt["orders"], *carried], key=lambda one: int(one["client"]))
+    found = [updates.get(one["order_id"], {}) for one in orders]
     metrics = [one.get("metrics", {}) for one in found]
     columns = [
         Column("client", [str(one["client"]) for one in orders]),
@@ -219,22 +227,29 @@ def _cohort_table(attempt: Values, *, max_width: int) -> Table:
             [f"{one['train_s']:.2f} s" if "train_s" in one else "" for one in metrics],
         ),
     ]
+    if carried:
+        stale = [str(one.get("staleness", "")) for one in found]
+        columns.insert(2, Column("stale", stale))
     return fitting_table(columns, title=None, max_width=max_width)
 
 
 def _shortfalls(attempt: Values) -> Iterator[str]:
     """Yield for each client whose update didn't count why it didn't."""
-    updates = {one["client"]: one for one in attempt["updates"]}
+    updates = {one["order_id"]: one for one in attempt["updates"]}
     for order in attempt["orders"]:
         if order["state"] in _ENDED_WITHOUT:
             client = order["client"]
-            why = _why(attempt, order["state"], client, updates.get(client))
+            why = _why(attempt, order, updates.get(order["order_id"]))
             yield f"client {client} {order['state'].lower()}: {why}"
 
 
-def _why(attempt: Values, state: str, client: int, update: Values | None) -> str:
+def _why(attempt: Values, order: Values, update: Values | None) -> str:
+    state, client = order["state"], order["client"]
     if update is not None and update["reason"]:
         return str(update["reason"])
+    if attempt["phase"] == "DONE" and order["ended_at"] > attempt["finished_at"]:
+        # Carried over; what went wrong is told of the round in which it did.
+        return f"its order went on after the round and ended at {_clock(order['ended_at'])}"
     if state == "LATE":
         if update is None:
             return "nothing had come when the round closed"

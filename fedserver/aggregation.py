@@ -10,7 +10,6 @@ from fedserver.parts import Parts
 from fedserver.records import Exclusion, Refusal, Round, StoredUpdate
 from fedserver.screening import norm_band
 from fedserver.strategies.blocks import Cohort, StateFile
-from fedserver.strategies.rows import Strategy
 from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import read_layout
 from shared.seeds import derive_seed
@@ -64,7 +63,6 @@ def screen(
 
 def reduce_updates(
     parts: Parts,
-    strategy: Strategy,
     closed: Round,
     base: GlobalModel,
     counted: Sequence[StoredUpdate],
@@ -76,6 +74,7 @@ def reduce_updates(
         UnfitCohort: the strategy can't be applied to these updates.
         OutOfSpace: the disk is full; nothing is kept.
     """
+    strategy = parts.strategy
     cohort = Cohort(
         base=base.file,
         updates=[
@@ -84,6 +83,8 @@ def reduce_updates(
                 num_examples=one.update.num_examples,
                 num_steps=one.update.num_steps,
                 global_loss=one.update.metrics.get("global_loss"),
+                own_base=None if one.own_base is None else parts.checkpoints.path(one.own_base),
+                staleness=one.staleness,
             )
             for one in counted
         ],
@@ -99,12 +100,18 @@ def reduce_updates(
 
 
 def update_file(
-    path: Path, *, num_examples: int, num_steps: int, global_loss: float | str | None
+    path: Path,
+    *,
+    num_examples: int,
+    num_steps: int,
+    global_loss: float | str | None,
+    own_base: Path | None = None,
+    staleness: int = 0,
 ) -> StateFile:
     """Return an update on the disk, with what its client said of it.
 
     Serving a run and verifying it build the same values here; `global_loss` may be the name of a
-    number that JSON can't hold.
+    number that JSON can't hold. `own_base` is the model it began with where that isn't the round's.
     """
     return StateFile(
         path=path,
@@ -112,6 +119,8 @@ def update_file(
         num_examples=num_examples,
         num_steps=num_steps,
         global_loss=None if global_loss is None else float(global_loss),
+        base=None if own_base is None else StateFile(path=own_base, layout=read_layout(own_base)),
+        staleness=staleness,
     )
 
 

@@ -7,7 +7,6 @@ Evaluation goes on beside the next round.
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -15,30 +14,34 @@ from fedserver.aggregation import reduce_updates, screen
 from fedserver.checkpoints import GlobalModel, NonFiniteAggregate
 from fedserver.evaluation import Evaluations, Evaluator, may_be_repeated
 from fedserver.events import event_of
+from fedserver.opening import Opener, opened_event
 from fedserver.parts import Parts
 from fedserver.patience import give_up_orders
 from fedserver.planning import (
-    admission_limits,
     participation,
     plan_round,
+    stale_before,
     standings_after,
     updates_needed,
-    work_orders,
 )
-from fedserver.records import NO_ADJUSTMENTS, Adjustments, Exclusion, Round, RunState
+from fedserver.records import NO_ADJUSTMENTS, Exclusion, Round, RunState
 from fedserver.recovery import damaged_updates, note_restart
 from fedserver.retention import drop_models, drop_updates
 from fedserver.rollback import consequences_of, first_model, roll_back
-from fedserver.rounds import Phase, RoundEvent, due_event, shortfall
+from fedserver.rounds import (
+    OrderState,
+    Phase,
+    RoundEvent,
+    due_event,
+    due_of_buffer,
+    shortfall,
+)
 from fedserver.spread import client_events, summarise_clients
-from fedserver.strategies import find_strategy
 from fedserver.strategies.rows import UnfitCohort
 from shared.errors import OutOfSpace, RunFailed, StorageDamaged
 from shared.failpoints import FailPoint, pass_by
 from shared.tasks import Task
 from shared.types import IncidentKind
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -53,9 +56,9 @@ class Coordinator:
         self._parts = parts
         self._task = task
         self._evaluations = Evaluations(parts, evaluator)
-        self._strategy = find_strategy(parts.run.settings)
-        self._last_counted: dict[int, str] = {}
+        self._is_asynchronous = parts.strategy.buffer_size > 0
         self._tick_s = min(_MAX_TICK_S, settings.stall_after / 4, settings.lease / 4)
+        self._opener = Opener(parts, task, tick_s=self._tick_s)
 
     async def complete(self) -> str:
         """Run every round that is left; returns the final model's digest.
@@ -86,6 +89,7 @@ class Coordinator:
             RunState.FINISHED,
             event_of("run-finished"),
         )
+        self._parts.book.close_round()
 
     # ---- steps
 
@@ -120,9 +124,7 @@ class Coordinator:
 
     async def _roll_back(self, bad: Round, current: Round) -> tuple[Round, GlobalModel]:
         latest, base = await roll_back(self._parts, bad, current)
-        self._last_counted = await self._parts.workers.in_store(
-            self._parts.store.last_counted_orders, self._parts.run.run_id
-        )
+        await self._opener.look_back()
         return latest, base
 
     async def _resume(self) -> tuple[Round, GlobalModel]:
@@ -134,7 +136,7 @@ class Coordinator:
         in_store, on_disk = self._parts.workers.in_store, self._parts.workers.on_disk
         store, run_id = self._parts.store, self._parts.run.run_id
         latest = await in_store(store.latest_round, run_id)
-        self._last_counted = await in_store(store.last_counted_orders, run_id)
+        await self._opener.look_back()
         held = await in_store(store.held_updates)
         await on_disk(self._parts.quarantine.tidy, held)
         await drop_updates(self._parts, done_round=0 if latest is None else latest.round_number - 1)
@@ -142,7 +144,7 @@ class Coordinator:
         self._evaluations.has_alarm = True
         if latest is None:
             base = await first_model(self._parts, self._task, num_redraws=0)
-            return await self._open(1, base, NO_ADJUSTMENTS), base
+            return await self._opener.open(1, base, NO_ADJUSTMENTS), base
         digest, state_digest = latest.base_digest, latest.base_state_digest
         if latest.phase is Phase.DONE:
             assert latest.model_digest is not None
@@ -157,7 +159,7 @@ class Coordinator:
             assert done.model_digest is not None
             await self._evaluations.start(done, done.model_digest)
         if latest.phase is Phase.COLLECTING:
-            self._hand_out(latest, base)
+            await self._opener.hand_out(latest, base)
         return latest, base
 
     async def _give_up_damaged(self, latest: Round, damaged: list[str]) -> Round:
@@ -171,7 +173,7 @@ class Coordinator:
         return await self._fail_round(latest, f"damaged on the disk: {'; '.join(damaged)}")
 
     async def _open_next(self, ended: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
-        """Open the attempt that follows one that has ended, and return it with its base.
+        """Open the attempt that follows one that has ended, if it may be tried again.
 
         Raises:
             RunFailed: the round has failed as often as it may.
@@ -182,54 +184,7 @@ class Coordinator:
         )
         if phases.count(Phase.FAILED) >= self._parts.settings.max_attempts:
             await self._fail_run(ended)
-        adjustments = ended.adjustments_after
-        if adjustments.num_redraws > ended.adjustments.num_redraws:
-            base = await first_model(self._parts, self._task, num_redraws=adjustments.num_redraws)
-        return await self._open(number, base, adjustments, attempt=len(phases) + 1), base
-
-    async def _open(
-        self, round_number: int, base: GlobalModel, adjustments: Adjustments, *, attempt: int = 1
-    ) -> Round:
-        """Wait until there are clients enough, then open the round."""
-        num_said: int | None = None
-        run_id = self._parts.run.run_id
-        while True:
-            await self._parts.disk.tell()
-            standings = await self._parts.workers.in_store(self._parts.store.standings, run_id)
-            planned = plan_round(
-                *(self._parts, round_number),
-                attempt=attempt,
-                base=base,
-                adjustments=adjustments,
-                standings=standings,
-                past=await participation(self._parts),
-            )
-            if planned is not None:
-                break
-            num_here = len(self._parts.sessions.ready_clients(only_live=True))
-            if num_here != num_said and not self._parts.disk.is_low():
-                needed = self._parts.settings.min_clients
-                logger.info("waiting for clients: %d of %d are here", num_here, needed)
-                num_said = num_here
-            await self._parts.sessions.changed.wait(self._tick_s)
-        happened = event_of("round-opened", planned, clients=len(planned.orders))
-        await self._parts.workers.in_store(self._parts.store.open_round, planned, happened)
-        pass_by(FailPoint.ROUND_OPENED)
-        self._hand_out(planned, base)
-        self._parts.bus.publish(happened)
-        return planned
-
-    def _hand_out(self, opened: Round, base: GlobalModel) -> None:
-        self._parts.downloads.publish(base.digest)
-        self._parts.book.open_round(
-            opened,
-            base=base,
-            limits=admission_limits(self._parts.settings, opened),
-            orders=work_orders(
-                *(self._parts.settings, opened, base, self._last_counted),
-                local_rule=self._strategy.local_rule,
-            ),
-        )
+        return await self._opener.open_next(ended, base, attempt=len(phases) + 1)
 
     async def _collect(self, current: Round) -> Round:
         """Wait for updates until the round closes or fails, or its base turns out to be bad."""
@@ -237,29 +192,55 @@ class Coordinator:
             if self._evaluations.has_alarm:
                 return current
             await give_up_orders(self._parts)
-            deadline_s = self._parts.settings.round_deadline
-            states, needed = (
-                self._parts.book.states(),
-                updates_needed(self._parts.settings, current),
-            )
-            due = due_event(
-                states,
-                min_updates=needed,
-                closes_early=self._parts.settings.over_select > 1,
-                is_overdue=deadline_s is not None and self._parts.book.age_s() > deadline_s,
-            )
+            if self._is_asynchronous:
+                due, reason = await self._due_of_buffer()
+            else:
+                due, reason = self._due(current)
             if due is RoundEvent.CLOSE:
                 happened = event_of("round-closed", current)
                 pass_by(FailPoint.ROUND_CLOSING)
-                await self._parts.workers.in_store(self._parts.store.close_round, current, happened)
+                await self._parts.workers.in_store(
+                    self._parts.store.close_round,
+                    current,
+                    happened,
+                    carries_over=self._is_asynchronous,
+                )
                 pass_by(FailPoint.ROUND_CLOSED)
                 break
             if due is RoundEvent.FAIL:
-                return await self._fail_round(current, shortfall(states, needed))
+                return await self._fail_round(current, reason)
             await self._parts.book.round_changed.wait(self._tick_s)
-        self._parts.book.close_round()
+        if self._is_asynchronous:
+            self._opener.note_stored()
+        self._parts.book.close_round(carries_over=self._is_asynchronous)
         self._parts.bus.publish(happened)
         return await self._latest()
+
+    def _due(self, current: Round) -> tuple[RoundEvent | None, str]:
+        """Return what is to happen to a round that collects, and why where it fails."""
+        settings, states = self._parts.settings, self._parts.book.states()
+        needed, deadline_s = updates_needed(settings, current), settings.round_deadline
+        due = due_event(
+            states,
+            min_updates=needed,
+            closes_early=settings.over_select > 1,
+            is_overdue=deadline_s is not None and self._parts.book.age_s() > deadline_s,
+        )
+        return due, shortfall(states, needed) if due is RoundEvent.FAIL else ""
+
+    async def _due_of_buffer(self) -> tuple[RoundEvent | None, str]:
+        """Give further orders if the buffer isn't full; return what is to happen, and why."""
+        size, book = self._parts.strategy.buffer_size, self._parts.book
+        # Once it is full, they are better given with the model that comes out of it.
+        due = due_of_buffer(book.states(), buffer_size=size, can_go_on=True)
+        if due is None:
+            can_go_on = await self._opener.give_more()
+            due = due_of_buffer(book.states(), buffer_size=size, can_go_on=can_go_on)
+        num_stored = sum(state is OrderState.STORED for state in book.states())
+        return due, (
+            f"{num_stored} of {size} updates are there, nobody is at work, and whoever is here "
+            "has given up or sits out"
+        )
 
     async def _aggregate(self, current: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
         """Make the next global model and open the round after it."""
@@ -278,13 +259,12 @@ class Coordinator:
         )
         excluded = {one.order_id for one in exclusions}
         counted = [one for one in stored if one.update.order_id not in excluded]
-        if len(counted) < min(settings.updates_needed, len(current.orders)):
+        needed = min(settings.updates_needed, len(current.orders))
+        if len(counted) < (1 if self._is_asynchronous else needed):
             reason = f"{len(excluded)} of {len(stored)} updates were excluded, too many to go on"
             return await self._fail_round(current, reason, exclusions=exclusions), base
         try:
-            model = await on_disk(
-                reduce_updates, self._parts, self._strategy, current, base, counted
-            )
+            model = await on_disk(reduce_updates, self._parts, current, base, counted)
         except (NonFiniteAggregate, UnfitCohort) as error:
             # Excluded they stay: the next attempt doesn't ask their clients.
             is_bad = isinstance(error, NonFiniteAggregate)
@@ -293,7 +273,9 @@ class Coordinator:
             )
             return failed, base
         pass_by(FailPoint.MODEL_WRITTEN)
-        self._last_counted.update({one.client_id: one.update.order_id for one in counted})
+        if not self._is_asynchronous:
+            counted_last = {one.client_id: one.update.order_id for one in counted}
+            self._opener.last_counted.update(counted_last)
         follows = await consequences_of(self._parts, current, is_done=True)
         following = None
         if current.round_number < settings.rounds:
@@ -309,14 +291,16 @@ class Coordinator:
                 ),
                 past=await participation(self._parts),
             )
-        told = summarise_clients([one.update for one in counted], holdout=settings.holdout)
+        told = summarise_clients(
+            [one.update for one in counted if not one.staleness], holdout=settings.holdout
+        )
         happened = [
             *client_events(current, told),
             event_of("round-done", current, updates=len(counted), model=model.digest),
             *follows.happened,
         ]
         if following is not None:
-            happened.append(event_of("round-opened", following, clients=len(following.orders)))
+            happened.append(opened_event(following))
         happened = await in_store(
             store.finish_round,
             current,
@@ -326,11 +310,12 @@ class Coordinator:
             exclusions=exclusions,
             client_evaluation=told,
             next_round=following,
+            stale_before=stale_before(settings, current.round_number + 1),
             happened=happened,
         )
         pass_by(FailPoint.ROUND_DONE)
         if following is not None:
-            self._hand_out(following, model)
+            await self._opener.hand_out(following, model)
         for one in happened:
             self._parts.bus.publish(one)
         await drop_updates(self._parts, done_round=current.round_number)
@@ -358,7 +343,7 @@ class Coordinator:
             exclusions=exclusions,
         )
         pass_by(FailPoint.ROUND_FAILED)
-        self._parts.book.close_round()
+        self._parts.book.abandon_round(current)
         for one in recorded:
             self._parts.bus.publish(one)
         await drop_updates(self._parts, done_round=current.round_number - 1)

@@ -159,7 +159,12 @@ class Desk:
         record = await self._find_order(session_id, order_id)
         self._parts.book.advance(order_id, counters)
         for sequence, incident in incidents:
-            happened = _incident_event(record, incident, self._parts.kinds)
+            happened = _incident_event(
+                incident,
+                self._parts.kinds,
+                place=self._parts.book.happens_in(record),
+                client_id=record.client_id,
+            )
             is_new = await self._parts.workers.in_store(
                 self._parts.store.add_events,
                 record.run_id,
@@ -169,11 +174,12 @@ class Desk:
             if is_new:
                 self._parts.bus.publish(happened)
         if gave_up:
+            round_number, attempt = self._parts.book.happens_in(record)
             happened = Event(
                 kind="order-given-up",
                 at=time.time(),
-                round_number=record.round_number,
-                attempt=record.attempt,
+                round_number=round_number,
+                attempt=attempt,
                 client_id=record.client_id,
             )
             recorded = await self._parts.workers.in_store(
@@ -230,7 +236,11 @@ def _directive(state: OrderState) -> Directive:
 
 
 def _incident_event(
-    record: OrderRecord, incident: Incident, kinds: Mapping[str, EntryKind]
+    incident: Incident,
+    kinds: Mapping[str, EntryKind],
+    *,
+    place: tuple[int, int],
+    client_id: int,
 ) -> Event:
     """Return what is recorded: declared names only, whatever else a client may have sent."""
     fields = {
@@ -247,9 +257,9 @@ def _incident_event(
     return Event(
         kind=incident.kind,
         at=time.time(),
-        round_number=record.round_number,
-        attempt=record.attempt,
-        client_id=record.client_id,
+        round_number=place[0],
+        attempt=place[1],
+        client_id=client_id,
         is_incident=True,
         fields={key: value for key, value in fields.items() if value is not None},
     )

@@ -76,19 +76,21 @@ class Intake:
             InvalidInput: the stream holds more or fewer bytes than the header says.
             OutOfSpace: the disk is full; what is committed stays.
         """
-        current = self._parts.book.current
         if record.state is not OrderState.OPEN:
             return await self._answer_ended(record, update)
-        if current is None or not current.holds(record):
+        order = self._parts.book.find(update.order_id)
+        if order is None:
             raise ServerUnreachable(f"order {update.order_id}: the round is changing; try again")
         try:
-            examine_header(update, current.base.file, current.limits)
+            examine_header(update, order.given_in.base.file, order.given_in.limits)
             async with self._place(update.order_id):
                 with self._parts.spool.open_stream(
                     update.order_id, update.digest, offset=offset
                 ) as stream:
                     await self._append(update, stream, chunks)
-                    accepting = asyncio.ensure_future(self._accept(record, update, stream, current))
+                    accepting = asyncio.ensure_future(
+                        self._accept(record, update, stream, order.given_in)
+                    )
                     try:
                         return await asyncio.shield(accepting)
                     finally:
@@ -141,9 +143,9 @@ class Intake:
             )
 
     async def _accept(
-        self, record: OrderRecord, update: ClientUpdate, stream: UpdateStream, current: OpenRound
+        self, record: OrderRecord, update: ClientUpdate, stream: UpdateStream, given_in: OpenRound
     ) -> UploadAnswer:
-        settled = await self._parts.workers.on_disk(self._settle_bytes, update, stream, current)
+        settled = await self._parts.workers.on_disk(self._settle_bytes, update, stream, given_in)
         if isinstance(settled, Refusal):
             return await self._end(
                 record, update, OrderEvent.REFUSE, refusal=settled, stream=stream
@@ -156,7 +158,7 @@ class Intake:
         return await self._end(record, update, OrderEvent.STORE, stream=stream, delta_norm=settled)
 
     def _settle_bytes(
-        self, update: ClientUpdate, stream: UpdateStream, current: OpenRound
+        self, update: ClientUpdate, stream: UpdateStream, given_in: OpenRound
     ) -> float | Refusal:
         """Return the norm of a good update's delta, durable by then, or why it isn't one."""
         if stream.digest() != update.digest:
@@ -165,13 +167,13 @@ class Intake:
                 f"order {update.order_id}: the bytes don't match digest {update.digest}; "
                 "they were dropped, send the payload again from byte 0"
             )
-        examined = self._examine(update, stream, current)
+        examined = self._examine(update, stream, given_in)
         if not isinstance(examined, Refusal):
             stream.make_durable()
         return examined
 
     def _examine(
-        self, update: ClientUpdate, stream: UpdateStream, current: OpenRound
+        self, update: ClientUpdate, stream: UpdateStream, given_in: OpenRound
     ) -> float | Refusal:
         """Return the norm of a good update's delta, or why it isn't one."""
         try:
@@ -182,9 +184,9 @@ class Intake:
             )
             return examine_content(
                 received,
-                base=current.base.file,
+                base=given_in.base.file,
                 kinds=self._parts.kinds,
-                limits=current.limits,
+                limits=given_in.limits,
                 num_steps=update.num_steps,
             )
         except UpdateRefused as error:
@@ -217,25 +219,33 @@ class Intake:
             return Event(
                 kind=kind,
                 at=time.time(),
-                round_number=record.round_number,
-                attempt=record.attempt,
                 client_id=record.client_id,
                 is_incident=not is_good,
                 fields=good_fields if is_good else {"reason": refusal and refusal.reason},
             )
 
         open_order = self._parts.book.find(update.order_id)
-        state, happened = await self._parts.workers.in_store(
-            self._parts.store.end_order,
-            record.run_id,
-            update,
-            order_event,
-            describe,
-            refusal=refusal,
-            delta_norm=delta_norm,
-            kept_bytes=0 if stream is None else stream.offset,
-            handed_out_at=open_order.handed_out_at if open_order else None,
-        )
+        while True:
+            collecting = self._parts.book.current
+            state, happened = await self._parts.workers.in_store(
+                self._parts.store.end_order,
+                record.run_id,
+                update,
+                order_event,
+                describe,
+                refusal=refusal,
+                delta_norm=delta_norm,
+                kept_bytes=0 if stream is None else stream.offset,
+                handed_out_at=open_order.handed_out_at if open_order else None,
+                buffer_size=self._parts.strategy.buffer_size,
+            )
+            if state is not OrderState.OPEN:
+                break
+            # The buffer is full: this one belongs into the next, which opens in a moment. It isn't
+            # the client that is slow.
+            self._parts.book.note_bytes(update.order_id)
+            if self._parts.book.current is collecting:
+                await self._parts.book.work_changed.wait(self._idle_s / 4)
         pass_by(FailPoint.UPDATE_RECORDED)
         self._parts.book.settle(update.order_id, state)
         if happened is None:

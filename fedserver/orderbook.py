@@ -1,12 +1,12 @@
-"""The orders of the round that collects, in memory, and those who wait for them to change.
+"""The orders that are at work, in memory, and those who wait for them to change.
 
 The store is the truth; this is what long polls and the round loop look at without asking it.
 Everything here runs on the event loop's thread.
 """
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 from fedserver.admission import AdmissionLimits
 from fedserver.checkpoints import GlobalModel
@@ -18,9 +18,14 @@ from shared.types import Counters, WorkOrder
 
 @dataclass
 class OpenOrder:
-    """An order of the current round and how far its client is; times of the monotonic clock."""
+    """An order and how far its client is; times of the monotonic clock.
+
+    `given_in` is the attempt that asks for it: the one that collects, or in an asynchronous run an
+    earlier one.
+    """
 
     order: WorkOrder
+    given_in: "OpenRound"
     state: OrderState
     advanced_at: float
     handed_out_at: float | None = None
@@ -29,21 +34,15 @@ class OpenOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenRound:
-    """The round that collects: what its orders start from and what it admits."""
+    """A round that is open: what its orders start from and what it admits.
+
+    `record` has the orders that were given when it opened, or when this was read from the store.
+    """
 
     record: Round
     base: GlobalModel
     limits: AdmissionLimits
     opened_at: float
-
-    def holds(self, order: OrderRecord) -> bool:
-        """Whether an order is one of this round's."""
-        ours = self.record
-        return (order.run_id, order.round_number, order.attempt) == (
-            ours.run_id,
-            ours.round_number,
-            ours.attempt,
-        )
 
 
 class OrderBook:
@@ -65,44 +64,91 @@ class OrderBook:
         base: GlobalModel,
         limits: AdmissionLimits,
         orders: Iterable[WorkOrder],
+        carried_over: Iterable[tuple[OpenRound, Sequence[WorkOrder]]] = (),
     ) -> None:
-        """Hand these orders out from now on."""
-        now = self._clock()
-        states = {order.order_id: order.state for order in record.orders}
+        """Hand these orders out from now on, and those that are carried over from earlier rounds.
+
+        Of a carried one that is known here it is remembered how far it is.
+        """
+        known = self._orders
         self.latest = record
-        self.current = OpenRound(record=record, base=base, limits=limits, opened_at=now)
-        self._orders = {
-            order.order_id: OpenOrder(order=order, state=states[order.order_id], advanced_at=now)
-            for order in orders
-        }
-        self._by_client = {one.order.client_id: one for one in self._orders.values()}
+        self.current = OpenRound(record=record, base=base, limits=limits, opened_at=self._clock())
+        self._orders = {}
+        for given_in, theirs in carried_over:
+            self._take_in(given_in, theirs, known)
+        self._take_in(self.current, orders, known={})
         self.work_changed.notify()
 
-    def close_round(self) -> None:
-        """Hand nothing out any more."""
+    def add_orders(self, record: Round, orders: Iterable[WorkOrder]) -> None:
+        """Hand out further orders of the round that collects, which has become `record`."""
+        assert self.current is not None
+        self.latest = record
+        self.current = replace(self.current, record=record)
+        self._take_in(self.current, orders, known={})
+        self.work_changed.notify()
+
+    def _take_in(
+        self, given_in: OpenRound, orders: Iterable[WorkOrder], known: Mapping[str, OpenOrder]
+    ) -> None:
+        states = {order.order_id: order.state for order in given_in.record.orders}
+        for order in orders:
+            self._orders[order.order_id] = known.get(order.order_id) or OpenOrder(
+                order=order,
+                given_in=given_in,
+                state=states[order.order_id],
+                advanced_at=self._clock(),
+            )
+        self._by_client = {one.order.client_id: one for one in self._orders.values()}
+
+    def close_round(self, *, carries_over: bool = False) -> None:
+        """Give no further orders; those that are open end with it, or are carried over."""
         self.current = None
-        self._orders = {}
-        self._by_client = {}
+        self._keep([one for one in self.open_orders() if carries_over])
+
+    def abandon_round(self, abandoned: Round) -> None:
+        """End an attempt and the orders it has given; those that it didn't give go on."""
+        self.current = None
+        ended = (abandoned.round_number, abandoned.attempt)
+        self._keep(
+            [
+                one
+                for one in self.open_orders()
+                if (one.order.round_number, one.order.attempt) != ended
+            ]
+        )
+
+    def _keep(self, kept: Sequence[OpenOrder]) -> None:
+        self._orders = {one.order.order_id: one for one in kept}
+        self._by_client = {one.order.client_id: one for one in kept}
 
     def find(self, order_id: str) -> OpenOrder | None:
-        """Return the order if it belongs to the round that collects."""
+        """Return the order if it is at work, or has ended in the round that collects."""
         return self._orders.get(order_id)
 
     def open_record(self, order_id: str) -> OrderRecord | None:
         """Return what the store holds of an order that is open here; None for any other."""
         found = self._orders.get(order_id)
-        if self.current is None or found is None or found.state is not OrderState.OPEN:
+        if found is None or found.state is not OrderState.OPEN:
             return None
         return OrderRecord(
             order_id=order_id,
-            run_id=self.current.record.run_id,
-            round_number=self.current.record.round_number,
-            attempt=self.current.record.attempt,
+            run_id=found.given_in.record.run_id,
+            round_number=found.order.round_number,
+            attempt=found.order.attempt,
             client_id=found.order.client_id,
             state=OrderState.OPEN,
             digest=None,
             reason=None,
         )
+
+    def happens_in(self, record: OrderRecord) -> tuple[int, int]:
+        """Return the round and attempt in whose history it belongs what happens to an order now.
+
+        That is the one that goes on, as long as the order does; then its own.
+        """
+        if record.state is OrderState.OPEN and self.latest is not None:
+            return self.latest.round_number, self.latest.attempt
+        return record.round_number, record.attempt
 
     def open_order_of(self, client_ids: Iterable[int]) -> OpenOrder | None:
         """Return the first open order for one of these clients."""
@@ -120,7 +166,7 @@ class OrderBook:
         return order.order
 
     def states(self) -> list[OrderState]:
-        """Return the states of the round's orders."""
+        """Return the states of the orders at work, and of those that ended in this round."""
         return [one.state for one in self._orders.values()]
 
     def settle(self, order_id: str, state: OrderState) -> None:
@@ -146,7 +192,7 @@ class OrderBook:
             found.advanced_at = self._clock()
 
     def orders(self) -> list[OpenOrder]:
-        """Return the orders of the round that collects, ended ones too."""
+        """Return the orders at work, and those that ended in the round that collects."""
         return list(self._orders.values())
 
     def open_orders(self) -> list[OpenOrder]:

@@ -14,6 +14,7 @@ from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
 from fedserver.spool import Spool
 from fedserver.store import Store
+from fedserver.strategies.rows import Strategy
 from fedserver.workers import Workers
 from shared.weights import EntryKind
 
@@ -22,13 +23,15 @@ from shared.weights import EntryKind
 class Parts:
     """The resources of one run; made by the composition root, which also ends them.
 
-    `kinds` are of the entries of the model's state_dict, `modules` the dotted names of its modules.
+    `kinds` are of the entries of the model's state_dict, `modules` the dotted names of its modules,
+    `strategy` is what the settings name.
     """
 
     settings: ServerSettings
     run: Run
     kinds: Mapping[str, EntryKind]
     modules: Set[str]
+    strategy: Strategy
     store: Store
     spool: Spool
     quarantine: QuarantineFolder

@@ -1,6 +1,7 @@
 """The next round: whom it asks, for what, and what it will admit."""
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from fedserver.admission import AdmissionLimits
 from fedserver.checkpoints import GlobalModel
 from fedserver.parts import Parts
 from fedserver.records import Adjustments, Exclusion, Order, Round, Standing
-from fedserver.rounds import Phase
+from fedserver.rounds import OrderState, Phase
 from fedserver.sampling import (
     RESTS_ON_THE_PAST,
     Candidate,
@@ -45,23 +46,20 @@ def plan_round(
     candidates = parts.sessions.ready_clients(only_live=not settings.require_all)
     if len(candidates) < settings.min_clients or parts.disk.is_low():
         return None
+    at_work = _carried_clients(parts, round_number)
     eligible = eligible_clients(
-        candidates,
+        candidates - at_work,
         standings,
         round_number=round_number,
-        num_needed=max(settings.min_clients, settings.updates_needed),
+        num_needed=max(settings.min_clients, settings.updates_needed) - len(at_work),
     )
     place = {"round_number": round_number, "attempt": attempt}
-    sizes = parts.sessions.data_sizes()
-    cohort = choose_cohort(
-        [
-            Candidate(client_id=one, num_examples=sizes[one], past=past.get(one, Participation()))
-            for one in eligible
-        ],
-        size=settings.cohort_size,
+    cohort = _chosen(
+        parts,
+        eligible,
+        size=_num_wanted(parts, len(at_work), of=len(eligible)),
         seed=cohort_seed(settings.seed, **place),
-        cohort=settings.cohort,
-        num_drawn=settings.cohort_candidates,
+        past=past,
     )
     if settings.straggler_work == "none":
         late = set(draw_stragglers(cohort, settings, **place))
@@ -77,13 +75,119 @@ def plan_round(
         max_delta_norm=settings.max_delta_norm or 100 * (1 + base.parameter_norm),
         adjustments=adjustments,
         orders=tuple(
-            Order(
-                order_id=f"{run_id}-r{round_number}-a{attempt}-c{client_id}-s1",
-                client_id=client_id,
-            )
-            for client_id in cohort
+            Order(order_id=_order_id(run_id, round_number, attempt, one), client_id=one)
+            for one in cohort
         ),
     )
+
+
+def idle_clients(parts: Parts) -> set[int]:
+    """Return whom an asynchronous round that collects may give a further order.
+
+    They are there, not at work, and none of their orders has ended in the round without an update.
+    """
+    if parts.disk.is_low():
+        return set()
+    busy = {
+        one.order.client_id for one in parts.book.orders() if one.state is not OrderState.STORED
+    }
+    return parts.sessions.ready_clients(only_live=True) - busy
+
+
+def plan_more(
+    parts: Parts,
+    idle: Set[int],
+    *,
+    standings: Mapping[int, Standing],
+    past: Mapping[int, Participation],
+) -> tuple[Order, ...]:
+    """Return the orders to give beside those at work, so that they are --concurrency.
+
+    A client gets a second one in a round only where nobody is idle of whom no update is in it yet.
+    """
+    assert parts.book.current is not None
+    record = parts.book.current.record
+    eligible = eligible_clients(idle, standings, round_number=record.round_number, num_needed=0)
+    has_given = {
+        one.order.client_id for one in parts.book.orders() if one.state is OrderState.STORED
+    }
+    num_open = len(parts.book.open_orders())
+    chosen: list[int] = []
+    for group in (eligible - has_given, eligible & has_given):
+        chosen += _chosen(
+            parts,
+            group,
+            size=_num_wanted(parts, num_open + len(chosen), of=len(group)),
+            # Of every draw another one: so many orders were given before it.
+            seed=derive_seed(
+                parts.settings.seed,
+                "refill",
+                round_number=record.round_number,
+                attempt=record.attempt,
+                client_id=len(record.orders) + len(chosen),
+            ),
+            past=past,
+        )
+    num_before = Counter(one.client_id for one in record.orders)
+    return tuple(
+        Order(
+            order_id=_order_id(
+                *(record.run_id, record.round_number, record.attempt, one),
+                sequence=num_before[one] + 1,
+            ),
+            client_id=one,
+        )
+        for one in chosen
+    )
+
+
+def stale_before(settings: ServerSettings, round_number: int) -> int:
+    """Return the first round of which orders aren't too stale for an asynchronous round."""
+    return 0 if settings.max_staleness is None else round_number - settings.max_staleness
+
+
+def _carried_clients(parts: Parts, round_number: int) -> set[int]:
+    """Return the clients whose orders go on in a round that is to open."""
+    oldest = stale_before(parts.settings, round_number)
+    return {
+        one.order.client_id for one in parts.book.open_orders() if one.order.round_number >= oldest
+    }
+
+
+def _num_wanted(parts: Parts, num_open: int, *, of: int) -> int:
+    """Return how many clients to ask beside those at work."""
+    settings = parts.settings
+    most = settings.concurrency if parts.strategy.buffer_size else settings.cohort_size
+    return max(0, min(of, most - num_open)) if most else of
+
+
+def _chosen(
+    parts: Parts,
+    clients: Set[int],
+    *,
+    size: int,
+    seed: int,
+    past: Mapping[int, Participation],
+) -> tuple[int, ...]:
+    if not size:
+        return ()
+    sizes = parts.sessions.data_sizes()
+    return choose_cohort(
+        [
+            Candidate(client_id=one, num_examples=sizes[one], past=past.get(one, Participation()))
+            for one in clients
+        ],
+        size=size,
+        seed=seed,
+        cohort=parts.settings.cohort,
+        num_drawn=parts.settings.cohort_candidates,
+    )
+
+
+def _order_id(
+    run_id: str, round_number: int, attempt: int, client_id: int, *, sequence: int = 1
+) -> str:
+    return f"{run_id}-r{round_number}-a{attempt}-c{client_id}-s{sequence}"
 
 
 def updates_needed(settings: ServerSettings, opened: Round) -> int:
@@ -151,7 +255,7 @@ def work_orders(
             training=replace(training, epochs=epochs.get(order.client_id, training.epochs)),
             seed=derive_seed(
                 settings.seed,
-                "train",
+                "train" if order.sequence == 1 else f"train-{order.sequence}",
                 round_number=opened.round_number,
                 attempt=opened.attempt,
                 client_id=order.client_id,

@@ -60,6 +60,11 @@ class Order:
     client_id: int
     state: OrderState = OrderState.OPEN
 
+    @property
+    def sequence(self) -> int:
+        """The how manieth of its client's orders in the attempt it is, from 1."""
+        return int(self.order_id.rpartition("-s")[2])
+
 
 @dataclass(frozen=True, kw_only=True)
 class OrderRecord:
@@ -131,11 +136,17 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredUpdate:
-    """An update the round rests on; `delta_norm` is the L2 norm of local minus global."""
+    """An update the round rests on; `delta_norm` is the L2 norm of local minus global.
+
+    `own_base` is the digest of the model it began with where that isn't the round's, `staleness`
+    how many rounds earlier its order was given.
+    """
 
     client_id: int
     update: ClientUpdate
     delta_norm: float
+    own_base: str | None = None
+    staleness: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,10 @@ def round_table(history: History, *, title: str, max_width: int) -> Table:
             Column("phase", [phase_text(one) for one in history], "left"),
             Column(
                 "counted",
-                [f"{n} of {len(one['cohort'])}" for one, n in zip(history, counted, strict=True)],
+                [
+                    f"{n} of {len(one['cohort']) + one['carried_over']}"
+                    for one, n in zip(history, counted, strict=True)
+                ],
             ),
             Column("accuracy", [number_text(one.get("accuracy")) for one in evaluations]),
             Column("loss", [number_text(one.get("loss")) for one in evaluations]),

@@ -102,7 +102,7 @@ async def roll_back(parts: Parts, bad: Round, current: Round) -> tuple[Round, Gl
         abandoned=current if is_open else None,
     )
     pass_by(FailPoint.ROLLED_BACK)
-    parts.book.close_round()
+    parts.book.abandon_round(current)
     for one in happened:
         parts.bus.publish(one)
     await drop_updates(parts, done_round=bad.round_number - 1)

@@ -18,6 +18,10 @@ model, is ABANDONED. Every new try is the next attempt.
 
 An order ends exactly once, and the event that ends it is applied in the transaction that also
 records what it rests on.
+
+In an asynchronous run a round is one fill of the buffer. Orders that are open when it closes are
+carried over: their updates come into the round that collects when they arrive. They are LATE when
+they have become too stale, or the run ends without them.
 """
 
 from collections.abc import Collection, Mapping
@@ -136,6 +140,19 @@ def due_event(
     if num_open and not is_overdue and not (closes_early and has_enough):
         return None
     return RoundEvent.CLOSE if has_enough else RoundEvent.FAIL
+
+
+def due_of_buffer(
+    states: Collection[OrderState], *, buffer_size: int, can_go_on: bool
+) -> RoundEvent | None:
+    """Return what is to happen to an asynchronous round that collects.
+
+    `states` are of the orders at work and of those that ended in it. It closes when its buffer is
+    full, and fails when it isn't and can't go on. None: go on waiting.
+    """
+    if sum(state is OrderState.STORED for state in states) >= buffer_size:
+        return RoundEvent.CLOSE
+    return None if can_go_on else RoundEvent.FAIL
 
 
 def shortfall(states: Collection[OrderState], needed: int) -> str:

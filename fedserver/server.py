@@ -32,6 +32,7 @@ from fedserver.settings import ServerSettings
 from fedserver.spool import Spool
 from fedserver.store import Store, read_history
 from fedserver.strategies import find_strategy
+from fedserver.strategies.rows import Strategy
 from fedserver.terminal import showing_progress
 from fedserver.workers import Workers
 from shared.cli import stderr_console
@@ -60,7 +61,7 @@ def run_server(settings: ServerSettings) -> None:
         raise InvalidInput(f"--export {settings.export}: there is no such folder; make it first")
     # All that a wrong setting can break comes before a run is begun with it.
     task = find_task(settings.task)
-    _examine_strategy(settings)
+    strategy = _examine_strategy(settings)
     examine_scheme(settings.partition, settings.partitioning.parameters)
     model = task.build_model()
     if not isinstance(model, torch.nn.Module):
@@ -90,6 +91,7 @@ def run_server(settings: ServerSettings) -> None:
                     task=task,
                     kinds=kinds,
                     modules=modules,
+                    strategy=strategy,
                     evaluator=evaluator,
                 )
             )
@@ -98,14 +100,38 @@ def run_server(settings: ServerSettings) -> None:
             store.close()
 
 
-def _examine_strategy(settings: ServerSettings) -> None:
+def _examine_strategy(settings: ServerSettings) -> Strategy:
     strategy = find_strategy(settings.run_settings())
+    if strategy.buffer_size:
+        _examine_asynchrony(settings, strategy)
+        return strategy
+    if settings.concurrency or settings.max_staleness is not None:
+        raise InvalidInput(
+            "--concurrency and --max-staleness are of asynchronous strategies alone; add "
+            "--strategy fedbuff, or leave them out"
+        )
     if settings.updates_needed < strategy.min_updates:
         raise InvalidInput(
             f"strategy {strategy.name} needs at least {strategy.min_updates} updates in a round, "
             f"but {settings.updates_needed} are enough to close one; raise --min-updates (or "
             "--min-clients)"
         )
+    return strategy
+
+
+def _examine_asynchrony(settings: ServerSettings, strategy: Strategy) -> None:
+    for flag, is_given, instead in (
+        ("--clients-per-round", settings.clients_per_round, "say how many work with --concurrency"),
+        ("--min-updates", settings.min_updates, "say how many it is with buffer_size"),
+        ("--require-all", settings.require_all, "every order's update is waited for anyway"),
+        ("--stragglers", settings.stragglers, "its slow clients are slow by themselves"),
+        ("--round-deadline", settings.round_deadline is not None, "nobody waits for a slow client"),
+    ):
+        if is_given:
+            raise InvalidInput(
+                f"strategy {strategy.name} is asynchronous, a round is {strategy.buffer_size} "
+                f"updates whoever they come from: leave out {flag}, {instead}"
+            )
 
 
 def _open_run(store: Store, settings: ServerSettings) -> Run:
@@ -137,6 +163,7 @@ async def _serve(
     task: Task,
     kinds: Mapping[str, EntryKind],
     modules: Set[str],
+    strategy: Strategy,
     evaluator: Evaluator,
 ) -> None:
     state_dir = settings.state_dir
@@ -148,6 +175,7 @@ async def _serve(
         run=run,
         kinds=kinds,
         modules=modules,
+        strategy=strategy,
         store=store,
         spool=Spool(state_dir / "spool"),
         quarantine=QuarantineFolder(state_dir / "quarantine", max_bytes=settings.quarantine_bytes),

@@ -96,6 +96,16 @@ class RoundSettings(Settings):
         ge=0,
         description="how many power-of-choice draws to choose from; 0: twice as many as it asks",
     )
+    concurrency: int = Field(
+        default=0,
+        ge=0,
+        description="clients that an asynchronous strategy keeps at work; 0: everybody",
+    )
+    max_staleness: int | None = Field(
+        default=None,
+        ge=0,
+        description="rounds after which an asynchronous run waits for an order's update no more",
+    )
     over_select: float = Field(
         default=1, ge=1, description="ask this many times --clients-per-round; the slowest are late"
     )
@@ -232,10 +242,10 @@ class ServerSettings(
                 f"--clients-per-round {self.clients_per_round} is less than the {needed} updates "
                 "a round needs; lower --min-updates"
             )
-        if self.cohort != "uniform" and not self.clients_per_round:
+        if self.cohort != "uniform" and not (self.clients_per_round or self.concurrency):
             raise ValueError(
                 f"--cohort {self.cohort} has nothing to choose where a round asks everybody; say "
-                "how many it asks with --clients-per-round"
+                "how many it asks with --clients-per-round (of fedbuff: --concurrency)"
             )
         if self.cohort_candidates and self.cohort != "power-of-choice":
             raise ValueError(
@@ -350,6 +360,8 @@ RUN_SETTINGS = (
     "clients_per_round",
     "cohort",
     "cohort_candidates",
+    "concurrency",
+    "max_staleness",
     "over_select",
     "min_updates",
     "norm_band",

@@ -96,9 +96,11 @@ class LiveView:
         num_stored = sum(state is OrderState.STORED for state in states)
         attempt = current.record.attempt
         again = "" if attempt == 1 else f", attempt {attempt}"
+        number = current.record.round_number
+        carried = sum(one.order.round_number < number for one in self._book.orders())
         return Text(
-            f"round {current.record.round_number} of {self._total_rounds}{again}: "
-            f"{num_stored} of {len(states)} updates",
+            f"round {number} of {self._total_rounds}{again}: {num_stored} of {len(states)} updates"
+            + (f", {carried} of orders from earlier rounds" if carried else ""),
             style="bold",
         )
 

@@ -207,6 +207,11 @@ def known_blobs(
                 (BlobKind.STATE, "its base's server state", base_state),
                 (BlobKind.MODEL, "its model", model),
                 (BlobKind.STATE, "its server state", state),
+                *(
+                    (BlobKind.MODEL, f"what client {one['client']} began with", one["base"])
+                    for one in entry["updates"]
+                    if "base" in one
+                ),
             ):
                 if digest is not None:
                     add(kind, digest, what, where, digest)
@@ -252,7 +257,8 @@ def re_aggregate(
     if entry is None:
         return State.DAMAGED
     counted = [one for one in entry["updates"] if one["verdict"] == OrderState.COUNTED]
-    names = [entry["base"], *(one["order_id"] for one in counted)]
+    own_bases = [one["base"] for one in counted if "base" in one]
+    names = [entry["base"], *own_bases, *(one["order_id"] for one in counted)]
     if entry["base_state"] is not None:
         names.append(entry["base_state"])
     needed = {states[name] for name in names}
@@ -262,6 +268,7 @@ def re_aggregate(
     base_path = model_path(state_dir / "models", entry["base"])
     paths = [
         base_path,
+        *(model_path(state_dir / "models", one) for one in own_bases),
         *(update_path(state_dir / "spool", one["order_id"], one["digest"]) for one in counted),
     ]
     if entry["base_state"] is not None:
@@ -313,6 +320,8 @@ def _made_again(
                 num_examples=one["num_examples"],
                 num_steps=one["num_steps"],
                 global_loss=one["global_loss"],
+                own_base=model_path(state_dir / "models", one["base"]) if "base" in one else None,
+                staleness=one.get("staleness", 0),
             )
             for one in counted
         ],

@@ -81,6 +81,8 @@ class IncidentKind(StrEnum):
     UPDATE_CONTRADICTED = "update-contradicted"
     UPDATE_EXCLUDED = "update-excluded"
     UPDATE_LATE = "update-late"
+    ORDER_STALE = "order-stale"
+    """More rounds have gone on without its update than an asynchronous run waits for."""
     CLIENT_STALLED = "client-stalled"
     CLIENT_LOST = "client-lost"
     CLIENT_STATE_LOST = "client-state-lost"

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Row, insert, select, update
 
 from fedserver import ledger
 from fedserver.records import Attempt, Ledger, LedgerRow, Round
 from fedserver.rounds import RoundEvent
 from fedserver.store import schema
 from fedserver.store.database import Database
+from fedserver.store.rows import updates_in
 
 
 class Book(Database):
@@ -68,17 +69,7 @@ def read_verdicts(
     connection: Connection, run_id: str, round_number: int, attempt: int
 ) -> list[dict[str, Any]]:
     """Return what became of every update of an attempt, in the order of aggregation."""
-    orders, updates = schema.orders, schema.updates
-    rows = connection.execute(
-        select(orders.c.client_id, orders.c.state, updates)
-        .join(updates, updates.c.order_id == orders.c.order_id)
-        .where(
-            orders.c.run_id == run_id,
-            orders.c.round == round_number,
-            orders.c.attempt == attempt,
-        )
-        .order_by(orders.c.client_id, orders.c.order_id)
-    ).all()
+    rows = connection.execute(updates_in(run_id, round_number, attempt)).all()
     return [
         {
             "order_id": row.order_id,
@@ -89,9 +80,17 @@ def read_verdicts(
             "digest": row.digest,
             "delta_norm": row.delta_norm,
             "verdict": row.state,
+            **_own_beginning(row),
         }
         for row in rows
     ]
+
+
+def _own_beginning(row: Row[Any]) -> dict[str, Any]:
+    """Return what an update says more that began with the model of an earlier round."""
+    if row.given_in == row.round:
+        return {}
+    return {"base": row.base_digest, "staleness": row.round - row.given_in}
 
 
 def append_entry(

@@ -7,6 +7,7 @@ from sqlalchemy import Connection, Row, select
 
 from fedserver.records import Run
 from fedserver.store import schema
+from fedserver.store.rows import updates_in
 from fedserver.store.store import Store
 
 
@@ -14,12 +15,13 @@ def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
     """Return one object for every attempt at a round, in order.
 
     Keys: round, attempt, phase, adjustments (what of the settings was changed for it), cohort
-    (client ids), updates (each client, num_examples, digest, verdict, metrics, reason,
-    received_at), base_digest, model_digest (None until DONE), evaluation (of the round's model:
-    accuracy, loss, the task's metrics, class_accuracy, confusion; None until known),
+    (client ids), updates (what came into it: each order_id, client, staleness, num_examples,
+    digest, verdict, metrics, reason, received_at), carried_over (how many orders of earlier rounds
+    were at work when it opened), base_digest, model_digest (None until DONE), evaluation (of the
+    round's model: accuracy, loss, the task's metrics, class_accuracy, confusion; None until known),
     client_evaluation (of its base by its clients, if asked: accuracy, worst_decile, loss),
     started_at, closed_at, finished_at (ISO 8601, UTC, or None), orders (each order_id, client,
-    state, handed_out_at), incidents (each kind, at, client, and what belongs to the kind).
+    state, handed_out_at, ended_at), incidents (each kind, at, client, what belongs to the kind).
     """
     table = schema.rounds
     with store.reading() as connection:
@@ -32,17 +34,17 @@ def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
 
 
 def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:
-    orders, updates, events = schema.orders, schema.updates, schema.events
+    orders, events = schema.orders, schema.events
     order_rows = connection.execute(
-        select(orders, updates)
-        .outerjoin(updates, updates.c.order_id == orders.c.order_id)
+        select(orders)
         .where(
             orders.c.run_id == row.run_id,
             orders.c.round == row.round,
             orders.c.attempt == row.attempt,
         )
-        .order_by(orders.c.client_id)
+        .order_by(orders.c.client_id, orders.c.order_id)
     ).all()
+    update_rows = connection.execute(updates_in(row.run_id, row.round, row.attempt)).all()
     incident_rows = connection.execute(
         select(events)
         .where(
@@ -61,17 +63,19 @@ def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:
         "cohort": [order.client_id for order in order_rows],
         "updates": [
             {
-                "client": order.client_id,
-                "num_examples": order.num_examples,
-                "digest": order.digest,
-                "verdict": order.state,
-                "metrics": order.metrics,
-                "reason": order.reason,
-                "received_at": _iso(order.received_at),
+                "order_id": update.order_id,
+                "client": update.client_id,
+                "staleness": update.round - update.given_in,
+                "num_examples": update.num_examples,
+                "digest": update.digest,
+                "verdict": update.state,
+                "metrics": update.metrics,
+                "reason": update.reason,
+                "received_at": _iso(update.received_at),
             }
-            for order in order_rows
-            if order.digest is not None
+            for update in update_rows
         ],
+        "carried_over": row.num_carried_over,
         "base_digest": row.base_digest,
         "model_digest": row.model_digest,
         "evaluation": row.evaluation,
@@ -85,6 +89,7 @@ def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:
                 "client": order.client_id,
                 "state": order.state,
                 "handed_out_at": _iso(order.handed_out_at),
+                "ended_at": _iso(order.ended_at),
             }
             for order in order_rows
         ],

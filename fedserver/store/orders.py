@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import takewhile
 from typing import Any
 
-from sqlalchemy import ColumnElement, Table, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Table, func, insert, select
 
 from fedserver.records import (
     Event,
@@ -21,13 +21,12 @@ from fedserver.rounds import OrderEvent, OrderState, Phase
 from fedserver.sampling import Participation
 from fedserver.store import schema
 from fedserver.store.database import Database
+from fedserver.store.rows import read_update, updates_in
 from fedserver.store.transitions import (
     add_events,
     find_order,
     hold_update,
-    in_round,
     move_order,
-    read_update,
     strike_client,
 )
 from shared.types import ClientUpdate, IncidentKind
@@ -45,19 +44,25 @@ class Orders(Database):
         with self.reading() as connection:
             return find_order(connection, order_id)
 
-    def last_counted_orders(self, run_id: str) -> dict[int, str]:
-        """Return each client's last COUNTED order; those of a round rolled back are undone."""
-        table, rounds = schema.orders, schema.rounds
+    def last_counted_orders(self, run_id: str, *, stored_too: bool = False) -> dict[int, str]:
+        """Return each client's last COUNTED order; those of a round rolled back are undone.
+
+        With `stored_too` those whose updates are to be counted next count already.
+        """
+        table, updates, rounds = schema.orders, schema.updates, schema.rounds
+        states = [OrderState.COUNTED, *([OrderState.STORED] if stored_too else [])]
+        came_into = (rounds.c.round == updates.c.round) & (rounds.c.attempt == updates.c.attempt)
         with self.reading() as connection:
             rows = connection.execute(
                 select(table.c.client_id, table.c.order_id)
-                .join(rounds, _same_attempt(table, rounds))
+                .join(updates, updates.c.order_id == table.c.order_id)
+                .join(rounds, (rounds.c.run_id == table.c.run_id) & came_into)
                 .where(
                     table.c.run_id == run_id,
-                    table.c.state == OrderState.COUNTED,
-                    rounds.c.phase == Phase.DONE,
+                    table.c.state.in_(states),
+                    (rounds.c.phase == Phase.DONE) | (table.c.state == OrderState.STORED),
                 )
-                .order_by(table.c.round)
+                .order_by(updates.c.round, updates.c.received_at)
             ).all()
         return {row.client_id: row.order_id for row in rows}
 
@@ -110,12 +115,17 @@ class Orders(Database):
         delta_norm: float | None = None,
         kept_bytes: int = 0,
         handed_out_at: float | None = None,
+        buffer_size: int = 0,
     ) -> tuple[OrderState, Event | None]:
         """Apply STORE, REFUSE or MISS with the update it rests on, if the order is still open.
 
-        Returns the state the order is in afterwards and the event recorded, made by `describe`.
+        Returns the state the order is in afterwards and the event recorded, made by `describe` and
+        placed in the round that the update came into.
         Where the order had ended before, it stays as it is: a first update that came too late is
         put on record, and anything else changes nothing and is no event.
+
+        With a `buffer_size` the update comes into whichever round collects, if so many aren't
+        stored in it yet; without one the order stays OPEN and nothing is changed.
 
         An update that ends REFUSED is in quarantine from then on and its client suspended; one that
         came too late is in quarantine if `kept_bytes` of it have arrived.
@@ -126,7 +136,12 @@ class Orders(Database):
             if order.digest is not None:
                 return state, None
             at = time.time()
+            came_into: tuple[int, int] | None = order.round_number, order.attempt
             if state is OrderState.OPEN:
+                if buffer_size:
+                    came_into = _buffer(connection, run_id, order_event, buffer_size)
+                if came_into is None:
+                    return state, None
                 state = move_order(
                     connection,
                     received.order_id,
@@ -136,7 +151,10 @@ class Orders(Database):
                     ended_at=None if order_event is OrderEvent.STORE else at,
                 )
             metrics = {name: json_number(value) for name, value in received.metrics.items()}
+            assert came_into is not None
             values = asdict(received) | {
+                "round": came_into[0],
+                "attempt": came_into[1],
                 "metrics": metrics,
                 "delta_norm": delta_norm,
                 "received_at": at,
@@ -148,7 +166,7 @@ class Orders(Database):
                 hold_update(
                     connection, run_id, received.order_id, evidence, kept_bytes=kept_bytes, at=at
                 )
-            happened = describe(state)
+            happened = replace(describe(state), round_number=came_into[0], attempt=came_into[1])
             if state is OrderState.REFUSED:
                 assert refusal is not None
                 happened = strike_client(
@@ -182,20 +200,18 @@ class Orders(Database):
 
     def stored_updates(self, collected: Round) -> list[StoredUpdate]:
         """Return what a round rests on, in the order of aggregation: by client id."""
-        orders, updates = schema.orders, schema.updates
+        wanted = updates_in(collected.run_id, collected.round_number, collected.attempt).where(
+            schema.orders.c.state.in_([OrderState.STORED, OrderState.COUNTED])
+        )
         with self.reading() as connection:
-            rows = connection.execute(
-                select(orders.c.client_id, updates)
-                .join(updates, updates.c.order_id == orders.c.order_id)
-                .where(
-                    *in_round(orders, collected),
-                    orders.c.state.in_([OrderState.STORED, OrderState.COUNTED]),
-                )
-                .order_by(orders.c.client_id, orders.c.order_id)
-            ).all()
+            rows = connection.execute(wanted).all()
         return [
             StoredUpdate(
-                client_id=row.client_id, update=read_update(row), delta_norm=row.delta_norm
+                client_id=row.client_id,
+                update=read_update(row),
+                delta_norm=row.delta_norm,
+                own_base=None if row.given_in == row.round else row.base_digest,
+                staleness=row.round - row.given_in,
             )
             for row in rows
         ]
@@ -223,11 +239,7 @@ class Orders(Database):
         events = schema.events
 
         def in_attempts(table: Table) -> tuple[ColumnElement[bool], ...]:
-            return (
-                table.c.run_id == ending.run_id,
-                table.c.round == ending.round_number,
-                table.c.attempt.in_(alike),
-            )
+            return (table.c.round == ending.round_number, table.c.attempt.in_(alike))
 
         with self.reading() as connection:
             tried = connection.execute(
@@ -245,6 +257,7 @@ class Orders(Database):
                 select(events.c.client_id, events.c.fields)
                 .where(
                     *in_attempts(events),
+                    events.c.run_id == ending.run_id,
                     events.c.kind == IncidentKind.TRAINING_DIAGNOSED,
                 )
                 .order_by(events.c.sequence)
@@ -252,25 +265,31 @@ class Orders(Database):
             updating = connection.execute(
                 select(orders.c.client_id)
                 .join(updates, updates.c.order_id == orders.c.order_id)
-                .where(*in_attempts(orders))
+                .where(*in_attempts(updates), orders.c.run_id == ending.run_id)
             ).scalars()
             return [(row.client_id, row.fields) for row in diagnosed], set(updating)
 
     def orders_to_keep(self, run_id: str, *, since_round: int) -> set[str]:
         """Return the orders whose updates the spool must not lose.
 
-        Those that a round still needs, those COUNTED from `since_round` on, and those HELD: a
-        stream that was fenced leaves its bytes here, until the quarantine is tidied.
+        Those that go on, those COUNTED from `since_round` on, and those HELD: a stream that was
+        fenced leaves its bytes here, until the quarantine is tidied.
         """
-        orders, rounds, held = schema.orders, schema.rounds, schema.quarantine
+        orders, updates, held = schema.orders, schema.updates, schema.quarantine
         with self.reading() as connection:
-            needed = connection.execute(
+            going_on = connection.execute(
+                select(orders.c.order_id).where(
+                    orders.c.run_id == run_id,
+                    orders.c.state.in_([OrderState.OPEN, OrderState.STORED]),
+                )
+            ).scalars()
+            counted = connection.execute(
                 select(orders.c.order_id)
-                .join(rounds, _same_attempt(orders, rounds))
+                .join(updates, updates.c.order_id == orders.c.order_id)
                 .where(
                     orders.c.run_id == run_id,
-                    rounds.c.phase.in_([Phase.COLLECTING, Phase.AGGREGATING])
-                    | ((orders.c.state == OrderState.COUNTED) & (orders.c.round >= since_round)),
+                    orders.c.state == OrderState.COUNTED,
+                    updates.c.round >= since_round,
                 )
             ).scalars()
             kept = connection.execute(
@@ -278,7 +297,7 @@ class Orders(Database):
                     held.c.run_id == run_id, held.c.state == HeldState.HELD, held.c.kept_bytes > 0
                 )
             ).scalars()
-            return {*needed, *kept}
+            return {*going_on, *counted, *kept}
 
 
 def _number(value: float | str | None) -> float | None:
@@ -286,9 +305,37 @@ def _number(value: float | str | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _same_attempt(orders: Table, rounds: Table) -> ColumnElement[bool]:
-    return (
-        (rounds.c.run_id == orders.c.run_id)
-        & (rounds.c.round == orders.c.round)
-        & (rounds.c.attempt == orders.c.attempt)
-    )
+def _buffer(
+    connection: Connection, run_id: str, order_event: OrderEvent, buffer_size: int
+) -> tuple[int, int] | None:
+    """Return the round and attempt that an update comes into; None while there is none.
+
+    What is refused may also come into one that is closed: it counts for nothing there.
+    """
+    rounds, orders, updates = schema.rounds, schema.orders, schema.updates
+    row = connection.execute(
+        select(rounds.c.round, rounds.c.attempt, rounds.c.phase)
+        .where(
+            rounds.c.run_id == run_id,
+            rounds.c.phase.in_([Phase.COLLECTING, Phase.AGGREGATING]),
+        )
+        .order_by(rounds.c.round.desc())
+        .limit(1)
+    ).first()
+    if row is None:
+        return None
+    if order_event is OrderEvent.STORE:
+        num_stored = connection.execute(
+            select(func.count())
+            .select_from(updates)
+            .join(orders, orders.c.order_id == updates.c.order_id)
+            .where(
+                updates.c.round == row.round,
+                updates.c.attempt == row.attempt,
+                orders.c.run_id == run_id,
+                orders.c.state == OrderState.STORED,
+            )
+        ).scalar_one()
+        if row.phase != Phase.COLLECTING or num_stored >= buffer_size:
+            return None
+    return row.round, row.attempt

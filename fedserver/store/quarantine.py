@@ -6,7 +6,8 @@ from fedserver.records import Event, HeldState, HeldUpdate, Standing
 from fedserver.rounds import OrderState
 from fedserver.store import schema
 from fedserver.store.database import Database
-from fedserver.store.transitions import add_events, forgive_clients, read_held, read_standing
+from fedserver.store.rows import read_held, read_standing
+from fedserver.store.transitions import add_events, forgive_clients
 from shared.errors import NotFound
 
 

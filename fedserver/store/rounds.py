@@ -1,25 +1,29 @@
 """Rounds: opened, closed, failed, finished; each step one transaction."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Select, or_, select, update
 
-from fedserver.records import NO_ADJUSTMENTS, Adjustments, Event, Exclusion, Round
-from fedserver.rounds import OrderEvent, OrderState, Phase, RoundEvent
+from fedserver.records import NO_ADJUSTMENTS, Adjustments, Event, Exclusion, Order, Round
+from fedserver.rounds import ForbiddenTransition, OrderEvent, OrderState, Phase, RoundEvent
 from fedserver.store import schema
 from fedserver.store.book import append_entry, append_rollback, read_verdicts
 from fedserver.store.database import Database
+from fedserver.store.rows import read_round, same_attempt
 from fedserver.store.transitions import (
     add_events,
+    came_into,
     end_attempt,
+    end_stale_orders,
     exclude_orders,
     forgive_clients,
     in_round,
+    insert_orders,
     insert_round,
     move_orders,
     move_round,
-    read_round,
 )
 
 
@@ -64,16 +68,68 @@ class Rounds(Database):
             ).scalars()
             return [Phase(one) for one in phases]
 
-    def open_round(self, opened: Round, happened: Event) -> None:
-        """Record a round that begins to collect, with its orders."""
-        with self.writing() as connection:
-            insert_round(connection, opened, happened)
+    def open_round(self, opened: Round, happened: Event, *, stale_before: int = 0) -> list[Event]:
+        """Record a round that begins to collect, with its orders.
 
-    def close_round(self, closing: Round, happened: Event) -> None:
-        """Close a collecting round: orders still open are LATE from here on."""
+        Orders given before round `stale_before` that are still open are LATE from here on. Returns
+        the events recorded: those of them, then `happened`.
+        """
+        with self.writing() as connection:
+            stale = end_stale_orders(connection, opened, stale_before, at=happened.at)
+            insert_round(connection, opened, happened)
+        return [*stale, happened]
+
+    def add_orders(self, collecting: Round, orders: Sequence[Order]) -> None:
+        """Record further orders that are given in a round which collects.
+
+        Raises:
+            ForbiddenTransition: it doesn't any more; nothing was changed.
+        """
+        with self.writing() as connection:
+            phase = connection.execute(
+                select(schema.rounds.c.phase).where(*in_round(schema.rounds, collecting))
+            ).scalar_one()
+            if phase != Phase.COLLECTING:
+                raise ForbiddenTransition(f"a round in phase {phase} gives no orders")
+            insert_orders(connection, collecting, orders)
+
+    def carried_over(self, current: Round) -> list[Round]:
+        """Return earlier attempts with orders that are at work in `current`, those orders alone.
+
+        They are OPEN, or their updates are STORED to be counted in it.
+        """
+        orders, rounds = schema.orders, schema.rounds
+        going_on = [OrderState.OPEN, OrderState.STORED]
+        with self.reading() as connection:
+            rows = connection.execute(
+                select(rounds)
+                .distinct()
+                .join(orders, same_attempt(orders, rounds))
+                .where(orders.c.run_id == current.run_id, orders.c.state.in_(going_on))
+                .order_by(rounds.c.round, rounds.c.attempt)
+            ).all()
+            attempts = [
+                read_round(connection, row)
+                for row in rows
+                if (row.round, row.attempt) != (current.round_number, current.attempt)
+            ]
+        return [
+            replace(one, orders=tuple(order for order in one.orders if order.state in going_on))
+            for one in attempts
+        ]
+
+    def close_round(self, closing: Round, happened: Event, *, carries_over: bool = False) -> None:
+        """Close a collecting round: orders still open are LATE from here on, or carried over."""
         with self.writing() as connection:
             move_round(connection, closing, RoundEvent.CLOSE, closed_at=happened.at)
-            move_orders(connection, closing, OrderState.OPEN, OrderEvent.MISS, at=happened.at)
+            if not carries_over:
+                move_orders(
+                    connection,
+                    *in_round(schema.orders, closing),
+                    state=OrderState.OPEN,
+                    order_event=OrderEvent.MISS,
+                    at=happened.at,
+                )
             add_events(connection, closing.run_id, [happened])
 
     def fail_round(
@@ -131,10 +187,13 @@ class Rounds(Database):
         adjustments_after: Adjustments = NO_ADJUSTMENTS,
         exclusions: Sequence[Exclusion] = (),
         client_evaluation: Mapping[str, float] | None = None,
+        stale_before: int = 0,
     ) -> list[Event]:
         """Record the next global model, the verdicts, the ledger's entry and the round after.
 
-        Returns the events recorded: those of the exclusions, then `happened`.
+        With `next_round`, of which the last of `happened` tells, orders given before round
+        `stale_before` that are still open are LATE. Returns the events recorded: those of the
+        exclusions, then `happened`, with those of such orders before the last.
         """
         run_id, at = finishing.run_id, happened[0].at
         with self.writing() as connection:
@@ -149,7 +208,13 @@ class Rounds(Database):
                 adjustments_after=adjustments_after.as_json(),
                 finished_at=at,
             )
-            move_orders(connection, finishing, OrderState.STORED, OrderEvent.COUNT, at=at)
+            move_orders(
+                connection,
+                came_into(finishing),
+                state=OrderState.STORED,
+                order_event=OrderEvent.COUNT,
+                at=at,
+            )
             verdicts = read_verdicts(connection, run_id, finishing.round_number, finishing.attempt)
             forgive_clients(
                 connection,
@@ -165,10 +230,11 @@ class Rounds(Database):
             )
             if next_round is None:
                 add_events(connection, run_id, happened)
-            else:
-                add_events(connection, run_id, happened[:-1])
-                insert_round(connection, next_round, happened[-1])
-        return [*excluded, *happened]
+                return [*excluded, *happened]
+            add_events(connection, run_id, happened[:-1])
+            stale = end_stale_orders(connection, next_round, stale_before, at=at)
+            insert_round(connection, next_round, happened[-1])
+        return [*excluded, *happened[:-1], *stale, happened[-1]]
 
     def record_evaluation(
         self,
@@ -230,9 +296,9 @@ class Rounds(Database):
         """Return those of `digests` that only rounds of this run before `since_round` know of.
 
         They name models and server states. The run's best model stays, with the state that goes
-        with it, and whatever another run knows of.
+        with it, what orders that go on began with, and whatever another run knows of.
         """
-        table = schema.rounds
+        table, orders = schema.rounds, schema.orders
         named = (
             *(table.c.base_digest, table.c.base_state_digest),
             *(table.c.model_digest, table.c.state_digest),
@@ -240,12 +306,22 @@ class Rounds(Database):
         with self.reading() as connection:
             rows = connection.execute(
                 select(
-                    *(table.c.run_id, table.c.round, *named),
+                    *(table.c.run_id, table.c.round, table.c.attempt, *named),
                     table.c.evaluation["accuracy"].as_float().label("accuracy"),
                 ).where(or_(*(column.in_(digests) for column in named)))
             ).all()
+            going_on = connection.execute(
+                select(orders.c.round, orders.c.attempt)
+                .distinct()
+                .where(
+                    orders.c.run_id == run_id,
+                    orders.c.state.in_([OrderState.OPEN, OrderState.STORED]),
+                )
+            ).all()
         old = [row for row in rows if row.run_id == run_id and row.round < since_round]
         kept = _blobs_of(row for row in rows if row not in old)
+        began_with = {(one.round, one.attempt) for one in going_on}
+        kept |= {row.base_digest for row in old if (row.round, row.attempt) in began_with}
         evaluated = [row for row in rows if row.run_id == run_id and row.accuracy is not None]
         if evaluated:
             best = max(evaluated, key=lambda row: (row.accuracy, -row.round))

@@ -10,9 +10,11 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from fedserver.records import Event, Run, RunState, Session
+from fedserver.rounds import OrderEvent, OrderState
 from fedserver.store import schema
 from fedserver.store.database import Database
-from fedserver.store.transitions import add_events, read_run
+from fedserver.store.rows import read_run
+from fedserver.store.transitions import add_events, move_orders
 
 
 class Runs(Database):
@@ -56,8 +58,16 @@ class Runs(Database):
         return run
 
     def end_run(self, run_id: str, state: RunState, happened: Event) -> None:
-        """Record that a run is over."""
+        """Record that a run is over; orders that are still open end with it."""
+        ending = OrderEvent.MISS if state is RunState.FINISHED else OrderEvent.ABANDON
         with self.writing() as connection:
+            move_orders(
+                connection,
+                schema.orders.c.run_id == run_id,
+                state=OrderState.OPEN,
+                order_event=ending,
+                at=happened.at,
+            )
             connection.execute(
                 update(schema.runs)
                 .where(schema.runs.c.run_id == run_id)

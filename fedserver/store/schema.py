@@ -14,7 +14,7 @@ from sqlalchemy import (
     Table,
 )
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 metadata = MetaData()
 
@@ -67,6 +67,8 @@ rounds = Table(
     Column("evaluation", JSON(none_as_null=True)),
     # What is wrong with the model, as its evaluation shows.
     Column("alarm", String),
+    # Orders of earlier rounds that were still at work when it opened; 0 but in asynchronous runs.
+    Column("num_carried_over", Integer, nullable=False),
     # How good the base is on the round's own clients, as they say.
     Column("client_evaluation", JSON(none_as_null=True)),
     Column("started_at", Float, nullable=False),
@@ -89,12 +91,17 @@ orders = Table(
         ["run_id", "round", "attempt"], ["rounds.run_id", "rounds.round", "rounds.attempt"]
     ),
     Index("orders_by_round", "run_id", "round", "attempt"),
+    Index("orders_by_state", "run_id", "state"),
 )
 
 updates = Table(
     "updates",
     metadata,
     Column("order_id", ForeignKey("orders.order_id"), primary_key=True),
+    # The attempt at a round that it came into: its order's, or in an asynchronous run the one that
+    # went on when it came.
+    Column("round", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
     Column("digest", String, nullable=False),
     Column("size_bytes", Integer, nullable=False),
     Column("sections", JSON, nullable=False),
@@ -105,6 +112,7 @@ updates = Table(
     Column("delta_norm", Float),
     Column("received_at", Float, nullable=False),
     Column("reason", String),
+    Index("updates_by_round", "round", "attempt"),
 )
 
 standings = Table(

@@ -7,10 +7,10 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Row,
     Table,
     bindparam,
     delete,
+    func,
     insert,
     select,
     update,
@@ -18,18 +18,12 @@ from sqlalchemy import (
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from fedserver.records import (
-    Adjustments,
     Event,
     Exclusion,
     HeldState,
-    HeldUpdate,
     Order,
     OrderRecord,
-    Refusal,
     Round,
-    Run,
-    RunState,
-    Standing,
 )
 from fedserver.rounds import (
     OrderEvent,
@@ -41,8 +35,9 @@ from fedserver.rounds import (
 )
 from fedserver.standing import strike
 from fedserver.store import schema
+from fedserver.store.rows import read_standing
 from shared.errors import NotFound
-from shared.types import ClientUpdate, Section
+from shared.types import IncidentKind
 
 # Made once: putting a statement together takes longer than running it.
 _FIND_ORDER = (
@@ -62,33 +57,59 @@ def in_round(table: Table, wanted: Round) -> tuple[ColumnElement[bool], ...]:
     )
 
 
+def came_into(wanted: Round) -> ColumnElement[bool]:
+    """Return the condition that picks the orders whose updates came into one attempt."""
+    orders, updates = schema.orders, schema.updates
+    return (orders.c.run_id == wanted.run_id) & orders.c.order_id.in_(
+        select(updates.c.order_id).where(
+            updates.c.round == wanted.round_number, updates.c.attempt == wanted.attempt
+        )
+    )
+
+
 def insert_round(connection: Connection, opened: Round, happened: Event) -> None:
     """Record a round that begins to collect, with its orders."""
-    key = {
-        "run_id": opened.run_id,
-        "round": opened.round_number,
-        "attempt": opened.attempt,
-    }
+    table = schema.orders
+    num_open = connection.scalar(
+        select(func.count()).where(
+            table.c.run_id == opened.run_id, table.c.state == OrderState.OPEN
+        )
+    )
     connection.execute(
         insert(schema.rounds),
-        key
-        | {
+        {
+            "run_id": opened.run_id,
+            "round": opened.round_number,
+            "attempt": opened.attempt,
             "phase": opened.phase,
             "base_digest": opened.base_digest,
             "base_state_digest": opened.base_state_digest,
             "max_delta_norm": opened.max_delta_norm,
             "adjustments": opened.adjustments.as_json(),
+            "num_carried_over": num_open,
             "started_at": happened.at,
         },
     )
-    connection.execute(
-        insert(schema.orders),
-        [
-            key | {"order_id": order.order_id, "client_id": order.client_id, "state": order.state}
-            for order in opened.orders
-        ],
-    )
+    insert_orders(connection, opened, opened.orders)
     add_events(connection, opened.run_id, [happened])
+
+
+def insert_orders(connection: Connection, given_in: Round, orders: Iterable[Order]) -> None:
+    """Record the orders that are given in an attempt."""
+    rows = [
+        {
+            "order_id": order.order_id,
+            "run_id": given_in.run_id,
+            "round": given_in.round_number,
+            "attempt": given_in.attempt,
+            "client_id": order.client_id,
+            "state": order.state,
+        }
+        for order in orders
+    ]
+    # Without any, SQLAlchemy would insert one row of defaults.
+    if rows:
+        connection.execute(insert(schema.orders), rows)
 
 
 def move_round(
@@ -110,19 +131,61 @@ def end_attempt(
     at: float,
     **values: object,
 ) -> None:
-    """End an attempt without a model: nothing of what it had counts."""
+    """End an attempt without a model: nothing of what it had counts.
+
+    That is what came into it, and the orders given in it; those of earlier rounds go on.
+    """
     move_round(connection, ending, round_event, finished_at=at, **values)
-    for state in (OrderState.OPEN, OrderState.STORED):
-        move_orders(connection, ending, state, OrderEvent.ABANDON, at=at)
+    for state, where in (
+        (OrderState.OPEN, in_round(schema.orders, ending)),
+        (OrderState.STORED, (came_into(ending),)),
+    ):
+        move_orders(connection, *where, state=state, order_event=OrderEvent.ABANDON, at=at)
+
+
+def end_stale_orders(
+    connection: Connection, opened: Round, stale_before: int, *, at: float
+) -> list[Event]:
+    """End the open orders given before a round; returns the events recorded, one each."""
+    table = schema.orders
+    rows = connection.execute(
+        select(table)
+        .where(
+            table.c.run_id == opened.run_id,
+            table.c.state == OrderState.OPEN,
+            table.c.round < stale_before,
+        )
+        .order_by(table.c.order_id)
+    ).all()
+    happened = []
+    for row in rows:
+        move_order(connection, row.order_id, OrderState.OPEN, OrderEvent.MISS, ended_at=at)
+        happened.append(
+            Event(
+                kind=IncidentKind.ORDER_STALE,
+                at=at,
+                round_number=opened.round_number,
+                attempt=opened.attempt,
+                client_id=row.client_id,
+                is_incident=True,
+                fields={"given_in": row.round},
+            )
+        )
+    add_events(connection, opened.run_id, happened)
+    return happened
 
 
 def move_orders(
-    connection: Connection, moving: Round, state: OrderState, order_event: OrderEvent, *, at: float
+    connection: Connection,
+    *where: ColumnElement[bool],
+    state: OrderState,
+    order_event: OrderEvent,
+    at: float,
 ) -> None:
-    """Apply an event that ends them to all the round's orders in `state`."""
+    """Apply an event that ends them to all orders in `state` that `where` picks."""
     connection.execute(
         update(schema.orders)
-        .where(*in_round(schema.orders, moving), schema.orders.c.state == state)
+        .where(*where, schema.orders.c.state == state)
         .values(state=next_order_state(state, order_event), ended_at=at)
     )
 
@@ -269,88 +332,3 @@ def add_events(
                 "report_key": report_key,
             },
         )
-
-
-def read_round(connection: Connection, row: Row[Any]) -> Round:
-    """Return the attempt that a row of `rounds` holds, with its orders by client id."""
-    orders = schema.orders
-    rows = connection.execute(
-        select(orders.c.order_id, orders.c.client_id, orders.c.state)
-        .where(
-            orders.c.run_id == row.run_id,
-            orders.c.round == row.round,
-            orders.c.attempt == row.attempt,
-        )
-        .order_by(orders.c.client_id)
-    ).all()
-    return Round(
-        run_id=row.run_id,
-        round_number=row.round,
-        attempt=row.attempt,
-        phase=Phase(row.phase),
-        base_digest=row.base_digest,
-        max_delta_norm=row.max_delta_norm,
-        base_state_digest=row.base_state_digest,
-        model_digest=row.model_digest,
-        state_digest=row.state_digest,
-        adjustments=read_adjustments(row.adjustments),
-        adjustments_after=read_adjustments(row.adjustments_after or {}),
-        orders=tuple(
-            Order(order_id=one.order_id, client_id=one.client_id, state=OrderState(one.state))
-            for one in rows
-        ),
-    )
-
-
-def read_adjustments(values: Mapping[str, Any]) -> Adjustments:
-    """Return the adjustments that a column of `rounds` holds."""
-    try:
-        return Adjustments(**values)
-    except TypeError as error:
-        raise ValueError(f"adjustments {values!r}: {error}") from error
-
-
-def read_run(row: Row[Any]) -> Run:
-    """Return the run that a row of `runs` holds."""
-    return Run(
-        run_id=row.run_id, number=row.number, settings=row.settings, state=RunState(row.state)
-    )
-
-
-def read_update(row: Row[Any]) -> ClientUpdate:
-    """Return the update that a row of `updates` holds."""
-    return ClientUpdate(
-        order_id=row.order_id,
-        digest=row.digest,
-        size_bytes=row.size_bytes,
-        sections=tuple(Section(**section) for section in row.sections),
-        num_examples=row.num_examples,
-        num_steps=row.num_steps,
-        metrics=row.metrics,
-    )
-
-
-def read_standing(row: Row[Any]) -> Standing:
-    """Return the standing that a row of `standings` holds."""
-    return Standing(
-        client_id=row.client_id,
-        strikes=row.strikes,
-        suspended_until=row.suspended_until,
-        reason=row.reason,
-    )
-
-
-def read_held(row: Row[Any]) -> HeldUpdate:
-    """Return the update that a row of `quarantine` joined with updates and orders holds."""
-    return HeldUpdate(
-        order_id=row.order_id,
-        digest=row.digest,
-        run_id=row.run_id,
-        client_id=row.client_id,
-        round_number=row.round,
-        verdict=OrderState(row.verdict),
-        state=HeldState(row.state),
-        refusal=Refusal(reason=row.reason or "", evidence=row.evidence),
-        kept_bytes=row.kept_bytes,
-        held_at=row.held_at,
-    )

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedserver.strategies import local_rules, means, mixing, robust, server_optimizers
+from fedserver.strategies import fedbuff, local_rules, means, mixing, robust, server_optimizers
 from fedserver.strategies.rows import Local, Mean, Mixing, Part, Rule, ServerOptimizer, Strategy
 from fedserver.strategies.step import by_rule
 from shared.errors import InvalidInput
@@ -24,6 +24,7 @@ ROWS: Mapping[str, Row] = {
     "uniform": robust.uniform,
     "qfedavg": means.qfedavg,
     "fednova": means.fednova,
+    "fedbuff": fedbuff.fedbuff,
     "median": robust.median,
     "trimmed-mean": robust.trimmed_mean,
     "krum": robust.krum,
@@ -171,6 +172,7 @@ def _composed(name: str, parts: list[Part]) -> Strategy:
             aggregator=aggregator.aggregator,
             server_optimizer=optimizer,
             local_rule=local_rule,
+            buffer_size=aggregator.buffer_size,
         )
     assert isinstance(aggregator, Rule)
     min_updates = aggregator.min_updates

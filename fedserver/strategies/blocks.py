@@ -39,8 +39,9 @@ class StateFile:
     """A state_dict on disk: the global model, or a client's update.
 
     Of an update, `num_examples` is its weight in a mean, `num_steps` counts its optimizer steps and
-    `global_loss` is how bad the base is on the client's examples (None: it wasn't asked). Other
-    files have none of them.
+    `global_loss` is how bad the base is on the client's examples (None: it wasn't asked). `base` is
+    the model that it began with where that isn't the cohort's, `staleness` how many steps older it
+    is. Other files have none of them.
     """
 
     path: Path
@@ -48,6 +49,8 @@ class StateFile:
     num_examples: int = 0
     num_steps: int = 0
     global_loss: float | None = None
+    base: "StateFile | None" = None
+    staleness: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

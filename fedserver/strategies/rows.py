@@ -41,9 +41,14 @@ Reduction = Callable[[Matrix], Matrix]
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """An aggregator that weighs the updates by what their clients say of them."""
+    """An aggregator that weighs the updates by what their clients say of them.
+
+    One with a `buffer_size` is asynchronous: a round is a buffer of so many updates, which may have
+    begun with older models (see fedserver.strategies.fedbuff). 0: all begin with the same one.
+    """
 
     aggregator: Aggregator
+    buffer_size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +99,8 @@ Part = Mean | Rule | Mixing | ServerOptimizer | Local
 class Strategy:
     """How clients train, and how a cohort's updates become the next global model.
 
-    `min_updates` is the smallest cohort it makes sense for.
+    `min_updates` is the smallest cohort it makes sense for, `buffer_size` that of an asynchronous
+    one's buffer (0: it is synchronous).
     """
 
     name: str
@@ -102,3 +108,4 @@ class Strategy:
     server_optimizer: ServerOptimizer | None = None
     local_rule: LocalRule | None = None
     min_updates: int = 1
+    buffer_size: int = 0

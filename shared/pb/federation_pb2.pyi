@@ -584,7 +584,8 @@ class WorkOrder(_message.Message):
     """Every random stream of the client's work on this order derives from it."""
     last_counted_order_id: _builtins.str
     """The last order of this client that was COUNTED, empty if none: state kept with that order's
-    update is in force, any later state isn't.
+    update is in force, any later state isn't. In an asynchronous run an order that is STORED
+    counts for this already.
     """
     evaluate: _builtins.bool
     """Whether the client is to say how good the global model is on its own examples, before it

@@ -8,7 +8,6 @@ import torch
 
 from fedserver.checkpoints import Checkpoints
 from fedserver.orderbook import OpenOrder, OrderBook
-from fedserver.records import OrderRecord
 from fedserver.rounds import OrderState
 from shared.types import Counters
 from shared.weights import EntryKind
@@ -155,20 +154,38 @@ def test_a_closed_round_hands_out_nothing(book: OrderBook) -> None:
     assert book.states() == []
 
 
-def test_a_round_holds_its_own_attempts_orders_only(book: OrderBook) -> None:
-    """Run, round and attempt must all agree."""
-    assert book.current is not None
-    record = OrderRecord(
-        order_id="x",
-        run_id="run1",
-        round_number=1,
-        attempt=1,
-        client_id=0,
-        state=OrderState.OPEN,
-        digest=None,
-        reason=None,
+def test_orders_carried_over_go_on_with_what_they_began_with(book: OrderBook) -> None:
+    """Round 1 closes without client 1: its order is at work in round 2, however far it was."""
+    first = book.current
+    assert first is not None
+    open_order = order_of(book, 1)
+    order_id = book.hand_out(open_order).order_id
+    book.advance(order_id, Counters(batches=3))
+    book.settle(order_of(book, 0).order.order_id, OrderState.STORED)
+    book.close_round(carries_over=True)
+    assert book.find(order_id) is open_order, "also while no round collects"
+    assert book.states() == [OrderState.OPEN]
+    second = make_round(round_number=2, clients=(0,), base_digest="cd" * 32)
+    (order,) = second.orders
+    book.open_round(
+        second,
+        base=first.base,
+        limits=make_limits(max_num_examples=5),
+        orders=[replace(make_order(order.order_id, client_id=0), round_number=2)],
+        carried_over=[(first, [open_order.order])],
     )
-    assert book.current.holds(record)
-    assert not book.current.holds(replace(record, run_id="run2"))
-    assert not book.current.holds(replace(record, round_number=2))
-    assert not book.current.holds(replace(record, attempt=2))
+    found = order_of(book, 1)
+    assert (found.counters.batches, found.given_in) == (3, first)
+    record = book.open_record(order_id)
+    assert record is not None
+    assert record.round_number == 1
+    # What happens to it from now on belongs to round 2.
+    assert book.happens_in(record) == (2, 1)
+    assert book.happens_in(replace(record, state=OrderState.LATE)) == (1, 1)
+    more = replace(order, order_id=order.order_id.replace("-s1", "-s2"))
+    book.settle(order.order_id, OrderState.STORED)
+    book.add_orders(replace(second, orders=(order, more)), [make_order(more.order_id, client_id=0)])
+    assert order_of(book, 0).order.order_id == more.order_id
+    # Only what round 2 has given ends with it.
+    book.abandon_round(second)
+    assert book.open_order_of([1]) is found

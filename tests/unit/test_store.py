@@ -97,14 +97,14 @@ def test_a_refused_update_is_kept_with_its_reason(store: Store) -> None:
 
 
 def test_the_spool_keeps_what_a_round_needs_and_what_is_held(store: Store) -> None:
-    """All of the open round; of one that is done what is held, and what counted if it is recent."""
-    run, opened = begin_round(store, clients=(0, 1, 2))
-    good, bad, early = (one.order_id for one in opened.orders)
+    """What goes on and what is held; of a round that is done what counted, if it is recent."""
+    run, opened = begin_round(store, clients=(0, 1, 2, 3))
+    good, bad, early, going_on = (one.order_id for one in opened.orders)
     end_order(store, run, make_update(good))
     end_order(store, run, make_update(bad), OrderEvent.REFUSE, reason="bad", kept_bytes=9)
     # Refused by its header: there are no bytes of it.
     end_order(store, run, make_update(early), OrderEvent.REFUSE, reason="bad")
-    assert store.orders_to_keep(run.run_id, since_round=2) == {good, bad, early}
+    assert store.orders_to_keep(run.run_id, since_round=2) == {good, bad, going_on}
     finish(store, run, opened)
     assert store.orders_to_keep(run.run_id, since_round=1) == {good, bad}
     assert store.orders_to_keep(run.run_id, since_round=2) == {bad}
@@ -371,7 +371,9 @@ def test_the_history_tells_everything_of_a_round(store: Store) -> None:
     (kept,) = entry["updates"]
     assert entry["started_at"] <= kept.pop("received_at") <= entry["closed_at"]
     assert kept == {
+        "order_id": update.order_id,
         "client": 0,
+        "staleness": 0,
         "num_examples": 7,
         "digest": update.digest,
         "verdict": "COUNTED",

@@ -1,0 +1,138 @@
+"""Rows of the tables as the values that the coordinator works with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, Select, Table, select
+
+from fedserver.records import (
+    Adjustments,
+    HeldState,
+    HeldUpdate,
+    Order,
+    Refusal,
+    Round,
+    Run,
+    RunState,
+    Standing,
+)
+from fedserver.rounds import OrderState, Phase
+from fedserver.store import schema
+from shared.types import ClientUpdate, Section
+
+
+def same_attempt(orders: Table, rounds: Table) -> ColumnElement[bool]:
+    """Return the condition that joins orders with the attempts they were given in."""
+    return (
+        (rounds.c.run_id == orders.c.run_id)
+        & (rounds.c.round == orders.c.round)
+        & (rounds.c.attempt == orders.c.attempt)
+    )
+
+
+def updates_in(run_id: str, round_number: int, attempt: int) -> Select[Any]:
+    """Return the query for what came into an attempt, in the order of aggregation.
+
+    Beside the columns of `updates`: client_id, state, and of its order `given_in`, the round it was
+    given in, with that one's `base_digest`.
+    """
+    orders, updates, rounds = schema.orders, schema.updates, schema.rounds
+    return (
+        select(
+            *(orders.c.client_id, orders.c.state, orders.c.round.label("given_in")),
+            *(rounds.c.base_digest, updates),
+        )
+        .join(updates, updates.c.order_id == orders.c.order_id)
+        .join(rounds, same_attempt(orders, rounds))
+        .where(
+            orders.c.run_id == run_id,
+            updates.c.round == round_number,
+            updates.c.attempt == attempt,
+        )
+        .order_by(orders.c.client_id, orders.c.order_id)
+    )
+
+
+def read_round(connection: Connection, row: Row[Any]) -> Round:
+    """Return the attempt that a row of `rounds` holds, with its orders by client id."""
+    orders = schema.orders
+    rows = connection.execute(
+        select(orders.c.order_id, orders.c.client_id, orders.c.state)
+        .where(
+            orders.c.run_id == row.run_id,
+            orders.c.round == row.round,
+            orders.c.attempt == row.attempt,
+        )
+        .order_by(orders.c.client_id, orders.c.order_id)
+    ).all()
+    return Round(
+        run_id=row.run_id,
+        round_number=row.round,
+        attempt=row.attempt,
+        phase=Phase(row.phase),
+        base_digest=row.base_digest,
+        max_delta_norm=row.max_delta_norm,
+        base_state_digest=row.base_state_digest,
+        model_digest=row.model_digest,
+        state_digest=row.state_digest,
+        adjustments=read_adjustments(row.adjustments),
+        adjustments_after=read_adjustments(row.adjustments_after or {}),
+        orders=tuple(
+            Order(order_id=one.order_id, client_id=one.client_id, state=OrderState(one.state))
+            for one in rows
+        ),
+    )
+
+
+def read_adjustments(values: Mapping[str, Any]) -> Adjustments:
+    """Return the adjustments that a column of `rounds` holds."""
+    try:
+        return Adjustments(**values)
+    except TypeError as error:
+        raise ValueError(f"adjustments {values!r}: {error}") from error
+
+
+def read_run(row: Row[Any]) -> Run:
+    """Return the run that a row of `runs` holds."""
+    return Run(
+        run_id=row.run_id, number=row.number, settings=row.settings, state=RunState(row.state)
+    )
+
+
+def read_update(row: Row[Any]) -> ClientUpdate:
+    """Return the update that a row of `updates` holds."""
+    return ClientUpdate(
+        order_id=row.order_id,
+        digest=row.digest,
+        size_bytes=row.size_bytes,
+        sections=tuple(Section(**section) for section in row.sections),
+        num_examples=row.num_examples,
+        num_steps=row.num_steps,
+        metrics=row.metrics,
+    )
+
+
+def read_standing(row: Row[Any]) -> Standing:
+    """Return the standing that a row of `standings` holds."""
+    return Standing(
+        client_id=row.client_id,
+        strikes=row.strikes,
+        suspended_until=row.suspended_until,
+        reason=row.reason,
+    )
+
+
+def read_held(row: Row[Any]) -> HeldUpdate:
+    """Return the update that a row of `quarantine` joined with updates and orders holds."""
+    return HeldUpdate(
+        order_id=row.order_id,
+        digest=row.digest,
+        run_id=row.run_id,
+        client_id=row.client_id,
+        round_number=row.round,
+        verdict=OrderState(row.verdict),
+        state=HeldState(row.state),
+        refusal=Refusal(reason=row.reason or "", evidence=row.evidence),
+        kept_bytes=row.kept_bytes,
+        held_at=row.held_at,
+    )

@@ -1,0 +1,163 @@
+"""FedBuff: a round is a full buffer, whoever filled it; a slow client's update counts later."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from shared.codec import decode_state
+from shared.pb import federation_pb2 as pb
+from shared.weights import EntryKind, entry_kinds
+from tests.integration.peer import Peer, State, changed, entry_of, payload_of
+from tests.processes import Scene, Server, fixed_port, wait_until
+from tests.tiny_task import tiny
+
+KINDS = entry_kinds(tiny.build_model())
+
+
+def start(scene: Scene, *flags: str | float) -> Server:
+    """Start a server on which no clock runs out."""
+    server = scene.server(
+        *("--task", "tests.tiny_task:tiny", "--strategy", "fedbuff", "--farewell", 0),
+        *("--stall-after", 3600, "--lease", 3600, "--norm-band", 0, *flags),
+    )
+    server.wait_for_line("fedserver listening on")
+    return server
+
+
+def deliver(peer: Peer, *, by: float = 0.01, num_examples: int = 10) -> pb.WorkOrder:
+    """Answer the order that a client has, at once."""
+    order = peer.pull_order()
+    payload = payload_of(changed(peer.base_of(order), by))
+    answer = peer.upload(order, payload, num_examples=num_examples)
+    assert answer.receipt == pb.RECEIPT_STORED, answer
+    return order
+
+
+def model(scene: Scene, digest: str) -> State:
+    """Read a global model of the server's folder."""
+    return decode_state((scene.folder / f"server/models/{digest}.safetensors").read_bytes())
+
+
+def test_the_slow_ones_update_counts_later_and_once_through_a_kill(scene: Scene) -> None:
+    """Two rounds of two updates close without it; the server dies; it arrives in the third.
+
+    The third model is the paper's formula, written out here; verify makes all of them again.
+    """
+    flags = (
+        *("--rounds", 4, "--min-clients", 3, "--strategy-parameters", "buffer_size=2"),
+        *("--keep-updates", "all", "--port", fixed_port()),
+    )
+    server = start(scene, *flags)
+    peers = [Peer(server.address, one) for one in range(3)]
+    slow = peers[2].pull_order()
+    payload = payload_of(changed(peers[2].base_of(slow), 0.3))
+    for _ in range(2):
+        for peer in peers[:2]:
+            deliver(peer)
+    # Whoever has answered has an order again, although the slow client hasn't.
+    assert peers[0].pull_order().round >= 2
+    wait_until(lambda: len(scene.history()) == 3, what="round 3 to open")
+    server.kill()
+
+    server = start(scene, *flags)
+    again = [Peer(server.address, one) for one in range(3)]
+    # What is lost without its receipt is asked for again: the same order.
+    assert again[2].pull_order().order_id == slow.order_id
+    assert again[2].upload(slow, payload, num_examples=30).receipt == pb.RECEIPT_STORED
+    assert again[2].upload(slow, payload, num_examples=30).receipt == pb.RECEIPT_DUPLICATE
+    fresh = deliver(again[2], by=-0.1)
+    assert fresh.round == 3
+    for _ in range(2):
+        deliver(again[0])
+    assert server.wait() == 0
+    for peer in (*peers, *again):
+        peer.close()
+
+    history = scene.history()
+    assert [len(one["updates"]) for one in history] == [2, 2, 2, 2]
+    updates = {one["order_id"]: one for one in history[2]["updates"]}
+    assert {key: one["staleness"] for key, one in updates.items()} == {
+        slow.order_id: 2,
+        fresh.order_id: 0,
+    }
+    counted = [one["order_id"] for entry in history for one in entry["updates"]]
+    assert sorted(counted) == sorted(set(counted))
+    ended = {one["order_id"]: one["state"] for entry in history for one in entry["orders"]}
+    assert {one for one, state in ended.items() if state == "COUNTED"} == set(counted)
+    # At the end of the run nothing is left open.
+    assert set(ended.values()) == {"COUNTED", "LATE"}
+    assert history[2]["carried_over"] >= 1
+
+    first, base, made = (
+        model(scene, one)
+        for one in (
+            *(history[0]["base_digest"], history[2]["base_digest"], history[2]["model_digest"]),
+        )
+    )
+    expect_formula(first, base, made)
+    verified = scene.command("verify", "--state-dir", scene.folder / "server")
+    assert verified.returncode == 0, verified.stdout
+    assert verified.stdout.endswith("4 of 4 re-aggregated\n")
+    shown = scene.command("show", "--round", "3", "--state-dir", scene.folder / "server").stdout
+    assert "stale" in shown
+
+
+def expect_formula(first: State, base: State, made: Mapping[str, torch.Tensor]) -> None:
+    """Hold a model against algorithm 1 for 30 examples two rounds old and 10 fresh ones."""
+    weight = 1 / 3**0.5
+    old, new = changed(first, 0.3), changed(base, -0.1)
+    for name, kind in KINDS.items():
+        b, was, x, y = (one[name].double() for one in (base, first, old, new))
+        if kind is EntryKind.PARAMETER:
+            expected = b + (weight * (x - was) + (y - b)) / 2
+        elif kind is EntryKind.FLOAT_BUFFER:
+            expected = (30 * (weight * x + (1 - weight) * b) + 10 * y) / 40
+        else:
+            expected = torch.maximum(b, torch.maximum(x, y))
+        torch.testing.assert_close(made[name].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_too_stale_is_refused_and_on_record(scene: Scene) -> None:
+    """Two at once are in two buffers of one; three rounds later an order is waited for no more."""
+    server = start(
+        *(scene, "--rounds", 1000, "--min-clients", 2, "--max-staleness", 1),
+        *("--strategy-parameters", "buffer_size=1", "--concurrency", 2),
+    )
+    fast, slow = (Peer(server.address, one) for one in range(2))
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(deliver, (fast, slow)))
+    assert {one.round for one in both} == {1}
+    wait_until(lambda: len(scene.history()) == 3, what="round 3 to open")
+    history = scene.history()
+    assert [len(one["updates"]) for one in history] == [1, 1, 0]
+    assert {one["updates"][0]["client"] for one in history[:2]} == {0, 1}
+
+    order = slow.pull_order()
+    payload = payload_of(changed(slow.base_of(order)))
+    assert slow.report(order, batches=1) == pb.DIRECTIVE_CONTINUE
+    upload = slow.stream(order, payload)
+    upload.send(payload[:100])
+    upload.wait_until_committed(100)
+    while deliver(fast).round < order.round + 1:
+        pass
+    server.wait_for_line(f"round-opened.*round={order.round + 2}")
+    wait_until(
+        lambda: slow.report(order, batches=2) == pb.DIRECTIVE_ABANDON, what="the order's end"
+    )
+    assert slow.pull_order().round == order.round + 2
+    upload.send(payload[100:])
+    assert upload.finish().receipt == pb.RECEIPT_LATE
+
+    history = scene.history()
+    states = {one["order_id"]: one["state"] for one in entry_of(history, order)["orders"]}
+    assert states[order.order_id] == "LATE"
+    incidents = [one for entry in history for one in entry["incidents"]]
+    assert [(one["kind"], one["client"]) for one in incidents] == [
+        ("update-late", 1),
+        ("order-stale", 1),
+    ]
+    listed = scene.command("quarantine", "list", "--state-dir", scene.folder / "server").stdout
+    assert "stale" in listed
+    for peer in (fast, slow):
+        peer.close()

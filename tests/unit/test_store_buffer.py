@@ -1,0 +1,192 @@
+"""An asynchronous run in the store: what comes into which round, exactly once, and what stays."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fedserver.chain import chain_findings, row_findings
+from fedserver.records import Order, Refusal, Round, Run, RunState
+from fedserver.rounds import ForbiddenTransition, OrderEvent, OrderState
+from fedserver.store import Store, read_history
+from tests.factories import begin_round, make_event, make_round, make_update
+
+K = 2
+
+
+@dataclass
+class Asynchronous:
+    """A run whose rounds are buffers of K updates."""
+
+    store: Store
+    run: Run
+    current: Round
+
+    def arrive(self, order_id: str, order_event: OrderEvent = OrderEvent.STORE) -> OrderState:
+        """Let the update of an order arrive; returns the order's state afterwards."""
+        state, _ = self.store.end_order(
+            self.run.run_id,
+            make_update(order_id, payload=order_id.encode()),
+            order_event,
+            lambda state: make_event(f"update-{state.lower()}"),
+            delta_norm=1.0,
+            buffer_size=K,
+        )
+        return state
+
+    def close(self) -> None:
+        """Close the round; what is open is carried over."""
+        self.store.close_round(self.current, make_event("round-closed"), carries_over=True)
+
+    def go_on(self, *clients: int, stale_before: int = 0) -> list[str]:
+        """Finish the closed round and open the next with orders for these; returns the events."""
+        number = self.current.round_number + 1
+        digest = f"{number:02x}" * 32
+        following = make_round(
+            self.run.run_id, round_number=number, clients=clients, base_digest=digest
+        )
+        happened = self.store.finish_round(
+            self.current,
+            model_digest=digest,
+            next_round=following,
+            stale_before=stale_before,
+            happened=[make_event("round-done"), make_event("round-opened")],
+        )
+        self.current = following
+        return [one.kind for one in happened]
+
+    def states(self) -> dict[str, str]:
+        """Return the state of every order."""
+        history = read_history(self.store, self.run)
+        return {one["order_id"]: one["state"] for entry in history for one in entry["orders"]}
+
+
+@pytest.fixture
+def asynchronous(tmp_path: Path) -> Iterator[Asynchronous]:
+    """Give a run whose first round has orders for clients 0, 1 and 2."""
+    store = Store(tmp_path / "federation.sqlite")
+    run, opened = begin_round(store, clients=(0, 1, 2))
+    yield Asynchronous(store, run, opened)
+    store.close()
+
+
+def test_a_buffer_never_holds_more_than_its_size_and_the_rest_comes_into_the_next(
+    asynchronous: Asynchronous,
+) -> None:
+    """A third update waits, also while the round is aggregated; then it is counted once, stale."""
+    store, run, first = asynchronous.store, asynchronous.run, asynchronous.current
+    zero, one, two = (order.order_id for order in first.orders)
+    again = Order(order_id=zero.replace("-s1", "-s2"), client_id=0)
+    assert asynchronous.arrive(zero) is OrderState.STORED
+    store.add_orders(first, [again])
+    assert asynchronous.arrive(one) is OrderState.STORED
+    assert asynchronous.arrive(two) is OrderState.OPEN
+    asynchronous.close()
+    assert asynchronous.arrive(two) is OrderState.OPEN
+    with pytest.raises(ForbiddenTransition):
+        store.add_orders(first, [again])
+    asynchronous.go_on(1)
+    (carried,) = store.carried_over(asynchronous.current)
+    assert [order.order_id for order in carried.orders] == [again.order_id, two]
+    assert asynchronous.arrive(two) is OrderState.STORED
+    assert asynchronous.arrive(two) is OrderState.STORED, "a second time changes nothing"
+    assert asynchronous.arrive(again.order_id) is OrderState.STORED
+    stored = store.stored_updates(asynchronous.current)
+    assert [(found.update.order_id, found.own_base, found.staleness) for found in stored] == [
+        (again.order_id, first.base_digest, 1),
+        (two, first.base_digest, 1),
+    ]
+    # What it began with must stay, its bytes too, and its client's state counts already.
+    assert store.orders_to_keep(run.run_id, since_round=9) >= {two, again.order_id}
+    assert store.models_let_go(run.run_id, [first.base_digest], since_round=9) == set()
+    assert store.last_counted_orders(run.run_id, stored_too=True)[0] == again.order_id
+    assert store.last_counted_orders(run.run_id)[0] == zero
+    asynchronous.close()
+    asynchronous.go_on()
+    assert asynchronous.states() == {
+        zero: "COUNTED",
+        again.order_id: "COUNTED",
+        one: "COUNTED",
+        two: "COUNTED",
+        f"{run.run_id}-r2-a1-c1-s1": "OPEN",
+    }
+    history = read_history(store, run)
+    assert [entry["carried_over"] for entry in history] == [0, 2, 1]
+    assert [[found["staleness"] for found in entry["updates"]] for entry in history[:2]] == [
+        [0, 0],
+        [1, 1],
+    ]
+    ledger = store.read_ledger(run.run_id)
+    assert [*chain_findings(ledger), *row_findings(ledger)] == []
+
+
+def test_an_order_ends_late_when_it_is_too_stale_and_all_do_with_the_run(
+    asynchronous: Asynchronous,
+) -> None:
+    """On record as an incident; its update is late, and no other order is touched."""
+    zero, one, two = (order.order_id for order in asynchronous.current.orders)
+    for number in (1, 2):
+        for order_id in (zero, one):
+            asynchronous.arrive(order_id)
+        asynchronous.close()
+        kinds = asynchronous.go_on(0, 1, stale_before=number)
+        zero, one = (order.order_id for order in asynchronous.current.orders)
+    assert kinds == ["round-done", "order-stale", "round-opened"]
+    assert asynchronous.arrive(two) is OrderState.LATE
+    assert asynchronous.states()[zero] == "OPEN"
+    asynchronous.store.end_run(
+        asynchronous.run.run_id, RunState.FINISHED, make_event("run-finished", round_number=None)
+    )
+    assert set(asynchronous.states().values()) == {"COUNTED", "LATE"}
+
+
+def test_an_attempt_that_fails_ends_what_came_into_it_and_its_own_orders_alone(
+    asynchronous: Asynchronous,
+) -> None:
+    """Orders of earlier rounds go on and come into the next attempt."""
+    zero, one, two = (order.order_id for order in asynchronous.current.orders)
+    asynchronous.arrive(zero)
+    asynchronous.arrive(one)
+    asynchronous.close()
+    asynchronous.go_on(0, 1)
+    second = asynchronous.current
+    own, other = (order.order_id for order in second.orders)
+    asynchronous.arrive(own)
+    asynchronous.store.fail_round(second, [make_event("round-failed", round_number=2)])
+    assert asynchronous.arrive(two) is OrderState.OPEN, "there is no round to come into"
+    again = make_round(
+        asynchronous.run.run_id,
+        round_number=2,
+        attempt=2,
+        clients=(0,),
+        base_digest=second.base_digest,
+    )
+    asynchronous.store.open_round(again, make_event("round-opened", round_number=2, attempt=2))
+    assert asynchronous.arrive(two) is OrderState.STORED
+    states = asynchronous.states()
+    assert (states[own], states[other], states[two]) == ("ABANDONED", "ABANDONED", "STORED")
+
+
+def test_a_refused_update_is_told_of_the_round_that_it_came_into(
+    asynchronous: Asynchronous,
+) -> None:
+    """Its entry in the ledger names it, whichever round its order is of."""
+    zero, one, two = (order.order_id for order in asynchronous.current.orders)
+    asynchronous.arrive(zero)
+    asynchronous.arrive(one)
+    asynchronous.close()
+    asynchronous.go_on(0, 1)
+    state, happened = asynchronous.store.end_order(
+        asynchronous.run.run_id,
+        make_update(two),
+        OrderEvent.REFUSE,
+        lambda state: make_event(f"update-{state.lower()}"),
+        refusal=Refusal(reason="bad", evidence={"kind": "test"}),
+        buffer_size=K,
+    )
+    assert state is OrderState.REFUSED
+    assert happened is not None
+    assert happened.round_number == 2
+    entry = read_history(asynchronous.store, asynchronous.run)[1]
+    assert [(found["client"], found["verdict"]) for found in entry["updates"]] == [(2, "REFUSED")]
