@@ -210,7 +210,7 @@ def _in_a_row(state: Mapping[str, Tensor]) -> Vectors:
 
 
 def _as_state(row: Vectors, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = row.split([tensor.numel() for tensor in like.values()])
+    parts = torch.split(row, [tensor.numel() for tensor in like.values()])
     return {key: part.view_as(like[key]) for key, part in zip(like, parts, strict=True)}
 
 

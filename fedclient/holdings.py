@@ -99,8 +99,15 @@ def _share_reader(
                 data_root=root, partition=Partition(num_partitions=1, index=0, seed=dealt.seed)
             )
         )
+        labels = task.load_labels(root)
+        num_examples = len(whole)  # type: ignore[arg-type]  # Dataset itself declares no length
+        if num_examples != len(labels):
+            raise InvalidInput(
+                f"task {task.name!r}: load_labels gives {len(labels)} labels, but load_train "
+                f"{num_examples} examples for one partition; each example needs one label"
+            )
         shares = partition_indices(
-            task.load_labels(root),
+            labels,
             scheme=dealt.scheme,
             num_partitions=dealt.num_partitions,
             seed=dealt.seed,

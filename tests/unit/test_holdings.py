@@ -133,3 +133,14 @@ def test_a_client_beyond_the_partitions_is_named(requests: list[DataRequest]) ->
     with pytest.raises(InvalidInput, match=r"client 7: partition 7 of 6 .* --num-partitions 8"):
         holdings_of("--ids", "3-7").load(SESSION)
     assert not requests
+
+
+def test_labels_that_are_not_those_of_the_examples_are_told(
+    requests: list[DataRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share is never cut by labels of something else."""
+    numbers = replace(find_task("numbers"), load_labels=lambda _: LABELS[1:])
+    monkeypatch.setattr(tasks, "_BUILT_IN", {"numbers": numbers})
+    with pytest.raises(InvalidInput, match="119 labels, but load_train 120 examples"):
+        holdings_of("--ids", "0-1").load(SESSION)
+    assert len(requests) == 1
