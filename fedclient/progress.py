@@ -57,6 +57,9 @@ class ProgressReporter:
         trace: TracebackType | None,
     ) -> None:
         self._ended.set()
+        # A report under way ends first. A thread that comes back from gRPC while the interpreter
+        # goes would take the whole process down with it.
+        self._thread.join()
 
     @property
     def counters(self) -> Counters:

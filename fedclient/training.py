@@ -62,7 +62,7 @@ def train_order(
             isn't known here.
         OrderAbandoned: the server wants no update any more.
     """
-    torch.manual_seed(derive_seed(order.seed, "model"))
+    _seed(derive_seed(order.seed, "model"), device)
     model = task.build_model()
 
     def fresh_state() -> dict[str, Tensor]:
@@ -194,6 +194,15 @@ def _examples_of(order: WorkOrder, examples: Examples) -> tuple[list[int] | None
         share=order.holdout,
         seed=derive_seed(0, "holdout", client_id=order.client_id),
     )
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed the generators that a training on this device draws from."""
+    if device.type == "cpu":
+        # For each kind of device that isn't here torch.manual_seed writes a whole stack down, 2 ms.
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _metrics_of_global_model(

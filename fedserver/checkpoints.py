@@ -18,7 +18,12 @@ from blake3 import blake3
 from fedserver.strategies.blocks import Block, BlockReader, NextBlock, StateFile, blocks_of
 from shared.codec import Layout, digest_file, read_layout, write_state
 from shared.errors import FederationError, NotFound, StorageDamaged
-from shared.files import naming_full_disk, sync_folder
+from shared.files import (
+    WRITE_BACK_BYTES,
+    begin_write_back,
+    naming_full_disk,
+    sync_folder,
+)
 from shared.weights import EntryKind
 
 
@@ -215,6 +220,7 @@ class _Draft:
         self._path = path
         self._file = path.open("wb")
         self._hasher = blake3(layout.header)
+        self._written = self._begun = 0
 
     def __enter__(self) -> Self:
         self._file.write(self.layout.header)
@@ -224,6 +230,11 @@ class _Draft:
         content = _content(values)
         self._hasher.update(content)
         self._file.write(content)
+        self._written += len(content)
+        if self._written - self._begun >= WRITE_BACK_BYTES:
+            count = self._written - self._begun
+            begin_write_back(self._file.fileno(), offset=self._begun, count=count)
+            self._begun = self._written
 
     def keep(self, named: Callable[[str], Path]) -> str:
         """Make the file durable under the name that its digest gives; returns the digest."""

@@ -15,7 +15,12 @@ from blake3 import blake3
 
 from shared.codec import digest_file
 from shared.errors import StreamFenced, WrongOffset
-from shared.files import naming_full_disk, sync_folder
+from shared.files import (
+    WRITE_BACK_BYTES,
+    begin_write_back,
+    naming_full_disk,
+    sync_folder,
+)
 
 
 def update_path(folder: Path, order_id: str, digest: str) -> Path:
@@ -29,6 +34,7 @@ class UpdateStream:
     def __init__(self, path: Path, *, offset: int) -> None:
         self.path = path
         self.offset = offset
+        self._begun = offset
         # Hashed as it arrives, while the bytes are still in the processor's cache.
         self._hasher = blake3() if offset == 0 else None
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
@@ -50,6 +56,10 @@ class UpdateStream:
                     self._hasher.update(data[:written])
                 self.offset += written
                 data = data[written:]
+            if self.offset - self._begun >= WRITE_BACK_BYTES:
+                count = self.offset - self._begun
+                begin_write_back(self._descriptor, offset=self._begun, count=count)
+                self._begun = self.offset
 
     def digest(self) -> str:
         """Return the digest of all that is committed."""

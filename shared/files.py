@@ -1,5 +1,6 @@
 """Files that are whole or not there, and the locked folder of a process."""
 
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -11,6 +12,14 @@ from filelock import FileLock, Timeout
 from shared.errors import InvalidInput, Locked, OutOfSpace
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+WRITE_BACK_BYTES = 8 << 20
+"""How much is worth to begin with at a time."""
+
+_SYNC_FILE_RANGE_WRITE = 2
+_SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
+if _SYNC_FILE_RANGE is not None:
+    _SYNC_FILE_RANGE.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 @contextmanager
@@ -25,6 +34,16 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
                 "nothing acknowledged is lost, and work goes on by itself"
             ) from error
         raise
+
+
+def begin_write_back(descriptor: int, *, offset: int, count: int) -> None:
+    """Let the operating system begin to write a part of a file to the disk, without waiting.
+
+    So that a later fdatasync of a large file has little left to wait for; it promises nothing by
+    itself. Where the system doesn't offer it nothing happens.
+    """
+    if _SYNC_FILE_RANGE is not None:
+        _SYNC_FILE_RANGE(descriptor, offset, count, _SYNC_FILE_RANGE_WRITE)
 
 
 def sync_folder(folder: Path) -> None:
