@@ -40,7 +40,7 @@ def fedavg() -> Mean:
 
     "Communication-Efficient Learning of Deep Networks from Decentralized Data".
     """
-    return Mean(aggregator=_mean_by(_by_num_examples))
+    return Mean(aggregator=mean_by(_by_num_examples))
 
 
 def qfedavg(*, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, Any]) -> Mean:
@@ -75,7 +75,7 @@ def qfedavg(*, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, An
         total = math.fsum(steps)
         return Weights(moves, total, of_base=total - math.fsum(moves))
 
-    return Mean(aggregator=_mean_by(weigh))
+    return Mean(aggregator=mean_by(weigh))
 
 
 def fednova(*, settings: Mapping[str, Any]) -> Mean:
@@ -104,7 +104,7 @@ def fednova(*, settings: Mapping[str, Any]) -> Mean:
         moves = [mean_reach * p / a for p, a in zip(shares, reaches, strict=True)]
         return Weights(moves, 1.0, of_base=1 - math.fsum(moves))
 
-    return Mean(aggregator=_mean_by(weigh))
+    return Mean(aggregator=mean_by(weigh))
 
 
 def weighted_sum(
@@ -134,8 +134,11 @@ def weighted_sum(
     return compute
 
 
-def _mean_by(weigh: Callable[[Cohort], Weights]) -> Aggregator:
-    """Return the aggregator that gives parameters these weights, float buffers num_examples."""
+def mean_by(weigh: Callable[[Cohort], Weights]) -> Aggregator:
+    """Return the aggregator that gives parameters the weights of `weigh`, buffers num_examples.
+
+    `weigh` is called once a round, on the whole cohort, and may raise UnfitCohort.
+    """
 
     def prepare(cohort: Cohort) -> Callable[[], BlockFunction]:
         of_buffers = _by_num_examples(cohort)

@@ -55,7 +55,8 @@ def test_clients_learn_from_their_own_tables_and_a_bad_one_is_told_where(scene: 
     """The client with a bad cell stops at its start; its sentence stays with it; two go on."""
     held_out = write_flowers(scene.folder / "held-out", num=50, first=1000)
     server = scene.server(
-        *("--task", FLOWERS, "--data-root", held_out, "--rounds", 4, "--batch-size", 8)
+        *("--task", FLOWERS, "--data-root", held_out, "--rounds", 4, "--batch-size", 8),
+        *("--evaluate-on-clients", "--holdout", 0.25),
     )
     bad = write_flowers(scene.folder / "bad", num=20)
     with (bad / "flowers.csv").open("a") as file:
@@ -71,9 +72,11 @@ def test_clients_learn_from_their_own_tables_and_a_bad_one_is_told_where(scene: 
         clients.append(scene.client(one, server.address, "--source", "local", "--data-root", own))
     expect_clean_exits(server, *clients)
     history = scene.history()
-    assert [update["num_examples"] for update in history[-1]["updates"]] == [40, 41]
+    # A quarter, rounded to 10 examples, is held out.
+    assert [update["num_examples"] for update in history[-1]["updates"]] == [30, 31]
     assert history[-1]["evaluation"]["accuracy"] > 0.9
     expect_each_class_shown(scene, history[-1])
+    expect_each_client_shown(scene, history[-1])
     kept = b"".join(
         path.read_bytes() for path in (scene.folder / "server").rglob("*") if path.is_file()
     )
@@ -95,6 +98,19 @@ def expect_each_class_shown(scene: Scene, last: dict[str, Any]) -> None:
     refused = scene.command("confusion", "--state-dir", scene.folder / "server", "--round", "99")
     assert (refused.returncode, "no confusion matrix of round 99" in refused.stderr) == (1, True)
     assert not refused.stdout
+
+
+def expect_each_client_shown(scene: Scene, last: dict[str, Any]) -> None:
+    """Look at how good the model of the round before is on each client's held-out rows."""
+    accuracies = [update["metrics"]["global_accuracy"] for update in last["updates"]]
+    assert last["client_evaluation"]["mean"] == pytest.approx(sum(accuracies) / 2)
+    assert last["client_evaluation"]["num_examples"] == 20
+    picture = scene.folder / "clients.png"
+    shown = scene.command("clients", "--state-dir", scene.folder / "server", "--out", picture)
+    assert shown.returncode == 0, shown.stderr
+    assert all(f"{accuracy:.4f}" in shown.stdout for accuracy in accuracies)
+    assert "on 25% of each one's examples, held out" in " ".join(shown.stdout.split())
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_clients_learn_to_write_from_their_own_texts(scene: Scene) -> None:

@@ -120,6 +120,17 @@ def test_under_byzfls_attacks_the_rules_still_agree(
         assert np.abs(found - expected).max() < 1e-9, strategy
 
 
+def test_the_rows_of_the_examples_are_what_they_say(tmp_path: Path) -> None:
+    """The middle half of 13 is 7 values, SciPy's trimmed mean; weights by a root of 1 to 13."""
+    own = "examples.own_strategy"
+    updates = attacked()
+    found = aggregate(tmp_path, f"{own}:midmean", updates)
+    assert np.abs(found - trim_mean(updates, 0.25, axis=0)).max() < 1e-12
+    found = aggregate(tmp_path, f"{own}:by_root", updates, {"power": 0.25})
+    expected = np.average(updates, axis=0, weights=np.arange(1, 14) ** 0.25)
+    assert np.abs(found - expected).max() < 1e-12
+
+
 def plain_bulyan(updates: Vectors, f: int) -> Vectors:
     """Return Bulyan as El Mhamdi et al. tell it: choose by Krum, then the middle of each place."""
     remaining = list(range(len(updates)))
