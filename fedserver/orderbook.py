@@ -151,12 +151,17 @@ class OrderBook:
         return record.round_number, record.attempt
 
     def open_order_of(self, client_ids: Iterable[int]) -> OpenOrder | None:
-        """Return the first open order for one of these clients."""
-        for client_id in client_ids:
-            found = self._by_client.get(client_id)
-            if found is not None and found.state is OrderState.OPEN:
-                return found
-        return None
+        """Return the open order that one session of these clients is to work on, if there is one.
+
+        That is the one it was given and hasn't ended, else the one that has waited longest: where
+        whoever has answered gets a new order at once, the others have their turn all the same.
+        """
+        found = (self._by_client.get(client_id) for client_id in client_ids)
+        return min(
+            (one for one in found if one is not None and one.state is OrderState.OPEN),
+            key=lambda one: (one.handed_out_at is None, one.handed_out_at or one.advanced_at),
+            default=None,
+        )
 
     def hand_out(self, order: OpenOrder) -> WorkOrder:
         """Return the order; its clock begins the first time."""

@@ -127,6 +127,34 @@ def test_an_order_that_ended_is_not_handed_out_again(book: OrderBook) -> None:
     assert book.open_order_of([99]) is None
 
 
+def test_a_session_of_many_ids_ends_what_it_began_and_leaves_nobody_out(
+    book: OrderBook, clock: Clock
+) -> None:
+    """New orders for the lowest id, as an asynchronous run gives them, come after what waits."""
+    begun = order_of(book, 0)
+    assert book.hand_out(begun).client_id == 0
+    book.settle(begun.order.order_id, OrderState.STORED)
+
+    def give_another_to_client_0(number: int) -> OpenOrder:
+        assert book.current is not None
+        clock.now += 1
+        record = book.current.record
+        order = replace(record.orders[0], order_id=f"another-{number}")
+        more = replace(record, orders=(*record.orders, order))
+        book.add_orders(more, [make_order(order.order_id, client_id=0)])
+        return order_of(book, 0)
+
+    newest = give_another_to_client_0(1)
+    waiting = order_of(book, 1)
+    assert book.open_order_of([0, 1]) is waiting
+    book.hand_out(newest)
+    clock.now += 100
+    assert book.open_order_of([0, 1]) is newest, "asked again, a session gets what it works on"
+    book.settle(newest.order.order_id, OrderState.STORED)
+    give_another_to_client_0(2)
+    assert book.open_order_of([0, 1]) is waiting
+
+
 def test_a_round_resumed_keeps_the_ends_of_its_orders(book: OrderBook) -> None:
     """Opened again after a restart, what the store says STORED isn't asked for a second time."""
     resumed = make_round()
