@@ -18,22 +18,24 @@ from fedclient.outbox import Outbox
 from fedclient.progress import OrderAbandoned, ProgressReporter, Stopped
 from fedclient.session import FIRST_PAUSE_S, LONGEST_PAUSE_S, ServerSession
 from fedclient.settings import ClientSettings
-from fedclient.state import ClientStates, StateLost
+from fedclient.state import ClientState, ClientStates, StateLost
 from fedclient.training import train_order
 from shared.diagnosis import Diagnosis
 from shared.diagnosis_text import verdict
 from shared.doctor import TrainingHalted
-from shared.doctor.easing import Convalescence
 from shared.errors import CorruptPayload, NotFound, OutOfSpace, StreamFenced, WrongOffset
 from shared.failpoints import FailPoint, pass_by
 from shared.training import incident_of
 from shared.types import (
+    CONTROL_SECTION,
+    MODEL_SECTION,
     ClientUpdate,
     Counters,
     Directive,
     Incident,
     IncidentKind,
     Receipt,
+    Section,
     SessionInfo,
     WorkOrder,
 )
@@ -115,7 +117,7 @@ class OrderWorker:
 
     def _train(self, order: WorkOrder, progress: ProgressReporter) -> ClientUpdate:
         state = self._state_in_force(order, progress)
-        global_model = self._fetch(order, progress)
+        sections = {one.name: self._fetch(one, progress) for one in order.sections}
         pass_by(FailPoint.MODEL_FETCHED)
 
         def tell(diagnosis: Diagnosis) -> None:
@@ -127,7 +129,8 @@ class OrderWorker:
             order,
             task=self._holdings.task,
             examples=self._holdings.examples_of(order.client_id),
-            global_model=global_model,
+            global_model=sections[MODEL_SECTION],
+            control=sections.get(CONTROL_SECTION),
             device=self._device,
             progress=progress,
             payload=self._outbox.draft_path(order.order_id),
@@ -143,20 +146,18 @@ class OrderWorker:
         pass_by(FailPoint.UPDATE_KEPT)
         return update
 
-    def _state_in_force(self, order: WorkOrder, progress: ProgressReporter) -> Convalescence:
+    def _state_in_force(self, order: WorkOrder, progress: ProgressReporter) -> ClientState:
         try:
             return self._states_of(order).promoted(order.last_counted_order_id)
         except StateLost as error:
             logger.warning("client %d, round %d: %s", *_place(order), error)
             progress.note(Incident(kind=IncidentKind.CLIENT_STATE_LOST))
-            return Convalescence()
+            return ClientState()
 
     def _states_of(self, order: WorkOrder) -> ClientStates:
         return ClientStates(self._states_folder / str(order.client_id))
 
-    def _fetch(self, order: WorkOrder, progress: ProgressReporter) -> Path:
-        section = order.sections[0]
-
+    def _fetch(self, section: Section, progress: ProgressReporter) -> Path:
         def download(session: SessionInfo) -> Path:
             def pieces(offset: int) -> Iterator[memoryview]:
                 for data in self._session.connection.download(

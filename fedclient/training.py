@@ -1,5 +1,6 @@
 """One order's training: from the global model's file to an update."""
 
+import functools
 import logging
 import math
 import time
@@ -9,19 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedclient.local_rules import correction_of
+from fedclient.local_rules import NOTHING, Start, Trained, begin_rule
 from fedclient.progress import ProgressReporter
-from shared.codec import digest_file, load_state_into, write_state
+from fedclient.state import ClientState, Tensors
+from shared.codec import decode_state, digest_file, load_state_into
+from shared.corrections import Correction
 from shared.data import AugmentedBatches, make_loader, set_aside
 from shared.data.loaders import NumberedLoader
 from shared.diagnosis import Diagnosis, DoctorSettings
-from shared.doctor.easing import Convalescence
 from shared.errors import InvalidInput, WrongSettings
 from shared.evaluation import evaluate
+from shared.payloads import write_payload
 from shared.seeds import derive_seed
 from shared.tasks import Examples, Task
-from shared.training import StepProgress, train_model
-from shared.types import MODEL_SECTION, ClientUpdate, Section, WorkOrder
+from shared.training import StepProgress, TrainingResult, train_model
+from shared.types import MODEL_SECTION, ClientUpdate, WorkOrder
 
 logger = logging.getLogger(__name__)
 
@@ -38,16 +41,18 @@ def train_order(
     progress: ProgressReporter,
     payload: Path,
     doctor: DoctorSettings,
-    state: Convalescence,
+    state: ClientState,
     on_diagnosis: Callable[[Diagnosis], None],
     log_steps: int = 0,
     max_steps: int = 0,
-) -> tuple[ClientUpdate, Convalescence]:
+    control: Path | None = None,
+) -> tuple[ClientUpdate, ClientState]:
     """Train on one client's examples from the global model; writes the update's payload.
 
     Every `log_steps` steps (0: never) one log line says how training goes. After `max_steps` steps
     (0: no limit), or at the order's deadline, training ends and what was done is the update.
-    `state` is what is in force from earlier rounds, `on_diagnosis` hears of what goes wrong.
+    `state` is what is in force from earlier rounds, `control` holds the server's control variates,
+    if there are any, and `on_diagnosis` hears of what goes wrong.
 
     A function of the order, the examples, the global model and the state alone, unless the order
     has a deadline: trained again after a crash, it gives the same bytes (on one machine, build,
@@ -62,100 +67,108 @@ def train_order(
             isn't known here.
         OrderAbandoned: the server wants no update any more.
     """
-    _seed(derive_seed(order.seed, "model"), device)
-    model = task.build_model()
+    model = _model_of(order, task, global_model, device)
 
-    def fresh_state() -> dict[str, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(order.seed, "model"))
-            return task.build_model().state_dict()
-
-    try:
-        load_state_into(model.state_dict(), global_model)
-    except InvalidInput as error:
-        raise WrongSettings(
-            f"the server's model isn't that of task {task.name!r} here ({error}); "
-            "both sides need the same version of the task"
-        ) from error
     training = order.training
+    rule = begin_rule(
+        training.local_rule,
+        Start(
+            model=model,
+            parameters=training.local_rule.parameters if training.local_rule else {},
+            kept=state.tensors,
+            control=NOTHING if control is None else decode_state(control.read_bytes()),
+        ),
+    )
     for_training, held_out = _examples_of(order, examples)
-    loader = make_loader(
-        examples,
-        batch_size=training.batch_size,
-        seed=derive_seed(order.seed, "batches"),
-        numbers=for_training,
-    )
-    batches = (
-        loader
-        if training.augmentation == "none"
-        else AugmentedBatches(
-            loader, name=training.augmentation, seed=derive_seed(order.seed, "augmentation")
-        )
-    )
-    num_batches = training.epochs * len(loader)
+    num_batches = training.epochs * len(_batches(order, examples, for_training))
     last_step = min(max_steps or num_batches, num_batches)
+    evaluated = _evaluation_batches(order, examples, held_out)
+    num_evaluations = (order.evaluate + rule.is_personal) if evaluated else 0
+    progress.expect_batches(last_step * rule.num_trainings + num_evaluations * len(evaluated or ()))
     metrics: dict[str, float] = {}
-    if order.evaluate and (order.holdout == 0 or held_out):
-        evaluated = make_loader(
-            examples, batch_size=_EVALUATION_BATCH_SIZE, shuffle=False, numbers=held_out
-        )
-        progress.expect_batches(len(evaluated) + last_step)
-        metrics = _metrics_of_global_model(model, evaluated, task, device, progress)
-    else:
-        progress.expect_batches(last_step)
+    if order.evaluate and evaluated is not None:
+        metrics = _metrics_of(model, evaluated, task, device, progress, prefix="global_")
 
-    def count_step(taken: StepProgress) -> None:
-        if log_steps and taken.step % log_steps == 0:
-            logger.info(
-                "client %d, round %d step %d: loss=%.4g largest_gradient=%.4g lr=%.4g",
-                *(order.client_id, order.round_number, taken.step),
-                *(taken.loss, taken.largest_gradient, taken.lr),
-            )
-        progress.add(batches=1)
-        progress.examine()
+    travel = _Travel(training.momentum)
 
     def count_replay() -> None:
         progress.add(replays=1)
         progress.examine()
 
-    began = time.monotonic()
+    def train(
+        correction: Correction, on_step: Callable[[StepProgress], None], *, prefix: str = ""
+    ) -> TrainingResult:
+        """Train the model from where it is; the prefix gives random streams of their own."""
+        began = time.monotonic()
 
-    def is_enough(step: int) -> bool:
-        deadline_s = training.work_deadline_s
-        return step >= last_step or (
-            deadline_s is not None and time.monotonic() - began >= deadline_s
+        def is_enough(step: int) -> bool:
+            deadline_s = training.work_deadline_s
+            return step >= last_step or (
+                deadline_s is not None and time.monotonic() - began >= deadline_s
+            )
+
+        def count_step(taken: StepProgress) -> None:
+            if log_steps and taken.step % log_steps == 0:
+                logger.info(
+                    "client %d, round %d %sstep %d: loss=%.4g largest_gradient=%.4g lr=%.4g",
+                    *(order.client_id, order.round_number, prefix, taken.step),
+                    *(taken.loss, taken.largest_gradient, taken.lr),
+                )
+            on_step(taken)
+            progress.add(batches=1)
+            progress.examine()
+
+        return train_model(
+            model,
+            _batches(order, examples, for_training, prefix=prefix),
+            epochs=training.epochs,
+            lr=training.lr,
+            device=device,
+            loss=task.loss,
+            optimizer=training.optimizer,
+            momentum=training.momentum,
+            weight_decay=training.weight_decay,
+            clip_norm=training.clip_norm,
+            schedule=training.schedule,
+            correction=correction,
+            is_enough=is_enough,
+            on_step=count_step,
+            gradient_every=log_steps,
+            doctor=doctor,
+            num_classes=task.num_classes,
+            is_initial=order.round_number == 1,
+            fresh_state=functools.partial(_fresh_state, order, task),
+            treatment=state.convalescence.treatment,
+            on_replay=count_replay,
+            on_diagnosis=on_diagnosis,
+            keeps_model=rule.num_trainings > 1,
         )
 
-    result = train_model(
-        model,
-        batches,
-        epochs=training.epochs,
-        lr=training.lr,
-        device=device,
-        loss=task.loss,
-        optimizer=training.optimizer,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-        clip_norm=training.clip_norm,
-        schedule=training.schedule,
-        correction=correction_of(training.local_rule),
-        is_enough=is_enough,
-        on_step=count_step,
-        gradient_every=log_steps,
-        doctor=doctor,
-        num_classes=task.num_classes,
-        is_initial=order.round_number == 1,
-        fresh_state=fresh_state,
-        treatment=state.treatment,
-        on_replay=count_replay,
-        on_diagnosis=on_diagnosis,
-        keeps_model=False,
-    )
+    def train_also(weights: Tensors, correction: Correction) -> Tensors:
+        """Train other weights as the order says; the model holds them then."""
+        with torch.no_grad():
+            for name, one in model.state_dict().items():
+                one.copy_(weights[name])
+        _seed(derive_seed(order.seed, "personal"), device)
+        return train(correction, lambda _: None, prefix="personal ").state_dict
+
+    began = time.monotonic()
+    result = train(rule.correction, travel.count)
     train_s = time.monotonic() - began
-    write_state(payload, result.state_dict)
-    digest = digest_file(payload)
-    size_bytes = payload.stat().st_size
     report = result.report
+    was_healthy = not report.diagnoses
+    outcome = rule.end(
+        Trained(
+            state_dict=result.state_dict,
+            travel=travel.so_far,
+            was_healthy=was_healthy,
+            train_also=train_also,
+        )
+    )
+    if rule.is_personal and evaluated is not None:
+        metrics |= _metrics_of(model, evaluated, task, device, progress, prefix="personal_")
+    sections = write_payload(payload, {MODEL_SECTION: outcome.model, **outcome.sections})
+    digest = sections[0].digest if len(sections) == 1 else digest_file(payload)
     if report.num_steps < num_batches:
         logger.info(
             "round %d: ended after %d of %d steps; what was done is sent",
@@ -164,8 +177,8 @@ def train_order(
     update = ClientUpdate(
         order_id=order.order_id,
         digest=digest,
-        size_bytes=size_bytes,
-        sections=(Section(name=MODEL_SECTION, digest=digest, size_bytes=size_bytes),),
+        size_bytes=payload.stat().st_size,
+        sections=sections,
         num_examples=report.num_examples,
         num_steps=report.num_steps,
         metrics={
@@ -175,11 +188,12 @@ def train_order(
             **metrics,
         },
     )
-    return update, state.after_round(
+    convalescence = state.convalescence.after_round(
         report.treatment,
-        was_healthy=not report.diagnoses,
+        was_healthy=was_healthy,
         has_dropped_samples=report.has_dropped_samples,
     )
+    return update, ClientState(convalescence=convalescence, tensors=outcome.kept)
 
 
 def _examples_of(order: WorkOrder, examples: Examples) -> tuple[list[int] | None, list[int] | None]:
@@ -205,12 +219,77 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
 
 
-def _metrics_of_global_model(
+class _Travel:
+    """By how much a gradient of 1 in every step would have moved a parameter (see Trained)."""
+
+    def __init__(self, momentum: float) -> None:
+        self.so_far = 0.0
+        self._momentum = momentum
+        self._reach = 0.0
+
+    def count(self, taken: StepProgress) -> None:
+        """Count a step; of a batch of which nothing was left there was none."""
+        if taken.batch_size:
+            # What momentum makes of equal gradients: 1, 1 + m, 1 + m + m^2, ...
+            self._reach = self._momentum * self._reach + 1
+            self.so_far += taken.lr * self._reach
+
+
+def _fresh_state(order: WorkOrder, task: Task) -> dict[str, Tensor]:
+    """Return usual initial weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(order.seed, "model"))
+        return task.build_model().state_dict()
+
+
+def _model_of(order: WorkOrder, task: Task, global_model: Path, device: torch.device) -> nn.Module:
+    """Return the task's model with the global model's weights."""
+    _seed(derive_seed(order.seed, "model"), device)
+    model = task.build_model()
+    try:
+        load_state_into(model.state_dict(), global_model)
+    except InvalidInput as error:
+        raise WrongSettings(
+            f"the server's model isn't that of task {task.name!r} here ({error}); "
+            "both sides need the same version of the task"
+        ) from error
+    return model
+
+
+def _evaluation_batches(
+    order: WorkOrder, examples: Examples, held_out: list[int] | None
+) -> NumberedLoader | None:
+    """Return what models are measured on, None if too few are held out."""
+    if order.holdout and not held_out:
+        return None
+    return make_loader(examples, batch_size=_EVALUATION_BATCH_SIZE, shuffle=False, numbers=held_out)
+
+
+def _batches(
+    order: WorkOrder, examples: Examples, numbers: list[int] | None, *, prefix: str = ""
+) -> NumberedLoader | AugmentedBatches:
+    """Return the batches of an order's training; the prefix gives others of the same examples."""
+    training = order.training
+    loader = make_loader(
+        examples,
+        batch_size=training.batch_size,
+        seed=derive_seed(order.seed, f"{prefix}batches"),
+        numbers=numbers,
+    )
+    if training.augmentation == "none":
+        return loader
+    seed = derive_seed(order.seed, f"{prefix}augmentation")
+    return AugmentedBatches(loader, name=training.augmentation, seed=seed)
+
+
+def _metrics_of(
     model: nn.Module,
     loader: NumberedLoader,
     task: Task,
     device: torch.device,
     progress: ProgressReporter,
+    *,
+    prefix: str,
 ) -> dict[str, float]:
     def batches() -> Iterator[tuple[Tensor, ...]]:
         for batch in loader:
@@ -221,9 +300,9 @@ def _metrics_of_global_model(
 
     found = evaluate(model, batches(), task.loss, device)
     # A loss beyond all numbers isn't a metric; the accuracy says enough.
-    loss = {"global_loss": found.loss} if math.isfinite(found.loss) else {}
+    loss = {f"{prefix}loss": found.loss} if math.isfinite(found.loss) else {}
     return {
-        "global_accuracy": found.accuracy,
-        "global_examples": float(found.num_examples),
+        f"{prefix}accuracy": found.accuracy,
+        f"{prefix}examples": float(found.num_examples),
         **loss,
     }

@@ -12,6 +12,7 @@ import torch
 
 from fedserver.records import Refusal, json_number
 from fedserver.strategies.blocks import BlockReader, StateFile, blocks_of
+from shared.codec import Entry, Layout
 from shared.errors import InvalidInput
 from shared.types import METRIC_NAMES, MODEL_SECTION, ClientUpdate
 from shared.weights import EntryKind
@@ -35,12 +36,16 @@ class UpdateRefused(InvalidInput):
 class AdmissionLimits:
     """The bounds that were frozen when the round opened.
 
-    `max_delta_norm` bounds the L2 norm of local minus global over all parameters.
+    `max_delta_norm` bounds the L2 norm of local minus global over all parameters, `sections` names
+    what a payload holds, in this order, and `max_control_norm` bounds the L2 norm of a section
+    "control".
     """
 
     max_num_examples: int
     max_delta_norm: float
     max_steps_per_example: int
+    sections: tuple[str, ...] = (MODEL_SECTION,)
+    max_control_norm: float = math.inf
 
 
 def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimits) -> None:
@@ -82,13 +87,15 @@ def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimit
                 kind="metrics",
             )
     names = [section.name for section in update.sections]
-    if names != [MODEL_SECTION] or update.sections[0].size_bytes != update.size_bytes:
+    num_bytes = sum(section.size_bytes for section in update.sections)
+    if names != list(limits.sections) or num_bytes != update.size_bytes:
         raise UpdateRefused(
-            f"the payload of {update.size_bytes} bytes has sections {names}; it must hold "
-            f"{MODEL_SECTION!r} alone, of the same size",
+            f"the payload of {update.size_bytes} bytes has sections {names} of {num_bytes} bytes; "
+            f"it must hold {' and '.join(map(repr, limits.sections))} alone, of the same size",
             kind="sections",
         )
-    if not 0 < update.size_bytes <= base.layout.size_bytes + _HEADER_SLACK_BYTES:
+    most_bytes = len(names) * (base.layout.size_bytes + _HEADER_SLACK_BYTES)
+    if not 0 < update.size_bytes <= most_bytes:
         raise UpdateRefused(
             f"the payload has {update.size_bytes} bytes; the model has {base.layout.size_bytes}",
             kind="size",
@@ -113,7 +120,7 @@ def examine_content(
         UpdateRefused: keys, shapes or dtypes differ, a value isn't finite, a counter or a fixed
             entry is impossible, or the delta's norm is beyond the cap.
     """
-    _examine_layout(received, base)
+    _examine_entries(received.layout.entries, base.layout.entries)
     received_reader, base_reader = BlockReader(), BlockReader()
     squares = 0.0
     for block in blocks_of(base.layout):
@@ -156,8 +163,32 @@ def examine_content(
     return norm
 
 
-def _examine_layout(received: StateFile, base: StateFile) -> None:
-    ours, theirs = base.layout.entries, received.layout.entries
+def examine_control(received: StateFile, *, expected: Layout, limits: AdmissionLimits) -> None:
+    """Examine a section "control": by how much a client's control variates change.
+
+    Raises:
+        UpdateRefused: its entries aren't those of `expected`, a value isn't finite, or its norm is
+            beyond the cap.
+    """
+    _examine_entries(received.layout.entries, expected.entries)
+    reader = BlockReader()
+    squares = 0.0
+    for block in blocks_of(received.layout):
+        values = reader.read(received, block).double()
+        squares += float(torch.dot(values, values))
+    if not math.isfinite(squares):
+        raise _non_finite(received)
+    if not math.sqrt(squares) <= limits.max_control_norm:
+        raise UpdateRefused(
+            f"the control variates change by {math.sqrt(squares):.6g} (L2 norm); the round's cap "
+            f"is {limits.max_control_norm:.6g}",
+            kind="control-cap",
+            norm=math.sqrt(squares),
+            cap=limits.max_control_norm,
+        )
+
+
+def _examine_entries(theirs: Mapping[str, Entry], ours: Mapping[str, Entry]) -> None:
     missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
     if missing or unknown:
         raise UpdateRefused(

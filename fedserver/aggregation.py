@@ -1,6 +1,7 @@
 """What is made of a closed round: who is screened out, and the next global model."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from fedserver.screening import norm_band
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import read_layout
+from shared.payloads import read_payload
 from shared.seeds import derive_seed
-from shared.types import IncidentKind
+from shared.types import MODEL_SECTION, IncidentKind
 
 
 def screen(
@@ -80,6 +82,7 @@ def reduce_updates(
         updates=[
             update_file(
                 parts.spool.path(one.update.order_id, one.update.digest),
+                sections=[(each.name, each.size_bytes) for each in one.update.sections],
                 num_examples=one.update.num_examples,
                 num_steps=one.update.num_steps,
                 global_loss=one.update.metrics.get("global_loss"),
@@ -102,20 +105,29 @@ def reduce_updates(
 def update_file(
     path: Path,
     *,
+    sections: Sequence[tuple[str, int]],
     num_examples: int,
-    num_steps: int,
-    global_loss: float | str | None,
+    num_steps: int = 0,
+    global_loss: float | str | None = None,
     own_base: Path | None = None,
     staleness: int = 0,
 ) -> StateFile:
     """Return an update on the disk, with what its client said of it.
 
-    Serving a run and verifying it build the same values here; `global_loss` may be the name of a
-    number that JSON can't hold. `own_base` is the model it began with where that isn't the round's.
+    Serving a run and verifying it build the same values here; `sections` are names and sizes in
+    bytes, the model's first, and `global_loss` may be the name of a number that JSON can't hold.
+    `own_base` is the model it began with where that isn't the round's.
+
+    Raises:
+        InvalidInput: the bytes aren't those sections.
     """
-    return StateFile(
-        path=path,
-        layout=read_layout(path),
+    files = {
+        name: StateFile(path=path, layout=layout, offset=offset)
+        for name, (offset, layout) in read_payload(path, sections).items()
+    }
+    return replace(
+        files.pop(MODEL_SECTION),
+        others=files,
         num_examples=num_examples,
         num_steps=num_steps,
         global_loss=None if global_loss is None else float(global_loss),

@@ -93,6 +93,11 @@ class Checkpoints:
         """Where the model of this digest lies, there or not."""
         return model_path(self._folder, digest)
 
+    def find(self, digest: str) -> Path | None:
+        """Return where the model or the server state of this digest lies, None if it doesn't."""
+        paths = (self.path(digest), state_path(self._folder, digest))
+        return next((path for path in paths if path.is_file()), None)
+
     def save_initial(self, state_dict: Mapping[str, torch.Tensor]) -> GlobalModel:
         """Write the model a run begins with."""
         draft = self._folder / "initial.draft"

@@ -55,7 +55,8 @@ class Coordinator:
         settings = parts.settings
         self._parts = parts
         self._task = task
-        self._evaluations = Evaluations(parts, evaluator)
+        is_used = not parts.strategy.is_personal
+        self._evaluations = Evaluations(parts, evaluator, raises_alarms=is_used)
         self._is_asynchronous = parts.strategy.buffer_size > 0
         self._tick_s = min(_MAX_TICK_S, settings.stall_after / 4, settings.lease / 4)
         self._opener = Opener(parts, task, tick_s=self._tick_s)

@@ -1,4 +1,4 @@
-"""The global model's bytes on their way to clients.
+"""The bytes of global models, and of control variates, on their way to clients.
 
 The chunks of the model in force are framed once and shared by all downloads, whatever the cohort's
 size; anything else (an older model that a restarted client still asks for) is read as it is sent.
@@ -57,8 +57,8 @@ class Downloads:
             NotFound: there is no such blob.
             WrongOffset: `offset` is beyond its end.
         """
-        path = self._checkpoints.path(digest)
-        if not path.is_file():
+        path = self._checkpoints.find(digest)
+        if path is None:
             raise NotFound(f"there is no blob {digest!r}; pull work to learn what is wanted now")
         size_bytes = path.stat().st_size
         if not 0 <= offset <= size_bytes:

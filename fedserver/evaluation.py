@@ -95,8 +95,9 @@ class Evaluator:
 class Evaluations:
     """Evaluates models beside the round that collects; at most one evaluation is behind."""
 
-    def __init__(self, parts: Parts, evaluator: Evaluator) -> None:
+    def __init__(self, parts: Parts, evaluator: Evaluator, *, raises_alarms: bool = True) -> None:
         self._parts = parts
+        self._raises_alarms = raises_alarms
         self._evaluator = evaluator
         self._evaluating: asyncio.Task[None] | None = None
         self.has_alarm = False
@@ -136,7 +137,7 @@ class Evaluations:
         before = await self._parts.workers.in_store(
             self._parts.store.good_evaluations, evaluated.run_id
         )
-        alarm = find_alarm(fields | by_class, before)
+        alarm = find_alarm(fields | by_class, before) if self._raises_alarms else None
         reason = None if alarm is None else alarm.reason
         if alarm is not None and not await may_be_repeated(self._parts, evaluated):
             reason = f"{alarm.reason}; it stands, --max-rollbacks allows no more repetitions"

@@ -10,14 +10,19 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from fedserver.admission import UpdateRefused, examine_content, examine_header
+from fedserver.admission import (
+    UpdateRefused,
+    examine_content,
+    examine_control,
+    examine_header,
+)
+from fedserver.aggregation import update_file
 from fedserver.orderbook import OpenRound
 from fedserver.parts import Parts
 from fedserver.records import Event, OrderRecord, Refusal
 from fedserver.rounds import OrderEvent, OrderState
 from fedserver.spool import UpdateStream
-from fedserver.strategies.blocks import StateFile
-from shared.codec import read_layout
+from fedserver.strategies.step import control_layout
 from shared.errors import (
     CorruptPayload,
     InvalidInput,
@@ -27,7 +32,7 @@ from shared.errors import (
 )
 from shared.failpoints import FailPoint, pass_by
 from shared.memory import return_free_pages
-from shared.types import ClientUpdate, IncidentKind, Receipt, UploadAnswer
+from shared.types import CONTROL_SECTION, ClientUpdate, IncidentKind, Receipt, UploadAnswer
 
 _ANSWERS = {
     OrderState.STORED: Receipt.STORED,
@@ -177,11 +182,17 @@ class Intake:
     ) -> float | Refusal:
         """Return the norm of a good update's delta, or why it isn't one."""
         try:
-            received = StateFile(
-                path=stream.path,
-                layout=read_layout(stream.path),
+            received = update_file(
+                stream.path,
+                sections=[(one.name, one.size_bytes) for one in update.sections],
                 num_examples=update.num_examples,
             )
+            if CONTROL_SECTION in received.others:
+                examine_control(
+                    received.others[CONTROL_SECTION],
+                    expected=control_layout(given_in.base.file.layout, self._parts.kinds),
+                    limits=given_in.limits,
+                )
             return examine_content(
                 received,
                 base=given_in.base.file,

@@ -108,7 +108,7 @@ class Opener:
         self._parts.book.open_round(
             opened,
             base=base,
-            limits=admission_limits(self._parts.settings, opened),
+            limits=admission_limits(self._parts.settings, opened, local=self._parts.strategy.local),
             orders=self._work_orders(opened, base),
             carried_over=carried_over,
         )
@@ -149,7 +149,7 @@ class Opener:
     def _work_orders(self, opened: Round, base: GlobalModel) -> list[WorkOrder]:
         return work_orders(
             *(self._parts.settings, opened, base, self.last_counted),
-            local_rule=self._parts.strategy.local_rule,
+            local=self._parts.strategy.local,
         )
 
     async def _carried_over(self, opened: Round) -> list[tuple[OpenRound, list[WorkOrder]]]:
@@ -166,7 +166,7 @@ class Opener:
                 given_in = OpenRound(
                     record=record,
                     base=base,
-                    limits=admission_limits(parts.settings, record),
+                    limits=admission_limits(parts.settings, record, local=parts.strategy.local),
                     # Nobody asks how long ago: only the round that collects has a deadline.
                     opened_at=0.0,
                 )

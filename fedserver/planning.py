@@ -20,8 +20,9 @@ from fedserver.sampling import (
 )
 from fedserver.settings import ServerSettings
 from fedserver.standing import eligible_clients, strike
+from fedserver.strategies.rows import Local
 from shared.seeds import derive_seed
-from shared.types import MODEL_SECTION, LocalRule, Section, WorkOrder
+from shared.types import CONTROL_SECTION, MODEL_SECTION, Section, WorkOrder
 
 
 async def participation(parts: Parts) -> Mapping[int, Participation]:
@@ -197,12 +198,19 @@ def updates_needed(settings: ServerSettings, opened: Round) -> int:
     return min(settings.updates_needed, len(opened.orders))
 
 
-def admission_limits(settings: ServerSettings, opened: Round) -> AdmissionLimits:
+def admission_limits(
+    settings: ServerSettings, opened: Round, *, local: Local | None
+) -> AdmissionLimits:
     """Return the bounds that were frozen when a round opened."""
+    has_control = local is not None and local.sends_control
+    rate = settings.lr * opened.adjustments.lr_factor
     return AdmissionLimits(
         max_num_examples=settings.max_num_examples,
         max_delta_norm=opened.max_delta_norm,
         max_steps_per_example=settings.epochs,
+        sections=(MODEL_SECTION, CONTROL_SECTION) if has_control else (MODEL_SECTION,),
+        # A mean gradient that were longer would lead beyond the cap in a single step.
+        max_control_norm=opened.max_delta_norm / rate,
     )
 
 
@@ -227,15 +235,19 @@ def work_orders(
     base: GlobalModel,
     last_counted: Mapping[int, str],
     *,
-    local_rule: LocalRule | None,
+    local: Local | None,
 ) -> list[WorkOrder]:
     """Return what a round's clients are asked for; `last_counted` names each one's last order."""
-    section = Section(
-        name=MODEL_SECTION, digest=base.digest, size_bytes=base.file.layout.size_bytes
-    )
+    sections = [
+        Section(name=MODEL_SECTION, digest=base.digest, size_bytes=base.file.layout.size_bytes)
+    ]
+    state = base.server_state
+    if local is not None and local.sends_control and state is not None:
+        size_bytes = state.file.layout.size_bytes
+        sections.append(Section(name=CONTROL_SECTION, digest=state.digest, size_bytes=size_bytes))
     training = replace(
         adjusted(settings.training_in(opened.round_number), opened.adjustments),
-        local_rule=local_rule,
+        local_rule=None if local is None else local.rule,
     )
     epochs: Mapping[int, int] = {}
     if settings.straggler_work == "partial":
@@ -251,7 +263,7 @@ def work_orders(
             client_id=order.client_id,
             round_number=opened.round_number,
             attempt=opened.attempt,
-            sections=(section,),
+            sections=tuple(sections),
             training=replace(training, epochs=epochs.get(order.client_id, training.epochs)),
             seed=derive_seed(
                 settings.seed,

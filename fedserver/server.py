@@ -32,6 +32,7 @@ from fedserver.settings import ServerSettings
 from fedserver.spool import Spool
 from fedserver.store import Store, read_history
 from fedserver.strategies import find_strategy
+from fedserver.strategies.local_rules import examine_model
 from fedserver.strategies.rows import Strategy
 from fedserver.terminal import showing_progress
 from fedserver.workers import Workers
@@ -69,6 +70,7 @@ def run_server(settings: ServerSettings) -> None:
             f"task {task.name!r}: build_model returned a {type(model).__name__}, not a "
             "torch.nn.Module"
         )
+    examine_model(strategy.local, model)
     kinds = entry_kinds(model)
     modules = {name for name, _ in model.named_modules()}
     evaluator = Evaluator(task, model, data_root=settings.data_root)

@@ -37,6 +37,7 @@ from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import digest_file, read_layout
 from shared.errors import InvalidInput, NotFound, StorageDamaged
 from shared.tasks import find_task
+from shared.types import MODEL_SECTION
 from shared.weights import EntryKind, entry_kinds
 
 
@@ -316,7 +317,8 @@ def _made_again(
         base=base,
         updates=[
             update_file(
-                update_path(state_dir / "spool", one["order_id"], one["digest"]),
+                (path := update_path(state_dir / "spool", one["order_id"], one["digest"])),
+                sections=one.get("sections") or [(MODEL_SECTION, path.stat().st_size)],
                 num_examples=one["num_examples"],
                 num_steps=one["num_steps"],
                 global_loss=one["global_loss"],

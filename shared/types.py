@@ -149,6 +149,10 @@ NO_COMPRESSION = Compression()
 MODEL_SECTION = "model"
 """The payload section that holds a whole state_dict."""
 
+CONTROL_SECTION = "control"
+"""SCAFFOLD's control variates: to a client the server's, of each parameter's shape with a dimension
+of 1 more at the end (absent: all are 0); from a client by how much its own change."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
@@ -289,8 +293,19 @@ INCIDENT_NUMBERS = frozenset({"lr", "batch", "loss", *(f"grad_norm_{age}" for ag
 """The numbers an incident may carry; what they mean, shared.training.NonFiniteError says."""
 
 METRIC_NAMES = frozenset(
-    {"accuracy", "loss", "train_s", "global_accuracy", "global_loss", "global_examples"}
+    {
+        "accuracy",
+        "loss",
+        "train_s",
+        "global_accuracy",
+        "global_loss",
+        "global_examples",
+        "personal_accuracy",
+        "personal_loss",
+        "personal_examples",
+    }
 )
 """The metrics an update may carry: share of right answers and mean loss over the last local epoch,
-seconds of training, and, if the order asks, how good the global model was before it trained in this
-round, and on how many examples (see WorkOrder)."""
+seconds of training; if the order asks, how good the global model was before it trained in this
+round, and on how many examples (see WorkOrder); and the same, after it, of a model that a local
+rule leaves to the client alone."""

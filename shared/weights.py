@@ -5,6 +5,7 @@ from enum import StrEnum
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 
 class EntryKind(StrEnum):
@@ -39,6 +40,19 @@ def entry_kinds(model: nn.Module) -> dict[str, EntryKind]:
         else:
             kinds[name] = EntryKind.FIXED
     return kinds
+
+
+def norm_entries(model: nn.Module) -> list[str]:
+    """Return the state_dict's entries that belong to normalisation layers.
+
+    These are batch, instance, group and layer norms, with their running statistics.
+    """
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm)
+    ]
+    return [name for name in model.state_dict() if name.rpartition(".")[0] in layers]
 
 
 def first_non_finite(state_dict: Mapping[str, torch.Tensor]) -> str | None:

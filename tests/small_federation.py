@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedclient.progress import ProgressReporter
+from fedclient.state import ClientStates
 from fedclient.training import train_order
 from fedserver.aggregation import update_file
 from fedserver.checkpoints import Checkpoints, GlobalModel
@@ -26,9 +27,8 @@ from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import decode_state
 from shared.diagnosis import DoctorSettings
-from shared.doctor.easing import Convalescence
 from shared.tasks import Task
-from shared.types import ClientUpdate, Directive, WorkOrder
+from shared.types import CONTROL_SECTION, ClientUpdate, Directive, WorkOrder
 from shared.weights import entry_kinds
 from tests.factories import make_round
 
@@ -88,6 +88,18 @@ class SmallFederation:
         self.model: GlobalModel = self._checkpoints.save_initial(model.state_dict())
         self._last_counted: dict[int, str] = {}
 
+    def kept_by(self, client_id: int, what: str) -> Mapping[str, Tensor]:
+        """Return what is in force at a client under a name."""
+        states = ClientStates(self._folder / f"states-{client_id}")
+        return states.promoted(self._last_counted.get(client_id, "")).tensors[what]
+
+    @property
+    def control(self) -> dict[str, Tensor]:
+        """The server state of one moment, each tensor of its parameter's shape."""
+        assert self.model.server_state is not None
+        state = decode_state(self.model.server_state.file.path.read_bytes())
+        return {name: one.squeeze(-1) for name, one in state.items()}
+
     @property
     def state(self) -> dict[str, Tensor]:
         """The global model's state_dict."""
@@ -105,13 +117,16 @@ class SmallFederation:
         opened = make_round(round_number=self.round_number, clients=clients)
         return work_orders(
             *(self.settings, opened, self.model, self._last_counted),
-            local_rule=self.strategy.local_rule,
+            local=self.strategy.local,
         )
 
     def train(self, order: WorkOrder, *, max_steps: int = 0) -> Sent:
         """Let a client work on its order."""
         payload = self._folder / f"{order.order_id}.draft"
-        update, _ = train_order(
+        states = ClientStates(self._folder / f"states-{order.client_id}")
+        sections = {one.name: one.digest for one in order.sections}
+        control = self._checkpoints.find(sections[CONTROL_SECTION]) if len(sections) > 1 else None
+        update, kept = train_order(
             order,
             task=self.task,
             examples=examples_of(order.client_id),
@@ -120,10 +135,12 @@ class SmallFederation:
             progress=ProgressReporter(lambda *_: Directive.CONTINUE, stop=threading.Event()),
             payload=payload,
             doctor=DoctorSettings(),
-            state=Convalescence(),
+            state=states.promoted(order.last_counted_order_id),
+            control=control,
             on_diagnosis=lambda diagnosis: None,
             max_steps=max_steps,
         )
+        states.keep(order.order_id, kept, follows=order.last_counted_order_id)
         return Sent(order=order, update=update, payload=payload)
 
     def close_round(self, counted: Sequence[Sent]) -> None:
@@ -134,9 +151,9 @@ class SmallFederation:
             updates=[
                 update_file(
                     one.payload,
+                    sections=[(each.name, each.size_bytes) for each in one.update.sections],
                     num_examples=one.update.num_examples,
                     num_steps=one.update.num_steps,
-                    global_loss=None,
                 )
                 for one in counted
             ],

@@ -114,7 +114,10 @@ def write_state_dir(
             base=base.file,
             updates=[
                 update_file(
-                    path, num_examples=one.num_examples, num_steps=one.num_steps, global_loss=None
+                    path,
+                    sections=[(each.name, each.size_bytes) for each in one.sections],
+                    num_examples=one.num_examples,
+                    num_steps=one.num_steps,
                 )
                 for path, one in counted
             ],

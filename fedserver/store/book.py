@@ -81,6 +81,7 @@ def read_verdicts(
             "delta_norm": row.delta_norm,
             "verdict": row.state,
             **_own_beginning(row),
+            **_sections(row.sections),
         }
         for row in rows
     ]
@@ -91,6 +92,13 @@ def _own_beginning(row: Row[Any]) -> dict[str, Any]:
     if row.given_in == row.round:
         return {}
     return {"base": row.base_digest, "staleness": row.round - row.given_in}
+
+
+def _sections(sections: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how a payload of more than the model is divided: names and sizes in bytes."""
+    if len(sections) < 2:
+        return {}
+    return {"sections": [[one["name"], one["size_bytes"]] for one in sections]}
 
 
 def append_entry(

@@ -3,7 +3,7 @@
 A strategy is named by its rows: steps before a robust rule, the aggregator, a server optimizer, a
 local rule, in this order and joined by "+", such as nnm+krum or median+fedadam+fedprox. Without an
 aggregator it is fedavg, or uniform behind steps of which num_examples can't tell the weight any
-more.
+more and before local rules of which the paper has it so.
 """
 
 import difflib
@@ -40,6 +40,10 @@ ROWS: Mapping[str, Row] = {
     "fedadam": server_optimizers.fedadam,
     "fedyogi": server_optimizers.fedyogi,
     "fedprox": local_rules.fedprox,
+    "scaffold": local_rules.scaffold,
+    "feddyn": local_rules.feddyn,
+    "fedbn": local_rules.fedbn,
+    "ditto": local_rules.ditto,
 }
 
 
@@ -152,15 +156,26 @@ def _composed(name: str, parts: list[Part]) -> Strategy:
         if order.count(kind) > 1:
             raise InvalidInput(f"strategy {name} has more than one {what}; name one")
     mixings = [part for part in parts if isinstance(part, Mixing)]
-    aggregator: Part = means.fedavg() if not mixings else robust.uniform()
-    optimizer = local_rule = None
+    optimizer = local = None
+    named: Part | None = None
     for part in parts:
         if isinstance(part, Mean | Rule):
-            aggregator = part
+            named = part
         elif isinstance(part, ServerOptimizer):
             optimizer = part
         elif isinstance(part, Local):
-            local_rule = part.rule
+            local = part
+    counts_all_the_same = bool(mixings)
+    if local is not None and local.only_behind is not None:
+        counts_all_the_same = True
+        *before, last = name.split("+")
+        if wrong := [one for one in before if one not in local.only_behind]:
+            raise InvalidInput(
+                f"strategy {name}: {last} says itself what the server does with the plain mean of "
+                f"the updates, so {wrong[0]} makes no sense with it; put it behind "
+                f"{' or '.join(sorted(local.only_behind))} or alone"
+            )
+    aggregator = named or (robust.uniform() if counts_all_the_same else means.fedavg())
     if isinstance(aggregator, Mean):
         if mixings:
             raise InvalidInput(
@@ -171,7 +186,7 @@ def _composed(name: str, parts: list[Part]) -> Strategy:
             name=name,
             aggregator=aggregator.aggregator,
             server_optimizer=optimizer,
-            local_rule=local_rule,
+            local=local,
             buffer_size=aggregator.buffer_size,
         )
     assert isinstance(aggregator, Rule)
@@ -182,6 +197,6 @@ def _composed(name: str, parts: list[Part]) -> Strategy:
         name=name,
         aggregator=by_rule([one.step for one in mixings], aggregator),
         server_optimizer=optimizer,
-        local_rule=local_rule,
+        local=local,
         min_updates=min_updates,
     )

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from itertools import islice
 from pathlib import Path
@@ -38,14 +38,17 @@ T = TypeVar("T")
 class StateFile:
     """A state_dict on disk: the global model, or a client's update.
 
-    Of an update, `num_examples` is its weight in a mean, `num_steps` counts its optimizer steps and
-    `global_loss` is how bad the base is on the client's examples (None: it wasn't asked). `base` is
-    the model that it began with where that isn't the cohort's, `staleness` how many steps older it
-    is. Other files have none of them.
+    Its bytes begin at `offset` of the file. Of an update, `others` are the sections of its payload
+    behind the model, by name, `num_examples` is its weight in a mean, `num_steps` counts its
+    optimizer steps and `global_loss` is how bad the base is on the client's examples (None: it
+    wasn't asked). `base` is the model that it began with where that isn't the cohort's, `staleness`
+    how many steps older it is. Other files have none of them.
     """
 
     path: Path
     layout: Layout
+    offset: int = 0
+    others: Mapping[str, "StateFile"] = field(default_factory=dict)
     num_examples: int = 0
     num_steps: int = 0
     global_loss: float | None = None
@@ -121,7 +124,8 @@ class BlockReader:
             self._buffer = bytearray(block.count * size)
         view = memoryview(self._buffer)[: block.count * size]
         opened = self._open.get(file.path) or self._opened(file.path)
-        count = os.preadv(opened.fileno(), [view], entry.begin + block.begin * size)
+        begin = file.offset + entry.begin + block.begin * size
+        count = os.preadv(opened.fileno(), [view], begin)
         if count != len(view):
             raise StorageDamaged(
                 f"{file.path} ends inside tensor {block.name!r}; restore it from a copy"

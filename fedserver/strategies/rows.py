@@ -87,9 +87,27 @@ class ServerOptimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Local:
-    """What clients do otherwise than plain training: `rule` is sent with every order."""
+    """What clients do otherwise than plain training: `rule` is sent with every order.
+
+    `server_optimizer` is what belongs to it at the server, told how many updates count. With a
+    `control_share` clients send control variates' changes in a section of their own; their plain
+    mean, times the share that belongs to the number of updates, is added to the server state,
+    which clients get with their orders. `only_behind` names the aggregators it makes sense with;
+    without one named it is uniform then. `is_personal`: the global model alone is none that
+    anybody uses. `needs_norms`: the task's model must have normalisation layers.
+    """
 
     rule: LocalRule
+    server_optimizer: Callable[[int], ServerOptimizer] | None = None
+    control_share: Callable[[int], float] | None = None
+    only_behind: frozenset[str] | None = None
+    is_personal: bool = False
+    needs_norms: bool = False
+
+    @property
+    def sends_control(self) -> bool:
+        """Whether control variates go both ways beside the model."""
+        return self.control_share is not None
 
 
 Part = Mean | Rule | Mixing | ServerOptimizer | Local
@@ -106,6 +124,21 @@ class Strategy:
     name: str
     aggregator: Aggregator
     server_optimizer: ServerOptimizer | None = None
-    local_rule: LocalRule | None = None
+    local: Local | None = None
     min_updates: int = 1
     buffer_size: int = 0
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether the global model alone is none that anybody uses."""
+        return self.local is not None and self.local.is_personal
+
+    def optimizer_for(self, num_updates: int) -> ServerOptimizer | None:
+        """Return the server optimizer of a round in which so many updates count.
+
+        Raises:
+            UnfitCohort: there can't be so many.
+        """
+        if self.local is not None and self.local.server_optimizer is not None:
+            return self.local.server_optimizer(num_updates)
+        return self.server_optimizer

@@ -3,7 +3,7 @@
 The server's state (an optimizer's moments) is passed in and comes out; nothing is remembered here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +27,7 @@ from fedserver.strategies.geometry import distances_between, squared_distances
 from fedserver.strategies.means import Weights, weighted_sum
 from fedserver.strategies.rows import Matrix, Rule, ServerOptimizer, Step, Strategy, UnfitCohort
 from shared.codec import Layout, make_layout
+from shared.types import CONTROL_SECTION
 from shared.weights import EntryKind
 
 # Sorted at a time, so that it stays in the cache.
@@ -55,9 +56,12 @@ def next_blocks(
             f"{len(updates)} count"
         )
     begin_aggregate = strategy.aggregator(cohort) if updates else _base_of(cohort)
+    optimizer = strategy.optimizer_for(len(updates))
+    begin_control = _control_of(strategy, cohort)
 
     def begin() -> Callable[[Block], NextBlock]:
         aggregate, reader = begin_aggregate(), BlockReader()
+        control = begin_control() if begin_control else None
 
         def compute(block: Block) -> NextBlock:
             kind = cohort.kinds[block.name]
@@ -70,12 +74,13 @@ def next_blocks(
                     torch.maximum(largest, reader.read(update, block), out=largest)
                 return NextBlock(block, largest)
             values = aggregate(block)
-            optimizer = strategy.server_optimizer
             if kind is not EntryKind.PARAMETER or optimizer is None:
                 return NextBlock(block, values.to(dtype, copy=True))
             # A copy: the reader's next read is into the same memory.
             base = reader.read(cohort.base, block).to(torch.float64, copy=True)
             moments = _moments(optimizer, server_state, block, reader)
+            if control is not None:
+                moments[:, 0] += control(block)
             move, moments = optimizer.step(values - base, moments)
             moments = moments.to(_state_dtype(dtype), copy=True)
             return NextBlock(block, (base + move).to(dtype), moments)
@@ -92,14 +97,26 @@ def state_layout(strategy: Strategy, cohort: Cohort) -> Layout | None:
     A safetensors file with an entry for each parameter, of its shape with the moments as one
     dimension more at the end, so that it is written in the order of the model's blocks.
     """
-    if strategy.server_optimizer is None:
+    optimizer = strategy.optimizer_for(len(cohort.updates))
+    if optimizer is None:
         return None
-    num_moments = len(strategy.server_optimizer.initial)
+    num_moments = len(optimizer.initial)
     return make_layout(
         {
             name: (_state_dtype(entry.dtype), (*entry.shape, num_moments))
             for name, entry in cohort.base.layout.entries.items()
             if cohort.kinds[name] is EntryKind.PARAMETER
+        }
+    )
+
+
+def control_layout(base: Layout, kinds: Mapping[str, EntryKind]) -> Layout:
+    """Return the layout of a client's section "control": an entry for each parameter."""
+    return make_layout(
+        {
+            name: (_state_dtype(entry.dtype), entry.shape)
+            for name, entry in base.entries.items()
+            if kinds[name] is EntryKind.PARAMETER
         }
     )
 
@@ -208,6 +225,23 @@ def _base_of(cohort: Cohort) -> Callable[[], BlockFunction]:
     def begin() -> BlockFunction:
         reader = BlockReader()
         return lambda block: reader.read(cohort.base, block).double()
+
+    return begin
+
+
+def _control_of(strategy: Strategy, cohort: Cohort) -> Callable[[], BlockFunction] | None:
+    """Return what is added to the control variates' blocks, None where there are none."""
+    if strategy.local is None or strategy.local.control_share is None or not cohort.updates:
+        return None
+    share = strategy.local.control_share(len(cohort.updates))
+    changes = [update.others[CONTROL_SECTION] for update in cohort.updates]
+    weights = Weights([1] * len(changes), len(changes) / share)
+
+    def begin() -> BlockFunction:
+        accumulator = torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)
+        return weighted_sum(
+            replace(cohort, updates=changes), weights, reader=BlockReader(), accumulator=accumulator
+        )
 
     return begin
 

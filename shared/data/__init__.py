@@ -12,6 +12,7 @@ __all__ = [
     "PARTITIONERS",
     "AugmentedBatches",
     "ImageClassificationData",
+    "NumberedLoader",
     "examine_scheme",
     "load_data",
     "load_images",

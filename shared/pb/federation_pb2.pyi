@@ -15,8 +15,8 @@ Exactly once: every piece of work is an order with an id of its own, unique over
 (run, round, attempt, client, sequence). An order ends once, as one of OrderState's final values.
 Every call may be repeated: the answer to a repeated call is the answer to the first.
 
-Payloads are safetensors bytes in named sections (today one: "model"), never pickle. Content is
-named by its digest: BLAKE3, 256 bits, as 64 lower-case hexadecimal digits.
+Payloads are safetensors bytes in named sections ("model", and under SCAFFOLD "control"), never
+pickle. Content is named by its digest: BLAKE3, 256 bits, as 64 lower-case hexadecimal digits.
 
 Common statuses, besides those each call names:
   UNAUTHENTICATED     the session isn't known (the server began another run): Register again
@@ -597,7 +597,9 @@ class WorkOrder(_message.Message):
     """
     @_builtins.property
     def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Section]:
-        """What to start from."""
+        """What to start from: "model", the global model; and under SCAFFOLD, from the second round on,
+        "control", the server's control variates, each tensor with a dimension of 1 more at the end.
+        """
 
     @_builtins.property
     def training(self) -> Global___TrainingConfig: ...
@@ -747,7 +749,7 @@ class LocalRule(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"fedprox"."""
+    """"fedprox", "scaffold", "feddyn", "fedbn" or "ditto"."""
     @_builtins.property
     def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Its numbers by name, such as mu."""
@@ -932,12 +934,14 @@ class UploadHeader(_message.Message):
     """Optimizer steps taken."""
     @_builtins.property
     def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Section]:
-        """The sections in the payload's order; the digest of a section may be left empty."""
+        """The sections in the payload's order: "model", and under SCAFFOLD "control", by how much the
+        client's own control variates change. The digest of a section may be left empty.
+        """
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Declared names ("accuracy", "loss", "train_s", "global_accuracy", "global_loss",
-        "global_examples"), finite numbers.
+        "global_examples", "personal_accuracy", "personal_loss", "personal_examples"), finite numbers.
         """
 
     def __init__(

@@ -15,8 +15,8 @@ Exactly once: every piece of work is an order with an id of its own, unique over
 (run, round, attempt, client, sequence). An order ends once, as one of OrderState's final values.
 Every call may be repeated: the answer to a repeated call is the answer to the first.
 
-Payloads are safetensors bytes in named sections (today one: "model"), never pickle. Content is
-named by its digest: BLAKE3, 256 bits, as 64 lower-case hexadecimal digits.
+Payloads are safetensors bytes in named sections ("model", and under SCAFFOLD "control"), never
+pickle. Content is named by its digest: BLAKE3, 256 bits, as 64 lower-case hexadecimal digits.
 
 Common statuses, besides those each call names:
   UNAUTHENTICATED     the session isn't known (the server began another run): Register again

@@ -4,15 +4,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.acceptance.federation import expect_clean_exits, start_client, start_server, verdicts
 from tests.processes import Scene, fixed_port
 
 CLIENTS = (0, 1)
 NUM_ROUNDS = 4
-FLAGS = (
-    *("--rounds", NUM_ROUNDS, "--min-clients", len(CLIENTS), "--require-all", "--seed", 5),
-    *("--strategy", "median+fedyogi", "--strategy-parameters", "server_lr=0.02,tau=0.01"),
-)
+FLAGS = (*("--rounds", NUM_ROUNDS, "--min-clients", len(CLIENTS), "--require-all", "--seed", 5),)
 
 
 def models_of(history: list[dict[str, Any]]) -> list[str]:
@@ -25,12 +24,20 @@ def state_files(folder: Path) -> set[str]:
     return {path.stem for path in (folder / "models").glob("*.server-state")}
 
 
-def test_a_server_optimizers_state_outlives_kills_and_is_verified(scene: Scene) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "parameters"),
+    [("median+fedyogi", "server_lr=0.02,tau=0.01"), ("scaffold", f"num_clients={len(CLIENTS)}")],
+)
+def test_a_strategys_state_outlives_kills_and_is_verified(
+    scene: Scene, strategy: str, parameters: str
+) -> None:
     """Killed -9 in the middle the run ends in the same models; verify makes every state again.
 
-    The second run also lets go what --keep-rounds says: states go with their models.
+    Server and a client are killed; under SCAFFOLD either has state that goes with the models. The
+    second run also lets go what --keep-rounds says: states go with their models.
     """
-    first = start_server(scene, *FLAGS, "--keep-updates", "all", state="whole")
+    chosen = (*FLAGS, "--strategy", strategy, "--strategy-parameters", parameters)
+    first = start_server(scene, *chosen, "--keep-updates", "all", state="whole")
     expect_clean_exits(
         first,
         *(start_client(scene, one, first.address, state=f"whole-{one}") for one in CLIENTS),
@@ -42,13 +49,15 @@ def test_a_server_optimizers_state_outlives_kills_and_is_verified(scene: Scene) 
     assert f"{NUM_ROUNDS} server states whole" in verified.stdout
     assert verified.stdout.endswith(f"{NUM_ROUNDS} of {NUM_ROUNDS} re-aggregated\n")
 
-    flags = (*FLAGS, "--port", fixed_port(), "--keep-rounds", 1)
+    flags = (*chosen, "--port", fixed_port(), "--keep-rounds", 1)
     server = start_server(scene, *flags)
     clients = [start_client(scene, one, server.address, TINY_STEP_S="0.01") for one in CLIENTS]
     server.wait_for_line("round-opened.*round=3")
-    server.signal(signal.SIGKILL)
-    server.wait()
-    expect_clean_exits(start_server(scene, *flags), *clients)
+    for killed in (server, clients[1]):
+        killed.signal(signal.SIGKILL)
+        killed.wait()
+    again = start_server(scene, *flags)
+    expect_clean_exits(again, clients[0], start_client(scene, 1, again.address))
     history = scene.history()
     assert verdicts(history) == [
         (one, client, "COUNTED") for one in range(1, NUM_ROUNDS + 1) for client in CLIENTS

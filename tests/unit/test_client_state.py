@@ -4,15 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from fedclient.state import ClientStates, StateLost
+from fedclient.state import ClientState, ClientStates, StateLost
 from shared.doctor.easing import Convalescence
 
 
-def state(rate_factor: float) -> Convalescence:
+def state(rate_factor: float) -> ClientState:
     """Return a state that can be told from others."""
     treatment = Convalescence().treatment
-    return Convalescence(treatment=replace(treatment, rate_factor=rate_factor))
+    return ClientState(
+        convalescence=Convalescence(treatment=replace(treatment, rate_factor=rate_factor))
+    )
 
 
 @pytest.fixture
@@ -23,7 +26,7 @@ def states(tmp_path: Path) -> ClientStates:
 
 def test_only_what_went_with_the_last_counted_order_is_in_force(states: ClientStates) -> None:
     """Nothing before the first; what was kept with an order that never counted is forgotten."""
-    assert states.promoted("") == Convalescence()
+    assert states.promoted("") == ClientState()
     states.keep("first", state(0.5), follows="")
     assert states.promoted("first") == state(0.5)
     states.keep("late", state(0.25), follows="first")
@@ -42,7 +45,7 @@ def test_a_round_rolled_back_brings_the_state_before_it_back(states: ClientState
         assert states.promoted("first") == state(0.5)
     states.keep("third", state(0.125), follows="first")
     states.promoted("third")
-    assert states.promoted("") == Convalescence()
+    assert states.promoted("") == ClientState()
 
 
 def test_no_more_than_two_are_kept(states: ClientStates, tmp_path: Path) -> None:
@@ -52,6 +55,23 @@ def test_no_more_than_two_are_kept(states: ClientStates, tmp_path: Path) -> None
         before = f"order-{number}"
         states.promoted(before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["order-3.json", "order-4.json"]
+
+
+def test_tensors_are_kept_with_it_and_forgotten_with_it(
+    states: ClientStates, tmp_path: Path
+) -> None:
+    """Bit for bit; damaged ones are a lost state, not a wrong one."""
+    for number in (1, 2, 3):
+        kept = ClientState(tensors={"control": {"w": torch.full((2,), number / 3)}})
+        states.keep(f"order-{number}", kept, follows=f"order-{number - 1}")
+        found = states.promoted(f"order-{number}").tensors["control"]["w"]
+        assert torch.equal(found, torch.full((2,), number / 3))
+    assert len(list(tmp_path.iterdir())) == 4
+    assert torch.equal(states.promoted("order-2").tensors["control"]["w"], torch.full((2,), 2 / 3))
+    (path,) = tmp_path.glob("order-2.control.*")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(StateLost, match="a local rule begins anew"):
+        states.promoted("order-2")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"follows": "", "state": {}}', b"\xff"])

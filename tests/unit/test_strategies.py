@@ -10,7 +10,13 @@ from fedserver.strategies import ROWS, find_strategy, parameters_of
 from fedserver.strategies.rows import Rule
 from shared.errors import InvalidInput
 
-SETTINGS = {"lr": 0.1, "momentum": 0.5, "optimizer": "sgd", "evaluate_on_clients": True}
+SETTINGS = {
+    "lr": 0.1,
+    "num_partitions": 10,
+    "momentum": 0.5,
+    "optimizer": "sgd",
+    "evaluate_on_clients": True,
+}
 
 
 def find(strategy: str, parameters: dict[str, float] | None = None, **changed: Any) -> Any:  # noqa: ANN401

@@ -1,0 +1,48 @@
+"""Clients that do a part of their work: what they send of it, and who they are in experiments."""
+
+from pathlib import Path
+
+import torch
+
+from fedserver.planning import draw_stragglers
+from fedserver.settings import ServerSettings
+from shared.codec import decode_state
+from tests.small_federation import SmallFederation
+
+
+def test_who_stops_early_sends_what_it_has_done(tmp_path: Path) -> None:
+    """By its own limit, or by the order's deadline: counted as it is, and no empty update."""
+    federation = SmallFederation(
+        tmp_path, strategy="fedprox", strategy_parameters={"mu": 0.7}, batch_size=4, epochs=3
+    )
+    start = federation.state
+    orders = federation.open_round((1,))
+    whole = federation.train(orders[0])
+    assert (whole.update.num_steps, whole.update.num_examples) == (9, 12)
+    within_first = federation.train(orders[0], max_steps=2)
+    assert (within_first.update.num_steps, within_first.update.num_examples) == (2, 8)
+    later = federation.train(orders[0], max_steps=4)
+    assert (later.update.num_steps, later.update.num_examples) == (4, 12)
+    hurried = SmallFederation(
+        tmp_path / "hurried", batch_size=4, epochs=3, work_deadline=1e-9
+    ).play_round((1,))
+    assert hurried[0].update.num_steps == 1
+    sent = decode_state(later.payload.read_bytes())
+    assert any(not torch.equal(sent[name], start[name]) for name in start)
+
+
+def test_stragglers_are_a_share_of_each_round_with_epochs_of_their_own(tmp_path: Path) -> None:
+    """Drawn anew for each round, the same in a repetition; 1 to all of the epochs."""
+    federation = SmallFederation(tmp_path, stragglers=0.9, epochs=20)
+    cohort = range(10)
+    rounds = [[order.training.epochs for order in federation.open_round(cohort)] for _ in range(30)]
+    assert all(sum(epochs == 20 for epochs in one) >= 1 for one in rounds)
+    drawn = [epochs for one in rounds for epochs in one if epochs != 20]
+    assert set(drawn) == set(range(1, 20))
+    assert len({tuple(one) for one in rounds}) == 30
+    place = {"round_number": 3, "attempt": 1}
+    settings = ServerSettings(stragglers=0.9, epochs=20)
+    again = draw_stragglers(cohort, settings, **place)
+    assert len(again) == 9
+    assert again == draw_stragglers(list(cohort)[::-1], settings, **place)
+    assert [again.get(one, 20) for one in cohort] == rounds[2]

@@ -1,0 +1,74 @@
+"""Payloads of several sections: written, read where they lie, refused where they don't fit."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedserver.admission import UpdateRefused, examine_control, examine_header
+from fedserver.aggregation import update_file
+from fedserver.strategies.blocks import Block, BlockReader
+from shared.codec import digest_file, read_layout
+from shared.errors import InvalidInput
+from shared.payloads import read_payload, write_payload
+from tests.factories import make_limits, make_update, write_state
+
+MODEL = {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
+CONTROL = {"w": torch.full((2, 3), 7.0), "b": torch.tensor([8.0, 9.0])}
+
+
+def test_each_section_is_read_where_it_lies(tmp_path: Path) -> None:
+    """Also when the file holds one section alone, whose digest is the payload's."""
+    path = tmp_path / "payload"
+    (alone,) = write_payload(path, {"model": MODEL})
+    assert alone.digest == digest_file(path)
+    written = write_payload(path, {"model": MODEL, "control": CONTROL})
+    assert written[0] == alone
+    assert list(tmp_path.iterdir()) == [path]
+    sections = [(one.name, one.size_bytes) for one in written]
+    file = update_file(path, sections=sections, num_examples=3)
+    reader = BlockReader()
+    assert reader.read(file, Block("w", 1, 3)).tolist() == [1, 2, 3]
+    assert reader.read(file.others["control"], Block("b", 0, 2)).tolist() == [8, 9]
+    with pytest.raises(InvalidInput, match="its sections have"):
+        read_payload(path, sections[:1])
+    with pytest.raises(InvalidInput, match="its tensors end at byte"):
+        read_payload(path, [("model", sections[0][1] - 8), ("control", sections[1][1] + 8)])
+
+
+def test_sections_that_weren_t_asked_for_are_refused(tmp_path: Path) -> None:
+    base = write_state(tmp_path, MODEL)
+    sections = write_payload(tmp_path / "payload", {"model": MODEL, "control": CONTROL})
+    update = replace(
+        make_update(size_bytes=sum(one.size_bytes for one in sections)), sections=sections
+    )
+    both = replace(make_limits(), sections=("model", "control"))
+    examine_header(update, base, both)
+    with pytest.raises(UpdateRefused, match="it must hold 'model' alone"):
+        examine_header(update, base, make_limits())
+    with pytest.raises(UpdateRefused, match="'model' and 'control' alone"):
+        examine_header(replace(update, sections=sections[:1]), base, both)
+    with pytest.raises(UpdateRefused, match="of the same size"):
+        examine_header(replace(update, size_bytes=update.size_bytes + 1), base, both)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(math.nan, "tensor 'w' holds nan at element 4"), (1e3, "the round's cap is 100")],
+)
+def test_control_variates_are_finite_and_not_absurd(
+    tmp_path: Path, value: float, words: str
+) -> None:
+    expected = read_layout(write_state(tmp_path, CONTROL).path)
+    limits = replace(make_limits(), max_control_norm=100.0)
+    examine_control(write_state(tmp_path, CONTROL), expected=expected, limits=limits)
+    bad = {name: one.clone() for name, one in CONTROL.items()}
+    bad["w"][1, 1] = value
+    with pytest.raises(UpdateRefused, match=words):
+        examine_control(write_state(tmp_path, bad), expected=expected, limits=limits)
+    with pytest.raises(UpdateRefused, match="tensors are missing: b"):
+        examine_control(
+            write_state(tmp_path, {"w": CONTROL["w"]}), expected=expected, limits=limits
+        )
