@@ -15,6 +15,8 @@ from shared.errors import FederationError
 # Run as a module this one is called __main__, which the log level isn't set for.
 logger = logging.getLogger("fedclient")
 
+_GRACE_S = 1.0
+
 COMMANDS = ("partitions", "doctor")
 
 
@@ -78,12 +80,18 @@ def _run(settings: ClientSettings, stop: threading.Event) -> None:
             connection.close()
 
         threading.Thread(target=close_when_stopped, daemon=True).start()
+        lasting = set(threading.enumerate())
         try:
             take_part(settings, state_dir=state_dir, connection=connection, stop=stop)
         except Stopped:
             logger.info("stopped; the same command goes on")
         finally:
             connection.close()
+            # gRPC's threads end soon after the channel does. One that would come back to an
+            # interpreter on its way out takes the process down: "terminate called without an
+            # active exception", https://github.com/pytorch/pytorch/issues/38228.
+            for thread in set(threading.enumerate()) - lasting:
+                thread.join(_GRACE_S)
 
 
 if __name__ == "__main__":
