@@ -342,9 +342,11 @@ class Coordinator:
             [happened, *follows.happened],
             adjustments_after=follows.adjustments,
             exclusions=exclusions,
+            is_base_blamed=follows.is_base_blamed,
         )
         pass_by(FailPoint.ROUND_FAILED)
         self._parts.book.abandon_round(current)
+        self._evaluations.has_alarm |= follows.is_base_blamed
         for one in recorded:
             self._parts.bus.publish(one)
         await drop_updates(self._parts, done_round=current.round_number - 1)

@@ -1,6 +1,7 @@
 """What follows from what went wrong: the next attempt's adjustments, and the way back.
 
-The decisions are in fedserver.adjustments and fedserver.alarm; here they meet the store.
+The decisions are in fedserver.adjustments and fedserver.alarm; here they meet the store. A model is
+taken back because its evaluation says so, or because clients agree that it was bad when it came.
 """
 
 from dataclasses import dataclass
@@ -8,12 +9,13 @@ from dataclasses import dataclass
 from fedserver.adjustments import adjustment_text, after_attempt, after_bad_model
 from fedserver.checkpoints import GlobalModel
 from fedserver.diagnoses import read_diagnosis
-from fedserver.evaluation import initial_state
+from fedserver.evaluation import initial_state, may_be_repeated
 from fedserver.events import event_of
 from fedserver.parts import Parts
 from fedserver.records import Adjustments, Event, Round
 from fedserver.retention import drop_updates
 from fedserver.rounds import Phase
+from shared.diagnosis import Cause
 from shared.failpoints import FailPoint, pass_by
 from shared.seeds import derive_seed
 from shared.tasks import Task
@@ -22,10 +24,14 @@ from shared.types import IncidentKind
 
 @dataclass(frozen=True, kw_only=True)
 class Consequences:
-    """What follows from an attempt: the adjustments after it, and what to record of them."""
+    """What follows from an attempt: the adjustments after it, and what to record of them.
+
+    `is_base_blamed` says that its clients agree on the model they were sent being bad.
+    """
 
     adjustments: Adjustments
     happened: list[Event]
+    is_base_blamed: bool = False
 
 
 async def consequences_of(
@@ -45,6 +51,15 @@ async def consequences_of(
         num_answers=len(updating | {one for one, _ in reports}),
         max_steps=parts.settings.max_adjustments,
     )
+    before = await parts.workers.in_store(parts.store.last_done_round, ending.run_id)
+    is_base_blamed = (
+        not is_done
+        and Cause.RECEIVED_MODEL in {one.cause for one in shared}
+        # In an asynchronous run clients weren't all sent the same one.
+        and parts.strategy.buffer_size == 0
+        and before is not None
+        and await may_be_repeated(parts, before)
+    )
     happened = [
         event_of(
             IncidentKind.CAUSE_SHARED,
@@ -53,13 +68,17 @@ async def consequences_of(
             cause=str(one.cause),
             clients=list(one.clients),
             answers=one.num_answers,
-            change=one.change,
+            change=(
+                "the model is taken back, its round repeated"
+                if one.cause is Cause.RECEIVED_MODEL and is_base_blamed
+                else one.change
+            ),
         )
         for one in shared
     ]
     if is_model_bad:
         after = after_bad_model(after, max_steps=parts.settings.max_adjustments)
-    return Consequences(adjustments=after, happened=happened)
+    return Consequences(adjustments=after, happened=happened, is_base_blamed=is_base_blamed)
 
 
 async def first_model(parts: Parts, task: Task, *, num_redraws: int) -> GlobalModel:

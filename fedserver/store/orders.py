@@ -231,9 +231,9 @@ class Orders(Database):
     def answers(self, ending: Round) -> tuple[list[tuple[int, Mapping[str, Any]]], set[int]]:
         """Return what clients have answered to a round under the adjustments in force.
 
-        That is in this attempt and in those before it with the same adjustments, since the first
-        client to give up may end an attempt before the others can say why they do. First who
-        reported a diagnosis, with the incident's fields, in order; then who has sent an update.
+        That is in this attempt and in those before it with the same adjustments and model, since
+        the first client to give up may end an attempt before the others can say why they do. First
+        who reported a diagnosis, with the incident's fields, in order; then who has sent an update.
         """
         rounds, orders, updates = schema.rounds, schema.orders, schema.updates
         events = schema.events
@@ -243,7 +243,7 @@ class Orders(Database):
 
         with self.reading() as connection:
             tried = connection.execute(
-                select(rounds.c.attempt, rounds.c.adjustments)
+                select(rounds.c.attempt, rounds.c.adjustments, rounds.c.base_digest)
                 .where(
                     rounds.c.run_id == ending.run_id,
                     rounds.c.round == ending.round_number,
@@ -251,8 +251,11 @@ class Orders(Database):
                 )
                 .order_by(rounds.c.attempt.desc())
             ).all()
-            in_force = ending.adjustments.as_json()
-            alike = [one.attempt for one in takewhile(lambda o: o.adjustments == in_force, tried)]
+            same = (ending.adjustments.as_json(), ending.base_digest)
+            alike = [
+                one.attempt
+                for one in takewhile(lambda o: (o.adjustments, o.base_digest) == same, tried)
+            ]
             diagnosed = connection.execute(
                 select(events.c.client_id, events.c.fields)
                 .where(

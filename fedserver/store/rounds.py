@@ -25,6 +25,7 @@ from fedserver.store.transitions import (
     move_orders,
     move_round,
 )
+from shared.diagnosis import Cause
 
 
 class Rounds(Database):
@@ -139,9 +140,11 @@ class Rounds(Database):
         *,
         adjustments_after: Adjustments = NO_ADJUSTMENTS,
         exclusions: Sequence[Exclusion] = (),
+        is_base_blamed: bool = False,
     ) -> list[Event]:
         """Give up an attempt; whatever it had stays recorded and counts for nothing.
 
+        `is_base_blamed` says that the model it began with, the last DONE round's, is bad.
         Returns the events recorded: those of the exclusions, then `happened`.
         """
         at = happened[0].at
@@ -152,6 +155,13 @@ class Rounds(Database):
                 at=at,
                 adjustments_after=adjustments_after.as_json(),
             )
+            if is_base_blamed:
+                done = connection.execute(_last_done(failing.run_id)).one()
+                connection.execute(
+                    update(schema.rounds)
+                    .where(*in_round(schema.rounds, read_round(connection, done)))
+                    .values(alarm=Cause.RECEIVED_MODEL)
+                )
             add_events(connection, failing.run_id, happened)
         return [*excluded, *happened]
 
@@ -249,7 +259,11 @@ class Rounds(Database):
             connection.execute(
                 update(schema.rounds)
                 .where(*in_round(schema.rounds, evaluated), schema.rounds.c.phase == Phase.DONE)
-                .values(evaluation=dict(evaluation), alarm=alarm)
+                .values(
+                    evaluation=dict(evaluation),
+                    # Clients may have said meanwhile that it is bad.
+                    alarm=schema.rounds.c.alarm if alarm is None else alarm,
+                )
             )
             add_events(connection, evaluated.run_id, [happened])
 
@@ -283,6 +297,12 @@ class Rounds(Database):
                 .order_by(table.c.round)
             ).scalars()
             return list(found)
+
+    def last_done_round(self, run_id: str) -> Round | None:
+        """Return the last DONE round, None if there is none."""
+        with self.reading() as connection:
+            row = connection.execute(_last_done(run_id)).first()
+            return None if row is None else read_round(connection, row)
 
     def alarmed_round(self, run_id: str) -> Round | None:
         """Return the last DONE round if something is wrong with its model."""

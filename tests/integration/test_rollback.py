@@ -239,6 +239,50 @@ def test_a_bad_model_is_taken_back_and_its_round_repeated(scene: Scene, connect:
     assert "its loss is" in shown
 
 
+def test_a_model_that_clients_call_bad_is_taken_back(scene: Scene, connect: Connect) -> None:
+    """Nobody else could: whoever was sent it says so, and the round that made it is repeated once.
+
+    What only one of them says is not acted on.
+    """
+    peers = connect("--max-rollbacks", 1)
+    first = open_round(peers)
+    deliver(first)
+    second = open_round(peers)
+    report(second, Cause.RECEIVED_MODEL, clients=[0], gave_up=True)
+    report(second, Cause.UNKNOWN, clients=[1], gave_up=True)
+    second = open_round(peers, attempt=(2, 2))
+    assert not same(second.base, first.base)
+    report(second, Cause.RECEIVED_MODEL, gave_up=True)
+    again = open_round(peers, attempt=(1, 2))
+    assert same(again.base, first.base)
+    assert rates(again) == {LR / 2}
+    deliver(again)
+    third = open_round(peers, attempt=(2, 3))
+    # It may be taken back once.
+    report(third, Cause.RECEIVED_MODEL, gave_up=True)
+    assert same(open_round(peers, attempt=(2, 4)).base, third.base)
+
+    history = scene.history()
+    assert [(one["round"], one["phase"]) for one in history[:2]] == [
+        (1, "ROLLED_BACK"),
+        (1, "DONE"),
+    ]
+    kinds = [one["kind"] for one in history[0]["incidents"]]
+    assert kinds == ["model-rolled-back"]
+    changes = [
+        incident["change"]
+        for one in history
+        for incident in one["incidents"]
+        if incident["kind"] == "cause-shared"
+    ]
+    assert changes == [
+        "the model is taken back, its round repeated",
+        "nothing is changed: no setting of a round would help",
+    ]
+    verified = scene.command("verify", "--state-dir", scene.folder / "server")
+    assert verified.returncode == 0, verified.stdout
+
+
 def test_a_server_optimizer_that_overflows_has_its_round_repeated_with_half_the_rate(
     scene: Scene, connect: Connect
 ) -> None:
