@@ -4,6 +4,7 @@ Everything stays on this machine: what is found may name examples by number.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,6 +19,7 @@ from shared.doctor import TrainingHalted
 from shared.doctor.batches import are_out_of_range
 from shared.doctor.oddness import unusual_entries, usual_state
 from shared.doctor.recording import Snapshot
+from shared.evaluation import evaluate
 from shared.tasks import Examples, Task
 from shared.training import StepProgress, train_model
 from shared.types import TrainingConfig
@@ -105,11 +107,11 @@ def examine_data(examples: Examples, task: Task) -> list[Observation]:
 _BESIDES = {"blank inputs": " (all of its numbers are the same)"}
 
 
-def examine_weights(model: nn.Module) -> Observation:
-    """Compare a model's first weights with those that its modules draw themselves."""
+def examine_weights(model: nn.Module, *, is_initial: bool = True) -> Observation:
+    """Compare a model's weights, first or received ones, with those that its modules draw."""
     tensors = [one.detach() for one in (*model.parameters(), *model.buffers())]
     start = Snapshot(step=0, tensors=tensors, optimizer_state=[], groups=[], scheduler_state=None)
-    odd = unusual_entries(model, start, usual_state(model), is_initial=True)
+    odd = unusual_entries(model, start, usual_state(model), is_initial=is_initial)
     num = sum(one.numel() for one in model.parameters())
     if not odd:
         return Observation(mark=Mark.WELL, what="weights", found=f"{num}, of usual sizes")
@@ -118,6 +120,20 @@ def examine_weights(model: nn.Module) -> Observation:
         mark=Mark.BAD,
         what="weights",
         found=f"unlike what torch draws: {names} (10 times too large or small, or all the same)",
+    )
+
+
+def examine_answers(
+    model: nn.Module, examples: Examples, task: Task, device: torch.device
+) -> Observation:
+    """Say how good a received model is on a client's examples."""
+    loader = make_loader(examples, batch_size=_CHUNK, shuffle=False)
+    found = evaluate(model, loader, task.loss, device)
+    is_well = math.isfinite(found.loss)
+    return Observation(
+        mark=Mark.WELL if is_well else Mark.BAD,
+        what="answers",
+        found=f"{found.accuracy:.2%} of this data right, loss {found.loss:.4g}",
     )
 
 
@@ -131,8 +147,12 @@ def take_first_steps(
     device: torch.device,
     seed: int,
     memory_bytes: int,
+    is_initial: bool = True,
 ) -> FirstSteps:
-    """Train for some steps with the doctor, which says what goes wrong and cures nothing."""
+    """Train for some steps with the doctor, which says what goes wrong and cures nothing.
+
+    `is_initial` says whether the weights are freshly initialised rather than received.
+    """
     losses: list[float] = []
 
     def note(taken: StepProgress) -> None:
@@ -156,6 +176,7 @@ def take_first_steps(
             on_step=note,
             doctor=DoctorSettings(default_policy=RemedyPolicy.REPORT, memory_bytes=memory_bytes),
             num_classes=task.num_classes,
+            is_initial=is_initial,
         )
     except TrainingHalted as error:
         diagnosis = error.diagnosis

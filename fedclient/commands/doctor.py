@@ -1,5 +1,7 @@
 """`python -m fedclient doctor`: whether this client is fit to join."""
 
+from pathlib import Path
+
 import torch
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -7,10 +9,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from fedclient.checkup import (
     Mark,
     Observation,
+    examine_answers,
     examine_data,
     examine_steps,
     examine_weights,
@@ -19,6 +23,7 @@ from fedclient.checkup import (
 from fedclient.devices import find_device
 from fedclient.settings import ComputeSettings, DataSettings, SharesSettings
 from shared.cli import parse
+from shared.codec import load_state_into
 from shared.diagnosis import Diagnosis
 from shared.diagnosis_text import (
     EXPERIMENT_HEADINGS,
@@ -29,6 +34,7 @@ from shared.diagnosis_text import (
     trend_rows,
     verdict,
 )
+from shared.errors import InvalidInput
 from shared.seeds import derive_seed
 from shared.tasks import DataRequest, Partition, find_task
 from shared.types import OptimizerName, TrainingConfig
@@ -39,7 +45,7 @@ _STYLES = {Mark.WELL: "green", Mark.ODD: "yellow", Mark.BAD: "bold red"}
 
 
 class CheckupSettings(SharesSettings, ComputeSettings, DataSettings):
-    """Examine a client's data, first weights and first steps, before it joins.
+    """Examine a client's data, first weights (or a model it was sent) and first steps.
 
     Exit code 0: it is well; 1: it isn't. Nothing leaves this machine.
     """
@@ -47,6 +53,11 @@ class CheckupSettings(SharesSettings, ComputeSettings, DataSettings):
     model_config = SettingsConfigDict(cli_prog_name="python -m fedclient doctor")
 
     id: int = Field(default=0, ge=0, le=2**53, description="this client's number")
+    model: Path | None = Field(
+        default=None,
+        description="safetensors file of a model to examine instead of first weights: one that "
+        "the server holds or exported",
+    )
     steps: int = Field(default=50, ge=1, description="training steps that are tried")
     batch_size: int = Field(default=_TRAINING.batch_size, ge=1, description="examples a step")
     optimizer: OptimizerName = Field(default="sgd", description="as the run's")
@@ -88,7 +99,12 @@ def run(argv: list[str]) -> int:
     if len(examples):  # type: ignore[arg-type]  # Dataset itself declares no length
         torch.manual_seed(derive_seed(settings.seed, "init"))
         model = task.build_model()
-        observations.append(examine_weights(model))
+        if settings.model is not None:
+            _load(model, settings.model)
+        is_initial = settings.model is None
+        observations.append(examine_weights(model, is_initial=is_initial))
+        if not is_initial:
+            observations.append(examine_answers(model, examples, task, device))
         steps = take_first_steps(
             model,
             examples,
@@ -105,6 +121,7 @@ def run(argv: list[str]) -> int:
             device=device,
             seed=derive_seed(settings.seed, "batches", client_id=settings.id),
             memory_bytes=settings.doctor_bytes,
+            is_initial=is_initial,
         )
         observations.append(examine_steps(steps))
         diagnosis = steps.diagnosis
@@ -114,6 +131,16 @@ def run(argv: list[str]) -> int:
     bad = [one.what for one in observations if one.mark is Mark.BAD]
     console.print(f"\nNot well: {', '.join(bad)}" if bad else "\nIt is well", style="bold")
     return 1 if bad else 0
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    try:
+        load_state_into(model.state_dict(), path)
+    except (InvalidInput, OSError) as error:
+        raise InvalidInput(
+            f"--model {path} can't be examined: {error}; give a safetensors file of this task's "
+            "model"
+        ) from error
 
 
 def _table(observations: list[Observation]) -> Table:

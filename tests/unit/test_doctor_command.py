@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedclient.__main__ import main
+from shared.codec import decode_state, write_state
 from shared.tasks import DataRequest, Examples, Task
 from tests.processes import GENEROUS_S, ROOT
 
@@ -151,6 +152,37 @@ def test_weights_that_no_initialisation_draws_are_named(told: Told) -> None:
     assert code == 1
     assert found["weights"].startswith("bad: unlike what torch draws: 3.weight ")
     assert found["first steps"].startswith("bad: bad-initialisation at step ")
+
+
+def test_a_received_model_is_examined_on_this_clients_data(told: Told, tmp_path: Path) -> None:
+    """A good one answers and trains well; one blown up and turned round is named as received.
+
+    One that has a NaN is bad already as it is; a file of another model is refused with a sentence.
+    """
+    path = tmp_path / "model.safetensors"
+    torch.manual_seed(0)
+    model = _model()
+    write_state(path, model.state_dict())
+    code, found, _ = told("well", "--model", str(path), "--steps", "20")
+    assert code == 0
+    assert "of this data right, loss 0." in found["answers"]
+    blown_up = {name: -1e4 * one if name == "3.weight" else one for name, one in _state(path)}
+    write_state(path, blown_up)
+    code, found, _ = told("well", "--model", str(path))
+    assert code == 1
+    assert found["weights"].startswith("bad: unlike what torch draws: 3.weight ")
+    assert found["first steps"].startswith("bad: received-model at step 1 ")
+    blown_up["3.bias"][0] = torch.nan
+    write_state(path, blown_up)
+    _, found, _ = told("well", "--model", str(path))
+    assert found["answers"].endswith("loss nan")
+    assert found["answers"].startswith("bad: ")
+    write_state(path, {"0.weight": torch.zeros(1)})
+    assert told("well", "--model", str(path))[:2] == (1, {})
+
+
+def _state(path: Path) -> list[tuple[str, Tensor]]:
+    return [(name, one.clone()) for name, one in decode_state(path.read_bytes()).items()]
 
 
 def test_no_examples_are_no_client(told: Told) -> None:
