@@ -2,7 +2,8 @@
 
 A model that stops being finite never leaves this module. Every step is the doctor's
 (shared.doctor): armed, it finds out why a training goes wrong, cures it and goes on; disarmed, it
-stops at the step at which the loss, a gradient, a parameter or a buffer is first not finite.
+stops at the step at which the loss, a gradient or a parameter is first not finite, and at most
+eight steps after a buffer is.
 """
 
 import math
@@ -31,8 +32,9 @@ DISARMED = DoctorSettings(is_armed=False)
 class StepProgress:
     """One optimizer step that went well. `step` counts from 1 over all epochs, `batch` in one.
 
-    `grad_norm` is the gradient's global L2 norm before clipping, `lr` the step size. Where it was
-    asked for, `largest_gradient` is the largest absolute value in any gradient before clipping.
+    `grad_norm` is the gradient's global L2 norm before clipping, None where it wasn't measured (an
+    armed doctor measures now and then); `lr` is the step size. Where it was asked for,
+    `largest_gradient` is the largest absolute value in any gradient before clipping.
     """
 
     step: int
@@ -40,7 +42,7 @@ class StepProgress:
     batch: int
     batch_size: int
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     lr: float
     largest_gradient: float | None = None
 
@@ -323,5 +325,7 @@ def _largest_gradient(
 ) -> float:
     """Return the largest absolute value in any gradient before it was clipped."""
     gradients = [one.grad for one in learning if one.grad is not None and one.grad.numel() > 0]
-    scale = 1.0 if clip_norm is None else max(1.0, taken.grad_norm / clip_norm)
+    scale = 1.0
+    if clip_norm is not None and taken.grad_norm is not None:
+        scale = max(1.0, taken.grad_norm / clip_norm)
     return scale * max(float(one.abs().max()) for one in gradients)

@@ -40,7 +40,7 @@ def batch_size(batch: Batch) -> int:
     """
     for one in tensors_of(batch):
         if one.ndim > 0:
-            return len(one)
+            return one.shape[0]
     raise InvalidInput("a batch needs a tensor with the samples in dimension 0, but has none")
 
 
@@ -126,7 +126,9 @@ def labels_of(batch: Batch) -> Tensor | None:
     """Return the last tensor of whole numbers that has samples, None if there is none."""
     num = batch_size(batch)
     for one in reversed(tensors_of(batch)):
-        is_whole = not (one.is_floating_point() or one.is_complex() or one.dtype == torch.bool)
-        if is_whole and one.ndim > 0 and len(one) == num:
+        if one.dtype in _WHOLE and one.ndim > 0 and one.shape[0] == num:
             return one
     return None
+
+
+_WHOLE = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})

@@ -39,6 +39,11 @@ def guarding_loss() -> Change:
     return lambda one: replace(one, guards=True)
 
 
+def unguarding_loss() -> Change:
+    """Compute the loss as it is written."""
+    return lambda one: replace(one, guards=False)
+
+
 def widening() -> Change:
     """Compute in float32 what is computed in fewer bits; the subject is to be widened, too."""
     return lambda one: replace(one, widens=True)

@@ -17,7 +17,11 @@ from shared.doctor.stepping import UNTREATED
 _RATE_FACTORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)
 _JUMP = 10.0
 _STEEP = 30.0
+_NUM_LASTING = 24
+"""By so many steps at least a rate is judged beside others, each a third of the one before."""
 _FURTHER = 0.9
+_LOWER = 3.0
+_NUM_LOWER = 8
 
 
 class Courses:
@@ -96,28 +100,46 @@ class Courses:
         return None if widened is None else (Cause.PRECISION, starts[-1])
 
     def _slow_enough(self, start: Snapshot, until: int) -> Course | None:
-        """Lower the rate until it heals; once more if that leads clearly further."""
-        healing: Course | None = None
-        reached = math.inf
+        """Lower the rate until it heals, and on as long as that leads further."""
         for factor in _RATE_FACTORS:
-            slow = self.run(
-                ExperimentName.LOWER_RATE,
-                start,
-                until,
-                change=changes.slowing(factor),
-                value=factor,
-            )
-            found = self._replay.probe_loss()
-            if healing is not None:
-                if slow is not None and found < _FURTHER * reached:
-                    return slow
-                self._experiments.pop()
-                return healing
-            healing, reached = slow, found
+            slow = self._at_rate(factor, start, until)
+            if slow is not None:
+                best = self._best_rate(factor, start, until)
+                better = None if best == factor else self._at_rate(best, start, until)
+                return better or slow
             if self._experiments[-1].failed_at_step == start.step + 1 and not self._has_stepped:
                 # It fails before the rate has any say.
                 return None
-        return healing
+        return None
+
+    def _at_rate(self, factor: float, start: Snapshot, until: int) -> Course | None:
+        return self.run(
+            ExperimentName.LOWER_RATE, start, until, change=changes.slowing(factor), value=factor
+        )
+
+    def _best_rate(self, factor: float, start: Snapshot, until: int) -> float:
+        """Return the rate that leads furthest, from one that heals on downwards.
+
+        A few steps hardly show whether a rate lasts: they are repeated.
+        """
+        num_times = -(-_NUM_LASTING // (until - start.step))
+
+        def reached(factor: float, *, num_times: int = num_times) -> float:
+            course = self._replay.run(
+                start, until, change=changes.slowing(factor), num_times=num_times
+            )
+            return math.inf if course.failed_at else self._replay.probe_loss()
+
+        least, lower = reached(factor), reached(factor / 10)
+        once = reached(factor, num_times=1), reached(factor / 10, num_times=1)
+        if lower < least or once[1] < _FURTHER * once[0]:
+            factor, least = factor / 10, lower
+        for _ in range(_NUM_LOWER):
+            lower = reached(factor / _LOWER)
+            if not (lower < least or math.isinf(least)):
+                break
+            factor, least = factor / _LOWER, lower
+        return factor
 
     def _good_starts(self, newest: Snapshot) -> list[Snapshot]:
         """Return the newest state that is good beyond doubt, and the oldest."""
@@ -136,7 +158,7 @@ def _is_steep(slow: Course, usual_norm: float | None) -> bool:
 
     Without earlier steps to compare with, steep is a gradient thirty times the loss, and thirty.
     """
-    steepest = max(one.taken.grad_norm for one in slow.steps)
+    steepest = max(one.taken.grad_norm or 0.0 for one in slow.steps)
     if usual_norm is not None:
         return steepest > _JUMP * usual_norm
     return steepest > _STEEP * max(1.0, abs(slow.steps[0].taken.loss))

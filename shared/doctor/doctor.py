@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -14,16 +13,15 @@ from shared.diagnosis import (
     Cause,
     Diagnosis,
     DoctorSettings,
-    Origin,
     Remedy,
     RemedyKind,
     RemedyPolicy,
-    StepPhase,
     Symptom,
     TrendPoint,
 )
 from shared.doctor import changes
-from shared.doctor.batches import Batch, batch_size
+from shared.doctor.batches import Batch, batch_size, tensors_of
+from shared.doctor.disarmed import Disarmed, trend_point
 from shared.doctor.examination import examine
 from shared.doctor.findings import Case, Finding
 from shared.doctor.oddness import usual_state
@@ -32,13 +30,12 @@ from shared.doctor.recording import (
     Recorded,
     Tape,
     device_of,
-    first_bad_entry,
-    first_bad_gradient,
     is_finite,
     restore_snapshot,
+    symptom_of_state,
     take_snapshot,
 )
-from shared.doctor.remedies import applied, remedies_for
+from shared.doctor.remedies import Allowance, applied, remedies_for
 from shared.doctor.reports import StepReport, TrainingHalted
 from shared.doctor.stepping import (
     UNTREATED,
@@ -48,7 +45,7 @@ from shared.doctor.stepping import (
     Treatment,
     take_step,
 )
-from shared.doctor.symptoms import PHASES, Watch, classes_of
+from shared.doctor.symptoms import Watch, classes_of
 
 _NUM_TREND = 5
 _SUSPICIONS = (Symptom.LOSS_EXPLOSION, Symptom.DEAD_NETWORK, Symptom.COLLAPSE)
@@ -112,16 +109,17 @@ class Doctor:
         self._on_replay = on_replay
         self._on_diagnosis = on_diagnosis
         self._device = device_of(self._subject)
+        self._can_fail = self._device.type == "cpu"
         self._watch = Watch(num_classes=num_classes)
         self._tape = Tape(memory_bytes=self.settings.memory_bytes)
         self._step = 0
         self._epoch = self._batch = 0
-        self._num_remedies = 0
-        self._recent: deque[TrendPoint] = deque(maxlen=_NUM_TREND)
+        self._allowance = Allowance(self.settings.max_remedies)
         self._dismissed: set[Symptom] = set()
         if treatment.widens:
             changes.widen(self._subject)
-        if self.settings.is_armed:
+        self._disarmed = None if self.settings.is_armed else Disarmed(self._subject)
+        if self._disarmed is None:
             self._tape.keep(take_snapshot(self._subject, step=0))
 
     def step(
@@ -143,47 +141,34 @@ class Doctor:
         self._step += 1
         self._batch = self._batch + 1 if epoch == self._epoch else 1
         self._epoch = epoch
-        symptom = self._watch.examine_batch(batch) if self.settings.is_armed else None
-        if symptom in self._dismissed or self._is_treated(symptom):
-            symptom = None
-        random_state = RandomState.now(self._device) if self.settings.is_armed else None
-        taken = (
-            Taken(lr=self._lr())
-            if symptom is not None
-            else take_step(self._subject, batch, self.treatment, step=self._step)
-        )
-        self._recent.append(
-            TrendPoint(
-                step=self._step,
-                loss=taken.loss,
-                grad_norm=taken.grad_norm,
-                largest_weight=math.nan,
-                lr=taken.lr,
-            )
-        )
-        if random_state is None:
-            self._examine_unarmed(taken)
-            return self._report(taken)
+        if self._disarmed is not None:
+            return self._take_unwatched(batch, self._disarmed)
+        # A label out of range ends a CUDA process for good.
+        symptom = None if self._can_fail else self._examine_ahead(batch)
+        random_state = RandomState.now(self._device)
+        taken = Taken(lr=self._lr()) if symptom is not None else self._take(batch)
         self._tape.record(
             Recorded(
                 step=self._step,
                 epoch=epoch,
                 batch_number=self._batch,
                 batch=batch,
-                indices=None if indices is None else [int(one) for one in indices],
+                indices=indices.tolist() if isinstance(indices, Tensor) else indices,
                 random_state=random_state,
                 treatment=self.treatment,
                 taken=taken.without_tensors(),
+                num_bytes=sum(one.nbytes for one in tensors_of(batch)),
             )
         )
-        if symptom is None:
-            symptom = self._watch.examine_step(taken, step=self._step)
-        if self._subject.num_classes is None and self._step == 1:
+        is_tried = symptom is None
+        if is_tried:
+            symptom = self._examine(taken, batch)
+        if self._step == 1 and self._subject.num_classes is None:
             self._learn_classes(taken)
         if symptom is None and self._tape.is_snapshot_due(self._step):
             symptom = self._keep_state()
         if symptom is not None and symptom not in self._dismissed:
-            taken = self._treat(symptom, taken)
+            taken = self._treat(symptom, taken, is_tried=is_tried)
         return self._report(taken)
 
     def finish(self) -> None:
@@ -192,10 +177,51 @@ class Doctor:
         Raises:
             TrainingHalted: they didn't, and it may not or can't be cured.
         """
-        if self.settings.is_armed and self._step and not is_finite(self._subject):
-            self._treat(self._symptom_of_state(), self._tape.steps[-1].taken)
+        if self._disarmed is not None:
+            self._stop_at(self._disarmed.examine_state())
+        elif self._step and not is_finite(self._subject):
+            symptom, _ = symptom_of_state(self._subject)
+            self._treat(symptom, self._tape.steps[-1].taken)
+
+    # ---- taking a step
+
+    def _take(self, batch: Batch) -> Taken:
+        return take_step(
+            self._subject,
+            batch,
+            self.treatment,
+            step=self._step,
+            is_measured=self._watch.needs_measure(self._step),
+        )
+
+    def _take_unwatched(self, batch: Batch, disarmed: Disarmed) -> StepReport:
+        """Take a step and stop where it is not finite."""
+        taken = take_step(self._subject, batch, self.treatment, step=self._step)
+        if taken.error is not None:
+            raise taken.error
+        self._stop_at(
+            disarmed.examine(taken, step=self._step, epoch=self._epoch, batch=self._batch)
+        )
+        return self._report(taken)
+
+    def _stop_at(self, diagnosis: Diagnosis | None) -> None:
+        if diagnosis is not None:
+            self._tell(diagnosis)
+            raise TrainingHalted(diagnosis)
 
     # ---- noticing
+
+    def _examine_ahead(self, batch: Batch) -> Symptom | None:
+        """Look at a batch before the step, where that can't be taken back."""
+        symptom = self._watch.examine_labels(batch)
+        return None if symptom in self._dismissed or self._is_treated() else symptom
+
+    def _examine(self, taken: Taken, batch: Batch) -> Symptom | None:
+        """Look at a step that was taken."""
+        symptom = self._watch.examine_step(taken, step=self._step)
+        if symptom is None or taken.is_finite or self._is_treated():
+            return symptom
+        return self._watch.examine_batch(batch) or symptom
 
     def _learn_classes(self, taken: Taken) -> None:
         """Take from the first outputs how many classes there are."""
@@ -206,26 +232,19 @@ class Doctor:
     def _keep_state(self) -> Symptom | None:
         """Keep the state if it is good."""
         if not is_finite(self._subject):
-            return self._symptom_of_state()
+            return symptom_of_state(self._subject)[0]
         symptom = self._watch.examine_answers()
         if symptom is None or symptom in self._dismissed:
             self._tape.keep(take_snapshot(self._subject, step=self._step))
         return symptom
 
-    def _symptom_of_state(self) -> Symptom:
-        name = first_bad_entry(self._subject)
-        if name is None:
-            return Symptom.NON_FINITE_OPTIMIZER_STATE
-        parameters = dict(self._subject.model.named_parameters())
-        return Symptom.NON_FINITE_PARAMETER if name in parameters else Symptom.NON_FINITE_BUFFER
-
-    def _is_treated(self, symptom: Symptom | None) -> bool:
+    def _is_treated(self) -> bool:
         """Whether the treatment in force takes care of what a batch shows."""
-        return symptom is not None and (bool(self.treatment.drops) or self.treatment.sanitises)
+        return bool(self.treatment.drops) or self.treatment.sanitises
 
     # ---- treating
 
-    def _treat(self, symptom: Symptom, taken: Taken) -> Taken:
+    def _treat(self, symptom: Symptom, taken: Taken, *, is_tried: bool = True) -> Taken:
         """Find out why, and go on if that can be; returns how the newest step went then."""
         began = time.monotonic()
         live = take_snapshot(self._subject, step=self._step)
@@ -236,6 +255,7 @@ class Doctor:
                 subject=self._subject,
                 tape=self._tape,
                 symptom=symptom,
+                is_tried=is_tried,
                 level=self._watch.first_level,
                 usual_norm=self._watch.usual_norm,
                 is_initial=self._is_initial,
@@ -250,7 +270,7 @@ class Doctor:
         if taken.error is not None and finding.cause is Cause.UNKNOWN:
             # Nothing says that it isn't a mistake in the model's code: its author is to see it.
             raise taken.error
-        diagnosis = self._diagnosis(symptom, finding)
+        diagnosis = self._diagnosis(finding)
         policy = self.settings.policy_for(finding.cause)
         candidates: list[Remedy] = []
         if policy is RemedyPolicy.CURE:
@@ -258,11 +278,12 @@ class Doctor:
         elif policy is RemedyPolicy.SKIP:
             candidates = [Remedy(kind=RemedyKind.SKIP_BATCH)]
         for remedy in candidates:
-            if self._num_remedies >= self.settings.max_remedies:
+            num_skipped = len(self.treatment.skips)
+            if not self._allowance.grants(remedy, finding, num_skipped=num_skipped):
                 break
-            self._num_remedies += 1
             again = self._apply(remedy, finding, steps)
             if again is not None:
+                self._allowance.remember(remedy, finding)
                 random_state.restore(self._device)
                 cured = replace(remedy, is_working=True)
                 self._tell(replace(diagnosis, remedy=cured, seconds=time.monotonic() - began))
@@ -277,9 +298,9 @@ class Doctor:
         if symptom not in (Symptom.LOSS_EXPLOSION,):
             self._dismissed.add(symptom)
         if not taken.is_taken or math.isnan(taken.loss):
-            taken = take_step(
-                self._subject, self._tape.steps[-1].batch, self.treatment, step=self._step
-            )
+            newest = self._tape.steps.pop()
+            taken = self._take(newest.batch)
+            self._tape.steps.append(newest._replace(taken=taken.without_tensors()))
         if self._tape.is_snapshot_due(self._step) and is_finite(self._subject):
             self._tape.keep(take_snapshot(self._subject, step=self._step))
         return taken
@@ -305,11 +326,7 @@ class Doctor:
             taken = take_step(self._subject, one.batch, treatment, step=one.step)
             self._on_replay()
             self._tape.record(
-                replace(
-                    one,
-                    treatment=treatment,
-                    taken=taken.without_tensors(),
-                )
+                one._replace(treatment=treatment, taken=taken.without_tensors()),
             )
             symptom = self._watch.examine_step(taken, step=one.step)
             is_certain = symptom is not None and symptom not in _SUSPICIONS
@@ -320,42 +337,12 @@ class Doctor:
         self.treatment = treatment
         return taken
 
-    def _examine_unarmed(self, taken: Taken) -> None:
-        if taken.error is not None:
-            raise taken.error
-        symptom = self._watch.examine_step(taken, step=self._step)
-        if symptom in _SUSPICIONS:
-            symptom = None
-        tensor = ""
-        if symptom is None and not is_finite(self._subject):
-            symptom = self._symptom_of_state()
-            tensor = first_bad_entry(self._subject) or ""
-        if symptom is None:
-            return
-        if symptom is Symptom.NON_FINITE_GRADIENT:
-            tensor = first_bad_gradient(self._subject) or ""
-        self._tell(
-            Diagnosis(
-                symptom=symptom,
-                cause=Cause.UNKNOWN,
-                step=self._step,
-                noticed_at_step=self._step,
-                epoch=self._epoch,
-                batch=self._batch,
-                batch_size=taken.batch_size,
-                lr=taken.lr,
-                origin=Origin(phase=PHASES.get(symptom, StepPhase.FORWARD), tensor=tensor),
-                trend=tuple(self._recent),
-            )
-        )
-        raise TrainingHalted(self.diagnoses[-1])
-
     # ---- telling
 
-    def _diagnosis(self, symptom: Symptom, finding: Finding) -> Diagnosis:
+    def _diagnosis(self, finding: Finding) -> Diagnosis:
         bad = finding.bad_step
         return Diagnosis(
-            symptom=symptom,
+            symptom=finding.symptom,
             cause=finding.cause,
             step=bad.step,
             noticed_at_step=self._step,
@@ -368,10 +355,14 @@ class Doctor:
             num_samples=finding.num_samples,
             experiments=finding.experiments,
             contributing=finding.contributing,
-            trend=finding.trend or tuple(self._recent),
+            trend=finding.trend or self._trend(),
             returned_to_step=finding.return_to.step,
             num_replayed_steps=finding.num_replayed_steps,
         )
+
+    def _trend(self) -> tuple[TrendPoint, ...]:
+        newest = list(self._tape.steps)[-_NUM_TREND:]
+        return tuple(trend_point(one.step, one.taken) for one in newest)
 
     def _tell(self, diagnosis: Diagnosis) -> None:
         self.diagnoses.append(diagnosis)

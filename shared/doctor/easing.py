@@ -1,5 +1,6 @@
 """What of a cure lasts into a client's next rounds, and how it is released, step by step."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,21 +24,24 @@ class Convalescence:
     ) -> "Convalescence":
         """Return what is in force in the next round, given how one ended.
 
-        A round with a diagnosis begins the count anew. With each healthy one the rate doubles back
-        to its own, and so does the norm that gradients are clipped at. After four, what still holds
-        is released, but for leaving samples out as long as there are any to leave out. A step that
-        was skipped is no step of the next round.
+        A round with a diagnosis begins the count anew. With each healthy one the norm doubles that
+        gradients are clipped at. From the fourth on the rate doubles back to its own, and what
+        still holds is released, but for leaving samples out as long as there are any to leave out.
+        A step that was skipped is no step of the next round.
         """
         lasting = replace(treatment, skips=frozenset(), warmup_steps=0, warmup_from=0)
         if not was_healthy:
             return Convalescence(treatment=lasting)
         num_healthy = self.num_healthy_rounds + 1
-        clip_norm = None if lasting.clip_norm is None else 2 * lasting.clip_norm
-        eased = replace(lasting, rate_factor=min(1.0, 2 * lasting.rate_factor), clip_norm=clip_norm)
-        if num_healthy >= _HEALTHY_ROUNDS:
-            eased = replace(UNTREATED, rate_factor=eased.rate_factor)
-            if has_dropped_samples:
-                eased = replace(eased, drops=lasting.drops, max_input=lasting.max_input)
+        if num_healthy < _HEALTHY_ROUNDS:
+            clip_norm = None if lasting.clip_norm is None else 2 * lasting.clip_norm
+            eased = replace(lasting, clip_norm=clip_norm)
+            return Convalescence(treatment=eased, num_healthy_rounds=num_healthy)
+        rate_factor = min(1.0, 2 * lasting.rate_factor)
+        max_rate = math.inf if rate_factor == 1 else 2 * lasting.max_rate
+        eased = replace(UNTREATED, rate_factor=rate_factor, max_rate=max_rate)
+        if has_dropped_samples:
+            eased = replace(eased, drops=lasting.drops, max_input=lasting.max_input)
         return Convalescence(treatment=eased, num_healthy_rounds=num_healthy)
 
     def as_json(self) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Evidence:
 
     def __init__(self, case: Case) -> None:
         self._case = case
+        self._symptom = case.symptom
         self._subject = case.subject
         self._tape = case.tape
         self._noticed = case.tape.steps[-1]
@@ -85,8 +86,8 @@ class Evidence:
 
     def _has_spoilt(self, course: Course) -> bool:
         """Whether a gradient far beyond the usual ones has undone a part of what was learned."""
-        usual = self._case.usual_norm
-        if usual is None or not self._noticed.taken.grad_norm > _SPIKE * usual:
+        usual, norm = self._case.usual_norm, course.steps[-1].taken.grad_norm
+        if usual is None or norm is None or not norm > _SPIKE * usual:
             return False
         after = self._replay.probe_loss()
         restore_snapshot(self._subject, course.before)
@@ -103,7 +104,7 @@ class Evidence:
         """Find where the first bad value comes up in the bad step."""
         bad, subject = self._bad, self._subject
         batch = prepared(bad.batch, bad.treatment, num_classes=subject.num_classes)
-        self._origin = Origin(phase=_QUIET_PHASES.get(self._case.symptom, StepPhase.LOSS))
+        self._origin = Origin(phase=_QUIET_PHASES.get(self._symptom, StepPhase.LOSS))
         if batch is None:
             return
 
@@ -114,7 +115,7 @@ class Evidence:
         restore_snapshot(subject, self._before)
         bad.random_state.restore(device_of(subject))
         self._replay.count_step()
-        if bad.taken.error is not None or self._case.symptom is Symptom.LABEL_OUT_OF_RANGE:
+        if bad.taken.error is not None or self._symptom is Symptom.LABEL_OUT_OF_RANGE:
             raised = locate_error(subject.model, batch, compute_loss)
             if raised is not None:
                 self._origin = raised[1]
@@ -145,6 +146,10 @@ class Evidence:
         return self._replay.goes_well(
             self._before, self._bad, self._bad.batch, change=changes.guarding_loss()
         )
+
+    def _step_is_finite(self, change: Change) -> bool:
+        """Whether the bad step's loss and gradient are, with one thing changed."""
+        return self._replay.take(self._before, self._bad, change=change).is_finite
 
     def _step_goes_well(self, batch: Batch) -> bool:
         return self._replay.goes_well(self._before, self._bad, batch)

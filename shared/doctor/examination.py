@@ -33,7 +33,6 @@ from shared.diagnosis import (
     Origin,
     StepPhase,
     SuspectSample,
-    Symptom,
 )
 from shared.doctor import changes
 from shared.doctor.batches import (
@@ -60,6 +59,7 @@ from shared.doctor.recording import (
 )
 from shared.doctor.reproduction import contradiction, largest_norm
 from shared.doctor.samples import failing_samples, oddities
+from shared.doctor.symptoms import symptom_of
 
 _MAX_TRIES = 64
 _SMALL_SHARE = 0.25
@@ -69,7 +69,6 @@ _ROOM = 4.0
 """Inputs may be so many times as large as healthy ones before they count as outliers."""
 _LONGEST_RESTART = 48
 _AT_ONCE = 2
-_SEEN_AT_ONCE = (Symptom.NON_FINITE_INPUT, Symptom.LABEL_OUT_OF_RANGE)
 _NARROW = ("float16", "bfloat16")
 
 
@@ -89,7 +88,7 @@ class _Examination(Evidence):
     """Looks for one cause after another."""
 
     def find(self) -> Finding | None:
-        if self._case.symptom in _SEEN_AT_ONCE:
+        if not self._case.is_tried:
             self._before = self._start = take_snapshot(self._subject, step=self._noticed.step - 1)
             if self._step_goes_well(self._bad.batch):
                 return None
@@ -106,6 +105,9 @@ class _Examination(Evidence):
             if not course.failed_at and self._replay.is_sane() and not self._has_spoilt(course):
                 return None
             self._failed = self._bad = self._recorded(course.failed_at or self._noticed.step)
+            if self._failed is not self._noticed and not course.steps[-1].taken.is_finite:
+                # It was noticed by what came of it.
+                self._symptom = symptom_of(course.steps[-1].taken)
             self._before = course.before
             self._locate()
             self._note(ExperimentName.UNCHANGED, is_healed=False)
@@ -258,6 +260,12 @@ class _Examination(Evidence):
         return Cause.OPTIMIZER_STATE if is_healed else None
 
     def _look_at_loss(self) -> Cause | None:
+        if self._bad.treatment.guards:
+            # Where a guarded number was moved no gradient is left: that is the loss's fault still.
+            is_at_fault = not self._step_is_finite(changes.unguarding_loss())
+            if is_at_fault:
+                self._note(ExperimentName.GUARDED_LOSS, is_healed=False)
+            return Cause.LOSS_FUNCTION if is_at_fault else None
         if not self._is_loss_suspect():
             return None
         is_healed = self._guarded_step_goes_well()
@@ -284,6 +292,7 @@ class _Examination(Evidence):
     def _finding(self, cause: Cause) -> Finding:
         steps = self._course.steps if self._course is not None else ()
         return Finding(
+            symptom=self._symptom,
             cause=cause,
             bad_step=self._bad if cause in _OF_THE_BATCH else self._failed,
             origin=self._origin,

@@ -23,13 +23,15 @@ from shared.doctor.stepping import Subject
 class Case:
     """A training in which `symptom` was noticed in the newest step of its tape.
 
-    `level` is the loss it began with, `usual_norm` the median gradient norm of its healthy steps;
-    `fresh_state` gives usual initial weights by name, `on_replay` is told of every step repeated.
+    `is_tried` is False where that step was better not taken; `level` is the loss it began with,
+    `usual_norm` the median gradient norm of its healthy steps; `fresh_state` gives usual initial
+    weights by name, `on_replay` is told of every step repeated.
     """
 
     subject: Subject
     tape: Tape
     symptom: Symptom
+    is_tried: bool
     level: float
     usual_norm: float | None
     is_initial: bool
@@ -39,8 +41,13 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What the examination came to; `return_to` is the last good state."""
+    """What the examination came to.
 
+    `symptom` is what its bad step shows, if that isn't the step in which something was noticed;
+    `return_to` is the last good state.
+    """
+
+    symptom: Symptom
     cause: Cause
     bad_step: Recorded
     origin: Origin

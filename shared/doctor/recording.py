@@ -4,20 +4,21 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shared.doctor.batches import Batch, tensors_of
+from shared.diagnosis import Symptom
+from shared.doctor.batches import Batch
 from shared.doctor.stepping import Subject, Taken, Treatment
 from shared.doctor.symptoms import INTERVAL
 
 _MAX_AGE = 128
 
 
-@dataclass(frozen=True, kw_only=True)
-class RandomState:
+class RandomState(NamedTuple):
     """Where torch's global generators are, so that dropout repeats."""
 
     cpu: Tensor
@@ -49,7 +50,7 @@ class Snapshot:
     groups: list[dict[str, Any]]
     scheduler_state: dict[str, Any] | None
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """What the copies take."""
         state = (one for entry in self.optimizer_state for one in entry.values())
@@ -58,7 +59,11 @@ class Snapshot:
 
 def entries_of(subject: Subject) -> list[Tensor]:
     """Return the model's own parameters and buffers, not copies, each once."""
-    return [*subject.model.parameters(), *subject.model.buffers()]
+    # In the order of model.parameters() and model.buffers(), which go through the modules slowly.
+    modules = list(subject.model.modules())
+    parameters = (one for module in modules for one in module._parameters.values())
+    buffers = (one for module in modules for one in module._buffers.values())
+    return list(dict.fromkeys(one for one in (*parameters, *buffers) if one is not None))
 
 
 def device_of(subject: Subject) -> torch.device:
@@ -96,39 +101,54 @@ def restore_snapshot(subject: Subject, snapshot: Snapshot) -> None:
     for parameter, state in zip(learned, snapshot.optimizer_state, strict=True):
         if state:
             optimizer.state[parameter] = _copied(state)
-    for group, saved in zip(optimizer.param_groups, snapshot.groups, strict=True):
-        group.update({key: _copy(value) for key, value in saved.items()})
+    restore_schedule(subject, snapshot)
     optimizer.zero_grad()
+
+
+def restore_schedule(subject: Subject, snapshot: Snapshot) -> None:
+    """Put the learning rate and what changes it back where they were."""
+    for group, saved in zip(subject.optimizer.param_groups, snapshot.groups, strict=True):
+        group.update({key: _copy(value) for key, value in saved.items()})
     if subject.scheduler is not None and snapshot.scheduler_state is not None:
         subject.scheduler.load_state_dict(snapshot.scheduler_state)
 
 
 def is_finite(subject: Subject) -> bool:
-    """Whether parameters, buffers and the optimizer's state are; one wait for the device."""
+    """Whether parameters, buffers and the optimizer's state are."""
     tensors = [one for one in entries_of(subject) if one.is_floating_point()]
-    tensors += [
-        one
-        for state in subject.optimizer.state.values()
-        for one in state.values()
-        if isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 0
-    ]
-    norms = torch._foreach_norm([one.detach() for one in tensors if one.numel() > 0])
+    for state in subject.optimizer.state.values():
+        for one in state.values():
+            if isinstance(one, Tensor) and one.ndim > 0 and one.is_floating_point():
+                tensors.append(one)
+    return are_finite(tensors)
+
+
+@torch.no_grad()
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether floating-point tensors have no NaN and no infinity; one wait for the device."""
+    norms = torch._foreach_norm([one for one in tensors if one.numel() > 0])
     # The norm screens; where it isn't finite a number is bad or the norm itself overflows.
-    if math.isfinite(_sum(norms)):
-        return True
-    return all(bool(one.isfinite().all()) for one in tensors)
-
-
-def _sum(norms: Sequence[Tensor]) -> float:
-    if len({(one.dtype, one.device) for one in norms}) == 1:
-        return float(torch.stack(list(norms)).sum())
-    return sum(float(one) for one in norms)
+    if len({one.device for one in norms}) == 1:
+        total = float(torch.stack(norms).sum())
+    else:
+        total = sum(float(one) for one in norms)
+    return math.isfinite(total) or all(bool(one.isfinite().all()) for one in tensors)
 
 
 def first_bad_entry(subject: Subject) -> str | None:
     """Return the name of the first parameter or buffer that isn't finite, None if all are."""
     named = [*subject.model.named_parameters(), *subject.model.named_buffers()]
     return next((name for name, one in named if not bool(one.isfinite().all())), None)
+
+
+def symptom_of_state(subject: Subject) -> tuple[Symptom, str]:
+    """Return what isn't finite about a state that isn't, and the entry's name if it is one."""
+    name = first_bad_entry(subject)
+    if name is None:
+        return Symptom.NON_FINITE_OPTIMIZER_STATE, ""
+    parameters = dict(subject.model.named_parameters())
+    symptom = Symptom.NON_FINITE_PARAMETER if name in parameters else Symptom.NON_FINITE_BUFFER
+    return symptom, name
 
 
 def first_bad_gradient(subject: Subject) -> str | None:
@@ -140,10 +160,10 @@ def first_bad_gradient(subject: Subject) -> str | None:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recorded:
-    """A step as it was taken: enough to take it again."""
+class Recorded(NamedTuple):
+    """A step as it was taken: enough to take it again. `num_bytes` is what the batch takes."""
 
+    # One is made in every step, and this costs a third of a frozen dataclass.
     step: int
     epoch: int
     batch_number: int
@@ -152,11 +172,7 @@ class Recorded:
     random_state: RandomState
     treatment: Treatment
     taken: Taken
-
-    @property
-    def num_bytes(self) -> int:
-        """What the batch takes."""
-        return sum(one.nbytes for one in tensors_of(self.batch))
+    num_bytes: int
 
 
 class Tape:
@@ -168,7 +184,7 @@ class Tape:
 
     def __init__(self, *, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
-        self._num_bytes = 0
+        self._num_bytes = self._state_bytes = 0
         self.snapshots: list[Snapshot] = []
         self.steps: deque[Recorded] = deque()
 
@@ -182,16 +198,14 @@ class Tape:
 
     def keep(self, snapshot: Snapshot) -> None:
         """Keep a state, and drop what age and limit don't allow."""
-        self.snapshots.append(snapshot)
         kept = [snapshot]
-        for older in reversed(self.snapshots[:-1]):
+        for older in reversed(self.snapshots):
             age = snapshot.step - older.step
             if age <= _MAX_AGE and kept[-1].step - older.step >= (age - INTERVAL) / 2:
                 kept.append(older)
-        self.snapshots = kept[::-1]
-        while len(self.snapshots) > 1 and self._count_bytes() > self._memory_bytes:
-            del self.snapshots[0]
-        self._count_bytes()
+        self._set_snapshots(kept[::-1])
+        while len(self.snapshots) > 1 and self._num_bytes > self._memory_bytes:
+            self._set_snapshots(self.snapshots[1:])
 
     def record(self, recorded: Recorded) -> None:
         """Keep a step."""
@@ -200,22 +214,21 @@ class Tape:
 
     def rewind(self, step: int) -> None:
         """Forget the states and steps after `step`."""
-        self.snapshots = [one for one in self.snapshots if one.step <= step]
+        self._set_snapshots([one for one in self.snapshots if one.step <= step])
         while self.steps and self.steps[-1].step > step:
-            self.steps.pop()
+            self._num_bytes -= self.steps.pop().num_bytes
 
     def between(self, after: int, until: int) -> list[Recorded]:
         """Return the steps after one and until another, which is among them."""
         return [one for one in self.steps if after < one.step <= until]
 
-    def _count_bytes(self) -> int:
-        """Drop the steps that no state leads to; return what the rest takes."""
-        while self.steps and self.steps[0].step <= self.snapshots[0].step:
-            self.steps.popleft()
-        self._num_bytes = sum(one.num_bytes for one in self.snapshots) + sum(
-            one.num_bytes for one in self.steps
-        )
-        return self._num_bytes
+    def _set_snapshots(self, snapshots: list[Snapshot]) -> None:
+        """Keep these states, and drop the steps that none of them leads to."""
+        self._num_bytes += sum(one.num_bytes for one in snapshots) - self._state_bytes
+        self._state_bytes = sum(one.num_bytes for one in snapshots)
+        self.snapshots = snapshots
+        while self.steps and self.steps[0].step <= snapshots[0].step:
+            self._num_bytes -= self.steps.popleft().num_bytes
 
 
 def _copy(value: Any) -> Any:  # noqa: ANN401  # an optimizer's state holds anything

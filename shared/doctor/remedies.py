@@ -10,6 +10,37 @@ from shared.doctor.findings import Finding
 from shared.doctor.stepping import Treatment
 from shared.doctor.symptoms import INTERVAL
 
+_OF_THE_BATCH = (Cause.BAD_DATA, Cause.BAD_LABEL, Cause.DEGENERATE_BATCH)
+_MAX_SKIPS = 16
+_SKIPPED_SHARE = 0.05
+"""So many batches, and this share of them, may be left out for a known cause without counting."""
+
+
+class Allowance:
+    """Counts the remedies that a training has had against those it may get.
+
+    One more batch left out for a cause that this was seen to heal is no new remedy, as long as
+    such batches are few.
+    """
+
+    def __init__(self, max_remedies: int) -> None:
+        self._num_left = max_remedies
+        self._worked: set[Cause] = set()
+
+    def grants(self, remedy: Remedy, finding: Finding, *, num_skipped: int) -> bool:
+        """Count a remedy; False where none is left. `num_skipped` batches are left out so far."""
+        is_known = finding.cause in self._worked and remedy.kind is RemedyKind.SKIP_BATCH
+        are_few = num_skipped <= min(_MAX_SKIPS, _SKIPPED_SHARE * finding.bad_step.step)
+        if is_known and are_few:
+            return True
+        self._num_left -= 1
+        return self._num_left >= 0
+
+    def remember(self, remedy: Remedy, finding: Finding) -> None:
+        """Remember what was seen to work."""
+        if remedy.kind is RemedyKind.SKIP_BATCH and finding.cause in _OF_THE_BATCH:
+            self._worked.add(finding.cause)
+
 
 def remedies_for(finding: Finding) -> Iterator[Remedy]:
     """Yield what may be done, the best first; nothing where only others can help.
@@ -23,7 +54,7 @@ def remedies_for(finding: Finding) -> Iterator[Remedy]:
             yield from _remedies_for_samples(finding)
         case Cause.DEGENERATE_BATCH:
             yield Remedy(kind=RemedyKind.SKIP_BATCH, value=batch_size(finding.bad_step.batch))
-        case Cause.LOSS_FUNCTION:
+        case Cause.LOSS_FUNCTION if not finding.bad_step.treatment.guards:
             yield Remedy(kind=RemedyKind.GUARD_LOSS)
         case Cause.PRECISION:
             yield Remedy(kind=RemedyKind.USE_FLOAT32)

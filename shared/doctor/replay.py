@@ -19,6 +19,7 @@ from shared.doctor.recording import (
     Tape,
     device_of,
     is_finite,
+    restore_schedule,
     restore_snapshot,
     take_snapshot,
 )
@@ -52,7 +53,7 @@ class Traced:
         return TrendPoint(
             step=self.step,
             loss=self.taken.loss,
-            grad_norm=self.taken.grad_norm,
+            grad_norm=self.taken.grad_norm or 0.0,
             largest_weight=self.largest_weight,
             lr=self.taken.lr,
         )
@@ -118,6 +119,7 @@ class Replay:
         prepare: Callable[[], None] | None = None,
         convert: Callable[[Batch], Batch] = lambda batch: batch,
         is_watched: bool = False,
+        num_times: int = 1,
     ) -> Course:
         """Take the steps from a state until one again; stops where a step fails.
 
@@ -128,13 +130,16 @@ class Replay:
             prepare: called once the state is there, to change it.
             convert: makes another batch of each recorded one.
             is_watched: a step after which the model isn't sane fails, too.
+            num_times: how often all of them are taken, one pass after the other.
         """
         restore_snapshot(self.subject, start)
         if prepare is not None:
             prepare()
         traced: list[Traced] = []
         before = start
-        for recorded in self.tape.between(start.step, until):
+        for number, recorded in enumerate(self.tape.between(start.step, until) * num_times):
+            if number and recorded.step == start.step + 1:
+                restore_schedule(self.subject, start)
             before = take_snapshot(self.subject, step=recorded.step - 1)
             one = self._take(recorded, convert(recorded.batch), change(recorded.treatment))
             traced.append(one)
@@ -153,33 +158,53 @@ class Replay:
         prepare: Callable[[], None] | None = None,
     ) -> bool:
         """Whether one step on this batch, from the state before it, leaves a sane model."""
+        treatment = change(recorded.treatment)
+        least = 0.0
+        if treatment.guards:
+            # Where the loss as it is written is 0, the guarded one needn't be.
+            restore_snapshot(self.subject, before)
+            least = self.probe_loss(treatment)
+        taken = self.take(before, recorded, batch, change=change, prepare=prepare)
+        return taken.is_finite and self.is_sane(treatment, least=least)
+
+    def take(
+        self,
+        before: Snapshot,
+        recorded: Recorded,
+        batch: Batch | None = None,
+        *,
+        change: Change = lambda treatment: treatment,
+        prepare: Callable[[], None] | None = None,
+    ) -> Taken:
+        """Take one step once more, from the state before it, on its own batch or another."""
         restore_snapshot(self.subject, before)
         if prepare is not None:
             prepare()
         recorded.random_state.restore(device_of(self.subject))
         self.count_step()
-        treatment = change(recorded.treatment)
-        taken = take_step(self.subject, batch, treatment, step=recorded.step)
-        return taken.is_finite and self.is_sane(treatment)
+        given = recorded.batch if batch is None else batch
+        return take_step(self.subject, given, change(recorded.treatment), step=recorded.step)
 
     def count_step(self) -> None:
         """Count a step that is taken once more, and tell."""
         self.num_steps += 1
         self._on_replay()
 
-    def is_sane(self, treatment: Treatment = UNTREATED, *, is_strict: bool = False) -> bool:
+    def is_sane(
+        self, treatment: Treatment = UNTREATED, *, is_strict: bool = False, least: float = 0.0
+    ) -> bool:
         """Whether the model, as it is now, still knows what the probe's batches taught it.
 
         The same batches are compared with themselves: their loss is finite, not many times what it
         was when they were learned from, no worse than at the very beginning, and at most `allowed`.
-        It is computed as `treatment` says. The strict form is for experiments. Model and random
-        streams are left as they are.
+        It is computed as `treatment` says; a loss of `least` is nothing special then. The strict
+        form is for experiments. Model and random streams are left as they are.
         """
         if not is_finite(self.subject):
             return False
         if self.probe is None:
             return True
-        level, usual = abs(self.probe.level), abs(self.probe.usual)
+        level, usual = max(abs(self.probe.level), least), max(abs(self.probe.usual), least)
         losses, outputs, has_gradient = self._look(self.probe.batches, treatment)
         found = sum(losses) / len(losses)
         is_fitted = found <= _FITTED * level

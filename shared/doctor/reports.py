@@ -1,7 +1,7 @@
 """How a step went, and the end of a training that can't go on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -9,18 +9,17 @@ from shared.diagnosis import Cause, Diagnosis
 from shared.errors import FederationError
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
+class StepReport(NamedTuple):
     """A step that went well, perhaps after a cure; `step` counts from 1.
 
-    `grad_norm` is the global L2 norm before clipping, `lr` the rate in force, `targets` the last
-    tensor of what was learned from. Where nothing of the batch was left to learn from, `batch_size`
-    is 0 and the loss nan.
+    `grad_norm` is the global L2 norm before clipping, None where it wasn't measured; `lr` the rate
+    in force, `targets` the last tensor of what was learned from. Where nothing of the batch was
+    left to learn from, `batch_size` is 0 and the loss nan.
     """
 
     step: int
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     lr: float
     outputs: Tensor | None
     targets: Tensor | None

@@ -47,7 +47,8 @@ def contradiction(case: Case, course: Course, live: Snapshot) -> Cause | None:
 def largest_norm(tape: Tape, *, before: int) -> float:
     """Return the largest norm of a gradient that was learned from before a step; at least 0."""
     earlier = [one.taken for one in tape.steps if one.step < before]
-    return max((one.grad_norm for one in earlier if one.is_finite), default=1.0)
+    norms = [one.grad_norm for one in earlier if one.is_finite and one.grad_norm is not None]
+    return max(norms, default=1.0)
 
 
 def _is_same(one: Taken, again: Taken) -> bool:
@@ -56,8 +57,10 @@ def _is_same(one: Taken, again: Taken) -> bool:
     def alike(first: float, second: float) -> bool:
         return first == second or (math.isnan(first) and math.isnan(second))
 
+    norms = (one.grad_norm, again.grad_norm)
     return (
         alike(one.loss, again.loss)
-        and alike(one.grad_norm, again.grad_norm)
+        # Not every step's gradient was measured.
+        and (norms[0] is None or norms[1] is None or alike(norms[0], norms[1]))
         and type(one.error) is type(again.error)
     )

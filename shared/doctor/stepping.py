@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,11 @@ class Treatment:
     widens: bool = False
 
     @property
+    def keeps_rate(self) -> bool:
+        """Whether the learning rate is the training's own."""
+        return self.rate_factor == 1 and self.max_rate == math.inf and self.warmup_steps == 0
+
+    @property
     def is_plain(self) -> bool:
         """Whether the loss is computed as it is written."""
         return not (self.guards or self.widens)
@@ -98,18 +103,19 @@ class Subject:
         return found if isinstance(found, tuple) else (found, None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Taken:
+class Taken(NamedTuple):
     """How a step went; `is_taken` is False where nothing was left of the batch to learn from.
 
-    `grad_norm` is the global L2 norm before clipping; `has_dead_weights` whether there are
-    gradients of weights (parameters of two or more dimensions) and all of them are exactly zero.
-    `error` is what forward, loss or backward raised. Where loss or gradient aren't finite the
-    optimizer's step was not made.
+    `grad_norm` is the global L2 norm before clipping, None where it wasn't measured;
+    `has_dead_weights` whether it was, there are gradients of weights (parameters of two or more
+    dimensions) and all of them are exactly zero. `error` is what forward, loss or backward raised.
+    Where the loss isn't finite, or the gradient is known not to be, the optimizer's step was not
+    made.
     """
 
+    # One is made in every step, and this costs a third of a frozen dataclass.
     loss: float = math.nan
-    grad_norm: float = 0.0
+    grad_norm: float | None = None
     lr: float = 0.0
     batch_size: int = 0
     outputs: Tensor | None = None
@@ -124,15 +130,23 @@ class Taken:
         """Whether it went well as far as loss and gradient tell."""
         if not self.is_taken:
             return True
-        return self.error is None and math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        if self.error is not None or not math.isfinite(self.loss):
+            return False
+        return self.grad_norm is None or math.isfinite(self.grad_norm)
 
     def without_tensors(self) -> "Taken":
         """Return the numbers alone, which take no memory to speak of."""
-        return replace(self, outputs=None, labels=None, targets=None)
+        return self._replace(outputs=None, labels=None, targets=None)
 
 
-def take_step(subject: Subject, batch: Batch, treatment: Treatment, *, step: int) -> Taken:
-    """Take one step: forward, backward, clipping, the optimizer's step and the scheduler's."""
+def take_step(
+    subject: Subject, batch: Batch, treatment: Treatment, *, step: int, is_measured: bool = True
+) -> Taken:
+    """Take one step: forward, backward, clipping, the optimizer's step and the scheduler's.
+
+    Unless `is_measured`, the gradient is looked at only where it is clipped: one that isn't finite
+    is learned from then, and shows in what comes after.
+    """
     lr = treatment.rate(float(subject.optimizer.param_groups[0]["lr"]), step=step)
     kept = prepared(batch, treatment, num_classes=subject.num_classes)
     if kept is None or step in treatment.skips:
@@ -146,35 +160,45 @@ def take_step(subject: Subject, batch: Batch, treatment: Treatment, *, step: int
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     except STEP_ERRORS as error:
         return Taken(lr=lr, batch_size=size, error=error)
-    learned = [one for one in subject.learning if one.grad is not None]
-    gradients = [one.grad for one in learned if one.grad is not None]
-    loss_value, norms = _numbers(loss.detach(), gradients)
-    weights = [norm for one, norm in zip(learned, norms, strict=True) if one.ndim > 1]
+    grad_norm, has_dead_weights = None, False
+    if is_measured or _limit(subject, treatment) is not None:
+        loss_value, grad_norm, has_dead_weights = _measure(subject, loss.detach())
+    else:
+        loss_value = loss.item()
     taken = Taken(
         loss=loss_value,
-        grad_norm=_total(norms, gradients),
+        grad_norm=grad_norm,
         lr=lr,
         batch_size=size,
         outputs=None if outputs is None else outputs.detach(),
         labels=labels_of(kept),
         targets=tensors_of(kept)[-1],
-        has_dead_weights=bool(weights) and not any(weights),
+        has_dead_weights=has_dead_weights,
     )
     if taken.is_finite:
-        descend(subject, treatment, step=step)
+        descend(subject, treatment, step=step, grad_norm=grad_norm)
         if subject.scheduler is not None:
             subject.scheduler.step()
     return taken
 
 
-def descend(subject: Subject, treatment: Treatment, *, step: int) -> None:
-    """Clip the gradients that are there and take the optimizer's step."""
-    gradients = [one.grad for one in subject.learning if one.grad is not None]
-    limits = [one for one in (subject.clip_norm, treatment.clip_norm) if one is not None]
-    if limits:
-        grad_norm = _total([float(one) for one in torch._foreach_norm(gradients)], gradients)
-        if grad_norm > min(limits):
-            torch._foreach_mul_(gradients, min(limits) / grad_norm)
+def descend(
+    subject: Subject, treatment: Treatment, *, step: int, grad_norm: float | None = None
+) -> None:
+    """Clip the gradients that are there and take the optimizer's step.
+
+    `grad_norm` is their norm, where it is known.
+    """
+    limit = _limit(subject, treatment)
+    if limit is not None:
+        gradients = [one.grad for one in subject.learning if one.grad is not None]
+        if grad_norm is None:
+            grad_norm = _total([float(one) for one in torch._foreach_norm(gradients)], gradients)
+        if grad_norm > limit:
+            torch._foreach_mul_(gradients, limit / grad_norm)
+    if treatment.keeps_rate:
+        subject.optimizer.step()
+        return
     groups = subject.optimizer.param_groups
     before = [group["lr"] for group in groups]
     for group in groups:
@@ -184,6 +208,22 @@ def descend(subject: Subject, treatment: Treatment, *, step: int) -> None:
     finally:
         for group, lr in zip(groups, before, strict=True):
             group["lr"] = lr
+
+
+def _limit(subject: Subject, treatment: Treatment) -> float | None:
+    """Return the largest norm that a gradient may have, None if it may have any."""
+    if subject.clip_norm is None or treatment.clip_norm is None:
+        return subject.clip_norm if treatment.clip_norm is None else treatment.clip_norm
+    return min(subject.clip_norm, treatment.clip_norm)
+
+
+def _measure(subject: Subject, loss: Tensor) -> tuple[float, float, bool]:
+    """Return the loss, the gradient's norm, and whether the weights have one and it is zero."""
+    learned = [one for one in subject.learning if one.grad is not None]
+    gradients = [one.grad for one in learned if one.grad is not None]
+    value, norms = _numbers(loss, gradients)
+    weights = [norm for one, norm in zip(learned, norms, strict=True) if one.ndim > 1]
+    return value, _total(norms, gradients), bool(weights) and not any(weights)
 
 
 def _numbers(loss: Tensor, gradients: list[Tensor]) -> tuple[float, list[float]]:
@@ -249,7 +289,8 @@ def prepared(batch: Batch, treatment: Treatment, *, num_classes: int | None) -> 
             return None
         if bool(odd.any()):
             batch = take(batch, (~odd).nonzero().flatten().tolist())
-    return batch if batch_size(batch) >= treatment.min_batch_size else None
+    is_enough = treatment.min_batch_size == 0 or batch_size(batch) >= treatment.min_batch_size
+    return batch if is_enough else None
 
 
 def sanitised(tensor: Tensor, max_input: float) -> Tensor:

@@ -7,8 +7,8 @@ replay decides whether the model is harmed.
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ _BAND = 20.0
 _CHANCE = 30.0
 """A cross-entropy of so many times that of guessing is no way to begin."""
 _NUM_DEAD = 3
+_NUM_WATCHED = 16
+"""For so many steps the gradient is measured in each, to know what is usual."""
 _COLLAPSE_STEPS = 16
 _COLLAPSE_SAMPLES = 128
 _MAX_SHARE = 0.9
@@ -37,11 +39,10 @@ _NOT_FITTED = 0.1
 """Gradients of zero are what to expect where the loss is below this share of its first level."""
 
 
-@dataclass(frozen=True)
-class _Seen:
+class _Seen(NamedTuple):
     step: int
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     is_dead: bool
 
 
@@ -58,28 +59,46 @@ class Watch:
 
     @property
     def first_level(self) -> float:
-        """The loss of the first step, which no update can have spoilt; nan before it."""
-        return self._first[0].loss if self._first else math.nan
+        """The loss of the first step, which no update can have spoilt; nan before it.
+
+        Where first steps had no gradient, nor was there an update: the largest one up to the first
+        that had.
+        """
+        level = math.nan
+        for one in self._first:
+            level = level if abs(one.loss) <= abs(level) else one.loss
+            if one.grad_norm != 0:
+                break
+        return level
 
     @property
     def usual_norm(self) -> float | None:
         """The median gradient norm of the last steps, None where there are hardly any."""
-        norms = [one.grad_norm for one in self._seen]
+        norms = [one.grad_norm for one in self._seen if one.grad_norm is not None]
         return median(norms) if len(norms) >= _NUM_FIRST else None
 
+    def needs_measure(self, step: int) -> bool:
+        """Whether the gradient of a step is to be measured.
+
+        Now and then is enough: one that isn't finite shows in the steps after it at the latest,
+        and a replay finds the step it came up in.
+        """
+        is_usual_known = step > _NUM_WATCHED and step % INTERVAL != 0
+        return not is_usual_known or (bool(self._seen) and self._seen[-1].is_dead)
+
     def examine_batch(self, batch: Batch) -> Symptom | None:
-        """Look at a batch before anything is computed from it."""
-        for one in inputs_of(batch):
-            # The sum is a screen; it may overflow where every number is finite.
-            if not math.isfinite(one.sum()) and not bool(one.isfinite().all()):
-                return Symptom.NON_FINITE_INPUT
+        """Look for what is wrong with a batch itself."""
+        if not all(bool(one.isfinite().all()) for one in inputs_of(batch)):
+            return Symptom.NON_FINITE_INPUT
+        return self.examine_labels(batch)
+
+    def examine_labels(self, batch: Batch) -> Symptom | None:
+        """Look whether a batch's labels are classes."""
         labels = labels_of(batch)
-        if self.num_classes is not None and labels is not None and labels.numel() > 0:
-            low, high = labels.aminmax()
-            is_suspect = int(low) < 0 or int(high) >= self.num_classes
-            if is_suspect and bool(are_out_of_range(labels, self.num_classes).any()):
-                return Symptom.LABEL_OUT_OF_RANGE
-        return None
+        if self.num_classes is None or labels is None:
+            return None
+        is_wrong = bool(are_out_of_range(labels, self.num_classes).any())
+        return Symptom.LABEL_OUT_OF_RANGE if is_wrong else None
 
     def examine_step(self, taken: Taken, *, step: int) -> Symptom | None:
         """Look at a step that was taken; what is well is remembered."""
@@ -88,7 +107,7 @@ class Watch:
         if not taken.is_taken:
             return None
         if not taken.is_finite:
-            return _symptom_of(taken)
+            return symptom_of(taken)
         has_exploded = self._has_exploded(taken)
         seen = _Seen(step, taken.loss, taken.grad_norm, taken.has_dead_weights)
         self._seen.append(seen)
@@ -96,11 +115,7 @@ class Watch:
             self._first.append(seen)
         if len(self._first) < _NUM_FIRST or step % INTERVAL == 0:
             self._ceiling = self._find_ceiling()
-        if (
-            taken.outputs is not None
-            and taken.labels is not None
-            and _fit(taken.outputs, taken.labels)
-        ):
+        if taken.outputs is not None and taken.labels is not None:
             self._answers.append((step, taken.outputs, taken.labels))
         if has_exploded:
             return Symptom.LOSS_EXPLOSION
@@ -111,15 +126,17 @@ class Watch:
         if not self._answers:
             return None
         _, newest, labels = self._answers[-1]
+        if labels.numel() == 0 or not _fit(newest, labels):
+            return None
         answers = newest.argmax(dim=1)
-        self._accuracies.append(float((answers == labels).float().mean()))
-        if bool((answers != answers.flatten()[0]).any()):
+        self._accuracies.append((answers == labels).sum().item() / labels.numel())
+        if not bool((answers == answers.flatten()[0]).all()):
             return None
         return self._examine_one_answer()
 
     def _examine_one_answer(self) -> Symptom | None:
         """Look whether one class is the answer to everything, as it is in the newest batch."""
-        pairs = [(outputs, labels) for _, outputs, labels in self._answers]
+        pairs = [(found, labels) for _, found, labels in self._answers if _fit(found, labels)]
         labels = torch.cat([one.flatten() for _, one in pairs])
         known = labels[labels >= 0].long()
         if len(pairs) < _COLLAPSE_STEPS or len(known) < _COLLAPSE_SAMPLES:
@@ -153,8 +170,8 @@ class Watch:
         return taken.loss > self._ceiling
 
     def _find_ceiling(self) -> float:
-        """Return the loss above which there is a suspicion; infinite before the first step."""
-        if not self._first:
+        """Return the loss above which there is a suspicion; infinite before the first update."""
+        if len(self._first) < _NUM_FIRST and all(one.grad_norm == 0 for one in self._first):
             return math.inf
         losses = [one.loss for one in self._seen]
         usual = median(losses)
@@ -188,7 +205,8 @@ def classes_of(outputs: Tensor | None, labels: Tensor | None) -> int | None:
     return None if bool(are_out_of_range(labels, num_classes).any()) else num_classes
 
 
-def _symptom_of(taken: Taken) -> Symptom:
+def symptom_of(taken: Taken) -> Symptom:
+    """Return what a step shows whose loss or gradient isn't finite."""
     if math.isfinite(taken.loss):
         return Symptom.NON_FINITE_GRADIENT
     outputs = taken.outputs

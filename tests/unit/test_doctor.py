@@ -22,6 +22,8 @@ from shared.doctor import Doctor, DoctorSettings, TrainingHalted
 from shared.doctor.batches import Batch
 
 NUM_STEPS = 48
+MARK = 7.0
+"""An input that the batches hold by no chance."""
 Spoil = Callable[[int, Tensor, Tensor], None]
 
 
@@ -58,6 +60,7 @@ class Trained:
         model: nn.Module | None = None,
         loss: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] = compute_loss,
         is_initial: bool = True,
+        on_diagnosis: Callable[[Diagnosis], None] = lambda _: None,
     ) -> None:
         self.model = make_model() if model is None else model
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9)
@@ -68,6 +71,7 @@ class Trained:
             settings=settings,
             num_classes=3,
             is_initial=is_initial,
+            on_diagnosis=on_diagnosis,
         )
         self.losses: list[float] = []
         torch.manual_seed(7)
@@ -220,6 +224,65 @@ def test_a_loss_that_isnt_defined_everywhere_is_guarded() -> None:
     assert found.origin.operation == "log"
     assert found.remedy.kind is RemedyKind.GUARD_LOSS
     assert math.isfinite(trained.losses[-1])
+
+
+def test_a_gradient_that_nobody_measured_is_placed_in_its_step() -> None:
+    """At step 21 the root of 0 has the value 0 and an infinite slope; step 22 shows it."""
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        found, outputs = compute_loss(model, batch)
+        assert isinstance(batch, tuple)
+        if batch[0][0, 0] == MARK:
+            found = found + (outputs - outputs.detach()).sqrt().mean()
+        return found, outputs
+
+    found = Trained(spoil=mark(21), loss=loss).diagnosis
+    assert (found.step, found.noticed_at_step) == (21, 22)
+    assert (found.symptom, found.cause) == (Symptom.NON_FINITE_GRADIENT, Cause.LOSS_FUNCTION)
+    assert found.origin.phase is StepPhase.BACKWARD
+
+
+def test_a_guarded_loss_without_a_gradient_is_the_losss_fault_still() -> None:
+    """The logarithm of a negative number: guarded it is finite, and the same for all weights."""
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert isinstance(batch, tuple)
+        outputs = model(batch[0])
+        return 20 + torch.log(-outputs.abs().sum()), outputs
+
+    diagnoses: list[Diagnosis] = []
+    with pytest.raises(TrainingHalted):
+        Trained(loss=loss, on_diagnosis=diagnoses.append)
+    assert [one.symptom for one in diagnoses] == [Symptom.NON_FINITE_LOSS, Symptom.DEAD_NETWORK]
+    assert {one.cause for one in diagnoses} == {Cause.LOSS_FUNCTION}
+    assert [one.remedy.kind for one in diagnoses] == [RemedyKind.GUARD_LOSS, RemedyKind.NONE]
+
+
+def test_a_few_more_bad_batches_of_a_known_kind_are_no_new_remedies() -> None:
+    """One step in twenty: after 4, 24 and 44 there were three, and at step 46 that is too many."""
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert isinstance(batch, tuple)
+        if bool((batch[0] == MARK).any()):
+            raise ValueError("not in the table")
+        return compute_loss(model, batch)
+
+    one_remedy = DoctorSettings(max_remedies=1)
+    trained = Trained(spoil=mark(4, 24, 44), loss=loss, settings=one_remedy)
+    assert [one.step for one in trained.doctor.diagnoses] == [4, 24, 44]
+    assert {one.cause for one in trained.doctor.diagnoses} == {Cause.BAD_DATA}
+    with pytest.raises(TrainingHalted, match="at step 46 "):
+        Trained(spoil=mark(4, 24, 44, 46), loss=loss, settings=one_remedy)
+
+
+def mark(*steps: int) -> Spoil:
+    """Return what marks the first sample of some steps."""
+
+    def spoil(step: int, inputs: Tensor, _: Tensor) -> None:
+        if step in steps:
+            inputs[0, 0] = MARK
+
+    return spoil
 
 
 def test_a_momentum_changed_from_outside_is_the_optimizers_state() -> None:
