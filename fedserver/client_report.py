@@ -77,6 +77,9 @@ def _told(asked: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     told = [
         one
         for one in asked["updates"]
-        if one["verdict"] == "COUNTED" and "global_accuracy" in one["metrics"]
+        if one["verdict"] == "COUNTED"
+        and "global_accuracy" in one["metrics"]
+        # In an asynchronous run others began with an earlier model, and told of that.
+        and one["staleness"] == 0
     ]
     return sorted(told, key=lambda one: (one["metrics"]["global_accuracy"], one["client"]))

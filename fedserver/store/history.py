@@ -19,7 +19,7 @@ def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
     digest, verdict, metrics, reason, received_at), carried_over (how many orders of earlier rounds
     were at work when it opened), base_digest, model_digest (None until DONE), evaluation (of the
     round's model: accuracy, loss, the task's metrics, class_accuracy, confusion; None until known),
-    client_evaluation (of its base by its clients, if asked: accuracy, worst_decile, loss),
+    client_evaluation (of its base by its clients, if asked; see fedserver.spread),
     started_at, closed_at, finished_at (ISO 8601, UTC, or None), orders (each order_id, client,
     state, handed_out_at, ended_at), incidents (each kind, at, client, what belongs to the kind).
     """

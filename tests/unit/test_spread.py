@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedserver.__main__ import main
-from fedserver.client_report import draw_clients
+from fedserver.client_report import client_table, draw_clients
 from fedserver.records import Run
 from fedserver.report import draw_curve
 from fedserver.sampling import cohort_seed
@@ -216,5 +216,8 @@ def test_the_picture_of_the_clients_and_the_curve_are_pngs(state_dir: Path) -> N
         else:
             draw_clients(asked[1], path, title="clients")
         assert path.read_bytes().startswith(b"\x89PNG")
+    late = [one | {"staleness": int(one["client"] == 1)} for one in asked[1]["updates"]]
+    table = client_table({**asked[1], "updates": late}, title="clients", max_width=80)
+    assert table.row_count == 2, "a stale update tells of an earlier model"
     other = [history[0], history[1] | {"base_digest": "44" * 32}]
     assert set(told_of_models(other)) == {0}
