@@ -1,0 +1,58 @@
+"""Many clients download the same model at the same time."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from fedserver.checkpoints import Checkpoints
+from fedserver.downloads import Downloads
+from fedserver.workers import Workers
+from shared.chunks import DOWNLOAD_DATA_FIELD, unframe
+from shared.weights import EntryKind
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class CountingWorkers(Workers):
+    """Counts what goes to the disk threads."""
+
+    num_calls = 0
+
+    async def on_disk(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Count, then do it."""
+        self.num_calls += 1
+        return await super().on_disk(call, *args, **kwargs)
+
+
+def test_a_chunk_is_read_once_for_all_who_ask_meanwhile(tmp_path: Path) -> None:
+    """Also if the one who asked first hangs up."""
+    checkpoints = Checkpoints(tmp_path, {"w": EntryKind.PARAMETER})
+    model = checkpoints.save_initial({"w": torch.arange(300_000.0)})  # two chunks
+    workers = CountingWorkers()
+
+    async def download_all() -> list[bytes]:
+        downloads = Downloads(checkpoints, workers, idle_s=60.0)
+        downloads.publish(model.digest)
+
+        async def download() -> bytes:
+            received = bytearray()
+
+            async def take(framed: bytes) -> None:
+                received.extend(unframe(framed, field=DOWNLOAD_DATA_FIELD))
+
+            await downloads.send(model.digest, offset=0, write=take, on_progress=lambda: None)
+            return bytes(received)
+
+        first, *others = [asyncio.create_task(download()) for _ in range(5)]
+        await asyncio.sleep(0)
+        first.cancel()
+        return await asyncio.gather(*others)
+
+    received = asyncio.run(download_all())
+    workers.close()
+    assert received == [checkpoints.path(model.digest).read_bytes()] * 4
+    assert workers.num_calls == 2
