@@ -1,7 +1,8 @@
 """docs/results.md from the results that benchmarks.papers keeps."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,13 @@ def _table(title: str, rows: Sequence[Row], records: Sequence[dict[str, Any]]) -
         "| row | what | paper | ours | seeds | time | date |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    commands = [
-        "",
-        "The server's commands (with the first seed; the clients have `--doctor off`):",
-        "",
-    ]
+    commands = []
     for row in rows:
         of_row = [one for one in records if one["row"] == row.name]
         if not of_row:
             lines.append(f"| {row.name} | {row.what} | {row.goal} | not run yet | | | |")
             continue
-        ours = ", ".join(_found(row, one["accuracies"]) for one in of_row)
+        ours = ", ".join(_found(row, one) for one in of_row)
         seeds = ", ".join(str(one["seed"]) for one in of_row)
         minutes = ", ".join(f"{one['seconds'] / 60:.0f}" for one in of_row)
         lines.append(
@@ -64,15 +61,23 @@ def _table(title: str, rows: Sequence[Row], records: Sequence[dict[str, Any]]) -
             f"{of_row[-1]['date']} |"
         )
         commands.append(f"    {of_row[0]['command']}")
+    if commands:
+        commands = ["", "The server's commands, with the first seed:", "", *commands]
     machines = sorted({one["machine"] for one in records if one["row"] in {r.name for r in rows}})
-    return [*lines, *commands, "", *machines[-1:]]
+    return [*lines, *commands, *(["", machines[-1]] if machines else [])]
 
 
-def _found(row: Row, accuracies: Sequence[float]) -> str:
+def _found(row: Row, record: Mapping[str, Any]) -> str:
     """Return what a run found, as it stands in the table."""
+    accuracies: Sequence[float] = record["accuracies"]
     if row.target is None:
         return f"{accuracies[-1]:.2%}"
     rounds = crossing(accuracies, row.target)
     if rounds is None:
         return f"not in {len(accuracies)} (best {max(accuracies):.2%})"
+    if row.step_s:
+        ends_s = [0.0, *record["round_ends_s"]]
+        before_s, after_s = ends_s[math.ceil(rounds) - 1], ends_s[math.ceil(rounds)]
+        part = rounds - math.ceil(rounds) + 1
+        return f"{before_s + part * (after_s - before_s):.0f} s ({rounds:.1f} rounds)"
     return f"{rounds:.1f}"

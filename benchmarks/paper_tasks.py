@@ -13,13 +13,15 @@ Inputs are normalised as the service's task `mnist` does it, weights are torch's
 """
 
 import functools
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from shared.data import load_images, to_dataset
@@ -110,6 +112,12 @@ def _load_power_law(request: DataRequest) -> Examples:
     return TensorDataset(*(one[chosen] for one in _all_examples(request.data_root).tensors))
 
 
+def _slow_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        time.sleep(float(os.environ.get("PAPER_STEP_S", "0")))
+    return _MNIST.loss(outputs, targets)
+
+
 two_nn = replace(_MNIST, name="benchmarks.paper_tasks:two_nn", build_model=_build_two_nn)
 wide_cnn = replace(_MNIST, name="benchmarks.paper_tasks:wide_cnn", build_model=_build_wide_cnn)
 lenet = replace(_MNIST, name="benchmarks.paper_tasks:lenet", build_model=_build_lenet)
@@ -120,3 +128,4 @@ logistic = replace(
     load_train=_load_power_law,
     load_labels=None,
 )
+slow_two_nn = replace(two_nn, name="benchmarks.paper_tasks:slow_two_nn", loss=_slow_loss)

@@ -14,17 +14,19 @@ of docs/results.md are written anew from all of them after each (see benchmarks.
 """
 
 import argparse
+import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.federation import ROOT, machine_line
@@ -84,8 +86,9 @@ def _run(row: Row, seed: int, arguments: argparse.Namespace) -> None:
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "machine": machine_line(),
         "command": f"python -m fedserver {' '.join(flags)}",
-        "client_processes": arguments.processes,
+        "client_processes": len(row.step_s) or arguments.processes,
         "seconds": round(sum(map(_seconds_of, history))),
+        "round_ends_s": [round(one, 2) for one in itertools.accumulate(map(_seconds_of, history))],
         "incidents": sorted({one["kind"] for entry in history for one in entry["incidents"]}),
         "accuracies": [entry["evaluation"]["accuracy"] for entry in history],
     }
@@ -118,16 +121,15 @@ def _service(
         first_line = processes[0].stdout.readline()
         if not first_line:
             raise RuntimeError((folder / "server.log").read_text()[-2000:])
-        cuts = [
-            number * row.num_clients // arguments.processes
-            for number in range(arguments.processes + 1)
-        ]
+        num_processes = len(row.step_s) or arguments.processes
+        cuts = [number * row.num_clients // num_processes for number in range(num_processes + 1)]
         task = flags[flags.index("--task") + 1]
-        for begin, end in pairwise(cuts):
+        for number, (begin, end) in enumerate(itertools.pairwise(cuts)):
             ids = f"{begin}-{end - 1}"
             client = ["fedclient", "--ids", ids, "--server", first_line.split()[-1]]
             client += ["--task", task, *data, *CLIENT_FLAGS]
-            processes.append(_started(folder / f"clients-{ids}", *client))
+            own = {"PAPER_STEP_S": str(row.step_s[number])} if row.step_s else {}
+            processes.append(_started(folder / f"clients-{ids}", *client, environment=own))
         yield processes
     finally:
         for process in reversed(processes):
@@ -141,12 +143,17 @@ def _service(
 
 
 def _started(
-    state_dir: Path, module: str, *flags: str, stdout: int | None = None
+    state_dir: Path,
+    module: str,
+    *flags: str,
+    stdout: int | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen[str]:
     with state_dir.with_name(f"{state_dir.name}.log").open("a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", module, "--state-dir", str(state_dir), *flags],
             cwd=ROOT,
+            env=os.environ | environment,
             text=True,
             stdout=stdout,
             stderr=log,
