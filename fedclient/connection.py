@@ -36,9 +36,12 @@ from shared.errors import (
 from shared.pb import federation_pb2 as pb
 from shared.pb.federation_pb2_grpc import FederationServiceStub
 from shared.types import (
+    NO_COMPRESSION,
     ClientUpdate,
+    Compression,
     Counters,
     Directive,
+    Encoding,
     Incident,
     IncidentKind,
     LocalRule,
@@ -88,6 +91,14 @@ _RECEIPTS = {
     pb.RECEIPT_REFUSED: Receipt.REFUSED,
     pb.RECEIPT_LATE: Receipt.LATE,
 }
+_ENCODINGS = {
+    Encoding.STATE_DICT: pb.ENCODING_STATE_DICT,
+    Encoding.FLOAT16: pb.ENCODING_FLOAT16,
+    Encoding.BFLOAT16: pb.ENCODING_BFLOAT16,
+    Encoding.INT8: pb.ENCODING_INT8,
+    Encoding.TOP_K: pb.ENCODING_TOP_K,
+}
+_ENCODING_NAMES = {number: encoding for encoding, number in _ENCODINGS.items()}
 _INCIDENT_KINDS = {
     IncidentKind.NON_FINITE_LOSS: pb.INCIDENT_KIND_NON_FINITE_LOSS,
     IncidentKind.NON_FINITE_GRADIENT: pb.INCIDENT_KIND_NON_FINITE_GRADIENT,
@@ -148,6 +159,7 @@ class Connection:
             max_wait_s=answer.max_wait.ToTimedelta().total_seconds(),
             lease_s=answer.lease.ToTimedelta().total_seconds(),
             total_rounds=answer.total_rounds,
+            compression=_compression(answer.compression),
         )
 
     def pull_work(self, session_id: str, *, wait_s: float) -> Work:
@@ -203,7 +215,7 @@ class Connection:
                     pb.Section(name=one.name, digest=one.digest, size_bytes=one.size_bytes)
                     for one in update.sections
                 ],
-                encoding=pb.ENCODING_STATE_DICT,
+                encoding=_ENCODINGS[update.encoding],
                 num_examples=update.num_examples,
                 num_steps=update.num_steps,
                 metrics=update.metrics,
@@ -326,6 +338,16 @@ def _order(message: pb.WorkOrder) -> WorkOrder:
         last_counted_order_id=message.last_counted_order_id,
         evaluate=message.evaluate,
         holdout=message.holdout,
+    )
+
+
+def _compression(message: pb.Compression) -> Compression:
+    if message.encoding not in _ENCODING_NAMES:
+        return NO_COMPRESSION
+    return Compression(
+        encoding=_ENCODING_NAMES[message.encoding],
+        block_size=message.block_size,
+        fraction=message.fraction,
     )
 
 

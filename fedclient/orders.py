@@ -139,6 +139,7 @@ class OrderWorker:
             doctor=self._settings.doctor_settings,
             state=state,
             on_diagnosis=tell,
+            compression=self._session.info.compression,
         )
         pass_by(FailPoint.TRAINED)
         self._states_of(order).keep(order.order_id, next_state, follows=order.last_counted_order_id)

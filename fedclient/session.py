@@ -14,7 +14,7 @@ from fedclient.connection import Connection
 from fedclient.progress import Stopped
 from shared import __version__
 from shared.errors import FederationError, UnknownSession
-from shared.types import Registration, SessionInfo
+from shared.types import Encoding, Registration, SessionInfo
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
+_CAPABILITIES = tuple(one for one in Encoding if one is not Encoding.STATE_DICT)
 
 
 class ServerSession:
@@ -109,6 +110,7 @@ class ServerSession:
                 software_version=__version__,
                 task=self._task,
                 num_examples=num_examples,
+                capabilities=_CAPABILITIES,
             )
         )
 

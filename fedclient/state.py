@@ -1,4 +1,4 @@
-"""What one client keeps from one order to the next: a remedy in force, a local rule's tensors.
+"""What one client keeps from one order to the next: a remedy, a rule's tensors, a residual.
 
 It is kept under the order whose update it goes with, and only that of the last order which was
 COUNTED is ever in force: the server names it with every new order, so that a LATE, REFUSED or

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedclient.local_rules import NOTHING, Start, Trained, begin_rule
+from fedclient.packing import RESIDUAL, pack_update
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientState, Tensors
 from shared.codec import decode_state, digest_file, load_state_into
@@ -24,7 +25,7 @@ from shared.payloads import write_payload
 from shared.seeds import derive_seed
 from shared.tasks import Examples, Task
 from shared.training import StepProgress, TrainingResult, train_model
-from shared.types import MODEL_SECTION, ClientUpdate, WorkOrder
+from shared.types import MODEL_SECTION, NO_COMPRESSION, ClientUpdate, Compression, WorkOrder
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +47,15 @@ def train_order(
     log_steps: int = 0,
     max_steps: int = 0,
     control: Path | None = None,
+    compression: Compression = NO_COMPRESSION,
 ) -> tuple[ClientUpdate, ClientState]:
     """Train on one client's examples from the global model; writes the update's payload.
 
     Every `log_steps` steps (0: never) one log line says how training goes. After `max_steps` steps
     (0: no limit), or at the order's deadline, training ends and what was done is the update.
     `state` is what is in force from earlier rounds, `control` holds the server's control variates,
-    if there are any, and `on_diagnosis` hears of what goes wrong.
+    if there are any, and `on_diagnosis` hears of what goes wrong. The model is sent as
+    `compression` says.
 
     A function of the order, the examples, the global model and the state alone, unless the order
     has a deadline: trained again after a crash, it gives the same bytes (on one machine, build,
@@ -167,7 +170,15 @@ def train_order(
     )
     if rule.is_personal and evaluated is not None:
         metrics |= _metrics_of(model, evaluated, task, device, progress, prefix="personal_")
-    sections = write_payload(payload, {MODEL_SECTION: outcome.model, **outcome.sections})
+    packed = pack_update(
+        outcome.model,
+        global_model=global_model,
+        parameters={name for name, _ in model.named_parameters(remove_duplicate=False)},
+        compression=compression,
+        seed=derive_seed(order.seed, "compression"),
+        residual=state.tensors.get(RESIDUAL, NOTHING),
+    )
+    sections = write_payload(payload, {MODEL_SECTION: packed.tensors, **outcome.sections})
     digest = sections[0].digest if len(sections) == 1 else digest_file(payload)
     if report.num_steps < num_batches:
         logger.info(
@@ -186,14 +197,16 @@ def train_order(
             "loss": report.epochs[-1].loss,
             "train_s": train_s,
             **metrics,
+            **packed.metrics,
         },
+        encoding=compression.encoding,
     )
     convalescence = state.convalescence.after_round(
         report.treatment,
         was_healthy=was_healthy,
         has_dropped_samples=report.has_dropped_samples,
     )
-    return update, ClientState(convalescence=convalescence, tensors=outcome.kept)
+    return update, ClientState(convalescence=convalescence, tensors={**outcome.kept, **packed.kept})
 
 
 def _examples_of(order: WorkOrder, examples: Examples) -> tuple[list[int] | None, list[int] | None]:

@@ -11,7 +11,15 @@ from rich.text import Text
 from fedserver.adjustments import adjustment_text
 from fedserver.diagnosis_report import NUM_SHOWN_WHOLE, diagnosed, diagnosis_account
 from fedserver.records import Adjustments, Standing
-from fedserver.report import Column, History, fact_table, fitting_table, number_text, phase_text
+from fedserver.report import (
+    Column,
+    History,
+    fact_table,
+    fitting_table,
+    number_text,
+    phase_text,
+    share_text,
+)
 from fedserver.sampling import cohort_seed
 from fedserver.spread import spread_text
 from shared.types import IncidentKind
@@ -230,6 +238,14 @@ def _cohort_table(attempt: Values, *, max_width: int) -> Table:
     if carried:
         stale = [str(one.get("staleness", "")) for one in found]
         columns.insert(2, Column("stale", stale))
+    if attempt["compression"]:
+        whole = attempt["base_bytes"]
+        sent = [one["size_bytes"] / whole if one else None for one in found]
+        lost = [one.get("compression_error") for one in metrics]
+        columns += [
+            Column("sent", [share_text(one) for one in sent]),
+            Column("lost", [share_text(one) for one in lost]),
+        ]
     return fitting_table(columns, title=None, max_width=max_width)
 
 

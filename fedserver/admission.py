@@ -12,9 +12,17 @@ import torch
 
 from fedserver.records import Refusal, json_number
 from fedserver.strategies.blocks import BlockReader, StateFile, blocks_of
+from fedserver.strategies.packed import examine_packed
 from shared.codec import Entry, Layout
 from shared.errors import InvalidInput
-from shared.types import METRIC_NAMES, MODEL_SECTION, ClientUpdate
+from shared.types import (
+    METRIC_NAMES,
+    MODEL_SECTION,
+    NO_COMPRESSION,
+    ClientUpdate,
+    Compression,
+    Encoding,
+)
 from shared.weights import EntryKind
 
 MAX_WEIGHT = 2**29 - 1
@@ -38,7 +46,7 @@ class AdmissionLimits:
 
     `max_delta_norm` bounds the L2 norm of local minus global over all parameters, `sections` names
     what a payload holds, in this order, and `max_control_norm` bounds the L2 norm of a section
-    "control".
+    "control". The model's section may be compressed as `compression` says, or not at all.
     """
 
     max_num_examples: int
@@ -46,13 +54,14 @@ class AdmissionLimits:
     max_steps_per_example: int
     sections: tuple[str, ...] = (MODEL_SECTION,)
     max_control_norm: float = math.inf
+    compression: Compression = NO_COMPRESSION
 
 
 def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimits) -> None:
     """Examine what an update says of itself, before any byte of it is taken.
 
     Raises:
-        UpdateRefused: weight, step count, metrics, sections or size are impossible.
+        UpdateRefused: weight, step count, metrics, encoding, sections or size are impossible.
     """
     if not 1 <= update.num_examples <= limits.max_num_examples:
         raise UpdateRefused(
@@ -86,6 +95,12 @@ def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimit
                 f"metric {name!r} is {value:g}; it must lie in 1 to {limits.max_num_examples}",
                 kind="metrics",
             )
+    if update.encoding not in (Encoding.STATE_DICT, limits.compression.encoding):
+        raise UpdateRefused(
+            f"the update's encoding is {update.encoding}; this run takes "
+            f"{' or '.join(sorted({Encoding.STATE_DICT, limits.compression.encoding}))}",
+            kind="encoding",
+        )
     names = [section.name for section in update.sections]
     num_bytes = sum(section.size_bytes for section in update.sections)
     if names != list(limits.sections) or num_bytes != update.size_bytes:
@@ -119,7 +134,10 @@ def examine_content(
     Raises:
         UpdateRefused: keys, shapes or dtypes differ, a value isn't finite, a counter or a fixed
             entry is impossible, or the delta's norm is beyond the cap.
+        InvalidInput: scales or indices of a compressed update are impossible.
     """
+    if received.packed is not None:
+        examine_packed(received.path, received.packed)
     _examine_entries(received.layout.entries, base.layout.entries)
     received_reader, base_reader = BlockReader(), BlockReader()
     squares = 0.0

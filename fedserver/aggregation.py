@@ -11,11 +11,13 @@ from fedserver.parts import Parts
 from fedserver.records import Exclusion, Refusal, Round, StoredUpdate
 from fedserver.screening import norm_band
 from fedserver.strategies.blocks import Cohort, StateFile
+from fedserver.strategies.packed import locate_packed
 from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import read_layout
 from shared.payloads import read_payload
 from shared.seeds import derive_seed
-from shared.types import MODEL_SECTION, IncidentKind
+from shared.types import MODEL_SECTION, NO_COMPRESSION, Compression, Encoding, IncidentKind
+from shared.weights import EntryKind
 
 
 def screen(
@@ -82,6 +84,9 @@ def reduce_updates(
         updates=[
             update_file(
                 parts.spool.path(one.update.order_id, one.update.digest),
+                base=base.file,
+                kinds=parts.kinds,
+                compression=compression_of(parts.run.settings, one.update.encoding),
                 sections=[(each.name, each.size_bytes) for each in one.update.sections],
                 num_examples=one.update.num_examples,
                 num_steps=one.update.num_steps,
@@ -105,6 +110,9 @@ def reduce_updates(
 def update_file(
     path: Path,
     *,
+    base: StateFile,
+    kinds: Mapping[str, EntryKind],
+    compression: Compression,
     sections: Sequence[tuple[str, int]],
     num_examples: int,
     num_steps: int = 0,
@@ -112,27 +120,53 @@ def update_file(
     own_base: Path | None = None,
     staleness: int = 0,
 ) -> StateFile:
-    """Return an update on the disk, with what its client said of it.
+    """Return an update on the disk, made from `base`, with what its client said of it.
 
-    Serving a run and verifying it build the same values here; `sections` are names and sizes in
-    bytes, the model's first, and `global_loss` may be the name of a number that JSON can't hold.
-    `own_base` is the model it began with where that isn't the round's.
+    Admitting it, serving a run and verifying it build the same values here; `sections` are names
+    and sizes in bytes, the model's first, and `global_loss` may be the name of a number that JSON
+    can't hold. `own_base` is the model it began with where that isn't the round's.
 
     Raises:
-        InvalidInput: the bytes aren't those sections.
+        InvalidInput: the bytes aren't those sections, or the model's isn't what `compression` makes
+            of one.
     """
     files = {
         name: StateFile(path=path, layout=layout, offset=offset)
         for name, (offset, layout) in read_payload(path, sections).items()
     }
+    model = files.pop(MODEL_SECTION)
+    if own_base is not None:
+        base = StateFile(path=own_base, layout=read_layout(own_base))
+        model = replace(model, base=base)
+    if compression.encoding is not Encoding.STATE_DICT:
+        packed = locate_packed(
+            path, model.layout, model=base.layout, kinds=kinds, compression=compression
+        )
+        model = replace(model, layout=base.layout, base=base, packed=packed)
     return replace(
-        files.pop(MODEL_SECTION),
+        model,
         others=files,
         num_examples=num_examples,
         num_steps=num_steps,
         global_loss=None if global_loss is None else float(global_loss),
-        base=None if own_base is None else StateFile(path=own_base, layout=read_layout(own_base)),
         staleness=staleness,
+    )
+
+
+def compression_of(settings: Mapping[str, Any], encoding: Encoding | str) -> Compression:
+    """Return how an update of a run with these settings was compressed that has this encoding."""
+    return replace(run_compression(settings), encoding=Encoding(encoding))
+
+
+def run_compression(settings: Mapping[str, Any]) -> Compression:
+    """Return how a run asks its clients to compress updates."""
+    name = settings.get("compression", "none")
+    if name == "none":
+        return NO_COMPRESSION
+    return Compression(
+        encoding=Encoding(name),
+        block_size=settings["compression_block"],
+        fraction=settings["compression_fraction"],
     )
 
 

@@ -1,9 +1,11 @@
 """What clients ask the coordinator for, in the domain's terms; the servicer only translates."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
+from fedserver.aggregation import run_compression
 from fedserver.diagnoses import diagnosis_fields
 from fedserver.intake import Intake
 from fedserver.parts import Parts
@@ -14,9 +16,12 @@ from shared.errors import InvalidInput, NotFound, ServerUnreachable, WrongSettin
 from shared.failpoints import FailPoint, pass_by
 from shared.types import (
     INCIDENT_NUMBERS,
+    NO_COMPRESSION,
     ClientUpdate,
+    Compression,
     Counters,
     Directive,
+    Encoding,
     Incident,
     Registration,
     SessionInfo,
@@ -25,6 +30,8 @@ from shared.types import (
     WorkState,
 )
 from shared.weights import EntryKind
+
+logger = logging.getLogger(__name__)
 
 _MAX_WAIT_S = 20.0
 
@@ -67,7 +74,19 @@ class Desk:
             max_wait_s=_MAX_WAIT_S,
             lease_s=settings.lease,
             total_rounds=settings.rounds,
+            compression=self._compression_for(registration),
         )
+
+    def _compression_for(self, registration: Registration) -> Compression:
+        """Return how a client is to compress: not at all if it can't, its updates are as good."""
+        compression = run_compression(self._parts.run.settings)
+        if compression.encoding in (Encoding.STATE_DICT, *registration.capabilities):
+            return compression
+        logger.info(
+            "clients %s can't compress by %s and send whole updates",
+            *(", ".join(map(str, registration.client_ids)), compression.encoding),
+        )
+        return NO_COMPRESSION
 
     async def pull_work(self, session_id: str, *, wait_s: float) -> Work:
         """Return an order, WAIT after at most `wait_s` seconds, or FINISHED.

@@ -16,7 +16,7 @@ from fedserver.admission import (
     examine_control,
     examine_header,
 )
-from fedserver.aggregation import update_file
+from fedserver.aggregation import compression_of, update_file
 from fedserver.orderbook import OpenRound
 from fedserver.parts import Parts
 from fedserver.records import Event, OrderRecord, Refusal
@@ -184,6 +184,9 @@ class Intake:
         try:
             received = update_file(
                 stream.path,
+                base=given_in.base.file,
+                kinds=self._parts.kinds,
+                compression=compression_of(self._parts.run.settings, update.encoding),
                 sections=[(one.name, one.size_bytes) for one in update.sections],
                 num_examples=update.num_examples,
             )

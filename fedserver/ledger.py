@@ -33,9 +33,10 @@ def entry_bytes(
 
     The states are the server's, beside base and model. `adjustments` are what of the settings was
     changed for the attempt. `updates` are in the order of aggregation, each with order_id, client,
-    num_examples, num_steps, global_loss, digest, delta_norm and verdict, its sections' names and
-    sizes if the model isn't all, and where it began with the model of an earlier round that one's
-    digest as base, and staleness, the rounds between. `previous` is the digest of the entry before,
+    num_examples, num_steps, global_loss, digest, encoding, delta_norm and verdict, its sections'
+    names and sizes if the model isn't all, and where it began with the model of an earlier round
+    that one's digest as base, and staleness, the rounds between. `previous` is the digest of the
+    entry before,
     GENESIS for the first.
     """
     entry = {

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from fedserver.adjustments import adjusted
 from fedserver.admission import AdmissionLimits
+from fedserver.aggregation import run_compression
 from fedserver.checkpoints import GlobalModel
 from fedserver.parts import Parts
 from fedserver.records import Adjustments, Exclusion, Order, Round, Standing
@@ -72,6 +73,7 @@ def plan_round(
         attempt=attempt,
         phase=Phase.COLLECTING,
         base_digest=base.digest,
+        base_bytes=base.file.layout.size_bytes,
         base_state_digest=base.state_digest,
         max_delta_norm=settings.max_delta_norm or 100 * (1 + base.parameter_norm),
         adjustments=adjustments,
@@ -208,6 +210,7 @@ def admission_limits(
         max_num_examples=settings.max_num_examples,
         max_delta_norm=opened.max_delta_norm,
         max_steps_per_example=settings.epochs,
+        compression=run_compression(settings.run_settings()),
         sections=(MODEL_SECTION, CONTROL_SECTION) if has_control else (MODEL_SECTION,),
         # A mean gradient that were longer would lead beyond the cap in a single step.
         max_control_norm=opened.max_delta_norm / rate,

@@ -111,8 +111,9 @@ NO_ADJUSTMENTS = Adjustments()
 class Round:
     """An attempt at a round; `max_delta_norm` is the norm cap frozen when it opened.
 
-    `base_state_digest` and `state_digest` are the server state before and after, None where there
-    is none. `adjustments` were in force in it, its end has led to `adjustments_after`.
+    `base_bytes` is the size of the base model. `base_state_digest` and `state_digest` are the
+    server state before and after, None where there is none. `adjustments` were in force in it, its
+    end has led to `adjustments_after`.
     """
 
     run_id: str
@@ -120,6 +121,7 @@ class Round:
     attempt: int
     phase: Phase
     base_digest: str
+    base_bytes: int
     max_delta_norm: float
     orders: tuple[Order, ...]
     base_state_digest: str | None = None

@@ -86,6 +86,11 @@ def round_table(history: History, *, title: str, max_width: int) -> Table:
         for heading, name in (("clients", "mean"), ("worst", "worst_decile"), ("std", "std"))
         if told_by
     ]
+    sent = [one["compression"] or {} for one in history]
+    packed = [
+        Column("sent", [share_text(one.get("ratio")) for one in sent]),
+        Column("lost", [share_text(one.get("error")) for one in sent]),
+    ]
     return fitting_table(
         [
             Column("round", [f"{one['round']}{n}" for one, n in zip(history, again, strict=True)]),
@@ -103,6 +108,7 @@ def round_table(history: History, *, title: str, max_width: int) -> Table:
             Column("incidents", [str(len(one["incidents"]) or "") for one in history]),
             Column("seconds", [_seconds(one) for one in history]),
             Column("model", [(one["model_digest"] or "")[:8] for one in history], "left"),
+            *(packed if any(sent) else ()),
         ],
         title=title,
         max_width=max_width,
@@ -263,6 +269,11 @@ def _answers(confusion: Sequence[Sequence[int]]) -> list[str]:
 def number_text(value: float | None) -> str:
     """Return a measured number with four decimals, nothing for None."""
     return "" if value is None else f"{value:.4f}"
+
+
+def share_text(value: float | None) -> str:
+    """Return a share as per cent, nothing for None."""
+    return "" if value is None else f"{100 * value:.3g} %"
 
 
 def _seconds(entry: Mapping[str, Any]) -> str:

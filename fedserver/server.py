@@ -4,6 +4,7 @@ import asyncio
 import functools
 import importlib.util
 import logging
+import math
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Set
 
 import torch
 
+from fedserver.aggregation import run_compression
 from fedserver.checkpoints import Checkpoints
 from fedserver.clock import ServingClock
 from fedserver.coordinator import Coordinator
@@ -37,12 +39,14 @@ from fedserver.strategies.rows import Strategy
 from fedserver.terminal import showing_progress
 from fedserver.workers import Workers
 from shared.cli import stderr_console
+from shared.compression import Shape, packed_shapes
 from shared.data import examine_scheme
 from shared.errors import InvalidInput, RunFailed, StorageDamaged, WrongSettings
 from shared.failpoints import FailPoint, pass_by
 from shared.files import locked_folder
 from shared.memory import keep_one_heap
 from shared.tasks import Task, find_task
+from shared.types import Encoding
 from shared.weights import EntryKind, entry_kinds
 
 logger = logging.getLogger(__name__)
@@ -72,6 +76,7 @@ def run_server(settings: ServerSettings) -> None:
         )
     examine_model(strategy.local, model)
     kinds = entry_kinds(model)
+    _examine_compression(settings, model)
     modules = {name for name, _ in model.named_modules()}
     evaluator = Evaluator(task, model, data_root=settings.data_root)
     del model
@@ -134,6 +139,26 @@ def _examine_asynchrony(settings: ServerSettings, strategy: Strategy) -> None:
                 f"strategy {strategy.name} is asynchronous, a round is {strategy.buffer_size} "
                 f"updates whoever they come from: leave out {flag}, {instead}"
             )
+
+
+def _examine_compression(settings: ServerSettings, model: torch.nn.Module) -> None:
+    """Refuse what would make updates larger: more than the model is never admitted."""
+    compression = run_compression(settings.run_settings())
+    if compression.encoding is Encoding.STATE_DICT:
+        return
+    shapes: dict[str, Shape] = {
+        name: (one.dtype, tuple(one.shape))
+        for name, one in model.named_parameters(remove_duplicate=False)
+    }
+    packed, whole = (
+        sum(math.prod(shape) * dtype.itemsize for dtype, shape in one.values())
+        for one in (packed_shapes(shapes, compression), shapes)
+    )
+    if packed >= whole:
+        raise InvalidInput(
+            f"--compression {settings.compression} makes {packed} bytes of the {whole} of this "
+            "model's parameters; choose another one, or none"
+        )
 
 
 def _open_run(store: Store, settings: ServerSettings) -> Run:

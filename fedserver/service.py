@@ -25,8 +25,10 @@ from shared.pb import federation_pb2 as pb
 from shared.types import (
     MAX_INCIDENTS,
     ClientUpdate,
+    Compression,
     Counters,
     Directive,
+    Encoding,
     Incident,
     IncidentKind,
     Receipt,
@@ -77,6 +79,14 @@ _DIRECTIVES = {
     Directive.CONTINUE: pb.DIRECTIVE_CONTINUE,
     Directive.ABANDON: pb.DIRECTIVE_ABANDON,
 }
+_ENCODINGS = {
+    pb.ENCODING_STATE_DICT: Encoding.STATE_DICT,
+    pb.ENCODING_FLOAT16: Encoding.FLOAT16,
+    pb.ENCODING_BFLOAT16: Encoding.BFLOAT16,
+    pb.ENCODING_INT8: Encoding.INT8,
+    pb.ENCODING_TOP_K: Encoding.TOP_K,
+}
+_ENCODING_NUMBERS = {encoding: number for number, encoding in _ENCODINGS.items()}
 _INCIDENT_KINDS = {
     pb.INCIDENT_KIND_NON_FINITE_LOSS: IncidentKind.NON_FINITE_LOSS,
     pb.INCIDENT_KIND_NON_FINITE_GRADIENT: IncidentKind.NON_FINITE_GRADIENT,
@@ -118,6 +128,7 @@ class Servicer:
             max_wait=_duration(info.max_wait_s),
             lease=_duration(info.lease_s),
             total_rounds=info.total_rounds,
+            compression=_compression_message(info.compression),
         )
 
     async def pull_work(self, request: pb.PullWorkRequest) -> pb.PullWorkResponse:
@@ -164,9 +175,10 @@ class Servicer:
         """See federation.proto; reads raw messages."""
         first = await anext(messages, b"")
         header = _parse(pb.UploadUpdateRequest, first).header
-        if header.encoding != pb.ENCODING_STATE_DICT:
+        if header.encoding not in _ENCODINGS:
             raise InvalidInput(
-                "an upload begins with a header, and its encoding must be ENCODING_STATE_DICT"
+                "an upload begins with a header, whose encoding is one of federation.proto's, such "
+                "as ENCODING_STATE_DICT"
             )
         if header.size_bytes >= 2**63:
             raise InvalidInput(f"size_bytes is {header.size_bytes}; it must be less than 2^63")
@@ -181,6 +193,7 @@ class Servicer:
             num_examples=header.num_examples,
             num_steps=header.num_steps,
             metrics=dict(header.metrics),
+            encoding=_ENCODINGS[header.encoding],
         )
         answer = await self._desk.upload(
             header.session_id, update, _upload_chunks(messages), offset=header.offset
@@ -348,6 +361,16 @@ def _order_message(order: WorkOrder) -> pb.WorkOrder:
         last_counted_order_id=order.last_counted_order_id,
         evaluate=order.evaluate,
         holdout=order.holdout,
+    )
+
+
+def _compression_message(compression: Compression) -> pb.Compression | None:
+    if compression.encoding is Encoding.STATE_DICT:
+        return None
+    return pb.Compression(
+        encoding=_ENCODING_NUMBERS[compression.encoding],
+        block_size=compression.block_size,
+        fraction=compression.fraction,
     )
 
 

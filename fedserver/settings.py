@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from fedserver.run_settings import RUN_SETTINGS
 from fedserver.sampling import CohortName
 from shared.cli import Settings
 from shared.types import (
@@ -202,6 +203,22 @@ class TrainingSettings(Settings):
     )
 
 
+class CompressionSettings(Settings):
+    """How clients send what they have learned."""
+
+    compression: Literal["none", "float16", "bfloat16", "int8", "top-k"] = Field(
+        default="none",
+        description="how clients compress their updates: by half (float16, bfloat16), to a quarter "
+        "(int8), to the largest changes alone (top-k)",
+    )
+    compression_block: int = Field(
+        default=256, ge=8, le=65536, description="values that share a scale, of int8"
+    )
+    compression_fraction: float = Field(
+        default=0.05, gt=0, le=0.5, description="share of the changes that top-k sends"
+    )
+
+
 class AdmissionSettings(Settings):
     """What is admitted."""
 
@@ -223,7 +240,12 @@ class AdmissionSettings(Settings):
 
 
 class ServerSettings(
-    AdmissionSettings, TrainingSettings, RoundSettings, LearningSettings, ListeningSettings
+    AdmissionSettings,
+    CompressionSettings,
+    TrainingSettings,
+    RoundSettings,
+    LearningSettings,
+    ListeningSettings,
 ):
     """Run a federated-learning coordinator; it exits with 0 when the run is done.
 
@@ -342,50 +364,3 @@ class ServerSettings(
     def run_settings(self) -> dict[str, Any]:
         """Return what makes a run this run: with other values it would be another one."""
         return self.model_dump(mode="json", include=set(RUN_SETTINGS))
-
-
-RUN_SETTINGS = (
-    "task",
-    "partition",
-    "num_partitions",
-    "alpha",
-    "shards_per_client",
-    "classes_per_client",
-    "seed",
-    "init",
-    "rounds",
-    "strategy",
-    "strategy_parameters",
-    "min_clients",
-    "clients_per_round",
-    "cohort",
-    "cohort_candidates",
-    "concurrency",
-    "max_staleness",
-    "over_select",
-    "min_updates",
-    "norm_band",
-    "require_all",
-    "evaluate_on_clients",
-    "holdout",
-    "epochs",
-    "batch_size",
-    "optimizer",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "clip_norm",
-    "schedule",
-    "schedule_over",
-    "warmup_epochs",
-    "decay_epochs",
-    "decay",
-    "augment",
-    "work_deadline",
-    "stragglers",
-    "straggler_work",
-    "max_num_examples",
-    "max_delta_norm",
-    "max_adjustments",
-    "max_rollbacks",
-)

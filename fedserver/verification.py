@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from fedserver.aggregation import strategy_seed, update_file
+from fedserver.aggregation import compression_of, strategy_seed, update_file
 from fedserver.chain import (
     Entry,
     chain_findings,
@@ -37,7 +37,7 @@ from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import digest_file, read_layout
 from shared.errors import InvalidInput, NotFound, StorageDamaged
 from shared.tasks import find_task
-from shared.types import MODEL_SECTION
+from shared.types import MODEL_SECTION, Encoding
 from shared.weights import EntryKind, entry_kinds
 
 
@@ -318,6 +318,10 @@ def _made_again(
         updates=[
             update_file(
                 (path := update_path(state_dir / "spool", one["order_id"], one["digest"])),
+                base=base,
+                kinds=kinds,
+                # Of runs before there was another one it isn't said.
+                compression=compression_of(settings, one.get("encoding", Encoding.STATE_DICT)),
                 sections=one.get("sections") or [(MODEL_SECTION, path.stat().st_size)],
                 num_examples=one["num_examples"],
                 num_steps=one["num_steps"],

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from shared.types import Compression, Encoding
 
@@ -181,11 +182,8 @@ def decompress(
 
 def relative_error(delta: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> float:
     """Return ||received - delta|| / ||delta|| over all parameters, 0 for a delta of zeros."""
-    norm = math.sqrt(sum(float(one.double().square().sum()) for one in delta.values()))
-    if norm == 0:
-        return 0.0
-    lost = sum(float((received[n] - one).double().square().sum()) for n, one in delta.items())
-    return math.sqrt(lost) / norm
+    norm = _norm(delta.values())
+    return _norm(received[name] - one for name, one in delta.items()) / norm if norm else 0.0
 
 
 def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -271,6 +269,10 @@ def _vector(delta: Mapping[str, Tensor]) -> Tensor:
     dtype = _widest(one.dtype for one in delta.values())
     parts = [delta[name].reshape(-1).to(dtype) for name in sorted(delta)]
     return torch.cat([torch.empty(0, dtype=dtype), *parts])
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.hypot(*(float(vector_norm(one, dtype=torch.float64)) for one in tensors))
 
 
 def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -175,7 +175,10 @@ class Partitioning:
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """What a client says of itself; `num_examples` is empty until it has read its data."""
+    """What a client says of itself; `num_examples` is empty until it has read its data.
+
+    `capabilities` name the encodings it can send beside the whole state_dict.
+    """
 
     client_ids: tuple[int, ...]
     instance_key: str
@@ -196,6 +199,7 @@ class SessionInfo:
     max_wait_s: float
     lease_s: float
     total_rounds: int
+    compression: Compression = NO_COMPRESSION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +253,7 @@ class ClientUpdate:
     num_examples: int
     num_steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    encoding: Encoding = Encoding.STATE_DICT
 
 
 class Receipt(StrEnum):
@@ -303,9 +308,11 @@ METRIC_NAMES = frozenset(
         "personal_accuracy",
         "personal_loss",
         "personal_examples",
+        "compression_error",
     }
 )
 """The metrics an update may carry: share of right answers and mean loss over the last local epoch,
 seconds of training; if the order asks, how good the global model was before it trained in this
-round, and on how many examples (see WorkOrder); and the same, after it, of a model that a local
-rule leaves to the client alone."""
+round, and on how many examples (see WorkOrder); the same, after it, of a model that a local rule
+leaves to the client alone; and of a compressed update the L2 norm of what was lost over that of
+what was to be sent."""

@@ -31,7 +31,10 @@ from shared.diagnosis import (
 )
 from shared.types import (
     MODEL_SECTION,
+    NO_COMPRESSION,
     ClientUpdate,
+    Compression,
+    Encoding,
     Registration,
     Section,
     TrainingConfig,
@@ -97,6 +100,7 @@ def make_round(
         attempt=attempt,
         phase=Phase.COLLECTING,
         base_digest=base_digest,
+        base_bytes=1000,
         max_delta_norm=10.0,
         orders=tuple(
             Order(
@@ -116,6 +120,7 @@ def make_update(
     num_steps: int = 2,
     metrics: Mapping[str, float] | None = None,
     section: str = MODEL_SECTION,
+    encoding: Encoding = Encoding.STATE_DICT,
 ) -> ClientUpdate:
     """Return what a client says of `payload`."""
     digest = digest_bytes(payload)
@@ -128,6 +133,7 @@ def make_update(
         num_examples=num_examples,
         num_steps=num_steps,
         metrics={"accuracy": 0.5, "loss": 1.25} if metrics is None else metrics,
+        encoding=encoding,
     )
 
 
@@ -136,12 +142,14 @@ def make_limits(
     max_num_examples: int = 1000,
     max_delta_norm: float = 10.0,
     max_steps_per_example: int = 2,
+    compression: Compression = NO_COMPRESSION,
 ) -> AdmissionLimits:
     """Return the bounds of a round."""
     return AdmissionLimits(
         max_num_examples=max_num_examples,
         max_delta_norm=max_delta_norm,
         max_steps_per_example=max_steps_per_example,
+        compression=compression,
     )
 
 

@@ -18,12 +18,12 @@ from torch.utils.data import TensorDataset
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientStates
 from fedclient.training import train_order
-from fedserver.aggregation import update_file
+from fedserver.aggregation import compression_of, run_compression, update_file
 from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.planning import work_orders
 from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy
-from fedserver.strategies.blocks import Cohort
+from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import decode_state
 from shared.diagnosis import DoctorSettings
@@ -139,24 +139,29 @@ class SmallFederation:
             control=control,
             on_diagnosis=lambda diagnosis: None,
             max_steps=max_steps,
+            compression=run_compression(self.settings.run_settings()),
         )
         states.keep(order.order_id, kept, follows=order.last_counted_order_id)
         return Sent(order=order, update=update, payload=payload)
+
+    def file_of(self, sent: Sent) -> StateFile:
+        """Return an update as the server reads it."""
+        return update_file(
+            sent.payload,
+            base=self.model.file,
+            kinds=self.kinds,
+            compression=compression_of(self.settings.run_settings(), sent.update.encoding),
+            sections=[(each.name, each.size_bytes) for each in sent.update.sections],
+            num_examples=sent.update.num_examples,
+            num_steps=sent.update.num_steps,
+        )
 
     def close_round(self, counted: Sequence[Sent]) -> None:
         """Make the next global model of these updates."""
         state = self.model.server_state
         cohort = Cohort(
             base=self.model.file,
-            updates=[
-                update_file(
-                    one.payload,
-                    sections=[(each.name, each.size_bytes) for each in one.update.sections],
-                    num_examples=one.update.num_examples,
-                    num_steps=one.update.num_steps,
-                )
-                for one in counted
-            ],
+            updates=[self.file_of(one) for one in counted],
             kinds=self.kinds,
         )
         self.model = self._checkpoints.save(

@@ -3,13 +3,16 @@
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from fedserver.aggregation import strategy_seed, update_file
+from fedclient.packing import pack_update
+from fedserver.aggregation import run_compression, strategy_seed, update_file
 from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.records import Round
 from fedserver.rounds import OrderEvent
+from fedserver.settings import ServerSettings
 from fedserver.spool import Spool
 from fedserver.store import Store
 from fedserver.strategies import find_strategy
@@ -17,7 +20,7 @@ from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks, state_layout
 from fedserver.verification import verify
 from shared.codec import decode_state, encode_state
-from shared.weights import entry_kinds
+from shared.weights import EntryKind, entry_kinds
 from tests.factories import end_order, make_event, make_round, make_update
 from tests.tiny_task import tiny
 
@@ -70,7 +73,11 @@ class StateDir:
 
 
 def write_state_dir(
-    folder: Path, *, task: str = "tests.tiny_task:tiny", strategy: str = "fedavg"
+    folder: Path,
+    *,
+    task: str = "tests.tiny_task:tiny",
+    strategy: str = "fedavg",
+    compression: Literal["none", "int8"] = "none",
 ) -> StateDir:
     """Write what a server leaves behind."""
     made = StateDir(folder)
@@ -79,7 +86,9 @@ def write_state_dir(
     checkpoints, spool = Checkpoints(folder / "models", kinds), Spool(folder / "spool")
     (folder / "quarantine").mkdir()
     store = Store(folder / "federation.sqlite")
-    settings = {"strategy": strategy, "task": task, "lr": 0.1}
+    settings = ServerSettings(
+        strategy=strategy, task=task, lr=0.1, compression=compression
+    ).run_settings()
     run = store.begin_run(settings)
     made.run_id = run.run_id
     base = checkpoints.save_initial(model.state_dict())
@@ -93,9 +102,20 @@ def write_state_dir(
             noise = torch.Generator().manual_seed(current.round_number * 10 + order.client_id)
             for name in ("0.weight", "3.weight"):
                 state[name] += torch.randn(state[name].shape, generator=noise)
-            payload = encode_state(state)
+            packed = pack_update(
+                state,
+                global_model=base.file.path,
+                parameters={name for name, kind in kinds.items() if kind is EntryKind.PARAMETER},
+                compression=run_compression(settings),
+                seed=order.client_id,
+                residual={},
+            )
+            payload = encode_state(packed.tensors)
             update = make_update(
-                order.order_id, payload=payload, num_examples=10 + 3 * order.client_id
+                order.order_id,
+                payload=payload,
+                num_examples=10 + 3 * order.client_id,
+                encoding=run_compression(settings).encoding,
             )
             if order.client_id == BAD_CLIENT:
                 path = folder / "quarantine" / f"{order.order_id}.{update.digest}"
@@ -115,6 +135,9 @@ def write_state_dir(
             updates=[
                 update_file(
                     path,
+                    base=base.file,
+                    kinds=kinds,
+                    compression=run_compression(settings),
                     sections=[(each.name, each.size_bytes) for each in one.sections],
                     num_examples=one.num_examples,
                     num_steps=one.num_steps,

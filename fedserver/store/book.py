@@ -78,6 +78,7 @@ def read_verdicts(
             "num_steps": row.num_steps,
             "global_loss": row.metrics.get("global_loss"),
             "digest": row.digest,
+            "encoding": row.encoding,
             "delta_norm": row.delta_norm,
             "verdict": row.state,
             **_own_beginning(row),

@@ -6,9 +6,11 @@ from typing import Any
 from sqlalchemy import Connection, Row, select
 
 from fedserver.records import Run
+from fedserver.rounds import OrderState
 from fedserver.store import schema
 from fedserver.store.rows import updates_in
 from fedserver.store.store import Store
+from shared.types import Encoding
 
 
 def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
@@ -16,10 +18,12 @@ def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
 
     Keys: round, attempt, phase, adjustments (what of the settings was changed for it), cohort
     (client ids), updates (what came into it: each order_id, client, staleness, num_examples,
-    digest, verdict, metrics, reason, received_at), carried_over (how many orders of earlier rounds
-    were at work when it opened), base_digest, model_digest (None until DONE), evaluation (of the
-    round's model: accuracy, loss, the task's metrics, class_accuracy, confusion; None until known),
-    client_evaluation (of its base by its clients, if asked; see fedserver.spread),
+    digest, encoding, size_bytes, verdict, metrics, reason, received_at), carried_over (how many
+    orders of earlier rounds were at work when it opened), compression (None, or over the updates
+    that count: ratio, of the bytes sent to those of whole ones, and error, the mean of what the
+    clients say was lost), base_digest, base_bytes, model_digest (None until DONE), evaluation (of
+    the round's model: accuracy, loss, the task's metrics, class_accuracy, confusion; None until
+    known), client_evaluation (of its base by its clients, if asked; see fedserver.spread),
     started_at, closed_at, finished_at (ISO 8601, UTC, or None), orders (each order_id, client,
     state, handed_out_at, ended_at), incidents (each kind, at, client, what belongs to the kind).
     """
@@ -55,28 +59,33 @@ def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:
         )
         .order_by(events.c.sequence)
     ).all()
+    received = [
+        {
+            "order_id": update.order_id,
+            "client": update.client_id,
+            "staleness": update.round - update.given_in,
+            "num_examples": update.num_examples,
+            "digest": update.digest,
+            "encoding": update.encoding,
+            "size_bytes": update.size_bytes,
+            "verdict": update.state,
+            "metrics": update.metrics,
+            "reason": update.reason,
+            "received_at": _iso(update.received_at),
+        }
+        for update in update_rows
+    ]
     return {
         "round": row.round,
         "attempt": row.attempt,
         "phase": row.phase,
         "adjustments": row.adjustments,
         "cohort": [order.client_id for order in order_rows],
-        "updates": [
-            {
-                "order_id": update.order_id,
-                "client": update.client_id,
-                "staleness": update.round - update.given_in,
-                "num_examples": update.num_examples,
-                "digest": update.digest,
-                "verdict": update.state,
-                "metrics": update.metrics,
-                "reason": update.reason,
-                "received_at": _iso(update.received_at),
-            }
-            for update in update_rows
-        ],
+        "updates": received,
+        "compression": _compression(received, base_bytes=row.base_bytes),
         "carried_over": row.num_carried_over,
         "base_digest": row.base_digest,
+        "base_bytes": row.base_bytes,
         "model_digest": row.model_digest,
         "evaluation": row.evaluation,
         "client_evaluation": row.client_evaluation,
@@ -98,6 +107,17 @@ def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:
             for one in incident_rows
         ],
     }
+
+
+def _compression(received: list[dict[str, Any]], *, base_bytes: int) -> dict[str, float] | None:
+    good = [one for one in received if one["verdict"] in (OrderState.STORED, OrderState.COUNTED)]
+    packed = [one for one in good if one["encoding"] != Encoding.STATE_DICT]
+    if not packed:
+        return None
+    errors = [one["metrics"].get("compression_error") for one in packed]
+    told = [one for one in errors if isinstance(one, float)]
+    ratio = sum(one["size_bytes"] for one in good) / (len(good) * base_bytes)
+    return {"ratio": ratio} | ({"error": sum(told) / len(told)} if told else {})
 
 
 def _iso(at: float | None) -> str | None:

@@ -18,7 +18,7 @@ from fedserver.records import (
 )
 from fedserver.rounds import OrderState, Phase
 from fedserver.store import schema
-from shared.types import ClientUpdate, Section
+from shared.types import ClientUpdate, Encoding, Section
 
 
 def same_attempt(orders: Table, rounds: Table) -> ColumnElement[bool]:
@@ -71,6 +71,7 @@ def read_round(connection: Connection, row: Row[Any]) -> Round:
         attempt=row.attempt,
         phase=Phase(row.phase),
         base_digest=row.base_digest,
+        base_bytes=row.base_bytes,
         max_delta_norm=row.max_delta_norm,
         base_state_digest=row.base_state_digest,
         model_digest=row.model_digest,
@@ -109,6 +110,7 @@ def read_update(row: Row[Any]) -> ClientUpdate:
         num_examples=row.num_examples,
         num_steps=row.num_steps,
         metrics=row.metrics,
+        encoding=Encoding(row.encoding),
     )
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import (
     Table,
 )
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 metadata = MetaData()
 
@@ -58,6 +58,7 @@ rounds = Table(
     Column("base_digest", String, nullable=False),
     # The server state that goes with the base, and with the model; NULL where there is none.
     Column("base_state_digest", String),
+    Column("base_bytes", Integer, nullable=False),
     Column("max_delta_norm", Float, nullable=False),
     Column("model_digest", String),
     Column("state_digest", String),
@@ -105,6 +106,7 @@ updates = Table(
     Column("digest", String, nullable=False),
     Column("size_bytes", Integer, nullable=False),
     Column("sections", JSON, nullable=False),
+    Column("encoding", String, nullable=False),
     Column("num_examples", Integer, nullable=False),
     Column("num_steps", Integer, nullable=False),
     Column("metrics", JSON, nullable=False),

@@ -84,6 +84,7 @@ def insert_round(connection: Connection, opened: Round, happened: Event) -> None
             "phase": opened.phase,
             "base_digest": opened.base_digest,
             "base_state_digest": opened.base_state_digest,
+            "base_bytes": opened.base_bytes,
             "max_delta_norm": opened.max_delta_norm,
             "adjustments": opened.adjustments.as_json(),
             "num_carried_over": num_open,

@@ -12,15 +12,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from io import FileIO
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from fedserver.strategies.packed import EntryReader, OpenFiles, PackedDelta, PackedReader
 from shared.codec import Layout
-from shared.errors import StorageDamaged
+from shared.compression import restored, whole_key
 from shared.weights import EntryKind
 
 BLOCK_ELEMENTS = 64 * 1024
@@ -28,8 +28,6 @@ BLOCK_ELEMENTS = 64 * 1024
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _BLOCKS_AT_A_TIME = 8
 _ROWS_BYTES = 8 * 1024 * 1024
-# Of a reader; there are a few readers in each thread that computes.
-_MAX_OPEN_FILES = 16
 
 T = TypeVar("T")
 
@@ -43,6 +41,9 @@ class StateFile:
     optimizer steps and `global_loss` is how bad the base is on the client's examples (None: it
     wasn't asked). `base` is the model that it began with where that isn't the cohort's, `staleness`
     how many steps older it is. Other files have none of them.
+
+    An update that came compressed is a `packed` delta from the model `base`, which is then there in
+    any case; its `layout` is that of the state_dict which it is read as.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class StateFile:
     global_loss: float | None = None
     base: "StateFile | None" = None
     staleness: int = 0
+    packed: PackedDelta | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,18 +101,17 @@ Aggregator = Callable[[Cohort], Callable[[], BlockFunction]]
 
 
 class BlockReader:
-    """Owns the buffer that blocks are read into; `read` overwrites what it returned before.
+    """Owns the memory that blocks are read into; `read` overwrites what it returned before.
 
     The files read last stay open as long as the reader is there.
     """
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._open: dict[Path, FileIO] = {}
-
-    def __del__(self) -> None:
-        for file in self._open.values():
-            file.close()
+        files = OpenFiles()
+        self._entries, self._bases = EntryReader(files), EntryReader(files)
+        self._packed = PackedReader(files)
+        self._base_block: tuple[Path, Block] | None = None
+        self._base_values = torch.empty(0)
 
     def read(self, file: StateFile, block: Block) -> torch.Tensor:
         """Return a block of `file` as a 1-dim tensor of the entry's dtype, [block.count].
@@ -118,28 +119,25 @@ class BlockReader:
         Raises:
             StorageDamaged: the file is shorter than its layout, or gone.
         """
-        entry = file.layout.entries[block.name]
-        size = entry.dtype.itemsize
-        if len(self._buffer) < block.count * size:
-            self._buffer = bytearray(block.count * size)
-        view = memoryview(self._buffer)[: block.count * size]
-        opened = self._open.get(file.path) or self._opened(file.path)
-        begin = file.offset + entry.begin + block.begin * size
-        count = os.preadv(opened.fileno(), [view], begin)
-        if count != len(view):
-            raise StorageDamaged(
-                f"{file.path} ends inside tensor {block.name!r}; restore it from a copy"
-            )
-        return torch.frombuffer(self._buffer, dtype=entry.dtype, count=block.count)
+        run = {"begin": block.begin, "count": block.count}
+        if file.packed is None:
+            return self._entries.read(file.path, file.layout, block.name, offset=file.offset, **run)
+        if (whole := whole_key(block.name)) in file.packed.layout.entries:
+            return self._entries.read(file.path, file.packed.layout, whole, **run)
+        delta = self._packed.read(file.path, file.packed, block.name, **run)
+        return restored(self._read_base(file, block), delta)
 
-    def _opened(self, path: Path) -> FileIO:
-        if len(self._open) >= _MAX_OPEN_FILES:
-            self._open.pop(next(iter(self._open))).close()
-        try:
-            self._open[path] = path.open("rb", buffering=0)
-        except FileNotFoundError as error:
-            raise StorageDamaged(f"{path} is gone; restore it from a copy") from error
-        return self._open[path]
+    def _read_base(self, file: StateFile, block: Block) -> torch.Tensor:
+        """Return a block of an update's base, kept for the next client's update."""
+        assert file.base is not None
+        if (file.base.path, block) != self._base_block:
+            self._base_values = self._bases.read(
+                *(file.base.path, file.base.layout, block.name),
+                begin=block.begin,
+                count=block.count,
+            )
+            self._base_block = (file.base.path, block)
+        return self._base_values
 
 
 class RowReader:

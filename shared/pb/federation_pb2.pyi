@@ -76,13 +76,55 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     DESCRIPTOR: _descriptor.EnumDescriptor
     ENCODING_UNSPECIFIED: _Encoding.ValueType  # 0
     ENCODING_STATE_DICT: _Encoding.ValueType  # 1
-    """The section "model" holds the whole updated state_dict."""
+    """The whole updated state_dict."""
+    ENCODING_FLOAT16: _Encoding.ValueType  # 2
+    """"delta/NAME", F16 or BF16, of NAME's shape: the delta rounded to the nearest; what is beyond the
+    type's range is its largest number.
+    """
+    ENCODING_BFLOAT16: _Encoding.ValueType  # 3
+    ENCODING_INT8: _Encoding.ValueType  # 4
+    """"delta/NAME", I8, of NAME's shape, and "scales/NAME", F32 [ceil(size / block_size)]: elements of
+    the flattened parameter from i * block_size on are scales[i] * delta. Scales are finite and not
+    below 0.
+    """
+    ENCODING_TOP_K: _Encoding.ValueType  # 5
+    """Of all parameters, flattened one after another in the order of their names (by code point), d
+    coordinates in all, k = ceil(fraction * d) of them in ascending order; the others are 0.
+    "values", F32 (F64 if a parameter is) [k]. "counts", I32 [ceil(d / 65536)]: how many lie in each
+    run of 65,536 coordinates. "offsets", U8 [k, 2]: the coordinate's place in its run, low byte
+    first.
+    """
 
-class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper): ...
+class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
+    """What the section "model" holds, a safetensors file in any case.
+
+    All but the first hold the delta, local minus global, of the model's parameters, in float32 (in
+    float64 for float64 parameters) before it is compressed. Entries of the state_dict that aren't
+    parameters are in them as they are, each under "whole/NAME". Which tensors there are, with which
+    dtypes and shapes, follows from the model and from RegisterResponse.compression; an update with
+    any other is REFUSED. The server reads value = global + delta, rounded to the parameter's dtype.
+    """
 
 ENCODING_UNSPECIFIED: Encoding.ValueType  # 0
 ENCODING_STATE_DICT: Encoding.ValueType  # 1
-"""The section "model" holds the whole updated state_dict."""
+"""The whole updated state_dict."""
+ENCODING_FLOAT16: Encoding.ValueType  # 2
+""""delta/NAME", F16 or BF16, of NAME's shape: the delta rounded to the nearest; what is beyond the
+type's range is its largest number.
+"""
+ENCODING_BFLOAT16: Encoding.ValueType  # 3
+ENCODING_INT8: Encoding.ValueType  # 4
+""""delta/NAME", I8, of NAME's shape, and "scales/NAME", F32 [ceil(size / block_size)]: elements of
+the flattened parameter from i * block_size on are scales[i] * delta. Scales are finite and not
+below 0.
+"""
+ENCODING_TOP_K: Encoding.ValueType  # 5
+"""Of all parameters, flattened one after another in the order of their names (by code point), d
+coordinates in all, k = ceil(fraction * d) of them in ascending order; the others are 0.
+"values", F32 (F64 if a parameter is) [k]. "counts", I32 [ceil(d / 65536)]: how many lie in each
+run of 65,536 coordinates. "offsets", U8 [k, 2]: the coordinate's place in its run, low byte
+first.
+"""
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 class _Receipt:
@@ -389,7 +431,10 @@ class RegisterRequest(_message.Message):
 
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What this client can do beyond the core of the protocol. None is defined yet."""
+        """What this client can do beyond the core of the protocol: the encodings it can send beside the
+        whole state_dict, "float16", "bfloat16", "int8", "top-k". Names the server doesn't know are
+        passed over.
+        """
 
     def __init__(
         self,
@@ -420,6 +465,7 @@ class RegisterResponse(_message.Message):
     MAX_WAIT_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     TOTAL_ROUNDS_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     run_id: _builtins.str
     task: _builtins.str
@@ -438,6 +484,13 @@ class RegisterResponse(_message.Message):
     def lease(self) -> _duration_pb2.Duration:
         """A session nobody has called from for this long lapses: its orders go to others."""
 
+    @_builtins.property
+    def compression(self) -> Global___Compression:
+        """How updates are to be sent. Absent: as ENCODING_STATE_DICT, because the run doesn't compress or
+        because this client hasn't named the run's encoding as one of its capabilities. A client may
+        always send ENCODING_STATE_DICT: that takes more bytes and is otherwise as good.
+        """
+
     def __init__(
         self,
         *,
@@ -448,14 +501,44 @@ class RegisterResponse(_message.Message):
         max_wait: _duration_pb2.Duration | None = ...,
         lease: _duration_pb2.Duration | None = ...,
         total_rounds: _builtins.int = ...,
+        compression: Global___Compression | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "max_wait", b"max_wait", "partitioning", b"partitioning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "lease", b"lease", "max_wait", b"max_wait", "partitioning", b"partitioning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "max_wait", b"max_wait", "partitioning", b"partitioning", "run_id", b"run_id", "session_id", b"session_id", "task", b"task", "total_rounds", b"total_rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "lease", b"lease", "max_wait", b"max_wait", "partitioning", b"partitioning", "run_id", b"run_id", "session_id", b"session_id", "task", b"task", "total_rounds", b"total_rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RegisterResponse: _TypeAlias = RegisterResponse  # noqa: Y015
+
+@_typing.final
+class Compression(_message.Message):
+    """What the numbers of an encoding are; UploadHeader.encoding says how they are used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENCODING_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    FRACTION_FIELD_NUMBER: _builtins.int
+    encoding: Global___Encoding.ValueType
+    block_size: _builtins.int
+    """INT8: how many values share a scale."""
+    fraction: _builtins.float
+    """TOP_K: the share of all coordinates that are sent, above 0, at most 1."""
+    def __init__(
+        self,
+        *,
+        encoding: Global___Encoding.ValueType = ...,
+        block_size: _builtins.int = ...,
+        fraction: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "encoding", b"encoding", "fraction", b"fraction"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Compression: _TypeAlias = Compression  # noqa: Y015
 
 @_typing.final
 class Partitioning(_message.Message):
@@ -928,6 +1011,7 @@ class UploadHeader(_message.Message):
     offset: _builtins.int
     """Where this stream begins; must equal what QueryUpload answers."""
     encoding: Global___Encoding.ValueType
+    """ENCODING_STATE_DICT, or what RegisterResponse.compression asked for; any other is REFUSED."""
     num_examples: _builtins.int
     """The examples this update was trained on: its weight in the mean. From 1."""
     num_steps: _builtins.int
@@ -941,7 +1025,8 @@ class UploadHeader(_message.Message):
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Declared names ("accuracy", "loss", "train_s", "global_accuracy", "global_loss",
-        "global_examples", "personal_accuracy", "personal_loss", "personal_examples"), finite numbers.
+        "global_examples", "personal_accuracy", "personal_loss", "personal_examples",
+        "compression_error"), finite numbers.
         """
 
     def __init__(

@@ -13,6 +13,8 @@ from fedserver.strategies.blocks import Block, BlockReader
 from shared.codec import digest_file, read_layout
 from shared.errors import InvalidInput
 from shared.payloads import read_payload, write_payload
+from shared.types import NO_COMPRESSION
+from shared.weights import EntryKind
 from tests.factories import make_limits, make_update, write_state
 
 MODEL = {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
@@ -28,7 +30,14 @@ def test_each_section_is_read_where_it_lies(tmp_path: Path) -> None:
     assert written[0] == alone
     assert list(tmp_path.iterdir()) == [path]
     sections = [(one.name, one.size_bytes) for one in written]
-    file = update_file(path, sections=sections, num_examples=3)
+    file = update_file(
+        path,
+        base=write_state(tmp_path, MODEL),
+        kinds=dict.fromkeys(MODEL, EntryKind.PARAMETER),
+        compression=NO_COMPRESSION,
+        sections=sections,
+        num_examples=3,
+    )
     reader = BlockReader()
     assert reader.read(file, Block("w", 1, 3)).tolist() == [1, 2, 3]
     assert reader.read(file.others["control"], Block("b", 0, 2)).tolist() == [8, 9]

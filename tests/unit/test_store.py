@@ -376,6 +376,8 @@ def test_the_history_tells_everything_of_a_round(store: Store) -> None:
         "staleness": 0,
         "num_examples": 7,
         "digest": update.digest,
+        "encoding": "state-dict",
+        "size_bytes": len(b"payload"),
         "verdict": "COUNTED",
         "metrics": {"accuracy": 0.5, "loss": 1.25},
         "reason": None,

@@ -11,8 +11,9 @@ from torch.utils.data import Dataset, TensorDataset
 
 from fedclient.connection import _order
 from fedserver.evaluation import Evaluator
+from fedserver.run_settings import RUN_SETTINGS
 from fedserver.service import _order_message
-from fedserver.settings import RUN_SETTINGS, ServerSettings, TrainingSettings
+from fedserver.settings import ServerSettings, TrainingSettings
 from shared.data.augmentation import AUGMENTATIONS
 from shared.doctor import TrainingHalted
 from shared.errors import InvalidInput

@@ -269,6 +269,12 @@ def test_server_states_are_looked_at_and_made_again(tmp_path: Path) -> None:
     )
 
 
+def test_rounds_of_compressed_updates_are_made_again(tmp_path: Path) -> None:
+    """From the bytes that were sent, the encoding in the ledger and the run's settings."""
+    state_dir = write_state_dir(tmp_path, compression="int8")
+    assert state_dir.verify() == ([], ALL_WHOLE)
+
+
 def test_a_server_state_that_cant_be_made_again_is_found(tmp_path: Path) -> None:
     """By the arithmetic: the entry and its chain agree on another state than the updates make."""
     state_dir = write_state_dir(tmp_path, strategy="fedavgm")
