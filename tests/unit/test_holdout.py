@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fedclient.progress import ProgressReporter
+from fedclient.state import ClientState
 from fedclient.training import train_order
 from shared.codec import encode_state
 from shared.data import set_aside
 from shared.diagnosis import DoctorSettings
-from shared.doctor.easing import Convalescence
 from shared.evaluation import evaluate
 from shared.tasks import Task
 from shared.types import ClientUpdate, Counters, Directive, Incident, WorkOrder
@@ -76,7 +76,7 @@ def work_on(
         progress=progress,
         payload=folder / "payload",
         doctor=DoctorSettings(),
-        state=Convalescence(),
+        state=ClientState(),
         on_diagnosis=lambda _: None,
     )
     return update, progress.counters

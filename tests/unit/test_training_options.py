@@ -75,6 +75,8 @@ def test_an_order_arrives_as_it_was_sent() -> None:
             total_epochs=30,
         ),
         augmentation="shift",
+        local_rule=LocalRule(name="fedprox", parameters={"mu": 0.5}),
+        work_deadline_s=1.5,
     )
     for changed, default in (
         (training, TrainingConfig()),
