@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedserver.checkpoints import Checkpoints
+from fedserver.server import run_server
+from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks
@@ -198,3 +201,29 @@ def test_robust_rules_do_not_go_with_it(name: str) -> None:
     """They compare models that began alike."""
     with pytest.raises(InvalidInput, match=r"more than one aggregator|use uniform or a robust"):
         find_strategy({"strategy": name})
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (
+            {"clients_per_round": 3},
+            "is asynchronous, .* leave out --clients-per-round, say how many",
+        ),
+        ({"min_updates": 1}, "leave out --min-updates"),
+        ({"require_all": True}, "leave out --require-all"),
+        ({"round_deadline": 9.0}, "leave out --round-deadline"),
+        ({"stragglers": 0.5}, "leave out --stragglers"),
+        ({"strategy": "median", "concurrency": 4}, "are of asynchronous strategies alone"),
+        ({"max_staleness": 3, "strategy": "fedavg"}, "are of asynchronous strategies alone"),
+    ],
+)
+def test_settings_that_make_no_sense_with_it_are_refused(
+    tmp_path: Path, given: dict[str, Any], match: str
+) -> None:
+    """In a sentence, before a run is begun."""
+    state_dir = tmp_path / "server"
+    flags: dict[str, Any] = {"strategy": "fedbuff", "task": "tests.tiny_task:tiny"}
+    with pytest.raises(InvalidInput, match=match):
+        run_server(ServerSettings(**(flags | given), state_dir=state_dir))
+    assert not state_dir.exists()

@@ -214,6 +214,12 @@ def test_orders_carried_over_go_on_with_what_they_began_with(book: OrderBook) ->
     book.settle(order.order_id, OrderState.STORED)
     book.add_orders(replace(second, orders=(order, more)), [make_order(more.order_id, client_id=0)])
     assert order_of(book, 0).order.order_id == more.order_id
+    # A process that serves both goes on with what it has, then with what came in first.
+    assert book.open_order_of([0, 1]) is found
+    assert book.hand_out(order_of(book, 0)).order_id == more.order_id
+    book.settle(order_id, OrderState.STORED)
+    assert book.open_order_of([0, 1]) is order_of(book, 0)
+    found.state = OrderState.OPEN
     # Only what round 2 has given ends with it.
     book.abandon_round(second)
     assert book.open_order_of([1]) is found
