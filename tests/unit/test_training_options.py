@@ -25,6 +25,7 @@ from shared.training import StepProgress, incident_of, train_model
 from shared.types import (
     AugmentationName,
     InitialisationName,
+    LocalRule,
     OptimizerName,
     Schedule,
     ScheduleName,
