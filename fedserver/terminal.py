@@ -78,8 +78,8 @@ class LiveView:
         if told := self._on_clients:
             lines.append(
                 Text(
-                    f"on clients {told['mean']:.2%}, worst tenth {told['worst_decile']:.2%}, "
-                    f"standard deviation {told['std']:.2%} after round {told['of_round']}"
+                    f"on clients: mean {told['mean']:.2%}, worst tenth {told['worst_decile']:.2%}, "
+                    f"std {told['std']:.2%} after round {told['of_round']}"
                 )
             )
         orders = self._book.orders()

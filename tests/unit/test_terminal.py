@@ -13,10 +13,18 @@ from fedserver.orderbook import OrderBook
 from fedserver.records import Event
 from fedserver.report import draw_curve
 from fedserver.rounds import OrderState
+from fedserver.spread import client_events, summarise_clients
 from fedserver.terminal import LiveView
 from shared.types import Counters
 from shared.weights import EntryKind
-from tests.factories import make_diagnosis, make_event, make_limits, make_order, make_round
+from tests.factories import (
+    make_diagnosis,
+    make_event,
+    make_limits,
+    make_order,
+    make_round,
+    make_update,
+)
 
 PIXELS_AT = 16
 """Where a PNG's header says its width and height, four bytes each."""
@@ -63,12 +71,17 @@ def test_the_view_tells_round_clients_and_accuracy(book: OrderBook) -> None:
     book.settle(other.order.order_id, OrderState.STORED)
     view.hear(evaluated(2, 0.75))
     view.hear(evaluated(3, 0.5))
+    said = [make_update(metrics={"global_accuracy": one}) for one in (0.25, 0.75)]
+    for happened in client_events(make_round(round_number=3), summarise_clients(said, holdout=0)):
+        view.hear(happened)
     lines = shown(view)
     assert lines[0] == "round 1 of 10: 1 of 2 updates"
     assert lines[1] == "accuracy 50.00% after round 3, best 75.00% after 2"
-    assert lines[2].startswith("client 0")
-    assert lines[2].rstrip().endswith("training, step 7 of 20")
-    assert lines[3].rstrip().endswith("update stored")
+    spread = "on clients: mean 50.00%, worst tenth 25.00%, std 25.00% after round 2"
+    assert lines[2].rstrip() == spread
+    assert lines[3].startswith("client 0")
+    assert lines[3].rstrip().endswith("training, step 7 of 20")
+    assert lines[4].rstrip().endswith("update stored")
 
 
 def test_an_upload_is_shown_by_its_bytes(book: OrderBook) -> None:
