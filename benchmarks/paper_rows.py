@@ -195,9 +195,11 @@ ROWS = (
     ),
     _niid("dirichlet", "alpha = 0.5", flags=_DIRICHLET, strategy="fedavg", paper=0.9889),
     _niid("dirichlet", "alpha = 0.5", flags=_DIRICHLET, strategy="fedprox"),
+    _niid("dirichlet", "alpha = 0.5", flags=_DIRICHLET, strategy="scaffold"),
     _niid("dirichlet", "alpha = 0.5", flags=_DIRICHLET, strategy="fednova"),
     _niid("two-labels", "2 labels", flags=_TWO_LABELS, strategy="fedavg", paper=0.9686),
     _niid("two-labels", "2 labels", flags=_TWO_LABELS, strategy="fedprox"),
+    _niid("two-labels", "2 labels", flags=_TWO_LABELS, strategy="scaffold"),
     _niid("two-labels", "2 labels", flags=_TWO_LABELS, strategy="fednova"),
     _fedprox(
         "fedprox-dropped",
