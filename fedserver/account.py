@@ -61,6 +61,7 @@ _STOPS = {
 _VERDICTS = {IncidentKind.UPDATE_REFUSED, IncidentKind.UPDATE_EXCLUDED}
 _ENDED_WITHOUT = ("REFUSED", "EXCLUDED", "LATE", "ABANDONED")
 _DIGITS = 12
+_PERSONAL_LEGEND = "personal: accuracy of what the client itself uses, after the round"
 _LEGEND = (
     "base: the base model's accuracy on a client, before it trained; training: its own in the last "
     "epoch, while it trained"
@@ -96,6 +97,8 @@ def round_account(
         yield _cohort_table(attempt, max_width=max_width)
         if attempt["client_evaluation"]:
             yield Text(_LEGEND, style="dim")
+        if any("personal_accuracy" in one["metrics"] for one in attempt["updates"]):
+            yield Text(_PERSONAL_LEGEND, style="dim")
         for line in _shortfalls(attempt):
             yield Text(line)
         if attempt["incidents"]:
@@ -217,6 +220,9 @@ def _cohort_table(attempt: Values, *, max_width: int) -> Table:
     if any("global_accuracy" in one for one in metrics):
         before = [_metric_text(one.get("global_accuracy")) for one in metrics]
         columns.append(Column("base", before))
+    if any("personal_accuracy" in one for one in metrics):
+        own = [_metric_text(one.get("personal_accuracy")) for one in metrics]
+        columns.append(Column("personal", own))
     columns += [
         # While it trained, of the examples it trained on: no measure of a model.
         Column("training", [_metric_text(one.get("accuracy")) for one in metrics]),

@@ -86,10 +86,12 @@ def play(store: Store, run: Run, number: int) -> None:
     store.open_round(opened, make_event("round-opened", round_number=number))
     updates = []
     for order, accuracy in zip(opened.orders, ACCURACIES[number - 1], strict=True):
+        said = told(accuracy, measured=20, loss=2 - accuracy)
         update = replace(
-            told(accuracy, measured=20, loss=2 - accuracy),
+            said,
             order_id=order.order_id,
             digest=order.order_id,
+            metrics={**said.metrics, "personal_accuracy": (1 + accuracy) / 2},
         )
         end_order(store, run, update)
         updates.append(update)
@@ -190,8 +192,8 @@ def test_show_has_each_client_before_and_while_it_trained(
         lines = shown(capsys, monkeypatch, state_dir, "show", "--round", 2, width=width)
         assert SPREAD in " ".join(chain.from_iterable(lines))
         (heading,) = [line for line in lines if line[:2] == ["client", "verdict"]]
-        assert heading[2:] == ["examples", "base", "training", "loss", "answered", "took"]
-        assert ["1", "counted", "80", "0.2500"] in lines
+        assert heading[2:6] == ["examples", "base", "personal", "training"]
+        assert ["1", "counted", "80", "0.2500", "0.6250"] in lines
         seed = cohort_seed(7, round_number=2, attempt=1)
         how = f"cohort 3 clients, power-of-choice, drawn with seed {seed}"
         assert how in " ".join(chain.from_iterable(lines))
