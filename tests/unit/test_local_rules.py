@@ -310,7 +310,7 @@ def test_fedprox_without_a_pull_is_the_same_bytes_as_without_it(tmp_path: Path, 
 def test_the_doctor_s_replays_repeat_a_correction_and_it_is_added_behind_clipping() -> None:
     """A NaN in the eleventh batch: the doctor goes back, experiments and leaves the batch out."""
     anchor = {"weight": torch.full((1, 2), 0.25), "bias": torch.full((1,), -0.5)}
-    shift = {"weight": torch.tensor([[0.1, -0.2]]), "bias": torch.tensor([0.3])}
+    shift = {"weight": torch.tensor([[0.02, -0.04]]), "bias": torch.tensor([0.03])}
     inputs = torch.randn(24, 2, generator=torch.Generator().manual_seed(1))
     inputs[20] = torch.nan
     batches = [(two, torch.zeros(2, dtype=torch.int64)) for two in torch.split(inputs, 2)]
@@ -322,17 +322,17 @@ def test_the_doctor_s_replays_repeat_a_correction_and_it_is_added_behind_clippin
     for x, _ in batches[:10] + batches[11:]:
         out = x @ w["weight"].T + w["bias"]
         g = {"weight": out.T @ x, "bias": out.sum(dim=0)}
-        factor = 0.05 / torch.cat([one.flatten() for one in g.values()]).norm().clamp(min=0.05)
+        factor = 0.5 / torch.cat([one.flatten() for one in g.values()]).norm().clamp(min=0.5)
         for name in list(w):
-            full = factor * g[name] + shift[name] + 0.5 * (w[name] - anchor[name])
+            full = factor * g[name] + shift[name] + 0.1 * (w[name] - anchor[name])
             momentum[name] = 0.9 * momentum[name] + full
             w[name] = w[name] - LR * momentum[name]
     found = train_model(
         *(model, batches, 1, LR),
         loss=lambda outputs, _: outputs.square().mean(),
-        clip_norm=0.05,
+        clip_norm=0.5,
         doctor=DoctorSettings(),
-        correction=Correction(pull=0.5, anchor=anchor, shift=shift),
+        correction=Correction(pull=0.1, anchor=anchor, shift=shift),
     )
     assert [one.step for one in found.report.diagnoses] == [11]
     for name, value in w.items():
