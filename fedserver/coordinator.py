@@ -315,6 +315,9 @@ class Coordinator:
             happened=happened,
         )
         pass_by(FailPoint.ROUND_DONE)
+        if self._is_asynchronous and exclusions:
+            # They were taken to count when they were stored.
+            await self._opener.look_back()
         if following is not None:
             await self._opener.hand_out(following, model)
         for one in happened:
@@ -346,6 +349,8 @@ class Coordinator:
         )
         pass_by(FailPoint.ROUND_FAILED)
         self._parts.book.abandon_round(current)
+        if self._is_asynchronous:
+            await self._opener.look_back()
         self._evaluations.has_alarm |= follows.is_base_blamed
         for one in recorded:
             self._parts.bus.publish(one)
