@@ -70,7 +70,7 @@ class Downloads:
                 end = min(offset - offset % CHUNK_BYTES + CHUNK_BYTES, size_bytes)
                 async with self._places:
                     on_progress()
-                    framed = await self._framed(digest, offset, end)
+                    framed = await self._framed(path, digest, offset, end)
                     try:
                         async with asyncio.timeout(self._idle_s):
                             await write(framed)
@@ -84,9 +84,8 @@ class Downloads:
         finally:
             self._under_way[digest] -= 1
 
-    async def _framed(self, digest: str, begin: int, end: int) -> bytes:
+    async def _framed(self, path: Path, digest: str, begin: int, end: int) -> bytes:
         """Return a chunk; of the model in force it is read once, whoever asks meanwhile."""
-        path = self._checkpoints.path(digest)
         if digest != self._digest or begin % CHUNK_BYTES:
             return await self._workers.on_disk(_read_framed, path, begin, end)
         chunks = self._chunks
