@@ -105,6 +105,8 @@ class Coordinator:
             if (bad := await self._bad_round()) is not None:
                 current, base = await self._roll_back(bad, current)
             elif is_last:
+                # Its evaluation may have made another model the best.
+                await drop_models(self._parts, done_round=current.round_number)
                 return base.digest
             elif current.phase is Phase.COLLECTING:
                 current = await self._collect(current)
