@@ -182,8 +182,8 @@ def train_order(
     digest = sections[0].digest if len(sections) == 1 else digest_file(payload)
     if report.num_steps < num_batches:
         logger.info(
-            "round %d: ended after %d of %d steps; what was done is sent",
-            *(order.round_number, report.num_steps, num_batches),
+            "client %d, round %d: ended after %d of %d steps; what was done is sent",
+            *(order.client_id, order.round_number, report.num_steps, num_batches),
         )
     update = ClientUpdate(
         order_id=order.order_id,

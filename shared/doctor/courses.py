@@ -130,6 +130,9 @@ class Courses:
             )
             return math.inf if course.failed_at else self._replay.probe_loss()
 
+        healing = factor
+        restore_snapshot(self._replay.subject, start)
+        begun = self._replay.probe_loss()
         least, lower = reached(factor), reached(factor / 10)
         once = reached(factor, num_times=1), reached(factor / 10, num_times=1)
         if lower < least or once[1] < _FURTHER * once[0]:
@@ -139,7 +142,8 @@ class Courses:
             if not (lower < least or math.isinf(least)):
                 break
             factor, least = factor / _LOWER, lower
-        return factor
+        # Where no rate leads below the start, the lowest looks best because it hardly moves.
+        return factor if least < begun else healing
 
     def _good_starts(self, newest: Snapshot) -> list[Snapshot]:
         """Return the newest state that is good beyond doubt, and the oldest."""
