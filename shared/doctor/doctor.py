@@ -235,7 +235,8 @@ class Doctor:
             return symptom_of_state(self._subject)[0]
         symptom = self._watch.examine_answers()
         if symptom is None or symptom in self._dismissed:
-            self._tape.keep(take_snapshot(self._subject, step=self._step))
+            spare = self._tape.make_room(self._step)
+            self._tape.keep(take_snapshot(self._subject, step=self._step, spare=spare))
         return symptom
 
     def _is_treated(self) -> bool:

@@ -2,9 +2,10 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -71,14 +72,19 @@ def device_of(subject: Subject) -> torch.device:
     return next((one.device for one in entries_of(subject)), torch.device("cpu"))
 
 
-def take_snapshot(subject: Subject, *, step: int) -> Snapshot:
-    """Copy the state that a training has now."""
+def take_snapshot(subject: Subject, *, step: int, spare: Snapshot | None = None) -> Snapshot:
+    """Copy the state that a training has now, into the memory of a state that nobody needs."""
     optimizer = subject.optimizer
     learned = [one for group in optimizer.param_groups for one in group["params"]]
+    # New memory costs more than the copying.
+    rooms = iter(() if spare is None else spare.tensors)
+    states = iter(() if spare is None else spare.optimizer_state)
     return Snapshot(
         step=step,
-        tensors=[one.detach().clone() for one in entries_of(subject)],
-        optimizer_state=[_copied(optimizer.state.get(one, {})) for one in learned],
+        tensors=[_copy(one, next(rooms, None)) for one in entries_of(subject)],
+        optimizer_state=[
+            _copied(optimizer.state.get(one, {}), next(states, {})) for one in learned
+        ],
         groups=[
             {key: _copy(value) for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
@@ -196,14 +202,25 @@ class Tape:
         since = step - self.snapshots[-1].step
         return since >= INTERVAL or self._num_bytes > self._memory_bytes
 
+    def make_room(self, step: int) -> Snapshot | None:
+        """Drop the states that aren't needed beside one after `step` steps; returns one of them."""
+        kept: list[Snapshot] = []
+        dropped = None
+        newer = step
+        for older in reversed(self.snapshots):
+            age = step - older.step
+            if age <= _MAX_AGE and newer - older.step >= (age - INTERVAL) / 2:
+                kept.append(older)
+                newer = older.step
+            else:
+                dropped = older
+        self._set_snapshots(kept[::-1])
+        return dropped
+
     def keep(self, snapshot: Snapshot) -> None:
         """Keep a state, and drop what age and limit don't allow."""
-        kept = [snapshot]
-        for older in reversed(self.snapshots):
-            age = snapshot.step - older.step
-            if age <= _MAX_AGE and kept[-1].step - older.step >= (age - INTERVAL) / 2:
-                kept.append(older)
-        self._set_snapshots(kept[::-1])
+        self.make_room(snapshot.step)
+        self._set_snapshots([*self.snapshots, snapshot])
         while len(self.snapshots) > 1 and self._num_bytes > self._memory_bytes:
             self._set_snapshots(self.snapshots[1:])
 
@@ -227,13 +244,25 @@ class Tape:
         self._num_bytes += sum(one.num_bytes for one in snapshots) - self._state_bytes
         self._state_bytes = sum(one.num_bytes for one in snapshots)
         self.snapshots = snapshots
-        while self.steps and self.steps[0].step <= snapshots[0].step:
+        oldest = snapshots[0].step if snapshots else math.inf
+        while self.steps and self.steps[0].step <= oldest:
             self._num_bytes -= self.steps.popleft().num_bytes
 
 
-def _copy(value: Any) -> Any:  # noqa: ANN401  # an optimizer's state holds anything
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _copy(value: Any, room: Any = None) -> Any:  # noqa: ANN401  # optimizers keep anything
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(room, Tensor) and _is_alike(value, room):
+        return room.copy_(value.detach())
+    return value.detach().clone()
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) for key, value in state.items()}
+def _is_alike(one: Tensor, other: Tensor) -> bool:
+    is_same_kind = one.dtype == other.dtype and one.device == other.device
+    return is_same_kind and one.shape == other.shape and one.stride() == other.stride()
+
+
+def _copied(
+    state: dict[str, Any], room: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    return {key: _copy(value, room.get(key)) for key, value in state.items()}
