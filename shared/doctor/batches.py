@@ -14,9 +14,9 @@ Batch: TypeAlias = Tensor | tuple[Tensor, ...] | list[Tensor] | Mapping[str, Ten
 
 def tensors_of(batch: Batch) -> list[Tensor]:
     """Return the batch's tensors in their order."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    return list(batch.values()) if isinstance(batch, Mapping) else list(batch)
+    if isinstance(batch, tuple | list):
+        return list(batch)
+    return [batch] if isinstance(batch, Tensor) else list(batch.values())
 
 
 def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -124,9 +124,13 @@ def inputs_of(batch: Batch) -> list[Tensor]:
 
 def labels_of(batch: Batch) -> Tensor | None:
     """Return the last tensor of whole numbers that has samples, None if there is none."""
-    num = batch_size(batch)
-    for one in reversed(tensors_of(batch)):
-        if one.dtype in _WHOLE and one.ndim > 0 and one.shape[0] == num:
+    return labels_among(tensors_of(batch), batch_size(batch))
+
+
+def labels_among(tensors: Sequence[Tensor], num_samples: int) -> Tensor | None:
+    """Return the last tensor of whole numbers with so many samples, None if there is none."""
+    for one in reversed(tensors):
+        if one.dtype in _WHOLE and one.ndim > 0 and one.shape[0] == num_samples:
             return one
     return None
 

@@ -18,6 +18,7 @@ from shared.doctor.batches import (
     are_out_of_range,
     batch_size,
     inputs_of,
+    labels_among,
     labels_of,
     map_tensors,
     rows_of,
@@ -160,6 +161,7 @@ def take_step(
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     except STEP_ERRORS as error:
         return Taken(lr=lr, batch_size=size, error=error)
+    tensors = tensors_of(kept)
     grad_norm, has_dead_weights = None, False
     if is_measured or _limit(subject, treatment) is not None:
         loss_value, grad_norm, has_dead_weights = _measure(subject, loss.detach())
@@ -171,8 +173,8 @@ def take_step(
         lr=lr,
         batch_size=size,
         outputs=None if outputs is None else outputs.detach(),
-        labels=labels_of(kept),
-        targets=tensors_of(kept)[-1],
+        labels=labels_among(tensors, size),
+        targets=tensors[-1],
         has_dead_weights=has_dead_weights,
     )
     if taken.is_finite:
