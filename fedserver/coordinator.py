@@ -8,6 +8,7 @@ Evaluation goes on beside the next round.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from fedserver.aggregation import reduce_updates, screen
@@ -70,7 +71,7 @@ class Coordinator:
             RunFailed: a round failed as often as it may be tried.
             StorageDamaged: what the store or the folders hold isn't what was written.
         """
-        await note_restart(self._parts)
+        await self.with_room(partial(note_restart, self._parts))
         return await self.with_room(self._run_rounds)
 
     async def with_room(self, step: Callable[[], Awaitable[T]]) -> T:

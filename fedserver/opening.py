@@ -78,7 +78,7 @@ class Opener:
                 break
             num_here = len(self._parts.sessions.ready_clients(only_live=True))
             if num_here != num_said and not self._parts.disk.is_low():
-                needed = self._parts.settings.min_clients
+                needed = self._parts.settings.clients_needed
                 logger.info("waiting for clients: %d of %d are here", num_here, needed)
                 num_said = num_here
             await self._parts.sessions.changed.wait(self._tick_s)

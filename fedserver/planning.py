@@ -46,7 +46,7 @@ def plan_round(
     """Return the round to open, or None while there are too few clients or too little disk."""
     settings = parts.settings
     candidates = parts.sessions.ready_clients(only_live=not settings.require_all)
-    if len(candidates) < settings.min_clients or parts.disk.is_low():
+    if len(candidates) < settings.clients_needed or parts.disk.is_low():
         return None
     at_work = _carried_clients(parts, round_number)
     eligible = eligible_clients(

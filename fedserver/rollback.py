@@ -52,11 +52,14 @@ async def consequences_of(
         max_steps=parts.settings.max_adjustments,
     )
     before = await parts.workers.in_store(parts.store.last_done_round, ending.run_id)
+    phases = await parts.workers.in_store(parts.store.phases_of, ending.run_id, ending.round_number)
     is_base_blamed = (
         not is_done
         and Cause.RECEIVED_MODEL in {one.cause for one in shared}
         # In an asynchronous run clients weren't all sent the same one.
         and parts.strategy.buffer_size == 0
+        # One step back is all there is: older models may be gone.
+        and Phase.ROLLED_BACK not in phases
         and before is not None
         and await may_be_repeated(parts, before)
     )

@@ -319,6 +319,11 @@ class ServerSettings(
         return self.min_updates or self.min_clients
 
     @property
+    def clients_needed(self) -> int:
+        """How many clients must be there before a round opens."""
+        return max(self.min_clients, self.min_updates)
+
+    @property
     def cohort_size(self) -> int:
         """How many clients a round asks; 0: all there are."""
         return math.ceil(self.clients_per_round * self.over_select)

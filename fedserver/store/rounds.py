@@ -326,7 +326,7 @@ class Rounds(Database):
         with self.reading() as connection:
             rows = connection.execute(
                 select(
-                    *(table.c.run_id, table.c.round, table.c.attempt, *named),
+                    *(table.c.run_id, table.c.round, table.c.attempt, table.c.phase, *named),
                     table.c.evaluation["accuracy"].as_float().label("accuracy"),
                 ).where(or_(*(column.in_(digests) for column in named)))
             ).all()
@@ -342,7 +342,11 @@ class Rounds(Database):
         kept = _blobs_of(row for row in rows if row not in old)
         began_with = {(one.round, one.attempt) for one in going_on}
         kept |= {row.base_digest for row in old if (row.round, row.attempt) in began_with}
-        evaluated = [row for row in rows if row.run_id == run_id and row.accuracy is not None]
+        evaluated = [
+            row
+            for row in rows
+            if row.run_id == run_id and row.phase == Phase.DONE and row.accuracy is not None
+        ]
         if evaluated:
             best = max(evaluated, key=lambda row: (row.accuracy, -row.round))
             kept |= {best.model_digest, best.state_digest}

@@ -54,17 +54,20 @@ def updates_in(run_id: str, round_number: int, attempt: int) -> Select[Any]:
 
 
 def read_round(connection: Connection, row: Row[Any]) -> Round:
-    """Return the attempt that a row of `rounds` holds, with its orders by client id."""
+    """Return the attempt that a row of `rounds` holds, with its orders by client and sequence."""
     orders = schema.orders
     rows = connection.execute(
-        select(orders.c.order_id, orders.c.client_id, orders.c.state)
-        .where(
+        select(orders.c.order_id, orders.c.client_id, orders.c.state).where(
             orders.c.run_id == row.run_id,
             orders.c.round == row.round,
             orders.c.attempt == row.attempt,
         )
-        .order_by(orders.c.client_id, orders.c.order_id)
     ).all()
+    # As text the tenth of a client's orders would come before its second.
+    found = [
+        Order(order_id=one.order_id, client_id=one.client_id, state=OrderState(one.state))
+        for one in rows
+    ]
     return Round(
         run_id=row.run_id,
         round_number=row.round,
@@ -78,10 +81,7 @@ def read_round(connection: Connection, row: Row[Any]) -> Round:
         state_digest=row.state_digest,
         adjustments=read_adjustments(row.adjustments),
         adjustments_after=read_adjustments(row.adjustments_after or {}),
-        orders=tuple(
-            Order(order_id=one.order_id, client_id=one.client_id, state=OrderState(one.state))
-            for one in rows
-        ),
+        orders=tuple(sorted(found, key=lambda one: (one.client_id, one.sequence))),
     )
 
 

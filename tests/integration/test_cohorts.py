@@ -32,3 +32,24 @@ def test_in_turns_each_client_is_asked_before_one_is_asked_again(scene: Scene) -
     assert sorted(asked[:3]) == sorted(asked[3:]) == list(CLIENTS)
     for peer in peers:
         peer.close()
+
+
+def test_a_round_waits_for_as_many_clients_as_it_needs_updates(scene: Scene) -> None:
+    """Also where fewer are enough to begin: two of three asked for can't be what it rests on."""
+    server = scene.server(
+        *("--task", "tests.tiny_task:tiny", "--rounds", 1, "--farewell", 0),
+        *("--min-clients", 2, "--min-updates", 3, "--stall-after", 3600, "--lease", 3600),
+    )
+    server.wait_for_line("fedserver listening on")
+    peers = [Peer(server.address, one) for one in CLIENTS[:2]]
+    server.wait_for_line("waiting for clients: 2 of 3 are here")
+    assert scene.history() == []
+    peers.append(Peer(server.address, CLIENTS[2]))
+    for peer in peers:
+        order = peer.pull_order()
+        peer.upload(order, payload_of(peer.base_of(order)))
+    assert server.wait() == 0
+    (entry,) = scene.history()
+    assert {one["client"] for one in entry["updates"]} == set(CLIENTS)
+    for peer in peers:
+        peer.close()

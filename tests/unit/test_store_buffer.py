@@ -71,6 +71,19 @@ def asynchronous(tmp_path: Path) -> Iterator[Asynchronous]:
     store.close()
 
 
+def test_the_newest_of_many_orders_of_one_client_comes_last(asynchronous: Asynchronous) -> None:
+    """By number, not by text: a restarted server hands out the last one."""
+    store, run, first = asynchronous.store, asynchronous.run, asynchronous.current
+    zero = first.orders[0].order_id
+    for number in range(2, 12):
+        again = Order(order_id=zero.replace("-s1", f"-s{number}"), client_id=0)
+        store.add_orders(first, [again])
+    latest = store.latest_round(run.run_id)
+    assert latest is not None
+    numbers = [one.sequence for one in latest.orders if one.client_id == 0]
+    assert numbers == list(range(1, 12))
+
+
 def test_a_buffer_never_holds_more_than_its_size_and_the_rest_comes_into_the_next(
     asynchronous: Asynchronous,
 ) -> None:

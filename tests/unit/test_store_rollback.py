@@ -86,14 +86,15 @@ def alarm(store: Store, second: Round) -> None:
     store.record_evaluation(second, evaluation, event, alarm="non-finite-loss")
 
 
-def repeat(store: Store, run: Run) -> None:
-    """Do the second round again, open the third again, and do it."""
+def repeat(store: Store, run: Run) -> tuple[Round, Round]:
+    """Do the second round again, open the third again, and do it; returns these attempts."""
     again = make_round(run.run_id, round_number=2, attempt=2, base_digest=FIRST)
     store.open_round(again, make_event("round-opened", round_number=2, attempt=2))
     number = 1 + len(store.phases_of(run.run_id, 3))
     third = make_round(run.run_id, round_number=3, attempt=number, base_digest=GOOD)
     finish(store, run, again, GOOD, third)
     finish(store, run, third, LAST, None)
+    return again, third
 
 
 def test_a_rollback_ends_both_attempts_at_once(store: Store) -> None:
@@ -228,3 +229,16 @@ def test_attempts_at_the_first_round_share_their_model_unless_it_was_drawn_anew(
     store.open_round(redrawn, make_event("round-opened", attempt=2))
     (found,) = findings(store, run)
     assert "attempt 2 began with model 111111111111" in found
+
+
+def test_the_best_model_that_stays_is_one_that_was_not_taken_back(store: Store) -> None:
+    """However well the one that was taken back had scored before its alarm."""
+    run, _, second, third = two_rounds(store)
+    event = make_event("evaluated", round_number=2)
+    store.record_evaluation(second, {"accuracy": 0.95, "loss": 9.0}, event, alarm="loss-explosion")
+    roll_back(store, run, third)
+    again, newest = repeat(store, run)
+    for one, accuracy in ((again, 0.94), (newest, 0.90)):
+        event = make_event("evaluated", round_number=one.round_number, attempt=one.attempt)
+        store.record_evaluation(one, {"accuracy": accuracy, "loss": 0.1}, event)
+    assert GOOD not in store.models_let_go(run.run_id, [FIRST, BAD, GOOD, LAST], since_round=4)

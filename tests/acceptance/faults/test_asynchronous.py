@@ -1,0 +1,104 @@
+"""Kill -9 of either side of an asynchronous run: a round is a full buffer, whoever filled it.
+
+Which updates meet in a buffer depends on who is fast, so there is no run to compare with: what was
+acknowledged counts, once, and every model is the one that its recorded buffer makes.
+"""
+
+import signal
+
+import pytest
+
+from shared.failpoints import VARIABLE, FailPoint
+from tests.acceptance.conftest import CLIENTS
+from tests.acceptance.faults.aftermath import FULL, conclude, now
+from tests.acceptance.federation import expect_clean_exits, start_client, start_server
+from tests.processes import Scene, fixed_port
+
+NUM_ROUNDS = 6
+BUFFER_SIZE = 2
+VICTIM = 1
+SERVER_PLACES = {
+    FailPoint.UPDATE_DURABLE: 3,
+    FailPoint.UPDATE_RECORDED: 3,
+    FailPoint.ROUND_CLOSING: 2,
+    FailPoint.ROUND_CLOSED: 2,
+    FailPoint.MODEL_WRITTEN: 2,
+    FailPoint.ROUND_DONE: 2,
+}
+"""How often the server comes by until it is struck: in the second buffer."""
+CLIENT_PLACES = (
+    FailPoint.ORDER_PULLED,
+    FailPoint.TRAINED,
+    FailPoint.UPDATE_KEPT,
+    FailPoint.RECEIPT_GIVEN,
+)
+
+
+def run_flags(port: int) -> list[str | int]:
+    """Return the server's flags, the same at every start."""
+    return [
+        *("--port", port, "--rounds", NUM_ROUNDS, "--min-clients", len(CLIENTS), "--seed", 5),
+        *("--strategy", "fedbuff", "--strategy-parameters", f"buffer_size={BUFFER_SIZE}"),
+        *("--keep-updates", "all", "--norm-band", 0, "--farewell", 120),
+    ]
+
+
+def expect_whole_run(scene: Scene) -> None:
+    """Examine that every buffer was filled once."""
+    history = scene.history()
+    assert [(one["round"], one["attempt"], one["phase"]) for one in history] == [
+        (number, 1, "DONE") for number in range(1, NUM_ROUNDS + 1)
+    ]
+    filled = [
+        [one["order_id"] for one in entry["updates"] if one["verdict"] == "COUNTED"]
+        for entry in history
+    ]
+    assert [len(orders) for orders in filled] == [BUFFER_SIZE] * NUM_ROUNDS
+    assert len({order for orders in filled for order in orders}) == BUFFER_SIZE * NUM_ROUNDS
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(one, id=str(one), marks=() if one is FailPoint.UPDATE_RECORDED else FULL)
+        for one in SERVER_PLACES
+    ],
+)
+def test_an_asynchronous_server_killed_at(scene: Scene, place: FailPoint) -> None:
+    """Started again with the same command it goes on with the buffer it had."""
+    flags = run_flags(fixed_port())
+    server = start_server(scene, *flags, **{VARIABLE: f"{place}:kill:{SERVER_PLACES[place]}"})
+    clients = [start_client(scene, one, server.address) for one in CLIENTS]
+    assert server.wait() == -signal.SIGKILL
+    struck_at = now()
+    before = scene.history()[-1]
+    server = start_server(scene, *flags)
+    expect_clean_exits(server, *clients)
+    expect_whole_run(scene)
+    conclude(
+        scene,
+        fault=f"kill -9 of an asynchronous server at {place}",
+        struck_at=struck_at,
+        seen=[f"round {before['round']} {before['phase']}"],
+        is_asynchronous=True,
+    )
+
+
+@FULL
+@pytest.mark.parametrize("place", CLIENT_PLACES)
+def test_a_client_of_an_asynchronous_run_killed_at(scene: Scene, place: FailPoint) -> None:
+    """Nobody waits for it; back again, it delivers the order it had, once."""
+    server = start_server(scene, *run_flags(0))
+    victim = start_client(scene, VICTIM, server.address, **{VARIABLE: f"{place}:kill:1"})
+    others = [start_client(scene, one, server.address) for one in CLIENTS if one != VICTIM]
+    assert victim.wait() == -signal.SIGKILL
+    struck_at = now()
+    victim = start_client(scene, VICTIM, server.address)
+    expect_clean_exits(server, victim, *others)
+    expect_whole_run(scene)
+    conclude(
+        scene,
+        fault=f"kill -9 of a client of an asynchronous run at {place}",
+        struck_at=struck_at,
+        is_asynchronous=True,
+    )
