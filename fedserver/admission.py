@@ -13,6 +13,7 @@ import torch
 from fedserver.records import Refusal, json_number
 from fedserver.strategies.blocks import BlockReader, StateFile, blocks_of
 from fedserver.strategies.packed import examine_packed
+from fedserver.strategies.rows import Lack, lacks_nothing
 from shared.codec import Entry, Layout
 from shared.errors import InvalidInput
 from shared.types import (
@@ -46,7 +47,8 @@ class AdmissionLimits:
 
     `max_delta_norm` bounds the L2 norm of local minus global over all parameters, `sections` names
     what a payload holds, in this order, and `max_control_norm` bounds the L2 norm of a section
-    "control". The model's section may be compressed as `compression` says, or not at all.
+    "control". The model's section may be compressed as `compression` says, or not at all. `lacks`
+    says what of an update the strategy can't do without.
     """
 
     max_num_examples: int
@@ -55,13 +57,15 @@ class AdmissionLimits:
     sections: tuple[str, ...] = (MODEL_SECTION,)
     max_control_norm: float = math.inf
     compression: Compression = NO_COMPRESSION
+    lacks: Lack = lacks_nothing
 
 
 def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimits) -> None:
     """Examine what an update says of itself, before any byte of it is taken.
 
     Raises:
-        UpdateRefused: weight, step count, metrics, encoding, sections or size are impossible.
+        UpdateRefused: weight, step count, metrics, encoding, sections or size are impossible, or
+            the strategy can't weigh it.
     """
     if not 1 <= update.num_examples <= limits.max_num_examples:
         raise UpdateRefused(
@@ -95,6 +99,8 @@ def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimit
                 f"metric {name!r} is {value:g}; it must lie in 1 to {limits.max_num_examples}",
                 kind="metrics",
             )
+    if lack := limits.lacks(update.num_steps, update.metrics.get("global_loss")):
+        raise UpdateRefused(lack, kind="lack")
     if update.encoding not in (Encoding.STATE_DICT, limits.compression.encoding):
         raise UpdateRefused(
             f"the update's encoding is {update.encoding}; this run takes "

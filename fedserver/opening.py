@@ -108,7 +108,7 @@ class Opener:
         self._parts.book.open_round(
             opened,
             base=base,
-            limits=admission_limits(self._parts.settings, opened, local=self._parts.strategy.local),
+            limits=admission_limits(self._parts.settings, opened, strategy=self._parts.strategy),
             orders=self._work_orders(opened, base),
             carried_over=carried_over,
         )
@@ -166,7 +166,7 @@ class Opener:
                 given_in = OpenRound(
                     record=record,
                     base=base,
-                    limits=admission_limits(parts.settings, record, local=parts.strategy.local),
+                    limits=admission_limits(parts.settings, record, strategy=parts.strategy),
                     # Nobody asks how long ago: only the round that collects has a deadline.
                     opened_at=0.0,
                 )

@@ -21,7 +21,7 @@ from fedserver.sampling import (
 )
 from fedserver.settings import ServerSettings
 from fedserver.standing import eligible_clients, strike
-from fedserver.strategies.rows import Local
+from fedserver.strategies.rows import Local, Strategy
 from shared.seeds import derive_seed
 from shared.types import CONTROL_SECTION, MODEL_SECTION, Section, WorkOrder
 
@@ -201,10 +201,10 @@ def updates_needed(settings: ServerSettings, opened: Round) -> int:
 
 
 def admission_limits(
-    settings: ServerSettings, opened: Round, *, local: Local | None
+    settings: ServerSettings, opened: Round, *, strategy: Strategy
 ) -> AdmissionLimits:
     """Return the bounds that were frozen when a round opened."""
-    has_control = local is not None and local.sends_control
+    has_control = strategy.local is not None and strategy.local.sends_control
     rate = settings.lr * opened.adjustments.lr_factor
     return AdmissionLimits(
         max_num_examples=settings.max_num_examples,
@@ -214,6 +214,7 @@ def admission_limits(
         sections=(MODEL_SECTION, CONTROL_SECTION) if has_control else (MODEL_SECTION,),
         # A mean gradient that were longer would lead beyond the cap in a single step.
         max_control_norm=opened.max_delta_norm / rate,
+        lacks=strategy.lacks,
     )
 
 

@@ -14,6 +14,7 @@ from fedserver.records import Event, Order, Refusal, Round, Run, Session, Stored
 from fedserver.rounds import OrderEvent, OrderState, Phase
 from fedserver.store import Store
 from fedserver.strategies.blocks import StateFile
+from fedserver.strategies.rows import Lack, lacks_nothing
 from shared.codec import digest_bytes, encode_state, read_layout
 from shared.diagnosis import (
     Cause,
@@ -143,6 +144,7 @@ def make_limits(
     max_delta_norm: float = 10.0,
     max_steps_per_example: int = 2,
     compression: Compression = NO_COMPRESSION,
+    lacks: Lack = lacks_nothing,
 ) -> AdmissionLimits:
     """Return the bounds of a round."""
     return AdmissionLimits(
@@ -150,6 +152,7 @@ def make_limits(
         max_delta_norm=max_delta_norm,
         max_steps_per_example=max_steps_per_example,
         compression=compression,
+        lacks=lacks,
     )
 
 

@@ -188,6 +188,7 @@ def _composed(name: str, parts: list[Part]) -> Strategy:
             server_optimizer=optimizer,
             local=local,
             buffer_size=aggregator.buffer_size,
+            lacks=aggregator.lacks,
         )
     assert isinstance(aggregator, Rule)
     min_updates = aggregator.min_updates

@@ -18,12 +18,14 @@ from fedserver.strategies.blocks import (
     BlockFunction,
     BlockReader,
     Cohort,
-    StateFile,
 )
 from fedserver.strategies.geometry import squared_distances
-from fedserver.strategies.rows import Mean, UnfitCohort
+from fedserver.strategies.rows import Lack, Mean, UnfitCohort, lacks_nothing
 from shared.errors import InvalidInput
 from shared.weights import EntryKind
+
+# Beyond any honest loss's, and far enough from float64's end for sums of products.
+_MAX_POWER = 1e150
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,46 @@ def qfedavg(*, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, An
         )
     smoothness = lipschitz or 1 / float(settings["lr"])
 
+    def powers(loss: float) -> tuple[float, float]:
+        """Return F^q and its derivative, which for q = 0 is 0 at F = 0 too."""
+        return loss**q, q * loss ** (q - 1) if q else 0.0
+
+    def lacks(_: int, loss: float | None) -> str:
+        if loss is None or not 0 <= loss < math.inf:
+            return (
+                "qfedavg needs each client's loss of the global model, finite and not below 0; "
+                f"this update came with {loss}"
+            )
+        try:
+            if max(powers(loss)) < _MAX_POWER:
+                return ""
+        except (OverflowError, ZeroDivisionError):
+            pass
+        return f"qfedavg with q {q:g} has no weight for a loss of the global model of {loss:g}"
+
     def weigh(cohort: Cohort) -> Weights:
         squared_norms = squared_distances(cohort)[0, 1:].tolist()
         moves, steps = [], []
-        for update, squared_norm in zip(cohort.updates, squared_norms, strict=True):
-            loss = _loss_of(update)
-            moves.append(loss**q * smoothness)
-            steps.append(q * loss ** (q - 1) * smoothness**2 * squared_norm + moves[-1])
-        total = math.fsum(steps)
-        return Weights(moves, total, of_base=total - math.fsum(moves))
+        try:
+            for update, squared_norm in zip(cohort.updates, squared_norms, strict=True):
+                assert update.global_loss is not None
+                power, slope = powers(update.global_loss)
+                moves.append(power * smoothness)
+                steps.append(slope * smoothness**2 * squared_norm + moves[-1])
+            total, of_updates = math.fsum(steps), math.fsum(moves)
+        except OverflowError:
+            total = math.inf
+        if not total < math.inf:
+            raise UnfitCohort(
+                f"qfedavg's weights, with q {q:g} and L {smoothness:g}, are beyond what float64 "
+                "holds; give a smaller q or lipschitz"
+            )
+        if total == 0:
+            # Nobody has a loss, so nobody asks for a move.
+            return Weights(moves, 1.0, of_base=1.0)
+        return Weights(moves, total, of_base=total - of_updates)
 
-    return Mean(aggregator=mean_by(weigh))
+    return Mean(aggregator=mean_by(weigh, lacks), lacks=lacks)
 
 
 def fednova(*, settings: Mapping[str, Any]) -> Mean:
@@ -96,6 +127,11 @@ def fednova(*, settings: Mapping[str, Any]) -> Mean:
         )
     momentum = float(settings.get("momentum", 0.0))
 
+    def lacks(num_steps: int, _: float | None) -> str:
+        if num_steps >= 1:
+            return ""
+        return f"fednova divides by the local steps, but this update has {num_steps}"
+
     def weigh(cohort: Cohort) -> Weights:
         total = sum(update.num_examples for update in cohort.updates)
         reaches = [_reach(update.num_steps, momentum) for update in cohort.updates]
@@ -104,7 +140,7 @@ def fednova(*, settings: Mapping[str, Any]) -> Mean:
         moves = [mean_reach * p / a for p, a in zip(shares, reaches, strict=True)]
         return Weights(moves, 1.0, of_base=1 - math.fsum(moves))
 
-    return Mean(aggregator=mean_by(weigh))
+    return Mean(aggregator=mean_by(weigh, lacks), lacks=lacks)
 
 
 def weighted_sum(
@@ -134,13 +170,17 @@ def weighted_sum(
     return compute
 
 
-def mean_by(weigh: Callable[[Cohort], Weights]) -> Aggregator:
+def mean_by(weigh: Callable[[Cohort], Weights], lacks: Lack = lacks_nothing) -> Aggregator:
     """Return the aggregator that gives parameters the weights of `weigh`, buffers num_examples.
 
-    `weigh` is called once a round, on the whole cohort, and may raise UnfitCohort.
+    `weigh` is called once a round, on the whole cohort, and may raise UnfitCohort. It never sees an
+    update of which `lacks` says something: that raises UnfitCohort too.
     """
 
     def prepare(cohort: Cohort) -> Callable[[], BlockFunction]:
+        for update in cohort.updates:
+            if lack := lacks(update.num_steps, update.global_loss):
+                raise UnfitCohort(f"{lack} ({update.path.name})")
         of_buffers = _by_num_examples(cohort)
         of_parameters = of_buffers if weigh is _by_num_examples else weigh(cohort)
 
@@ -167,17 +207,5 @@ def _by_num_examples(cohort: Cohort) -> Weights:
     return Weights(weights, sum(weights))
 
 
-def _loss_of(update: StateFile) -> float:
-    loss = update.global_loss
-    if loss is None or not 0 < loss < math.inf:
-        raise UnfitCohort(
-            f"qfedavg needs each client's loss of the global model, above 0 and finite; "
-            f"{update.path.name} came with {loss}"
-        )
-    return loss
-
-
 def _reach(num_steps: int, momentum: float) -> float:
-    if num_steps < 1:
-        raise UnfitCohort(f"fednova divides by the local steps, but an update has {num_steps}")
     return (num_steps - momentum * (1 - momentum**num_steps) / (1 - momentum)) / (1 - momentum)

@@ -39,16 +39,30 @@ Reduction = Callable[[Matrix], Matrix]
 """Coordinate-wise: the updates' values ascending, [count, num_updates] -> float64 [count]."""
 
 
+Lack = Callable[[int, float | None], str]
+"""What an update lacks that its weight rests on, in a sentence; "" if nothing.
+
+Told its num_steps and its client's loss of the global model, None if the client told none.
+"""
+
+
+def lacks_nothing(_: int, __: float | None) -> str:
+    """Return that any update will do."""
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mean:
     """An aggregator that weighs the updates by what their clients say of them.
 
     One with a `buffer_size` is asynchronous: a round is a buffer of so many updates, which may have
-    begun with older models (see fedserver.strategies.fedbuff). 0: all begin with the same one.
+    begun with older models (see fedserver.strategies.fedbuff). 0: all begin with the same one. An
+    update of which `lacks` says something is refused when it comes.
     """
 
     aggregator: Aggregator
     buffer_size: int = 0
+    lacks: Lack = lacks_nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +132,7 @@ class Strategy:
     """How clients train, and how a cohort's updates become the next global model.
 
     `min_updates` is the smallest cohort it makes sense for, `buffer_size` that of an asynchronous
-    one's buffer (0: it is synchronous).
+    one's buffer (0: it is synchronous), `lacks` says which updates it can't weigh.
     """
 
     name: str
@@ -127,6 +141,7 @@ class Strategy:
     local: Local | None = None
     min_updates: int = 1
     buffer_size: int = 0
+    lacks: Lack = lacks_nothing
 
     @property
     def is_personal(self) -> bool:

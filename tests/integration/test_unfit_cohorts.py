@@ -1,35 +1,87 @@
-"""Updates that a strategy can't be applied to: the attempt fails in words, the run goes on."""
+"""Updates that a strategy can't be applied to: their sender's fault, or in words the attempt's."""
 
-from tests.integration.peer import Peer, changed, open_round, payload_of
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from fedserver.strategies.blocks import Cohort
+from fedserver.strategies.means import Weights, mean_by
+from fedserver.strategies.rows import Mean, UnfitCohort
+from shared.pb import federation_pb2 as pb
+from tests.integration.peer import Peer, changed, entry_of, open_round, payload_of
 from tests.processes import Scene
 
-LOSSES = {0: 0.5, 1: 1.5}
+GOOD: dict[str, Any] = {"metrics": {"loss": 0.5, "accuracy": 0.75, "global_loss": 1.5}}
+
+
+def at_most_10() -> Mean:
+    """Mean of clients that have at most 10 examples each; the server imports it from here."""
+
+    def weigh(cohort: Cohort) -> Weights:
+        most = max(update.num_examples for update in cohort.updates)
+        if most > 10:
+            raise UnfitCohort(f"a client has {most} examples")
+        return Weights([1] * len(cohort.updates), len(cohort.updates))
+
+    return Mean(aggregator=mean_by(weigh))
+
+
+@contextmanager
+def two_peers(scene: Scene, *flags: str | int) -> Iterator[dict[int, Peer]]:
+    """Give two clients of a server with these flags."""
+    server = scene.server(
+        *("--task", "tests.tiny_task:tiny", "--rounds", 2, *flags),
+        *("--farewell", 0, "--stall-after", 3600, "--lease", 3600),
+    )
+    server.wait_for_line("fedserver listening on")
+    peers = {one: Peer(server.address, one) for one in (0, 1)}
+    yield peers
+    for peer in peers.values():
+        peer.close()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "bad", "words"),
+    [
+        ("qfedavg", {}, "qfedavg needs each client's loss of the global model"),
+        ("qfedavg", {"metrics": {"global_loss": 1e200}}, "no weight for a loss"),
+        ("fednova", {"num_steps": 0}, "fednova divides by the local steps"),
+    ],
+)
+def test_an_update_that_the_strategy_cant_weigh_is_refused_and_the_round_goes_on(
+    scene: Scene, strategy: str, bad: dict[str, Any], words: str
+) -> None:
+    """One client that doesn't say what its weight rests on never fails the others' round."""
+    parameters = ("--strategy-parameters", "q=2") if strategy == "qfedavg" else ()
+    flags = ("--strategy", strategy, *parameters, "--evaluate-on-clients", "--min-updates", 1)
+    with two_peers(scene, *flags) as peers:
+        opened = open_round(peers)
+        payload = payload_of(changed(opened.base))
+        answer = peers[0].upload(opened.orders[0], payload, **bad)
+        assert answer.receipt == pb.RECEIPT_REFUSED
+        assert words in answer.reason
+        assert peers[1].upload(opened.orders[1], payload, **GOOD).receipt == pb.RECEIPT_STORED
+        assert peers[1].pull_order().round == 2
+    entry = entry_of(scene.history(), opened.orders[0])
+    assert (entry["phase"], entry["attempt"]) == ("DONE", 1)
+    assert [one["verdict"] for one in entry["updates"]] == ["REFUSED", "COUNTED"]
 
 
 def test_a_round_whose_updates_dont_fit_the_strategy_fails_and_is_tried_again(
     scene: Scene,
 ) -> None:
-    """q-FedAvg, and a client that says nothing of the global model's loss; then it does."""
-    server = scene.server(
-        *("--task", "tests.tiny_task:tiny", "--rounds", 2, "--strategy", "qfedavg"),
-        *("--evaluate-on-clients", "--farewell", 0, "--stall-after", 3600, "--lease", 3600),
-    )
-    server.wait_for_line("fedserver listening on")
-    peers = {one: Peer(server.address, one) for one in LOSSES}
-    for attempt in (1, 2):
-        opened = open_round(peers)
-        for one, loss in LOSSES.items():
-            told = {"global_loss": loss, "global_accuracy": 0.5} if one or attempt == 2 else {}
-            peers[one].upload(
-                opened.orders[one],
-                payload_of(changed(opened.base)),
-                metrics={"loss": 0.5, "accuracy": 0.75, **told},
-            )
-    assert open_round(peers).orders[0].round == 2
+    """What only the cohort shows fails the attempt, with the strategy's own words."""
+    row = f"{__name__}:at_most_10"
+    with two_peers(scene, "--strategy", row) as peers:
+        for num_examples in (11, 10):
+            opened = open_round(peers)
+            for one, peer in peers.items():
+                payload = payload_of(changed(opened.base))
+                peer.upload(opened.orders[one], payload, num_examples=num_examples)
+        assert open_round(peers).orders[0].round == 2
     first, second, _ = scene.history()
     assert (first["phase"], second["phase"]) == ("FAILED", "DONE")
     (incident,) = first["incidents"]
-    assert incident["kind"] == "round-failed"
-    assert "qfedavg needs each client's loss of the global model" in incident["reason"]
-    for peer in peers.values():
-        peer.close()
+    assert (incident["kind"], incident["reason"]) == ("round-failed", "a client has 11 examples")

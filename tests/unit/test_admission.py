@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedserver.admission import MAX_WEIGHT, UpdateRefused, examine_content, examine_header
 from fedserver.settings import ServerSettings
+from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import BLOCK_ELEMENTS, StateFile
 from shared.codec import decode_state
 from shared.types import MODEL_SECTION, ClientUpdate, Section
@@ -84,6 +85,32 @@ def test_an_impossible_header_is_refused(
     """Weight, steps, metrics, size and sections: the sentence has the value and the bound."""
     with pytest.raises(UpdateRefused, match=words):
         examine_header(header(base, **changed), base, make_limits())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changed", "words"),
+    [
+        ("qfedavg", {}, "qfedavg needs each client's loss of the global model.*came with None"),
+        ("qfedavg", {"metrics": {"global_loss": -0.5}}, "not below 0; .* came with -0.5"),
+        ("qfedavg", {"metrics": {"global_loss": 1e200}}, r"no weight for a loss .* of 1e\+200"),
+        ("fednova", {"num_steps": 0}, "fednova divides by the local steps, .* has 0"),
+    ],
+)
+def test_a_header_that_the_strategy_cant_weigh_is_refused(
+    base: StateFile, strategy: str, changed: dict[str, object], words: str
+) -> None:
+    """It is its sender's fault, before the round closes; any other strategy takes it."""
+    settings = {
+        "strategy": strategy,
+        "strategy_parameters": {"q": 2} if strategy == "qfedavg" else {},
+        "lr": 0.05,
+        "evaluate_on_clients": True,
+    }
+    limits = make_limits(lacks=find_strategy(settings).lacks)
+    with pytest.raises(UpdateRefused, match=words):
+        examine_header(header(base, **changed), base, limits)
+    examine_header(header(base, metrics={"global_loss": 0.0}), base, limits)
+    examine_header(header(base, **changed), base, make_limits())
 
 
 def test_sections_must_cover_the_payload(base: StateFile) -> None:

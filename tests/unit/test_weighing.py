@@ -1,6 +1,7 @@
 """Means that weigh by more than num_examples: q-FedAvg and FedNova beside their papers' lines."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +92,51 @@ def test_qfedavg_with_q_0_is_the_uniform_mean(tmp_path: Path) -> None:
     assert np.abs(found - np.mean(UPDATES, axis=0)).max() < 1e-12
 
 
-@pytest.mark.parametrize("loss", [None, math.nan, math.inf, 0.0, -1.0])
+def test_qfedavg_with_q_0_needs_no_particular_loss(tmp_path: Path) -> None:
+    """A loss of nothing, and one of which 1 / F is beyond float64, weigh as any other."""
+    found, _ = aggregate(tmp_path, "qfedavg", parameters={"q": 0}, losses=(0.0, 1e-310, 3.0))
+    assert np.abs(found - np.mean(UPDATES, axis=0)).max() < 1e-12
+
+
+@pytest.mark.parametrize("q", [1.0, 2.0])
+def test_qfedavg_takes_a_loss_of_0(tmp_path: Path, q: float) -> None:
+    """Its client doesn't ask for a move; for q = 1 it still shortens the others', as 0^0 is 1."""
+    losses = (0.2, 0.0, 0.9)
+    smoothness = 1 / 0.05
+    deltas, steps = [], []
+    for update, loss in zip(UPDATES, losses, strict=True):
+        move = smoothness * (BASE - update)
+        deltas.append(loss**q * move)
+        steps.append(q * loss ** (q - 1) * (move**2).sum() + smoothness * loss**q)
+    expected = BASE - np.sum(deltas, axis=0) / sum(steps)
+    found, _ = aggregate(tmp_path, "qfedavg", parameters={"q": q}, losses=losses)
+    assert np.abs(found - expected).max() < 1e-12
+
+
+@pytest.mark.parametrize("q", [1.0, 2.0])
+def test_qfedavg_stays_where_nobody_has_a_loss(tmp_path: Path, q: float) -> None:
+    """All losses are 0: the model is as good as it gets, and 0 / 0 isn't computed."""
+    found, variance = aggregate(tmp_path, "qfedavg", parameters={"q": q}, losses=(0.0, 0.0, 0.0))
+    assert np.abs(found - BASE).max() < 1e-12
+    assert variance == pytest.approx(2.3)
+
+
+@pytest.mark.parametrize(("q", "loss"), [(2, 1e200), (10, 1e31), (0.5, 0.0), (0.01, 1e-310)])
+def test_qfedavg_names_a_loss_beyond_its_powers(tmp_path: Path, q: float, loss: float) -> None:
+    """F^q or q F^(q - 1) isn't a number that weights can be made of."""
+    sentence = f"with q {q:g} has no weight for a loss of the global model of {loss:g}"
+    with pytest.raises(UnfitCohort, match=re.escape(sentence)):
+        aggregate(tmp_path, "qfedavg", parameters={"q": q}, losses=(0.2, loss, 0.9))
+
+
+@pytest.mark.parametrize("lipschitz", [1e160, 1e300])
+def test_qfedavg_with_an_absurd_lipschitz_is_a_sentence(tmp_path: Path, lipschitz: float) -> None:
+    """L^2, or what it is multiplied with, is beyond float64."""
+    with pytest.raises(UnfitCohort, match="beyond what float64 holds"):
+        aggregate(tmp_path, "qfedavg", parameters={"lipschitz": lipschitz})
+
+
+@pytest.mark.parametrize("loss", [None, math.nan, math.inf, -1.0])
 def test_qfedavg_without_a_loss_is_a_sentence(tmp_path: Path, loss: float | None) -> None:
     """A client that tells none, or one that is no loss, can't be weighed."""
     with pytest.raises(UnfitCohort, match="needs each client's loss of the global model"):
