@@ -3,6 +3,7 @@
 Every method makes one call and raises the domain's errors; trying again is the loop's business.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import FileIO
@@ -300,7 +301,22 @@ def _upload_messages(
         on_sent(count)
 
 
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_ORDER_ID = re.compile(r"[\w-]{1,200}", re.ASCII)
+
+
 def _order(message: pb.WorkOrder) -> WorkOrder:
+    """Translate an order.
+
+    Raises:
+        WrongSettings: it names something that can't be a file's name here.
+    """
+    for digest in (one.digest for one in message.sections):
+        if not _DIGEST.fullmatch(digest):
+            raise WrongSettings(f"the server's order names {digest[:80]!r}, which is no digest")
+    for order_id in (message.order_id, message.last_counted_order_id or message.order_id):
+        if not _ORDER_ID.fullmatch(order_id):
+            raise WrongSettings(f"the server's order has the id {order_id[:80]!r}, which is none")
     training = message.training
     return WorkOrder(
         order_id=message.order_id,

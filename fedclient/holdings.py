@@ -61,6 +61,11 @@ class Holdings:
                 f"the run's task {session.task!r} is code of somebody's own; if you trust it and "
                 f"have it here, start with --task {session.task}"
             )
+        if self._settings.task not in (None, session.task):
+            raise WrongSettings(
+                f"the run's task is {session.task!r}, but --task insists on "
+                f"{self._settings.task!r}; ask for the server that runs it, or leave --task out"
+            )
         self._task = find_task(session.task)
         self._examples_of = _share_reader(self._task, session.partitioning, self._settings)
         self._num_examples = tuple(map(self._examine, self._settings.client_ids))

@@ -19,11 +19,18 @@ from fedclient.progress import OrderAbandoned, ProgressReporter, Stopped
 from fedclient.session import FIRST_PAUSE_S, LONGEST_PAUSE_S, ServerSession
 from fedclient.settings import ClientSettings
 from fedclient.state import ClientState, ClientStates, StateLost
-from fedclient.training import train_order
+from fedclient.training import NothingLearned, train_order
 from shared.diagnosis import Diagnosis
 from shared.diagnosis_text import verdict
 from shared.doctor import TrainingHalted
-from shared.errors import CorruptPayload, NotFound, OutOfSpace, StreamFenced, WrongOffset
+from shared.errors import (
+    CorruptPayload,
+    NotFound,
+    OutOfSpace,
+    StreamFenced,
+    UnknownSession,
+    WrongOffset,
+)
 from shared.failpoints import FailPoint, pass_by
 from shared.training import incident_of
 from shared.types import (
@@ -95,7 +102,7 @@ class OrderWorker:
                 logger.info(
                     "client %d, round %d: the server wants no update any more", *_place(order)
                 )
-            except TrainingHalted as error:
+            except (TrainingHalted, NothingLearned) as error:
                 logger.warning("client %d, round %d: %s; no update is sent", *_place(order), error)
                 self._tell_incidents(order, progress, gave_up=True)
             except NotFound as error:
@@ -199,6 +206,8 @@ class OrderWorker:
                 except (WrongOffset, CorruptPayload, StreamFenced) as error:
                     logger.warning("order %s: %s", update.order_id, error)
                     self._session.pause(FIRST_PAUSE_S)
+                except UnknownSession:
+                    raise
                 except NotFound:
                     return "of a run the server doesn't know"
                 else:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from shared.errors import FederationError
-from shared.types import Counters, Directive, Incident
+from shared.types import MAX_INCIDENTS, Counters, Directive, Incident
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,14 @@ class ProgressReporter:
         )
 
     def note(self, incident: Incident) -> None:
-        """Say with the next report that something went wrong."""
-        self._incidents.append(incident)
+        """Say with the next report that something went wrong.
+
+        The server takes so many of an order: the last place is that of the newest.
+        """
+        if len(self._incidents) < MAX_INCIDENTS:
+            self._incidents.append(incident)
+        elif self._num_reported < MAX_INCIDENTS:
+            self._incidents[-1] = incident
 
     @property
     def unreported(self) -> list[tuple[int, Incident]]:

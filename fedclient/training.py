@@ -19,15 +19,20 @@ from shared.corrections import Correction
 from shared.data import AugmentedBatches, make_loader, set_aside
 from shared.data.loaders import NumberedLoader
 from shared.diagnosis import Diagnosis, DoctorSettings
-from shared.errors import InvalidInput, WrongSettings
+from shared.errors import FederationError, InvalidInput, WrongSettings
 from shared.evaluation import evaluate
 from shared.payloads import write_payload
 from shared.seeds import derive_seed
 from shared.tasks import Examples, Task
-from shared.training import StepProgress, TrainingResult, train_model
+from shared.training import EpochReport, StepProgress, TrainingReport, TrainingResult, train_model
 from shared.types import MODEL_SECTION, NO_COMPRESSION, ClientUpdate, Compression, WorkOrder
 
 logger = logging.getLogger(__name__)
+
+
+class NothingLearned(FederationError):
+    """No batch of an order was left to learn from; what was wrong with them is on record."""
+
 
 _EVALUATION_BATCH_SIZE = 256
 
@@ -66,6 +71,7 @@ def train_order(
 
     Raises:
         TrainingHalted: training went wrong, and may not or can't be cured.
+        NothingLearned: there is nothing to send.
         WrongSettings: the task's model isn't the one the server holds, or the order's local rule
             isn't known here.
         OrderAbandoned: the server wants no update any more.
@@ -170,6 +176,7 @@ def train_order(
     )
     if rule.is_personal and evaluated is not None:
         metrics |= _metrics_of(model, evaluated, task, device, progress, prefix="personal_")
+    learned = _last_epoch(report)
     packed = pack_update(
         outcome.model,
         global_model=global_model,
@@ -193,8 +200,8 @@ def train_order(
         num_examples=report.num_examples,
         num_steps=report.num_steps,
         metrics={
-            "accuracy": result.accuracy,
-            "loss": report.epochs[-1].loss,
+            "accuracy": learned.accuracy,
+            "loss": learned.loss,
             "train_s": train_s,
             **metrics,
             **packed.metrics,
@@ -207,6 +214,18 @@ def train_order(
         has_dropped_samples=report.has_dropped_samples,
     )
     return update, ClientState(convalescence=convalescence, tensors={**outcome.kept, **packed.kept})
+
+
+def _last_epoch(report: TrainingReport) -> EpochReport:
+    """Return how the last epoch went of which not every batch was left out.
+
+    Raises:
+        NothingLearned: there is none.
+    """
+    for one in reversed(report.epochs):
+        if not math.isnan(one.loss):
+            return one
+    raise NothingLearned("every batch was left out, so there is nothing to send")
 
 
 def _examples_of(order: WorkOrder, examples: Examples) -> tuple[list[int] | None, list[int] | None]:

@@ -254,7 +254,8 @@ class Diagnosis:
 
     def without_samples(self) -> "Diagnosis":
         """Return the same without positions and indices of samples: these may be private."""
-        return replace(self, samples=())
+        # The first index of a tensor that holds samples says which one, too.
+        return replace(self, samples=(), origin=replace(self.origin, first_index=()))
 
 
 MAX_SAMPLES = 64

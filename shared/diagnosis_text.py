@@ -97,9 +97,9 @@ def facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     if origin.num_nan or origin.num_inf:
         size = math.prod(origin.shape) if origin.shape else 1
         dtype = f" ({origin.dtype})" if origin.dtype else ""
+        first = f", the first at {_list(origin.first_index)}" if origin.first_index else ""
         bad_values = (
-            f": {origin.num_nan} NaN and {origin.num_inf} infinite of {size} numbers{dtype}, "
-            f"the first at {_list(origin.first_index)}"
+            f": {origin.num_nan} NaN and {origin.num_inf} infinite of {size} numbers{dtype}{first}"
         )
     found = [
         ("what", _SYMPTOMS[diagnosis.symptom]),

@@ -328,4 +328,4 @@ def _largest_gradient(
     scale = 1.0
     if clip_norm is not None and taken.grad_norm is not None:
         scale = max(1.0, taken.grad_norm / clip_norm)
-    return scale * max(float(one.abs().max()) for one in gradients)
+    return scale * max((float(one.abs().max()) for one in gradients), default=0.0)

@@ -1,7 +1,15 @@
 """Clients whose trainings all fail for one reason, with their doctors and the server's answer."""
 
+import pytest
+
 from tests.acceptance.conftest import CLIENTS
-from tests.acceptance.federation import expect_clean_exits, start_client, start_server
+from tests.acceptance.federation import (
+    expect_clean_exits,
+    incident_kinds,
+    start_client,
+    start_server,
+    verdicts,
+)
 from tests.processes import Scene
 
 
@@ -27,14 +35,41 @@ def test_a_rate_that_is_too_high_for_all_is_lowered_for_all(scene: Scene) -> Non
     assert set(shared["clients"]) == diagnosed
     assert len(diagnosed) >= 2
     assert 0.1 <= second["adjustments"]["lr_factor"] <= 0.5
-    # What the clients keep to themselves unless told otherwise.
-    assert all(
-        one["diagnosis"]["samples"] == []
-        for entry in history
-        for one in entry["incidents"]
-        if "diagnosis" in one
-    )
     verified = scene.command("verify", "--state-dir", scene.folder / "server")
     assert verified.returncode == 0, verified.stdout
     shown = scene.command("show", "--state-dir", scene.folder / "server", "--round", "2").stdout
     assert "changed for this attempt: rate times" in shown
+
+
+@pytest.mark.parametrize("flags", [(), ("--report-samples",)], ids=["by default", "if told"])
+def test_which_samples_are_bad_leaves_the_client_only_if_told(
+    scene: Scene, flags: tuple[str, ...]
+) -> None:
+    """Neither their numbers nor where in its batch the first bad number is."""
+    server = start_server(scene, "--rounds", 1, "--min-clients", 1)
+    client = start_client(scene, 0, server.address, *flags, TINY_BAD="pixel")
+    expect_clean_exits(server, client)
+    (incident,) = scene.history()[0]["incidents"]
+    told = incident["diagnosis"]
+    assert (told["cause"], told["num_samples"]) == ("bad-data", 1)
+    assert [one["index"] for one in told["samples"]] == ([3] if flags else [])
+    assert bool(told["origin"]["first_index"]) == bool(flags)
+
+
+def test_a_client_of_whose_data_nothing_is_left_sends_nothing_and_stays(scene: Scene) -> None:
+    """Its only batch is left out in every epoch: no loss of nan, no suspension, no traceback."""
+    flags = ("--rounds", 2, "--min-clients", 2, "--min-updates", 1, "--batch-size", 64)
+    server = start_server(scene, *flags)
+    good = start_client(scene, 0, server.address)
+    bad = start_client(
+        scene, 1, server.address, "--doctor", "skip", "--log-steps", 1, TINY_BAD="pixel"
+    )
+    expect_clean_exits(server, good, bad)
+    history = scene.history()
+    assert [(number, state) for number, client, state in verdicts(history) if client == 0] == [
+        (1, "COUNTED"),
+        (2, "COUNTED"),
+    ]
+    assert {one["client"] for entry in history for one in entry["updates"]} == {0}
+    assert "update-refused" not in incident_kinds(history)
+    assert bad.count_lines("every batch was left out") >= 1
