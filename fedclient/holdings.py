@@ -26,9 +26,16 @@ _NUM_SHARES_KEPT = 8
 
 
 class Holdings:
-    """The task and the examples, once `load` was told which run they are for."""
+    """The task and the examples, once `load` was told which run they are for.
+
+    Raises:
+        InvalidInput: the task that the settings insist on can't be had.
+    """
 
     def __init__(self, settings: ClientSettings) -> None:
+        if settings.task is not None:
+            # What is wrong with it is told now: a server may be long in coming.
+            find_task(settings.task)
         self._settings = settings
         self._loaded_for: tuple[str, Partitioning] | None = None
         self._task: Task | None = None

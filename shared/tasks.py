@@ -14,7 +14,6 @@ same object on the server (which builds the model and holds the test set) and on
 """
 
 import functools
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from shared.data.tables import Columns, load_tables
 from shared.data.texts import NUM_CHARACTERS, WINDOW, load_windows
 from shared.errors import InvalidInput
 from shared.models import CharGRU, SimpleCNN, TabularMLP
+from shared.own_code import import_own
 
 Examples = Dataset[tuple[Tensor, ...]]
 
@@ -119,7 +119,8 @@ def find_task(name: str) -> Task:
     settings, never from the other side of the wire.
 
     Raises:
-        InvalidInput: no such task, module or attribute, or the attribute is not a Task.
+        InvalidInput: no such task, module or attribute, the module's code goes wrong, or the
+            attribute is not a Task.
     """
     if name in _BUILT_IN:
         return _BUILT_IN[name]
@@ -131,15 +132,7 @@ def find_task(name: str) -> Task:
             f"there is no task {name!r}; there are: {', '.join(_BUILT_IN)}, tabular; a task of "
             f"your own is named package.module:attribute"
         )
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InvalidInput(
-            f"task {name!r}: importing {module_name} failed ({error}); is it installed or on "
-            f"PYTHONPATH?"
-        ) from error
-    except SyntaxError as error:
-        raise InvalidInput(f"task {name!r}: {module_name} can't be read: {error}") from error
+    module = import_own(f"task {name!r}", module_name)
     if not hasattr(module, attribute):
         tasks = [key for key, value in vars(module).items() if isinstance(value, Task)]
         raise InvalidInput(

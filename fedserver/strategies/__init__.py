@@ -7,7 +7,6 @@ more and before local rules of which the paper has it so.
 """
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from fedserver.strategies import fedbuff, local_rules, means, mixing, robust, se
 from fedserver.strategies.rows import Local, Mean, Mixing, Part, Rule, ServerOptimizer, Strategy
 from fedserver.strategies.step import by_rule
 from shared.errors import InvalidInput
+from shared.own_code import import_own
 
 Row = Callable[..., Part]
 
@@ -90,17 +90,10 @@ def _find_row(name: str) -> Row:
             + f" There are: {', '.join(ROWS)}, joined by +; one of your own is named "
             "package.module:function. `python -m fedserver strategies` tells of each"
         )
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise InvalidInput(
-            f"strategy {name!r}: importing {module_name} failed ({error}); is it installed or on "
-            "PYTHONPATH?"
-        ) from error
-    except SyntaxError as error:
-        raise InvalidInput(f"strategy {name!r}: {module_name} can't be read: {error}") from error
-    except AttributeError as error:
-        raise InvalidInput(f"strategy {name!r}: {module_name} has no {attribute}") from error
+    module = import_own(f"strategy {name!r}", module_name)
+    if not hasattr(module, attribute):
+        raise InvalidInput(f"strategy {name!r}: {module_name} has no {attribute}")
+    found = getattr(module, attribute)
     if not callable(found):
         raise InvalidInput(
             f"strategy {name!r} is a {type(found).__name__}; name a function that returns a row "

@@ -100,6 +100,13 @@ def test_a_task_without_a_model_begins_no_run(scene: Scene) -> None:
     assert not (scene.folder / "server").exists()
 
 
+def test_a_client_whose_own_task_is_broken_waits_for_no_server(scene: Scene) -> None:
+    """It says so at once, though nobody answers at the address."""
+    (scene.folder / "broken.py").write_text("raise RuntimeError('boom')\n")
+    client = scene.client(0, "localhost:1", "--task", "broken:task", PYTHONPATH=str(scene.folder))
+    expect_refusal(client, "importing broken raised RuntimeError: boom (broken.py, line 1)")
+
+
 def test_a_client_of_another_task_ends_with_both_names(
     waiting: Server, module_scene: Scene
 ) -> None:

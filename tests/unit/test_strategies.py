@@ -1,6 +1,7 @@
 """The table of strategies: rows by name, put together, and refused where they make no sense."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +95,7 @@ def test_rows_are_put_together(name: str) -> None:
         ("nnm+fedavg", {}, "nobody's update, so a mean can't weigh it"),
         ("clip+fednova", {}, "use uniform or a robust rule instead"),
         ("no.such:row", {}, "importing no.such failed"),
+        (".x:row", {}, "'.x' is no module's name"),
         (f"{THIS}:missing", {}, "has no missing"),
         (f"{THIS}:THIS", {}, "is a str; name a function"),
         (f"{THIS}:wrong", {}, "gives a int; its function must return a Mean"),
@@ -106,6 +108,17 @@ def test_what_makes_no_sense_is_a_sentence(
     """It says what is wrong and what to type."""
     with pytest.raises(InvalidInput, match=words):
         find(name, parameters)
+
+
+def test_a_row_whose_module_goes_wrong_is_told_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An AttributeError of the module's own isn't taken for a row that is missing."""
+    (tmp_path / "bad_rows.py").write_text("import math\nmath.tua\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = r"importing bad_rows raised AttributeError: .*'tua'.* \(bad_rows.py, line 2\)"
+    with pytest.raises(InvalidInput, match=told):
+        find("bad_rows:row", {})
 
 
 def test_what_a_row_rests_on_must_be_set() -> None:

@@ -243,6 +243,13 @@ def test_a_task_of_ones_own_is_found_by_module_and_attribute() -> None:
         ("mnits", "there are: mnist-sample, mnist, fashion-mnist, text, tabular; a task of your"),
         (":x", "there is no task"),
         ("no_such_module:task", "importing no_such_module failed"),
+        (".x:y", "'.x' is no module's name"),
+        (
+            "raises:task",
+            r"^task 'raises:task': importing raises raised RuntimeError: boom "
+            r"\(raises.py, line 4\)$",
+        ),
+        ("ends:task", r"importing ends raised SystemExit: 3 \(ends.py, line 1\)$"),
         ("half_a_task:task", r"half_a_task can't be read: .*half_a_task.py, line 2"),
         (f"{__name__}:MISSING", "has no MISSING; the tasks in it are: OWN_TASK"),
         (f"{__name__}:write_raw", "is a function, not a shared.tasks.Task"),
@@ -252,6 +259,8 @@ def test_an_unknown_task_says_what_there_is(
     name: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "half_a_task.py").write_text("import torch\ntask = =\n")
+    (tmp_path / "raises.py").write_text("def f():\n  raise RuntimeError('boom')\n\nf()\n")
+    (tmp_path / "ends.py").write_text("raise SystemExit(3)\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InvalidInput, match=complaint):
         find_task(name)

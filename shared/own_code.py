@@ -1,0 +1,43 @@
+"""Code of somebody's own, named in the settings as `package.module:attribute`."""
+
+import importlib
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from shared.errors import InvalidInput
+
+
+def import_own(what: str, module_name: str) -> ModuleType:
+    """Import the module that `what` (such as "task 'mine:task'") names, that is, run its code.
+
+    Raises:
+        InvalidInput: there is no such module, or its code goes wrong; the message says in which
+            file and line.
+    """
+    if not all(module_name.split(".")):
+        raise InvalidInput(
+            f"{what}: {module_name!r} is no module's name; write it from the outermost package on, "
+            "as package.module"
+        )
+    try:
+        return importlib.import_module(module_name)
+    except ImportError as error:
+        raise InvalidInput(
+            f"{what}: importing {module_name} failed ({error}); is it installed or on PYTHONPATH?"
+        ) from error
+    except SyntaxError as error:
+        raise InvalidInput(f"{what}: {module_name} can't be read: {error}") from error
+    # A module may raise whatever it likes, and a script without a main guard may end itself.
+    except (Exception, SystemExit) as error:
+        raise InvalidInput(
+            f"{what}: importing {module_name} raised {type(error).__name__}: "
+            f"{' '.join(str(error).split())}{_place(error)}"
+        ) from error
+
+
+def _place(error: BaseException) -> str:
+    """Return where the innermost module that was being imported went wrong."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [one for one in frames if one.name == "<module>" and not one.filename.startswith("<")]
+    return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
