@@ -1,6 +1,7 @@
 """The client's settings."""
 
 import itertools
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -38,9 +39,9 @@ class ConnectionSettings(Settings):
     @classmethod
     def _examine_server(cls, server: str) -> str:
         """Refuse an address at which no server can ever be, or the client would wait for it."""
-        host, _, port = server.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise ValueError("write it as host:port, such as localhost:50051")
+        parts = re.fullmatch(r"(\[[^][/\s]+\]|[^][/:\s]+):([0-9]{1,5})", server)
+        if parts is None or not 0 < int(parts[2]) < 2**16:
+            raise ValueError("write it as host:port, such as localhost:50051 or [::1]:50051")
         return server
 
     @model_validator(mode="after")

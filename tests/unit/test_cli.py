@@ -105,7 +105,13 @@ def test_the_word_none_can_be_chosen_where_it_is_one_of_the_words() -> None:
     assert settings.data_root is None
 
 
-@pytest.mark.parametrize("server", ["localhost", "localhost:port", ":50051", "there:0", "a:70000"])
+@pytest.mark.parametrize(
+    "server",
+    [
+        *("localhost", "localhost:port", ":50051", "there:0", "a:70000", "http://host:50051"),
+        *("host:1:2", "my host:50051", " host:50051", "host:50051 ", "::1:50051", "[::1]", "[]:1"),
+    ],
+)
 def test_a_client_never_waits_for_a_server_nowhere(
     server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +119,11 @@ def test_a_client_never_waits_for_a_server_nowhere(
     with pytest.raises(SystemExit):
         parse(ClientSettings, ["--id", "1", "--server", server])
     assert f"--server is '{server}': write it as host:port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("server", ["localhost:1", "10.0.0.7:65535", "[::1]:50051", "a-b.c:80"])
+def test_an_address_that_can_be_one_is_taken(server: str) -> None:
+    assert parse(ClientSettings, ["--id", "1", "--server", server]).server == server
 
 
 @pytest.mark.parametrize(
