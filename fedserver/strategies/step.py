@@ -166,7 +166,7 @@ class _Coordinates:
             if np.array_equal(coefficients, np.eye(len(files))[chosen]):
                 files = [files[index] for index in chosen]
             else:
-                self._coefficients = torch.from_numpy(coefficients)
+                self._coefficients = coefficients
         self._rows = RowReader(files)
 
     def __call__(self, block: Block) -> torch.Tensor:
@@ -180,7 +180,10 @@ class _Coordinates:
         for begin in range(0, block.count, step):
             part = values[:, begin : begin + step]
             if self._coefficients is not None:
-                part = self._coefficients @ part.double()
+                # einsum and not @: a loop of ours alone, the same for any number of threads.
+                part = torch.from_numpy(
+                    np.einsum("ij,jk->ik", self._coefficients, part.double().numpy())
+                )
             ascending = part.T.contiguous().numpy()
             ascending.sort(axis=1)
             # Plus zero makes -0.0 plain 0.0: sorting doesn't tell them apart.

@@ -337,25 +337,37 @@ def test_too_few_updates_are_a_sentence(
             aggregate(tmp_path, strategy, updates[: needed - 1], parameters)
 
 
-@pytest.mark.parametrize("strategy", ["krum", "geometric-median", "nnm+median", "bulyan"])
+@pytest.mark.parametrize(
+    "strategy", ["krum", "geometric-median", "nnm+median", "nnm+trimmed-mean", "bulyan"]
+)
 def test_threads_and_block_sizes_change_no_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
-    """One thread of torch's or three, one of ours or three: the same bytes."""
+    """One thread of torch's or more, one of ours or three: the same bytes, also in float64."""
     generator = torch.Generator().manual_seed(1)
-    states = [{"w": torch.randn(100_003, generator=generator)} for _ in range(9)]
-    cohort = cohort_of(tmp_path, states[0], states[1:])
     found = find_strategy({"strategy": strategy, "strategy_parameters": {}})
-    before = torch.get_num_threads()
-    seen = set()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            monkeypatch.setattr(blocks, "_NUM_THREADS", threads)
-            seen.add(b"".join(one.values.numpy().tobytes() for one in next_blocks(found, cohort)))
-    finally:
-        torch.set_num_threads(before)
-    assert len(seen) == 1
+    for num_updates in (7, 8, 11):
+        # Of float64, as float32's rounding would hide in which order a sum was made.
+        states = [
+            {
+                "v": torch.randn(100_003, generator=generator, dtype=torch.float64),
+                "w": torch.randn(50_001, generator=generator),
+            }
+            for _ in range(num_updates + 1)
+        ]
+        kinds = dict.fromkeys(states[0], EntryKind.PARAMETER)
+        cohort = cohort_of(tmp_path, states[0], states[1:], kinds=kinds)
+        before = torch.get_num_threads()
+        seen = set()
+        try:
+            for threads, of_ours in ((1, 1), (2, 1), (3, 3), (8, 2)):
+                torch.set_num_threads(threads)
+                monkeypatch.setattr(blocks, "_NUM_THREADS", of_ours)
+                made = next_blocks(found, cohort)
+                seen.add(b"".join(one.values.numpy().tobytes() for one in made))
+        finally:
+            torch.set_num_threads(before)
+        assert len(seen) == 1, num_updates
 
 
 def never(*_: Any) -> None:  # noqa: ANN401
