@@ -29,7 +29,9 @@ from shared.weights import EntryKind
 MAX_WEIGHT = 2**29 - 1
 """Above, num_examples * float32 isn't exact in float64 any more (see strategies.means)."""
 
-_HEADER_SLACK_BYTES = 1 << 20
+HEADER_SLACK_BYTES = 1 << 20
+"""How much longer than the model's an update's header may be: spaces, remarks, other names."""
+
 _MAX_TENSORS_NAMED = 20
 
 
@@ -115,7 +117,7 @@ def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimit
             f"it must hold {' and '.join(map(repr, limits.sections))} alone, of the same size",
             kind="sections",
         )
-    most_bytes = len(names) * (base.layout.size_bytes + _HEADER_SLACK_BYTES)
+    most_bytes = len(names) * (base.layout.size_bytes + HEADER_SLACK_BYTES)
     if not 0 < update.size_bytes <= most_bytes:
         raise UpdateRefused(
             f"the payload has {update.size_bytes} bytes; the model has {base.layout.size_bytes}",

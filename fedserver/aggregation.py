@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedserver.admission import HEADER_SLACK_BYTES
 from fedserver.checkpoints import GlobalModel
 from fedserver.events import event_of
 from fedserver.parts import Parts
@@ -127,12 +128,15 @@ def update_file(
     can't hold. `own_base` is the model it began with where that isn't the round's.
 
     Raises:
-        InvalidInput: the bytes aren't those sections, or the model's isn't what `compression` makes
-            of one.
+        InvalidInput: the bytes aren't those sections, the model's isn't what `compression` makes of
+            one, or a header is far longer than the model's.
     """
+    # Under compression a tensor may become two, with longer names.
+    max_header_bytes = 3 * len(base.layout.header) + HEADER_SLACK_BYTES
+    payload = read_payload(path, sections, max_header_bytes=max_header_bytes)
     files = {
         name: StateFile(path=path, layout=layout, offset=offset)
-        for name, (offset, layout) in read_payload(path, sections).items()
+        for name, (offset, layout) in payload.items()
     }
     model = files.pop(MODEL_SECTION)
     if own_base is not None:

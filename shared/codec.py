@@ -149,10 +149,17 @@ def load_state_into(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
                 target.copy_(landing)
 
 
-def read_layout(path: Path, *, offset: int = 0, size_bytes: int | None = None) -> Layout:
+def read_layout(
+    path: Path,
+    *,
+    offset: int = 0,
+    size_bytes: int | None = None,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+) -> Layout:
     """Read where each tensor lies in the safetensors file at [offset, offset + size_bytes).
 
-    Every byte must belong to the header or to exactly one tensor, as the format demands.
+    Every byte must belong to the header or to exactly one tensor, as the format demands. A header
+    of more than `max_header_bytes` isn't read: parsed it takes many times its size in memory.
 
     Raises:
         InvalidInput: the bytes aren't such a file; the message says where it breaks.
@@ -162,12 +169,11 @@ def read_layout(path: Path, *, offset: int = 0, size_bytes: int | None = None) -
         file.seek(offset)
         prefix = file.read(_LENGTH_BYTES)
         header_bytes = int.from_bytes(prefix, "little")
-        if len(prefix) < _LENGTH_BYTES or header_bytes > min(
-            MAX_HEADER_BYTES, total - _LENGTH_BYTES
-        ):
+        most_bytes = min(MAX_HEADER_BYTES, max_header_bytes, total - _LENGTH_BYTES)
+        if len(prefix) < _LENGTH_BYTES or header_bytes > most_bytes:
             raise InvalidInput(
-                f"the payload of {total} bytes is not a safetensors file: "
-                f"its header claims {header_bytes} bytes"
+                f"the payload of {total} bytes is not a safetensors file: its header claims "
+                f"{header_bytes} bytes, at most {max(0, most_bytes)} are possible"
             )
         header = prefix + file.read(header_bytes)
     try:

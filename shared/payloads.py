@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shared.codec import Layout, digest_file, read_layout, write_state
+from shared.codec import MAX_HEADER_BYTES, Layout, digest_file, read_layout, write_state
 from shared.errors import InvalidInput
 from shared.files import naming_full_disk
 from shared.types import Section
@@ -34,10 +34,16 @@ def write_payload(path: Path, sections: Mapping[str, Mapping[str, Tensor]]) -> t
     return tuple(written)
 
 
-def read_payload(path: Path, sections: Sequence[tuple[str, int]]) -> dict[str, tuple[int, Layout]]:
+def read_payload(
+    path: Path,
+    sections: Sequence[tuple[str, int]],
+    *,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+) -> dict[str, tuple[int, Layout]]:
     """Return where each section begins in a payload, and its layout counted from there.
 
-    `sections` are their names and sizes in bytes, in order.
+    `sections` are their names and sizes in bytes, in order; `max_header_bytes` is how long the
+    header of each may be.
 
     Raises:
         InvalidInput: a section isn't a safetensors file, or they don't fill the payload.
@@ -45,7 +51,10 @@ def read_payload(path: Path, sections: Sequence[tuple[str, int]]) -> dict[str, t
     found = {}
     offset = 0
     for name, size_bytes in sections:
-        found[name] = (offset, read_layout(path, offset=offset, size_bytes=size_bytes))
+        layout = read_layout(
+            path, offset=offset, size_bytes=size_bytes, max_header_bytes=max_header_bytes
+        )
+        found[name] = (offset, layout)
         offset += size_bytes
     if offset != path.stat().st_size:
         raise InvalidInput(

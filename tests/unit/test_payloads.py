@@ -63,6 +63,31 @@ def test_sections_that_weren_t_asked_for_are_refused(tmp_path: Path) -> None:
         examine_header(replace(update, size_bytes=update.size_bytes + 1), base, both)
 
 
+def test_a_header_far_longer_than_the_models_is_never_parsed(tmp_path: Path) -> None:
+    """What is admitted has the model's names, so a megabyte of others needs no look at each."""
+    base = write_state(tmp_path, {"w": torch.zeros(2)})
+    own = base.path.read_bytes()[len(base.layout.header) :]
+
+    def examine(*, num_spaces: int) -> None:
+        text = base.layout.header[8:] + b" " * num_spaces
+        path = tmp_path / "update"
+        path.write_bytes(len(text).to_bytes(8, "little") + text + own)
+        update_file(
+            path,
+            base=base,
+            kinds={"w": EntryKind.PARAMETER},
+            compression=NO_COMPRESSION,
+            sections=[("model", path.stat().st_size)],
+            num_examples=1,
+        )
+
+    examine(num_spaces=1 << 20)
+    with pytest.raises(
+        InvalidInput, match=r"its header claims \d+ bytes, at most \d+ are possible"
+    ):
+        examine(num_spaces=2 << 20)
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [(math.nan, "tensor 'w' holds nan at element 4"), (1e3, "the round's cap is 100")],
