@@ -10,19 +10,19 @@ import functools
 import inspect
 import json
 import logging
+import os
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar, get_args
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_args
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
     CliSettingsSource,
-    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -34,6 +34,7 @@ from rich.logging import RichHandler
 from shared.errors import FederationError, InvalidInput
 
 USAGE_EXIT_CODE = 2
+_NOT_IN_A_FILE = ("config", "print_config")
 
 S = TypeVar("S", bound="Settings")
 
@@ -51,7 +52,7 @@ class Settings(BaseSettings):
         extra="forbid",
         allow_inf_nan=False,
         cli_kebab_case=True,
-        cli_implicit_flags="toggle",
+        cli_implicit_flags=True,
         cli_hide_none_type=True,
         env_parse_none_str="none",
     )
@@ -61,10 +62,8 @@ class Settings(BaseSettings):
     print_config: bool = Field(
         default=False, description="show each setting and where it came from, then exit"
     )
-    log_level: str = Field(
-        default="INFO",
-        pattern="^(DEBUG|INFO|WARNING|ERROR)$",
-        description="DEBUG, INFO, WARNING or ERROR",
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="how much the log tells"
     )
 
     @field_validator("*", mode="before")
@@ -99,14 +98,13 @@ def parse(settings_class: type[S], argv: list[str], *, commands: Sequence[str] =
 
     `commands` are the words that may stand in place of the first setting.
 
-    Ends the process with exit code 2 and a sentence on standard error where one of them is wrong,
-    and with 0 after --help and --print-config.
+    Ends the process with exit code 2 and a sentence on standard error where one of them is wrong or
+    a variable with the side's prefix is no setting, and with 0 after --help and --print-config.
     """
     parser = _Parser(settings_class, commands)
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path)
-    config_file = finder.parse_known_args(argv)[0].config
+    config_file = _find_config(settings_class, argv)
     try:
+        _examine_environment(settings_class)
         if config_file is not None:
             _examine_toml(config_file)
         settings_class._config_file = config_file
@@ -115,8 +113,9 @@ def parse(settings_class: type[S], argv: list[str], *, commands: Sequence[str] =
         )
         settings = CliApp.run(settings_class, cli_args=argv, cli_settings_source=flags)
     except ValidationError as error:
+        origins = _origins(settings_class, flags())
         for problem in error.errors():
-            print(f"{parser.prog}: {_sentence(problem, settings_class)}", file=sys.stderr)
+            print(f"{parser.prog}: {_sentence(problem, settings_class, origins)}", file=sys.stderr)
         raise SystemExit(USAGE_EXIT_CODE) from None
     except SettingsError as error:
         print(f"{parser.prog}: {_pairs_sentence(str(error), settings_class)}", file=sys.stderr)
@@ -138,7 +137,7 @@ def _pairs_sentence(told: str, settings_class: type[Settings]) -> str:
         name = f"{prefix}{in_environment[1].upper()}"
         return f'{name} can\'t be read; write it as JSON, such as {{"name": 1}}'
     flag = re.search(r"encountered for (\w+)", told)
-    name = f"--{flag[1].replace('_', '-')}" if flag else "a setting"
+    name = _flag(flag[1]) if flag else "a setting"
     return f"{name} can't be read; write it as name=value,name=value"
 
 
@@ -159,6 +158,8 @@ class _Parser(argparse.ArgumentParser):
 
     def add_setting(self, *names: str, **options: Any) -> argparse.Action:  # noqa: ANN401
         """Add a flag to its group."""
+        if options.get("metavar", "").startswith("dict["):
+            options["metavar"] = "NAME=VALUE,..."
         title = group_title(self._settings_class, options["dest"].replace("-", "_"))
         if title not in self._titles:
             self._titles[title] = self.add_argument_group(title)
@@ -192,23 +193,38 @@ def group_title(settings_class: type[Settings], name: str) -> str:
 
 def _described(settings: Settings, flags: dict[str, Any]) -> list[str]:
     """Return the settings in force as lines of TOML, each with where its value came from."""
-    settings_class = type(settings)
-    prefix = settings_class.model_config.get("env_prefix", "")
-    sources = {
-        "flag": flags,
-        "environment": EnvSettingsSource(settings_class)() if prefix else {},
-        f"{settings._config_file}": TomlConfigSettingsSource(
-            settings_class, toml_file=settings._config_file
-        )(),
-    }
+    origins = _origins(type(settings), flags)
     lines = []
-    for name, value in settings.model_dump(mode="json", exclude={"print_config"}).items():
-        origin = next((origin for origin, given in sources.items() if name in given), "default")
-        if origin == "environment":
-            origin += f" ({prefix}{name.upper()})"
+    # A settings file can't name another one, nor ask for this.
+    for name, value in settings.model_dump(mode="json", exclude=set(_NOT_IN_A_FILE)).items():
         shown = f"{name} = {json.dumps(value)}" if value is not None else f"# {name} is not set"
-        lines.append(f"{shown}  # {origin}")
+        place, _ = origins.get(name, ("default", name))
+        lines.append(f"{shown}  # {place}")
     return lines
+
+
+def _origins(
+    settings_class: type[Settings], flags: Mapping[str, Any]
+) -> dict[str, tuple[str, str]]:
+    """Return of each setting given where its value in force is from, and what it's called there."""
+    file = settings_class._config_file
+    in_file = TomlConfigSettingsSource(settings_class, toml_file=file)()
+    in_environment = _in_environment(settings_class)
+    return {
+        **{name: (f"{file}", f"in {file}, {name}") for name in in_file},
+        **{name: (f"environment ({one})", one) for name, one in in_environment.items()},
+        **{name: ("flag", _flag(name)) for name in flags},
+    }
+
+
+def _in_environment(settings_class: type[Settings]) -> dict[str, str]:
+    """Return the variables that begin with this side's prefix, by the setting each is for."""
+    prefix = settings_class.model_config.get("env_prefix")
+    if not prefix:
+        return {}
+    return {
+        name[len(prefix) :].lower(): name for name in os.environ if name.upper().startswith(prefix)
+    }
 
 
 @functools.cache
@@ -232,27 +248,59 @@ def log_to_stderr(level: str) -> None:
         logging.getLogger(package).setLevel(level)
 
 
+def _find_config(settings_class: type[Settings], argv: list[str]) -> Path | None:
+    """Return the settings file that is named; a flag beats the environment."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # Where its value is missing, the parser of all flags says so.
+    finder.add_argument("--config", nargs="?")
+    name = _in_environment(settings_class).get("config", "")
+    path = finder.parse_known_args(argv)[0].config or os.environ.get(name)
+    return Path(path) if path else None
+
+
+def _examine_environment(settings_class: type[Settings]) -> None:
+    given = _in_environment(settings_class)
+    for name in given.keys() - settings_class.model_fields.keys():
+        prefix = settings_class.model_config.get("env_prefix") or ""
+        near = difflib.get_close_matches(name, settings_class.model_fields, n=1)
+        hint = f"did you mean {prefix}{near[0].upper()}?" if near else "unset it"
+        raise InvalidInput(f"the environment has {given[name]}, which is no setting; {hint}")
+
+
 def _examine_toml(path: Path) -> None:
     try:
         with path.open("rb") as file:
-            tomllib.load(file)
+            given = tomllib.load(file)
     except OSError as error:
         raise InvalidInput(f"the settings file {path} can't be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    # Bytes that aren't UTF-8 are no TOML either.
+    except ValueError as error:
         raise InvalidInput(f"the settings file {path} is not TOML: {error}") from error
+    for name in given:
+        if name in _NOT_IN_A_FILE:
+            raise InvalidInput(
+                f"{name} can't stand in a settings file, as in {path}; give {_flag(name)}"
+            )
 
 
-def _sentence(problem: object, settings_class: type[Settings]) -> str:
+def _sentence(
+    problem: object, settings_class: type[Settings], origins: Mapping[str, tuple[str, str]]
+) -> str:
     assert isinstance(problem, dict)
-    name = ".".join(str(part) for part in problem["loc"])
-    flag = "--" + name.replace("_", "-")
+    name, *rest = (str(part) for part in problem["loc"] or ("",))
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, settings_class.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"there is no setting {name!r}{hint}"
-    if problem["type"] == "missing":
-        return f"{flag} is required"
+        return f"in {settings_class._config_file} there is no setting {name!r}{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     if not name:
         return str(message)
-    return f"{flag} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    _, called = origins.get(name, ("default", _flag(name)))
+    if problem["type"] == "missing":
+        return f"{called} is required"
+    called = ".".join((called, *rest))
+    return f"{called} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -74,8 +74,42 @@ def test_an_unknown_setting_is_told_the_nearest_one(
     assert "no command rounds; settings are given as --name" in _refusal(capsys, "rounds", "3")
     config = _toml(tmp_path, "learning_rate = 1\nepochss = 3\n")
     told = _refusal(capsys, "--config", config)
-    assert "there is no setting 'epochss'; did you mean 'epochs'?" in told
+    assert f"in {config} there is no setting 'epochss'; did you mean 'epochs'?" in told
     assert "there is no setting 'learning_rate'" in told
+
+
+def test_an_unknown_variable_with_the_prefix_is_told_the_nearest_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other side's variables, and everybody else's, are none of its business."""
+    monkeypatch.setenv("FEDCLIENT_ROUND", "3")
+    monkeypatch.setenv("fedserver_epochs", "4")
+    assert parse(ServerSettings, []).epochs == 4
+    monkeypatch.setenv("FEDSERVER_ROUND", "3")
+    told = _refusal(capsys)
+    assert "FEDSERVER_ROUND, which is no setting; did you mean FEDSERVER_ROUNDS?" in told
+
+
+def test_the_settings_file_is_named_by_a_flag_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flag comes first; a file that names another one would be passed over, so it can't."""
+    monkeypatch.setenv("FEDSERVER_CONFIG", _toml(tmp_path, "rounds = 3\n"))
+    assert parse(ServerSettings, []).rounds == 3
+    (tmp_path / "flag").mkdir()
+    by_flag = _toml(tmp_path / "flag", "rounds = 4\n")
+    assert parse(ServerSettings, ["--config", by_flag]).rounds == 4
+    for name in ("config = 'other.toml'", "print_config = true"):
+        by_flag = _toml(tmp_path / "flag", name)
+        told = _refusal(capsys, "--config", by_flag)
+        assert f"can't stand in a settings file, as in {by_flag}; give --" in told
+    assert "--config: expected one argument" in _refusal(capsys, "--config")
+
+
+def test_a_flag_takes_back_what_a_file_switched_on(tmp_path: Path) -> None:
+    config = _toml(tmp_path, "require_all = true\ngive_up_damaged = true\n")
+    settings = parse(ServerSettings, ["--config", config, "--no-require-all"])
+    assert (settings.require_all, settings.give_up_damaged) == (False, True)
 
 
 def test_a_value_that_cant_be_is_told_with_its_setting(
@@ -87,9 +121,15 @@ def test_a_value_that_cant_be_is_told_with_its_setting(
     assert "--lr is 'nan'" in _refusal(capsys, "--lr", "nan")
     assert "can't be read" in _refusal(capsys, "--config", str(tmp_path / "none.toml"))
     assert "is not TOML" in _refusal(capsys, "--config", _toml(tmp_path, "rounds: 3"))
-    assert "--rounds is 'x'" in _refusal(capsys, "--config", _toml(tmp_path, "rounds = 'x'"))
+    config = _toml(tmp_path, "rounds = 'x'")
+    told = _refusal(capsys, "--config", config)
+    assert f"in {config}, rounds is 'x': input should be" in told
     monkeypatch.setenv("FEDSERVER_PORT", "high")
-    assert "--port is 'high'" in _refusal(capsys)
+    told = _refusal(capsys)
+    assert "FEDSERVER_PORT is 'high': input should be" in told
+    assert "--" not in told
+    told = _refusal(capsys, "--log-level", "loud")
+    assert "--log-level is 'loud': input should be 'DEBUG', 'INFO', 'WARNING' or 'ERROR'" in told
 
 
 def test_the_word_none_can_be_chosen_where_it_is_one_of_the_words() -> None:
