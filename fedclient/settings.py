@@ -182,6 +182,8 @@ class DoctorOptions(Settings):
 class ClientSettings(DoctorOptions, ComputeSettings, DataSettings, ConnectionSettings):
     """Take part in a federated run, as one client or many; it exits with 0 when the run is done.
 
+    Also: `doctor` examines whether a client is fit to join (`doctor --help`); `partitions` shows
+    how a simulation deals the data out.
     Stopped or killed and started again with the same state-dir, it goes on where it was.
     """
 

@@ -250,7 +250,8 @@ class ServerSettings(
     """Run a federated-learning coordinator; it exits with 0 when the run is done.
 
     Also: `history`, `show`, `curve`, `confusion`, `clients`, `export` and `verify` look at a run,
-    also while it goes on (`history --help`); `strategies` lists what --strategy can name.
+    also while it goes on (`history --help`); `quarantine` decides about refused updates;
+    `strategies` lists what --strategy can name.
     Started again with the same settings, an unfinished run goes on where it was.
     """
 

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from fedclient.__main__ import COMMANDS as CLIENT_COMMANDS
 from fedclient.commands.doctor import CheckupSettings
 from fedclient.settings import ClientSettings
+from fedserver.__main__ import COMMANDS as SERVER_COMMANDS
 from fedserver.settings import ServerSettings
 from shared.cli import parse
 
@@ -227,6 +229,22 @@ def test_help_lists_every_setting_with_its_default(
     ]
     assert missing == []
     assert "(default: cpu)" in shown if settings_class is ClientSettings else "(default: 10)"
+
+
+@pytest.mark.parametrize(
+    ("settings_class", "commands"),
+    [(ServerSettings, SERVER_COMMANDS), (ClientSettings, CLIENT_COMMANDS)],
+)
+def test_help_names_every_command(
+    settings_class: type[ServerSettings | ClientSettings],
+    commands: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(settings_class, ["--help"])
+    shown = capsys.readouterr().out
+    assert [name for name in commands if f"`{name}`" not in shown] == []
+    assert "dict[" not in shown
 
 
 def test_a_strategys_parameters_are_one_flag_or_a_table(
