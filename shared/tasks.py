@@ -30,7 +30,7 @@ from torch.utils.data import Dataset, TensorDataset
 from shared.data import load_images, partition_indices, to_dataset
 from shared.data.tables import Columns, load_tables
 from shared.data.texts import NUM_CHARACTERS, WINDOW, load_windows
-from shared.errors import InvalidInput
+from shared.errors import DataUnavailable, InvalidInput
 from shared.models import CharGRU, SimpleCNN, TabularMLP
 from shared.own_code import import_own
 
@@ -65,7 +65,7 @@ class DataRequest:
 
     With a `partition`: that share of a public data set, for experiments. Without (`local`):
     everything under `data_root` is this client's, and nothing is ever downloaded. The bundled
-    `mnist-sample` has no data root; there `local` is all of it.
+    `mnist-sample` has no data root, so none of it is a client's own.
     """
 
     data_root: Path | None = None
@@ -148,6 +148,23 @@ def find_task(name: str) -> Task:
     return found
 
 
+def need_root(name: str, root: Path | None) -> Path:
+    """Return the data root of the task of this name, for which nothing can stand in.
+
+    Raises:
+        InvalidInput: none was given.
+        DataUnavailable: it is no folder.
+    """
+    if root is None:
+        raise InvalidInput(f"task {name!r} needs --data-root, the folder of this side's own files")
+    if not root.is_dir():
+        what = "is no folder" if root.exists() else "doesn't exist"
+        raise DataUnavailable(
+            f"task {name!r}: --data-root {root} {what}; name the folder of this side's own files"
+        )
+    return root
+
+
 def examine_examples(task: Task, examples: Examples) -> list[int]:
     """Look for what the task says examples can't be; only tensors are looked at, others can't be.
 
@@ -204,7 +221,11 @@ def choose_indices(labels: NDArray[np.int64], partition: Partition) -> NDArray[n
 
 def _load_train(name: str, request: DataRequest) -> Examples:
     # Without a partition the examples are the client's own: nothing public stands in for them.
-    if request.partition is None and request.data_root is None and name != "mnist-sample":
+    if request.partition is None and request.data_root is None:
+        if name == "mnist-sample":
+            raise InvalidInput(
+                f"task {name!r} has no data of a client's own; leave --source local out"
+            )
         raise InvalidInput(
             f"task {name!r} with local data needs --data-root, the folder of this client's own "
             f"files; for a share of the public data set choose a partition"
@@ -263,6 +284,11 @@ def tabular_task(name: str) -> Task:
         raise InvalidInput(f"task {name!r} lacks {', '.join(missing)}; {_TABULAR_USAGE}")
     features, classes = (tuple(parts[key].split("+")) for key in ("features", "classes"))
     if len(classes) == 1 and classes[0].isdecimal():
+        if len(classes[0]) > _MAX_CLASSES_DIGITS:
+            raise InvalidInput(
+                f"task 'tabular': classes is a number of {len(classes[0])} digits; give at most "
+                f"{_MAX_CLASSES_DIGITS}"
+            )
         classes = tuple(str(number) for number in range(int(classes[0])))
     label = parts["label"]
     if len(set(classes)) < max(2, len(classes)) or len({label, *features}) <= len(features):
@@ -272,7 +298,7 @@ def tabular_task(name: str) -> Task:
     columns = Columns(label=label, features=features, classes=classes)
 
     def load(root: Path | None, partition: Partition | None) -> TensorDataset:
-        rows, labels = load_tables(_need_root("tabular", root), columns)
+        rows, labels = load_tables(need_root("tabular", root), columns)
         return _share((rows, labels), labels, partition)
 
     return Task(
@@ -282,13 +308,13 @@ def tabular_task(name: str) -> Task:
         load_test=lambda data_root: None if data_root is None else load(data_root, None),
         loss=F.cross_entropy,
         num_classes=len(classes),
-        load_labels=lambda root: load_tables(_need_root("tabular", root), columns)[1],
+        load_labels=lambda root: load_tables(need_root("tabular", root), columns)[1],
     )
 
 
 def _text_task() -> Task:
     def load(root: Path | None, partition: Partition | None) -> TensorDataset:
-        windows, file_numbers = load_windows(_need_root("text", root))
+        windows, file_numbers = load_windows(need_root("text", root))
         # Files play the part of labels: a partition by classes deals out whole authors.
         return _share((windows[:, :WINDOW], windows[:, 1:]), file_numbers, partition)
 
@@ -300,19 +326,13 @@ def _text_task() -> Task:
         loss=F.cross_entropy,
         metrics={"top5_accuracy": _top5_accuracy},
         num_classes=NUM_CHARACTERS,
-        load_labels=lambda root: load_windows(_need_root("text", root))[1],
+        load_labels=lambda root: load_windows(need_root("text", root))[1],
     )
 
 
 def _top5_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     likeliest = outputs.topk(5, dim=1).indices
     return (likeliest == targets.unsqueeze(1)).any(dim=1).float().mean()
-
-
-def _need_root(name: str, root: Path | None) -> Path:
-    if root is None:
-        raise InvalidInput(f"task {name!r} needs --data-root, the folder of this side's own files")
-    return root
 
 
 def _share(
@@ -324,6 +344,7 @@ def _share(
 
 
 _TAKEN_METRIC_NAMES = ("accuracy", "loss", "kind", "of", "client_id", "is_incident")
+_MAX_CLASSES_DIGITS = 4
 _TABULAR_USAGE = "write it as tabular,label=NAME,features=NAME+NAME,classes=NAME+NAME"
 _BUILT_IN = {name: _image_task(name) for name in ("mnist-sample", "mnist", "fashion-mnist")}
 _BUILT_IN["text"] = _text_task()

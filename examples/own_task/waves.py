@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from shared.tasks import DataRequest, Task
+from shared.tasks import DataRequest, Task, need_root
 
 
 def build_model() -> nn.Module:
@@ -26,7 +26,7 @@ def load_train(request: DataRequest) -> TensorDataset:
     """Return one client's examples: its own file, or its share of a simulation."""
     if request.partition is not None:
         return draw_waves(seed=1 + request.partition.index, num=300)
-    own = load_file(f"{request.data_root}/waves.safetensors")
+    own = load_file(need_root("waves", request.data_root) / "waves.safetensors")
     return TensorDataset(own["waves"], own["kinds"])
 
 

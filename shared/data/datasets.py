@@ -143,11 +143,14 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
     Raises:
         InvalidInput: another format, or not as many bytes as the header promises.
+        DataUnavailable: the file can't be read.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InvalidInput(f"{path} is damaged ({error}); fetch it again") from error
+    except OSError as error:
+        raise DataUnavailable(f"{path} can't be read: {error.strerror}") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise InvalidInput(f"{path} is no idx file of unsigned bytes: it starts {content[:4]!r}")
     header_bytes = 4 + 4 * content[3]

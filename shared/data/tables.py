@@ -35,14 +35,14 @@ def load_tables(root: Path, columns: Columns) -> tuple[NDArray[np.float32], NDAr
         rows float32 [n, features] and labels int64 [n], in the order of the files' names.
 
     Raises:
-        DataUnavailable: no rows.
+        DataUnavailable: no rows, or a file can't be read.
         InvalidInput: a column is missing, or a cell is no finite number or no class; the message
             names file, line and column.
     """
     numbers = array("f")
     labels = array("q")
     class_numbers = {name: number for number, name in enumerate(columns.classes)}
-    for path in sorted(root.rglob("*.csv")):
+    for path in sorted(path for path in root.rglob("*.csv") if path.is_file()):
         for line, cells in _read_rows(path, (*columns.features, columns.label)):
             for column, cell in zip(columns.features, cells, strict=False):
                 value = _number(cell)
@@ -87,6 +87,8 @@ def _read_rows(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, list[st
                 yield reader.line_num, [cells[place].strip() for place in places]
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{path} is not UTF-8 ({error.reason}); convert the file") from error
+    except OSError as error:
+        raise DataUnavailable(f"{path} can't be read: {error.strerror}") from error
     except csv.Error as error:
         raise InvalidInput(f"{path}, line {reader.line_num}: {error}") from error
 

@@ -43,14 +43,17 @@ def load_windows(root: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         files in the order of their names; both int64.
 
     Raises:
-        DataUnavailable: no text long enough.
+        DataUnavailable: no text long enough, or a file can't be read.
         InvalidInput: a file isn't UTF-8.
     """
     windows: list[NDArray[np.int64]] = []
     file_numbers: list[NDArray[np.int64]] = []
-    for number, path in enumerate(sorted(root.rglob("*.txt"))):
+    paths = sorted(path for path in root.rglob("*.txt") if path.is_file())
+    for number, path in enumerate(paths):
         try:
             classes = encode_text(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataUnavailable(f"{path} can't be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise InvalidInput(
                 f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}; "

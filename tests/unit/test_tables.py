@@ -113,6 +113,18 @@ def test_a_tasks_name_says_all_that_both_sides_must_know(tmp_path: Path) -> None
         task.load_train(DataRequest())
 
 
+def test_a_folder_named_like_a_table_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, "t.csv", "length,width,species", "1,2,setosa")
+    (tmp_path / "old.csv").mkdir()
+    assert load_tables(tmp_path, IRIS)[0].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("number", ["1000000000", "9" * 4301])
+def test_absurdly_many_classes_are_refused(number: str) -> None:
+    with pytest.raises(InvalidInput, match=f"classes is a number of {len(number)} digits; give"):
+        find_task(f"tabular,label=a,features=b,classes={number}")
+
+
 def test_numbered_classes_and_names_with_spaces(tmp_path: Path) -> None:
     task = find_task("tabular,label=a,features=c+e f,classes=3")
     assert task.num_classes == 3

@@ -103,7 +103,8 @@ def test_the_sample_task_needs_neither_network_nor_data_root_nor_torchvision() -
 def test_partitions_of_all_clients_are_the_whole_training_set() -> None:
     """Each image is in one share: the shares' pixels, sorted, are those of the whole."""
     task = find_task("mnist-sample")
-    whole = tensors_of(task.load_train(DataRequest()))[0].flatten(1).sum(dim=1)
+    one = Partition(num_partitions=1, index=0, seed=3)
+    whole = tensors_of(task.load_train(DataRequest(partition=one)))[0].flatten(1).sum(dim=1)
     partitions = [
         Partition(scheme="dirichlet", num_partitions=7, index=i, seed=3, parameters={"alpha": 0.3})
         for i in range(7)
@@ -189,6 +190,35 @@ def test_a_client_with_its_own_data_never_downloads(
         find_task("mnist").load_train(DataRequest(data_root=tmp_path))
     with pytest.raises(InvalidInput, match="local data needs --data-root"):
         find_task("mnist").load_train(DataRequest())
+
+
+def test_the_bundled_sample_is_nobodys_own_data() -> None:
+    """All of it, beside the others' shares of it, would be a client that knows everybody's data."""
+    with pytest.raises(InvalidInput, match="leave --source local out"):
+        find_task("mnist-sample").load_train(DataRequest())
+
+
+@pytest.mark.parametrize("name", ["text", "tabular,label=a,features=b,classes=2"])
+def test_a_data_root_that_is_no_folder_is_told(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    task = find_task(name)
+    for root, what in ((tmp_path / "file", "is no folder"), (tmp_path / "no", "doesn't exist")):
+        with pytest.raises(DataUnavailable, match=f"--data-root {root} {what}"):
+            task.load_train(DataRequest(data_root=root))
+
+
+def test_the_own_task_of_the_examples_asks_for_its_folder() -> None:
+    with pytest.raises(InvalidInput, match="task 'waves' needs --data-root"):
+        find_task("examples.own_task.waves:waves").load_train(DataRequest())
+
+
+def test_a_folder_in_an_image_files_place_is_told(tmp_path: Path) -> None:
+    write_raw(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataUnavailable, match=f"{path} can't be read: Is a directory$"):
+        find_task("mnist").load_train(DataRequest(data_root=tmp_path))
 
 
 def test_a_data_root_is_never_ignored(tmp_path: Path) -> None:

@@ -100,6 +100,12 @@ def test_a_partition_by_classes_deals_out_whole_files(tmp_path: Path) -> None:
     assert letters == set("abcd")
 
 
+def test_a_folder_named_like_a_text_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").mkdir()
+    windows, _ = load_windows(write(tmp_path, one="a" * 65))
+    assert len(windows) == 1
+
+
 def test_what_cant_be_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(DataUnavailable, match=r"no .txt file of 65 characters .*--data-root"):
         load_windows(write(tmp_path))
