@@ -38,6 +38,10 @@ def main(argv: list[str]) -> int:
     except FederationError as error:
         print(f"fedclient: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        # Before anybody listens for it: there is nothing to end.
+        print("fedclient: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -29,6 +29,10 @@ def main(argv: list[str]) -> int:
     except FederationError as error:
         print(f"fedserver: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        # Before anybody listens for it: there is nothing to end.
+        print("fedserver: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         return 1
     return 0

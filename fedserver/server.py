@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Set
+from pathlib import Path
 
 import torch
 
@@ -20,7 +21,7 @@ from fedserver.desk import Desk
 from fedserver.disk import DiskWatch
 from fedserver.downloads import Downloads
 from fedserver.evaluation import Evaluator
-from fedserver.events import EventBus
+from fedserver.events import EventBus, event_of
 from fedserver.intake import Intake
 from fedserver.orderbook import OrderBook
 from fedserver.parts import Parts
@@ -82,6 +83,7 @@ def run_server(settings: ServerSettings) -> None:
     del model
     with locked_folder(settings.state_dir) as state_dir:
         try:
+            _expect_database(state_dir)
             store = Store(state_dir / "federation.sqlite")
             store.examine()
         except StorageDamaged as error:
@@ -161,6 +163,23 @@ def _examine_compression(settings: ServerSettings, model: torch.nn.Module) -> No
         )
 
 
+def _expect_database(state_dir: Path) -> None:
+    """Refuse a folder with models or updates of a run whose database is gone.
+
+    Raises:
+        StorageDamaged: it is.
+    """
+    database = state_dir / "federation.sqlite"
+    folders = [state_dir / name for name in ("models", "spool")]
+    if not database.exists() and any(
+        folder.is_dir() and any(folder.iterdir()) for folder in folders
+    ):
+        raise StorageDamaged(
+            f"{database} is gone, but what a run has left is there: put the database back, or "
+            "start with another --state-dir"
+        )
+
+
 def _open_run(store: Store, settings: ServerSettings) -> Run:
     """Return the unfinished run, or begin the next one."""
     wanted = settings.run_settings()
@@ -168,6 +187,10 @@ def _open_run(store: Store, settings: ServerSettings) -> Run:
     if latest is None or latest.state is not RunState.OPEN:
         return store.begin_run(wanted)
     keys = sorted(wanted.keys() | latest.settings.keys())
+    if latest.settings != wanted and store.latest_round(latest.run_id) is None:
+        reason = "no round had begun when the server was started again with other settings"
+        store.end_run(latest.run_id, RunState.FAILED, event_of("run-failed", reason=reason))
+        return store.begin_run(wanted)
     if differing := [key for key in keys if wanted.get(key) != latest.settings.get(key)]:
         listed = "; ".join(
             f"{key} was {latest.settings.get(key)!r}, is now {wanted.get(key)!r}"

@@ -45,6 +45,26 @@ def test_a_port_in_use_is_told(waiting: Server, scene: Scene) -> None:
     expect_refusal(start_server(scene, "--port", port), f":{port}", "in use", "--port")
 
 
+def test_a_run_that_never_began_takes_other_settings(waiting: Server, scene: Scene) -> None:
+    """The port was taken; with another one and other settings the same folder will do."""
+    port = waiting.address.rpartition(":")[2]
+    assert start_server(scene, "--port", port, "--rounds", 7).wait() == 1
+    server = start_server(scene, "--rounds", 1, "--min-clients", 1)
+    expect_clean_exits(server, start_client(scene, 0, server.address))
+    assert verdicts(scene.history()) == [(1, 0, "COUNTED")]
+
+
+def test_a_lost_database_is_told_where_models_are(scene: Scene) -> None:
+    """No new run begins over what an old one has left."""
+    server = start_server(scene, "--rounds", 1, "--min-clients", 1)
+    expect_clean_exits(server, start_client(scene, 0, server.address))
+    for path in (scene.folder / "server").glob("federation.sqlite*"):
+        path.unlink()
+    again = start_server(scene, "--rounds", 1, "--min-clients", 1)
+    expect_refusal(again, "federation.sqlite is gone", "2 of 2 global models", "--state-dir")
+    assert not (scene.folder / "server" / "federation.sqlite").exists()
+
+
 def test_a_state_dir_in_use_is_told(waiting: Server, module_scene: Scene) -> None:
     """Two servers never write one state-dir; the second says which it is."""
     assert waiting.is_running
@@ -138,8 +158,11 @@ def test_wrong_flags_end_with_code_2_and_a_sentence(scene: Scene) -> None:
 
 def test_other_settings_for_an_unfinished_run_are_refused_by_name(scene: Scene) -> None:
     """A run goes on with its own settings or not at all; what differs is listed, old and new."""
-    first = start_server(scene, "--rounds", 3, "--lr", 0.1)
-    first.wait_for_line("waiting for clients")
+    first = start_server(scene, "--rounds", 3, "--lr", 0.1, "--min-clients", 1)
+    first.wait_for_line("fedserver listening on")
+    peer = Peer(first.address, 0)
+    peer.pull_order()
+    peer.close()
     first.signal(signal.SIGTERM)
     expect_clean_exits(first)
     second = start_server(scene, "--rounds", 4, "--lr", 0.2)
