@@ -131,6 +131,7 @@ def _fedprox(name: str, what: str, *, paper: float, flags: Sequence[str]) -> Row
             *("--lr", "0.03", "--momentum", "0", "--clients-per-round", "10", "--min-updates", "1"),
             *("--cohort", "data-size", "--stragglers", "0.9", *flags),
         ),
+        num_seeds=3,
     )
 
 
@@ -147,6 +148,7 @@ def _fedbuff(name: str, what: str, *, flags: Sequence[str]) -> Row:
             *("--task", "benchmarks.paper_tasks:slow_two_nn", "--epochs", "1"),
             *("--batch-size", "64", "--lr", "0.1", "--momentum", "0", *flags),
         ),
+        num_seeds=3,
         step_s=tuple(round(0.01 * 10 ** (number / 9), 4) for number in range(10)),
     )
 
