@@ -176,6 +176,7 @@ ROWS = (
         rounds=900,
         task="two_nn",
         flags=("--epochs", "1", "--lr", "0.05", *_SHARDS),
+        num_seeds=3,
     ),
     _mcmahan(
         "cnn-e1",
