@@ -123,8 +123,8 @@ def load_state_into(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
         InvalidInput: the file isn't a safetensors file, or names, shapes or dtypes differ.
     """
     layout = read_layout(path)
-    ours = {name: (tuple(one.shape), one.dtype) for name, one in state_dict.items()}
-    theirs = {name: (one.shape, one.dtype) for name, one in layout.entries.items()}
+    ours = {name: _kind(one) for name, one in state_dict.items()}
+    theirs = {name: _kind(one) for name, one in layout.entries.items()}
     if differing := sorted(
         name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
     ):
@@ -147,6 +147,10 @@ def load_state_into(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
                 view = view[count:]
             if not is_direct:
                 target.copy_(landing)
+
+
+def _kind(one: torch.Tensor | Entry) -> str:
+    return f"{list(one.shape)} {one.dtype}"
 
 
 def read_layout(

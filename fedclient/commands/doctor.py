@@ -81,6 +81,12 @@ def run(argv: list[str]) -> int:
     partition = None
     source = "its own data"
     if settings.source == "partition":
+        if settings.id >= settings.num_partitions:
+            raise InvalidInput(
+                f"client {settings.id}: partition {settings.id} of {settings.num_partitions} "
+                f"doesn't exist; partitions count from 0 to {settings.num_partitions - 1}. Give "
+                f"the run's --num-partitions, such as {settings.id + 1}"
+            )
         partition = Partition(
             scheme=settings.partition,
             num_partitions=settings.num_partitions,
@@ -137,9 +143,9 @@ def _load(model: nn.Module, path: Path) -> None:
     try:
         load_state_into(model.state_dict(), path)
     except (InvalidInput, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise InvalidInput(
-            f"--model {path} can't be examined: {error}; give a safetensors file of this task's "
-            "model"
+            f"--model {path} can't be examined: {why}; give a safetensors file of this task's model"
         ) from error
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fedserver.client_report import client_table, draw_clients
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
+from fedserver.report import numbers_text
 from fedserver.spread import spread_text, told_of_models
 from fedserver.store import read_history
 from shared.cli import parse
@@ -36,8 +37,9 @@ def run(argv: list[str]) -> None:
     if wanted is None or wanted not in known:
         which = "any model" if wanted is None else f"the model of round {wanted}"
         raise NotFound(
-            f"no client has said how good {which} is; they have of rounds {sorted(known)} (they "
-            "are asked with --evaluate-on-clients, and answer with the updates of the round after)"
+            f"no client has said how good {which} is; rounds of which they have: "
+            f"{numbers_text(known)} (they are asked with --evaluate-on-clients, and "
+            "answer with the updates of the round after)"
         )
     asked = known[wanted]
     num_clients = int(asked["client_evaluation"]["num_clients"])

@@ -7,7 +7,7 @@ from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
-from fedserver.report import class_table, draw_confusion
+from fedserver.report import class_table, draw_confusion, numbers_text
 from fedserver.store import read_history
 from shared.cli import parse
 from shared.errors import NotFound
@@ -35,9 +35,9 @@ def run(argv: list[str]) -> None:
     wanted = max(known, default=None) if settings.round is None else settings.round
     if wanted is None or wanted not in known:
         raise NotFound(
-            f"no confusion matrix of {'any round' if wanted is None else f'round {wanted}'}; there "
-            f"is one of rounds {sorted(known)} (a task must have a held-out set and say how many "
-            "classes it has, at most 100)"
+            f"no confusion matrix of {'any round' if wanted is None else f'round {wanted}'}; "
+            f"rounds with one: {numbers_text(known)} (a task must have a held-out set and say how "
+            "many classes it has, at most 100)"
         )
     title = f"{run.run_id}, round {wanted}: accuracy {known[wanted]['accuracy']:.2%}"
     Console().print(class_table(known[wanted], title=title))

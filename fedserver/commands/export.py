@@ -6,7 +6,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from fedserver.commands.inspection import InspectionSettings, opened_run
-from fedserver.report import best_round, models_by_round
+from fedserver.report import best_round, models_by_round, numbers_text
 from fedserver.store import read_history
 from shared.cli import parse
 from shared.errors import InvalidInput, NotFound
@@ -34,7 +34,7 @@ def run(argv: list[str]) -> None:
     number = (best_round(history) if settings.best else settings.round) or max(done, default=0)
     if number not in done:
         raise NotFound(
-            f"round {number} of {run.run_id} isn't done; done are: {sorted(done) or 'none'}"
+            f"round {number} of {run.run_id} isn't done; done are: {numbers_text(done)}"
             if settings.round
             else f"no round of {run.run_id} is done yet; try again later"
         )

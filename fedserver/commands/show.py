@@ -13,6 +13,7 @@ from rich.console import Console
 from fedserver.account import round_account
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.diagnosis_report import diagnosed, draw_diagnosis
+from fedserver.report import numbers_text
 from fedserver.store import read_history
 from shared.cli import parse
 from shared.errors import NotFound
@@ -75,10 +76,10 @@ def _draw(attempts: Sequence[Mapping[str, Any]], path: Path, *, client_id: int |
     wanted = [one for one in known if client_id in (None, one["client"])]
     number = attempts[0]["round"]
     if not wanted:
-        clients = sorted({one["client"] for one in known})
+        clients = numbers_text({one["client"] for one in known})
         raise NotFound(
             f"no diagnosis of {'any client' if client_id is None else f'client {client_id}'} in "
-            f"round {number}; there is one of clients {clients}"
+            f"round {number}; clients with one: {clients}"
         )
     with drawing_into(path, flag="--diagnosis-out"):
         draw_diagnosis(wanted[-1], path, title=f"client {wanted[-1]['client']}, round {number}")

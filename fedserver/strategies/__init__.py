@@ -86,7 +86,7 @@ def _find_row(name: str) -> Row:
         near = difflib.get_close_matches(name, ROWS, n=1)
         raise InvalidInput(
             f"there is no strategy {name!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
+            + (f"; did you mean {near[0]!r}?" if near else ".")
             + f" There are: {', '.join(ROWS)}, joined by +; one of your own is named "
             "package.module:function. `python -m fedserver strategies` tells of each"
         )

@@ -66,7 +66,7 @@ def test_a_client_with_another_model_is_told_where_they_differ(scene: Scene) -> 
     """One name, two versions of a task: the client ends, and with the right one takes part."""
     server = start_server(scene, "--rounds", 1, "--min-clients", 1)
     other = start_client(scene, 0, server.address, TINY_WIDTH="17")
-    expect_sentence(other, "the server's model isn't that of task 'tiny'", "'0.bias'", "(17,)")
+    expect_sentence(other, "the server's model isn't that of task 'tiny'", "'0.bias'", "[17]")
     assert server.is_running
     expect_clean_exits(start_client(scene, 0, server.address), server)
 

@@ -189,7 +189,7 @@ def test_a_diagnosis_is_drawn(
     assert pictures[0] != pictures[1]
     at = ["--state-dir", str(diagnosed), "--diagnosis-out", str(diagnosed / "no.png")]
     assert main(["show", *at, "--client", "5"]) == 1
-    assert "there is one of clients [0, 3]" in capsys.readouterr().err
+    assert "clients with one: 0, 3" in capsys.readouterr().err
     assert main(["show", *at[:-1], str(diagnosed / "no" / "where.png")]) == 1
     assert "choose --diagnosis-out" in capsys.readouterr().err
 

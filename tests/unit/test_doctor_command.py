@@ -191,10 +191,16 @@ def test_no_examples_are_no_client(told: Told) -> None:
     assert text.endswith("Not well: examples\n")
 
 
-def test_shares_and_mistakes_are_those_of_a_run(told: Told) -> None:
+def test_shares_and_mistakes_are_those_of_a_run(
+    told: Told, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A share that doesn't exist is told as it is anywhere; nothing is examined."""
     code, found, _ = told("well", "--id", "10")
     assert (code, found) == (1, {})
+    assert main(["doctor", "--task", f"{HERE}:well", "--id", "33"]) == 1
+    assert "from 0 to 9. Give the run's --num-partitions, such as 34" in capsys.readouterr().err
+    assert main(["doctor", "--task", f"{HERE}:well", "--model", "no/model"]) == 1
+    assert "no/model can't be examined: No such file or directory; " in capsys.readouterr().err
     code, _, text = told("well", "--id", "10", "--source", "local")
     assert (code, text.splitlines()[0]) == (0, "client 10, task points, its own data")
 

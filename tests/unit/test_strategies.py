@@ -95,6 +95,7 @@ def test_rows_are_put_together(name: str) -> None:
         ("nnm+fedavg", {}, "nobody's update, so a mean can't weigh it"),
         ("clip+fednova", {}, "use uniform or a robust rule instead"),
         ("no.such:row", {}, "importing no.such failed"),
+        ("nosuch", {}, r"there is no strategy 'nosuch'\. There are: fedavg, "),
         (".x:row", {}, "'.x' is no module's name"),
         (f"{THIS}:missing", {}, "has no missing"),
         (f"{THIS}:THIS", {}, "is a str; name a function"),
