@@ -40,19 +40,24 @@ def fitting_table(columns: Sequence[Column], *, title: str | None, max_width: in
     while num_shown > 1 and sum(widths[:num_shown]) + _GAP * (num_shown - 1) > max_width:
         num_shown -= 1
     hidden = ", ".join(one.heading for one in columns[num_shown:])
-    table = Table(
-        title=title,
-        caption=f"too narrow for: {hidden}" if hidden else None,
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, _GAP - 1, 0, 0),
-    )
+    table = _bare_table(title=title, caption=f"too narrow for: {hidden}" if hidden else None)
     for one in columns[:num_shown]:
         table.add_column(one.heading, justify=one.justify, no_wrap=True)
     for cells in zip(*(one.cells for one in columns[:num_shown]), strict=True):
         table.add_row(*cells)
     return table
+
+
+def _bare_table(*, title: str | None, caption: str | None = None) -> Table:
+    """Return a table without rows, with as little between its columns as can be."""
+    return Table(
+        title=title,
+        caption=caption,
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, _GAP - 1, 0, 0),
+    )
 
 
 def fact_table(lines: Sequence[tuple[str, str]]) -> Table:
@@ -218,8 +223,8 @@ def draw_curve(history: History, path: Path) -> None:
 def class_table(evaluation: Mapping[str, Any], *, title: str) -> Table:
     """Return a row for each class: its accuracy, and how often which class was answered."""
     confusion, accuracies = evaluation["confusion"], evaluation["class_accuracy"]
-    table = Table(title=title, box=SIMPLE_HEAD)
-    table.add_column("true class", justify="right")
+    table = _bare_table(title=title)
+    table.add_column("true", justify="right")
     table.add_column("accuracy", justify="right")
     for heading in _answers(confusion):
         table.add_column(heading, justify="right")

@@ -1,8 +1,9 @@
 """What a person reads of a run."""
 
 import pytest
+from rich.console import Console
 
-from fedserver.report import numbers_text
+from fedserver.report import class_table, numbers_text
 
 
 @pytest.mark.parametrize(
@@ -18,3 +19,14 @@ from fedserver.report import numbers_text
 )
 def test_numbers_are_told_in_words(numbers: list[int], text: str) -> None:
     assert numbers_text(numbers) == text
+
+
+def test_ten_classes_of_a_thousand_examples_each_fit_a_terminal_of_80_columns() -> None:
+    """Nothing is cut, neither a heading nor a count."""
+    evaluation = {"confusion": [[1000] * 10 + [0]] * 10, "class_accuracy": [0.1] * 10}
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(class_table(evaluation, title="round 1"))
+    lines = [line.split() for line in captured.get().splitlines()]
+    assert ["true", "accuracy", *map(str, range(10))] in lines
+    assert lines.count(["0", "0.1000", *["1000"] * 10]) == 1
