@@ -33,12 +33,17 @@ HEADER_SLACK_BYTES = 1 << 20
 """How much longer than the model's an update's header may be: spaces, remarks, other names."""
 
 _MAX_TENSORS_NAMED = 20
+_MAX_REASON_CHARACTERS = 1000
 
 
 class UpdateRefused(InvalidInput):
-    """The update must not enter an aggregate; says what is wrong and where, and holds the proof."""
+    """The update must not enter an aggregate; says what is wrong and where, and holds the proof.
+
+    The reason is cut to a length that tables and logs bear: a client's own words may be in it.
+    """
 
     def __init__(self, reason: str, *, kind: str, **evidence: object) -> None:
+        reason = reason[:_MAX_REASON_CHARACTERS]
         super().__init__(reason)
         self.refusal = Refusal(reason=reason, evidence={"kind": kind, **evidence})
 
@@ -253,7 +258,8 @@ def _examine_counter(
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(name[:80] for name in names[:5])
+    # A name may hold what a terminal obeys.
+    shown = ", ".join(repr(name[:80]) for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 

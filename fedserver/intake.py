@@ -206,7 +206,7 @@ class Intake:
         except UpdateRefused as error:
             return error.refusal
         except InvalidInput as error:
-            return Refusal(reason=str(error), evidence={"kind": "malformed"})
+            return UpdateRefused(str(error), kind="malformed").refusal
 
     async def _end(
         self,

@@ -22,6 +22,8 @@ from tests.integration.peer import (
 
 WEIGHT = "0.weight"
 COUNTER = "1.num_batches_tracked"
+CLEAR = "\x1b[2J"
+"""Clears a terminal."""
 
 
 def with_value(state: State, value: float) -> State:
@@ -37,10 +39,14 @@ def without_weight(state: State) -> State:
 
 
 CONTENTS: dict[str, tuple[Callable[[State], State], str]] = {
-    "a missing tensor": (without_weight, f"missing: {WEIGHT}"),
+    "a missing tensor": (without_weight, f"missing: '{WEIGHT}'"),
     "an unknown tensor": (
         lambda state: changed(state) | {"extra": torch.zeros(2)},
-        "no tensors named extra",
+        "no tensors named 'extra'",
+    ),
+    "a name that a terminal obeys": (
+        lambda state: changed(state) | {CLEAR * 1000: torch.zeros(2)},
+        r"no tensors named '\x1b[2J\x1b[2J",
     ),
     "another shape": (
         lambda state: changed(state) | {WEIGHT: torch.zeros(8, 16)},
@@ -79,6 +85,10 @@ HEADERS: dict[str, tuple[dict[str, Any], str]] = {
     # 10 examples make at most 10 steps an epoch, and there are 2 epochs.
     "more steps than examples": ({"num_steps": 21}, "num_steps is 21; it must lie in 0 to 20"),
     "an undeclared metric": ({"metrics": {"postcode": 1.0}}, "metric 'postcode'"),
+    "a metric with a long name": (
+        {"metrics": {CLEAR * 10_000: 1.0}},
+        r"metric '\x1b[2J\x1b[2J",
+    ),
     "a metric that is NaN": ({"metrics": {"loss": torch.nan}}, "metric 'loss' is nan"),
     "a payload twice the model": ({"size_bytes": 1 << 22}, "sections"),
     "an oversized payload": (
@@ -100,6 +110,8 @@ def expect_refused_and_recorded(
     """Check receipt, record and incident of client 0's update, and that the others go on."""
     assert answer.receipt == pb.RECEIPT_REFUSED
     assert sentence in answer.reason
+    assert len(answer.reason) <= 1000
+    assert answer.reason.isprintable()
     assert opened.settle(1, 2) == [pb.RECEIPT_STORED] * 2
     next_round = open_round(opened.peers)
     assert next_round.orders[1].round == opened.orders[1].round + 1
@@ -144,6 +156,23 @@ def test_bytes_that_are_no_safetensors_file_are_refused(
     """A payload of the right digest and any content is examined before it is believed."""
     answer = opened.peers[0].upload(opened.orders[0], b"\xff" * 2000)
     expect_refused_and_recorded(opened, history, answer, "not a safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"dtype": CLEAR * 50_000, "shape": []}, r"tensor 'w' has dtype '\x1b[2J\x1b[2J"),
+        ({"dtype": "F32", "shape": CLEAR * 50_000}, r"tensor 'w' has shape '\x1b[2J\x1b[2J"),
+    ],
+)
+def test_a_reason_is_short_whatever_a_header_holds(
+    opened: OpenRound, history: History, fields: dict[str, object], sentence: str
+) -> None:
+    """What a client wrote is quoted, as far as a line bears it."""
+    text = json.dumps({"w": fields | {"data_offsets": [0, 4]}}).encode()
+    payload = len(text).to_bytes(8, "little") + text + b"\0" * 4
+    answer = opened.peers[0].upload(opened.orders[0], payload)
+    expect_refused_and_recorded(opened, history, answer, sentence)
 
 
 def test_a_refused_order_stays_refused(opened: OpenRound, history: History) -> None:

@@ -168,8 +168,8 @@ def swapped(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state.pop("fc.bias"), r"tensors are missing: fc\.bias"),
-        (swapped("secret", torch.ones(1)), "the model has no tensors named secret"),
+        (lambda state: state.pop("fc.bias"), r"tensors are missing: 'fc\.bias'"),
+        (swapped("secret", torch.ones(1)), "the model has no tensors named 'secret'"),
         (
             swapped("fc.bias", torch.zeros(4)),
             r"'fc\.bias' has shape \[4\] and dtype torch\.float32; the model has \[3\]",

@@ -102,7 +102,7 @@ def test_control_variates_are_finite_and_not_absurd(
     bad["w"][1, 1] = value
     with pytest.raises(UpdateRefused, match=words):
         examine_control(write_state(tmp_path, bad), expected=expected, limits=limits)
-    with pytest.raises(UpdateRefused, match="tensors are missing: b"):
+    with pytest.raises(UpdateRefused, match="tensors are missing: 'b'"):
         examine_control(
             write_state(tmp_path, {"w": CONTROL["w"]}), expected=expected, limits=limits
         )
