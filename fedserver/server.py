@@ -8,6 +8,7 @@ import math
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Set
 from pathlib import Path
 
@@ -63,8 +64,8 @@ def run_server(settings: ServerSettings) -> None:
     """
     keep_one_heap()
     torch.set_num_threads(settings.threads)
-    if settings.export is not None and not settings.export.absolute().parent.is_dir():
-        raise InvalidInput(f"--export {settings.export}: there is no such folder; make it first")
+    if settings.export is not None:
+        _examine_export(settings.export)
     # All that a wrong setting can break comes before a run is begun with it.
     task = find_task(settings.task)
     strategy = _examine_strategy(settings)
@@ -107,6 +108,31 @@ def run_server(settings: ServerSettings) -> None:
         finally:
             workers.close()
             store.close()
+
+
+def _examine_export(path: Path) -> None:
+    """Refuse a place for the final model that can't be written to, before days of training."""
+    if not path.absolute().parent.is_dir():
+        raise InvalidInput(f"--export {path}: there is no such folder; make it first")
+    for one in (path, _beside(path)):
+        if one.is_dir():
+            raise InvalidInput(
+                f"--export {path}: {one} is a folder; name a file, such as "
+                f"{path / 'model.safetensors'}"
+            )
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise InvalidInput(
+            f"--export {path}: nothing can be written in its folder ({error.strerror}); "
+            "choose another one"
+        ) from error
+
+
+def _beside(last: Path) -> Path:
+    """Return where the best model goes if it isn't the last."""
+    return last.with_stem(f"{last.stem}-best")
 
 
 def _examine_strategy(settings: ServerSettings) -> Strategy:
@@ -296,7 +322,7 @@ def _export(parts: Parts, last_digest: str) -> None:
     number = best_round(history)
     best = models_by_round(history).get(number or 0)
     if best not in (None, last_digest):
-        parts.checkpoints.export(best, last.with_stem(f"{last.stem}-best"))
+        parts.checkpoints.export(best, _beside(last))
 
 
 def _show_end(parts: Parts) -> None:

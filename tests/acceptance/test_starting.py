@@ -81,6 +81,21 @@ def test_a_client_id_in_use_is_told(waiting: Server, module_scene: Scene) -> Non
     holder.close()
 
 
+def test_a_place_the_final_model_cant_go_to_begins_no_run(scene: Scene) -> None:
+    """Told before the first round, not after the last."""
+    folder = scene.folder / "folder"
+    (folder / "model-best.safetensors").mkdir(parents=True)
+    for path, words in (
+        (folder, f"{folder} is a folder; name a file"),
+        (folder / "model.safetensors", "model-best.safetensors is a folder"),
+        (folder / "none" / "model.safetensors", "there is no such folder"),
+        # Not even root can make a file there.
+        ("/proc/model.safetensors", "nothing can be written in its folder"),
+    ):
+        expect_refusal(start_server(scene, "--export", path), "--export", words)
+    assert not (scene.folder / "server").exists()
+
+
 def test_a_clients_state_dir_in_use_is_told(waiting: Server, module_scene: Scene) -> None:
     """One state-dir is one client process."""
     folder = module_scene.folder / "client-3"
