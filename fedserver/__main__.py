@@ -33,6 +33,13 @@ def main(argv: list[str]) -> int:
         # Before anybody listens for it: there is nothing to end.
         print("fedserver: stopped", file=sys.stderr)
         return 130
+    except PermissionError as error:
+        print(
+            f"fedserver: {error}; run this as the server's user, or copy the state-dir and look at "
+            "the copy",
+            file=sys.stderr,
+        )
+        return 1
     except BrokenPipeError:
         return 1
     return 0

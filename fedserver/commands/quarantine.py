@@ -7,6 +7,7 @@ round.
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -14,9 +15,9 @@ from rich.console import Console
 
 from fedserver.commands.inspection import InspectionSettings, opened_run
 from fedserver.events import event_of
-from fedserver.quarantine import QuarantineFolder
 from fedserver.records import HeldState, HeldUpdate, Run
 from fedserver.report import held_table
+from fedserver.spool import update_path
 from fedserver.store import Store
 from shared.cli import USAGE_EXIT_CODE, parse
 from shared.errors import InvalidInput
@@ -51,11 +52,10 @@ def run(argv: list[str]) -> None:
         raise SystemExit(USAGE_EXIT_CODE)
     action, settings = ACTIONS[argv[0]], parse(QuarantineSettings, argv[1:])
     with opened_run(settings, to_write=action in (_release, _drop)) as (store, found):
-        folder = QuarantineFolder(settings.state_dir / "quarantine", max_bytes=sys.maxsize)
-        action(settings, store, found, folder)
+        action(settings, store, found)
 
 
-def _list(settings: QuarantineSettings, store: Store, found: Run, folder: QuarantineFolder) -> None:
+def _list(settings: QuarantineSettings, store: Store, found: Run) -> None:
     held = store.held_updates(found.run_id)
     if not held:
         print(f"{found.run_id}: nothing was refused or excluded")
@@ -63,9 +63,9 @@ def _list(settings: QuarantineSettings, store: Store, found: Run, folder: Quaran
     Console().print(held_table(held, title=f"{found.run_id}: quarantine in {settings.state_dir}"))
 
 
-def _show(settings: QuarantineSettings, store: Store, _: Run, folder: QuarantineFolder) -> None:
+def _show(settings: QuarantineSettings, store: Store, _: Run) -> None:
     held = _find(settings, store)
-    path = folder.path(held.order_id, held.digest)
+    path = _payload(settings, held)
     where = f"{path} ({held.kept_bytes} bytes)" if path.exists() else "not kept"
     print(
         f"order     {held.order_id}\n"
@@ -78,27 +78,30 @@ def _show(settings: QuarantineSettings, store: Store, _: Run, folder: Quarantine
     )
 
 
-def _release(settings: QuarantineSettings, store: Store, _: Run, folder: QuarantineFolder) -> None:
-    held = _end(settings, store, folder, HeldState.RELEASED)
+def _release(settings: QuarantineSettings, store: Store, _: Run) -> None:
+    held = _end(settings, store, HeldState.RELEASED)
     print(f"released: client {held.client_id} is asked again, and its norm isn't screened any more")
 
 
-def _drop(settings: QuarantineSettings, store: Store, _: Run, folder: QuarantineFolder) -> None:
-    held = _end(settings, store, folder, HeldState.DROPPED)
+def _drop(settings: QuarantineSettings, store: Store, _: Run) -> None:
+    held = _end(settings, store, HeldState.DROPPED)
     print(f"dropped: the bytes of order {held.order_id} are deleted")
 
 
-def _end(
-    settings: QuarantineSettings, store: Store, folder: QuarantineFolder, state: HeldState
-) -> HeldUpdate:
+def _end(settings: QuarantineSettings, store: Store, state: HeldState) -> HeldUpdate:
     held = _find(settings, store)
     happened = event_of(
         f"quarantine-{state.lower()}", client_id=held.client_id, order_id=held.order_id
     )
     if not store.free_held(held, state, happened):
         raise InvalidInput(f"order {held.order_id} is {held.state.lower()} already")
-    folder.drop(held)
+    _payload(settings, held).unlink(missing_ok=True)
     return held
+
+
+def _payload(settings: QuarantineSettings, held: HeldUpdate) -> Path:
+    """Return where the bytes of an update lie while they are held."""
+    return update_path(settings.state_dir / "quarantine", held.order_id, held.digest)
 
 
 def _find(settings: QuarantineSettings, store: Store) -> HeldUpdate:
@@ -107,5 +110,5 @@ def _find(settings: QuarantineSettings, store: Store) -> HeldUpdate:
     return store.find_held(settings.order)
 
 
-Action = Callable[[QuarantineSettings, Store, Run, QuarantineFolder], None]
+Action = Callable[[QuarantineSettings, Store, Run], None]
 ACTIONS: dict[str, Action] = {"list": _list, "show": _show, "release": _release, "drop": _drop}

@@ -11,7 +11,14 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DatabaseError, NoResultFound
 
 from fedserver.store import schema
-from shared.errors import FederationError, NotFound, OutOfSpace, StorageDamaged, WrongSettings
+from shared.errors import (
+    FederationError,
+    InvalidInput,
+    NotFound,
+    OutOfSpace,
+    StorageDamaged,
+    WrongSettings,
+)
 
 _BUSY_TIMEOUT_S = 30
 
@@ -154,6 +161,11 @@ def _named(path: Path, error: DatabaseError) -> FederationError | DatabaseError:
         return OutOfSpace(
             f"no room to write in {path.parent} ({error.orig}); free some space: "
             "nothing acknowledged is lost, and work goes on by itself"
+        )
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        return InvalidInput(
+            f"{path} can't be opened by this user ({error.orig}); run this as the server's user, "
+            f"or copy the folder {path.parent} and look at the copy"
         )
     is_damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR)
     # All tables and columns asked for were made with the database.

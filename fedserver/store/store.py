@@ -18,6 +18,7 @@ class Store(Runs, Rounds, Orders, Quarantine, Book):
 
     Raises:
         NotFound: `read_only`, and there is no database.
+        InvalidInput: this user may not open it; even to read, SQLite writes files beside it.
         WrongSettings: another version of this software made the database.
         StorageDamaged: the file isn't a database, or a damaged one.
     """

@@ -1,15 +1,23 @@
 """The store's file: made anew, opened again, refused, and never changed by a refusal."""
 
+import os
 import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from fedserver.__main__ import main
 from fedserver.rounds import OrderState
 from fedserver.store import Store, read_history
 from fedserver.store.schema import SCHEMA_VERSION
-from shared.errors import NotFound, StorageDamaged, WrongSettings
+from shared.errors import InvalidInput, NotFound, StorageDamaged, WrongSettings
 from tests.factories import begin_round, end_order, make_update
+
+NOBODY = 65534
+"""A user's number that owns no files."""
 
 
 @pytest.mark.parametrize(
@@ -103,6 +111,60 @@ def test_looking_at_nothing_finds_nothing_and_makes_nothing(tmp_path: Path) -> N
     with pytest.raises(NotFound, match="no run yet"):
         Store(tmp_path / "federation.sqlite", read_only=True)
     assert (tmp_path / "federation.sqlite").stat().st_size == 0
+
+
+@contextmanager
+def as_somebody_else(folder: Path, *, mode: int) -> Iterator[None]:
+    """Let the process be one to which a folder's mode applies and its files are to read only."""
+    for path in folder.iterdir():
+        path.chmod(0o444)
+    folder.chmod(mode)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_a_database_that_isnt_ones_own_is_a_sentence_with_the_way_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """SQLite writes beside it even to read it; into some folders one can't even look."""
+    # Not in a folder of pytest's: nobody else may look into those.
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "federation.sqlite"
+        look = ["history", "--state-dir", name]
+        # Imports what it needs: afterwards this process may not be able to.
+        assert main(look) == 1
+        store = Store(path)
+        begin_round(store)
+        store.close()
+        with as_somebody_else(path.parent, mode=0o555):
+            for read_only in (True, False):
+                with pytest.raises(InvalidInput, match=r"by this user .* server's user, or copy"):
+                    Store(path, read_only=read_only).latest_run()
+        for mode in (0o555, 0o000):
+            capsys.readouterr()
+            with as_somebody_else(path.parent, mode=mode):
+                assert main(look) == 1
+            assert "run this as the server's user, or copy the" in capsys.readouterr().err
+        assert main(look) == 0
+
+
+def test_looking_at_the_quarantine_makes_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nothing was ever held there is none, and it isn't for a reader to make it."""
+    store = Store(tmp_path / "federation.sqlite")
+    begin_round(store)
+    store.close()
+    assert main(["quarantine", "list", "--state-dir", str(tmp_path)]) == 0
+    assert "nothing was refused" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_runs_are_numbered_one_after_the_other(tmp_path: Path) -> None:
