@@ -1,12 +1,19 @@
 """Strategies in whole runs: a server's state survives kills, is kept with its models, verified."""
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.acceptance.federation import expect_clean_exits, start_client, start_server, verdicts
+from tests.acceptance.federation import (
+    expect_clean_exits,
+    incident_kinds,
+    start_client,
+    start_server,
+    verdicts,
+)
 from tests.processes import Scene, fixed_port
 
 CLIENTS = (0, 1)
@@ -76,3 +83,41 @@ def test_a_strategy_that_a_round_could_starve_is_refused_at_the_start(scene: Sce
     assert server.wait() == 1
     assert "strategy krum needs at least 7 updates in a round, but 2 are enough" in server.lines[-1]
     assert not (scene.folder / "server" / "federation.sqlite").exists()
+
+
+@pytest.mark.parametrize("name", ["int8", "top-k"])
+def test_compressed_runs_repeat_through_a_kill(scene: Scene, name: str) -> None:
+    """Rounding and residuals come from what is durable."""
+    flags = (*FLAGS, "--compression", name)
+    first = start_server(scene, *flags, state="whole")
+    expect_clean_exits(
+        first, *(start_client(scene, one, first.address, state=f"whole-{one}") for one in CLIENTS)
+    )
+    server = start_server(scene, *flags, "--farewell", 120)
+    victim = start_client(scene, 1, server.address, FED_FAIL_POINT="trained:kill:3")
+    other = start_client(scene, 0, server.address)
+    assert victim.wait() == -signal.SIGKILL
+    expect_clean_exits(server, other, start_client(scene, 1, server.address))
+    history, expected = scene.history(), scene.history(state="whole")
+    assert models_of(history) == models_of(expected)
+    for entry in history:
+        assert {one["encoding"] for one in entry["updates"]} == {name}
+        assert entry["compression"]["ratio"] < 1
+    assert incident_kinds(history) == []
+
+
+def test_a_client_that_lost_its_residual_says_so(scene: Scene) -> None:
+    """It goes on with an empty one, and the history has it."""
+    flags = ("--rounds", 3, "--min-clients", 1, "--require-all", "--farewell", 120)
+    server = start_server(scene, *flags, "--compression", "top-k")
+    client = start_client(scene, 0, server.address, FED_FAIL_POINT="order-pulled:kill:2")
+    assert client.wait() == -signal.SIGKILL
+    shutil.rmtree(scene.folder / "client-0" / "states")
+    expect_clean_exits(server, start_client(scene, 0, server.address))
+    history = scene.history()
+    assert [[one["kind"] for one in entry["incidents"]] for entry in history] == [
+        [],
+        ["client-state-lost"],
+        [],
+    ]
+    assert verdicts(history) == [(number, 0, "COUNTED") for number in (1, 2, 3)]

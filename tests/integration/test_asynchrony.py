@@ -161,3 +161,82 @@ def test_what_is_too_stale_is_refused_and_on_record(scene: Scene) -> None:
     assert "stale" in listed
     for peer in (fast, slow):
         peer.close()
+
+
+def test_the_norm_cap_is_on_what_a_client_changed_of_its_own_base(scene: Scene) -> None:
+    """However far the newest model is from that by now."""
+    server = start(
+        *(scene, "--rounds", 1000, "--min-clients", 2, "--max-delta-norm", 1.0),
+        *("--strategy-parameters", "buffer_size=1"),
+    )
+    fast, slow = (Peer(server.address, one) for one in range(2))
+    order = slow.pull_order()
+    base = slow.base_of(order)
+    while deliver(fast, by=0.05).round < order.round + 4:
+        pass
+    far = fast.pull_order()
+    answer = slow.upload(order, payload_of(changed(base, 0.01)))
+    assert answer.receipt == pb.RECEIPT_STORED, answer.reason
+    # As near to an old model as can be, and beyond the cap from its own.
+    answer = fast.upload(far, payload_of(changed(base, 0.01)))
+    assert answer.receipt == pb.RECEIPT_REFUSED
+    for peer in (fast, slow):
+        peer.close()
+
+
+def test_the_next_order_names_the_one_just_stored(scene: Scene) -> None:
+    """Its client's state is in force as soon as the update is stored, not when it is counted."""
+    server = start(
+        *(scene, "--rounds", 1000, "--min-clients", 2), *("--strategy-parameters", "buffer_size=3")
+    )
+    one, other = (Peer(server.address, one) for one in range(2))
+    first = deliver(one)
+    other.pull_order()
+    again = one.pull_order()
+    assert (again.round, again.last_counted_order_id) == (first.round, first.order_id)
+    for peer in (one, other):
+        peer.close()
+
+
+def test_no_more_work_than_concurrency_says_and_everybody_has_a_turn(scene: Scene) -> None:
+    """One at a time, and first whoever isn't in the buffer yet."""
+    server = start(
+        *(scene, "--rounds", 1000, "--min-clients", 3, "--concurrency", 1),
+        *("--strategy-parameters", "buffer_size=3"),
+    )
+    peers = {n: Peer(server.address, n) for n in range(3)}
+
+    def asked() -> list[int]:
+        states = {n: peer.pull(wait_s=0).state for n, peer in peers.items()}
+        return [n for n, state in states.items() if state == pb.WORK_STATE_ORDER]
+
+    found: list[int] = []
+    for _ in range(6):
+        wait_until(lambda: asked() != [], what="somebody to be asked")
+        (only,) = asked()
+        found.append(only)
+        deliver(peers[only])
+    assert sorted(found[:3]) == sorted(found[3:]) == [0, 1, 2]
+    for peer in peers.values():
+        peer.close()
+
+
+def test_who_sent_a_nan_sits_out_a_buffer(scene: Scene) -> None:
+    """Then it is asked again."""
+    server = start(
+        *(scene, "--rounds", 1000, "--min-clients", 2), *("--strategy-parameters", "buffer_size=2")
+    )
+    peers = [Peer(server.address, one) for one in range(3)]
+    bad = peers[2]
+    order = bad.pull_order()
+    spoilt = payload_of(changed(bad.base_of(order), float("nan")))
+    assert bad.upload(order, spoilt).receipt == pb.RECEIPT_REFUSED
+    for number in (1, 2):
+        for peer in peers[:2]:
+            deliver(peer)
+        server.wait_for_line(f"round-opened round={number + 1} ")
+    assert bad.pull_order().round == order.round + 2
+    asked = [{one["client"] for one in entry["orders"]} for entry in scene.history()]
+    assert asked[:2] == [{0, 1, 2}, {0, 1}]
+    for peer in peers:
+        peer.close()

@@ -2,16 +2,20 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from shared.codec import digest_bytes
+from shared.payloads import write_payload
 from shared.pb import federation_pb2 as pb
+from shared.weights import EntryKind, entry_kinds
 from tests.integration.conftest import MAX_NUM_EXAMPLES, History
 from tests.integration.peer import (
     OpenRound,
+    Peer,
     State,
     changed,
     entry_of,
@@ -19,6 +23,8 @@ from tests.integration.peer import (
     open_round,
     payload_of,
 )
+from tests.processes import Scene
+from tests.tiny_task import tiny
 
 WEIGHT = "0.weight"
 COUNTER = "1.num_batches_tracked"
@@ -205,3 +211,42 @@ def test_a_round_without_one_good_update_fails_and_is_tried_again(
     failed = entry_of(history(), before)
     assert failed["phase"] == "FAILED"
     assert failed["incidents"][-1]["kind"] == "round-failed"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(float("nan"), "holds nan"), (1e9, "control variates change by")]
+)
+def test_bad_control_variates_are_refused(
+    scene: Scene, tmp_path: Path, value: float, words: str
+) -> None:
+    """SCAFFOLD's second section is examined like the first; the other client goes on."""
+    server = scene.server(
+        *("--task", "tests.tiny_task:tiny", "--rounds", 2, "--min-clients", 2, "--min-updates", 1),
+        *("--strategy", "scaffold", "--strategy-parameters", "num_clients=2", "--farewell", 0),
+        *("--stall-after", 3600, "--lease", 3600),
+    )
+    server.wait_for_line("fedserver listening on")
+    kinds = entry_kinds(tiny.build_model())
+    parameters = [name for name, kind in kinds.items() if kind is EntryKind.PARAMETER]
+    peers = {one: Peer(server.address, one) for one in (0, 1)}
+    opened = open_round(peers)
+
+    def send(client: int, value: float) -> Any:  # noqa: ANN401  # generated
+        control = {name: torch.full_like(opened.base[name], value) for name in parameters}
+        path = tmp_path / f"{client}"
+        sections = write_payload(path, {"model": changed(opened.base), "control": control})
+        return peers[client].upload(
+            opened.orders[client],
+            path.read_bytes(),
+            sections=[
+                pb.Section(name=s.name, size_bytes=s.size_bytes, digest=s.digest) for s in sections
+            ],
+        )
+
+    refused = send(0, value)
+    assert refused.receipt == pb.RECEIPT_REFUSED
+    assert words in refused.reason
+    assert send(1, 0.01).receipt == pb.RECEIPT_STORED
+    assert open_round({1: peers[1]}).orders[1].round == 2
+    for peer in peers.values():
+        peer.close()

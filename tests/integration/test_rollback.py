@@ -10,7 +10,7 @@ from shared.diagnosis import Cause, Experiment, ExperimentName, Remedy, RemedyKi
 from shared.diagnosis_wire import diagnosis_message
 from shared.pb import federation_pb2 as pb
 from tests.factories import make_diagnosis
-from tests.integration.peer import OpenRound, Peer, State, changed, open_round, payload_of
+from tests.integration.peer import OpenRound, Peer, State, changed, entry_of, open_round, payload_of
 from tests.processes import Scene, Server
 
 CLIENTS = (0, 1)
@@ -309,3 +309,40 @@ def test_a_bad_model_stands_where_that_is_switched_off(scene: Scene, connect: Co
     server_of(scene).wait_for_line("evaluation-collapsed.*it stands")
     deliver(third)
     assert place(open_round(peers)) == (4, 1)
+
+
+def test_a_bad_evaluation_takes_nothing_back_under_fedbn(scene: Scene, connect: Connect) -> None:
+    """The server's model lacks its norm layers: its evaluation tells nothing."""
+    peers = connect("--strategy", "fedbn")
+    deliver(open_round(peers))
+    second = open_round(peers)
+    deliver(second, poisoned)
+    third = open_round(peers)
+    server_of(scene).wait_for_line("evaluated round=2")
+    deliver(third)
+    assert place(open_round(peers)) == (4, 1)
+    kinds = [one["kind"] for entry in scene.history() for one in entry["incidents"]]
+    assert kinds == []
+
+
+def test_a_repeated_round_has_half_the_norm_band(scene: Scene) -> None:
+    """An update 1.7 times the median is inside of ten deviations, and outside of five."""
+    server = scene.server(
+        *("--task", "tests.tiny_task:tiny", "--rounds", 100, "--min-clients", 5),
+        *("--min-updates", 4, "--stall-after", 3600, "--lease", 3600),
+    )
+    peers = {one: Peer(server.address, one) for one in range(5)}
+    deliver(open_round(peers, attempt=(1, 1)))
+    deliver(open_round(peers), poisoned)
+    again = open_round(peers, attempt=(2, 2))
+    for one, peer in peers.items():
+        by = 0.017 if one == 4 else 0.01
+        peer.upload(again.orders[one], payload_of(changed(again.base, by)))
+    open_round({one: peers[one] for one in range(4)}, attempt=(3, 2))
+    entry = entry_of(scene.history(), again.orders[0])
+    assert {one["client"]: one["verdict"] for one in entry["updates"]} == {
+        **dict.fromkeys(range(4), "COUNTED"),
+        4: "EXCLUDED",
+    }
+    for peer in peers.values():
+        peer.close()

@@ -6,9 +6,11 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from fedclient.connection import Connection
 from shared.pb import federation_pb2 as pb
+from shared.types import Registration
 from tests.integration.peer import OpenRound, Peer, each_method, expect_status, open_round
-from tests.processes import Server
+from tests.processes import Scene, Server
 
 NOT_A_SESSION = "no-such-session"
 
@@ -131,3 +133,29 @@ def test_a_parked_pull_is_woken_when_the_round_opens(opened: OpenRound) -> None:
     assert (work.order.round, work.order.attempt) == (opened.orders[0].round + 1, 1)
     assert work.order.last_counted_order_id == opened.orders[0].order_id
     open_round(opened.peers).settle()
+
+
+def test_a_client_is_told_the_partitioning(scene: Scene) -> None:
+    """As the server's flags have it: shares are cut by it."""
+    server = scene.server(
+        *("--task", "tests.tiny_task:tiny", "--partition", "dirichlet", "--alpha", 0.3),
+        *("--num-partitions", 7, "--seed", 5),
+    )
+    connection = Connection(server.address)
+    told = connection.register(
+        Registration(client_ids=(0,), instance_key="key", software_version="1")
+    )
+    assert told.partitioning.scheme == "dirichlet"
+    assert (told.partitioning.num_partitions, told.partitioning.seed) == (7, 5)
+    assert told.partitioning.parameters == {"alpha": 0.3}
+    connection.close()
+
+
+def test_every_order_has_a_seed_of_its_own(opened: OpenRound) -> None:
+    """Of each client, and in each round anew."""
+    seeds = [one.seed for one in opened.orders.values()]
+    opened.settle()
+    following = open_round(opened.peers)
+    seeds += [one.seed for one in following.orders.values()]
+    following.settle()
+    assert len(set(seeds)) == 6

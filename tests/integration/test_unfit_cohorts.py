@@ -85,3 +85,34 @@ def test_a_round_whose_updates_dont_fit_the_strategy_fails_and_is_tried_again(
     assert (first["phase"], second["phase"]) == ("FAILED", "DONE")
     (incident,) = first["incidents"]
     assert (incident["kind"], incident["reason"]) == ("round-failed", "a client has 11 examples")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "parameters"),
+    [("fednova", ""), ("bucketing+median", "size=2"), ("qfedavg", "q=1")],
+)
+def test_what_a_row_rests_on_reaches_it(scene: Scene, strategy: str, parameters: str) -> None:
+    """Steps, seeds and losses: verify makes the model from them again."""
+    server = scene.server(
+        *("--task", "tests.tiny_task:tiny", "--rounds", 1, "--min-clients", 5, "--seed", 5),
+        *("--strategy", strategy, *(("--strategy-parameters", parameters) if parameters else ())),
+        *("--evaluate-on-clients", "--norm-band", 0, "--farewell", 0, "--keep-updates", "all"),
+        *("--stall-after", 3600, "--lease", 3600),
+    )
+    peers = {one: Peer(server.address, one) for one in range(5)}
+    opened = open_round(peers)
+    for one, peer in peers.items():
+        told = {"global_loss": 0.5 + one, "global_accuracy": 0.5}
+        answer = peer.upload(
+            opened.orders[one],
+            payload_of(changed(opened.base, 0.01 * (1 + one) ** 2)),
+            num_steps=1 + 3 * one,
+            metrics={"loss": 0.5, "accuracy": 0.75, **told},
+        )
+        assert answer.receipt == pb.RECEIPT_STORED, answer.reason
+    assert server.wait() == 0
+    verified = scene.command("verify", "--state-dir", scene.folder / "server")
+    assert verified.returncode == 0, verified.stdout
+    assert verified.stdout.endswith("1 of 1 re-aggregated\n")
+    for peer in peers.values():
+        peer.close()
