@@ -296,9 +296,14 @@ def _upload_messages(
 ) -> Iterator[bytes]:
     yield header
     buffer = memoryview(bytearray(CHUNK_BYTES))
-    while count := file.readinto(buffer):
-        yield frame(buffer[:count], field=UPLOAD_DATA_FIELD)
-        on_sent(count)
+    try:
+        while count := file.readinto(buffer):
+            yield frame(buffer[:count], field=UPLOAD_DATA_FIELD)
+            on_sent(count)
+    except (OSError, ValueError):
+        # The answer came before all was sent; gRPC's thread may still ask for more then.
+        if not file.closed:
+            raise
 
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")

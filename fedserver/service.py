@@ -279,7 +279,11 @@ def _with_statuses(
 
 
 async def _abort(context: Context, error: FederationError) -> NoReturn:
-    await context.abort(grpc.StatusCode[error.status], str(error))
+    try:
+        await context.abort(grpc.StatusCode[error.status], str(error))
+    except aio.InternalError:
+        # There is nobody left to be told.
+        raise asyncio.CancelledError from None
 
 
 def _parse(message_class: type[Request], raw: bytes) -> Request:
