@@ -4,19 +4,17 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedclient.packing import RESIDUAL, pack_update
 from fedclient.state import ClientStates
 from fedserver.admission import examine_content
 from fedserver.aggregation import update_file
-from fedserver.server import run_server
-from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Block, BlockReader, Cohort, StateFile, blocks_of
 from fedserver.strategies.step import next_blocks
@@ -27,7 +25,6 @@ from shared.types import MODEL_SECTION, NO_COMPRESSION, Compression, Encoding
 from shared.weights import EntryKind
 from tests.factories import State, make_limits, write_state
 from tests.small_federation import Sent, SmallFederation
-from tests.tiny_task import tiny
 
 COMPRESSIONS = [
     Compression(encoding=Encoding.FLOAT16),
@@ -387,20 +384,3 @@ def test_a_late_update_is_read_from_its_own_base(tmp_path: Path, compression: Co
         moved = now[name].double() + (expected[name].double() - was[name].double()) / 2
         found = torch.cat(made[name]).view(shape).double()
         torch.testing.assert_close(found, moved, rtol=1e-6, atol=1e-6)
-
-
-half = replace(tiny, build_model=lambda: nn.Linear(8, 3, dtype=torch.bfloat16))
-
-
-@pytest.mark.parametrize("name", ["float16", "bfloat16"])
-def test_a_compression_that_saves_nothing_is_refused_at_the_start(
-    tmp_path: Path, name: Literal["float16", "bfloat16"]
-) -> None:
-    """Before a state-dir is made."""
-    state_dir = tmp_path / "server"
-    settings = ServerSettings(task=f"{__name__}:half", compression=name, state_dir=state_dir)
-    with pytest.raises(
-        InvalidInput, match=rf"--compression {name} makes 54 bytes of the 54 of this"
-    ):
-        run_server(settings)
-    assert not state_dir.exists()

@@ -1,8 +1,20 @@
 """Settings of the server that contradict each other, and how many clients they ask for."""
 
-import pytest
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
+import pytest
+import torch
+from torch import nn
+
+from fedserver.server import run_server
 from fedserver.settings import ServerSettings
+from shared.errors import InvalidInput
+from tests.tiny_task import tiny
+
+half = replace(tiny, build_model=lambda: nn.Linear(8, 3, dtype=torch.bfloat16))
+"""A task whose numbers take 16 bits already."""
 
 
 @pytest.mark.parametrize(
@@ -55,3 +67,17 @@ def test_how_many_are_asked_and_how_many_must_answer(
     """Over-selection asks more, rounded up, and is content with the round's own number."""
     made = ServerSettings(**settings)  # type: ignore[arg-type]
     assert (made.cohort_size, made.updates_needed) == (cohort_size, updates_needed)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_a_compression_that_saves_nothing_is_refused_at_the_start(
+    tmp_path: Path, name: Literal["float16", "bfloat16"]
+) -> None:
+    """Before a state-dir is made."""
+    state_dir = tmp_path / "server"
+    settings = ServerSettings(task=f"{__name__}:half", compression=name, state_dir=state_dir)
+    with pytest.raises(
+        InvalidInput, match=rf"--compression {name} makes 54 bytes of the 54 of this"
+    ):
+        run_server(settings)
+    assert not state_dir.exists()
