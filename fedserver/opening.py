@@ -123,12 +123,12 @@ class Opener:
         most = parts.settings.concurrency
         # Again and again, since somebody may have become idle meanwhile.
         while not most or len(book.open_orders()) < most:
-            if not (idle := idle_clients(parts)):
+            if not idle_clients(parts):
                 break
             record, base = book.current.record, book.current.base
             standings = await parts.workers.in_store(parts.store.standings, record.run_id)
             past = await participation(parts)
-            more = plan_more(parts, idle, standings=standings, past=past)
+            more = plan_more(parts, standings=standings, past=past)
             if not more:
                 break
             await parts.workers.in_store(parts.store.add_orders, record, more)

@@ -99,18 +99,20 @@ def idle_clients(parts: Parts) -> set[int]:
 
 def plan_more(
     parts: Parts,
-    idle: Set[int],
     *,
     standings: Mapping[int, Standing],
     past: Mapping[int, Participation],
 ) -> tuple[Order, ...]:
     """Return the orders to give beside those at work, so that they are --concurrency.
 
+    Whom it asks is idle at this moment: clients come and go while a caller waits for the store.
     A client gets a second one in a round only where nobody is idle of whom no update is in it yet.
     """
     assert parts.book.current is not None
     record = parts.book.current.record
-    eligible = eligible_clients(idle, standings, round_number=record.round_number, num_needed=0)
+    eligible = eligible_clients(
+        idle_clients(parts), standings, round_number=record.round_number, num_needed=0
+    )
     has_given = {
         one.order.client_id for one in parts.book.orders() if one.state is OrderState.STORED
     }

@@ -1,0 +1,91 @@
+"""Further orders of an asynchronous round, while clients come and go."""
+
+import asyncio
+from pathlib import Path
+
+from fedserver.checkpoints import Checkpoints
+from fedserver.clock import ServingClock
+from fedserver.disk import DiskWatch
+from fedserver.downloads import Downloads
+from fedserver.events import EventBus
+from fedserver.opening import Opener
+from fedserver.orderbook import OrderBook
+from fedserver.parts import Parts
+from fedserver.quarantine import QuarantineFolder
+from fedserver.sessions import Sessions
+from fedserver.settings import ServerSettings
+from fedserver.spool import Spool
+from fedserver.store import Store
+from fedserver.strategies import find_strategy
+from fedserver.workers import Workers
+from shared.weights import entry_kinds
+from tests.factories import make_event, make_limits, make_order, make_registration, make_round
+from tests.tiny_task import tiny
+
+
+def make_parts(folder: Path, workers: Workers) -> Parts:
+    """Return what a server of an asynchronous run rests on, whose first round collects."""
+    settings = ServerSettings(
+        task="tests.tiny_task:tiny", strategy="fedbuff", min_free_bytes=0, state_dir=folder
+    )
+    model = tiny.build_model()
+    kinds = entry_kinds(model)
+    store = Store(folder / "federation.sqlite")
+    run = store.begin_run(settings.run_settings())
+    clock, bus = ServingClock(), EventBus()
+    book, checkpoints = OrderBook(clock), Checkpoints(folder / "models", kinds)
+    base = checkpoints.save_initial(model.state_dict())
+    opened = make_round(run.run_id, clients=(0,), base_digest=base.digest)
+    store.open_round(opened, make_event("round-opened"))
+    order = make_order(opened.orders[0].order_id)
+    book.open_round(opened, base=base, limits=make_limits(), orders=[order])
+    return Parts(
+        settings=settings,
+        run=run,
+        kinds=kinds,
+        modules=set(),
+        strategy=find_strategy(settings.run_settings()),
+        store=store,
+        spool=Spool(folder / "spool"),
+        quarantine=QuarantineFolder(folder / "quarantine", max_bytes=0),
+        checkpoints=checkpoints,
+        downloads=Downloads(checkpoints, workers, idle_s=60),
+        sessions=Sessions([], lease_s=60),
+        book=book,
+        bus=bus,
+        workers=workers,
+        disk=DiskWatch(
+            folder,
+            min_free_bytes=0,
+            run_id=run.run_id,
+            store=store,
+            workers=workers,
+            bus=bus,
+            book=book,
+        ),
+    )
+
+
+def test_a_client_that_comes_back_without_its_data_sizes_meanwhile_isnt_asked(
+    tmp_path: Path,
+) -> None:
+    """While the store is asked, a process that served two clients is there again with one."""
+    workers = Workers()
+
+    async def give_more() -> set[int]:
+        parts = make_parts(tmp_path, workers)
+        parts.sessions.register(make_registration(1, 2, num_examples=(10, 10)))
+        parts.sessions.register(make_registration(3, instance_key="three", num_examples=(10,)))
+
+        async def come_back() -> None:
+            parts.sessions.register(make_registration(1))
+
+        # The second one runs when the first one waits for the first time.
+        await asyncio.gather(Opener(parts, tiny, tick_s=1).give_more(), come_back())
+        parts.store.close()
+        return {one.order.client_id for one in parts.book.open_orders()}
+
+    try:
+        assert asyncio.run(give_more()) == {0, 3}
+    finally:
+        workers.close()
