@@ -29,12 +29,11 @@ from fedserver.parts import Parts
 from fedserver.quarantine import QuarantineFolder
 from fedserver.records import Run, RunState
 from fedserver.recovery import note_absence, salvageable
-from fedserver.report import best_round, incident_lines, models_by_round, round_table
 from fedserver.service import start_server
 from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
 from fedserver.spool import Spool
-from fedserver.store import Store, read_history
+from fedserver.store import Store
 from fedserver.strategies import find_strategy
 from fedserver.strategies.local_rules import examine_model
 from fedserver.strategies.rows import Strategy
@@ -318,29 +317,28 @@ def _export(parts: Parts, last_digest: str) -> None:
     """Write the last model, and beside it the best one if that is another."""
     last = parts.settings.export or parts.settings.state_dir / "model.safetensors"
     parts.checkpoints.export(last_digest, last)
-    history = read_history(parts.store, parts.run)
-    number = best_round(history)
-    best = models_by_round(history).get(number or 0)
+    best = parts.store.best_model(parts.run.run_id)
     if best not in (None, last_digest):
         parts.checkpoints.export(best, _beside(last))
 
 
 def _show_end(parts: Parts) -> None:
-    history = read_history(parts.store, parts.run)
     console = stderr_console()
-    console.print(round_table(history, title=f"{parts.run.run_id}: done", max_width=console.width))
-    for line in incident_lines(history):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    # In processes of their own: the whole history takes more memory than serving a small model.
+    if not _run_command(parts, "history", output=sys.stderr.fileno()):
+        logger.warning("the rounds weren't shown; the run is complete all the same")
     exported = parts.settings.export or parts.settings.state_dir / "model.safetensors"
     console.print(f"the final model is in {exported}", soft_wrap=True)
     if importlib.util.find_spec("matplotlib") is not None:
         curve = parts.settings.state_dir / "curve.png"
-        # In a process of its own: drawing takes more memory than serving a small model.
-        command = ["curve", "--state-dir", str(parts.settings.state_dir), "--out", str(curve)]
-        drawn = subprocess.run(
-            [sys.executable, "-m", "fedserver", *command], stdout=subprocess.DEVNULL, check=False
-        )
-        if drawn.returncode == 0:
+        if _run_command(parts, "curve", "--out", str(curve), output=subprocess.DEVNULL):
             console.print(f"accuracy and loss over the rounds are drawn in {curve}", soft_wrap=True)
         else:
             logger.warning("the curve wasn't drawn; the run is complete all the same")
+
+
+def _run_command(parts: Parts, name: str, *flags: str, output: int) -> bool:
+    """Run one of the commands that inspect a state-dir; whether it did what it should."""
+    command = [name, "--state-dir", str(parts.settings.state_dir), *flags]
+    done = subprocess.run([sys.executable, "-m", "fedserver", *command], stdout=output, check=False)
+    return done.returncode == 0

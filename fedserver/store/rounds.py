@@ -11,7 +11,7 @@ from fedserver.rounds import ForbiddenTransition, OrderEvent, OrderState, Phase,
 from fedserver.store import schema
 from fedserver.store.book import append_entry, append_rollback, read_verdicts
 from fedserver.store.database import Database
-from fedserver.store.rows import read_round, same_attempt
+from fedserver.store.rows import measured, read_round, same_attempt
 from fedserver.store.transitions import (
     add_events,
     came_into,
@@ -283,11 +283,11 @@ class Rounds(Database):
             return [read_round(connection, row) for row in rows]
 
     def good_evaluations(self, run_id: str) -> list[dict[str, Any]]:
-        """Return the evaluations of DONE rounds with whose models nothing is wrong, in order."""
+        """Return loss and accuracy of DONE rounds with whose models nothing is wrong, in order."""
         table = schema.rounds
         with self.reading() as connection:
             found = connection.execute(
-                select(table.c.evaluation)
+                select(measured("loss"), measured("accuracy"))
                 .where(
                     table.c.run_id == run_id,
                     table.c.phase == Phase.DONE,
@@ -295,8 +295,8 @@ class Rounds(Database):
                     table.c.alarm.is_(None),
                 )
                 .order_by(table.c.round)
-            ).scalars()
-            return list(found)
+            ).mappings()
+            return [dict(one) for one in found]
 
     def last_done_round(self, run_id: str) -> Round | None:
         """Return the last DONE round, None if there is none."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, Table, select
+from sqlalchemy import ColumnElement, Connection, Label, Row, Select, Table, select
 
 from fedserver.records import (
     Adjustments,
@@ -28,6 +28,12 @@ def same_attempt(orders: Table, rounds: Table) -> ColumnElement[bool]:
         & (rounds.c.round == orders.c.round)
         & (rounds.c.attempt == orders.c.attempt)
     )
+
+
+def measured(name: str) -> Label[float | None]:
+    """Return one number of a round's evaluation as a column; with its confusion it is large."""
+    number: Label[float | None] = schema.rounds.c.evaluation[name].as_float().label(name)
+    return number
 
 
 def updates_in(run_id: str, round_number: int, attempt: int) -> Select[Any]:

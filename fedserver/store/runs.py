@@ -10,10 +10,10 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from fedserver.records import Event, Run, RunState, Session
-from fedserver.rounds import OrderEvent, OrderState
+from fedserver.rounds import OrderEvent, OrderState, Phase
 from fedserver.store import schema
 from fedserver.store.database import Database
-from fedserver.store.rows import read_run
+from fedserver.store.rows import measured, read_run
 from fedserver.store.transitions import add_events, move_orders
 
 
@@ -108,3 +108,17 @@ class Runs(Database):
             )
             for row in rows
         ]
+
+    def best_model(self, run_id: str) -> str | None:
+        """Return the digest of the run's model with the highest accuracy, the earliest of equals.
+
+        None while no model was evaluated.
+        """
+        table, accuracy = schema.rounds, measured("accuracy")
+        with self.reading() as connection:
+            return connection.execute(
+                select(table.c.model_digest)
+                .where(table.c.run_id == run_id, table.c.phase == Phase.DONE, accuracy.is_not(None))
+                .order_by(accuracy.desc(), table.c.round)
+                .limit(1)
+            ).scalar()

@@ -121,6 +121,23 @@ def test_a_rollback_ends_both_attempts_at_once(store: Store) -> None:
         store.roll_back(bad, [make_event("again")], adjustments_after=LOWERED, abandoned=None)
 
 
+def test_of_evaluations_no_more_is_read_than_is_compared(store: Store) -> None:
+    """Loss and accuracy, without the confusion; the best model is the earliest of equals."""
+    run, first, second, third = two_rounds(store)
+    assert store.best_model(run.run_id) is None
+    finish(store, run, third, LAST, None)
+    for done, accuracy in ((first, 0.5), (second, 0.75), (third, 0.75)):
+        measured = {"accuracy": accuracy, "loss": None if done is first else 0.3}
+        event = make_event("evaluated", round_number=done.round_number)
+        store.record_evaluation(done, measured | {"confusion": [[1, 0], [0, 1]]}, event)
+    assert store.good_evaluations(run.run_id) == [
+        {"accuracy": 0.5, "loss": None},
+        {"accuracy": 0.75, "loss": 0.3},
+        {"accuracy": 0.75, "loss": 0.3},
+    ]
+    assert store.best_model(run.run_id) == BAD
+
+
 def test_a_run_goes_on_from_the_repetition(store: Store) -> None:
     """Whatever attempts at the round after it were left behind, also failed ones."""
     run, _, second, third = two_rounds(store)
