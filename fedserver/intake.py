@@ -128,6 +128,9 @@ class Intake:
         try:
             async with asyncio.timeout(self._idle_s) as patience:
                 async for chunk in chunks:
+                    if not chunk:
+                        # No progress: whoever sends nothing else gives its place to others.
+                        continue
                     if stream.offset + len(chunk) > update.size_bytes:
                         raise InvalidInput(
                             f"order {update.order_id}: the stream holds more than the "

@@ -1,6 +1,7 @@
 """UploadUpdate and QueryUpload: broken streams, repeated ones, and what comes too late."""
 
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import grpc
@@ -11,12 +12,14 @@ from shared.pb import federation_pb2 as pb
 from tests.integration.conftest import History
 from tests.integration.peer import (
     OpenRound,
+    Peer,
     changed,
     entry_of,
     expect_status,
     open_round,
     payload_of,
 )
+from tests.processes import Scene
 
 HALF = 1000
 """Bytes; the tiny model has some 2,000."""
@@ -211,3 +214,22 @@ def test_a_size_no_file_can_have_is_an_invalid_argument(opened: OpenRound, size_
         match="size_bytes is",
     )
     assert peer.upload(order, payload).receipt == pb.RECEIPT_STORED
+
+
+def test_a_stream_of_empty_chunks_gives_its_place_to_others(scene: Scene) -> None:
+    """Chunks without a byte are no progress, however many come."""
+    server = scene.server(
+        *("--task", "tests.tiny_task:tiny", "--rounds", 1, "--min-clients", 1),
+        *("--stall-after", 1, "--lease", 3600),
+    )
+    server.wait_for_line("fedserver listening on")
+    peer = Peer(server.address, 0)
+    order = peer.pull_order()
+    payload = payload_of(peer.base_of(order))
+    empty = repeat(pb.UploadUpdateRequest(data=b""))
+    expect_status(
+        grpc.StatusCode.UNAVAILABLE,
+        lambda: peer.stub.UploadUpdate(chain([peer.header(order, payload)], empty), timeout=30),
+        match="nothing came for 1 s after 0 bytes",
+    )
+    peer.close()
