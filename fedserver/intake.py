@@ -8,7 +8,7 @@ of streams; the others wait in HTTP/2's flow control.
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 
 from fedserver.admission import (
     UpdateRefused,
@@ -88,19 +88,19 @@ class Intake:
             raise ServerUnreachable(f"order {update.order_id}: the round is changing; try again")
         try:
             examine_header(update, order.given_in.base.file, order.given_in.limits)
-            async with self._place(update.order_id):
-                with self._parts.spool.open_stream(
-                    update.order_id, update.digest, offset=offset
-                ) as stream:
-                    await self._append(update, stream, chunks)
-                    accepting = asyncio.ensure_future(
-                        self._accept(record, update, stream, order.given_in)
-                    )
-                    try:
-                        return await asyncio.shield(accepting)
-                    finally:
-                        # A client that hangs up now has sent all there is: go on without it.
-                        await asyncio.wait([accepting])
+            async with (
+                self._place(update.order_id),
+                self._stream(update, offset=offset) as stream,
+            ):
+                await self._append(update, stream, chunks)
+                accepting = asyncio.ensure_future(
+                    self._accept(record, update, stream, order.given_in)
+                )
+                try:
+                    return await asyncio.shield(accepting)
+                finally:
+                    # A client that hangs up now has sent all there is: go on without it.
+                    await asyncio.wait([accepting])
         except UpdateRefused as error:
             return await self._end(record, update, OrderEvent.REFUSE, refusal=error.refusal)
         except OutOfSpace as error:
@@ -121,6 +121,20 @@ class Intake:
             yield
         finally:
             self._slots.release()
+
+    @asynccontextmanager
+    async def _stream(self, update: ClientUpdate, *, offset: int) -> AsyncIterator[UpdateStream]:
+        """Hold the open file of an update; see `Spool.open_stream`."""
+        on_disk = self._parts.workers.on_disk
+        opened = ExitStack()
+        stream = self._parts.spool.open_stream(update.order_id, update.digest, offset=offset)
+        opening = asyncio.ensure_future(on_disk(opened.enter_context, stream))
+        try:
+            yield await asyncio.shield(opening)
+        finally:
+            # A client that hangs up now leaves no file open behind.
+            await asyncio.wait([opening])
+            await asyncio.shield(on_disk(opened.close))
 
     async def _append(
         self, update: ClientUpdate, stream: UpdateStream, chunks: AsyncIterator[memoryview]

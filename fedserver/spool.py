@@ -180,7 +180,12 @@ class Spool:
 
     def drop_all_but(self, order_ids: set[str]) -> None:
         """Delete the files of all orders but these, and of those that are being written."""
+        for path in list(self._folder.iterdir()):
+            if path.name.partition(".")[0] not in order_ids:
+                self._drop_unless_written(path)
+
+    def _drop_unless_written(self, path: Path) -> None:
+        # The lock is taken for each file: a stream that opens waits for one of them at most.
         with self._lock:
-            for path in self._folder.iterdir():
-                if path.name.partition(".")[0] not in order_ids and path not in self._streams:
-                    path.unlink(missing_ok=True)
+            if path not in self._streams:
+                path.unlink(missing_ok=True)

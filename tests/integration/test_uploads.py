@@ -1,5 +1,6 @@
 """UploadUpdate and QueryUpload: broken streams, repeated ones, and what comes too late."""
 
+import os
 from functools import partial
 from itertools import chain, repeat
 from typing import Any
@@ -19,7 +20,7 @@ from tests.integration.peer import (
     open_round,
     payload_of,
 )
-from tests.processes import Scene
+from tests.processes import Scene, wait_until
 
 HALF = 1000
 """Bytes; the tiny model has some 2,000."""
@@ -233,3 +234,25 @@ def test_a_stream_of_empty_chunks_gives_its_place_to_others(scene: Scene) -> Non
         match="nothing came for 1 s after 0 bytes",
     )
     peer.close()
+
+
+def test_a_disk_that_is_slow_to_open_a_file_holds_nobody_else_up(
+    session_scene: Scene, opened: OpenRound
+) -> None:
+    """The file is a pipe here, which can't be opened before somebody reads from it."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(changed(opened.base))
+    pipe = session_scene.folder / f"server/spool/{order.order_id}.{digest_bytes(payload)}"
+    os.mkfifo(pipe)
+    upload = peer.stream(order, payload)
+    try:
+        for _ in range(100):
+            assert opened.peers[1].report(opened.orders[1], batches=1) == pb.DIRECTIVE_CONTINUE
+        assert not upload.is_done
+    finally:
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        upload.cancel()
+    wait_until(lambda: upload.is_done, what="the upload to end")
+    pipe.unlink()
+    os.close(reader)
+    assert peer.upload(order, payload).receipt == pb.RECEIPT_STORED
