@@ -191,7 +191,7 @@ class Intake:
             )
         examined = self._examine(update, stream, given_in)
         if not isinstance(examined, Refusal):
-            stream.make_durable()
+            self._parts.spool.make_durable(stream)
         return examined
 
     def _examine(

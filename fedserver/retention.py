@@ -7,17 +7,19 @@ async def drop_updates(parts: Parts, *, done_round: int) -> None:
     """Delete the updates that `--keep-updates` lets go now that `done_round` rounds are done.
 
     What the open round needs stays, and what is arriving right now; what is held in quarantine and
-    hasn't got there yet moves there first.
+    hasn't got there yet moves there first. What was never finished goes with its order.
     """
     await _fill_quarantine(parts)
+    at_work = {one.order.order_id for one in parts.book.orders()}
+    await parts.workers.on_disk(parts.spool.drop_unfinished, but=at_work)
     if parts.settings.keep_updates == "all":
         return
-    orders = await parts.workers.in_store(
-        parts.store.orders_to_keep,
+    kept = await parts.workers.in_store(
+        parts.store.updates_to_keep,
         parts.run.run_id,
         since_round=done_round - parts.settings.keep_updates + 1,
     )
-    await parts.workers.on_disk(parts.spool.drop_all_but, orders)
+    await parts.workers.on_disk(parts.spool.drop_all_but, kept)
 
 
 async def _fill_quarantine(parts: Parts) -> None:

@@ -2,12 +2,13 @@
 
 One file an update, named by order and digest. While it arrives, its length is what is committed; it
 becomes durable by `make_durable` (fdatasync of the file, then of the folder), and only after that
-may the store record it. Only one stream writes a file at a time: the newest.
+may the store record it. Only one stream writes a file at a time: the newest. Of what streams leave
+unfinished an order keeps one file, the newest too: whatever a client sends, it fills no disk.
 """
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,6 +104,9 @@ class Spool:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._streams: dict[Path, UpdateStream] = {}
+        # The file that the newest stream of an order left unfinished; None once one of the order's
+        # files may be durable: from then on none of them is in anybody's way.
+        self._unfinished: dict[str, Path | None] = {}
         self._lock = threading.Lock()
 
     def path(self, order_id: str, digest: str) -> Path:
@@ -119,6 +123,8 @@ class Spool:
     @contextmanager
     def open_stream(self, order_id: str, digest: str, *, offset: int) -> Iterator[UpdateStream]:
         """Write from `offset` on, fencing any older stream of the same update.
+
+        What an earlier stream of the order left unfinished of another update is deleted.
 
         Raises:
             WrongOffset: `offset` isn't what is committed.
@@ -137,6 +143,7 @@ class Spool:
             with naming_full_disk(self._folder):
                 stream = UpdateStream(path, offset=offset)
             self._streams[path] = stream
+            self._leave_unfinished(order_id, path)
         try:
             yield stream
         finally:
@@ -144,6 +151,23 @@ class Spool:
             with self._lock:
                 if self._streams.get(path) is stream:
                     del self._streams[path]
+                    self._leave_unfinished(order_id, path)
+
+    def _leave_unfinished(self, order_id: str, path: Path) -> None:
+        """Take the place of the order's unfinished file with this one; holding the lock."""
+        former = self._unfinished.setdefault(order_id, path)
+        if former is None:
+            return
+        if former != path and former not in self._streams:
+            former.unlink(missing_ok=True)
+        self._unfinished[order_id] = path
+
+    def make_durable(self, stream: UpdateStream) -> None:
+        """Make a stream's file durable; see there. From then on no other stream deletes it."""
+        with self._lock:
+            if self._streams.get(stream.path) is stream:
+                self._unfinished[_order_of(stream.path)] = None
+        stream.make_durable()
 
     def discard(self, stream: UpdateStream) -> None:
         """Delete a stream's file, unless a newer stream has taken it over."""
@@ -178,10 +202,23 @@ class Spool:
         """Delete an update's file, if it is there."""
         self.path(order_id, digest).unlink(missing_ok=True)
 
-    def drop_all_but(self, order_ids: set[str]) -> None:
-        """Delete the files of all orders but these, and of those that are being written."""
+    def drop_unfinished(self, *, but: Set[str]) -> None:
+        """Delete what streams left unfinished of all orders but these, unless it is written."""
+        with self._lock:
+            ended = self._unfinished.keys() - but
+        for order_id in ended:
+            with self._lock:
+                path = self._unfinished.pop(order_id, None)
+            if path is not None:
+                self._drop_unless_written(path)
+
+    def drop_all_but(self, kept: Mapping[str, str | None]) -> None:
+        """Delete all files but those of these orders, and those that are being written.
+
+        `kept` has the digest of each order's update; None keeps all that has arrived for it.
+        """
         for path in list(self._folder.iterdir()):
-            if path.name.partition(".")[0] not in order_ids:
+            if kept.get(_order_of(path), "") not in (None, path.name.partition(".")[2]):
                 self._drop_unless_written(path)
 
     def _drop_unless_written(self, path: Path) -> None:
@@ -189,3 +226,7 @@ class Spool:
         with self._lock:
             if path not in self._streams:
                 path.unlink(missing_ok=True)
+
+
+def _order_of(path: Path) -> str:
+    return path.name.partition(".")[0]

@@ -272,35 +272,32 @@ class Orders(Database):
             ).scalars()
             return [(row.client_id, row.fields) for row in diagnosed], set(updating)
 
-    def orders_to_keep(self, run_id: str, *, since_round: int) -> set[str]:
-        """Return the orders whose updates the spool must not lose.
+    def updates_to_keep(self, run_id: str, *, since_round: int) -> dict[str, str | None]:
+        """Return the orders whose updates the spool must not lose, each with its update's digest.
 
         Those that go on, those COUNTED from `since_round` on, and those HELD: a stream that was
-        fenced leaves its bytes here, until the quarantine is tidied.
+        fenced leaves its bytes here, until the quarantine is tidied. The digest is None while any
+        update may come.
         """
         orders, updates, held = schema.orders, schema.updates, schema.quarantine
+        asked = (
+            select(orders.c.order_id, updates.c.digest)
+            .outerjoin(updates, updates.c.order_id == orders.c.order_id)
+            .where(orders.c.run_id == run_id)
+        )
         with self.reading() as connection:
             going_on = connection.execute(
-                select(orders.c.order_id).where(
-                    orders.c.run_id == run_id,
-                    orders.c.state.in_([OrderState.OPEN, OrderState.STORED]),
-                )
-            ).scalars()
+                asked.where(orders.c.state.in_([OrderState.OPEN, OrderState.STORED]))
+            ).all()
             counted = connection.execute(
-                select(orders.c.order_id)
-                .join(updates, updates.c.order_id == orders.c.order_id)
-                .where(
-                    orders.c.run_id == run_id,
-                    orders.c.state == OrderState.COUNTED,
-                    updates.c.round >= since_round,
-                )
-            ).scalars()
+                asked.where(orders.c.state == OrderState.COUNTED, updates.c.round >= since_round)
+            ).all()
             kept = connection.execute(
-                select(held.c.order_id).where(
-                    held.c.run_id == run_id, held.c.state == HeldState.HELD, held.c.kept_bytes > 0
+                asked.join(held, held.c.order_id == orders.c.order_id).where(
+                    held.c.state == HeldState.HELD, held.c.kept_bytes > 0
                 )
-            ).scalars()
-            return {*going_on, *counted, *kept}
+            ).all()
+            return {row.order_id: row.digest for row in (*going_on, *counted, *kept)}
 
 
 def _number(value: float | str | None) -> float | None:

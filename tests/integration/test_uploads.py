@@ -217,6 +217,43 @@ def test_a_size_no_file_can_have_is_an_invalid_argument(opened: OpenRound, size_
     assert peer.upload(order, payload).receipt == pb.RECEIPT_STORED
 
 
+def test_what_was_left_unfinished_fills_no_disk(scene: Scene) -> None:
+    """Of the updates that a client begins for one order the newest stays, and goes with the round.
+
+    Those that are recorded stay: here all of them are to be kept.
+    """
+    server = scene.server(
+        *("--task", "tests.tiny_task:tiny", "--rounds", 2, "--min-clients", 2, "--min-updates", 1),
+        *("--keep-updates", "all", "--stall-after", 3600, "--lease", 3600, "--norm-band", 0),
+    )
+    server.wait_for_line("fedserver listening on")
+    peers = {one: Peer(server.address, one) for one in (0, 1)}
+    opened = open_round(peers)
+    spool = scene.folder / "server/spool"
+    digests = []
+    for by in (0.01, 0.02, 0.03):
+        payload = payload_of(changed(opened.base, by))
+        digests.append(digest_bytes(payload))
+        expect_status(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            partial(peers[0].upload, opened.orders[0], payload, sent=payload[:HALF]),
+            match=f"ended at byte {HALF}",
+        )
+    assert {one.name: one.stat().st_size for one in spool.iterdir()} == {
+        f"{opened.orders[0].order_id}.{digests[-1]}": HALF
+    }
+    assert peers[0].report(opened.orders[0], gave_up=True) == pb.DIRECTIVE_ABANDON
+    assert opened.settle(1) == [pb.RECEIPT_STORED]
+    open_round(peers).settle()
+    wait_until(
+        lambda: not list(spool.glob(f"{opened.orders[0].order_id}.*")),
+        what="the unfinished update to go",
+    )
+    assert list(spool.glob(f"{opened.orders[1].order_id}.*"))
+    for peer in peers.values():
+        peer.close()
+
+
 def test_a_stream_of_empty_chunks_gives_its_place_to_others(scene: Scene) -> None:
     """Chunks without a byte are no progress, however many come."""
     server = scene.server(

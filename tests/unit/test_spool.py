@@ -10,6 +10,7 @@ from fedserver.spool import Spool
 from shared.errors import OutOfSpace, StreamFenced, WrongOffset
 
 ORDER, DIGEST = "run1-r1-a1-c0-s1", "ab" * 32
+OTHER, THIRD = "cd" * 32, "ef" * 32
 
 
 @pytest.fixture
@@ -94,13 +95,13 @@ def test_streams_of_other_updates_are_left_alone(spool: Spool) -> None:
     """Fencing is by order and digest: two contents of one order are two files."""
     with (
         spool.open_stream(ORDER, DIGEST, offset=0) as one,
-        spool.open_stream(ORDER, "cd" * 32, offset=0) as two,
+        spool.open_stream(ORDER, OTHER, offset=0) as two,
         spool.open_stream("another", DIGEST, offset=0) as three,
     ):
         for stream, content in ((one, b"1"), (two, b"22"), (three, b"333")):
             stream.append(memoryview(content))
-    assert spool.committed_bytes(ORDER, DIGEST) == 1
-    assert spool.committed_bytes(ORDER, "cd" * 32) == 2
+        assert spool.committed_bytes(ORDER, DIGEST) == 1
+        assert spool.committed_bytes(ORDER, OTHER) == 2
     assert spool.committed_bytes("another", DIGEST) == 3
 
 
@@ -133,8 +134,55 @@ def test_what_no_round_needs_is_deleted(spool: Spool) -> None:
     spool.drop("a", DIGEST)
     spool.drop("a", DIGEST)
     assert [spool.committed_bytes(order, DIGEST) for order in "abc"] == [0, 1, 1]
-    spool.drop_all_but({"c"})
-    assert [spool.committed_bytes(order, DIGEST) for order in "abc"] == [0, 0, 1]
+    with spool.open_stream("d", DIGEST, offset=0) as stream:
+        stream.append(memoryview(b"x"))
+        spool.drop_all_but({"b": OTHER, "c": None})
+    assert [spool.committed_bytes(order, DIGEST) for order in "abcd"] == [0, 0, 1, 1]
+    spool.drop_all_but({"c": DIGEST})
+    assert [spool.committed_bytes(order, DIGEST) for order in "abcd"] == [0, 0, 1, 0]
+
+
+def sizes(spool: Spool, *digests: str) -> list[int]:
+    """Return how much of each of these updates of ORDER is there."""
+    return [spool.committed_bytes(ORDER, one) for one in digests]
+
+
+def test_an_order_keeps_the_newest_of_what_was_left_unfinished(spool: Spool) -> None:
+    """A client that begins ever new updates fills no disk, one after another or several at once."""
+    for digest in (DIGEST, OTHER, THIRD):
+        with spool.open_stream(ORDER, digest, offset=0) as stream:
+            stream.append(memoryview(b"12"))
+    assert sizes(spool, DIGEST, OTHER, THIRD) == [0, 0, 2]
+    with (
+        spool.open_stream(ORDER, DIGEST, offset=0) as one,
+        spool.open_stream(ORDER, OTHER, offset=0) as two,
+    ):
+        assert sizes(spool, THIRD) == [0]
+        one.append(memoryview(b"1"))
+        two.append(memoryview(b"22"))
+        assert sizes(spool, DIGEST, OTHER) == [1, 2], "nothing goes that is being written"
+    assert sizes(spool, DIGEST, OTHER) == [1, 0]
+    spool.drop_unfinished(but={ORDER})
+    assert sizes(spool, DIGEST) == [1]
+    spool.drop_unfinished(but={"another"})
+    assert sizes(spool, DIGEST) == [0]
+
+
+def test_what_is_durable_is_not_in_the_way_of_another_update(spool: Spool) -> None:
+    """Neither by a new stream, nor by one that took it over and broke off, nor as unfinished."""
+    with spool.open_stream(ORDER, DIGEST, offset=0) as stream:
+        stream.append(memoryview(b"12"))
+        spool.make_durable(stream)
+        with spool.open_stream(ORDER, DIGEST, offset=2):
+            pass
+        with spool.open_stream(ORDER, OTHER, offset=0):
+            pass
+    with spool.open_stream(ORDER, DIGEST, offset=2):
+        pass
+    with spool.open_stream(ORDER, OTHER, offset=0):
+        pass
+    spool.drop_unfinished(but=set())
+    assert sizes(spool, DIGEST) == [2]
 
 
 def test_discarding_spares_the_file_of_a_newer_stream(spool: Spool) -> None:

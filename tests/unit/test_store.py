@@ -100,17 +100,18 @@ def test_the_spool_keeps_what_a_round_needs_and_what_is_held(store: Store) -> No
     """What goes on and what is held; of a round that is done what counted, if it is recent."""
     run, opened = begin_round(store, clients=(0, 1, 2, 3))
     good, bad, early, going_on = (one.order_id for one in opened.orders)
+    kept = {one: make_update(one).digest for one in (good, bad)}
     end_order(store, run, make_update(good))
     end_order(store, run, make_update(bad), OrderEvent.REFUSE, reason="bad", kept_bytes=9)
     # Refused by its header: there are no bytes of it.
     end_order(store, run, make_update(early), OrderEvent.REFUSE, reason="bad")
-    assert store.orders_to_keep(run.run_id, since_round=2) == {good, bad, going_on}
+    assert store.updates_to_keep(run.run_id, since_round=2) == kept | {going_on: None}
     finish(store, run, opened)
-    assert store.orders_to_keep(run.run_id, since_round=1) == {good, bad}
-    assert store.orders_to_keep(run.run_id, since_round=2) == {bad}
+    assert store.updates_to_keep(run.run_id, since_round=1) == kept
+    assert store.updates_to_keep(run.run_id, since_round=2) == {bad: kept[bad]}
     (held,) = (one for one in store.held_updates() if one.order_id == bad)
     store.free_held(held, HeldState.DROPPED, make_event("quarantine-dropped"))
-    assert store.orders_to_keep(run.run_id, since_round=2) == set()
+    assert store.updates_to_keep(run.run_id, since_round=2) == {}
 
 
 def test_an_update_that_comes_too_late_is_on_record_and_counts_for_nothing(store: Store) -> None:

@@ -111,7 +111,7 @@ def test_a_buffer_never_holds_more_than_its_size_and_the_rest_comes_into_the_nex
         (two, first.base_digest, 1),
     ]
     # What it began with must stay, its bytes too, and its client's state counts already.
-    assert store.orders_to_keep(run.run_id, since_round=9) >= {two, again.order_id}
+    assert store.updates_to_keep(run.run_id, since_round=9).keys() >= {two, again.order_id}
     assert store.models_let_go(run.run_id, [first.base_digest], since_round=9) == set()
     assert store.last_counted_orders(run.run_id, stored_too=True)[0] == again.order_id
     assert store.last_counted_orders(run.run_id)[0] == zero
