@@ -196,7 +196,9 @@ def _described(settings: Settings, flags: dict[str, Any]) -> list[str]:
     origins = _origins(type(settings), flags)
     lines = []
     # A settings file can't name another one, nor ask for this.
-    for name, value in settings.model_dump(mode="json", exclude=set(_NOT_IN_A_FILE)).items():
+    for name, value in settings.model_dump(
+        mode="json", by_alias=True, exclude=set(_NOT_IN_A_FILE)
+    ).items():
         shown = f"{name} = {json.dumps(value)}" if value is not None else f"# {name} is not set"
         place, _ = origins.get(name, ("default", name))
         lines.append(f"{shown}  # {place}")

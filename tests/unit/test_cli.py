@@ -8,6 +8,7 @@ from fedclient.__main__ import COMMANDS as CLIENT_COMMANDS
 from fedclient.commands.doctor import CheckupSettings
 from fedclient.settings import ClientSettings
 from fedserver.__main__ import COMMANDS as SERVER_COMMANDS
+from fedserver.commands.history import HistorySettings
 from fedserver.settings import ServerSettings
 from shared.cli import parse
 
@@ -67,6 +68,14 @@ def test_print_config_says_where_each_value_came_from(
     monkeypatch.delenv("FEDSERVER_LR")
     again = parse(ServerSettings, ["--config", _toml(tmp_path, printed)])
     assert again.model_dump(exclude={"config"}) == given.model_dump(exclude={"config"})
+
+
+def test_print_config_calls_a_setting_what_its_flag_is_called(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(HistorySettings, ["--json", "--print-config"])
+    assert "json = true  # flag" in capsys.readouterr().out.splitlines()
 
 
 def test_an_unknown_setting_is_told_the_nearest_one(
