@@ -29,12 +29,11 @@ from shared.types import MODEL_SECTION, NO_COMPRESSION, ClientUpdate, Compressio
 
 logger = logging.getLogger(__name__)
 
+_EVALUATION_BATCH_SIZE = 256
+
 
 class NothingLearned(FederationError):
     """No batch of an order was left to learn from; what was wrong with them is on record."""
-
-
-_EVALUATION_BATCH_SIZE = 256
 
 
 def train_order(
@@ -165,6 +164,7 @@ def train_order(
     result = train(rule.correction, travel.count)
     train_s = time.monotonic() - began
     report = result.report
+    learned = _last_epoch(report)
     was_healthy = not report.diagnoses
     outcome = rule.end(
         Trained(
@@ -176,7 +176,6 @@ def train_order(
     )
     if rule.is_personal and evaluated is not None:
         metrics |= _metrics_of(model, evaluated, task, device, progress, prefix="personal_")
-    learned = _last_epoch(report)
     packed = pack_update(
         outcome.model,
         global_model=global_model,

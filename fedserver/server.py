@@ -211,11 +211,11 @@ def _open_run(store: Store, settings: ServerSettings) -> Run:
     latest = store.latest_run()
     if latest is None or latest.state is not RunState.OPEN:
         return store.begin_run(wanted)
-    keys = sorted(wanted.keys() | latest.settings.keys())
     if latest.settings != wanted and store.latest_round(latest.run_id) is None:
         reason = "no round had begun when the server was started again with other settings"
         store.end_run(latest.run_id, RunState.FAILED, event_of("run-failed", reason=reason))
         return store.begin_run(wanted)
+    keys = sorted(wanted.keys() | latest.settings.keys())
     if differing := [key for key in keys if wanted.get(key) != latest.settings.get(key)]:
         listed = "; ".join(
             f"{key} was {latest.settings.get(key)!r}, is now {wanted.get(key)!r}"

@@ -327,7 +327,7 @@ class Rounds(Database):
             rows = connection.execute(
                 select(
                     *(table.c.run_id, table.c.round, table.c.attempt, table.c.phase, *named),
-                    table.c.evaluation["accuracy"].as_float().label("accuracy"),
+                    measured("accuracy"),
                 ).where(or_(*(column.in_(digests) for column in named)))
             ).all()
             going_on = connection.execute(

@@ -346,3 +346,22 @@ def test_a_repeated_round_has_half_the_norm_band(scene: Scene) -> None:
     }
     for peer in peers.values():
         peer.close()
+
+
+def test_clients_take_back_one_model_and_not_the_one_before_it_too(
+    scene: Scene, connect: Connect
+) -> None:
+    """A round that is repeated for its own bad model blames nobody: older models may be gone."""
+    peers = connect("--max-rollbacks", 2, "--keep-rounds", 1)
+    deliver(open_round(peers))
+    second = open_round(peers)
+    deliver(second)
+    report(open_round(peers), Cause.RECEIVED_MODEL, gave_up=True)
+    again = open_round(peers, attempt=(2, 2))
+    report(again, Cause.RECEIVED_MODEL, gave_up=True)
+    once_more = open_round(peers, attempt=(2, 3))
+    assert same(once_more.base, second.base)
+    deliver(once_more)
+    open_round(peers, attempt=(3, 2))
+    verified = scene.command("verify", "--state-dir", scene.folder / "server")
+    assert verified.returncode == 0, verified.stdout

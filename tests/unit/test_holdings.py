@@ -15,7 +15,7 @@ from fedclient.holdings import Holdings
 from fedclient.settings import ClientSettings
 from shared import tasks
 from shared.cli import parse
-from shared.errors import InvalidInput
+from shared.errors import InvalidInput, WrongSettings
 from shared.tasks import DataRequest, Examples, Task, choose_indices, find_task
 from shared.types import Partitioning, SessionInfo
 
@@ -144,3 +144,13 @@ def test_labels_that_are_not_those_of_the_examples_are_told(
     with pytest.raises(InvalidInput, match="119 labels, but load_train 120 examples"):
         holdings_of("--ids", "0-1").load(SESSION)
     assert len(requests) == 1
+
+
+def test_a_run_of_another_task_than_the_one_insisted_on_is_refused() -> None:
+    """Whatever module the server names, it isn't imported."""
+    with pytest.raises(
+        WrongSettings, match=r"'somebody\.elses:task', but --task insists on 'mnist"
+    ):
+        holdings_of("--id", "0", "--task", "mnist-sample").load(
+            replace(SESSION, task="somebody.elses:task")
+        )

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 
 from fedclient.progress import ProgressReporter
-from shared.types import Counters, Directive, Incident
+from shared.types import MAX_INCIDENTS, Counters, Directive, Incident, IncidentKind
 
 
 def test_a_report_under_way_ends_before_the_order_does() -> None:
@@ -30,3 +30,14 @@ def test_a_report_under_way_ends_before_the_order_does() -> None:
     may_end.set()
     working.join()
     assert ended == ["report", "order"]
+
+
+def test_of_very_many_incidents_the_first_and_the_newest_are_told() -> None:
+    """The server takes so many of an order, and none at all of a report with more."""
+    reporter = ProgressReporter(lambda _, __: Directive.CONTINUE, stop=threading.Event())
+    for number in range(MAX_INCIDENTS + 100):
+        reporter.note(Incident(kind=IncidentKind.TRAINING_DIAGNOSED, step=number))
+    told = reporter.unreported
+    assert [number for number, _ in told] == list(range(1, MAX_INCIDENTS + 1))
+    assert [one.step for _, one in told[:2]] == [0, 1]
+    assert told[-1][1].step == MAX_INCIDENTS + 99
