@@ -5,7 +5,10 @@ out. In float32 the usual formula (norms minus twice the inner products) picks t
 the size of a small CNN; here a distance is within 1e-9 of the exact one (relative).
 """
 
+from itertools import combinations_with_replacement
+
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedserver.strategies.blocks import (
@@ -20,6 +23,7 @@ from fedserver.strategies.rows import Matrix
 from shared.weights import EntryKind
 
 _COLUMNS = 1024
+_TILE = 128
 _BITS = 20
 # Of a squared distance within a block of columns.
 _TOLERANCE = 2.0**-31
@@ -57,12 +61,12 @@ class BlockDistances:
         values = self._rows.read(block)
         found = np.zeros((len(values), len(values)))
         for begin in range(0, block.count, _COLUMNS):
-            _add_distances(found, values[:, begin : begin + _COLUMNS].double())
+            _add_distances(found, values[:, begin : begin + _COLUMNS])
         return found
 
 
 def _add_distances(found: Matrix, points: torch.Tensor) -> None:
-    """Add the squared distances of `points`, float64 [num_points, at most _COLUMNS].
+    """Add the squared distances of `points`, [num_points, at most _COLUMNS], of any float dtype.
 
     They are norms minus twice the inner products, of deltas from the points' mean: what all updates
     have in common must not drown out how they differ. The inner products are sums of exact ones
@@ -72,42 +76,64 @@ def _add_distances(found: Matrix, points: torch.Tensor) -> None:
     adds, which differs between numbers of threads. What the slices leave out is below 2^-41 of a
     row's largest element; the products of two lower slices are left out too, and pairs for which
     they could matter are computed from their differences.
+
+    Pairs are taken by tiles: nothing but `found` grows with the square of the cohort, and two
+    float64 for every number in `points` are all that grows with it otherwise.
     """
+    deltas = points.to(torch.float64, copy=True)
     # Of NumPy, whose sums are the same for any number of threads.
-    deltas = points - torch.from_numpy(points.numpy().mean(axis=0))
-    exponents = torch.frexp(deltas.abs().amax(dim=1, keepdim=True)).exponent.double()
+    deltas -= torch.from_numpy(deltas.numpy().mean(axis=0))
+    norms = _squared_norms(deltas)
+    high, low = _slices(deltas)
+    low_norms = _squared_norms(low)
+    tiles = [slice(begin, begin + _TILE) for begin in range(0, len(points), _TILE)]
+    for one, other in combinations_with_replacement(tiles, 2):
+        mixed = high[one] @ low[other].T
+        mixed += low[one] @ high[other].T
+        products = high[one] @ high[other].T
+        products += mixed
+        squared = norms[one, None] + norms[None, other] - 2 * products.numpy()
+        left_out = 2 * np.sqrt(np.outer(low_norms[one], low_norms[other]))
+        inexact = left_out > _TOLERANCE * squared
+        if one is other:
+            squared, inexact = np.triu(squared, k=1), np.triu(inexact, k=1)
+        _put_differences(squared, inexact, points[one], points[other])
+        found[one, other] += squared
+        found[other, one] += squared.T
+
+
+def _squared_norms(rows: torch.Tensor) -> npt.NDArray[np.float64]:
+    found: npt.NDArray[np.float64] = np.einsum("ij,ij->i", rows.numpy(), rows.numpy())
+    return found
+
+
+def _slices(deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the _BITS bits below each row's largest element, and the _BITS bits below those.
+
+    The latter are in the memory of `deltas`.
+    """
+    largest = torch.maximum(deltas.amax(dim=1), -deltas.amin(dim=1))
+    exponents = torch.frexp(largest).exponent.double()[:, None]
     # Added and taken away again, it rounds to multiples of 2^(exponent - _BITS).
     rounder = 1.5 * torch.exp2(exponents + (52 - _BITS))
     high = deltas + rounder
     high -= rounder
-    low = deltas - high
+    low = deltas.sub_(high)
     rounder *= 2.0**-_BITS
     low += rounder
     low -= rounder
-    cross = high @ low.T
-    products = (_products(high) + (cross + cross.T)).numpy()
-    norms, low_norms = (np.einsum("ij,ij->i", one, one) for one in (deltas.numpy(), low.numpy()))
-    squared = norms[:, None] + norms[None, :] - 2 * products
-    np.fill_diagonal(squared, 0.0)
-    left_out = 2 * np.sqrt(np.outer(low_norms, low_norms))
-    first, second = np.nonzero(np.triu(left_out > _TOLERANCE * squared, k=1))
-    values = points.numpy()
-    for begin in range(0, len(first), len(values)):
-        one, other = first[begin : begin + len(values)], second[begin : begin + len(values)]
-        differences = values[one] - values[other]
+    return high, low
+
+
+def _put_differences(
+    squared: Matrix, where: npt.NDArray[np.bool_], points: torch.Tensor, others: torch.Tensor
+) -> None:
+    """Put squared distances that are computed from differences into `squared`, in some places."""
+    first, second = np.nonzero(where)
+    for begin in range(0, len(first), _TILE):
+        one, other = first[begin : begin + _TILE], second[begin : begin + _TILE]
+        differences = (points[one].double() - others[other].double()).numpy()
         squared[one, other] = np.einsum("pk,pk->p", differences, differences)
-        squared[other, one] = squared[one, other]
-    found += squared
-
-
-def _products(rows: torch.Tensor) -> torch.Tensor:
-    """Return the inner products of all rows, a quarter of which are those of others mirrored."""
-    half = len(rows) // 2
-    products = torch.empty(len(rows), len(rows), dtype=rows.dtype)
-    products[:half] = rows[:half] @ rows.T
-    products[half:, :half] = products[:half, half:].T
-    products[half:, half:] = rows[half:] @ rows[half:].T
-    return products
 
 
 def distances_between(squared: Matrix, coefficients: Matrix) -> Matrix:
