@@ -1,5 +1,6 @@
 """Blobs by digest: what a client holds isn't sent to it again."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class BlobCache:
         path = self._folder / digest
         if path.exists():
             if digest_file(path) == digest:
+                os.utime(path)  # its age counts from its last use
                 return path
             path.unlink()  # after a loss of power a file may hold less than its name says
         part = path.with_suffix(".part")

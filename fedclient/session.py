@@ -13,7 +13,7 @@ from typing import TypeVar
 from fedclient.connection import Connection
 from fedclient.progress import Stopped
 from shared import __version__
-from shared.errors import FederationError, UnknownSession
+from shared.errors import FederationError, OutOfSpace, UnknownSession
 from shared.types import Encoding, Registration, SessionInfo
 
 logger = logging.getLogger(__name__)
@@ -126,11 +126,14 @@ class ServerSession:
                 if not error.retry:
                     raise
                 if not has_said_so:
-                    logger.warning(
-                        "no answer from %s (%s); trying again until there is one",
-                        self._server,
-                        error,
-                    )
+                    if isinstance(error, OutOfSpace):
+                        logger.warning("%s; trying again until there is room", error)
+                    else:
+                        logger.warning(
+                            "no answer from %s (%s); trying again until there is one",
+                            self._server,
+                            error,
+                        )
                     has_said_so = True
                 if how_far() > reached:
                     pause_s, reached = FIRST_PAUSE_S, how_far()

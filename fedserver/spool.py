@@ -15,7 +15,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from shared.codec import digest_file
-from shared.errors import StreamFenced, WrongOffset
+from shared.errors import InvalidInput, StreamFenced, WrongOffset
 from shared.files import (
     WRITE_BACK_BYTES,
     begin_write_back,
@@ -32,9 +32,10 @@ def update_path(folder: Path, order_id: str, digest: str) -> Path:
 class UpdateStream:
     """The one open file of an update that is being written; made by `Spool.open_stream`."""
 
-    def __init__(self, path: Path, *, offset: int) -> None:
+    def __init__(self, path: Path, *, offset: int, is_whole: bool = False) -> None:
         self.path = path
         self.offset = offset
+        self._is_whole = is_whole
         self._begun = offset
         # Hashed as it arrives, while the bytes are still in the processor's cache.
         self._hasher = blake3() if offset == 0 else None
@@ -47,10 +48,15 @@ class UpdateStream:
 
         Raises:
             StreamFenced: a newer stream of the same update took over.
+            InvalidInput: all of the update is there already.
             OutOfSpace: the disk is full; what is committed stays.
         """
         with self._lock, naming_full_disk(self.path.parent):
             self._examine_fence()
+            if self._is_whole:
+                raise InvalidInput(
+                    f"{self.path.name} arrived whole, with {self.offset} bytes; nothing follows it"
+                )
             while data:
                 written = os.pwrite(self._descriptor, data, self.offset)
                 if self._hasher is not None:
@@ -104,9 +110,10 @@ class Spool:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._streams: dict[Path, UpdateStream] = {}
-        # The file that the newest stream of an order left unfinished; None once one of the order's
+        # The file that the newest stream of an order left unfinished; none once some of the order's
         # files may be durable: from then on none of them is in anybody's way.
-        self._unfinished: dict[str, Path | None] = {}
+        self._unfinished: dict[str, Path] = {}
+        self._durable: dict[str, set[Path]] = {}
         self._lock = threading.Lock()
 
     def path(self, order_id: str, digest: str) -> Path:
@@ -141,7 +148,8 @@ class Spool:
                     f"but {committed} bytes are committed; go on from there"
                 )
             with naming_full_disk(self._folder):
-                stream = UpdateStream(path, offset=offset)
+                is_whole = path in self._durable.get(order_id, ())
+                stream = UpdateStream(path, offset=offset, is_whole=is_whole)
             self._streams[path] = stream
             self._leave_unfinished(order_id, path)
         try:
@@ -155,18 +163,20 @@ class Spool:
 
     def _leave_unfinished(self, order_id: str, path: Path) -> None:
         """Take the place of the order's unfinished file with this one; holding the lock."""
-        former = self._unfinished.setdefault(order_id, path)
-        if former is None:
+        if order_id in self._durable:
             return
+        former = self._unfinished.get(order_id, path)
         if former != path and former not in self._streams:
             former.unlink(missing_ok=True)
         self._unfinished[order_id] = path
 
     def make_durable(self, stream: UpdateStream) -> None:
-        """Make a stream's file durable; see there. From then on no other stream deletes it."""
+        """Make a stream's file durable; see there. From then on no other stream changes it."""
         with self._lock:
             if self._streams.get(stream.path) is stream:
-                self._unfinished[_order_of(stream.path)] = None
+                order_id = _order_of(stream.path)
+                self._unfinished.pop(order_id, None)
+                self._durable.setdefault(order_id, set()).add(stream.path)
         stream.make_durable()
 
     def discard(self, stream: UpdateStream) -> None:
@@ -206,11 +216,11 @@ class Spool:
         """Delete what streams left unfinished of all orders but these, unless it is written."""
         with self._lock:
             ended = self._unfinished.keys() - but
-        for order_id in ended:
-            with self._lock:
-                path = self._unfinished.pop(order_id, None)
-            if path is not None:
-                self._drop_unless_written(path)
+            unfinished = [self._unfinished.pop(order_id) for order_id in ended]
+            for order_id in self._durable.keys() - but:
+                del self._durable[order_id]
+        for path in unfinished:
+            self._drop_unless_written(path)
 
     def drop_all_but(self, kept: Mapping[str, str | None]) -> None:
         """Delete all files but those of these orders, and those that are being written.

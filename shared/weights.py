@@ -1,9 +1,7 @@
 """What the entries of a state_dict are, and the rules that follow for each kind."""
 
-from collections.abc import Mapping
 from enum import StrEnum
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -53,11 +51,3 @@ def norm_entries(model: nn.Module) -> list[str]:
         if isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm)
     ]
     return [name for name in model.state_dict() if name.rpartition(".")[0] in layers]
-
-
-def first_non_finite(state_dict: Mapping[str, torch.Tensor]) -> str | None:
-    """Return the name of the first entry with a NaN or an infinity, None if all are finite."""
-    for name, tensor in state_dict.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return name
-    return None

@@ -95,5 +95,16 @@ def test_the_cache_does_not_grow_with_the_rounds(cache: BlobCache, tmp_path: Pat
     }
 
 
+def test_what_is_used_again_stays(cache: BlobCache, tmp_path: Path) -> None:
+    """A blob's age counts from its last use, not from its download."""
+    first, second, third = (bytes([number]) * 100 for number in range(3))
+    for number, blob in enumerate((first, second)):
+        os.utime(cache.fetch(digest_bytes(blob), _serving(blob)), (number, number))
+    cache.fetch(digest_bytes(first), refuse_to_serve)
+    cache.fetch(digest_bytes(third), _serving(third))
+    names = {path.name for path in (tmp_path / "blobs").iterdir()}
+    assert names == {digest_bytes(first), digest_bytes(third)}
+
+
 def _serving(blob: bytes) -> Callable[[int], Iterator[memoryview]]:
     return Server(blob)

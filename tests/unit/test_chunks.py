@@ -10,7 +10,6 @@ from shared.chunks import (
     DOWNLOAD_DATA_FIELD,
     MAX_CHUNK_BYTES,
     UPLOAD_DATA_FIELD,
-    cut,
     frame,
     holds_field,
     unframe,
@@ -79,13 +78,3 @@ def test_garbage_is_invalid_input_and_what_is_taken_protobuf_reads_alike(message
         assert message != frame(parsed.data, field=DOWNLOAD_DATA_FIELD)
     else:
         assert pb.DownloadBlobResponse.FromString(message).data == data
-
-
-@pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1])
-@pytest.mark.parametrize("offset", [0, 1, CHUNK_BYTES])
-def test_pieces_join_to_the_payload_from_the_offset_on(size: int, offset: int) -> None:
-    """Nothing is lost or doubled, no piece is empty or longer than CHUNK_BYTES."""
-    payload = bytes(range(256)) * (size // 256) + b"y" * (size % 256)
-    pieces = list(cut(payload, offset=offset))
-    assert b"".join(pieces) == payload[offset:]
-    assert all(0 < len(piece) <= CHUNK_BYTES for piece in pieces)

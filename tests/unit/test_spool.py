@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedserver.spool import Spool
-from shared.errors import OutOfSpace, StreamFenced, WrongOffset
+from shared.errors import InvalidInput, OutOfSpace, StreamFenced, WrongOffset
 
 ORDER, DIGEST = "run1-r1-a1-c0-s1", "ab" * 32
 OTHER, THIRD = "cd" * 32, "ef" * 32
@@ -183,6 +183,24 @@ def test_what_is_durable_is_not_in_the_way_of_another_update(spool: Spool) -> No
         pass
     spool.drop_unfinished(but=set())
     assert sizes(spool, DIGEST) == [2]
+
+
+def test_nothing_is_added_to_what_is_durable(spool: Spool) -> None:
+    """A second stream that says it has more can't spoil what may be recorded by now."""
+    with spool.open_stream(ORDER, DIGEST, offset=0) as stream:
+        stream.append(memoryview(b"12"))
+        spool.make_durable(stream)
+        with (
+            spool.open_stream(ORDER, DIGEST, offset=2) as second,
+            pytest.raises(InvalidInput, match="arrived whole, with 2 bytes"),
+        ):
+            second.append(memoryview(b"3"))
+    assert sizes(spool, DIGEST) == [2]
+    spool.drop(ORDER, DIGEST)
+    spool.drop_unfinished(but=set())
+    with spool.open_stream(ORDER, DIGEST, offset=0) as again:
+        again.append(memoryview(b"123"))
+    assert sizes(spool, DIGEST) == [3]
 
 
 def test_discarding_spares_the_file_of_a_newer_stream(spool: Spool) -> None:

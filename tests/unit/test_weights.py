@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared.weights import EntryKind, entry_kinds, first_non_finite
+from shared.weights import EntryKind, entry_kinds
 from tests.factories import TinyNet
 
 
@@ -43,16 +43,3 @@ def test_parameters_and_float_buffers_are_what_is_averaged() -> None:
     """Counters and fixed entries have rules of their own."""
     averaged = {kind for kind in EntryKind if kind.is_averaged}
     assert averaged == {EntryKind.PARAMETER, EntryKind.FLOAT_BUFFER}
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_the_first_entry_that_is_not_finite_is_named(bad: float) -> None:
-    """Integers are skipped; the name is the first in the mapping's order."""
-    state = {
-        "count": torch.tensor(3),
-        "good": torch.ones(2),
-        "bad": torch.tensor([1.0, bad]),
-        "worse": torch.tensor([bad, bad]),
-    }
-    assert first_non_finite(state) == "bad"
-    assert first_non_finite({"count": torch.tensor(3), "good": torch.ones(2)}) is None

@@ -107,6 +107,7 @@ def test_a_clients_disk_is_full_from(
     victim = start_client(scene, 0, server.address, task=BIG, **armed)
     others = [start_client(scene, one, server.address, task=BIG) for one in CLIENTS[1:]]
     fill_at(place, victim, small_disk)
+    assert victim.count_lines("no answer") == 0, "it is the client's disk, not the server"
     struck_at = now()
     small_disk.free()
     expect_clean_exits(server, victim, *others)
