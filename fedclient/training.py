@@ -19,6 +19,7 @@ from shared.corrections import Correction
 from shared.data import AugmentedBatches, make_loader, set_aside
 from shared.data.loaders import NumberedLoader
 from shared.diagnosis import Diagnosis, DoctorSettings
+from shared.doctor import TrainingHalted
 from shared.errors import FederationError, InvalidInput, WrongSettings
 from shared.evaluation import evaluate
 from shared.payloads import write_payload
@@ -93,9 +94,11 @@ def train_order(
     evaluated = _evaluation_batches(order, examples, held_out)
     num_evaluations = (order.evaluate + rule.is_personal) if evaluated else 0
     progress.expect_batches(last_step * rule.num_trainings + num_evaluations * len(evaluated or ()))
-    metrics: dict[str, float] = {}
-    if order.evaluate and evaluated is not None:
-        metrics = _metrics_of(model, evaluated, task, device, progress, prefix="global_")
+    metrics: dict[str, float] = (
+        _metrics_of(model, evaluated, task, device, progress, prefix="global_")
+        if order.evaluate and evaluated is not None
+        else {}
+    )
 
     travel = _Travel(training.momentum)
 
@@ -108,12 +111,11 @@ def train_order(
     ) -> TrainingResult:
         """Train the model from where it is; the prefix gives random streams of their own."""
         began = time.monotonic()
+        # The trainings of an order share its time.
+        enough_s = (training.work_deadline_s or math.inf) / rule.num_trainings
 
         def is_enough(step: int) -> bool:
-            deadline_s = training.work_deadline_s
-            return step >= last_step or (
-                deadline_s is not None and time.monotonic() - began >= deadline_s
-            )
+            return step >= last_step or time.monotonic() - began >= enough_s
 
         def count_step(taken: StepProgress) -> None:
             if log_steps and taken.step % log_steps == 0:
@@ -153,12 +155,21 @@ def train_order(
         )
 
     def train_also(weights: Tensors, correction: Correction) -> Tensors:
-        """Train other weights as the order says; the model holds them then."""
-        with torch.no_grad():
-            for name, one in model.state_dict().items():
-                one.copy_(weights[name])
+        """Train other weights as the order says; the model holds them then.
+
+        Where that goes wrong they stay as they are: the update doesn't depend on them.
+        """
+        _put(weights, model)
         _seed(derive_seed(order.seed, "personal"), device)
-        return train(correction, lambda _: None, prefix="personal ").state_dict
+        try:
+            return train(correction, lambda _: None, prefix="personal ").state_dict
+        except TrainingHalted as error:
+            logger.warning(
+                "client %d, round %d: %s; the personal model stays as it was",
+                *(order.client_id, order.round_number, error),
+            )
+            _put(weights, model)
+            return weights
 
     began = time.monotonic()
     result = train(rule.correction, travel.count)
@@ -264,6 +275,12 @@ class _Travel:
             # What momentum makes of equal gradients: 1, 1 + m, 1 + m + m^2, ...
             self._reach = self._momentum * self._reach + 1
             self.so_far += taken.lr * self._reach
+
+
+def _put(weights: Tensors, model: nn.Module) -> None:
+    with torch.no_grad():
+        for name, one in model.state_dict().items():
+            one.copy_(weights[name])
 
 
 def _fresh_state(order: WorkOrder, task: Task) -> dict[str, Tensor]:

@@ -1,13 +1,20 @@
 """Clients that do a part of their work: what they send of it, and who they are in experiments."""
 
+import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from fedserver.planning import draw_stragglers
 from fedserver.settings import ServerSettings
 from shared.codec import decode_state
-from tests.small_federation import SmallFederation
+from tests.small_federation import SmallFederation, examples_of, small
 
 
 def test_who_stops_early_sends_what_it_has_done(tmp_path: Path) -> None:
@@ -29,6 +36,49 @@ def test_who_stops_early_sends_what_it_has_done(tmp_path: Path) -> None:
     assert hurried[0].update.num_steps == 1
     sent = decode_state(later.payload.read_bytes())
     assert any(not torch.equal(sent[name], start[name]) for name in start)
+
+
+def test_two_trainings_of_an_order_share_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that goes on by a second a look: each of Ditto's two may look at it half as often."""
+    looks = itertools.count()
+    monkeypatch.setattr("fedclient.training.time.monotonic", lambda: float(next(looks)))
+    given: dict[str, Any] = {"batch_size": 4, "epochs": 9, "work_deadline": 12}
+    [alone] = SmallFederation(tmp_path / "alone", **given).play_round((1,))
+    [shared] = SmallFederation(
+        tmp_path, strategy="ditto", strategy_parameters={"strength": 0.1}, **given
+    ).play_round((1,))
+    assert (alone.update.num_steps, shared.update.num_steps) == (12, 6)
+
+
+def test_a_personal_training_that_cant_be_cured_takes_no_update_with_it(tmp_path: Path) -> None:
+    """The loss is NaN from the second training on: the first's update is sent as FedAvg's is."""
+    num_losses = itertools.count()
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        healthy = F.cross_entropy(outputs, labels)
+        if not torch.is_grad_enabled() or next(num_losses) < 5:
+            return healthy
+        return healthy * math.nan
+
+    federation = SmallFederation(
+        tmp_path,
+        task=replace(small, loss=loss),
+        strategy="ditto",
+        strategy_parameters={"strength": 0.1},
+    )
+    plain = SmallFederation(tmp_path / "plain")
+    start = federation.state
+    [sent] = federation.play_round((1,))
+    plain.play_round((1,))
+    assert federation.model.digest == plain.model.digest
+    assert all(
+        torch.equal(one, start[name]) for name, one in federation.kept_by(1, "ditto").items()
+    )
+    inputs, labels = examples_of(1).tensors
+    personal = F.cross_entropy(F.linear(inputs, start["weight"], start["bias"]), labels)
+    assert sent.update.metrics["personal_loss"] == pytest.approx(personal.item())
 
 
 def test_stragglers_are_a_share_of_each_round_with_epochs_of_their_own(tmp_path: Path) -> None:
