@@ -282,8 +282,11 @@ async def _serve(
     completing = asyncio.create_task(_complete(parts, coordinator, desk))
     stopping = asyncio.create_task(stop.wait())
     keeping_time = asyncio.create_task(clock.keep(functools.partial(note_absence, parts)))
+    evaluated = await workers.in_store(store.good_evaluations, run.run_id)
     try:
-        with showing_progress(parts.bus, parts.book, total_rounds=settings.rounds):
+        with showing_progress(
+            parts.bus, parts.book, total_rounds=settings.rounds, evaluated=evaluated
+        ):
             await asyncio.wait({completing, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if completing.done():
             await completing

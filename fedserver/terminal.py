@@ -4,7 +4,7 @@ A listener of events that also looks at the order book, twice a second, to show 
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,14 +26,19 @@ _NUM_INCIDENTS_SHOWN = 5
 
 
 @contextmanager
-def showing_progress(bus: EventBus, book: OrderBook, *, total_rounds: int) -> Iterator[None]:
-    """Show the run on standard error until the block ends."""
+def showing_progress(
+    bus: EventBus, book: OrderBook, *, total_rounds: int, evaluated: Sequence[Mapping[str, Any]]
+) -> Iterator[None]:
+    """Show the run on standard error until the block ends.
+
+    `evaluated` is what is known of the rounds done before (see `Store.good_evaluations`).
+    """
     console = stderr_console()
     if not console.is_terminal:
         bus.subscribe(log_event)
         yield
         return
-    view = LiveView(book, total_rounds=total_rounds)
+    view = LiveView(book, total_rounds=total_rounds, evaluated=evaluated)
     bus.subscribe(view.hear)
     with Live(
         get_renderable=view.render, console=console, refresh_per_second=2, redirect_stdout=False
@@ -44,11 +49,19 @@ def showing_progress(bus: EventBus, book: OrderBook, *, total_rounds: int) -> It
 class LiveView:
     """The last that was heard of the run, as something to draw."""
 
-    def __init__(self, book: OrderBook, *, total_rounds: int) -> None:
+    def __init__(
+        self,
+        book: OrderBook,
+        *,
+        total_rounds: int,
+        evaluated: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         self._book = book
         self._total_rounds = total_rounds
-        self._num_done = 0
-        self._accuracies: list[tuple[int, float]] = []
+        self._num_done = max((one["round"] for one in evaluated), default=0)
+        self._accuracies: list[tuple[int, float]] = [
+            (one["round"], one["accuracy"]) for one in evaluated if one["accuracy"] is not None
+        ]
         self._on_clients: Mapping[str, Any] = {}
         self._incidents: deque[str] = deque(maxlen=_NUM_INCIDENTS_SHOWN)
 

@@ -283,11 +283,11 @@ class Rounds(Database):
             return [read_round(connection, row) for row in rows]
 
     def good_evaluations(self, run_id: str) -> list[dict[str, Any]]:
-        """Return loss and accuracy of DONE rounds with whose models nothing is wrong, in order."""
+        """Return round, loss and accuracy of DONE rounds with good models, in order."""
         table = schema.rounds
         with self.reading() as connection:
             found = connection.execute(
-                select(measured("loss"), measured("accuracy"))
+                select(table.c.round, measured("loss"), measured("accuracy"))
                 .where(
                     table.c.run_id == run_id,
                     table.c.phase == Phase.DONE,

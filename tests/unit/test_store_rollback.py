@@ -131,9 +131,9 @@ def test_of_evaluations_no_more_is_read_than_is_compared(store: Store) -> None:
         event = make_event("evaluated", round_number=done.round_number)
         store.record_evaluation(done, measured | {"confusion": [[1, 0], [0, 1]]}, event)
     assert store.good_evaluations(run.run_id) == [
-        {"accuracy": 0.5, "loss": None},
-        {"accuracy": 0.75, "loss": 0.3},
-        {"accuracy": 0.75, "loss": 0.3},
+        {"round": 1, "accuracy": 0.5, "loss": None},
+        {"round": 2, "accuracy": 0.75, "loss": 0.3},
+        {"round": 3, "accuracy": 0.75, "loss": 0.3},
     ]
     assert store.best_model(run.run_id) == BAD
 

@@ -116,6 +116,20 @@ def test_between_rounds_the_view_counts_those_that_are_done(book: OrderBook) -> 
     assert shown(view)[0] == "1 of 3 rounds done"
 
 
+def test_a_run_that_goes_on_knows_its_best_round(book: OrderBook) -> None:
+    """After a restart: the best of all its rounds, not of those since."""
+    past: list[dict[str, float | None]] = [
+        {"round": 1, "accuracy": 0.75, "loss": 1.0},
+        {"round": 2, "accuracy": None, "loss": None},
+    ]
+    view = LiveView(book, total_rounds=5, evaluated=past)
+    assert shown(view)[1].rstrip() == "accuracy 75.00% after round 1, best 75.00% after 1"
+    view.hear(evaluated(3, 0.5))
+    assert shown(view)[1].rstrip() == "accuracy 50.00% after round 3, best 75.00% after 1"
+    book.close_round()
+    assert shown(view)[0] == "2 of 5 rounds done"
+
+
 def test_a_diagnosis_is_told_in_its_sentence_the_moment_it_comes(book: OrderBook) -> None:
     view = LiveView(book, total_rounds=3)
     happened = make_event("training-diagnosed", round_number=2)
