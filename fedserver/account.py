@@ -104,7 +104,9 @@ def round_account(
         if attempt["incidents"]:
             yield _heading("Incidents (UTC)")
         for incident in attempt["incidents"]:
-            yield Text(f"{_clock(incident['at'])}  {incident_text(incident)}")
+            yield Text(
+                f"{_clock(incident['at'])}  {incident_text(incident, is_beside_verdict=True)}"
+            )
         for incident in diagnosed(attempt)[:NUM_SHOWN_WHOLE]:
             yield from diagnosis_account(incident, max_width=max_width)
     latest = history[-1]["round"]
@@ -118,8 +120,20 @@ def round_account(
         yield Text(f"\nIn the ledger with an entry of digest {entry_digest[:_DIGITS]}")
 
 
-def incident_text(incident: Values) -> str:
-    """Return an incident in words: who, what, and the numbers that show it."""
+def incident_lines(history: History) -> list[str]:
+    """Return a line for each incident of a run, in order: when (UTC), in which round, in words."""
+    return [
+        f"{incident['at'][:19]} round {entry['round']}: {incident_text(incident)}"
+        for entry in history
+        for incident in entry["incidents"]
+    ]
+
+
+def incident_text(incident: Values, *, is_beside_verdict: bool = False) -> str:
+    """Return an incident in words: who, what, and the numbers that show it.
+
+    Beside the verdict on an update, which tells why, an incident doesn't tell it once more.
+    """
     kind = incident["kind"]
     who = "" if incident["client"] is None else f"client {incident['client']}: "
     if kind == IncidentKind.CAUSE_SHARED:
@@ -127,14 +141,15 @@ def incident_text(incident: Values) -> str:
     if "verdict" in incident:
         return f"{who}{incident['verdict']}"
     known = {"kind", "at", "client", "reason", "suspended_until", "first", "second"}
-    # Their numbers are in the reason, which stands beside the verdict.
+    # The numbers of a verdict are in its reason.
     left_out = set(incident) if kind in _VERDICTS else known
     numbers = ", ".join(
         _quantity_text(key, value)
         for key, value in incident.items()
         if key not in left_out and value is not None
     )
-    reason = incident.get("reason") if kind not in _VERDICTS else None
+    tells_reason = not (is_beside_verdict and kind in _VERDICTS)
+    reason = incident.get("reason") if tells_reason else None
     back_in = incident.get("suspended_until")
     return (
         f"{who}{_WORDS.get(kind, kind.replace('-', ' '))}"

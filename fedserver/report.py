@@ -140,23 +140,6 @@ def best_round(history: History) -> int | None:
     return -max(evaluated)[1] if evaluated else None
 
 
-def incident_lines(history: History) -> list[str]:
-    """Return a line for each incident, in order."""
-    lines = []
-    for entry in history:
-        for incident in entry["incidents"]:
-            rest = incident.get("verdict") or " ".join(
-                f"{key}={value}"
-                for key, value in incident.items()
-                if key not in {"kind", "at", "client"} and value is not None
-            )
-            who = "" if incident["client"] is None else f" client {incident['client']}"
-            lines.append(
-                f"{incident['at'][:19]} round {entry['round']}{who}: {incident['kind']} {rest}"
-            )
-    return lines
-
-
 def held_table(held: Sequence[HeldUpdate], *, title: str) -> Table:
     """Return a table with one row for each update ever put in quarantine."""
     table = Table(title=title, box=SIMPLE_HEAD)

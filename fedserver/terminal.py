@@ -132,10 +132,13 @@ def _client_table(orders: list[OpenOrder]) -> Table:
     # One process may serve hundreds of clients in turn: those at work are worth a line first.
     first = sorted(orders, key=_distance_from_work)[:_NUM_CLIENTS_SHOWN]
     for one in sorted(first, key=lambda one: one.order.client_id):
-        done, total = one.counters.batches, one.counters.batches_total
+        total = one.counters.batches_total or 1
+        is_done = one.state in (OrderState.STORED, OrderState.COUNTED)
         table.add_row(
             f"client {one.order.client_id}",
-            ProgressBar(total=total or 1, completed=done, width=30),
+            ProgressBar(
+                total=total, completed=total if is_done else one.counters.batches, width=30
+            ),
             _doing(one),
         )
     if (hidden := len(orders) - _NUM_CLIENTS_SHOWN) > 0:
@@ -154,7 +157,7 @@ def _doing(one: OpenOrder) -> str:
     if one.state is not OrderState.OPEN:
         return "update stored" if one.state is OrderState.STORED else one.state.lower()
     if one.handed_out_at is None:
-        return "not asked yet"
+        return "not heard from yet"
     counters = one.counters
     if counters.bytes_sent:
         return f"uploading, {counters.bytes_sent / 1e6:.1f} MB sent"

@@ -115,6 +115,30 @@ def test_show_tells_a_round_with_its_attempts_and_incidents(
     assert words.count(REASON) == 2, "beside the verdict and in the standing, not once more"
 
 
+def test_history_tells_each_incident_in_words(
+    state_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In which round, who, what and why, the reason of a refusal too."""
+    store = Store(state_dir / "federation.sqlite")
+    run = store.latest_run()
+    assert run is not None
+    refused = event_of(
+        *(IncidentKind.UPDATE_REFUSED, store.latest_round(run.run_id)),
+        client_id=1,
+        is_incident=True,
+        reason=REASON,
+    )
+    store.add_events(run.run_id, [refused])
+    store.close()
+    words = " ".join(shown(capsys, monkeypatch, "history", state_dir, width=120).split())
+    for told in (
+        "round 1: the attempt failed: too few updates can still come",
+        f"round 2: client 1: its update was refused: {REASON}",
+        "round 1: client 2: it got no further and was given up (idle 61.23 s)",
+    ):
+        assert told in words, told
+
+
 @pytest.fixture
 def diagnosed(state_dir: Path) -> Path:
     """Give the same run, in whose second round clients 3 and 0 had something to report."""

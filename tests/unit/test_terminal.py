@@ -88,7 +88,7 @@ def test_an_upload_is_shown_by_its_bytes(book: OrderBook) -> None:
     view = LiveView(book, total_rounds=10)
     order = book.open_order_of([0])
     assert order is not None
-    assert any("client 0" in line and "not asked yet" in line for line in shown(view))
+    assert any("client 0" in line and "not heard from yet" in line for line in shown(view))
     book.hand_out(order)
     assert any("client 0" in line and "getting ready" in line for line in shown(view))
     book.advance(order.order.order_id, Counters(batches=20, batches_total=20, bytes_sent=2_500_000))
