@@ -153,7 +153,7 @@ def _fedbuff(name: str, what: str, *, flags: Sequence[str]) -> Row:
     )
 
 
-_DIRICHLET = ("--partition", "dirichlet", "--alpha", "0.5")
+_DIRICHLET = ("--partition", "class-dirichlet", "--alpha", "0.5")
 _TWO_LABELS = ("--partition", "classes", "--classes-per-client", "2")
 _IID, _SHARDS = ("--partition", "iid"), ("--partition", "shards", "--shards-per-client", "2")
 

@@ -106,9 +106,13 @@ class DataSettings(Settings):
 class SharesSettings(Settings):
     """How a simulation deals the data out."""
 
-    partition: str = Field(default="iid", description="iid, shards, classes, dirichlet, quantity")
+    partition: str = Field(
+        default="iid", description="iid, shards, classes, dirichlet, class-dirichlet, quantity"
+    )
     num_partitions: int = Field(default=10, ge=1, description="number of shares")
-    alpha: float | None = Field(default=None, gt=0, description="spread of partition dirichlet")
+    alpha: float | None = Field(
+        default=None, gt=0, description="spread of the dirichlets, quantity"
+    )
     shards_per_client: int | None = Field(default=None, ge=1, description="of partition shards")
     classes_per_client: int | None = Field(default=None, ge=1, description="of partition classes")
     seed: int = Field(default=0, ge=0, description="the run's seed")

@@ -60,9 +60,15 @@ class LearningSettings(Settings):
 
     task: str = Field(default="mnist-sample", description="a task's name, or package.module:task")
     data_root: Path | None = Field(default=None, description="folder of the data sets")
-    partition: str = Field(default="iid", description="how a simulation deals the data out")
+    partition: str = Field(
+        default="iid",
+        description="how a simulation deals data out: iid, shards, classes, dirichlet, "
+        "class-dirichlet, quantity",
+    )
     num_partitions: int = Field(default=10, ge=1, description="into how many parts")
-    alpha: float | None = Field(default=None, gt=0, description="spread of partition dirichlet")
+    alpha: float | None = Field(
+        default=None, gt=0, description="spread of the dirichlets, quantity"
+    )
     shards_per_client: int | None = Field(default=None, ge=1, description="of partition shards")
     classes_per_client: int | None = Field(default=None, ge=1, description="of partition classes")
     seed: int = Field(default=0, ge=0, description="every random stream derives from it")

@@ -22,6 +22,9 @@ Indices = NDArray[np.int64]
 Labels = NDArray[np.int64]
 Partitioner = Callable[..., list[Indices]]
 
+_SMALLEST_SHARE = 10
+_NUM_DRAWS = 1000
+
 
 def partition_indices(
     labels: Labels,
@@ -173,6 +176,50 @@ def split_dirichlet(
     return shares
 
 
+def split_class_dirichlet(
+    labels: Labels,
+    num_partitions: int,
+    rng: np.random.Generator,
+    *,
+    alpha: float = 0.5,
+) -> list[Indices]:
+    """Deal each class out in proportions p ~ Dir(alpha, ..., alpha) over the clients.
+
+    Li et al. 2022 (NIID-Bench), "Distribution-based label imbalance": sizes differ too. As in their
+    code a client that has its even share of all examples gets nothing of the classes after, and all
+    is drawn again until each has at least 10 examples (or its even share, if that is less). With
+    ten classes, alpha here is about as skewed as 10 alpha in `split_dirichlet`.
+
+    Raises:
+        InvalidInput: some client had too few in every draw.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    even = len(labels) / num_partitions
+    for _ in range(_NUM_DRAWS):
+        dealt = np.zeros((len(classes), num_partitions), np.int64)
+        for of_class, count in zip(dealt, counts, strict=True):
+            has_room = dealt.sum(axis=0) < even
+            p = rng.dirichlet(np.full(num_partitions, alpha)) * has_room
+            if not p.sum() > 0:  # all of p lies on clients that are full
+                p = has_room.astype(np.float64)
+            reached = np.cumsum(p)
+            stops = np.floor(reached / reached[-1] * count).astype(np.int64)
+            of_class[:] = np.diff(stops, prepend=0)
+        if dealt.sum(axis=0).min() >= min(_SMALLEST_SHARE, math.floor(even)):
+            break
+    else:
+        raise InvalidInput(
+            f"in {_NUM_DRAWS} draws some of {num_partitions} clients always had fewer than "
+            f"{_SMALLEST_SHARE} of the {len(labels)} examples; use a larger alpha or fewer "
+            "partitions"
+        )
+    pieces = [
+        np.split(rng.permutation(np.flatnonzero(labels == label)), np.cumsum(of_class)[:-1])
+        for label, of_class in zip(classes, dealt, strict=True)
+    ]
+    return [np.concatenate(own) for own in zip(*pieces, strict=True)]
+
+
 def split_quantity(
     labels: Labels,
     num_partitions: int,
@@ -201,6 +248,7 @@ PARTITIONERS: Mapping[str, Partitioner] = MappingProxyType(
         "shards": split_shards,
         "classes": split_classes,
         "dirichlet": split_dirichlet,
+        "class-dirichlet": split_class_dirichlet,
         "quantity": split_quantity,
     }
 )

@@ -39,6 +39,7 @@ def cuts(draw: st.DrawFn) -> tuple[Labels, dict[str, Any]]:
         "shards": ("shards_per_client", counts),
         "classes": ("classes_per_client", counts),
         "dirichlet": ("alpha", alphas),
+        "class-dirichlet": ("alpha", alphas),
         "quantity": ("alpha", alphas),
     }
     parameters = {}
@@ -172,6 +173,39 @@ def test_dirichlet_goes_from_one_class_to_iid_with_alpha() -> None:
     assert distance(1e5) < 0.05
 
 
+def test_class_dirichlet_deals_a_class_out_by_the_papers_law() -> None:
+    """A part of a class is Beta(alpha, (N - 1) alpha): variance (1/N)(1 - 1/N) / (N alpha + 1).
+
+    That is of the first class: of later ones nothing goes to who has its even share.
+    """
+    labels, num_clients = balanced_labels(num_per_class=10_000), 100
+    for alpha in (0.5, 5.0):
+        shares = partition_indices(
+            labels,
+            scheme="class-dirichlet",
+            num_partitions=num_clients,
+            seed=1,
+            parameters={"alpha": alpha},
+        )
+        dealt = np.stack([np.bincount(labels[share], minlength=10) for share in shares])
+        expected = (1 / num_clients) * (1 - 1 / num_clients) / (num_clients * alpha + 1)
+        assert (dealt[:, 0] / 10_000).var() == pytest.approx(expected, rel=0.5)
+        before = dealt.cumsum(axis=1) - dealt
+        assert (dealt[before >= len(labels) / num_clients] == 0).all()
+        assert dealt.sum(axis=1).min() >= 10
+
+
+def test_class_dirichlet_says_when_luck_is_not_enough() -> None:
+    with pytest.raises(InvalidInput, match="fewer than 10 of the 1000 examples"):
+        partition_indices(
+            balanced_labels(num_per_class=100),
+            scheme="class-dirichlet",
+            num_partitions=90,
+            seed=1,
+            parameters={"alpha": 1e-3},
+        )
+
+
 def test_quantity_skews_sizes_and_not_classes() -> None:
     """A share of Dir(alpha) over N has the variance (1/N)(1 - 1/N) / (N alpha + 1)."""
     labels = balanced_labels(num_per_class=10_000)
@@ -200,6 +234,7 @@ def test_cuts_are_pinned() -> None:
         "iid": "7b7879504637fe00",
         "shards": "0204546c8a39c8f3",
         "classes": "5d48ea24b69f1bb1",
+        "class-dirichlet": "39cbcbd70d6dba85",
         "dirichlet": "b3da03521d365750",
         "quantity": "e7001eed07a5ca50",
     }
@@ -208,7 +243,10 @@ def test_cuts_are_pinned() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"scheme": "non-iid"}, "there are: iid, shards, classes, dirichlet, quantity"),
+        (
+            {"scheme": "non-iid"},
+            "there are: iid, shards, classes, dirichlet, class-dirichlet, quantity",
+        ),
         ({"scheme": "iid", "parameters": {"alpha": 1.0}}, "its parameters are: none"),
         ({"scheme": "dirichlet", "parameters": {"beta": 1.0}}, "its parameters are: alpha"),
         ({"scheme": "dirichlet", "parameters": {"alpha": 0.0}}, "must be a positive number"),
