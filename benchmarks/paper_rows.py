@@ -30,6 +30,11 @@ _FEDBUFF = Table(
     "Seconds until 97 %; ten clients of 6,000 examples (2NN, E = 1, B = 64, lr 0.1), each step of "
     "which takes 10 to 100 ms more, evenly in the logarithm.",
 )
+_COMPRESSION = Table(
+    "compression",
+    "Accuracy after 30 rounds; 2NN, 10 clients (class-dirichlet, alpha = 0.5), E = 1, B = 64, "
+    "lr 0.1.",
+)
 _NIID = Table("niid", "Accuracy after 50 rounds; 10 clients, E = 10, B = 64, all in every round.")
 
 
@@ -153,6 +158,22 @@ def _fedbuff(name: str, what: str, *, flags: Sequence[str]) -> Row:
     )
 
 
+def _compression(name: str, what: str, *flags: str) -> Row:
+    return Row(
+        name=f"compression-{name}",
+        table=_COMPRESSION,
+        what=what,
+        paper=None,
+        rounds=30,
+        num_clients=10,
+        flags=(
+            *("--task", "benchmarks.paper_tasks:two_nn", "--epochs", "1", "--batch-size", "64"),
+            *("--lr", "0.1", "--momentum", "0", *_DIRICHLET, *flags),
+        ),
+        num_seeds=3,
+    )
+
+
 _DIRICHLET = ("--partition", "class-dirichlet", "--alpha", "0.5")
 _TWO_LABELS = ("--partition", "classes", "--classes-per-client", "2")
 _IID, _SHARDS = ("--partition", "iid"), ("--partition", "shards", "--shards-per-client", "2")
@@ -227,6 +248,14 @@ ROWS = (
         "fedbuff-async",
         "FedBuff, a buffer of 5",
         flags=("--strategy", "fedbuff", "--strategy-parameters", "buffer_size=5"),
+    ),
+    _compression("none", "whole updates"),
+    _compression("float16", "half the bytes", "--compression", "float16"),
+    _compression("int8", "a quarter", "--compression", "int8"),
+    _compression("top-k", "0.3 of the bytes: every 20th value", "--compression", "top-k"),
+    _compression(
+        *("top-k-1", "0.06: every 100th value"),
+        *("--compression", "top-k", "--compression-fraction", "0.01"),
     ),
 )
 
