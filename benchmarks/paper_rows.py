@@ -250,11 +250,11 @@ ROWS = (
         flags=("--strategy", "fedbuff", "--strategy-parameters", "buffer_size=5"),
     ),
     _compression("none", "whole updates"),
-    _compression("float16", "half the bytes", "--compression", "float16"),
+    _compression("float16", "half of the bytes", "--compression", "float16"),
     _compression("int8", "a quarter", "--compression", "int8"),
-    _compression("top-k", "0.3 of the bytes: every 20th value", "--compression", "top-k"),
+    _compression("top-k", "0.075: the largest 20th of the values", "--compression", "top-k"),
     _compression(
-        *("top-k-1", "0.06: every 100th value"),
+        *("top-k-1", "0.015: the largest 100th"),
         *("--compression", "top-k", "--compression-fraction", "0.01"),
     ),
 )

@@ -116,7 +116,7 @@ class ServerSession:
 
     def _persist(self, attempt: Callable[[], T], how_far: Callable[[], int]) -> T:
         pause_s, reached = FIRST_PAUSE_S, how_far()
-        has_said_so = False
+        relief = ""
         while True:
             try:
                 result = attempt()
@@ -125,22 +125,24 @@ class ServerSession:
                     raise Stopped from None
                 if not error.retry:
                     raise
-                if not has_said_so:
-                    if isinstance(error, OutOfSpace):
+                if not relief:
+                    # The server's disk may be full too: that is an answer of gRPC's.
+                    if isinstance(error, OutOfSpace) and isinstance(error.__cause__, OSError):
                         logger.warning("%s; trying again until there is room", error)
+                        relief = "there is room again"
                     else:
                         logger.warning(
                             "no answer from %s (%s); trying again until there is one",
                             self._server,
                             error,
                         )
-                    has_said_so = True
+                        relief = f"{self._server} answers again"
                 if how_far() > reached:
                     pause_s, reached = FIRST_PAUSE_S, how_far()
                 # Jitter keeps a fleet from coming back all at once.
                 self.pause(random.uniform(pause_s / 2, pause_s))
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             else:
-                if has_said_so:
-                    logger.info("%s answers again", self._server)
+                if relief:
+                    logger.info("%s", relief)
                 return result

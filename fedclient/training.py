@@ -19,6 +19,7 @@ from shared.corrections import Correction
 from shared.data import AugmentedBatches, make_loader, set_aside
 from shared.data.loaders import NumberedLoader
 from shared.diagnosis import Diagnosis, DoctorSettings
+from shared.diagnosis_text import verdict
 from shared.doctor import TrainingHalted
 from shared.errors import FederationError, InvalidInput, WrongSettings
 from shared.evaluation import evaluate
@@ -107,12 +108,15 @@ def train_order(
         progress.examine()
 
     def train(
-        correction: Correction, on_step: Callable[[StepProgress], None], *, prefix: str = ""
+        correction: Correction,
+        on_step: Callable[[StepProgress], None],
+        tell: Callable[[Diagnosis], None],
+        *,
+        prefix: str = "",
     ) -> TrainingResult:
         """Train the model from where it is; the prefix gives random streams of their own."""
         began = time.monotonic()
-        # The trainings of an order share its time.
-        enough_s = (training.work_deadline_s or math.inf) / rule.num_trainings
+        enough_s = _seconds_each(training.work_deadline_s, rule.num_trainings)
 
         def is_enough(step: int) -> bool:
             return step >= last_step or time.monotonic() - began >= enough_s
@@ -150,29 +154,30 @@ def train_order(
             fresh_state=functools.partial(_fresh_state, order, task),
             treatment=state.convalescence.treatment,
             on_replay=count_replay,
-            on_diagnosis=on_diagnosis,
+            on_diagnosis=tell,
             keeps_model=rule.num_trainings > 1,
         )
 
     def train_also(weights: Tensors, correction: Correction) -> Tensors:
         """Train other weights as the order says; the model holds them then.
 
-        Where that goes wrong they stay as they are: the update doesn't depend on them.
+        Where that can't be cured they stay as they are. The update doesn't depend on them, so it's
+        sent, and what went wrong is told here and not to the server.
         """
         _put(weights, model)
         _seed(derive_seed(order.seed, "personal"), device)
         try:
-            return train(correction, lambda _: None, prefix="personal ").state_dict
+            return train(
+                *(correction, lambda _: None, functools.partial(_log_personal, order)),
+                prefix="personal ",
+            ).state_dict
         except TrainingHalted as error:
-            logger.warning(
-                "client %d, round %d: %s; the personal model stays as it was",
-                *(order.client_id, order.round_number, error),
-            )
+            _log_personal(order, error)
             _put(weights, model)
             return weights
 
     began = time.monotonic()
-    result = train(rule.correction, travel.count)
+    result = train(rule.correction, travel.count, on_diagnosis)
     train_s = time.monotonic() - began
     report = result.report
     learned = _last_epoch(report)
@@ -275,6 +280,18 @@ class _Travel:
             # What momentum makes of equal gradients: 1, 1 + m, 1 + m + m^2, ...
             self._reach = self._momentum * self._reach + 1
             self.so_far += taken.lr * self._reach
+
+
+def _seconds_each(deadline_s: float | None, num_trainings: int) -> float:
+    """Return how long one of an order's trainings may take: they share its time."""
+    return math.inf if deadline_s is None else deadline_s / num_trainings
+
+
+def _log_personal(order: WorkOrder, wrong: Diagnosis | TrainingHalted) -> None:
+    what = verdict(wrong) if isinstance(wrong, Diagnosis) else f"{wrong}; it stays as it was"
+    logger.warning(
+        "client %d, round %d, its personal model: %s", order.client_id, order.round_number, what
+    )
 
 
 def _put(weights: Tensors, model: nn.Module) -> None:

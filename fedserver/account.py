@@ -121,9 +121,13 @@ def round_account(
 
 
 def incident_lines(history: History) -> list[str]:
-    """Return a line for each incident of a run, in order: when (UTC), in which round, in words."""
+    """Return a line for each incident of a run, in order: when (UTC), in which round, in words.
+
+    Its kind, by which the documentation calls it, stands at the end.
+    """
     return [
-        f"{incident['at'][:19]} round {entry['round']}: {incident_text(incident)}"
+        f"{incident['at'][:19]} round {entry['round']}: {incident_text(incident)} "
+        f"[{incident['kind']}]"
         for entry in history
         for incident in entry["incidents"]
     ]

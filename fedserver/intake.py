@@ -109,11 +109,19 @@ class Intake:
 
     @asynccontextmanager
     async def _place(self, order_id: str) -> AsyncIterator[None]:
-        """Hold one of the places; who waits for one is held up by the server and isn't late."""
+        """Hold one of the places; who waits for one is held up by the server and isn't late.
+
+        Raises:
+            ServerUnreachable: the order has ended meanwhile.
+        """
         while True:
             try:
                 await asyncio.wait_for(self._slots.acquire(), self._idle_s / 4)
             except TimeoutError:
+                if self._parts.book.open_record(order_id) is None:
+                    raise ServerUnreachable(
+                        f"order {order_id}: it ended while its upload waited; try again"
+                    ) from None
                 self._parts.book.note_bytes(order_id)
             else:
                 break

@@ -277,20 +277,23 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    last_done = store.last_done_round(run.run_id)
+    evaluated = store.good_evaluations(run.run_id)
     server, port = await start_server(desk, host=settings.host, port=settings.port)
     print(f"fedserver listening on {settings.host}:{port}", flush=True)
     completing = asyncio.create_task(_complete(parts, coordinator, desk))
     stopping = asyncio.create_task(stop.wait())
     keeping_time = asyncio.create_task(clock.keep(functools.partial(note_absence, parts)))
-    evaluated = await workers.in_store(store.good_evaluations, run.run_id)
     try:
         with showing_progress(
-            parts.bus, parts.book, total_rounds=settings.rounds, evaluated=evaluated
+            *(parts.bus, parts.book),
+            total_rounds=settings.rounds,
+            num_done=0 if last_done is None else last_done.round_number,
+            evaluated=evaluated,
         ):
             await asyncio.wait({completing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if completing.done():
+        if is_complete := completing.done():
             await completing
-            _show_end(parts)
         else:
             logger.info("stopping; the same command goes on with %s", run.run_id)
     finally:
@@ -301,6 +304,9 @@ async def _serve(
         for task_left in tasks:
             task_left.cancel()
         await asyncio.wait(tasks)
+    if is_complete:
+        # Only now: while this takes its time nobody is served, and no clock may notice that.
+        _show_end(parts)
 
 
 async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:

@@ -67,7 +67,7 @@ class LearningSettings(Settings):
     )
     num_partitions: int = Field(default=10, ge=1, description="into how many parts")
     alpha: float | None = Field(
-        default=None, gt=0, description="spread of the dirichlets, quantity"
+        default=None, gt=0, description="of dirichlet, class-dirichlet, quantity"
     )
     shards_per_client: int | None = Field(default=None, ge=1, description="of partition shards")
     classes_per_client: int | None = Field(default=None, ge=1, description="of partition classes")

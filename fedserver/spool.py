@@ -35,7 +35,7 @@ class UpdateStream:
     def __init__(self, path: Path, *, offset: int, is_whole: bool = False) -> None:
         self.path = path
         self.offset = offset
-        self._is_whole = is_whole
+        self.is_whole = is_whole
         self._begun = offset
         # Hashed as it arrives, while the bytes are still in the processor's cache.
         self._hasher = blake3() if offset == 0 else None
@@ -53,7 +53,7 @@ class UpdateStream:
         """
         with self._lock, naming_full_disk(self.path.parent):
             self._examine_fence()
-            if self._is_whole:
+            if self.is_whole:
                 raise InvalidInput(
                     f"{self.path.name} arrived whole, with {self.offset} bytes; nothing follows it"
                 )
@@ -148,10 +148,10 @@ class Spool:
                     f"but {committed} bytes are committed; go on from there"
                 )
             with naming_full_disk(self._folder):
-                is_whole = path in self._durable.get(order_id, ())
+                is_whole = committed > 0 and path in self._durable.get(order_id, ())
                 stream = UpdateStream(path, offset=offset, is_whole=is_whole)
             self._streams[path] = stream
-            self._leave_unfinished(order_id, path)
+            self._leave_unfinished(order_id, stream)
         try:
             yield stream
         finally:
@@ -159,12 +159,13 @@ class Spool:
             with self._lock:
                 if self._streams.get(path) is stream:
                     del self._streams[path]
-                    self._leave_unfinished(order_id, path)
+                    self._leave_unfinished(order_id, stream)
 
-    def _leave_unfinished(self, order_id: str, path: Path) -> None:
+    def _leave_unfinished(self, order_id: str, stream: UpdateStream) -> None:
         """Take the place of the order's unfinished file with this one; holding the lock."""
-        if order_id in self._durable:
+        if stream.is_whole or order_id in self._durable:
             return
+        path = stream.path
         former = self._unfinished.get(order_id, path)
         if former != path and former not in self._streams:
             former.unlink(missing_ok=True)
@@ -177,6 +178,7 @@ class Spool:
                 order_id = _order_of(stream.path)
                 self._unfinished.pop(order_id, None)
                 self._durable.setdefault(order_id, set()).add(stream.path)
+                stream.is_whole = True
         stream.make_durable()
 
     def discard(self, stream: UpdateStream) -> None:

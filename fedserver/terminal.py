@@ -27,18 +27,24 @@ _NUM_INCIDENTS_SHOWN = 5
 
 @contextmanager
 def showing_progress(
-    bus: EventBus, book: OrderBook, *, total_rounds: int, evaluated: Sequence[Mapping[str, Any]]
+    bus: EventBus,
+    book: OrderBook,
+    *,
+    total_rounds: int,
+    num_done: int,
+    evaluated: Sequence[Mapping[str, Any]],
 ) -> Iterator[None]:
     """Show the run on standard error until the block ends.
 
-    `evaluated` is what is known of the rounds done before (see `Store.good_evaluations`).
+    `num_done` rounds were done before, of which `evaluated` is known (see
+    `Store.good_evaluations`).
     """
     console = stderr_console()
     if not console.is_terminal:
         bus.subscribe(log_event)
         yield
         return
-    view = LiveView(book, total_rounds=total_rounds, evaluated=evaluated)
+    view = LiveView(book, total_rounds=total_rounds, num_done=num_done, evaluated=evaluated)
     bus.subscribe(view.hear)
     with Live(
         get_renderable=view.render, console=console, refresh_per_second=2, redirect_stdout=False
@@ -54,11 +60,12 @@ class LiveView:
         book: OrderBook,
         *,
         total_rounds: int,
+        num_done: int = 0,
         evaluated: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._book = book
         self._total_rounds = total_rounds
-        self._num_done = max((one["round"] for one in evaluated), default=0)
+        self._num_done = num_done
         self._accuracies: list[tuple[int, float]] = [
             (one["round"], one["accuracy"]) for one in evaluated if one["accuracy"] is not None
         ]

@@ -26,7 +26,7 @@ from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import decode_state
-from shared.diagnosis import DoctorSettings
+from shared.diagnosis import Diagnosis, DoctorSettings
 from shared.tasks import Task
 from shared.types import CONTROL_SECTION, ClientUpdate, Directive, WorkOrder
 from shared.weights import entry_kinds
@@ -80,6 +80,7 @@ class SmallFederation:
         self.strategy = find_strategy(self.settings.run_settings())
         self.task = task
         self.round_number = 0
+        self.diagnoses: list[Diagnosis] = []
         self._folder = folder
         torch.manual_seed(0)
         model = task.build_model()
@@ -137,7 +138,7 @@ class SmallFederation:
             doctor=DoctorSettings(),
             state=states.promoted(order.last_counted_order_id),
             control=control,
-            on_diagnosis=lambda diagnosis: None,
+            on_diagnosis=self.diagnoses.append,
             max_steps=max_steps,
             compression=run_compression(self.settings.run_settings()),
         )

@@ -2,7 +2,8 @@
 
 Only parameters count: BatchNorm's running variances have a scale of their own and would drown them
 out. In float32 the usual formula (norms minus twice the inner products) picks the wrong client at
-the size of a small CNN; here a distance is within 1e-9 of the exact one (relative).
+the size of a small CNN; here a distance is within 1e-9 of the exact one (relative;
+an entry of a single element aside, where it can be 1e-7).
 """
 
 from itertools import combinations_with_replacement

@@ -23,7 +23,7 @@ Labels = NDArray[np.int64]
 Partitioner = Callable[..., list[Indices]]
 
 _SMALLEST_SHARE = 10
-_NUM_DRAWS = 1000
+_NUM_DRAWS = 300
 
 
 def partition_indices(
@@ -195,22 +195,25 @@ def split_class_dirichlet(
     """
     classes, counts = np.unique(labels, return_counts=True)
     even = len(labels) / num_partitions
+    smallest = min(_SMALLEST_SHARE, math.floor(even))
     for _ in range(_NUM_DRAWS):
         dealt = np.zeros((len(classes), num_partitions), np.int64)
+        sizes = np.zeros(num_partitions, np.int64)
         for of_class, count in zip(dealt, counts, strict=True):
-            has_room = dealt.sum(axis=0) < even
+            has_room = sizes < even
             p = rng.dirichlet(np.full(num_partitions, alpha)) * has_room
             if not p.sum() > 0:  # all of p lies on clients that are full
-                p = has_room.astype(np.float64)
+                p[rng.choice(np.flatnonzero(has_room))] = 1.0
             reached = np.cumsum(p)
             stops = np.floor(reached / reached[-1] * count).astype(np.int64)
             of_class[:] = np.diff(stops, prepend=0)
-        if dealt.sum(axis=0).min() >= min(_SMALLEST_SHARE, math.floor(even)):
+            sizes += of_class
+        if sizes.min() >= smallest:
             break
     else:
         raise InvalidInput(
             f"in {_NUM_DRAWS} draws some of {num_partitions} clients always had fewer than "
-            f"{_SMALLEST_SHARE} of the {len(labels)} examples; use a larger alpha or fewer "
+            f"{smallest} of the {len(labels)} examples; use a larger alpha or fewer "
             "partitions"
         )
     pieces = [

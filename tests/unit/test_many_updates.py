@@ -14,15 +14,15 @@ from tests.processes import ROOT
 from tests.vectors import cohort_of
 
 MIB = 1 << 20
-NUM_UPDATES = 200
-SLACK_BYTES = 64 * MIB
+NUM_UPDATES = 600
+MOST_BYTES = 120 * MIB
 
 # Prints by how many bytes the resident peak of a process grows that does nothing else. The kernel's
 # count and not getrusage's, which begins at the peak of the process that started it.
 AGGREGATING = """
 import re, sys
 from pathlib import Path
-from fedserver.strategies import find_strategy
+from fedserver.strategies import blocks, find_strategy
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.step import next_blocks
 from shared.codec import read_layout
@@ -30,6 +30,7 @@ from shared.memory import keep_one_heap
 from shared.weights import EntryKind
 
 keep_one_heap()
+blocks._NUM_THREADS = 2
 name, folder = sys.argv[1], Path(sys.argv[2])
 files = [
     StateFile(path=path, layout=read_layout(path), num_examples=3)
@@ -68,14 +69,17 @@ def test_distances_of_hundreds_are_those_of_the_oracle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["median", "krum", "nnm+median"])
-def test_hundreds_of_updates_take_three_models_of_memory_at_most(
+def test_hundreds_of_updates_take_no_more_memory_than_their_blocks(
     tmp_path: Path, strategy: str
 ) -> None:
-    """The peak grows by 3 models + 64 MiB at most."""
+    """Two threads, each with a block of every update: 8 MiB, and of 1024 columns 10 in float64.
+
+    To that come some matrices of all pairs, of 3 MiB, and what the libraries take at their first
+    use. With a dozen such matrices in each thread it was 160 MiB.
+    """
     generator = torch.Generator().manual_seed(4)
-    size = 100_000
     for _ in range(50):
-        write_state(tmp_path, {"w": torch.randn(size, generator=generator)})
+        write_state(tmp_path, {"w": torch.randn(30_000, generator=generator)})
     done = subprocess.run(
         [sys.executable, "-c", AGGREGATING, strategy, str(tmp_path), str(NUM_UPDATES)],
         cwd=ROOT,
@@ -84,4 +88,4 @@ def test_hundreds_of_updates_take_three_models_of_memory_at_most(
         check=True,
     )
     grown_bytes = int(done.stdout)
-    assert grown_bytes <= 3 * 4 * size + SLACK_BYTES, f"{grown_bytes / MIB:.0f} MiB"
+    assert grown_bytes <= MOST_BYTES, f"{grown_bytes / MIB:.0f} MiB"

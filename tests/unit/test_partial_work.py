@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,7 +44,8 @@ def test_two_trainings_of_an_order_share_its_time(
 ) -> None:
     """A clock that goes on by a second a look: each of Ditto's two may look at it half as often."""
     looks = itertools.count()
-    monkeypatch.setattr("fedclient.training.time.monotonic", lambda: float(next(looks)))
+    clock = SimpleNamespace(monotonic=lambda: float(next(looks)))
+    monkeypatch.setattr("fedclient.training.time", clock)
     given: dict[str, Any] = {"batch_size": 4, "epochs": 9, "work_deadline": 12}
     [alone] = SmallFederation(tmp_path / "alone", **given).play_round((1,))
     [shared] = SmallFederation(
@@ -73,6 +75,7 @@ def test_a_personal_training_that_cant_be_cured_takes_no_update_with_it(tmp_path
     [sent] = federation.play_round((1,))
     plain.play_round((1,))
     assert federation.model.digest == plain.model.digest
+    assert federation.diagnoses == [], "the server hears of nothing that concerns its model"
     assert all(
         torch.equal(one, start[name]) for name, one in federation.kept_by(1, "ditto").items()
     )

@@ -195,12 +195,21 @@ def test_nothing_is_added_to_what_is_durable(spool: Spool) -> None:
             pytest.raises(InvalidInput, match="arrived whole, with 2 bytes"),
         ):
             second.append(memoryview(b"3"))
-    assert sizes(spool, DIGEST) == [2]
-    spool.drop(ORDER, DIGEST)
+        spool.drop_unfinished(but=set())
     spool.drop_unfinished(but=set())
+    assert sizes(spool, DIGEST) == [2], "not even when its order has ended before its stream"
+
+
+def test_what_was_durable_and_is_gone_may_be_sent_again(spool: Spool) -> None:
+    """A second stream found that the disk holds other bytes by now."""
+    with spool.open_stream(ORDER, DIGEST, offset=0) as stream:
+        stream.append(memoryview(b"12"))
+        spool.make_durable(stream)
+    with spool.open_stream(ORDER, DIGEST, offset=2) as second:
+        spool.discard(second)
     with spool.open_stream(ORDER, DIGEST, offset=0) as again:
-        again.append(memoryview(b"123"))
-    assert sizes(spool, DIGEST) == [3]
+        again.append(memoryview(b"12"))
+    assert sizes(spool, DIGEST) == [2]
 
 
 def test_discarding_spares_the_file_of_a_newer_stream(spool: Spool) -> None:

@@ -122,12 +122,12 @@ def test_a_run_that_goes_on_knows_its_best_round(book: OrderBook) -> None:
         {"round": 1, "accuracy": 0.75, "loss": 1.0},
         {"round": 2, "accuracy": None, "loss": None},
     ]
-    view = LiveView(book, total_rounds=5, evaluated=past)
+    view = LiveView(book, total_rounds=5, num_done=3, evaluated=past)
     assert shown(view)[1].rstrip() == "accuracy 75.00% after round 1, best 75.00% after 1"
     view.hear(evaluated(3, 0.5))
     assert shown(view)[1].rstrip() == "accuracy 50.00% after round 3, best 75.00% after 1"
     book.close_round()
-    assert shown(view)[0] == "2 of 5 rounds done"
+    assert shown(view)[0] == "3 of 5 rounds done"
 
 
 def test_a_diagnosis_is_told_in_its_sentence_the_moment_it_comes(book: OrderBook) -> None:
