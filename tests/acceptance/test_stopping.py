@@ -1,6 +1,10 @@
 """SIGINT and SIGTERM: both sides end cleanly, whatever is under way, and go on later."""
 
 import signal
+import socket
+
+import psutil
+import pytest
 
 from tests.acceptance.federation import (
     BIG,
@@ -10,7 +14,7 @@ from tests.acceptance.federation import (
     verdicts,
 )
 from tests.faulty_wire import Way, wire_to
-from tests.processes import Process, Scene, Server, fixed_port
+from tests.processes import Process, Scene, Server, fixed_port, wait_until
 
 
 def stop(process: Process, number: signal.Signals) -> None:
@@ -85,3 +89,23 @@ def test_a_server_that_waits_for_clients_stops_too(scene: Scene) -> None:
     server = start_server(scene)
     server.wait_for_line("waiting for clients")
     stop(server, signal.SIGINT)
+
+
+def test_the_end_is_shown_when_nobody_is_served_any_more(scene: Scene) -> None:
+    """However long that takes, no clock that still runs may take it for an absence."""
+    server = start_server(scene, "--rounds", 1, "--min-clients", 1)
+    client = start_client(scene, 0, server.address)
+    host, _, port = server.address.rpartition(":")
+    showing: list[psutil.Process] = []
+
+    def is_shown() -> bool:
+        children = psutil.Process(server.pid).children()
+        showing[:] = [one for one in children if "history" in one.cmdline()]
+        return bool(showing)
+
+    wait_until(is_shown, what="the table of rounds to be printed")
+    showing[0].suspend()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)))
+    showing[0].resume()
+    expect_clean_exits(server, client)
