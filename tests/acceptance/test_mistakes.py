@@ -9,6 +9,7 @@ from contextlib import closing
 import pytest
 
 from fedserver.store.schema import SCHEMA_VERSION
+from shared.failpoints import VARIABLE, FailPoint
 from tests.acceptance.federation import (
     BIG,
     expect_clean_exits,
@@ -17,7 +18,7 @@ from tests.acceptance.federation import (
     start_server,
     verdicts,
 )
-from tests.processes import Process, Scene, Server
+from tests.processes import Process, Scene, Server, wait_until
 
 MIB = 1 << 20
 
@@ -60,6 +61,24 @@ def test_a_full_disk_is_waited_out(scene: Scene, who: str) -> None:
     expect_clean_exits(server, client)
     assert verdicts(scene.history()) == [(1, 0, "COUNTED"), (2, 0, "COUNTED")]
     assert incident_kinds(scene.history()) == (["disk-full"] if who == "server" else [])
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
+def test_a_full_disk_during_a_download_is_told_as_the_clients_own(scene: Scene) -> None:
+    """Not as a server that doesn't answer; the download goes on when there is room."""
+    server = start_server(scene, "--rounds", 1, "--min-clients", 1, task=BIG)
+    armed = {VARIABLE: f"{FailPoint.ORDER_PULLED}:halt"}
+    client = start_client(scene, 0, server.address, task=BIG, **armed)
+    wait_until(lambda: client.is_halted, what="the client to have its order")
+    unlimited = resource.prlimit(client.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(client.pid, resource.RLIMIT_FSIZE, (4 * MIB, unlimited[1]))
+    client.signal(signal.SIGCONT)
+    client.wait_for_line("no room to write in .*; trying again until there is room")
+    resource.prlimit(client.pid, resource.RLIMIT_FSIZE, unlimited)
+    client.wait_for_line("there is room again")
+    expect_clean_exits(server, client)
+    assert client.count_lines("no answer|answers again") == 0
+    assert verdicts(scene.history()) == [(1, 0, "COUNTED")]
 
 
 def test_a_client_with_another_model_is_told_where_they_differ(scene: Scene) -> None:

@@ -26,6 +26,7 @@ from tests.factories import (
     make_update,
 )
 
+BAR = "\N{BOX DRAWINGS HEAVY HORIZONTAL}"
 PIXELS_AT = 16
 """Where a PNG's header says its width and height, four bytes each."""
 
@@ -82,6 +83,7 @@ def test_the_view_tells_round_clients_and_accuracy(book: OrderBook) -> None:
     assert lines[3].startswith("client 0")
     assert lines[3].rstrip().endswith("training, step 7 of 20")
     assert lines[4].rstrip().endswith("update stored")
+    assert (lines[3].count(BAR), lines[4].count(BAR)) == (10, 30)
 
 
 def test_an_upload_is_shown_by_its_bytes(book: OrderBook) -> None:
