@@ -273,10 +273,7 @@ async def _serve(
     desk = Desk(parts, Intake(parts))
     coordinator = Coordinator(parts, task=task, evaluator=evaluator)
 
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    stop = _asked_to_stop()
     last_done = store.last_done_round(run.run_id)
     evaluated = store.good_evaluations(run.run_id)
     server, port = await start_server(desk, host=settings.host, port=settings.port)
@@ -307,6 +304,26 @@ async def _serve(
     if is_complete:
         # Only now: while this takes its time nobody is served, and no clock may notice that.
         _show_end(parts)
+
+
+def _asked_to_stop() -> asyncio.Event:
+    """Return an event that the first SIGINT or SIGTERM sets; those after it change nothing.
+
+    Not by the loop's own handlers: as it closes it gives a signal its default back, and an
+    impatient second one in the process's last moments would end it as if it had failed.
+    """
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    asked = (signal.SIGINT, signal.SIGTERM)
+
+    def ask(*_: object) -> None:
+        for number in asked:
+            signal.signal(number, signal.SIG_IGN)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(stop.set)
+
+    for number in asked:
+        signal.signal(number, ask)
+    return stop
 
 
 async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:
