@@ -70,7 +70,7 @@ class DiskWatch:
         now = time.monotonic()
         if self._full_at is None or now - self._full_at > _QUIET_S:
             self._full_at = now
-            logger.warning("%s", error)
+            logger.warning("%s, and work goes on by itself", error)
             await self._record(
                 event_of(
                     IncidentKind.DISK_FULL,

@@ -166,6 +166,9 @@ class Servicer:
 
     async def download_blob(self, request: bytes, context: Context) -> None:
         """See federation.proto; writes framed chunks."""
+        # By itself: a first write that carries it and is given up leaves gRPC believing that it is
+        # still to be sent, which no status gets past. The client would wait for ever.
+        await context.send_initial_metadata(())
         wanted = _parse(pb.DownloadBlobRequest, request)
         await self._desk.download(
             wanted.session_id, _digest(wanted.digest), offset=wanted.offset, write=context.write

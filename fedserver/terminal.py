@@ -14,7 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedserver.events import EventBus, event_line, log_event
+from fedserver.account import incident_text
+from fedserver.events import EventBus, log_event
 from fedserver.orderbook import OpenOrder, OrderBook
 from fedserver.records import Event
 from fedserver.rounds import OrderState
@@ -74,13 +75,8 @@ class LiveView:
 
     def hear(self, event: Event) -> None:
         """Take an event into the view."""
-        if "verdict" in event.fields:
-            verdict = event.fields["verdict"]
-            self._incidents.append(
-                f"round {event.round_number}, client {event.client_id}: {verdict}"
-            )
-        elif event.is_incident:
-            self._incidents.append(event_line(event))
+        if event.is_incident:
+            self._incidents.append(_incident_line(event))
             if event.kind == IncidentKind.MODEL_ROLLED_BACK and event.round_number is not None:
                 self._num_done = event.round_number - 1
         elif event.kind == "round-done" and event.round_number is not None:
@@ -132,6 +128,11 @@ class LiveView:
         return Text(
             f"accuracy {last:.2%} after round {last_round}, best {best:.2%} after {best_round}"
         )
+
+
+def _incident_line(event: Event) -> str:
+    told = incident_text({"kind": event.kind, "client": event.client_id, **event.fields})
+    return told if event.round_number is None else f"round {event.round_number}, {told}"
 
 
 def _client_table(orders: list[OpenOrder]) -> Table:

@@ -37,7 +37,8 @@ def unframe(message: bytes, *, field: int) -> memoryview:
     An empty message stands for empty data, as in protobuf.
 
     Raises:
-        InvalidInput: the message is anything but that one field.
+        InvalidInput: the message is anything but that one field, or holds more than
+            `MAX_CHUNK_BYTES`.
     """
     if not message:
         return memoryview(b"")
@@ -54,5 +55,9 @@ def unframe(message: bytes, *, field: int) -> memoryview:
     if position + 1 + length != len(message):
         raise InvalidInput(
             f"a chunk of {len(message)} bytes claims {length} bytes of data after byte {position}"
+        )
+    if length > MAX_CHUNK_BYTES:
+        raise InvalidInput(
+            f"a chunk holds {length} bytes; {MAX_CHUNK_BYTES} are the most, cut the payload smaller"
         )
     return memoryview(message)[position + 1 :]

@@ -31,7 +31,7 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
         if error.errno in _FULL:
             raise OutOfSpace(
                 f"no room to write in {folder} ({error.strerror}); free some space: "
-                "nothing acknowledged is lost, and work goes on by itself"
+                "nothing acknowledged is lost"
             ) from error
         raise
 

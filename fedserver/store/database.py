@@ -160,7 +160,7 @@ def _named(path: Path, error: DatabaseError) -> FederationError | DatabaseError:
     if code == sqlite3.SQLITE_FULL or extended == sqlite3.SQLITE_IOERR_WRITE:
         return OutOfSpace(
             f"no room to write in {path.parent} ({error.orig}); free some space: "
-            "nothing acknowledged is lost, and work goes on by itself"
+            "nothing acknowledged is lost"
         )
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return InvalidInput(

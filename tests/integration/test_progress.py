@@ -124,6 +124,40 @@ def test_a_client_that_waits_for_the_server_to_take_its_upload_is_not_late(
     assert queued.finish().receipt == pb.RECEIPT_STORED
 
 
+def test_an_upload_that_waits_for_its_place_ends_with_its_order(hurried: OpenRound) -> None:
+    """The place isn't free yet, but there is nothing left to wait for."""
+    payload = payload_of(changed(hurried.base))
+    dripping = hurried.peers[0].stream(hurried.orders[0], payload)
+    bytes_left = iter(range(len(payload)))
+
+    def drip() -> None:
+        at = next(bytes_left)
+        dripping.send(payload[at : at + 1])
+
+    drip()
+    dripping.wait_until_committed(1)
+    queued = hurried.peers[1].stream(hurried.orders[1], payload)
+    queued.send(payload)
+    hurried.peers[2].report(hurried.orders[2], batches=1)
+
+    def is_queued() -> bool:
+        drip()
+        # Were it not, it would have been given up before this one, which does nothing.
+        return hurried.peers[2].report(hurried.orders[2], batches=1) == pb.DIRECTIVE_ABANDON
+
+    wait_until(is_queued, what="the client that does nothing to be given up", every_s=0.05)
+    assert hurried.peers[1].report(hurried.orders[1], gave_up=True) == pb.DIRECTIVE_ABANDON
+
+    def has_ended() -> bool:
+        drip()
+        return queued.is_done
+
+    wait_until(has_ended, what="the queued stream to end", every_s=0.05)
+    expect_status(grpc.StatusCode.UNAVAILABLE, queued.result, match="ended while its upload waited")
+    dripping.send(payload[next(bytes_left) :])
+    assert dripping.finish().receipt == pb.RECEIPT_STORED
+
+
 def test_a_round_closes_at_its_deadline_with_what_it_has_or_fails(scene: Scene) -> None:
     """Whoever is still at work then is late, though no clock of progress has run out."""
     server = scene.server(

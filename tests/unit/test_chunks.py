@@ -46,6 +46,12 @@ def test_an_empty_chunk_is_read_as_protobuf_reads_it() -> None:
         assert bytes(unframe(message, field=DOWNLOAD_DATA_FIELD)) == b""
 
 
+def test_a_chunk_larger_than_the_protocol_has_is_refused() -> None:
+    framed = frame(bytes(MAX_CHUNK_BYTES + 1), field=UPLOAD_DATA_FIELD)
+    with pytest.raises(InvalidInput, match="3145728 are the most"):
+        unframe(framed, field=UPLOAD_DATA_FIELD)
+
+
 @given(data=st.binary(max_size=300), field=st.integers(1, 15))
 def test_unframe_undoes_frame(data: bytes, field: int) -> None:
     """Whatever is framed comes out again, under its field number only."""

@@ -104,7 +104,9 @@ def test_the_newest_incidents_stay_in_view(book: OrderBook) -> None:
         happened = make_event("client-stalled", round_number=number)
         view.hear(replace(happened, is_incident=True, client_id=4))
     told = [line.rstrip() for line in shown(view) if line.startswith("! ")]
-    assert told == [f"! client-stalled round={number} client=4" for number in range(2, 7)]
+    assert told == [
+        f"! round {number}, client 4: it got no further and was given up" for number in range(2, 7)
+    ]
 
 
 def test_between_rounds_the_view_counts_those_that_are_done(book: OrderBook) -> None:
