@@ -25,8 +25,13 @@ class Peer:
     """One client id with a session and a connection of its own."""
 
     def __init__(self, address: str, client_id: int, *, num_examples: int = 10) -> None:
-        # Without a pool of its own a channel shares its connection with others of this process.
-        self.channel = grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
+        options = [
+            # Without a pool of its own a channel shares its connection with others of this process.
+            ("grpc.use_local_subchannel_pool", 1),
+            # The probe would open a stream's window wide though nobody reads from it.
+            ("grpc.http2.bdp_probe", 0),
+        ]
+        self.channel = grpc.insecure_channel(address, options)
         self.stub = FederationServiceStub(self.channel)
         self.client_id = client_id
         self.instance_key = f"instance-{client_id}"

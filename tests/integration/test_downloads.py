@@ -5,7 +5,6 @@ import pytest
 
 from shared.codec import digest_bytes
 from shared.pb import federation_pb2 as pb
-from shared.pb.federation_pb2_grpc import FederationServiceStub
 from tests.acceptance.federation import BIG
 from tests.integration.peer import OpenRound, Peer, expect_status, open_round
 from tests.processes import GENEROUS_S, Scene, wait_until
@@ -57,18 +56,18 @@ def test_what_is_no_digest_never_becomes_a_path(opened: OpenRound, digest: str) 
 def test_who_takes_nothing_from_the_first_chunk_on_is_told_so(scene: Scene) -> None:
     """Its place is given to others, with a status: it doesn't wait for the rest for ever."""
     server = scene.server("--task", BIG, "--rounds", 9, "--min-clients", 1, "--stall-after", 1)
-    peer = Peer(server.address, 0)
+    peer, idle = Peer(server.address, 0), Peer(server.address, 0, num_examples=0)
     order = open_round({0: peer}).orders[0]
+    # A chunk is larger than the window of a stream that nobody reads from.
     request = pb.DownloadBlobRequest(session_id=peer.session_id, digest=order.sections[0].digest)
-    # Without the probe a stream's window stays smaller than a chunk until somebody reads.
-    with grpc.insecure_channel(server.address, [("grpc.http2.bdp_probe", 0)]) as channel:
-        untaken = FederationServiceStub(channel).DownloadBlob(request, timeout=GENEROUS_S)
-        # The two clocks are of the same length, and the download's begins first.
-        wait_until(
-            lambda: peer.report(order) == pb.DIRECTIVE_ABANDON,
-            what="the client that takes nothing to be given up",
-            every_s=0.05,
-        )
-        told = expect_status(grpc.StatusCode.UNAVAILABLE, lambda: list(untaken))
+    untaken = idle.stub.DownloadBlob(request, timeout=GENEROUS_S)
+    # The two clocks are of the same length, and the download's begins first.
+    wait_until(
+        lambda: peer.report(order) == pb.DIRECTIVE_ABANDON,
+        what="the client that takes nothing to be given up",
+        every_s=0.05,
+    )
+    told = expect_status(grpc.StatusCode.UNAVAILABLE, lambda: list(untaken))
     assert "nothing was taken" in told
     peer.close()
+    idle.close()
