@@ -12,6 +12,7 @@ from tests.integration.conftest import History
 from tests.integration.peer import (
     OpenRound,
     Peer,
+    SlowUpload,
     changed,
     entry_of,
     expect_status,
@@ -94,67 +95,71 @@ def test_an_order_nobody_pulled_yet_has_no_stall_clock(hurried: OpenRound) -> No
     assert slow.upload(order, payload_of(hurried.base)).receipt == pb.RECEIPT_STORED
 
 
-def test_a_client_that_waits_for_the_server_to_take_its_upload_is_not_late(
-    hurried: OpenRound,
-) -> None:
-    """With every place taken, a stream that queues isn't blamed for what the server can't do."""
+class Dripping:
+    """An upload that holds the only place, a byte at a time."""
+
+    def __init__(self, peer: Peer, order: pb.WorkOrder, payload: bytes) -> None:
+        self._payload = payload
+        self._num_sent = 0
+        self._stream = peer.stream(order, payload)
+        self.drip()
+        self._stream.wait_until_committed(1)
+
+    def drip(self) -> None:
+        """Send one byte more."""
+        self._stream.send(self._payload[self._num_sent : self._num_sent + 1])
+        self._num_sent += 1
+
+    def finish(self) -> pb.UploadUpdateResponse:
+        """Send the rest and return the receipt."""
+        self._stream.send(self._payload[self._num_sent :])
+        return self._stream.finish()
+
+
+@pytest.fixture
+def dripping(hurried: OpenRound) -> Dripping:
+    """Give client 0's upload, which holds the only place."""
     payload = payload_of(changed(hurried.base))
-    dripping = hurried.peers[0].stream(hurried.orders[0], payload)
-    bytes_left = iter(range(len(payload)))
+    return Dripping(hurried.peers[0], hurried.orders[0], payload)
 
-    def drip() -> None:
-        at = next(bytes_left)
-        dripping.send(payload[at : at + 1])
 
-    drip()
-    dripping.wait_until_committed(1)
-    queued = hurried.peers[1].stream(hurried.orders[1], payload)
-    queued.send(payload)
-
-    # From here on this one does nothing: its clock begins after the queued one's.
+@pytest.fixture
+def queued(hurried: OpenRound, dripping: Dripping) -> SlowUpload:
+    """Give client 1's upload, which has waited so long that client 2, doing nothing, is lost."""
+    payload = payload_of(changed(hurried.base))
+    waiting = hurried.peers[1].stream(hurried.orders[1], payload)
+    waiting.send(payload)
+    # From here on this one does nothing: its clock begins after the waiting one's.
     hurried.peers[2].report(hurried.orders[2], batches=1)
 
     def is_given_up() -> bool:
-        drip()
+        dripping.drip()
         return hurried.peers[2].report(hurried.orders[2], batches=1) == pb.DIRECTIVE_ABANDON
 
     wait_until(is_given_up, what="the client that does nothing to be given up", every_s=0.05)
-    dripping.send(payload[next(bytes_left) :])
+    return waiting
+
+
+def test_a_client_that_waits_for_the_server_to_take_its_upload_is_not_late(
+    dripping: Dripping, queued: SlowUpload
+) -> None:
+    """With every place taken, a stream that queues isn't blamed for what the server can't do."""
     assert dripping.finish().receipt == pb.RECEIPT_STORED
     assert queued.finish().receipt == pb.RECEIPT_STORED
 
 
-def test_an_upload_that_waits_for_its_place_ends_with_its_order(hurried: OpenRound) -> None:
+def test_an_upload_that_waits_for_its_place_ends_with_its_order(
+    hurried: OpenRound, dripping: Dripping, queued: SlowUpload
+) -> None:
     """The place isn't free yet, but there is nothing left to wait for."""
-    payload = payload_of(changed(hurried.base))
-    dripping = hurried.peers[0].stream(hurried.orders[0], payload)
-    bytes_left = iter(range(len(payload)))
-
-    def drip() -> None:
-        at = next(bytes_left)
-        dripping.send(payload[at : at + 1])
-
-    drip()
-    dripping.wait_until_committed(1)
-    queued = hurried.peers[1].stream(hurried.orders[1], payload)
-    queued.send(payload)
-    hurried.peers[2].report(hurried.orders[2], batches=1)
-
-    def is_queued() -> bool:
-        drip()
-        # Were it not, it would have been given up before this one, which does nothing.
-        return hurried.peers[2].report(hurried.orders[2], batches=1) == pb.DIRECTIVE_ABANDON
-
-    wait_until(is_queued, what="the client that does nothing to be given up", every_s=0.05)
     assert hurried.peers[1].report(hurried.orders[1], gave_up=True) == pb.DIRECTIVE_ABANDON
 
     def has_ended() -> bool:
-        drip()
+        dripping.drip()
         return queued.is_done
 
     wait_until(has_ended, what="the queued stream to end", every_s=0.05)
     expect_status(grpc.StatusCode.UNAVAILABLE, queued.result, match="ended while its upload waited")
-    dripping.send(payload[next(bytes_left) :])
     assert dripping.finish().receipt == pb.RECEIPT_STORED
 
 
