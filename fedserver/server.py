@@ -150,6 +150,12 @@ def _examine_strategy(settings: ServerSettings) -> Strategy:
             f"but {settings.updates_needed} are enough to close one; raise --min-updates (or "
             "--min-clients)"
         )
+    if strategy.min_updates > 1 and settings.straggler_work == "none":
+        raise InvalidInput(
+            f"strategy {strategy.name} needs at least {strategy.min_updates} updates in a round, "
+            "and --straggler-work none leaves clients out after a round's have been chosen; leave "
+            "it away, or take another strategy"
+        )
     return strategy
 
 

@@ -18,12 +18,14 @@ parameters of the compression: see `packed_shapes`. Nothing here knows a file or
 """
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from shared.seeds import derive_seed
 from shared.types import Compression, Encoding
 
 CHUNK_ELEMENTS = 1 << 16
@@ -127,12 +129,13 @@ def compress(
     if encoding in CASTS:
         return {delta_key(name): cast(one, CASTS[encoding]) for name, one in delta.items()}
     if encoding is Encoding.INT8:
-        generator = torch.Generator().manual_seed(seed)
         packed = {}
         for name in sorted(delta):
-            values, scales = quantise(
-                delta[name].reshape(-1), compression.block_size, generator=generator
-            )
+            flat = delta[name].reshape(-1).contiguous()
+            # Drawn by content: tied weights, the same numbers under two names, stay the same.
+            stream = derive_seed(seed, f"rounding {zlib.crc32(flat.numpy().data)}")
+            generator = torch.Generator().manual_seed(stream)
+            values, scales = quantise(flat, compression.block_size, generator=generator)
             packed[delta_key(name)] = values.view(delta[name].shape)
             packed[scales_key(name)] = scales
         return packed

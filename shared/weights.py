@@ -43,11 +43,11 @@ def entry_kinds(model: nn.Module) -> dict[str, EntryKind]:
 def norm_entries(model: nn.Module) -> list[str]:
     """Return the state_dict's entries that belong to normalisation layers.
 
-    These are batch, instance, group and layer norms, with their running statistics.
+    These are batch, instance, group, layer and RMS norms, with their running statistics.
     """
     layers = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm)
+        if isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm)
     ]
     return [name for name in model.state_dict() if name.rpartition(".")[0] in layers]

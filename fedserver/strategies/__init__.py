@@ -2,8 +2,8 @@
 
 A strategy is named by its rows: steps before a robust rule, the aggregator, a server optimizer, a
 local rule, in this order and joined by "+", such as nnm+krum or median+fedadam+fedprox. Without an
-aggregator it is fedavg, or uniform behind steps of which num_examples can't tell the weight any
-more and before local rules of which the paper has it so.
+aggregator it is fedavg, or uniform: after clip, since what comes out of a step has no num_examples,
+and before local rules of which the paper has it so.
 """
 
 import difflib
@@ -159,15 +159,15 @@ def _composed(name: str, parts: list[Part]) -> Strategy:
         elif isinstance(part, Local):
             local = part
     counts_all_the_same = bool(mixings)
-    if local is not None and local.only_behind is not None:
-        counts_all_the_same = True
-        *before, last = name.split("+")
-        if wrong := [one for one in before if one not in local.only_behind]:
-            raise InvalidInput(
-                f"strategy {name}: {last} says itself what the server does with the plain mean of "
-                f"the updates, so {wrong[0]} makes no sense with it; put it behind "
-                f"{' or '.join(sorted(local.only_behind))} or alone"
-            )
+    if local is not None:
+        counts_all_the_same |= local.only_behind is not None
+        _examine_local(name, local)
+    if mixings and named is None and not any(one.bounds_updates for one in mixings):
+        last = name.split("+")[len(mixings) - 1]
+        raise InvalidInput(
+            f"strategy {name}: what comes out of {last} can still be bad; name a rule after it "
+            f"that bears bad updates, such as {last}+krum or {last}+median"
+        )
     aggregator = named or (robust.uniform() if counts_all_the_same else means.fedavg())
     if isinstance(aggregator, Mean):
         if mixings:
@@ -194,3 +194,19 @@ def _composed(name: str, parts: list[Part]) -> Strategy:
         local=local,
         min_updates=min_updates,
     )
+
+
+def _examine_local(name: str, local: Local) -> None:
+    """Refuse rows that a local rule, the strategy's last one, makes no sense behind."""
+    *before, last = name.split("+")
+    if local.only_behind is not None and (
+        wrong := [one for one in before if one not in local.only_behind]
+    ):
+        raise InvalidInput(
+            f"strategy {name}: {last} says itself what the server does with the plain mean of "
+            f"the updates, so {wrong[0]} makes no sense with it; put it after "
+            f"{' or '.join(sorted(local.only_behind))} or alone"
+        )
+    for one in before:
+        if reason := local.not_behind.get(one):
+            raise InvalidInput(f"strategy {name}: {last} makes no sense with {one}: {reason}")

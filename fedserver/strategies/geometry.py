@@ -6,6 +6,7 @@ the size of a small CNN; here a distance is within 1e-9 of the exact one (relati
 an entry of a single element aside, where it can be 1e-7).
 """
 
+from collections.abc import Callable
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -37,13 +38,40 @@ def squared_distances(cohort: Cohort) -> Matrix:
     """
     files = [cohort.base, *cohort.updates]
     total = np.zeros((len(files), len(files)))
+    return _add_blocks(total, cohort, lambda: BlockDistances(RowReader(files)))
 
-    def begin() -> BlockDistances:
-        return BlockDistances(RowReader(files))
 
+def squared_norms(cohort: Cohort) -> Matrix:
+    """Return the squared L2 norms of the updates' deltas, [num_updates].
+
+    In a fraction of the time that all distances take. The same bits for any number of threads.
+    """
+    files = [cohort.base, *cohort.updates]
+
+    def begin() -> Callable[[Block], Matrix]:
+        rows = RowReader(files)
+
+        def compute(block: Block) -> Matrix:
+            values = rows.read(block)
+            found = np.zeros(len(values) - 1)
+            for begin in range(0, block.count, _COLUMNS):
+                points = values[:, begin : begin + _COLUMNS].double()
+                found += _squared_norms(points[1:] - points[0])
+            return found
+
+        return compute
+
+    return _add_blocks(np.zeros(len(cohort.updates)), cohort, begin)
+
+
+def _add_blocks(
+    total: Matrix, cohort: Cohort, begin: Callable[[], Callable[[Block], Matrix]]
+) -> Matrix:
+    """Add what is computed of each block of parameters to `total`, in order, and return it."""
+    longest = elements_per_row(len(cohort.updates) + 1)
     blocks = (
         block
-        for block in blocks_of(cohort.base.layout, max_elements=elements_per_row(len(files)))
+        for block in blocks_of(cohort.base.layout, max_elements=longest)
         if cohort.kinds[block.name] is EntryKind.PARAMETER
     )
     for partial in compute_blocks(blocks, begin, at_a_time=1):

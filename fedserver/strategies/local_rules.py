@@ -15,8 +15,6 @@ from shared.errors import InvalidInput
 from shared.types import LocalRule
 from shared.weights import norm_entries
 
-_MEANS = frozenset({"fedavg", "uniform"})
-
 
 def fedprox(*, mu: float = 0.01) -> Local:
     """Clients stay near the global model (Li et al. 2020, algorithm 2).
@@ -30,7 +28,13 @@ def fedprox(*, mu: float = 0.01) -> Local:
     """
     if not 0 <= mu < math.inf:
         raise InvalidInput(f"mu is {mu:g}; it must be 0 or more")
-    return Local(rule=LocalRule(name="fedprox", parameters={"mu": mu}))
+    return Local(
+        rule=LocalRule(name="fedprox", parameters={"mu": mu}),
+        not_behind={
+            "fednova": "it divides by how far plain local steps reach, and fedprox's pull makes "
+            "them reach less far the more of them there are"
+        },
+    )
 
 
 def scaffold(*, server_lr: float = 1.0, num_clients: int = 0, settings: Mapping[str, Any]) -> Local:
@@ -63,7 +67,7 @@ def scaffold(*, server_lr: float = 1.0, num_clients: int = 0, settings: Mapping[
         rule=LocalRule(name="scaffold"),
         server_optimizer=lambda _: ServerOptimizer(initial=(0.0,), step=step),
         control_share=share,
-        only_behind=_MEANS,
+        only_behind=frozenset({"fedavg", "uniform"}),
     )
 
 
@@ -72,8 +76,8 @@ def feddyn(*, alpha: float = 0.01, num_clients: int = 0, settings: Mapping[str, 
 
     "Federated Learning Based on Dynamic Regularization": a client minimises its loss minus
     <g_k, w> plus alpha / 2 * |w - w_global|^2, and g_k becomes g_k - alpha (w_k - w_global). At the
-    server h becomes h - alpha / num_clients * (the sum of the deltas), and the model is the mean of
-    the w_k minus h / alpha.
+    server h becomes h - alpha / num_clients * (the sum of the deltas), the mean of all clients' g_k
+    as long as all count the same, and the model is the mean of the w_k minus h / alpha.
 
     Args:
         alpha: the paper's alpha; it tries 0.001, 0.01, 0.03 and 0.1.
@@ -95,7 +99,7 @@ def feddyn(*, alpha: float = 0.01, num_clients: int = 0, settings: Mapping[str, 
     return Local(
         rule=LocalRule(name="feddyn", parameters={"alpha": alpha}),
         server_optimizer=optimizer,
-        only_behind=_MEANS,
+        only_behind=frozenset({"uniform"}),
     )
 
 

@@ -19,11 +19,13 @@ from fedserver.strategies.blocks import (
     BlockReader,
     Cohort,
 )
-from fedserver.strategies.geometry import squared_distances
+from fedserver.strategies.geometry import squared_norms
 from fedserver.strategies.rows import Lack, Mean, UnfitCohort, lacks_nothing
 from shared.errors import InvalidInput
 from shared.weights import EntryKind
 
+# Where the derivative of F^q is taken for a loss that is less: at 0 it is infinite if q is below 1.
+_LEAST_LOSS = 1e-10
 # Beyond any honest loss's, and far enough from float64's end for sums of products.
 _MAX_POWER = 1e150
 
@@ -55,7 +57,8 @@ def qfedavg(*, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, An
 
     Args:
         q: 0 is the plain mean; the larger, the more even the clients' losses.
-        lipschitz: the paper's L; 0: 1 / --lr, as the paper has it.
+        lipschitz: the paper's L; 0: 1 / --lr, as the paper has it. A schedule or an adjustment of
+            the rate doesn't change it.
         settings: the run's; clients must tell the loss (--evaluate-on-clients).
     """
     if not 0 <= q < math.inf or not 0 <= lipschitz < math.inf:
@@ -68,8 +71,8 @@ def qfedavg(*, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, An
     smoothness = lipschitz or 1 / float(settings["lr"])
 
     def powers(loss: float) -> tuple[float, float]:
-        """Return F^q and its derivative, which for q = 0 is 0 at F = 0 too."""
-        return loss**q, q * loss ** (q - 1) if q else 0.0
+        """Return F^q and its derivative."""
+        return loss**q, q * (max(loss, _LEAST_LOSS) if q < 1 else loss) ** (q - 1)
 
     def lacks(_: int, loss: float | None) -> str:
         if loss is None or not 0 <= loss < math.inf:
@@ -85,14 +88,14 @@ def qfedavg(*, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, An
         return f"qfedavg with q {q:g} has no weight for a loss of the global model of {loss:g}"
 
     def weigh(cohort: Cohort) -> Weights:
-        squared_norms = squared_distances(cohort)[0, 1:].tolist()
+        norms = squared_norms(cohort).tolist()
         moves, steps = [], []
         try:
-            for update, squared_norm in zip(cohort.updates, squared_norms, strict=True):
+            for update, norm in zip(cohort.updates, norms, strict=True):
                 assert update.global_loss is not None
                 power, slope = powers(update.global_loss)
                 moves.append(power * smoothness)
-                steps.append(slope * smoothness**2 * squared_norm + moves[-1])
+                steps.append(slope * smoothness**2 * norm + moves[-1])
             total, of_updates = math.fsum(steps), math.fsum(moves)
         except OverflowError:
             total = math.inf
@@ -115,7 +118,8 @@ def fednova(*, settings: Mapping[str, Any]) -> Mean:
     "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", equation
     7: the model moves by (sum_k p_k a_k) * sum_k p_k d_k / a_k with p_k the share of the examples.
     a_k is the number of local steps for plain SGD, and with momentum rho the L1 norm that the paper
-    gives in section 4: (s - rho (1 - rho^s) / (1 - rho)) / (1 - rho) for s steps.
+    gives in section 4: (s - rho (1 - rho^s) / (1 - rho)) / (1 - rho) for s steps. Every step counts
+    as one: what a schedule or a client's doctor makes of the rate within a round isn't seen.
 
     Args:
         settings: the run's; the local optimizer must be SGD, its momentum is --momentum.

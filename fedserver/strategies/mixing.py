@@ -27,7 +27,7 @@ def clip(*, radius: float = 0.0) -> Mixing:
         shares = within(radius or float(np.median(norms)), norms)
         return np.column_stack([1 - shares, np.diag(shares)])
 
-    return Mixing(step=Step(apply=apply), min_updates=lambda needed: needed)
+    return Mixing(step=Step(apply=apply), min_updates=lambda needed: needed, bounds_updates=True)
 
 
 def nnm(*, f: int = 1) -> Mixing:

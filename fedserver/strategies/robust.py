@@ -45,7 +45,8 @@ def trimmed_mean(*, trim: float = 0.2) -> Rule:
 
     def reduce(ascending: Matrix) -> Matrix:
         num_updates = ascending.shape[1]
-        num_cut = int(trim * num_updates)
+        # The product of 0.29 and 100 is a little below 29.
+        num_cut = int(trim * num_updates + 1e-9)
         return _mean(ascending[:, num_cut : num_updates - num_cut])
 
     # With fewer nothing would be cut.
@@ -65,11 +66,11 @@ def krum(*, f: int = 1) -> Rule:
 
 
 def multi_krum(*, f: int = 1, keep: int = 0) -> Rule:
-    """Mean of the best updates by Krum's score (Blanchard et al. 2017, section 4).
+    """Mean of the best updates by Krum's score (Blanchard et al. 2017, its variant Multi-Krum).
 
     Args:
         f: bad updates to bear; it takes 2 f + 3 updates.
-        keep: how many are averaged; 0: n - f.
+        keep: how many are averaged; 0: n - f, and never more.
     """
     _examine_f(f)
     if keep < 0:
@@ -82,7 +83,7 @@ def multi_krum(*, f: int = 1, keep: int = 0) -> Rule:
         chosen[best] = 1 / len(best)
         return _combination(chosen)
 
-    return Rule(select=Step(apply=select), reduce=_median, min_updates=max(2 * f + 3, keep))
+    return Rule(select=Step(apply=select), reduce=_median, min_updates=max(2 * f + 3, keep + f))
 
 
 def geometric_median(*, nu: float = 1e-6, iterations: int = 100) -> Rule:

@@ -4,8 +4,8 @@ A row of the table is a function with parameters by name that returns one of the
 `settings`, where a function has it, are the run's settings.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -80,10 +80,15 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """A step before a Rule; `min_updates` says how many it takes for that many to come out."""
+    """A step before a Rule; `min_updates` says how many it takes for that many to come out.
+
+    `bounds_updates`: after it no single update can do much harm, so that the plain mean follows
+    where no rule is named. After others one must be.
+    """
 
     step: Step
     min_updates: Callable[[int], int]
+    bounds_updates: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +112,16 @@ class Local:
     `control_share` clients send control variates' changes in a section of their own; their plain
     mean, times the share that belongs to the number of updates, is added to the server state,
     which clients get with their orders. `only_behind` names the aggregators it makes sense with;
-    without one named it is uniform then. `is_personal`: the global model alone is none that
-    anybody uses. `needs_norms`: the task's model must have normalisation layers.
+    without one named it is uniform then. `not_behind` names those it makes none with, and why.
+    `is_personal`: the global model alone is none that anybody uses. `needs_norms`: the task's model
+    must have normalisation layers.
     """
 
     rule: LocalRule
     server_optimizer: Callable[[int], ServerOptimizer] | None = None
     control_share: Callable[[int], float] | None = None
     only_behind: frozenset[str] | None = None
+    not_behind: Mapping[str, str] = field(default_factory=dict)
     is_personal: bool = False
     needs_norms: bool = False
 

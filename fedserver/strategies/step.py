@@ -25,6 +25,7 @@ from fedserver.strategies.blocks import (
 )
 from fedserver.strategies.geometry import distances_between, squared_distances
 from fedserver.strategies.means import Weights, weighted_sum
+from fedserver.strategies.robust import median
 from fedserver.strategies.rows import Matrix, Rule, ServerOptimizer, Step, Strategy, UnfitCohort
 from shared.codec import Layout, make_layout
 from shared.types import CONTROL_SECTION
@@ -122,14 +123,18 @@ def control_layout(base: Layout, kinds: Mapping[str, EntryKind]) -> Layout:
 
 
 def by_rule(steps: Sequence[Step], rule: Rule) -> Aggregator:
-    """Return the aggregator that takes these steps, then the rule's own, then reduces."""
+    """Return the aggregator that takes these steps, then the rule's own, then reduces.
+
+    Steps mix parameters only. So that a float buffer can't do what they keep a parameter from, its
+    median is taken behind them, whatever the rule.
+    """
     all_steps = [*steps, *([rule.select] if rule.select else [])]
 
     def prepare(cohort: Cohort) -> Callable[[], BlockFunction]:
         coefficients = _chained(all_steps, cohort)
 
         def begin() -> BlockFunction:
-            of_buffers = _Coordinates(cohort, rule)
+            of_buffers = _Coordinates(cohort, median() if steps else rule)
             if coefficients is None:
                 of_parameters: BlockFunction = of_buffers
             elif len(coefficients) == 1:

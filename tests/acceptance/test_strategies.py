@@ -85,6 +85,14 @@ def test_a_strategy_that_a_round_could_starve_is_refused_at_the_start(scene: Sce
     assert not (scene.folder / "server" / "federation.sqlite").exists()
 
 
+def test_a_rule_that_needs_a_number_of_updates_leaves_no_stragglers_out(scene: Scene) -> None:
+    """Who is left out is drawn after the round's clients were."""
+    flags = ("--strategy", "krum", "--min-clients", 9, "--stragglers", 0.5)
+    server = start_server(scene, *flags, "--straggler-work", "none")
+    assert server.wait() == 1
+    assert "krum needs at least 5 updates in a round, and --straggler-work none" in server.lines[-1]
+
+
 @pytest.mark.parametrize("name", ["int8", "top-k"])
 def test_compressed_runs_repeat_through_a_kill(scene: Scene, name: str) -> None:
     """Rounding and residuals come from what is durable."""

@@ -135,6 +135,21 @@ def test_several_tensors_of_any_shape_and_precision(
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda one: one.encoding)
+def test_tied_weights_arrive_alike(compression: Compression) -> None:
+    """The same numbers under two names are the same after it; others are rounded on their own.
+
+    TOP_K may have no place for the second of its last two.
+    """
+    one, other = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(3))
+    arrived = there_and_back({"a": one, "b": one.clone(), "c": other}, compression)
+    num_differing = int((arrived["a"] != arrived["b"]).sum())
+    assert num_differing <= (compression.encoding is Encoding.TOP_K)
+    doubled = there_and_back({"a": one, "c": 2 * one}, compression)
+    if compression.encoding is Encoding.INT8:
+        assert not torch.equal(2 * doubled["a"], doubled["c"])
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda one: one.encoding)
 def test_the_same_arguments_give_the_same_bytes(compression: Compression) -> None:
     """Whatever was drawn before; only INT8 draws, and another seed rounds otherwise."""
     delta = {"w": torch.randn(1000, generator=torch.Generator().manual_seed(2)), "b": torch.ones(3)}

@@ -11,7 +11,7 @@ import torch
 from fedserver.strategies.geometry import squared_distances
 from tests.factories import write_state
 from tests.processes import ROOT
-from tests.vectors import cohort_of
+from tests.vectors import aggregate, cohort_of
 
 MIB = 1 << 20
 NUM_UPDATES = 600
@@ -89,3 +89,10 @@ def test_hundreds_of_updates_take_no_more_memory_than_their_blocks(
     )
     grown_bytes = int(done.stdout)
     assert grown_bytes <= MOST_BYTES, f"{grown_bytes / MIB:.0f} MiB"
+
+
+def test_a_trimmed_mean_cuts_the_share_that_is_meant(tmp_path: Path) -> None:
+    """0.29 times 100 is 28.999... in float64: 29 are cut at either end all the same."""
+    updates = np.random.default_rng(4).permutation(np.arange(100.0) ** 2)[:, None]
+    found = aggregate(tmp_path, "trimmed-mean", updates, {"trim": 0.29})
+    assert found == pytest.approx(np.mean(np.arange(29, 71) ** 2))

@@ -98,16 +98,20 @@ def test_qfedavg_with_q_0_needs_no_particular_loss(tmp_path: Path) -> None:
     assert np.abs(found - np.mean(UPDATES, axis=0)).max() < 1e-12
 
 
-@pytest.mark.parametrize("q", [1.0, 2.0])
+@pytest.mark.parametrize("q", [0.5, 1.0, 2.0])
 def test_qfedavg_takes_a_loss_of_0(tmp_path: Path, q: float) -> None:
-    """Its client doesn't ask for a move; for q = 1 it still shortens the others', as 0^0 is 1."""
+    """Its client doesn't ask for a move, but shortens the others'.
+
+    For q = 1 as 0^0 is 1; below 1 the slope at 0 is infinite, and taken at 1e-10 instead.
+    """
     losses = (0.2, 0.0, 0.9)
     smoothness = 1 / 0.05
     deltas, steps = [], []
     for update, loss in zip(UPDATES, losses, strict=True):
         move = smoothness * (BASE - update)
         deltas.append(loss**q * move)
-        steps.append(q * loss ** (q - 1) * (move**2).sum() + smoothness * loss**q)
+        slope = q * (1e-10 if q < 1 and loss == 0 else loss) ** (q - 1)
+        steps.append(slope * (move**2).sum() + smoothness * loss**q)
     expected = BASE - np.sum(deltas, axis=0) / sum(steps)
     found, _ = aggregate(tmp_path, "qfedavg", parameters={"q": q}, losses=losses)
     assert np.abs(found - expected).max() < 1e-12
@@ -121,9 +125,9 @@ def test_qfedavg_stays_where_nobody_has_a_loss(tmp_path: Path, q: float) -> None
     assert variance == pytest.approx(2.3)
 
 
-@pytest.mark.parametrize(("q", "loss"), [(2, 1e200), (10, 1e31), (0.5, 0.0), (0.01, 1e-310)])
+@pytest.mark.parametrize(("q", "loss"), [(2, 1e200), (10, 1e31)])
 def test_qfedavg_names_a_loss_beyond_its_powers(tmp_path: Path, q: float, loss: float) -> None:
-    """F^q or q F^(q - 1) isn't a number that weights can be made of."""
+    """F^q isn't a number that weights can be made of."""
     sentence = f"with q {q:g} has no weight for a loss of the global model of {loss:g}"
     with pytest.raises(UnfitCohort, match=re.escape(sentence)):
         aggregate(tmp_path, "qfedavg", parameters={"q": q}, losses=(0.2, loss, 0.9))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared.weights import EntryKind, entry_kinds
+from shared.weights import EntryKind, entry_kinds, norm_entries
 from tests.factories import TinyNet
 
 
@@ -43,3 +43,20 @@ def test_parameters_and_float_buffers_are_what_is_averaged() -> None:
     """Counters and fixed entries have rules of their own."""
     averaged = {kind for kind in EntryKind if kind.is_averaged}
     assert averaged == {EntryKind.PARAMETER, EntryKind.FLOAT_BUFFER}
+
+
+def test_every_kind_of_norm_layer_is_found() -> None:
+    """With its running statistics, and nested; nothing else is."""
+    model = nn.Sequential(
+        nn.Linear(4, 4),
+        nn.Sequential(nn.BatchNorm1d(4), nn.LayerNorm(4)),
+        *(nn.GroupNorm(2, 4), nn.RMSNorm(4), nn.InstanceNorm1d(4, affine=True)),
+    )
+    assert {name.rpartition(".")[0] for name in norm_entries(model)} == {
+        "1.0",
+        "1.1",
+        "2",
+        "3",
+        "4",
+    }
+    assert "1.0.running_var" in norm_entries(model)
