@@ -91,7 +91,17 @@ def split_shards(
     McMahan et al. 2017, section 3, "Pathological Non-IID": with two shards a client sees at
     most two classes, or a few more where a shard crosses from one class into the next. Sizes
     differ by at most one example a shard.
+
+    Raises:
+        InvalidInput: more shards in all than there are examples.
     """
+    # The number may be a server's: each shard takes memory, an empty one too.
+    if num_partitions * shards_per_client > len(labels):
+        raise InvalidInput(
+            f"{num_partitions} partitions of shards_per_client={shards_per_client} are more shards "
+            f"than the {len(labels)} examples; use fewer shards a client, fewer partitions or more "
+            "data"
+        )
     by_label = np.argsort(labels, kind="stable")
     shards = np.array_split(by_label, num_partitions * shards_per_client)
     dealt = rng.permutation(len(shards)).reshape(num_partitions, shards_per_client)

@@ -252,6 +252,11 @@ def test_cuts_are_pinned() -> None:
         ({"scheme": "dirichlet", "parameters": {"alpha": 0.0}}, "must be a positive number"),
         ({"scheme": "quantity", "parameters": {"alpha": float("nan")}}, "positive number"),
         ({"scheme": "shards", "parameters": {"shards_per_client": 1.5}}, "a whole number"),
+        (
+            {"scheme": "shards", "parameters": {"shards_per_client": 1e9}},
+            "10 partitions of shards_per_client=1000000000 are more shards than the 1000 examples",
+        ),
+        ({"scheme": "shards", "parameters": {"shards_per_client": 101}}, "fewer shards a client"),
         ({"scheme": "classes", "parameters": {"classes_per_client": 11}}, "has 10 classes"),
         ({"scheme": "classes", "num_partitions": 4}, "can't hold all 10 classes"),
         ({"num_partitions": 0}, "at least 1"),
