@@ -9,6 +9,7 @@ from blake3 import blake3
 from shared.codec import digest_file
 from shared.errors import CorruptPayload
 from shared.files import naming_full_disk
+from shared.types import Section
 
 _NUM_KEPT = 2
 _READ_BYTES = 1 << 20
@@ -21,16 +22,17 @@ class BlobCache:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
 
-    def fetch(self, digest: str, download: Callable[[int], Iterator[memoryview]]) -> Path:
-        """Return the path of a blob, downloading from the byte on that is missing.
+    def fetch(self, section: Section, download: Callable[[int], Iterator[memoryview]]) -> Path:
+        """Return the path of a section's blob, downloading from the byte on that is missing.
 
         `download(offset)` yields the bytes from `offset` to the end. What has arrived when it
         breaks stays for the next call.
 
         Raises:
-            CorruptPayload: the bytes don't match the digest; they are dropped.
+            CorruptPayload: there are more bytes, or they don't match the digest; they are dropped.
             OutOfSpace: the disk is full.
         """
+        digest = section.digest
         path = self._folder / digest
         if path.exists():
             if digest_file(path) == digest:
@@ -45,12 +47,20 @@ class BlobCache:
                 file.seek(0)
                 while earlier := file.read(_READ_BYTES):
                     hasher.update(earlier)
-                for data in download(file.tell()):
+                size = file.tell()
+                for data in download(size):
+                    size += len(data)
+                    # A stream needn't ever end, and isn't to fill this disk.
+                    if size > section.size_bytes:
+                        break
                     hasher.update(data)
                     file.write(data)
-            if hasher.hexdigest() != digest:
+            if size > section.size_bytes or hasher.hexdigest() != digest:
                 part.unlink()
-                raise CorruptPayload(f"blob {digest} arrived with other bytes; fetching it again")
+                raise CorruptPayload(
+                    f"blob {digest} arrived with other bytes than its {section.size_bytes}; "
+                    "fetching it again"
+                )
             part.replace(path)
         self._forget_old(keep=path)
         return path

@@ -174,7 +174,7 @@ class OrderWorker:
                     progress.add(bytes_received=len(data))
                     yield data
 
-            return self._cache.fetch(section.digest, pieces)
+            return self._cache.fetch(section, pieces)
 
         return self._session.call(download, how_far=lambda: progress.counters.bytes_received)
 
