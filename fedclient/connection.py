@@ -34,6 +34,7 @@ from shared.errors import (
     WrongOffset,
     WrongSettings,
 )
+from shared.foreign_text import printable
 from shared.pb import federation_pb2 as pb
 from shared.pb.federation_pb2_grpc import FederationServiceStub
 from shared.types import (
@@ -228,7 +229,7 @@ class Connection:
             answer = self._upload(messages)
         if answer.receipt not in _RECEIPTS:
             raise WrongSettings(f"the server answers receipt {answer.receipt}; update this client")
-        return UploadAnswer(receipt=_RECEIPTS[answer.receipt], reason=answer.reason)
+        return UploadAnswer(receipt=_RECEIPTS[answer.receipt], reason=printable(answer.reason))
 
     def report_progress(
         self,
@@ -282,7 +283,7 @@ def _errors_translated() -> Iterator[None]:
         # Whatever isn't a clear answer of the server's (UNAVAILABLE, CANCELLED, a deadline, an
         # error of its own) may go away by itself.
         raise _ERRORS.get(call.code(), ServerUnreachable)(
-            call.details() or call.code().name
+            printable(call.details() or call.code().name)
         ) from error
     except ValueError as error:
         if isinstance(error, FederationError):

@@ -1,34 +1,57 @@
-"""A client whose server names things that would become files outside of its folder."""
+"""A client whose server means ill: what it names, what it says, whose orders it gives."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
 
 from fedclient.connection import Connection
-from shared.errors import WrongSettings
+from shared.errors import InvalidInput, WrongSettings
 from shared.pb import federation_pb2 as pb
+from shared.pb.federation_pb2_grpc import (
+    FederationServiceServicer,
+    add_FederationServiceServicer_to_server,
+)
+from shared.types import Counters, Receipt
+from tests.factories import make_update
+
+ILL = "bad\n2026-11-25 12:00:00 INFO all is well \x1b[2J" + "!" * 2000
+SHOWN = r"bad\n2026-11-25 12:00:00 INFO all is well \x1b[2J!!"
+
+
+class IllServer(FederationServiceServicer):
+    """Has one order for everybody, and a text for whoever reports or uploads."""
+
+    def __init__(self, order: pb.WorkOrder) -> None:
+        self._order = order
+
+    def PullWork(self, _: pb.PullWorkRequest, __: object) -> pb.PullWorkResponse:  # noqa: N802
+        """Give the order."""
+        return pb.PullWorkResponse(state=pb.WORK_STATE_ORDER, order=self._order)
+
+    def ReportProgress(  # noqa: N802
+        self, _: pb.ReportProgressRequest, context: grpc.ServicerContext
+    ) -> pb.ReportProgressResponse:
+        """Answer with a status."""
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, ILL)
+
+    def UploadUpdate(  # noqa: N802
+        self, _: Iterator[pb.UploadUpdateRequest], __: object
+    ) -> pb.UploadUpdateResponse:
+        """Refuse."""
+        return pb.UploadUpdateResponse(receipt=pb.RECEIPT_REFUSED, reason=ILL)
 
 
 @contextmanager
 def connected(order: pb.WorkOrder) -> Iterator[Connection]:
     """Give a connection to a server that has this order for everybody."""
-
-    def pull_work(_: pb.PullWorkRequest, __: object) -> pb.PullWorkResponse:
-        return pb.PullWorkResponse(state=pb.WORK_STATE_ORDER, order=order)
-
-    handler = grpc.unary_unary_rpc_method_handler(
-        pull_work,
-        request_deserializer=pb.PullWorkRequest.FromString,
-        response_serializer=pb.PullWorkResponse.SerializeToString,
-    )
-    name = pb.DESCRIPTOR.services_by_name["FederationService"].full_name
     server = grpc.server(ThreadPoolExecutor(1))
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(name, {"PullWork": handler}),)
-    )
+    # What it doesn't have answers UNIMPLEMENTED.
+    ill = IllServer(order)  # type: ignore[abstract]
+    add_FederationServiceServicer_to_server(ill, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     connection = Connection(f"127.0.0.1:{port}")
@@ -67,3 +90,19 @@ def test_no_order_names_a_file_elsewhere(changes: dict[str, str]) -> None:
         assert connection.pull_work("session", wait_s=0).order is not None
     with connected(an_order(**changes)) as connection, pytest.raises(WrongSettings, match="order"):
         connection.pull_work("session", wait_s=0)
+
+
+def test_what_the_server_says_is_fit_for_a_terminal_and_a_log(tmp_path: Path) -> None:
+    """An error's text and a refusal's reason: escaped, and no longer than a line may be."""
+    payload = tmp_path / "payload"
+    payload.write_bytes(b"x")
+    with connected(an_order()) as connection:
+        with pytest.raises(InvalidInput) as error:
+            connection.report_progress("session", "order", counters=Counters())
+        answer = connection.upload(
+            "session", make_update(), payload, offset=0, on_sent=lambda _: None
+        )
+    assert answer.receipt is Receipt.REFUSED
+    for text in (str(error.value), answer.reason):
+        assert text.startswith(SHOWN)
+        assert len(text) == 1000
