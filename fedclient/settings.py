@@ -10,9 +10,8 @@ from pydantic_settings import SettingsConfigDict
 
 from shared.cli import Settings
 from shared.diagnosis import Cause, DoctorSettings, RemedyPolicy
+from shared.types import MAX_CLIENT_ID, MAX_CLIENT_IDS
 
-_MAX_CLIENT_ID = 2**53
-_MAX_IDS = 10_000
 _MAX_NAME_LENGTH = 100
 
 
@@ -22,7 +21,7 @@ class ConnectionSettings(Settings):
     id: int | None = Field(
         default=None,
         ge=0,
-        le=_MAX_CLIENT_ID,
+        le=MAX_CLIENT_ID,
         description="this client's number, another one for every client",
     )
     ids: str | None = Field(
@@ -82,11 +81,11 @@ def _read_ranges(ids: str) -> list[range]:
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal()) or int(first) > int(last):
             raise ValueError(f"--ids is {ids!r}: write it as 0-99 or 0,3,7-9")
-        if int(last) > _MAX_CLIENT_ID:
+        if int(last) > MAX_CLIENT_ID:
             raise ValueError(f"--ids is {ids!r}: ids go up to 2^53")
         ranges.append(range(int(first), int(last) + 1))
-    if sum(map(len, ranges)) > _MAX_IDS:
-        raise ValueError(f"--ids is {ids!r}: one process serves at most {_MAX_IDS} clients")
+    if sum(map(len, ranges)) > MAX_CLIENT_IDS:
+        raise ValueError(f"--ids is {ids!r}: one process serves at most {MAX_CLIENT_IDS} clients")
     return ranges
 
 

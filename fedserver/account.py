@@ -257,7 +257,7 @@ def _cohort_table(attempt: Values, *, max_width: int) -> Table:
         ),
         Column(
             "took",
-            [f"{one['train_s']:.2f} s" if "train_s" in one else "" for one in metrics],
+            [_metric_text(one.get("train_s"), "{:.2f} s") for one in metrics],
         ),
     ]
     if carried:
@@ -323,9 +323,9 @@ def _between_s(begin: str, end: str) -> str:
     return f"{took.total_seconds():.2f} s"
 
 
-def _metric_text(value: object) -> str:
+def _metric_text(value: object, shape: str = "{:.4f}") -> str:
     # A number that isn't finite is kept by its name.
-    return f"{value:.4f}" if isinstance(value, float) else str(value or "")
+    return shape.format(value) if isinstance(value, float) else str(value or "")
 
 
 def _quantity_text(name: str, value: object) -> str:

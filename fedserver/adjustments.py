@@ -31,6 +31,8 @@ NUM_DOUBLINGS = 3
 _MOST_FACTOR = 0.5
 _LEAST_FACTOR = 0.1
 _LEAST_BAND_FACTOR = 0.125
+# Whatever clients report: no norm is to end learning, or to be beyond what float64 can double.
+_LEAST_NORM, _MOST_NORM = 1e-4, 1e6
 
 Reports = Sequence[tuple[int, Diagnosis]]
 
@@ -147,7 +149,7 @@ def _after_cause(
         )
         if not norms:
             return before
-        norm = statistics.median(norms)
+        norm = statistics.median(min(_MOST_NORM, max(_LEAST_NORM, one)) for one in norms)
         if before.clip_norm is not None:
             norm = min(norm, before.clip_norm / 2)
         return replace(before, clip_norm=norm, num_clipped=before.num_clipped + 1, num_doublings=0)

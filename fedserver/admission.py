@@ -29,6 +29,9 @@ from shared.weights import EntryKind
 MAX_WEIGHT = 2**29 - 1
 """Above, num_examples * float32 isn't exact in float64 any more (see strategies.means)."""
 
+MAX_METRIC = 1e30
+"""Above, a sum over clients could overflow; no honest loss is there."""
+
 HEADER_SLACK_BYTES = 1 << 20
 """How much longer than the model's an update's header may be: spaces, remarks, other names."""
 
@@ -90,10 +93,10 @@ def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimit
             max_steps=max_steps,
         )
     for name, value in update.metrics.items():
-        if name not in METRIC_NAMES or not math.isfinite(value):
+        if name not in METRIC_NAMES or not abs(value) <= MAX_METRIC:
             raise UpdateRefused(
-                f"metric {name!r} is {value}; metrics are finite numbers named "
-                f"{', '.join(sorted(METRIC_NAMES))}",
+                f"metric {name!r} is {value}; metrics are numbers of at most {MAX_METRIC:g} either "
+                f"side of 0, named {', '.join(sorted(METRIC_NAMES))}",
                 kind="metrics",
             )
         if name.endswith("accuracy") and not 0 <= value <= 1:

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 
 from fedserver.admission import (
     UpdateRefused,
@@ -32,7 +33,15 @@ from shared.errors import (
 )
 from shared.failpoints import FailPoint, pass_by
 from shared.memory import return_free_pages
-from shared.types import CONTROL_SECTION, ClientUpdate, IncidentKind, Receipt, UploadAnswer
+from shared.types import (
+    CONTROL_SECTION,
+    METRIC_NAMES,
+    MODEL_SECTION,
+    ClientUpdate,
+    IncidentKind,
+    Receipt,
+    UploadAnswer,
+)
 
 _ANSWERS = {
     OrderState.STORED: Receipt.STORED,
@@ -263,6 +272,8 @@ class Intake:
                 fields=good_fields if is_good else {"reason": refusal and refusal.reason},
             )
 
+        if order_event is not OrderEvent.STORE:
+            update = _without_names_of_its_own(update)
         open_order = self._parts.book.find(update.order_id)
         while True:
             collecting = self._parts.book.current
@@ -342,7 +353,18 @@ class Intake:
             self._parts.store.add_events,
             record.run_id,
             [happened],
-            report_key=f"{update.order_id}={update.digest}",
+            report_key=f"{update.order_id}=contradicted",
         )
         if is_new:
             self._parts.bus.publish(happened)
+
+
+def _without_names_of_its_own(update: ClientUpdate) -> ClientUpdate:
+    """Return an update that wasn't admitted without what no update has: no text is kept by it."""
+    return replace(
+        update,
+        metrics={name: one for name, one in update.metrics.items() if name in METRIC_NAMES},
+        sections=tuple(
+            one for one in update.sections if one.name in (MODEL_SECTION, CONTROL_SECTION)
+        ),
+    )

@@ -271,9 +271,9 @@ def numbers_text(numbers: Iterable[int]) -> str:
     return ", ".join(words) or "none"
 
 
-def share_text(value: float | None) -> str:
-    """Return a share as per cent, nothing for None."""
-    return "" if value is None else f"{100 * value:.3g} %"
+def share_text(value: float | str | None) -> str:
+    """Return a share as per cent, nothing for None; one that isn't finite is kept by its name."""
+    return f"{100 * value:.3g} %" if isinstance(value, float) else value or ""
 
 
 def _seconds(entry: Mapping[str, Any]) -> str:

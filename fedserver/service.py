@@ -7,34 +7,33 @@ that carry payloads are served as raw bytes (see shared.chunks), the others as m
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import asdict
 from typing import NoReturn, TypeVar
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fedserver.desk import Desk
+from fedserver.messages import (
+    compression_message,
+    digest_of,
+    duration_of,
+    incident_of,
+    order_message,
+    seconds_of,
+    update_of,
+)
 from shared.chunks import UPLOAD_DATA_FIELD, holds_field, unframe
-from shared.diagnosis_wire import diagnosis_of
 from shared.errors import FederationError, InvalidInput
 from shared.pb import federation_pb2 as pb
 from shared.types import (
     MAX_INCIDENTS,
-    ClientUpdate,
-    Compression,
     Counters,
     Directive,
-    Encoding,
-    Incident,
-    IncidentKind,
     Receipt,
     Registration,
-    Section,
-    WorkOrder,
     WorkState,
 )
 
@@ -64,6 +63,10 @@ Outgoing = TypeVar("Outgoing")
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
 
+# What is larger is no client's of ours, and would hold up everybody while it is taken apart.
+_MAX_REQUEST_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 256 << 10
+
 _STATES = {
     WorkState.ORDER: pb.WORK_STATE_ORDER,
     WorkState.WAIT: pb.WORK_STATE_WAIT,
@@ -78,22 +81,6 @@ _RECEIPTS = {
 _DIRECTIVES = {
     Directive.CONTINUE: pb.DIRECTIVE_CONTINUE,
     Directive.ABANDON: pb.DIRECTIVE_ABANDON,
-}
-_ENCODINGS = {
-    pb.ENCODING_STATE_DICT: Encoding.STATE_DICT,
-    pb.ENCODING_FLOAT16: Encoding.FLOAT16,
-    pb.ENCODING_BFLOAT16: Encoding.BFLOAT16,
-    pb.ENCODING_INT8: Encoding.INT8,
-    pb.ENCODING_TOP_K: Encoding.TOP_K,
-}
-_ENCODING_NUMBERS = {encoding: number for number, encoding in _ENCODINGS.items()}
-_INCIDENT_KINDS = {
-    pb.INCIDENT_KIND_NON_FINITE_LOSS: IncidentKind.NON_FINITE_LOSS,
-    pb.INCIDENT_KIND_NON_FINITE_GRADIENT: IncidentKind.NON_FINITE_GRADIENT,
-    pb.INCIDENT_KIND_NON_FINITE_PARAMETER: IncidentKind.NON_FINITE_PARAMETER,
-    pb.INCIDENT_KIND_TRAINING_FAILED: IncidentKind.TRAINING_FAILED,
-    pb.INCIDENT_KIND_CLIENT_STATE_LOST: IncidentKind.CLIENT_STATE_LOST,
-    pb.INCIDENT_KIND_TRAINING_DIAGNOSED: IncidentKind.TRAINING_DIAGNOSED,
 }
 
 
@@ -125,30 +112,34 @@ class Servicer:
                 seed=info.partitioning.seed,
                 parameters=info.partitioning.parameters,
             ),
-            max_wait=_duration(info.max_wait_s),
-            lease=_duration(info.lease_s),
+            max_wait=duration_of(info.max_wait_s),
+            lease=duration_of(info.lease_s),
             total_rounds=info.total_rounds,
-            compression=_compression_message(info.compression),
+            compression=compression_message(info.compression),
         )
 
     async def pull_work(self, request: pb.PullWorkRequest) -> pb.PullWorkResponse:
         """See federation.proto."""
-        work = await self._desk.pull_work(request.session_id, wait_s=_seconds(request.wait))
+        work = await self._desk.pull_work(request.session_id, wait_s=seconds_of(request.wait))
         return pb.PullWorkResponse(
             state=_STATES[work.state],
-            order=None if work.order is None else _order_message(work.order),
+            order=None if work.order is None else order_message(work.order),
         )
 
     async def query_upload(self, request: pb.QueryUploadRequest) -> pb.QueryUploadResponse:
         """See federation.proto."""
         committed_bytes, is_complete = await self._desk.committed_bytes(
-            request.session_id, request.order_id, _digest(request.digest)
+            request.session_id, request.order_id, digest_of(request.digest)
         )
         return pb.QueryUploadResponse(committed_bytes=committed_bytes, complete=is_complete)
 
     async def report_progress(self, request: pb.ReportProgressRequest) -> pb.ReportProgressResponse:
         """See federation.proto."""
         told = request.counters
+        if len(request.incidents) > MAX_INCIDENTS:
+            raise InvalidInput(
+                f"{len(request.incidents)} incidents; an order may have {MAX_INCIDENTS}"
+            )
         directive = await self._desk.report_progress(
             request.session_id,
             request.order_id,
@@ -159,7 +150,7 @@ class Servicer:
                 batches_total=told.batches_total,
                 replays=told.replays,
             ),
-            incidents=[(one.sequence, _incident(one)) for one in request.incidents],
+            incidents=[(one.sequence, incident_of(one)) for one in request.incidents],
             gave_up=request.gave_up,
         )
         return pb.ReportProgressResponse(directive=_DIRECTIVES[directive])
@@ -171,33 +162,18 @@ class Servicer:
         await context.send_initial_metadata(())
         wanted = _parse(pb.DownloadBlobRequest, request)
         await self._desk.download(
-            wanted.session_id, _digest(wanted.digest), offset=wanted.offset, write=context.write
+            wanted.session_id, digest_of(wanted.digest), offset=wanted.offset, write=context.write
         )
 
     async def upload_update(self, messages: AsyncIterator[bytes], context: Context) -> bytes:
         """See federation.proto; reads raw messages."""
         first = await anext(messages, b"")
-        header = _parse(pb.UploadUpdateRequest, first).header
-        if header.encoding not in _ENCODINGS:
+        if len(first) > _MAX_HEADER_BYTES:
             raise InvalidInput(
-                "an upload begins with a header, whose encoding is one of federation.proto's, such "
-                "as ENCODING_STATE_DICT"
+                f"an upload's header has {len(first)} bytes; it may have {_MAX_HEADER_BYTES}"
             )
-        if header.size_bytes >= 2**63:
-            raise InvalidInput(f"size_bytes is {header.size_bytes}; it must be less than 2^63")
-        update = ClientUpdate(
-            order_id=header.order_id,
-            digest=_digest(header.digest),
-            size_bytes=header.size_bytes,
-            sections=tuple(
-                Section(name=one.name, digest=one.digest, size_bytes=one.size_bytes)
-                for one in header.sections
-            ),
-            num_examples=header.num_examples,
-            num_steps=header.num_steps,
-            metrics=dict(header.metrics),
-            encoding=_ENCODINGS[header.encoding],
-        )
+        header = _parse(pb.UploadUpdateRequest, first).header
+        update = update_of(header)
         answer = await self._desk.upload(
             header.session_id, update, _upload_chunks(messages), offset=header.offset
         )
@@ -255,6 +231,11 @@ def _unary(
     call: Callable[[Request], Awaitable[Response]], request_class: type[Request]
 ) -> "grpc.RpcMethodHandler[bytes, bytes]":
     async def serve(request: bytes, _: Context) -> bytes:
+        if len(request) > _MAX_REQUEST_BYTES:
+            raise InvalidInput(
+                f"a {request_class.DESCRIPTOR.name} of {len(request)} bytes; it may have "
+                f"{_MAX_REQUEST_BYTES}"
+            )
         response = await call(_parse(request_class, request))
         return response.SerializeToString()
 
@@ -296,101 +277,8 @@ def _parse(message_class: type[Request], raw: bytes) -> Request:
         raise InvalidInput(f"the bytes aren't a {message_class.__name__}: {error}") from error
 
 
-def _digest(text: str) -> str:
-    """Return `text` if it is a digest; it becomes part of a file's name."""
-    if len(text) != 64 or set(text) - set("0123456789abcdef"):
-        raise InvalidInput(f"{text[:80]!r} isn't a digest of 64 lower-case hexadecimal digits")
-    return text
-
-
 async def _upload_chunks(messages: AsyncIterator[bytes]) -> AsyncIterator[memoryview]:
     async for message in messages:
         if not holds_field(message, field=UPLOAD_DATA_FIELD):
             raise InvalidInput("after the header an upload holds data and nothing else")
         yield unframe(message, field=UPLOAD_DATA_FIELD)
-
-
-def _incident(message: pb.Incident) -> Incident:
-    if message.kind not in _INCIDENT_KINDS:
-        raise InvalidInput(f"there is no incident kind {message.kind}")
-    if not 1 <= message.sequence <= MAX_INCIDENTS:
-        raise InvalidInput(
-            f"an incident has number {message.sequence}; an order's are 1 to {MAX_INCIDENTS}"
-        )
-    is_diagnosed = message.kind == pb.INCIDENT_KIND_TRAINING_DIAGNOSED
-    if is_diagnosed != message.HasField("diagnosis"):
-        raise InvalidInput(
-            "INCIDENT_KIND_TRAINING_DIAGNOSED comes with a diagnosis, and no other kind does"
-        )
-    return Incident(
-        kind=_INCIDENT_KINDS[message.kind],
-        step=message.step if message.HasField("step") else None,
-        epoch=message.epoch if message.HasField("epoch") else None,
-        tensor=message.tensor if message.HasField("tensor") else None,
-        detail=dict(message.detail),
-        diagnosis=diagnosis_of(message.diagnosis) if is_diagnosed else None,
-    )
-
-
-def _order_message(order: WorkOrder) -> pb.WorkOrder:
-    training = order.training
-    return pb.WorkOrder(
-        order_id=order.order_id,
-        client_id=order.client_id,
-        round=order.round_number,
-        attempt=order.attempt,
-        sections=[
-            pb.Section(name=one.name, digest=one.digest, size_bytes=one.size_bytes)
-            for one in order.sections
-        ],
-        training=pb.TrainingConfig(
-            epochs=training.epochs,
-            batch_size=training.batch_size,
-            optimizer=training.optimizer,
-            lr=training.lr,
-            momentum=training.momentum,
-            weight_decay=training.weight_decay,
-            clip_norm=training.clip_norm,
-            schedule=pb.Schedule(**asdict(training.schedule)),
-            augmentation=training.augmentation,
-            local_rule=(
-                None
-                if training.local_rule is None
-                else pb.LocalRule(
-                    name=training.local_rule.name, parameters=training.local_rule.parameters
-                )
-            ),
-            work_deadline=(
-                None if training.work_deadline_s is None else _duration(training.work_deadline_s)
-            ),
-        ),
-        seed=order.seed,
-        last_counted_order_id=order.last_counted_order_id,
-        evaluate=order.evaluate,
-        holdout=order.holdout,
-    )
-
-
-def _compression_message(compression: Compression) -> pb.Compression | None:
-    if compression.encoding is Encoding.STATE_DICT:
-        return None
-    return pb.Compression(
-        encoding=_ENCODING_NUMBERS[compression.encoding],
-        block_size=compression.block_size,
-        fraction=compression.fraction,
-    )
-
-
-def _seconds(duration: Duration) -> float:
-    try:
-        return duration.ToTimedelta().total_seconds()
-    except (OverflowError, ValueError) as error:
-        raise InvalidInput(
-            f"{duration.seconds} seconds and {duration.nanos} nanoseconds are no duration: {error}"
-        ) from error
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterable
 from fedserver.records import Session
 from fedserver.signals import Signal
 from shared.errors import ClientIdTaken, InvalidInput, UnknownSession
-from shared.types import Registration
-
-MAX_CLIENT_ID = 2**53
+from shared.types import MAX_CLIENT_ID, MAX_CLIENT_IDS, Registration
 
 
 class Sessions:
@@ -135,12 +133,16 @@ class Sessions:
 
 def _examine(registration: Registration) -> None:
     ids = registration.client_ids
+    if len(ids) > MAX_CLIENT_IDS:
+        raise InvalidInput(f"{len(ids)} client ids; a session serves at most {MAX_CLIENT_IDS}")
     if not ids or len(set(ids)) != len(ids) or not all(0 <= one <= MAX_CLIENT_ID for one in ids):
         raise InvalidInput(
             f"client ids are {list(ids)}; give one or more different numbers from 0 on"
         )
     if not 1 <= len(registration.instance_key) <= 128:
         raise InvalidInput("the instance key must have 1 to 128 characters")
+    if max(map(len, (registration.software_version, *registration.capabilities))) > 128:
+        raise InvalidInput("software version and capabilities may have 128 characters each")
     sizes = registration.num_examples
     if sizes and len(sizes) != len(ids):
         raise InvalidInput(f"{len(sizes)} data sizes for {len(ids)} client ids; give one for each")

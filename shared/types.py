@@ -146,6 +146,10 @@ class Compression:
 
 NO_COMPRESSION = Compression()
 
+MAX_CLIENT_ID = 2**53
+MAX_CLIENT_IDS = 10_000
+"""How many client ids one process, and so one session, may serve."""
+
 MODEL_SECTION = "model"
 """The payload section that holds a whole state_dict."""
 

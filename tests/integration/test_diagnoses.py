@@ -68,6 +68,17 @@ def test_the_modules_and_entries_of_the_tasks_model_may_be_named(
     assert [(one.module, one.tensor) for one in origins] == names
 
 
+def test_more_incidents_than_an_order_has_are_refused(opened: OpenRound, history: History) -> None:
+    """However they are numbered; none of them is kept."""
+    told = [pb.Incident(kind=pb.INCIDENT_KIND_TRAINING_FAILED, sequence=1)] * 65
+    expect_status(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        lambda: opened.peers[0].report(opened.orders[0], incidents=told),
+        match="65 incidents; an order may have 64",
+    )
+    assert entry_of(history(), opened.orders[0])["incidents"] == []
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

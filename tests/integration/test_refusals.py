@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from tests.integration.peer import (
     State,
     changed,
     entry_of,
+    expect_status,
     is_finite,
     open_round,
     payload_of,
@@ -156,6 +158,56 @@ def test_an_impossible_header_is_refused_and_the_round_goes_on(
     expect_refused_and_recorded(opened, history, answer, sentence)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sections": [pb.Section()] * 9}, "9 sections; it may have 8"),
+        ({"sections": [pb.Section()] * 200_000}, "header has .* bytes; it may have 262144"),
+        ({"sections": [pb.Section(digest="patient 17")]}, "isn't a digest"),
+    ],
+    ids=["sections", "bytes", "text"],
+)
+def test_a_header_that_would_take_long_to_read_is_not_read(
+    opened: OpenRound, changes: dict[str, Any], words: str
+) -> None:
+    """Whoever sends it: before anybody's session or order is looked for."""
+    peer, order = opened.peers[0], opened.orders[0]
+    expect_status(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        lambda: peer.upload(order, b"bytes", session_id="nobody's", **changes),
+        match=words,
+    )
+
+
+def test_of_an_update_that_comes_too_late_no_text_is_kept(
+    opened: OpenRound, history: History
+) -> None:
+    """A record has places for metrics and sections that have a meaning, and for no other."""
+    peer, order = opened.peers[0], opened.orders[0]
+    assert peer.report(order, gave_up=True) == pb.DIRECTIVE_ABANDON
+    names: dict[str, Any] = {
+        "metrics": {"patient 17": 1.0, "loss": 0.5},
+        "sections": [pb.Section(name="patient")],
+    }
+    assert peer.upload(order, b"bytes", **names).receipt == pb.RECEIPT_LATE
+    entry = entry_of(history(), order)
+    assert [one["metrics"] for one in entry["updates"]] == [{"loss": 0.5}]
+    assert "patient" not in json.dumps(entry)
+
+
+def test_numbers_that_are_none_are_shown_by_their_names(
+    opened: OpenRound, session_scene: Scene
+) -> None:
+    """They are kept of a refused update, and no table stumbles over them."""
+    peer, order = opened.peers[0], opened.orders[0]
+    metrics = dict.fromkeys(("train_s", "loss", "compression_error"), torch.nan)
+    assert peer.upload(order, b"bytes", metrics=metrics).receipt == pb.RECEIPT_REFUSED
+    state_dir = session_scene.folder / "server"
+    shown = session_scene.command("show", "--state-dir", state_dir, "--round", str(order.round))
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert " nan" in shown.stdout
+
+
 def test_bytes_that_are_no_safetensors_file_are_refused(
     opened: OpenRound, history: History
 ) -> None:
@@ -186,7 +238,7 @@ def test_a_refused_order_stays_refused(opened: OpenRound, history: History) -> N
     peer, order = opened.peers[0], opened.orders[0]
     bad, other = payload_of(with_value(opened.base, torch.nan)), payload_of(changed(opened.base))
     first = peer.upload(order, bad)
-    for payload in (bad, other, other):
+    for payload in (bad, other, other, payload_of(changed(opened.base, by=0.02))):
         again = peer.upload(order, payload)
         assert (again.receipt, again.reason) == (pb.RECEIPT_REFUSED, first.reason)
     refused, contradicted = entry_of(history(), order)["incidents"]

@@ -150,6 +150,10 @@ def test_gradients_are_clipped_at_the_median_of_what_healed_them() -> None:
         norms.append(found.clip_norm)
     assert norms == [3.0, 6.0, None]
     assert found == NO_ADJUSTMENTS
+    # What no number of ours could be doubled or halved from is cut to what could be.
+    for told, norm in ((1.7e308, 1e6), (5e-324, 1e-4)):
+        found = after([(0, exploding(told)), (1, exploding(told))])
+        assert found == Adjustments(clip_norm=norm, num_clipped=1)
     # Nobody knows a norm that heals it: nothing to clip at.
     assert after([(0, exploding()), (1, exploding())]) == NO_ADJUSTMENTS
 

@@ -91,11 +91,13 @@ def test_the_two_sides_never_import_each_other_and_shared_neither() -> None:
 def test_only_the_two_ends_of_the_wire_know_grpc_and_protobuf() -> None:
     """Everything else speaks the values of shared.types.
 
-    A diagnosis has forty names and fields that both ends translate, one each way: a module of its
-    own knows their messages, so that they can't come apart, and knows no gRPC.
+    The server's messages are translated beside its servicer, in a module that knows no gRPC. A
+    diagnosis has forty names and fields that both ends translate, one each way: a module of its own
+    knows their messages, so that they can't come apart, and knows no gRPC either.
     """
     rest = outside("fedserver/service.py", "fedclient/connection.py")
     assert breaches(rest, "grpc", "grpc_health", "grpc_reflection") == []
+    rest.remove("fedserver/messages.py")
     rest.remove("shared/diagnosis_wire.py")
     assert breaches(rest, "google.protobuf", "shared.pb") == []
 

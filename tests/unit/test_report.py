@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from fedserver.report import class_table, numbers_text
+from fedserver.report import class_table, numbers_text, share_text
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,13 @@ def test_ten_classes_of_a_thousand_examples_each_fit_a_terminal_of_80_columns() 
     lines = [line.split() for line in captured.get().splitlines()]
     assert ["true", "accuracy", *map(str, range(10))] in lines
     assert lines.count(["0", "0.1000", *["1000"] * 10]) == 1
+
+
+def test_a_share_is_per_cent_and_what_is_none_keeps_its_name() -> None:
+    """A client may have told one that isn't finite: it is kept by its name, and shown by it."""
+    assert [share_text(one) for one in (0.12345, 1.0, None, "nan")] == [
+        "12.3 %",
+        "100 %",
+        "",
+        "nan",
+    ]

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from fedserver.sessions import MAX_CLIENT_ID, Sessions
+from fedserver.sessions import Sessions
 from shared.errors import ClientIdTaken, InvalidInput, UnknownSession
-from shared.types import Registration
+from shared.types import MAX_CLIENT_ID, Registration
 from tests.factories import make_registration, make_session
 
 LEASE_S = 30.0

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from fedclient.connection import _order
 from fedserver.evaluation import Evaluator
+from fedserver.messages import order_message
 from fedserver.run_settings import RUN_SETTINGS
-from fedserver.service import _order_message
 from fedserver.settings import ServerSettings, TrainingSettings
 from shared.data.augmentation import AUGMENTATIONS
 from shared.doctor import TrainingHalted
@@ -96,7 +96,7 @@ def test_an_order_arrives_as_it_was_sent() -> None:
             last_counted_order_id="p",
             evaluate=True,
         )
-        assert _order(_order_message(order)) == order
+        assert _order(order_message(order)) == order
 
 
 def test_an_order_of_an_older_server_trains_at_one_step_size() -> None:
@@ -110,7 +110,7 @@ def test_an_order_of_an_older_server_trains_at_one_step_size() -> None:
         training=TrainingConfig(schedule=Schedule(name="cosine"), augmentation="shift"),
         seed=1,
     )
-    message = _order_message(order)
+    message = order_message(order)
     message.training.ClearField("schedule")
     message.training.ClearField("augmentation")
     assert _order(message).training == TrainingConfig()
