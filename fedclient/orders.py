@@ -30,6 +30,7 @@ from shared.errors import (
     StreamFenced,
     UnknownSession,
     WrongOffset,
+    WrongSettings,
 )
 from shared.failpoints import FailPoint, pass_by
 from shared.training import incident_of
@@ -82,8 +83,14 @@ class OrderWorker:
 
         Raises:
             Stopped: the process is asked to end.
+            WrongSettings: it is for a client that this process doesn't serve.
             Exception: what the task's own code raised, told to the server before.
         """
+        if order.client_id not in self._settings.client_ids:
+            raise WrongSettings(
+                f"the server's order {order.order_id} is for client {order.client_id}, whom this "
+                "process doesn't serve"
+            )
         pass_by(FailPoint.ORDER_PULLED)
         update = self._outbox.find(order.order_id)
         is_new = update is None
@@ -123,7 +130,11 @@ class OrderWorker:
                 raise
 
     def _train(self, order: WorkOrder, progress: ProgressReporter) -> ClientUpdate:
-        state = self._state_in_force(order, progress)
+        # The session may be another run's by the time this order is trained.
+        states = ClientStates(
+            self._states_folder / str(order.client_id), run_id=self._session.info.run_id
+        )
+        state = self._state_in_force(states, order, progress)
         sections = {one.name: self._fetch(one, progress) for one in order.sections}
         pass_by(FailPoint.MODEL_FETCHED)
 
@@ -149,21 +160,20 @@ class OrderWorker:
             compression=self._session.info.compression,
         )
         pass_by(FailPoint.TRAINED)
-        self._states_of(order).keep(order.order_id, next_state, follows=order.last_counted_order_id)
+        states.keep(order.order_id, next_state, follows=order.last_counted_order_id)
         self._outbox.put(update)
         pass_by(FailPoint.UPDATE_KEPT)
         return update
 
-    def _state_in_force(self, order: WorkOrder, progress: ProgressReporter) -> ClientState:
+    def _state_in_force(
+        self, states: ClientStates, order: WorkOrder, progress: ProgressReporter
+    ) -> ClientState:
         try:
-            return self._states_of(order).promoted(order.last_counted_order_id)
+            return states.promoted(order.last_counted_order_id)
         except StateLost as error:
             logger.warning("client %d, round %d: %s", *_place(order), error)
             progress.note(Incident(kind=IncidentKind.CLIENT_STATE_LOST))
             return ClientState()
-
-    def _states_of(self, order: WorkOrder) -> ClientStates:
-        return ClientStates(self._states_folder / str(order.client_id))
 
     def _fetch(self, section: Section, progress: ProgressReporter) -> Path:
         def download(session: SessionInfo) -> Path:

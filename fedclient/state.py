@@ -4,6 +4,10 @@ It is kept under the order whose update it goes with, and only that of the last 
 COUNTED is ever in force: the server names it with every new order, so that a LATE, REFUSED or
 repeated round can't make the two sides disagree. What was in force before it is kept too: a round
 that is rolled back makes an order that was counted count no more, and the one before is named.
+
+What is forgotten is a matter of room alone, since nothing that isn't named is ever in force. So an
+order that names nothing that is here, and another run, leave the newest states where they are: they
+may be a personal model of months, and that order a mistake or worse.
 """
 
 import json
@@ -20,6 +24,10 @@ from shared.files import replace_file
 
 Tensors = Mapping[str, Tensor]
 
+_NUM_OF_THIS_RUN = 2
+_NUM_OF_OTHER_RUNS = 3
+"""As many as a run leaves: what was in force last, what was before it, what was to follow."""
+
 
 class StateLost(InvalidInput):
     """What was kept with the last counted order is gone or damaged; work begins without it."""
@@ -34,11 +42,15 @@ class ClientState:
 
 
 class ClientStates:
-    """Owns one client's folder: one file an order, and beside it one for each name of tensors."""
+    """Owns one client's folder: one file an order, and beside it one for each name of tensors.
 
-    def __init__(self, folder: Path) -> None:
+    `run_id` is the run whose orders are worked on.
+    """
+
+    def __init__(self, folder: Path, *, run_id: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        self._run_id = run_id
 
     def keep(self, order_id: str, state: ClientState, *, follows: str) -> None:
         """Keep a state until another order is counted; before its update is put into the outbox.
@@ -54,6 +66,7 @@ class ClientStates:
             digests[name] = digest_bytes(content)
             replace_file(self._tensors_path(order_id, name), content, survive_power_loss=False)
         described = {
+            "run": self._run_id,
             "follows": follows,
             "state": state.convalescence.as_json(),
             "tensors": digests,
@@ -63,19 +76,20 @@ class ClientStates:
         replace_file(self._path(order_id), content, survive_power_loss=False)
 
     def promoted(self, last_counted_order_id: str) -> ClientState:
-        """Return what is in force, and forget what other orders left.
+        """Return what is in force, and forget what other orders of the run left.
 
-        Before the first order is counted that is nothing.
+        Before the first order is counted that is nothing. Where nothing is in force the newest of
+        the run's states stay, and the newest of other runs' always.
 
         Raises:
             StateLost: it was kept here and isn't whole any more, or never was kept here.
         """
         if not last_counted_order_id:
-            self._forget_all_but()
+            self._make_room()
             return ClientState()
         try:
             kept = json.loads(self._path(last_counted_order_id).read_bytes())
-            follows = kept["follows"]
+            follows = str(kept["follows"])
             state = ClientState(
                 convalescence=Convalescence.from_json(kept["state"]),
                 tensors={
@@ -84,12 +98,12 @@ class ClientStates:
                 },
             )
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            self._forget_all_but()
+            self._make_room()
             raise StateLost(
                 f"what was kept with order {last_counted_order_id} is lost ({error}); "
                 "a remedy that was in force isn't any more, and a local rule begins anew"
             ) from error
-        self._forget_all_but(last_counted_order_id, follows)
+        self._make_room(last_counted_order_id, follows)
         return state
 
     def _read_tensors(self, order_id: str, name: str, digest: str) -> Tensors:
@@ -99,10 +113,23 @@ class ClientStates:
             raise InvalidInput(f"{path.name} holds other bytes than were written")
         return decode_state(content)
 
-    def _forget_all_but(self, *order_ids: str) -> None:
+    def _make_room(self, *in_force: str) -> None:
+        newest_first = sorted(
+            self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True
+        )
+        own = [path.stem for path in newest_first if self._is_of_this_run(path)]
+        others = [path.stem for path in newest_first if path.stem not in own]
+        staying = {*(in_force or own[:_NUM_OF_THIS_RUN]), *others[:_NUM_OF_OTHER_RUNS]}
         for path in self._folder.iterdir():
-            if path.name.partition(".")[0] not in order_ids:
+            if path.name.partition(".")[0] not in staying:
                 path.unlink()
+
+    def _is_of_this_run(self, path: Path) -> bool:
+        try:
+            return bool(json.loads(path.read_bytes())["run"] == self._run_id)
+        except (OSError, ValueError, LookupError, TypeError):
+            # Damaged, or of an older version.
+            return False
 
     def _path(self, order_id: str) -> Path:
         return self._folder / f"{order_id}.json"

@@ -91,7 +91,7 @@ class SmallFederation:
 
     def kept_by(self, client_id: int, what: str) -> Mapping[str, Tensor]:
         """Return what is in force at a client under a name."""
-        states = ClientStates(self._folder / f"states-{client_id}")
+        states = ClientStates(self._folder / f"states-{client_id}", run_id="run1")
         return states.promoted(self._last_counted.get(client_id, "")).tensors[what]
 
     @property
@@ -124,7 +124,7 @@ class SmallFederation:
     def train(self, order: WorkOrder, *, max_steps: int = 0) -> Sent:
         """Let a client work on its order."""
         payload = self._folder / f"{order.order_id}.draft"
-        states = ClientStates(self._folder / f"states-{order.client_id}")
+        states = ClientStates(self._folder / f"states-{order.client_id}", run_id="run1")
         sections = {one.name: one.digest for one in order.sections}
         control = self._checkpoints.find(sections[CONTROL_SECTION]) if len(sections) > 1 else None
         update, kept = train_order(

@@ -302,7 +302,7 @@ def delta_of(federation: SmallFederation, sent: Sent) -> dict[str, Tensor]:
 
 def residual_after(folder: Path, sent: Sent) -> State:
     """Return what comes into force if this update counts."""
-    states = ClientStates(folder / f"states-{sent.order.client_id}")
+    states = ClientStates(folder / f"states-{sent.order.client_id}", run_id="run1")
     return states.promoted(sent.order.order_id).tensors[RESIDUAL]
 
 

@@ -1,5 +1,6 @@
 """A client whose server means ill: what it names, what it says, whose orders it gives."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,6 +10,9 @@ import grpc
 import pytest
 
 from fedclient.connection import Connection
+from fedclient.loop import take_part
+from fedclient.settings import ClientSettings
+from shared.cli import parse
 from shared.errors import InvalidInput, WrongSettings
 from shared.pb import federation_pb2 as pb
 from shared.pb.federation_pb2_grpc import (
@@ -18,15 +22,25 @@ from shared.pb.federation_pb2_grpc import (
 from shared.types import Counters, Receipt
 from tests.factories import make_update
 
+TASK = "tests.tiny_task:tiny"
 ILL = "bad\n2026-11-25 12:00:00 INFO all is well \x1b[2J" + "!" * 2000
 SHOWN = r"bad\n2026-11-25 12:00:00 INFO all is well \x1b[2J!!"
 
 
 class IllServer(FederationServiceServicer):
-    """Has one order for everybody, and a text for whoever reports or uploads."""
+    """Has one run and one order for everybody, and a text for whoever reports or uploads."""
 
     def __init__(self, order: pb.WorkOrder) -> None:
         self._order = order
+
+    def Register(self, _: pb.RegisterRequest, __: object) -> pb.RegisterResponse:  # noqa: N802
+        """Open a session for anybody."""
+        return pb.RegisterResponse(
+            session_id="session",
+            run_id="run1-abc",
+            task=TASK,
+            partitioning=pb.Partitioning(scheme="iid", num_partitions=10),
+        )
 
     def PullWork(self, _: pb.PullWorkRequest, __: object) -> pb.PullWorkResponse:  # noqa: N802
         """Give the order."""
@@ -90,6 +104,24 @@ def test_no_order_names_a_file_elsewhere(changes: dict[str, str]) -> None:
         assert connection.pull_work("session", wait_s=0).order is not None
     with connected(an_order(**changes)) as connection, pytest.raises(WrongSettings, match="order"):
         connection.pull_work("session", wait_s=0)
+
+
+def test_an_order_for_somebody_else_is_refused(tmp_path: Path) -> None:
+    """Nothing is looked for, made or forgotten in the name of a client that isn't here."""
+    argv = ["--ids", "0-3", "--task", TASK]
+    order = an_order()
+    order.client_id = 7
+    with (
+        connected(order) as connection,
+        pytest.raises(WrongSettings, match="is for client 7, whom this process doesn't serve"),
+    ):
+        take_part(
+            parse(ClientSettings, argv),
+            state_dir=tmp_path,
+            connection=connection,
+            stop=threading.Event(),
+        )
+    assert not (tmp_path / "states").exists()
 
 
 def test_what_the_server_says_is_fit_for_a_terminal_and_a_log(tmp_path: Path) -> None:
