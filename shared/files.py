@@ -2,7 +2,9 @@
 
 import ctypes
 import errno
+import logging
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,9 @@ from filelock import FileLock, Timeout
 
 from shared.errors import InvalidInput, Locked, OutOfSpace
 
+logger = logging.getLogger(__name__)
+
+_OURS_ALONE = 0o700
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 WRITE_BACK_BYTES = 8 << 20
@@ -80,12 +85,16 @@ def replace_file(path: Path, *parts: bytes | memoryview, survive_power_loss: boo
 def locked_folder(folder: Path) -> Iterator[Path]:
     """Make `folder` if it isn't there and hold its lock; the lock ends with the process.
 
+    Nobody else may look into it: who reads the id of a session or an instance key can pass for that
+    client, and a personal model tells of the data it was trained on.
+
     Raises:
         InvalidInput: the folder can't be made or written to.
         Locked: another process holds it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=_OURS_ALONE, parents=True, exist_ok=True)
+        _keep_others_out(folder)
         lock = FileLock(folder / "lock", timeout=0)
         lock.acquire()
     except Timeout:
@@ -102,3 +111,31 @@ def locked_folder(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         lock.release()
+
+
+def _keep_others_out(folder: Path) -> None:
+    """Take away what an older version, or `mkdir`, left everybody: to look into a folder.
+
+    One that is open to a group alone was shared on purpose. A sticky bit says that a folder is
+    everybody's, as /tmp is.
+    """
+    found = folder.stat()
+    if not found.st_mode & stat.S_IRWXO:
+        return
+    if found.st_uid == os.geteuid() and not found.st_mode & stat.S_ISVTX:
+        try:
+            folder.chmod(_OURS_ALONE)
+        except PermissionError:
+            pass  # a file system without modes
+        else:
+            logger.warning(
+                "everybody on this machine could look into the state-dir %s: only you can now; "
+                "to share it, chmod it to 750",
+                folder,
+            )
+            return
+    logger.warning(
+        "everybody on this machine can look into the state-dir %s, which holds keys of sessions; "
+        "use a folder of your own",
+        folder,
+    )
