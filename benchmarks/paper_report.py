@@ -71,7 +71,8 @@ def _found(row: Row, record: Mapping[str, Any]) -> str:
     """Return what a run found, as it stands in the table."""
     accuracies: Sequence[float] = record["accuracies"]
     if row.target is None:
-        return f"{accuracies[-1]:.2%}"
+        place = f" after {len(accuracies)}" if len(accuracies) < row.rounds else ""
+        return f"{accuracies[-1]:.2%}{place}"
     rounds = crossing(accuracies, row.target)
     if rounds is None:
         return f"not in {len(accuracies)} (best {max(accuracies):.2%})"

@@ -1,13 +1,14 @@
 """Published results beside ours, on full MNIST; writes docs/results.md.
 
     python -m benchmarks.papers --data-root FOLDER [--rows 2nn-iid,cnn-e1] [--seeds 3]
-                                [--processes 2] [--work state/papers]
+                                [--processes 2] [--work state/papers] [--until 20]
     python -m benchmarks.papers --list
 
 Every row is a run of the service: one server process, and `--processes` client processes that
 share the client ids among them (`--ids`). A run that was stopped goes on where it was when the same
 command is given again: its state-dirs are in --work until it is done. One with a target ends when
-that is reached. One whose result is there isn't repeated: delete the result first.
+that is reached, and all after round --until, which the table says then. One whose result is there
+isn't repeated: delete the result first.
 
 What came out of a run is kept in benchmarks/results, one file for each row and seed, and the tables
 of docs/results.md are written anew from all of them after each (see benchmarks.paper_report).
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, help="where full MNIST is")
     parser.add_argument("--rows", default="", help="names of rows, separated by commas")
     parser.add_argument("--seeds", type=int, default=0, help="how many; 0: as many as the row says")
+    parser.add_argument("--until", type=int, default=0, help="after which round; 0: the row's last")
     parser.add_argument("--processes", type=int, default=2, help="client processes")
     parser.add_argument("--work", type=Path, default=Path("state/papers"), help="state of the runs")
     parser.add_argument("--list", action="store_true", help="show the rows and what they have")
@@ -77,9 +79,10 @@ def _run(row: Row, seed: int, arguments: argparse.Namespace) -> None:
     flags = row.server_flags(seed)
     print(f"{row.name}, seed {seed}: in {folder}", file=sys.stderr)
     history = _history(folder / "server")
-    if not _is_over(row, history):
+    last = min(row.rounds, arguments.until or row.rounds)
+    if not _is_over(row, history, last):
         with _service(row, flags, folder=folder, arguments=arguments) as processes:
-            history = _watch(row, folder, processes)
+            history = _watch(row, folder, processes, last=last)
     record: dict[str, Any] = {
         "row": row.name,
         "seed": seed,
@@ -160,8 +163,10 @@ def _started(
         )
 
 
-def _watch(row: Row, folder: Path, processes: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
-    """Return the history of the rounds that are done once they are all, or the target is reached.
+def _watch(
+    row: Row, folder: Path, processes: list[subprocess.Popen[str]], *, last: int
+) -> list[dict[str, Any]]:
+    """Return the history of the rounds that are done once `last` is, or the target is reached.
 
     Raises:
         RuntimeError: a process failed; the message names its log.
@@ -174,17 +179,17 @@ def _watch(row: Row, folder: Path, processes: list[subprocess.Popen[str]]) -> li
             num_said = len(history)
             best = max(entry["evaluation"]["accuracy"] for entry in history)
             print(f"{row.name}: round {num_said}, best {best:.4f}", file=sys.stderr)
-        if _is_over(row, history):
+        if _is_over(row, history, last):
             return history
         if has_ended or any(process.poll() not in (None, 0) for process in processes):
             raise RuntimeError(f"{row.name} ended before its time; see the logs in {folder}")
         time.sleep(_LOOK_EVERY_S)
 
 
-def _is_over(row: Row, history: list[dict[str, Any]]) -> bool:
+def _is_over(row: Row, history: list[dict[str, Any]], last: int) -> bool:
     accuracies = [entry["evaluation"]["accuracy"] for entry in history]
     has_reached = row.target is not None and max(accuracies, default=0.0) >= row.target
-    return has_reached or len(history) == row.rounds
+    return has_reached or len(history) >= last
 
 
 def _history(state_dir: Path) -> list[dict[str, Any]]:
