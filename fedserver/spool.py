@@ -3,7 +3,8 @@
 One file an update, named by order and digest. While it arrives, its length is what is committed; it
 becomes durable by `make_durable` (fdatasync of the file, then of the folder), and only after that
 may the store record it. Only one stream writes a file at a time: the newest. Of what streams leave
-unfinished an order keeps one file, the newest too: whatever a client sends, it fills no disk.
+unfinished an order keeps one file, the newest too, and none beside a durable one: whatever a client
+sends, it fills no disk.
 """
 
 import os
@@ -110,8 +111,8 @@ class Spool:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._streams: dict[Path, UpdateStream] = {}
-        # The file that the newest stream of an order left unfinished; none once some of the order's
-        # files may be durable: from then on none of them is in anybody's way.
+        # The file that the newest stream of an order left unfinished; none once one of the order's
+        # files may be durable: what others leave behind from then on goes with them.
         self._unfinished: dict[str, Path] = {}
         self._durable: dict[str, set[Path]] = {}
         self._lock = threading.Lock()
@@ -162,10 +163,14 @@ class Spool:
                     self._leave_unfinished(order_id, stream)
 
     def _leave_unfinished(self, order_id: str, stream: UpdateStream) -> None:
-        """Take the place of the order's unfinished file with this one; holding the lock."""
-        if stream.is_whole or order_id in self._durable:
+        """Keep this one as the order's unfinished file, if it needs any; holding the lock."""
+        if stream.is_whole:
             return
         path = stream.path
+        if order_id in self._durable:
+            if path not in self._streams and path not in self._durable[order_id]:
+                path.unlink(missing_ok=True)
+            return
         former = self._unfinished.get(order_id, path)
         if former != path and former not in self._streams:
             former.unlink(missing_ok=True)
@@ -176,9 +181,11 @@ class Spool:
         with self._lock:
             if self._streams.get(stream.path) is stream:
                 order_id = _order_of(stream.path)
-                self._unfinished.pop(order_id, None)
                 self._durable.setdefault(order_id, set()).add(stream.path)
                 stream.is_whole = True
+                former = self._unfinished.pop(order_id, stream.path)
+                if former not in self._streams:
+                    former.unlink(missing_ok=True)
         stream.make_durable()
 
     def discard(self, stream: UpdateStream) -> None:

@@ -185,6 +185,21 @@ def test_what_is_durable_is_not_in_the_way_of_another_update(spool: Spool) -> No
     assert sizes(spool, DIGEST) == [2]
 
 
+def test_nothing_unfinished_stays_beside_what_is_durable(spool: Spool) -> None:
+    """Whether it was left before or is being left after; what is written goes when it closes."""
+    with spool.open_stream(ORDER, DIGEST, offset=0) as stream:
+        stream.append(memoryview(b"12"))
+        with spool.open_stream(ORDER, OTHER, offset=0) as left_before:
+            left_before.append(memoryview(b"1"))
+        with spool.open_stream(ORDER, THIRD, offset=0) as left_after:
+            left_after.append(memoryview(b"1"))
+            with spool.open_stream(ORDER, OTHER, offset=0) as left_before:
+                left_before.append(memoryview(b"1"))
+            spool.make_durable(stream)
+            assert sizes(spool, DIGEST, OTHER, THIRD) == [2, 0, 1]
+    assert sizes(spool, DIGEST, OTHER, THIRD) == [2, 0, 0]
+
+
 def test_nothing_is_added_to_what_is_durable(spool: Spool) -> None:
     """A second stream that says it has more can't spoil what may be recorded by now."""
     with spool.open_stream(ORDER, DIGEST, offset=0) as stream:
