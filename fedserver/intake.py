@@ -2,13 +2,13 @@
 
 header examined -> bytes appended to the spool -> digest -> content examined -> fdatasync ->
 recorded in one transaction -> receipt. Memory is bounded: one chunk a stream, and a bounded number
-of streams; the others wait in HTTP/2's flow control.
+of streams, one an order; the others wait in HTTP/2's flow control.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
 from fedserver.admission import (
@@ -18,6 +18,7 @@ from fedserver.admission import (
     examine_header,
 )
 from fedserver.aggregation import compression_of, update_file
+from fedserver.fairness import NewestStreams, Places
 from fedserver.orderbook import OpenRound
 from fedserver.parts import Parts
 from fedserver.records import Event, OrderRecord, Refusal
@@ -55,13 +56,21 @@ _GOOD = (OrderState.STORED, OrderState.COUNTED)
 _TIDYING_BYTES = 32 << 20
 """So much may arrive before the heap's free pages are given back: it costs a look at all of it."""
 
+_LEAST_BYTES_PER_S = 128 << 10
+"""A stream that brings less gives its place up, if others wait for one; its client resumes it."""
+
+
+class _OrderEnded(Exception):
+    """The order of a stream has ended: the rest of its bytes isn't wanted."""
+
 
 class Intake:
     """Takes updates in; one for the whole server."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._slots = asyncio.Semaphore(parts.settings.max_uploads)
+        self._places = Places(parts.settings.max_uploads)
+        self._newest = NewestStreams(1)
         # A stream nothing comes from gives its place to others; the client resumes it.
         self._idle_s = parts.settings.stall_after
         self._bytes_since_tidying = 0
@@ -85,7 +94,8 @@ class Intake:
         A `record` that says OPEN may be a moment old: the store decides when the update is there.
 
         Raises:
-            WrongOffset, StreamFenced: another stream of this update was or is further.
+            WrongOffset, StreamFenced: another stream of this order was or is further.
+            ServerUnreachable: too little came, or the round is changing.
             CorruptPayload: the bytes don't match the digest; they are dropped.
             InvalidInput: the stream holds more or fewer bytes than the header says.
             OutOfSpace: the disk is full; what is committed stays.
@@ -94,14 +104,16 @@ class Intake:
             return await self._answer_ended(record, update)
         order = self._parts.book.find(update.order_id)
         if order is None:
-            raise ServerUnreachable(f"order {update.order_id}: the round is changing; try again")
+            return await self._answer_ended_meanwhile(update)
         try:
             examine_header(update, order.given_in.base.file, order.given_in.limits)
-            async with (
-                self._place(update.order_id),
-                self._stream(update, offset=offset) as stream,
-            ):
-                await self._append(update, stream, chunks)
+            async with AsyncExitStack() as held:
+                async with self._newest.join(
+                    update.order_id, what=f"upload of order {update.order_id}"
+                ):
+                    await held.enter_async_context(self._place(update.order_id))
+                    stream = await held.enter_async_context(self._stream(update, offset=offset))
+                    await self._append(update, stream, chunks)
                 accepting = asyncio.ensure_future(
                     self._accept(record, update, stream, order.given_in)
                 )
@@ -115,29 +127,24 @@ class Intake:
         except OutOfSpace as error:
             await self._parts.disk.note_full(error)
             raise
+        except _OrderEnded:
+            return await self._answer_ended_meanwhile(update)
 
     @asynccontextmanager
     async def _place(self, order_id: str) -> AsyncIterator[None]:
-        """Hold one of the places; who waits for one is held up by the server and isn't late.
+        """Hold one of the places; who waits for one is held up by the server and isn't late."""
 
-        Raises:
-            ServerUnreachable: the order has ended meanwhile.
-        """
-        while True:
-            try:
-                await asyncio.wait_for(self._slots.acquire(), self._idle_s / 4)
-            except TimeoutError:
-                if self._parts.book.open_record(order_id) is None:
-                    raise ServerUnreachable(
-                        f"order {order_id}: it ended while its upload waited; try again"
-                    ) from None
-                self._parts.book.note_bytes(order_id)
-            else:
-                break
-        try:
+        def note_waiting() -> None:
+            self._examine_open(order_id)
+            self._parts.book.note_bytes(order_id)
+
+        async with self._places.hold(every_s=self._idle_s / 4, while_waiting=note_waiting):
+            self._examine_open(order_id)
             yield
-        finally:
-            self._slots.release()
+
+    def _examine_open(self, order_id: str) -> None:
+        if self._parts.book.open_record(order_id) is None:
+            raise _OrderEnded
 
     @asynccontextmanager
     async def _stream(self, update: ClientUpdate, *, offset: int) -> AsyncIterator[UpdateStream]:
@@ -151,17 +158,21 @@ class Intake:
         finally:
             # A client that hangs up now leaves no file open behind.
             await asyncio.wait([opening])
+            # A stream that is ended meanwhile doesn't hear that its file didn't open.
+            opening.exception()
             await asyncio.shield(on_disk(opened.close))
 
     async def _append(
         self, update: ClientUpdate, stream: UpdateStream, chunks: AsyncIterator[memoryview]
     ) -> None:
+        clock, counted = asyncio.get_running_loop().time, stream.offset
         try:
             async with asyncio.timeout(self._idle_s) as patience:
                 async for chunk in chunks:
                     if not chunk:
                         # No progress: whoever sends nothing else gives its place to others.
                         continue
+                    self._examine_open(update.order_id)
                     if stream.offset + len(chunk) > update.size_bytes:
                         raise InvalidInput(
                             f"order {update.order_id}: the stream holds more than the "
@@ -169,11 +180,15 @@ class Intake:
                         )
                     await self._parts.workers.on_disk(stream.append, chunk)
                     self._parts.book.note_bytes(update.order_id)
-                    patience.reschedule(asyncio.get_running_loop().time() + self._idle_s)
+                    is_enough = stream.offset - counted >= self._idle_s * _LEAST_BYTES_PER_S
+                    if is_enough or not self._places.are_wanted:
+                        patience.reschedule(clock() + self._idle_s)
+                        counted = stream.offset
         except TimeoutError:
+            what = "nothing" if stream.offset == counted else "too little"
             raise ServerUnreachable(
-                f"order {update.order_id}: nothing came for {self._idle_s:g} s after "
-                f"{stream.offset} bytes; ask QueryUpload and send the rest"
+                f"order {update.order_id}: {what} came for {self._idle_s:g} s; "
+                f"{stream.offset} bytes are there, ask QueryUpload and send the rest"
             ) from None
         if stream.offset != update.size_bytes:
             raise InvalidInput(
@@ -322,6 +337,13 @@ class Intake:
             await on_disk(self._parts.spool.hand_over, stream, path)
         for evicted in await on_disk(quarantine.make_room, self._parts.store):
             self._parts.bus.publish(evicted)
+
+    async def _answer_ended_meanwhile(self, update: ClientUpdate) -> UploadAnswer:
+        """Answer a stream whose order isn't open in the book any more, as the store has it."""
+        record = await self._parts.workers.in_store(self._parts.store.find_order, update.order_id)
+        if record.state is OrderState.OPEN:
+            raise ServerUnreachable(f"order {update.order_id}: the round is changing; try again")
+        return await self._answer_ended(record, update)
 
     async def _answer_ended(self, record: OrderRecord, update: ClientUpdate) -> UploadAnswer:
         if record.digest is None:

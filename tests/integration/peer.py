@@ -123,6 +123,15 @@ class Peer:
         """Begin an upload whose data the test hands over piece by piece."""
         return SlowUpload(self, order, payload, self.header(order, payload, **changes))
 
+    def stream_in_line(self, order: pb.WorkOrder, payload: bytes) -> "SlowUpload":
+        """Begin an upload that the server has seen by now, whether it has a place for it or not."""
+        pair = [self.stream(order, payload) for _ in range(2)]
+        # The newer one ends the older one, whichever of them came first.
+        wait_until(lambda: any(one.is_done for one in pair), what="the older stream to end")
+        newer, older = sorted(pair, key=lambda one: one.is_done)
+        expect_status(grpc.StatusCode.ABORTED, older.result, match="a newer upload")
+        return newer
+
     def report(
         self,
         order: pb.WorkOrder,

@@ -137,8 +137,8 @@ def test_what_is_too_stale_is_refused_and_on_record(scene: Scene) -> None:
     payload = payload_of(changed(slow.base_of(order)))
     assert slow.report(order, batches=1) == pb.DIRECTIVE_CONTINUE
     upload = slow.stream(order, payload)
-    upload.send(payload[:100])
-    upload.wait_until_committed(100)
+    upload.send(payload)
+    upload.wait_until_committed(len(payload))
     while deliver(fast).round < order.round + 1:
         pass
     server.wait_for_line(f"round-opened.*round={order.round + 2}")
@@ -146,7 +146,6 @@ def test_what_is_too_stale_is_refused_and_on_record(scene: Scene) -> None:
         lambda: slow.report(order, batches=2) == pb.DIRECTIVE_ABANDON, what="the order's end"
     )
     assert slow.pull_order().round == order.round + 2
-    upload.send(payload[100:])
     assert upload.finish().receipt == pb.RECEIPT_LATE
 
     history = scene.history()

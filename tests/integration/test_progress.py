@@ -1,12 +1,16 @@
 """ReportProgress and the clocks: who gets further, who doesn't, and what went wrong."""
 
 import json
+import os
 from collections.abc import Iterator
 from functools import partial
+from itertools import count
+from pathlib import Path
 
 import grpc
 import pytest
 
+from shared.codec import digest_bytes
 from shared.pb import federation_pb2 as pb
 from tests.integration.conftest import History
 from tests.integration.peer import (
@@ -95,45 +99,53 @@ def test_an_order_nobody_pulled_yet_has_no_stall_clock(hurried: OpenRound) -> No
     assert slow.upload(order, payload_of(hurried.base)).receipt == pb.RECEIPT_STORED
 
 
-class Dripping:
-    """An upload that holds the only place, a byte at a time."""
+class Holding:
+    """Client 0's upload, which holds the only place: its file is a pipe, which doesn't open."""
 
-    def __init__(self, peer: Peer, order: pb.WorkOrder, payload: bytes) -> None:
-        self._payload = payload
-        self._num_sent = 0
-        self._stream = peer.stream(order, payload)
-        self.drip()
-        self._stream.wait_until_committed(1)
+    def __init__(self, opened: OpenRound, folder: Path) -> None:
+        self._peer, self._order = peer, order = opened.peers[0], opened.orders[0]
+        self._batches = count(1)
+        ordinary, piped = (payload_of(changed(opened.base, by)) for by in (0.01, 0.02))
+        before = peer.stream(order, ordinary)
+        before.send(ordinary[:1])
+        before.wait_until_committed(1)
+        self._pipe = folder / f"server/spool/{order.order_id}.{digest_bytes(piped)}"
+        os.mkfifo(self._pipe)
+        self._stream = peer.stream(order, piped)
+        # The older one had the place, and the newer one, which ended it, was the next in line.
+        expect_status(grpc.StatusCode.ABORTED, before.result, match="a newer upload")
 
-    def drip(self) -> None:
-        """Send one byte more."""
-        self._stream.send(self._payload[self._num_sent : self._num_sent + 1])
-        self._num_sent += 1
+    def stay(self) -> None:
+        """Keep the order from being given up."""
+        self._peer.report(self._order, batches=next(self._batches))
 
-    def finish(self) -> pb.UploadUpdateResponse:
-        """Send the rest and return the receipt."""
-        self._stream.send(self._payload[self._num_sent :])
-        return self._stream.finish()
+    def let_go(self) -> None:
+        """Break the stream off, and let the file open so that the server can close it."""
+        self._stream.cancel()
+        reader = os.open(self._pipe, os.O_RDONLY | os.O_NONBLOCK)
+        self._pipe.unlink()
+        os.close(reader)
 
 
 @pytest.fixture
-def dripping(hurried: OpenRound) -> Dripping:
-    """Give client 0's upload, which holds the only place."""
-    payload = payload_of(changed(hurried.base))
-    return Dripping(hurried.peers[0], hurried.orders[0], payload)
+def holding(hurried: OpenRound, module_scene: Scene) -> Iterator[Holding]:
+    """Give the upload that holds the only place; it has let go of it afterwards."""
+    held = Holding(hurried, module_scene.folder)
+    yield held
+    held.let_go()
 
 
 @pytest.fixture
-def queued(hurried: OpenRound, dripping: Dripping) -> SlowUpload:
+def queued(hurried: OpenRound, holding: Holding) -> SlowUpload:
     """Give client 1's upload, which has waited so long that client 2, doing nothing, is lost."""
     payload = payload_of(changed(hurried.base))
-    waiting = hurried.peers[1].stream(hurried.orders[1], payload)
+    waiting = hurried.peers[1].stream_in_line(hurried.orders[1], payload)
     waiting.send(payload)
     # From here on this one does nothing: its clock begins after the waiting one's.
     hurried.peers[2].report(hurried.orders[2], batches=1)
 
     def is_given_up() -> bool:
-        dripping.drip()
+        holding.stay()
         return hurried.peers[2].report(hurried.orders[2], batches=1) == pb.DIRECTIVE_ABANDON
 
     wait_until(is_given_up, what="the client that does nothing to be given up", every_s=0.05)
@@ -141,26 +153,44 @@ def queued(hurried: OpenRound, dripping: Dripping) -> SlowUpload:
 
 
 def test_a_client_that_waits_for_the_server_to_take_its_upload_is_not_late(
-    dripping: Dripping, queued: SlowUpload
+    hurried: OpenRound, queued: SlowUpload
 ) -> None:
     """With every place taken, a stream that queues isn't blamed for what the server can't do."""
-    assert dripping.finish().receipt == pb.RECEIPT_STORED
-    assert queued.finish().receipt == pb.RECEIPT_STORED
+    assert not queued.is_done
+    assert hurried.peers[1].report(hurried.orders[1]) == pb.DIRECTIVE_CONTINUE
 
 
 def test_an_upload_that_waits_for_its_place_ends_with_its_order(
-    hurried: OpenRound, dripping: Dripping, queued: SlowUpload
+    hurried: OpenRound, queued: SlowUpload
 ) -> None:
     """The place isn't free yet, but there is nothing left to wait for."""
     assert hurried.peers[1].report(hurried.orders[1], gave_up=True) == pb.DIRECTIVE_ABANDON
+    assert queued.result().receipt == pb.RECEIPT_LATE
+
+
+def test_an_upload_that_trickles_gives_its_place_to_who_waits(hurried: OpenRound) -> None:
+    """A byte now and then isn't enough any more, and the upload goes on later where it was."""
+    hurried.settle(2)
+    payload = payload_of(changed(hurried.base))
+    peer, order = hurried.peers[0], hurried.orders[0]
+    trickling = peer.stream(order, payload)
+    trickling.send(payload[:1])
+    trickling.wait_until_committed(1)
+    queued = hurried.peers[1].stream(hurried.orders[1], payload)
+    queued.send(payload)
+    num_sent = count(1)
 
     def has_ended() -> bool:
-        dripping.drip()
-        return queued.is_done
+        begin = next(num_sent)
+        trickling.send(payload[begin : begin + 1])
+        return trickling.is_done
 
-    wait_until(has_ended, what="the queued stream to end", every_s=0.05)
-    expect_status(grpc.StatusCode.UNAVAILABLE, queued.result, match="ended while its upload waited")
-    assert dripping.finish().receipt == pb.RECEIPT_STORED
+    wait_until(has_ended, what="the trickling stream to end", every_s=0.05)
+    expect_status(grpc.StatusCode.UNAVAILABLE, trickling.result, match="too little came")
+    assert queued.finish().receipt == pb.RECEIPT_STORED
+    committed = peer.query(order, payload).committed_bytes
+    assert committed > 1
+    assert peer.upload(order, payload, offset=committed).receipt == pb.RECEIPT_STORED
 
 
 def test_a_round_closes_at_its_deadline_with_what_it_has_or_fails(scene: Scene) -> None:
