@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fedserver.checkpoints import Checkpoints
+from fedserver.fairness import Places
 from fedserver.workers import Workers
 from shared.chunks import CHUNK_BYTES, DOWNLOAD_DATA_FIELD, frame
 from shared.errors import NotFound, ServerUnreachable, WrongOffset
@@ -25,7 +26,7 @@ class Downloads:
         self._workers = workers
         self._idle_s = idle_s
         # gRPC copies what it is given to write: without a bound, a chunk for every slow client.
-        self._places = asyncio.Semaphore(_MAX_CHUNKS_UNDER_WAY)
+        self._places = Places(_MAX_CHUNKS_UNDER_WAY)
         self._under_way: Counter[str] = Counter()
         self._digest = ""
         self._chunks: dict[int, asyncio.Future[bytes]] = {}
@@ -68,7 +69,7 @@ class Downloads:
         try:
             while offset < size_bytes:
                 end = min(offset - offset % CHUNK_BYTES + CHUNK_BYTES, size_bytes)
-                async with self._places:
+                async with self._places.hold(every_s=self._idle_s / 4, while_waiting=on_progress):
                     on_progress()
                     framed = await self._framed(path, digest, offset, end)
                     try:

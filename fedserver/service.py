@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fedserver.desk import Desk
+from fedserver.fairness import NewestStreams
 from fedserver.messages import (
     compression_message,
     digest_of,
@@ -89,6 +90,8 @@ class Servicer:
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
+        # A client downloads one blob at a time; what broke off without a word may still hang here.
+        self._downloads = NewestStreams(2)
 
     async def register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
         """See federation.proto."""
@@ -161,9 +164,9 @@ class Servicer:
         # still to be sent, which no status gets past. The client would wait for ever.
         await context.send_initial_metadata(())
         wanted = _parse(pb.DownloadBlobRequest, request)
-        await self._desk.download(
-            wanted.session_id, digest_of(wanted.digest), offset=wanted.offset, write=context.write
-        )
+        session_id, digest = wanted.session_id, digest_of(wanted.digest)
+        async with self._downloads.join(session_id, what="download of this session"):
+            await self._desk.download(session_id, digest, offset=wanted.offset, write=context.write)
 
     async def upload_update(self, messages: AsyncIterator[bytes], context: Context) -> bytes:
         """See federation.proto; reads raw messages."""

@@ -1,9 +1,14 @@
 """One client's streams, however many, don't fill the disk and hold nobody else up."""
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import cast
+
 import grpc
 
 from shared.codec import digest_bytes
 from shared.pb import federation_pb2 as pb
+from tests.acceptance.federation import BIG
 from tests.integration.peer import (
     OpenRound,
     Peer,
@@ -19,6 +24,9 @@ HALF = 1000
 
 NUM_UPLOADS = 16
 """How many places the server has for uploads."""
+
+NUM_DOWNLOADS = 32
+"""How many places it has for downloads."""
 
 
 def test_all_streams_of_one_order_hold_one_place(opened: OpenRound) -> None:
@@ -95,3 +103,69 @@ def test_who_gets_a_place_after_its_order_has_ended_gives_it_back_at_once(scene:
     assert last.finish().receipt == pb.RECEIPT_STORED
     for peer in opened.peers.values():
         peer.close()
+
+
+Download = Iterator[pb.DownloadBlobResponse]
+
+
+def begin_downloads(peer: Peer, digest: str, *session_ids: str) -> Sequence[Download]:
+    """Begin a download for each of these sessions, from which nothing is read yet."""
+    calls = [
+        peer.stub.DownloadBlob(pb.DownloadBlobRequest(session_id=one, digest=digest))
+        for one in session_ids
+    ]
+    for call in calls:
+        # It comes before the place is asked for.
+        call.initial_metadata()
+    return calls
+
+
+def status_of(download: Download) -> grpc.StatusCode:
+    """Return how a download ends, once it is read to its end."""
+    try:
+        for _ in download:
+            pass
+    except grpc.RpcError as error:
+        return cast(grpc.Call, error).code()
+    return grpc.StatusCode.OK
+
+
+def test_a_session_has_two_downloads_at_a_time(scene: Scene) -> None:
+    """A third ends the first; however many it begins, there are places for others."""
+    server = scene.server(
+        *("--task", BIG, "--rounds", 9, "--min-clients", 2),
+        *("--stall-after", 3600, "--lease", 3600),
+    )
+    greedy, other = (Peer(server.address, one) for one in (0, 1))
+    section = greedy.pull_order().sections[0]
+    sessions = [greedy.session_id] * (2 * NUM_DOWNLOADS)
+    begun = begin_downloads(greedy, section.digest, *sessions)
+    assert len(other.download(section.digest)) == section.size_bytes
+    assert Counter(map(status_of, begun)) == {
+        grpc.StatusCode.ABORTED: len(begun) - 2,
+        grpc.StatusCode.OK: 2,
+    }
+    greedy.close()
+    other.close()
+
+
+def test_a_client_that_waits_for_its_download_to_begin_is_not_late(scene: Scene) -> None:
+    """Two times after each other all places are taken, each time for as long as patience lasts."""
+    server = scene.server(
+        *("--task", BIG, "--rounds", 9, "--min-clients", 2),
+        *("--min-updates", 1, "--stall-after", 2, "--lease", 3600),
+    )
+    first, second = (Peer(server.address, one) for one in (0, 1))
+    digest = first.pull_order().sections[0].digest
+    sessions = [
+        first.register(client_ids=[one], instance_key=f"idle-{one}").session_id
+        for one in range(2, 2 + NUM_DOWNLOADS)
+    ]
+    begun = begin_downloads(first, digest, *sessions, *sessions)
+    # Only now its clock begins.
+    order = second.pull_order()
+    assert len(second.download(digest)) == order.sections[0].size_bytes
+    assert second.report(order) == pb.DIRECTIVE_CONTINUE
+    assert set(map(status_of, begun)) == {grpc.StatusCode.UNAVAILABLE}
+    first.close()
+    second.close()
