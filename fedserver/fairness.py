@@ -8,7 +8,25 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
-from shared.errors import StreamFenced
+from shared.errors import ServerUnreachable, StreamFenced
+
+_FIRST_MESSAGE_S = 5.0
+"""A client has its first message ready when it calls; until then nobody knows whose call it is."""
+
+
+async def first_message(messages: AsyncIterator[bytes]) -> bytes:
+    """Return what a stream begins with; nothing if it ends without a message.
+
+    Raises:
+        ServerUnreachable: it doesn't come.
+    """
+    try:
+        async with asyncio.timeout(_FIRST_MESSAGE_S):
+            return await anext(messages, b"")
+    except TimeoutError:
+        raise ServerUnreachable(
+            f"nothing came for {_FIRST_MESSAGE_S:g} s; send the header first, and at once"
+        ) from None
 
 
 class Places:

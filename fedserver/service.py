@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fedserver.desk import Desk
-from fedserver.fairness import NewestStreams
+from fedserver.fairness import NewestStreams, first_message
 from fedserver.messages import (
     compression_message,
     digest_of,
@@ -170,7 +170,7 @@ class Servicer:
 
     async def upload_update(self, messages: AsyncIterator[bytes], context: Context) -> bytes:
         """See federation.proto; reads raw messages."""
-        first = await anext(messages, b"")
+        first = await first_message(messages)
         if len(first) > _MAX_HEADER_BYTES:
             raise InvalidInput(
                 f"an upload's header has {len(first)} bytes; it may have {_MAX_HEADER_BYTES}"

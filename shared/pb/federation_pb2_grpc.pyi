@@ -72,13 +72,17 @@ class FederationServiceStub:
     the digest and, where it doesn't match, drops the bytes and starts from zero.
       NOT_FOUND     no such blob (any more): PullWork tells what is wanted now
       OUT_OF_RANGE  the offset is beyond the blob's end: start from zero
+      ABORTED       two newer downloads of the same session took over: stop
+      UNAVAILABLE   nothing was taken for the server's stall time: ask for the rest
     """
     UploadUpdate: _grpc.StreamUnaryMultiCallable[_federation_pb2.UploadUpdateRequest, _federation_pb2.UploadUpdateResponse]
     """Called by a client to deliver an order's update: one header, then the payload's bytes in
     chunks. The receipt comes after the update is durable on the server: whatever happens then,
-    it isn't lost, and the client may forget it.
+    it isn't lost, and the client may forget it. It may come before all bytes are sent, if the order
+    has ended: the rest isn't wanted.
       OUT_OF_RANGE  the header's offset isn't what is committed: QueryUpload, then go on from there
-      ABORTED       a newer stream of the same order took over: stop
+      ABORTED       a newer stream of the same order took over, whatever it brings: stop
+      UNAVAILABLE   no header came, or so little that others get the place: QueryUpload, then go on
       DATA_LOSS     the bytes don't match the digest; the server dropped them: send from zero
       NOT_FOUND     the server never gave this order
     """
@@ -116,13 +120,17 @@ class FederationServiceAsyncStub(FederationServiceStub):
     the digest and, where it doesn't match, drops the bytes and starts from zero.
       NOT_FOUND     no such blob (any more): PullWork tells what is wanted now
       OUT_OF_RANGE  the offset is beyond the blob's end: start from zero
+      ABORTED       two newer downloads of the same session took over: stop
+      UNAVAILABLE   nothing was taken for the server's stall time: ask for the rest
     """
     UploadUpdate: _aio.StreamUnaryMultiCallable[_federation_pb2.UploadUpdateRequest, _federation_pb2.UploadUpdateResponse]  # type: ignore[assignment]
     """Called by a client to deliver an order's update: one header, then the payload's bytes in
     chunks. The receipt comes after the update is durable on the server: whatever happens then,
-    it isn't lost, and the client may forget it.
+    it isn't lost, and the client may forget it. It may come before all bytes are sent, if the order
+    has ended: the rest isn't wanted.
       OUT_OF_RANGE  the header's offset isn't what is committed: QueryUpload, then go on from there
-      ABORTED       a newer stream of the same order took over: stop
+      ABORTED       a newer stream of the same order took over, whatever it brings: stop
+      UNAVAILABLE   no header came, or so little that others get the place: QueryUpload, then go on
       DATA_LOSS     the bytes don't match the digest; the server dropped them: send from zero
       NOT_FOUND     the server never gave this order
     """
@@ -175,6 +183,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         the digest and, where it doesn't match, drops the bytes and starts from zero.
           NOT_FOUND     no such blob (any more): PullWork tells what is wanted now
           OUT_OF_RANGE  the offset is beyond the blob's end: start from zero
+          ABORTED       two newer downloads of the same session took over: stop
+          UNAVAILABLE   nothing was taken for the server's stall time: ask for the rest
         """
 
     @_abc_1.abstractmethod
@@ -185,9 +195,11 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_federation_pb2.UploadUpdateResponse, _abc.Awaitable[_federation_pb2.UploadUpdateResponse]]:
         """Called by a client to deliver an order's update: one header, then the payload's bytes in
         chunks. The receipt comes after the update is durable on the server: whatever happens then,
-        it isn't lost, and the client may forget it.
+        it isn't lost, and the client may forget it. It may come before all bytes are sent, if the order
+        has ended: the rest isn't wanted.
           OUT_OF_RANGE  the header's offset isn't what is committed: QueryUpload, then go on from there
-          ABORTED       a newer stream of the same order took over: stop
+          ABORTED       a newer stream of the same order took over, whatever it brings: stop
+          UNAVAILABLE   no header came, or so little that others get the place: QueryUpload, then go on
           DATA_LOSS     the bytes don't match the digest; the server dropped them: send from zero
           NOT_FOUND     the server never gave this order
         """

@@ -1,7 +1,9 @@
 """One client's streams, however many, don't fill the disk and hold nobody else up."""
 
+import queue
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import grpc
@@ -17,7 +19,7 @@ from tests.integration.peer import (
     open_round,
     payload_of,
 )
-from tests.processes import Scene
+from tests.processes import GENEROUS_S, Scene
 
 HALF = 1000
 """Bytes; the tiny model has some 2,000."""
@@ -103,6 +105,19 @@ def test_who_gets_a_place_after_its_order_has_ended_gives_it_back_at_once(scene:
     assert last.finish().receipt == pb.RECEIPT_STORED
     for peer in opened.peers.values():
         peer.close()
+
+
+def test_an_upload_nothing_comes_from_is_sent_away_before_it_says_whose_it_is(
+    stranger: Peer,
+) -> None:
+    """Nobody keeps streams at the server without so much as a session."""
+    silence: queue.Queue[pb.UploadUpdateRequest | None] = queue.Queue()
+    expect_status(
+        grpc.StatusCode.UNAVAILABLE,
+        partial(stranger.stub.UploadUpdate, iter(silence.get, None), timeout=GENEROUS_S),
+        match="send the header first",
+    )
+    silence.put(None)
 
 
 Download = Iterator[pb.DownloadBlobResponse]
