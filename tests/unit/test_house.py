@@ -15,7 +15,7 @@ from tests.factories import begin_round, store_updates
 
 ROOT = Path(__file__).parents[2]
 GENERATED = "shared/pb/"
-MAX_LINES = 400
+MAX_LINES = 600
 
 
 def project_files() -> list[str]:
@@ -160,7 +160,7 @@ def test_the_lines_above_are_drawn_where_something_is() -> None:
 
 
 def test_no_file_is_too_long_to_read() -> None:
-    """At most 400 lines; generated code aside."""
+    """At most 600 lines; generated code aside. A file is as long as its one subject needs."""
     lengths = {name: len((ROOT / name).read_text().splitlines()) for name in MODULES}
     assert {name: count for name, count in lengths.items() if count > MAX_LINES} == {}
 
