@@ -13,13 +13,7 @@ from typing import cast
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from shared.chunks import (
-    CHUNK_BYTES,
-    DOWNLOAD_DATA_FIELD,
-    UPLOAD_DATA_FIELD,
-    frame,
-    unframe,
-)
+from shared.chunks import CHUNK_BYTES, frame_upload, unframe_download
 from shared.diagnosis_wire import diagnosis_message
 from shared.errors import (
     ClientIdTaken,
@@ -185,7 +179,7 @@ class Connection:
         request = pb.DownloadBlobRequest(session_id=session_id, digest=digest, offset=offset)
         with _errors_translated():
             for message in self._download(request):
-                yield unframe(message, field=DOWNLOAD_DATA_FIELD)
+                yield unframe_download(message)
 
     def committed_bytes(self, session_id: str, update: ClientUpdate) -> int:
         """Return from which byte on an update is to be sent; all of them if it is recorded."""
@@ -299,7 +293,7 @@ def _upload_messages(
     buffer = memoryview(bytearray(CHUNK_BYTES))
     try:
         while count := file.readinto(buffer):
-            yield frame(buffer[:count], field=UPLOAD_DATA_FIELD)
+            yield frame_upload(buffer[:count])
             on_sent(count)
     except (OSError, ValueError):
         # The answer came before all was sent; gRPC's thread may still ask for more then.

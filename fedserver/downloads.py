@@ -12,7 +12,7 @@ from pathlib import Path
 from fedserver.checkpoints import Checkpoints
 from fedserver.fairness import Places
 from fedserver.workers import Workers
-from shared.chunks import CHUNK_BYTES, DOWNLOAD_DATA_FIELD, frame
+from shared.chunks import CHUNK_BYTES, frame_download
 from shared.errors import NotFound, ServerUnreachable, WrongOffset
 
 _MAX_CHUNKS_UNDER_WAY = 32
@@ -105,4 +105,4 @@ class Downloads:
 def _read_framed(path: Path, begin: int, end: int) -> bytes:
     with path.open("rb", buffering=0) as file:
         file.seek(begin)
-        return frame(file.read(end - begin), field=DOWNLOAD_DATA_FIELD)
+        return frame_download(file.read(end - begin))

@@ -26,7 +26,7 @@ from fedserver.messages import (
     seconds_of,
     update_of,
 )
-from shared.chunks import UPLOAD_DATA_FIELD, holds_field, unframe
+from shared.chunks import unframe_upload
 from shared.errors import FederationError, InvalidInput
 from shared.pb import federation_pb2 as pb
 from shared.types import (
@@ -282,6 +282,4 @@ def _parse(message_class: type[Request], raw: bytes) -> Request:
 
 async def _upload_chunks(messages: AsyncIterator[bytes]) -> AsyncIterator[memoryview]:
     async for message in messages:
-        if not holds_field(message, field=UPLOAD_DATA_FIELD):
-            raise InvalidInput("after the header an upload holds data and nothing else")
-        yield unframe(message, field=UPLOAD_DATA_FIELD)
+        yield unframe_upload(message)

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from shared.pb import federation_pb2 as pb
-from tests.integration.peer import OpenRound, Peer, expect_status, open_round
+from tests.integration.peer import OpenRound, Peer, expect_status, open_round, payload_of
 from tests.processes import GENEROUS_S, Server
 
 SERVICE = "fed.v1.FederationService"
@@ -23,6 +23,9 @@ GARBAGE = {
     "a field that claims more than there is": b"\x0a\x7fabc",
     "a length without end": b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff",
 }
+
+NEW_FIELD = b"\xfa\x7f\x03new"
+"""Field 2047 with three bytes, which no message of ours has."""
 
 
 def call_raw(
@@ -95,6 +98,27 @@ def test_garbage_in_the_middle_of_an_upload_is_an_invalid_argument(
         lambda: call_raw(channel, "UploadUpdate", header, garbage),
     )
     assert opened.settle(0) == [pb.RECEIPT_STORED]
+
+
+def test_an_upload_with_fields_of_a_newer_protocol_is_stored(
+    opened: OpenRound, channel: grpc.Channel
+) -> None:
+    """Fields the server doesn't know are passed over: in the header, beside data, and alone."""
+    peer, order = opened.peers[0], opened.orders[0]
+    payload = payload_of(opened.base)
+    header = peer.header(order, payload).header.SerializeToString() + NEW_FIELD
+    data = [
+        pb.UploadUpdateRequest(data=one).SerializeToString()
+        for one in (payload[:500], payload[500:])
+    ]
+    messages = [
+        b"\x0a" + bytes([len(header) & 0x7F | 0x80, len(header) >> 7]) + header,
+        NEW_FIELD,
+        NEW_FIELD + data[0],
+        data[1] + NEW_FIELD,
+    ]
+    (answer,) = call_raw(channel, "UploadUpdate", *messages)
+    assert pb.UploadUpdateResponse.FromString(answer).receipt == pb.RECEIPT_STORED
 
 
 def test_empty_messages_get_an_answer_too(channel: grpc.Channel, server: Server) -> None:

@@ -10,7 +10,7 @@ import torch
 from fedserver.checkpoints import Checkpoints
 from fedserver.downloads import Downloads
 from fedserver.workers import Workers
-from shared.chunks import DOWNLOAD_DATA_FIELD, unframe
+from shared.chunks import unframe_download
 from shared.weights import EntryKind
 
 P = ParamSpec("P")
@@ -42,7 +42,7 @@ def test_a_chunk_is_read_once_for_all_who_ask_meanwhile(tmp_path: Path) -> None:
             received = bytearray()
 
             async def take(framed: bytes) -> None:
-                received.extend(unframe(framed, field=DOWNLOAD_DATA_FIELD))
+                received.extend(unframe_download(framed))
 
             await downloads.send(model.digest, offset=0, write=take, on_progress=lambda: None)
             return bytes(received)
