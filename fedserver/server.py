@@ -84,7 +84,7 @@ def run_server(settings: ServerSettings) -> None:
     with locked_folder(settings.state_dir) as state_dir:
         try:
             _expect_database(state_dir)
-            store = Store(state_dir / "federation.sqlite")
+            store = Store(state_dir / "federation.sqlite", upgrades=True)
             store.examine()
         except StorageDamaged as error:
             raise StorageDamaged(f"{error}; {salvageable(state_dir / 'models')}") from error

@@ -14,6 +14,8 @@ VARIABLE = "FED_FAIL_POINT"
 class FailPoint(StrEnum):
     """Between which two lines of the data's path something may happen."""
 
+    UPGRADE_MADE = "upgrade-made"
+    """The server has upgraded its database in a transaction that isn't committed yet."""
     ROUND_OPENED = "round-opened"
     """The server has recorded a round and not handed out an order."""
     UPDATE_DURABLE = "update-durable"

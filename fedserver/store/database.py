@@ -1,16 +1,16 @@
-"""The file: opened, examined, and used in transactions whose errors have the service's names."""
+"""The database: examined, upgraded, used in transactions whose errors have the service's names."""
 
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote
+from tempfile import TemporaryDirectory
 
-from sqlalchemy import URL, Connection, create_engine, event, insert, inspect, select
-from sqlalchemy.engine import Engine
+from sqlalchemy import Connection
 from sqlalchemy.exc import DatabaseError, NoResultFound
 
 from fedserver.store import schema
+from fedserver.store.engine import open_engine, stored_revision
 from shared.errors import (
     FederationError,
     InvalidInput,
@@ -20,87 +20,75 @@ from shared.errors import (
     WrongSettings,
 )
 
-_BUSY_TIMEOUT_S = 30
-
-
-def sqlite_engine(path: Path, *, read_only: bool) -> Engine:
-    """Return an engine whose transactions take the write lock at once and survive power loss."""
-    mode = "ro" if read_only else "rwc"
-    engine = create_engine(
-        URL.create(
-            "sqlite",
-            # A URI, in which # ? and % of a folder's name would have a meaning of their own.
-            database=f"file:{quote(str(path))}",
-            query={"mode": mode, "uri": "true"},
-        ),
-        connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
-    )
-
-    @event.listens_for(engine, "connect")
-    def set_durability(connection: sqlite3.Connection, _: object) -> None:
-        # The driver's own transaction control begins too late (at the first write).
-        connection.isolation_level = None
-        if read_only:
-            # A text with a flipped bit is to be shown, not to be in the way of all the others.
-            connection.text_factory = _readable
-        else:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
-
-    return engine
-
-
-def examine_version(engine: Engine, path: Path, *, read_only: bool) -> None:
-    """Examine the version that an old database is stamped with; make the tables of a new one.
-
-    Raises:
-        NotFound: `read_only`, and the database has no tables yet.
-        WrongSettings: another version of this software made the database; nothing was changed.
-        StorageDamaged: it has no version.
-    """
-    with engine.begin() as connection:
-        if inspect(connection).has_table("about"):
-            version = connection.execute(select(schema.about.c.schema_version)).scalar_one()
-        elif read_only:
-            raise NotFound(f"{path} holds no run yet")
-        else:
-            version = schema.SCHEMA_VERSION
-            schema.metadata.create_all(connection)
-            connection.execute(insert(schema.about).values(schema_version=version))
-        if not isinstance(version, int):
-            raise _damaged(path, f"its schema has the version {version!r}")
-        if version < schema.SCHEMA_VERSION:
-            raise WrongSettings(
-                f"{path} was made by an older version of this software (schema {version}, this one "
-                f"writes {schema.SCHEMA_VERSION}); look at it with that version, or begin in "
-                "another --state-dir"
-            )
-        if version > schema.SCHEMA_VERSION:
-            raise WrongSettings(
-                f"{path} was made by a newer version of this software (schema {version}, "
-                f"this one knows {schema.SCHEMA_VERSION}); update the software"
-            )
-
 
 class Database:
-    """One database file, and the way in and out of it."""
+    """One database file, and the way in and out of it.
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    A file that isn't there is made, but for one that is opened `read_only`. A database of an
+    earlier version is read by its upgraded copy in the temporary folder; it is upgraded in place
+    where `upgrades` says so, which only a process may that holds the lock of the state-dir.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False, upgrades: bool = False) -> None:
         if read_only and not path.exists():
             raise NotFound(f"there is no run in {path.parent}; check --state-dir")
         self._path = path
-        self._engine = sqlite_engine(path, read_only=read_only)
+        self._copy: TemporaryDirectory[str] | None = None
+        self._engine = open_engine(path, read_only=read_only)
         with self._errors_named():
-            examine_version(self._engine, path, read_only=read_only)
+            revision = self._examine_revision()
+            if revision == schema.REVISION:
+                return
+            if revision is None and read_only:
+                raise NotFound(f"{path} holds no run yet")
+            if revision is not None and not (read_only or upgrades):
+                raise WrongSettings(
+                    f"{path} was made by an earlier version of this software (schema "
+                    f"{int(revision)}, this one has {int(schema.REVISION)}) and isn't upgraded "
+                    "yet: start the server with this --state-dir, which upgrades it, then try again"
+                )
+            from fedserver.store import upgrades as migrations  # noqa: PLC0415
+
+            if revision is None:
+                migrations.make_tables(path)
+            elif upgrades:
+                migrations.upgrade_in_place(path)
+            else:
+                self._copy = TemporaryDirectory(prefix="fedserver-")
+                copy = migrations.upgraded_copy(path, Path(self._copy.name))
+                self._engine.dispose()
+                self._engine = open_engine(copy, read_only=True)
+
+    def _examine_revision(self) -> str | None:
+        """Return the revision of the database's schema; None without tables.
+
+        Raises:
+            WrongSettings: this software can't use the database.
+            StorageDamaged: it has a version that nobody writes.
+        """
+        with self._engine.begin() as connection:
+            try:
+                revision = stored_revision(connection)
+            except (ValueError, NoResultFound) as error:
+                raise _damaged(self._path, str(error)) from error
+        if revision is not None and int(revision) < int(schema.FIRST_REVISION):
+            raise WrongSettings(
+                f"{self._path} was made by an older version of this software (schema "
+                f"{int(revision)}; this one upgrades from {int(schema.FIRST_REVISION)} on); look "
+                "at it with that version, or begin in another --state-dir"
+            )
+        if revision is not None and int(revision) > int(schema.REVISION):
+            raise WrongSettings(
+                f"{self._path} was made by a newer version of this software (schema "
+                f"{int(revision)}, this one knows {int(schema.REVISION)}); update the software"
+            )
+        return revision
 
     def close(self) -> None:
         """Give the connections back."""
         self._engine.dispose()
+        if self._copy is not None:
+            self._copy.cleanup()
 
     def examine(self) -> None:
         """Let the database look at every page of itself.
@@ -143,35 +131,34 @@ class Database:
         try:
             yield
         except DatabaseError as error:
-            raise _named(self._path, error) from error
+            named = isinstance(error.orig, sqlite3.Error) and _named(self._path, error.orig)
+            raise named or error from error
+        except sqlite3.Error as error:
+            raise _named(self._path, error) or error from error
         except UnicodeDecodeError as error:
             raise _damaged(self._path, str(error)) from error
 
 
-def _readable(text: bytes) -> str:
-    return text.decode(errors="replace")
-
-
-def _named(path: Path, error: DatabaseError) -> FederationError | DatabaseError:
-    """Return what a database's error means for a person; itself where it is the software's."""
-    extended = getattr(error.orig, "sqlite_errorcode", 0)
+def _named(path: Path, error: sqlite3.Error) -> FederationError | None:
+    """Return what a database's error means for a person; None where it is the software's."""
+    extended = getattr(error, "sqlite_errorcode", 0)
     code = extended & 0xFF
     # A quota and a limit on a file's size come as failed writes.
     if code == sqlite3.SQLITE_FULL or extended == sqlite3.SQLITE_IOERR_WRITE:
         return OutOfSpace(
-            f"no room to write in {path.parent} ({error.orig}); free some space: "
+            f"no room to write in {path.parent} ({error}); free some space: "
             "nothing acknowledged is lost"
         )
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return InvalidInput(
-            f"{path} can't be opened by this user ({error.orig}); run this as the server's user, "
+            f"{path} can't be opened by this user ({error}); run this as the server's user, "
             f"or copy the folder {path.parent} and look at the copy"
         )
     is_damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR)
     # All tables and columns asked for were made with the database.
-    if is_damaged or str(error.orig).startswith(("no such table", "no such column")):
-        return _damaged(path, str(error.orig))
-    return error
+    if is_damaged or str(error).startswith(("no such table", "no such column")):
+        return _damaged(path, str(error))
+    return None
 
 
 def _damaged(path: Path, found: str) -> StorageDamaged:

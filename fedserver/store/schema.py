@@ -14,10 +14,16 @@ from sqlalchemy import (
     Table,
 )
 
-SCHEMA_VERSION = 6
+FIRST_REVISION = "0006"
+"""The schema that databases had before there were migrations; older ones can't be upgraded."""
+
+REVISION = "0007"
+"""The newest migration: what its tables are is below (see migrations/__init__.py)."""
 
 metadata = MetaData()
 
+# Which version a database has, for software from before there were migrations: it refuses any but
+# its own. Today's reads alembic's table.
 about = Table(
     "about",
     metadata,

@@ -194,7 +194,7 @@ WITHOUT_TORCH = """
 import sys
 from fedserver.__main__ import main
 code = main(sys.argv[1:])
-heavy = sorted({"torch", "numpy", "grpc"} & sys.modules.keys())
+heavy = sorted({"torch", "numpy", "grpc", "alembic"} & sys.modules.keys())
 print(f"exit code {code}, imported {heavy}", file=sys.stderr)
 """
 
@@ -204,7 +204,7 @@ COMMANDS = [["history"], ["history", "--json"], ["show"], ["show", "--json"]]
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_looking_at_a_run_does_not_wait_for_torch(tmp_path: Path, command: list[str]) -> None:
-    """These commands answer without importing torch, NumPy or gRPC."""
+    """These commands answer without importing torch, NumPy, gRPC or alembic."""
     store = Store(tmp_path / "federation.sqlite")
     run, opened = begin_round(store)
     store_updates(store, run, opened)

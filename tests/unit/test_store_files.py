@@ -11,8 +11,7 @@ import pytest
 
 from fedserver.__main__ import main
 from fedserver.rounds import OrderState
-from fedserver.store import Store, read_history
-from fedserver.store.schema import SCHEMA_VERSION
+from fedserver.store import Store, read_history, schema
 from shared.errors import InvalidInput, NotFound, StorageDamaged, WrongSettings
 from tests.factories import begin_round, end_order, make_update
 
@@ -83,23 +82,31 @@ def test_a_file_that_is_no_database_is_damage_and_stays_as_it_is(
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-@pytest.mark.parametrize(("apart", "way_out"), [(1, "update the software"), (-1, "that version")])
-def test_a_database_of_another_version_is_refused_untouched(
-    tmp_path: Path, read_only: bool, apart: int, way_out: str
+@pytest.mark.parametrize("upgrades", [False, True])
+@pytest.mark.parametrize(
+    ("version", "way_out"), [(int(schema.REVISION) + 1, "update the software"), (5, "that version")]
+)
+def test_a_database_of_an_unknown_version_is_refused_untouched(
+    tmp_path: Path, read_only: bool, upgrades: bool, version: int, way_out: str
 ) -> None:
     """The software neither reads nor mends what it doesn't know."""
     path = tmp_path / "federation.sqlite"
     connection = sqlite3.connect(path)
-    connection.execute("CREATE TABLE about (schema_version INTEGER NOT NULL)")
-    connection.execute("INSERT INTO about VALUES (?)", (SCHEMA_VERSION + apart,))
+    if version > int(schema.FIRST_REVISION):
+        connection.execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
+        connection.execute("INSERT INTO alembic_version VALUES (?)", (f"{version:04}",))
+    else:
+        connection.execute("CREATE TABLE about (schema_version INTEGER NOT NULL)")
+        connection.execute("INSERT INTO about VALUES (?)", (version,))
     connection.commit()
     before = list(connection.iterdump())
     connection.close()
-    with pytest.raises(WrongSettings, match=f"schema {SCHEMA_VERSION + apart}.*{way_out}"):
-        Store(path, read_only=read_only)
+    with pytest.raises(WrongSettings, match=rf"schema {version}\b.*{way_out}"):
+        Store(path, read_only=read_only, upgrades=upgrades)
     connection = sqlite3.connect(path)
     assert list(connection.iterdump()) == before
     connection.close()
+    assert [one.name for one in tmp_path.glob("*schema*")] == []
 
 
 def test_looking_at_nothing_finds_nothing_and_makes_nothing(tmp_path: Path) -> None:

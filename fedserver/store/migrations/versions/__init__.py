@@ -1,0 +1,1 @@
+"""One revision a file; the numbers go on from the schema versions before the first of them."""
