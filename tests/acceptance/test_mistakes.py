@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from fedserver.store.schema import SCHEMA_VERSION
+from fedserver.store.schema import REVISION
 from shared.failpoints import VARIABLE, FailPoint
 from tests.acceptance.federation import (
     BIG,
@@ -106,7 +106,9 @@ def test_a_state_dir_of_a_newer_version_is_left_alone(scene: Scene) -> None:
     first.signal(signal.SIGTERM)
     expect_clean_exits(first)
     with closing(sqlite3.connect(scene.folder / "server" / "federation.sqlite")) as connection:
-        connection.execute("UPDATE about SET schema_version = ?", (SCHEMA_VERSION + 1,))
+        connection.execute(
+            "UPDATE alembic_version SET version_num = ?", (f"{int(REVISION) + 1:04}",)
+        )
         connection.commit()
     expect_sentence(start_server(scene, "--rounds", 3), "newer version", "update the software")
     shown = scene.command("history", "--state-dir", scene.folder / "server")
