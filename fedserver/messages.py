@@ -8,7 +8,6 @@ from shared.diagnosis_wire import diagnosis_of
 from shared.errors import InvalidInput
 from shared.pb import federation_pb2 as pb
 from shared.types import (
-    MAX_INCIDENTS,
     ClientUpdate,
     Compression,
     Encoding,
@@ -17,8 +16,6 @@ from shared.types import (
     Section,
     WorkOrder,
 )
-
-_MAX_SECTIONS = 8
 
 _ENCODINGS = {
     pb.ENCODING_STATE_DICT: Encoding.STATE_DICT,
@@ -42,19 +39,13 @@ def update_of(header: pb.UploadHeader) -> ClientUpdate:
     """Return what an upload's header says of its update.
 
     Raises:
-        InvalidInput: it can't be one.
+        InvalidInput: its encoding isn't a declared one, or a digest isn't one.
     """
-    if len(header.sections) > _MAX_SECTIONS:
-        raise InvalidInput(
-            f"a payload of {len(header.sections)} sections; it may have {_MAX_SECTIONS}"
-        )
     if header.encoding not in _ENCODINGS:
         raise InvalidInput(
             "an upload begins with a header, whose encoding is one of federation.proto's, such "
             "as ENCODING_STATE_DICT"
         )
-    if header.size_bytes >= 2**63:
-        raise InvalidInput(f"size_bytes is {header.size_bytes}; it must be less than 2^63")
     return ClientUpdate(
         order_id=header.order_id,
         digest=digest_of(header.digest),
@@ -89,14 +80,10 @@ def incident_of(message: pb.Incident) -> Incident:
     """Return what a client tells of an incident.
 
     Raises:
-        InvalidInput: its kind, its number or its diagnosis is none.
+        InvalidInput: its kind or its diagnosis isn't a declared one.
     """
     if message.kind not in _INCIDENT_KINDS:
         raise InvalidInput(f"there is no incident kind {message.kind}")
-    if not 1 <= message.sequence <= MAX_INCIDENTS:
-        raise InvalidInput(
-            f"an incident has number {message.sequence}; an order's are 1 to {MAX_INCIDENTS}"
-        )
     is_diagnosed = message.kind == pb.INCIDENT_KIND_TRAINING_DIAGNOSED
     if is_diagnosed != message.HasField("diagnosis"):
         raise InvalidInput(

@@ -262,7 +262,12 @@ async def _serve(
         quarantine=QuarantineFolder(state_dir / "quarantine", max_bytes=settings.quarantine_bytes),
         checkpoints=checkpoints,
         downloads=Downloads(checkpoints, workers, idle_s=settings.stall_after),
-        sessions=Sessions(store.load_sessions(run.run_id), lease_s=settings.lease, clock=clock),
+        sessions=Sessions(
+            store.load_sessions(run.run_id),
+            lease_s=settings.lease,
+            max_num_examples=settings.max_num_examples,
+            clock=clock,
+        ),
         book=book,
         bus=bus,
         workers=workers,

@@ -30,13 +30,13 @@ from shared.chunks import unframe_upload
 from shared.errors import FederationError, InvalidInput
 from shared.pb import federation_pb2 as pb
 from shared.types import (
-    MAX_INCIDENTS,
     Counters,
     Directive,
     Receipt,
     Registration,
     WorkState,
 )
+from shared.wire_limits import examine_limits
 
 logger = logging.getLogger(__name__)
 
@@ -139,10 +139,6 @@ class Servicer:
     async def report_progress(self, request: pb.ReportProgressRequest) -> pb.ReportProgressResponse:
         """See federation.proto."""
         told = request.counters
-        if len(request.incidents) > MAX_INCIDENTS:
-            raise InvalidInput(
-                f"{len(request.incidents)} incidents; an order may have {MAX_INCIDENTS}"
-            )
         directive = await self._desk.report_progress(
             request.session_id,
             request.order_id,
@@ -275,9 +271,11 @@ async def _abort(context: Context, error: FederationError) -> NoReturn:
 
 def _parse(message_class: type[Request], raw: bytes) -> Request:
     try:
-        return message_class.FromString(raw)
+        message = message_class.FromString(raw)
     except DecodeError as error:
         raise InvalidInput(f"the bytes aren't a {message_class.__name__}: {error}") from error
+    examine_limits(message)
+    return message
 
 
 async def _upload_chunks(messages: AsyncIterator[bytes]) -> AsyncIterator[memoryview]:

@@ -6,12 +6,13 @@ whole lease to come back.
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from fedserver.records import Session
 from fedserver.signals import Signal
 from shared.errors import ClientIdTaken, InvalidInput, UnknownSession
-from shared.types import MAX_CLIENT_ID, MAX_CLIENT_IDS, Registration
+from shared.types import Registration
 
 
 class Sessions:
@@ -22,10 +23,12 @@ class Sessions:
         known: Iterable[Session],
         *,
         lease_s: float,
+        max_num_examples: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.changed = Signal()
         self._lease_s = lease_s
+        self._max_num_examples = max_num_examples
         self._clock = clock
         self._sessions: dict[str, Session] = {}
         self._holders: dict[int, str] = {}
@@ -37,10 +40,10 @@ class Sessions:
         """Open or take over a session; returns it and the ids of those it replaces.
 
         Raises:
-            InvalidInput: the registration is malformed.
+            InvalidInput: an id is given twice, or a data size is missing or can't be.
             ClientIdTaken: another instance holds one of the ids and its lease goes on.
         """
-        _examine(registration)
+        _examine(registration, max_num_examples=self._max_num_examples)
         replaced = []
         session_id = secrets.token_urlsafe(18)
         num_examples = registration.num_examples
@@ -131,21 +134,15 @@ class Sessions:
                 del self._holders[client_id]
 
 
-def _examine(registration: Registration) -> None:
-    ids = registration.client_ids
-    if len(ids) > MAX_CLIENT_IDS:
-        raise InvalidInput(f"{len(ids)} client ids; a session serves at most {MAX_CLIENT_IDS}")
-    if not ids or len(set(ids)) != len(ids) or not all(0 <= one <= MAX_CLIENT_ID for one in ids):
-        raise InvalidInput(
-            f"client ids are {list(ids)}; give one or more different numbers from 0 on"
-        )
-    if not 1 <= len(registration.instance_key) <= 128:
-        raise InvalidInput("the instance key must have 1 to 128 characters")
-    if max(map(len, (registration.software_version, *registration.capabilities))) > 128:
-        raise InvalidInput("software version and capabilities may have 128 characters each")
-    sizes = registration.num_examples
+def _examine(registration: Registration, *, max_num_examples: int) -> None:
+    ids, sizes = registration.client_ids, registration.num_examples
+    if repeated := [client_id for client_id, times in Counter(ids).items() if times > 1]:
+        raise InvalidInput(f"client id {repeated[0]} is given twice; give different numbers")
     if sizes and len(sizes) != len(ids):
         raise InvalidInput(f"{len(sizes)} data sizes for {len(ids)} client ids; give one for each")
     for client_id, size in zip(ids, sizes, strict=False):
-        if size < 1:
-            raise InvalidInput(f"client {client_id} has {size} examples; it needs at least one")
+        if not 1 <= size <= max_num_examples:
+            raise InvalidInput(
+                f"client {client_id} has {size} examples; this run takes clients with 1 to "
+                f"{max_num_examples}: see the server's --max-num-examples"
+            )

@@ -1,8 +1,8 @@
 """A diagnosis as its message and back: both sides need both ways to be the same.
 
 Besides the two ends of the wire this is the one module that knows the protocol's messages: said
-once, the forty names and fields can't come apart. What is read here is bounded; whether modules and
-tensors are the model's, only the server can tell.
+once, the forty names and fields can't come apart. What is read here keeps the limits of
+shared.wire_limits; whether modules and tensors are the model's, only the server can tell.
 """
 
 import re
@@ -12,10 +12,6 @@ from typing import Protocol, TypeVar
 
 from shared.diagnosis import (
     DIAGNOSIS_NUMBERS,
-    MAX_DIMENSIONS,
-    MAX_EXPERIMENTS,
-    MAX_SAMPLES,
-    MAX_TREND,
     Cause,
     Diagnosis,
     Experiment,
@@ -31,6 +27,7 @@ from shared.diagnosis import (
 )
 from shared.errors import InvalidInput
 from shared.pb import federation_pb2 as pb
+from shared.wire_limits import examine_limits
 
 _OPERATION = re.compile(r"[a-z0-9_]{0,64}")
 _DTYPE = re.compile(r"[a-z0-9_]{0,16}")
@@ -133,9 +130,10 @@ def diagnosis_of(message: pb.Diagnosis) -> Diagnosis:
     """Return the diagnosis that a message holds.
 
     Raises:
-        InvalidInput: there is more of something than may be, or a name nobody has declared.
+        InvalidInput: a field is outside its limit, or a name isn't a declared one.
     """
-    _examine_bounds(message)
+    examine_limits(message)
+    _examine_names(message)
     return Diagnosis(
         symptom=_member(_SYMPTOMS, message.symptom),
         cause=_member(_CAUSES, message.cause),
@@ -208,17 +206,7 @@ def _member(numbers: Mapping[E, int], number: int) -> E:
     raise InvalidInput(f"a diagnosis holds {kind} {number}, which there isn't")
 
 
-def _examine_bounds(message: pb.Diagnosis) -> None:
-    for what, count, most in (
-        ("samples", len(message.samples), MAX_SAMPLES),
-        ("experiments", len(message.experiments), MAX_EXPERIMENTS),
-        ("contributing experiments", len(message.contributing), MAX_EXPERIMENTS),
-        ("points of its trend", len(message.trend), MAX_TREND),
-        ("dimensions", len(message.origin.shape), MAX_DIMENSIONS),
-        ("positions in its first index", len(message.origin.first_index), MAX_DIMENSIONS),
-    ):
-        if count > most:
-            raise InvalidInput(f"a diagnosis holds {count} {what}; at most {most} are taken")
+def _examine_names(message: pb.Diagnosis) -> None:
     for what, pattern, text in (
         ("operation", _OPERATION, message.origin.operation),
         ("dtype", _DTYPE, message.origin.dtype),

@@ -18,11 +18,32 @@ Every call may be repeated: the answer to a repeated call is the answer to the f
 Payloads are safetensors bytes in named sections ("model", and under SCAFFOLD "control"), never
 pickle. Content is named by its digest: BLAKE3, 256 bits, as 64 lower-case hexadecimal digits.
 
+Limits. The comment of each field of a request states its limits. The server refuses a message
+that breaks one with INVALID_ARGUMENT and keeps nothing of it. Besides:
+  - A request has at most 1 MiB. An UploadUpdateRequest with the header has at most 256 KiB, one
+    with data at most 3 MiB of data. gRPC itself refuses a message above 4 MiB
+    (RESOURCE_EXHAUSTED).
+  - A Duration or Timestamp lies within the bounds that its own definition states.
+  - A number "to 2^53" can be kept in JSON exactly.
+  - A session_id, order_id or digest that the server didn't give names nothing (UNAUTHENTICATED,
+    NOT_FOUND); a digest must have its 64 digits. An order_id has at most 200 characters, of A-Z,
+    a-z, 0-9, "_" and "-".
+Fields that the receiver doesn't know are passed over, in every message.
+
 Common statuses, besides those each call names:
   UNAUTHENTICATED     the session isn't known (the server began another run): Register again
   INVALID_ARGUMENT    the request is malformed; the message says how; don't repeat it
-  RESOURCE_EXHAUSTED  the server's disk is full; repeat later
+  RESOURCE_EXHAUSTED  the server has no room on its disk or can't open another file; repeat with
+                      back-off and jitter
   UNAVAILABLE         the server is stopping or unreachable; repeat with back-off and jitter
+  INTERNAL            the server failed in a way that it doesn't foresee, and its log says how;
+                      repeat with back-off and jitter
+A status comes with a sentence of at most 1,000 printable ASCII characters.
+
+Proxies. An HTTP proxy on the way answers for itself, with an HTTP status. 408, 429, 500, 502,
+503 and 504 say that the server can't be reached for now: repeat with back-off and jitter. Any
+other status is the proxy's own decision, such as 413 (its limit on the size of a body): don't
+repeat the call, and say what to change.
 """
 
 from collections import abc as _abc
@@ -415,25 +436,29 @@ class RegisterRequest(_message.Message):
     NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     instance_key: _builtins.str
-    """A random text made once per state-dir and kept there: who is who, should two use one id."""
+    """A random text made once per state-dir and kept there: who is who, should two use one id.
+    From 1 to 128 characters.
+    """
     software_version: _builtins.str
+    """At most 128 characters."""
     task: _builtins.str
-    """The task this client insists on; empty: whatever the run's task is."""
+    """The task this client insists on; empty: whatever the run's task is. At most 4,096 characters."""
     @_builtins.property
     def client_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The ids this process serves, each from 0. Not empty, without repetition."""
+        """The ids this process serves, without repetition. From 1 to 10,000 of them, each from 0 to 2^53."""
 
     @_builtins.property
     def num_examples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """How many training examples each id has, in the order of client_ids; empty: not known yet
-        (the first call of a client that learns the task from the answer).
+        (the first call of a client that learns the task from the answer). Each from 1 to the server's
+        --max-num-examples, which bounds UploadHeader.num_examples too.
         """
 
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What this client can do beyond the core of the protocol: the encodings it can send beside the
         whole state_dict, "float16", "bfloat16", "int8", "top-k". Names the server doesn't know are
-        passed over.
+        passed over. At most 64 of them, each of at most 128 characters.
         """
 
     def __init__(
@@ -602,7 +627,7 @@ class PullWorkRequest(_message.Message):
     session_id: _builtins.str
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
-        """How long the client is willing to be parked."""
+        """How long the client is willing to be parked; the server answers at once if it isn't above 0."""
 
     def __init__(
         self,
@@ -905,6 +930,7 @@ class DownloadBlobRequest(_message.Message):
     session_id: _builtins.str
     digest: _builtins.str
     offset: _builtins.int
+    """The first byte that is wanted, from 0 to the blob's size."""
     def __init__(
         self,
         *,
@@ -926,6 +952,7 @@ class DownloadBlobResponse(_message.Message):
 
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
+    """At most 3 MiB a message."""
     def __init__(
         self,
         *,
@@ -948,7 +975,7 @@ class UploadUpdateRequest(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """The payload from the header's offset on, in order; at most 3 MiB a message."""
+    """The payload from the header's offset on, in order. At most 3 MiB a message."""
     @_builtins.property
     def header(self) -> Global___UploadHeader:
         """Exactly once, first."""
@@ -1008,25 +1035,37 @@ class UploadHeader(_message.Message):
     digest: _builtins.str
     """Of the whole payload: the sections' bytes one after another."""
     size_bytes: _builtins.int
+    """At most 2^63 - 1. REFUSED if it isn't the sum of the sections' sizes, or more than the model's
+    size and 1 MiB for each section.
+    """
     offset: _builtins.int
     """Where this stream begins; must equal what QueryUpload answers."""
     encoding: Global___Encoding.ValueType
-    """ENCODING_STATE_DICT, or what RegisterResponse.compression asked for; any other is REFUSED."""
+    """ENCODING_STATE_DICT, or what RegisterResponse.compression asked for; any other that is declared
+    here is REFUSED.
+    """
     num_examples: _builtins.int
-    """The examples this update was trained on: its weight in the mean. From 1."""
+    """The examples this update was trained on: its weight in the mean. REFUSED outside 1 to the
+    server's --max-num-examples.
+    """
     num_steps: _builtins.int
-    """Optimizer steps taken."""
+    """Optimizer steps taken.
+    REFUSED outside 0 to num_examples times the run's epochs an order: an epoch has at most one
+    step for each example.
+    """
     @_builtins.property
     def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Section]:
         """The sections in the payload's order: "model", and under SCAFFOLD "control", by how much the
-        client's own control variates change. The digest of a section may be left empty.
+        client's own control variates change. The digest of a section may be left empty; REFUSED if it
+        is given and isn't that of the section's bytes. At most 8 of them.
         """
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Declared names ("accuracy", "loss", "train_s", "global_accuracy", "global_loss",
+        """By declared names: "accuracy", "loss", "train_s", "global_accuracy", "global_loss",
         "global_examples", "personal_accuracy", "personal_loss", "personal_examples",
-        "compression_error"), finite numbers.
+        "compression_error". REFUSED with any other name, outside -1e30 to 1e30, and for an accuracy
+        outside 0 to 1 or global_examples outside 1 to the server's --max-num-examples.
         """
 
     def __init__(
@@ -1142,7 +1181,9 @@ class ReportProgressRequest(_message.Message):
     @_builtins.property
     def counters(self) -> Global___Counters: ...
     @_builtins.property
-    def incidents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Incident]: ...
+    def incidents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Incident]:
+        """At most 64 of them."""
+
     def __init__(
         self,
         *,
@@ -1162,7 +1203,9 @@ Global___ReportProgressRequest: _TypeAlias = ReportProgressRequest  # noqa: Y015
 
 @_typing.final
 class Counters(_message.Message):
-    """Each only ever grows while the client works on one order."""
+    """How far the client is with one order. Each only ever grows: the server keeps the largest value it
+    has heard of, so a smaller one changes nothing.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1172,10 +1215,14 @@ class Counters(_message.Message):
     BATCHES_TOTAL_FIELD_NUMBER: _builtins.int
     REPLAYS_FIELD_NUMBER: _builtins.int
     bytes_received: _builtins.int
+    """Of payloads, downloads and uploads, bytes sent again included."""
     bytes_sent: _builtins.int
     batches: _builtins.int
+    """Training steps done."""
     batches_total: _builtins.int
+    """How many steps the order takes; 0: not known yet."""
     replays: _builtins.int
+    """Steps the doctor took again to find a cause."""
     def __init__(
         self,
         *,
@@ -1226,20 +1273,27 @@ class Incident(_message.Message):
     AT_FIELD_NUMBER: _builtins.int
     DIAGNOSIS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """From 1 to 64 within an order; tells a repeated report from a new incident."""
+    """The incident's number within its order: tells a repeated report from a new incident.
+    From 1 to 64.
+    """
     kind: Global___IncidentKind.ValueType
+    """One that is declared here."""
     step: _builtins.int
-    """Optimizer step of the order, from 1."""
+    """Optimizer step of the order. From 1 to 2^53."""
     epoch: _builtins.int
-    """From 1."""
+    """From 1 to 2^31 - 1."""
     tensor: _builtins.str
-    """A declared entry of the model's state_dict."""
+    """A declared entry of the model's state_dict; any other name is passed over."""
     @_builtins.property
     def detail(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Declared names ("lr", "grad_norm"), numbers (NaN and infinity allowed here)."""
+        """Any numbers, NaN and infinity included, by declared names: "lr", "batch", "loss", and
+        "grad_norm_0" to "grad_norm_4". Other names are passed over.
+        """
 
     @_builtins.property
-    def at(self) -> _timestamp_pb2.Timestamp: ...
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When the client noticed it, by its own clock. The history has the time of the report instead."""
+
     @_builtins.property
     def diagnosis(self) -> Global___Diagnosis:
         """Set if and only if the kind is INCIDENT_KIND_TRAINING_DIAGNOSED."""
@@ -1285,7 +1339,7 @@ class Diagnosis(_message.Message):
 
     Privacy: enums, counts, numbers, and names that the task's code declares. No example, no label,
     no free text. The server refuses (INVALID_ARGUMENT), and doesn't keep, a report with any other
-    name or with more of anything than is said here.
+    name, with more of anything or with another number than is said here.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1330,21 +1384,28 @@ class Diagnosis(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     symptom: Global___Symptom.ValueType
+    """Enums hold a value that is declared here, in this message and in those below."""
     cause: Global___Cause.ValueType
     step: _builtins.int
-    """Optimizer steps of the order, from 1."""
+    """Optimizer step of the order in which the bad value came up. From 1 to 2^53."""
     noticed_at_step: _builtins.int
+    """The step in which it was noticed. From 1 to 2^53."""
     epoch: _builtins.int
-    """From 1."""
+    """From 1 to 2^31 - 1."""
     batch: _builtins.int
-    """From 1 in its epoch."""
+    """The batch within its epoch. From 1 to 2^53."""
     batch_size: _builtins.int
+    """From 0 to 2^53."""
     lr: _builtins.float
+    """The step size of the bad step. Finite, from 0."""
     num_samples: _builtins.int
-    """How many they are, said in any case."""
+    """How many they are, said in any case. From 0 to 2^53."""
     returned_to_step: _builtins.int
+    """The last good step that training went back to; 0: to before the first. From 0 to 2^53."""
     num_replayed_steps: _builtins.int
+    """From 0 to 2^53."""
     seconds: _builtins.float
+    """How long finding the cause took. Finite, from 0."""
     @_builtins.property
     def origin(self) -> Global___Origin: ...
     @_builtins.property
@@ -1353,7 +1414,7 @@ class Diagnosis(_message.Message):
 
     @_builtins.property
     def experiments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Experiment]:
-        """In the order they were made, at most 32."""
+        """In the order they were made. At most 32."""
 
     @_builtins.property
     def contributing(self) -> _containers.RepeatedScalarFieldContainer[Global___ExperimentName.ValueType]:
@@ -1361,13 +1422,15 @@ class Diagnosis(_message.Message):
 
     @_builtins.property
     def trend(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrendPoint]:
-        """The steps before, at most 16."""
+        """The steps before. At most 16."""
 
     @_builtins.property
     def remedy(self) -> Global___Remedy: ...
     @_builtins.property
     def detail(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Declared names (shared.diagnosis.DIAGNOSIS_NUMBERS), any numbers."""
+        """Any numbers, by declared names: "clip_norm", "healthy_grad_norm", "largest_input",
+        "loss_bound".
+        """
 
     def __init__(
         self,
@@ -1423,13 +1486,17 @@ class Origin(_message.Message):
     dtype: _builtins.str
     """torch's name of the type, such as "float32": up to 16 of a-z, 0-9 and _."""
     num_nan: _builtins.int
+    """From 0 to 2^53."""
     num_inf: _builtins.int
+    """From 0 to 2^53."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """At most 16 dimensions."""
+        """The tensor's dimensions. At most 16, each from 0 to 2^53."""
 
     @_builtins.property
-    def first_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def first_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where the first bad number is. At most 16, each from 0 to 2^53."""
+
     def __init__(
         self,
         *,
@@ -1460,11 +1527,12 @@ class SuspectSample(_message.Message):
     ODDITY_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """From 0 in the batch."""
+    """The place in the batch. From 0 to 2^53."""
     index: _builtins.int
-    """From 0 in the data set; -1: not known."""
+    """The place in the data set; -1: not known. From -1 to 2^53."""
     oddity: Global___Oddity.ValueType
     value: _builtins.float
+    """Any number."""
     def __init__(
         self,
         *,
@@ -1493,8 +1561,11 @@ class Experiment(_message.Message):
     name: Global___ExperimentName.ValueType
     healed: _builtins.bool
     value: _builtins.float
+    """Any number."""
     loss: _builtins.float
+    """Any number; NaN: there was no loss."""
     failed_at_step: _builtins.int
+    """0: it went well. From 0 to 2^53."""
     def __init__(
         self,
         *,
@@ -1522,10 +1593,13 @@ class TrendPoint(_message.Message):
     LARGEST_WEIGHT_FIELD_NUMBER: _builtins.int
     LR_FIELD_NUMBER: _builtins.int
     step: _builtins.int
+    """From 1 to 2^53."""
     loss: _builtins.float
+    """Any number, as the two below."""
     grad_norm: _builtins.float
     largest_weight: _builtins.float
     lr: _builtins.float
+    """Finite, from 0."""
     def __init__(
         self,
         *,
@@ -1553,6 +1627,7 @@ class Remedy(_message.Message):
     WORKING_FIELD_NUMBER: _builtins.int
     kind: Global___RemedyKind.ValueType
     value: _builtins.float
+    """Any number."""
     oddity: Global___Oddity.ValueType
     working: _builtins.bool
     def __init__(

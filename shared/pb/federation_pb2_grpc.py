@@ -105,12 +105,18 @@ class FederationServiceServicer:
 
     def UploadUpdate(self, request_iterator, context):
         """Called by a client to deliver an order's update: one header, then the payload's bytes in
-        chunks. The receipt comes after the update is durable on the server: whatever happens then,
-        it isn't lost, and the client may forget it. It may come before all bytes are sent, if the order
-        has ended: the rest isn't wanted.
+        chunks. The client half-closes the stream after the last byte: without that there is no receipt.
+        The receipt comes after the update is durable on the server: whatever happens then, it isn't
+        lost, and the client may forget it. It may come before all bytes are sent, if the order has
+        ended: the rest isn't wanted.
+        The bytes of each message are committed as they come, and stay when the stream breaks off. A
+        message that would go beyond the header's size_bytes isn't taken and ends the stream with
+        INVALID_ARGUMENT; the bytes before it stay committed.
         OUT_OF_RANGE  the header's offset isn't what is committed: QueryUpload, then go on from there
         ABORTED       a newer stream of the same order took over, whatever it brings: stop
-        UNAVAILABLE   no header came, or so little that others get the place: QueryUpload, then go on
+        UNAVAILABLE   the header, or the rest of the payload, didn't come: too slowly while others
+        wait for the place, or not before the client half-closed the stream. QueryUpload,
+        then go on
         DATA_LOSS     the bytes don't match the digest; the server dropped them: send from zero
         NOT_FOUND     the server never gave this order
         """

@@ -18,11 +18,32 @@ Every call may be repeated: the answer to a repeated call is the answer to the f
 Payloads are safetensors bytes in named sections ("model", and under SCAFFOLD "control"), never
 pickle. Content is named by its digest: BLAKE3, 256 bits, as 64 lower-case hexadecimal digits.
 
+Limits. The comment of each field of a request states its limits. The server refuses a message
+that breaks one with INVALID_ARGUMENT and keeps nothing of it. Besides:
+  - A request has at most 1 MiB. An UploadUpdateRequest with the header has at most 256 KiB, one
+    with data at most 3 MiB of data. gRPC itself refuses a message above 4 MiB
+    (RESOURCE_EXHAUSTED).
+  - A Duration or Timestamp lies within the bounds that its own definition states.
+  - A number "to 2^53" can be kept in JSON exactly.
+  - A session_id, order_id or digest that the server didn't give names nothing (UNAUTHENTICATED,
+    NOT_FOUND); a digest must have its 64 digits. An order_id has at most 200 characters, of A-Z,
+    a-z, 0-9, "_" and "-".
+Fields that the receiver doesn't know are passed over, in every message.
+
 Common statuses, besides those each call names:
   UNAUTHENTICATED     the session isn't known (the server began another run): Register again
   INVALID_ARGUMENT    the request is malformed; the message says how; don't repeat it
-  RESOURCE_EXHAUSTED  the server's disk is full; repeat later
+  RESOURCE_EXHAUSTED  the server has no room on its disk or can't open another file; repeat with
+                      back-off and jitter
   UNAVAILABLE         the server is stopping or unreachable; repeat with back-off and jitter
+  INTERNAL            the server failed in a way that it doesn't foresee, and its log says how;
+                      repeat with back-off and jitter
+A status comes with a sentence of at most 1,000 printable ASCII characters.
+
+Proxies. An HTTP proxy on the way answers for itself, with an HTTP status. 408, 429, 500, 502,
+503 and 504 say that the server can't be reached for now: repeat with back-off and jitter. Any
+other status is the proxy's own decision, such as 413 (its limit on the size of a body): don't
+repeat the call, and say what to change.
 """
 
 from collections import abc as _abc
@@ -77,12 +98,18 @@ class FederationServiceStub:
     """
     UploadUpdate: _grpc.StreamUnaryMultiCallable[_federation_pb2.UploadUpdateRequest, _federation_pb2.UploadUpdateResponse]
     """Called by a client to deliver an order's update: one header, then the payload's bytes in
-    chunks. The receipt comes after the update is durable on the server: whatever happens then,
-    it isn't lost, and the client may forget it. It may come before all bytes are sent, if the order
-    has ended: the rest isn't wanted.
+    chunks. The client half-closes the stream after the last byte: without that there is no receipt.
+    The receipt comes after the update is durable on the server: whatever happens then, it isn't
+    lost, and the client may forget it. It may come before all bytes are sent, if the order has
+    ended: the rest isn't wanted.
+    The bytes of each message are committed as they come, and stay when the stream breaks off. A
+    message that would go beyond the header's size_bytes isn't taken and ends the stream with
+    INVALID_ARGUMENT; the bytes before it stay committed.
       OUT_OF_RANGE  the header's offset isn't what is committed: QueryUpload, then go on from there
       ABORTED       a newer stream of the same order took over, whatever it brings: stop
-      UNAVAILABLE   no header came, or so little that others get the place: QueryUpload, then go on
+      UNAVAILABLE   the header, or the rest of the payload, didn't come: too slowly while others
+                    wait for the place, or not before the client half-closed the stream. QueryUpload,
+                    then go on
       DATA_LOSS     the bytes don't match the digest; the server dropped them: send from zero
       NOT_FOUND     the server never gave this order
     """
@@ -125,12 +152,18 @@ class FederationServiceAsyncStub(FederationServiceStub):
     """
     UploadUpdate: _aio.StreamUnaryMultiCallable[_federation_pb2.UploadUpdateRequest, _federation_pb2.UploadUpdateResponse]  # type: ignore[assignment]
     """Called by a client to deliver an order's update: one header, then the payload's bytes in
-    chunks. The receipt comes after the update is durable on the server: whatever happens then,
-    it isn't lost, and the client may forget it. It may come before all bytes are sent, if the order
-    has ended: the rest isn't wanted.
+    chunks. The client half-closes the stream after the last byte: without that there is no receipt.
+    The receipt comes after the update is durable on the server: whatever happens then, it isn't
+    lost, and the client may forget it. It may come before all bytes are sent, if the order has
+    ended: the rest isn't wanted.
+    The bytes of each message are committed as they come, and stay when the stream breaks off. A
+    message that would go beyond the header's size_bytes isn't taken and ends the stream with
+    INVALID_ARGUMENT; the bytes before it stay committed.
       OUT_OF_RANGE  the header's offset isn't what is committed: QueryUpload, then go on from there
       ABORTED       a newer stream of the same order took over, whatever it brings: stop
-      UNAVAILABLE   no header came, or so little that others get the place: QueryUpload, then go on
+      UNAVAILABLE   the header, or the rest of the payload, didn't come: too slowly while others
+                    wait for the place, or not before the client half-closed the stream. QueryUpload,
+                    then go on
       DATA_LOSS     the bytes don't match the digest; the server dropped them: send from zero
       NOT_FOUND     the server never gave this order
     """
@@ -194,12 +227,18 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.UploadUpdateResponse, _abc.Awaitable[_federation_pb2.UploadUpdateResponse]]:
         """Called by a client to deliver an order's update: one header, then the payload's bytes in
-        chunks. The receipt comes after the update is durable on the server: whatever happens then,
-        it isn't lost, and the client may forget it. It may come before all bytes are sent, if the order
-        has ended: the rest isn't wanted.
+        chunks. The client half-closes the stream after the last byte: without that there is no receipt.
+        The receipt comes after the update is durable on the server: whatever happens then, it isn't
+        lost, and the client may forget it. It may come before all bytes are sent, if the order has
+        ended: the rest isn't wanted.
+        The bytes of each message are committed as they come, and stay when the stream breaks off. A
+        message that would go beyond the header's size_bytes isn't taken and ends the stream with
+        INVALID_ARGUMENT; the bytes before it stay committed.
           OUT_OF_RANGE  the header's offset isn't what is committed: QueryUpload, then go on from there
           ABORTED       a newer stream of the same order took over, whatever it brings: stop
-          UNAVAILABLE   no header came, or so little that others get the place: QueryUpload, then go on
+          UNAVAILABLE   the header, or the rest of the payload, didn't come: too slowly while others
+                        wait for the place, or not before the client half-closed the stream. QueryUpload,
+                        then go on
           DATA_LOSS     the bytes don't match the digest; the server dropped them: send from zero
           NOT_FOUND     the server never gave this order
         """

@@ -74,7 +74,7 @@ def test_more_incidents_than_an_order_has_are_refused(opened: OpenRound, history
     expect_status(
         grpc.StatusCode.INVALID_ARGUMENT,
         lambda: opened.peers[0].report(opened.orders[0], incidents=told),
-        match="65 incidents; an order may have 64",
+        match="incidents has 65 values; it must have from 0 to 64",
     )
     assert entry_of(history(), opened.orders[0])["incidents"] == []
 

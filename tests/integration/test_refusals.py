@@ -161,7 +161,7 @@ def test_an_impossible_header_is_refused_and_the_round_goes_on(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sections": [pb.Section()] * 9}, "9 sections; it may have 8"),
+        ({"sections": [pb.Section()] * 9}, "sections has 9 values; it must have from 0 to 8"),
         ({"sections": [pb.Section()] * 200_000}, "header has .* bytes; it may have 262144"),
         ({"sections": [pb.Section(digest="patient 17")]}, "isn't a digest"),
     ],

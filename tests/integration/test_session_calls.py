@@ -9,6 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from fedclient.connection import Connection
 from shared.pb import federation_pb2 as pb
 from shared.types import Registration
+from tests.integration.conftest import MAX_NUM_EXAMPLES
 from tests.integration.peer import OpenRound, Peer, each_method, expect_status, open_round
 from tests.processes import Scene, Server
 
@@ -48,19 +49,22 @@ def test_an_instance_that_serves_other_ids_now_gives_up_its_old_session(server: 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"client_ids": []}, "give one or more different numbers"),
-        ({"client_ids": [7, 7]}, "give one or more different numbers"),
-        ({"client_ids": [-1]}, "give one or more different numbers"),
-        ({"client_ids": [2**60]}, "give one or more different numbers"),
-        ({"instance_key": ""}, "1 to 128 characters"),
-        ({"instance_key": "k" * 129}, "1 to 128 characters"),
+        ({"client_ids": []}, "client_ids has 0 values; it must have from 1 to 10000"),
+        ({"client_ids": [7, 7]}, "client id 7 is given twice"),
+        ({"client_ids": [-1]}, "client_ids is -1; it must be from 0 to 9007199254740992"),
+        ({"client_ids": [2**60]}, "client_ids is 1152921504606846976"),
+        ({"instance_key": ""}, "instance_key has 0 characters; it must have from 1 to 128"),
+        ({"instance_key": "k" * 129}, "instance_key has 129 characters"),
         ({"num_examples": [5, 5]}, "2 data sizes for 1 client ids"),
-        ({"client_ids": range(10_001)}, "a session serves at most 10000"),
+        ({"client_ids": range(10_001)}, "client_ids has 10001 values"),
         ({"client_ids": range(2**30, 2**30 + 250_000)}, "it may have 1048576"),
-        ({"software_version": "v" * 129}, "may have 128 characters"),
-        ({"capabilities": ["c" * 129]}, "may have 128 characters"),
-        ({"num_examples": [0]}, "needs at least one"),
-        ({"num_examples": [-5]}, "needs at least one"),
+        ({"software_version": "v" * 129}, "software_version has 129 characters"),
+        ({"capabilities": ["c" * 129]}, "capabilities has 129 characters"),
+        ({"capabilities": ["c"] * 65}, "capabilities has 65 values"),
+        ({"num_examples": [0]}, "has 0 examples; this run takes clients with 1 to 1000"),
+        ({"num_examples": [-5]}, "has -5 examples"),
+        ({"num_examples": [MAX_NUM_EXAMPLES + 1]}, "has 1001 examples"),
+        ({"num_examples": [2**63 - 1]}, "has 9223372036854775807 examples"),
     ],
 )
 def test_a_malformed_registration_is_refused_with_a_sentence(

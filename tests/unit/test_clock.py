@@ -37,7 +37,7 @@ def test_a_lease_outlives_the_servers_absence() -> None:
     """The server was stopped for longer than a lease; afterwards the lease goes on."""
     time = Time()
     serving = ServingClock(time)
-    sessions = Sessions([], lease_s=30.0, clock=serving)
+    sessions = Sessions([], lease_s=30.0, max_num_examples=1000, clock=serving)
     session, _ = sessions.register(make_registration(0))
     time.now += 300
     assert sessions.is_live(session)

@@ -93,14 +93,16 @@ def test_only_the_two_ends_of_the_wire_know_grpc_and_protobuf() -> None:
 
     The server's messages are translated beside its servicer, in a module that knows no gRPC. A
     diagnosis has forty names and fields that both ends translate, one each way: a module of its own
-    knows their messages, so that they can't come apart, and knows no gRPC either. Nor does the
-    module that frames the chunks of payloads for both ends.
+    knows their messages, so that they can't come apart, and knows no gRPC either. Nor do the
+    module that frames the chunks of payloads for both ends and the one that examines the limits of
+    messages.
     """
     rest = outside("fedserver/service.py", "fedclient/connection.py")
     assert breaches(rest, "grpc", "grpc_health", "grpc_reflection") == []
     rest.remove("fedserver/messages.py")
     rest.remove("shared/diagnosis_wire.py")
     rest.remove("shared/chunks.py")
+    rest.remove("shared/wire_limits.py")
     assert breaches(rest, "google.protobuf", "shared.pb") == []
 
 

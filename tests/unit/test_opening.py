@@ -50,7 +50,7 @@ def make_parts(folder: Path, workers: Workers) -> Parts:
         quarantine=QuarantineFolder(folder / "quarantine", max_bytes=0),
         checkpoints=checkpoints,
         downloads=Downloads(checkpoints, workers, idle_s=60),
-        sessions=Sessions([], lease_s=60),
+        sessions=Sessions([], lease_s=60, max_num_examples=1000),
         book=book,
         bus=bus,
         workers=workers,
