@@ -1,6 +1,5 @@
 """Who holds a client id: the same instance at once, another one when the lease is over."""
 
-
 import pytest
 
 from fedserver.sessions import Sessions
