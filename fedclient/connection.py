@@ -44,6 +44,8 @@ from shared.types import (
     Partitioning,
     Receipt,
     Registration,
+    RunEnd,
+    RunFailure,
     Schedule,
     Section,
     SessionInfo,
@@ -80,6 +82,12 @@ _STATES = {
     pb.WORK_STATE_ORDER: WorkState.ORDER,
     pb.WORK_STATE_WAIT: WorkState.WAIT,
     pb.WORK_STATE_FINISHED: WorkState.FINISHED,
+}
+_FAILURES = {
+    pb.RUN_FAILURE_TOO_FEW_UPDATES: RunFailure.TOO_FEW_UPDATES,
+    pb.RUN_FAILURE_TOO_MANY_EXCLUDED: RunFailure.TOO_MANY_EXCLUDED,
+    pb.RUN_FAILURE_NOT_AGGREGATED: RunFailure.NOT_AGGREGATED,
+    pb.RUN_FAILURE_UPDATES_DAMAGED: RunFailure.UPDATES_DAMAGED,
 }
 _RECEIPTS = {
     pb.RECEIPT_STORED: Receipt.STORED,
@@ -172,6 +180,7 @@ class Connection:
         return Work(
             state=_STATES[answer.state],
             order=_order(answer.order) if answer.HasField("order") else None,
+            run_end=_run_end(answer) if answer.state == pb.WORK_STATE_FINISHED else None,
         )
 
     def download(self, session_id: str, digest: str, *, offset: int) -> Iterator[memoryview]:
@@ -354,6 +363,13 @@ def _order(message: pb.WorkOrder) -> WorkOrder:
         last_counted_order_id=message.last_counted_order_id,
         evaluate=message.evaluate,
         holdout=message.holdout,
+    )
+
+
+def _run_end(answer: pb.PullWorkResponse) -> RunEnd:
+    """Return how a run ended; an older server doesn't say, and means that it is done."""
+    return RunEnd(
+        has_failed=answer.outcome == pb.RUN_OUTCOME_FAILED, failure=_FAILURES.get(answer.failure)
     )
 
 

@@ -14,12 +14,19 @@ from fedclient.holdings import Holdings
 from fedclient.orders import OrderWorker
 from fedclient.session import ServerSession
 from fedclient.settings import ClientSettings
+from shared.errors import RunFailed
 from shared.files import replace_file
-from shared.types import WorkState
+from shared.types import RunEnd, RunFailure
 
 logger = logging.getLogger(__name__)
 
 _STAY_PAUSE_S = 1.0
+_FAILURES = {
+    RunFailure.TOO_FEW_UPDATES: "too few clients delivered an update, again and again",
+    RunFailure.TOO_MANY_EXCLUDED: "too many updates were excluded, again and again",
+    RunFailure.NOT_AGGREGATED: "the updates couldn't be aggregated to a finite model",
+    RunFailure.UPDATES_DAMAGED: "updates were damaged on the server's disk",
+}
 
 
 def take_part(
@@ -29,6 +36,7 @@ def take_part(
 
     Raises:
         Stopped: somebody asked for it.
+        RunFailed: the run failed.
         FederationError: a person's mistake, with a sentence that says which.
     """
     holdings = Holdings(settings)
@@ -52,11 +60,22 @@ def take_part(
         )
         if work.order is not None:
             worker.work_on(work.order)
-        elif work.state is WorkState.FINISHED:
-            logger.info("the run is done")
+        elif work.run_end is not None:
+            if work.run_end.has_failed and not settings.stay:
+                raise RunFailed(_failure_text(work.run_end))
+            if work.run_end.has_failed:
+                logger.warning("%s", _failure_text(work.run_end))
+            else:
+                logger.info("the run is done")
             if not settings.stay:
                 return
             session.pause(_STAY_PAUSE_S)
+
+
+def _failure_text(run_end: RunEnd) -> str:
+    """Return the sentence for a run that failed."""
+    reason = _FAILURES[run_end.failure] if run_end.failure else "the server doesn't say why"
+    return f"the run failed: {reason}. The server's operator sees more in the run's history"
 
 
 def _instance_key(state_dir: Path) -> str:

@@ -144,7 +144,7 @@ def incident_text(incident: Values, *, is_beside_verdict: bool = False) -> str:
         return _shared_text(incident)
     if "verdict" in incident:
         return f"{who}{incident['verdict']}"
-    known = {"kind", "at", "client", "reason", "suspended_until", "first", "second"}
+    known = {"kind", "at", "client", "reason", "suspended_until", "first", "second", "failure"}
     # The numbers of a verdict are in its reason.
     left_out = set(incident) if kind in _VERDICTS else known
     numbers = ", ".join(

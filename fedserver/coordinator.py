@@ -42,7 +42,7 @@ from fedserver.strategies.rows import UnfitCohort
 from shared.errors import OutOfSpace, RunFailed, StorageDamaged
 from shared.failpoints import FailPoint, pass_by
 from shared.tasks import Task
-from shared.types import IncidentKind
+from shared.types import IncidentKind, RunFailure
 
 T = TypeVar("T")
 
@@ -174,7 +174,11 @@ class Coordinator:
                 "deleted: restore the files from a copy, or start with --give-up-damaged to ask "
                 "the clients for this round anew; every finished round is whole"
             )
-        return await self._fail_round(latest, f"damaged on the disk: {'; '.join(damaged)}")
+        return await self._fail_round(
+            latest,
+            f"damaged on the disk: {'; '.join(damaged)}",
+            failure=RunFailure.UPDATES_DAMAGED,
+        )
 
     async def _open_next(self, ended: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
         """Open the attempt that follows one that has ended, if it may be tried again.
@@ -212,7 +216,7 @@ class Coordinator:
                 pass_by(FailPoint.ROUND_CLOSED)
                 break
             if due is RoundEvent.FAIL:
-                return await self._fail_round(current, reason)
+                return await self._fail_round(current, reason, failure=RunFailure.TOO_FEW_UPDATES)
             await self._parts.book.round_changed.wait(self._tick_s)
         if self._is_asynchronous:
             self._opener.note_stored()
@@ -266,14 +270,20 @@ class Coordinator:
         needed = min(settings.updates_needed, len(current.orders))
         if len(counted) < (1 if self._is_asynchronous else needed):
             reason = f"{len(excluded)} of {len(stored)} updates were excluded, too many to go on"
-            return await self._fail_round(current, reason, exclusions=exclusions), base
+            failed = await self._fail_round(
+                current, reason, failure=RunFailure.TOO_MANY_EXCLUDED, exclusions=exclusions
+            )
+            return failed, base
         try:
             model = await on_disk(reduce_updates, self._parts, current, base, counted)
         except (NonFiniteAggregate, UnfitCohort) as error:
             # Excluded they stay: the next attempt doesn't ask their clients.
             is_bad = isinstance(error, NonFiniteAggregate)
             failed = await self._fail_round(
-                current, str(error), exclusions=exclusions, is_model_bad=is_bad
+                *(current, str(error)),
+                failure=RunFailure.NOT_AGGREGATED,
+                exclusions=exclusions,
+                is_model_bad=is_bad,
             )
             return failed, base
         pass_by(FailPoint.MODEL_WRITTEN)
@@ -335,13 +345,16 @@ class Coordinator:
         current: Round,
         reason: str,
         *,
+        failure: RunFailure,
         exclusions: Sequence[Exclusion] = (),
         is_model_bad: bool = False,
     ) -> Round:
         follows = await consequences_of(
             self._parts, current, is_done=False, is_model_bad=is_model_bad
         )
-        happened = event_of(IncidentKind.ROUND_FAILED, current, is_incident=True, reason=reason)
+        happened = event_of(
+            IncidentKind.ROUND_FAILED, current, is_incident=True, reason=reason, failure=failure
+        )
         recorded = await self._parts.workers.in_store(
             self._parts.store.fail_round,
             current,

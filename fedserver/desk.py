@@ -24,6 +24,7 @@ from shared.types import (
     Encoding,
     Incident,
     Registration,
+    RunEnd,
     SessionInfo,
     UploadAnswer,
     Work,
@@ -42,7 +43,7 @@ class Desk:
     def __init__(self, parts: Parts, intake: Intake) -> None:
         self._parts = parts
         self._intake = intake
-        self._is_finished = False
+        self._run_end: RunEnd | None = None
         self._is_stopping = False
         self._told: set[str] = set()
 
@@ -102,9 +103,9 @@ class Desk:
             session = self._parts.sessions.touch(session_id)
             if self._is_stopping:
                 raise ServerUnreachable("the server is stopping; it goes on when started again")
-            if self._is_finished:
+            if self._run_end is not None:
                 self._told.add(session_id)
-                return Work(state=WorkState.FINISHED)
+                return Work(state=WorkState.FINISHED, run_end=self._run_end)
             if (order := self._parts.book.open_order_of(session.client_ids)) is not None:
                 return Work(state=WorkState.ORDER, order=self._parts.book.hand_out(order))
             remaining_s = deadline - time.monotonic()
@@ -211,9 +212,9 @@ class Desk:
             return Directive.ABANDON
         return _directive(record.state)
 
-    async def finish(self) -> None:
-        """Tell every live client that the run is over; returns when they know or time is up."""
-        self._is_finished = True
+    async def finish(self, run_end: RunEnd) -> None:
+        """Tell every live client how the run ended; returns when they know or time is up."""
+        self._run_end = run_end
         self._parts.book.work_changed.notify()
         deadline = time.monotonic() + self._parts.settings.farewell
         while self._parts.sessions.live_sessions() - self._told and time.monotonic() < deadline:

@@ -47,7 +47,7 @@ from shared.failpoints import FailPoint, pass_by
 from shared.files import locked_folder
 from shared.memory import keep_one_heap
 from shared.tasks import Task, find_task
-from shared.types import Encoding
+from shared.types import Encoding, RunEnd
 from shared.weights import EntryKind, entry_kinds
 
 logger = logging.getLogger(__name__)
@@ -341,13 +341,14 @@ async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:
     try:
         digest = await coordinator.complete()
     except RunFailed:
-        await desk.finish()
+        failure = await parts.workers.in_store(parts.store.last_failure, parts.run.run_id)
+        await desk.finish(RunEnd(has_failed=True, failure=failure))
         raise
     # Killed here, the run is still open: started again it exports and ends it.
     await coordinator.with_room(lambda: parts.workers.on_disk(_export, parts, digest))
     pass_by(FailPoint.RUN_EXPORTED)
     await coordinator.with_room(coordinator.end)
-    await desk.finish()
+    await desk.finish(RunEnd(has_failed=False))
 
 
 def _export(parts: Parts, last_digest: str) -> None:

@@ -34,6 +34,7 @@ from shared.types import (
     Directive,
     Receipt,
     Registration,
+    RunFailure,
     WorkState,
 )
 from shared.wire_limits import examine_limits
@@ -72,6 +73,12 @@ _STATES = {
     WorkState.ORDER: pb.WORK_STATE_ORDER,
     WorkState.WAIT: pb.WORK_STATE_WAIT,
     WorkState.FINISHED: pb.WORK_STATE_FINISHED,
+}
+_FAILURES = {
+    RunFailure.TOO_FEW_UPDATES: pb.RUN_FAILURE_TOO_FEW_UPDATES,
+    RunFailure.TOO_MANY_EXCLUDED: pb.RUN_FAILURE_TOO_MANY_EXCLUDED,
+    RunFailure.NOT_AGGREGATED: pb.RUN_FAILURE_NOT_AGGREGATED,
+    RunFailure.UPDATES_DAMAGED: pb.RUN_FAILURE_UPDATES_DAMAGED,
 }
 _RECEIPTS = {
     Receipt.STORED: pb.RECEIPT_STORED,
@@ -124,10 +131,16 @@ class Servicer:
     async def pull_work(self, request: pb.PullWorkRequest) -> pb.PullWorkResponse:
         """See federation.proto."""
         work = await self._desk.pull_work(request.session_id, wait_s=seconds_of(request.wait))
-        return pb.PullWorkResponse(
+        response = pb.PullWorkResponse(
             state=_STATES[work.state],
             order=None if work.order is None else order_message(work.order),
         )
+        if (run_end := work.run_end) is not None:
+            has_failed = run_end.has_failed
+            response.outcome = pb.RUN_OUTCOME_FAILED if has_failed else pb.RUN_OUTCOME_FINISHED
+            if run_end.failure is not None:
+                response.failure = _FAILURES[run_end.failure]
+        return response
 
     async def query_upload(self, request: pb.QueryUploadRequest) -> pb.QueryUploadResponse:
         """See federation.proto."""

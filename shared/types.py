@@ -234,12 +234,33 @@ class WorkState(StrEnum):
     FINISHED = "finished"
 
 
+class RunFailure(StrEnum):
+    """Why the last attempt at the round that ended a run failed."""
+
+    TOO_FEW_UPDATES = "too-few-updates"
+    TOO_MANY_EXCLUDED = "too-many-excluded"
+    NOT_AGGREGATED = "not-aggregated"
+    UPDATES_DAMAGED = "updates-damaged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnd:
+    """How a run ended; `failure` is why, where `has_failed` and the server says so."""
+
+    has_failed: bool
+    failure: RunFailure | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The answer to a pull for work; `order` is there if `state` is ORDER."""
+    """The answer to a pull for work.
+
+    `order` is set if `state` is ORDER, `run_end` if it is FINISHED.
+    """
 
     state: WorkState
     order: WorkOrder | None = None
+    run_end: RunEnd | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

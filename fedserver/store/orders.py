@@ -29,7 +29,7 @@ from fedserver.store.transitions import (
     move_order,
     strike_client,
 )
-from shared.types import ClientUpdate, IncidentKind
+from shared.types import ClientUpdate, IncidentKind, RunFailure
 
 
 class Orders(Database):
@@ -227,6 +227,19 @@ class Orders(Database):
                 return False
             add_events(connection, run_id, happened, report_key=report_key)
             return True
+
+    def last_failure(self, run_id: str) -> RunFailure | None:
+        """Return why the run's last failed attempt failed; None if none has, or it isn't known."""
+        events = schema.events
+        with self.reading() as connection:
+            fields = connection.execute(
+                select(events.c.fields)
+                .where(events.c.run_id == run_id, events.c.kind == IncidentKind.ROUND_FAILED)
+                .order_by(events.c.sequence.desc())
+                .limit(1)
+            ).scalar()
+        # An attempt that failed under an earlier version says nothing of it.
+        return RunFailure(fields["failure"]) if fields and "failure" in fields else None
 
     def answers(self, ending: Round) -> tuple[list[tuple[int, Mapping[str, Any]]], set[int]]:
         """Return what clients have answered to a round under the adjustments in force.

@@ -64,6 +64,57 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _RunOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RunOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RUN_OUTCOME_UNSPECIFIED: _RunOutcome.ValueType  # 0
+    RUN_OUTCOME_FINISHED: _RunOutcome.ValueType  # 1
+    """Every round is done."""
+    RUN_OUTCOME_FAILED: _RunOutcome.ValueType  # 2
+    """A round failed as often as the server tries one; the server's operator has to look at it."""
+
+class RunOutcome(_RunOutcome, metaclass=_RunOutcomeEnumTypeWrapper): ...
+
+RUN_OUTCOME_UNSPECIFIED: RunOutcome.ValueType  # 0
+RUN_OUTCOME_FINISHED: RunOutcome.ValueType  # 1
+"""Every round is done."""
+RUN_OUTCOME_FAILED: RunOutcome.ValueType  # 2
+"""A round failed as often as the server tries one; the server's operator has to look at it."""
+Global___RunOutcome: _TypeAlias = RunOutcome  # noqa: Y015
+
+class _RunFailure:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RunFailureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunFailure.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RUN_FAILURE_UNSPECIFIED: _RunFailure.ValueType  # 0
+    RUN_FAILURE_TOO_FEW_UPDATES: _RunFailure.ValueType  # 1
+    """Too few clients delivered an update."""
+    RUN_FAILURE_TOO_MANY_EXCLUDED: _RunFailure.ValueType  # 2
+    """Too many of the updates were excluded."""
+    RUN_FAILURE_NOT_AGGREGATED: _RunFailure.ValueType  # 3
+    """The updates couldn't be aggregated to a finite model."""
+    RUN_FAILURE_UPDATES_DAMAGED: _RunFailure.ValueType  # 4
+    """Updates were damaged on the server's disk."""
+
+class RunFailure(_RunFailure, metaclass=_RunFailureEnumTypeWrapper):
+    """Why the last attempt at the round that ended the run failed."""
+
+RUN_FAILURE_UNSPECIFIED: RunFailure.ValueType  # 0
+RUN_FAILURE_TOO_FEW_UPDATES: RunFailure.ValueType  # 1
+"""Too few clients delivered an update."""
+RUN_FAILURE_TOO_MANY_EXCLUDED: RunFailure.ValueType  # 2
+"""Too many of the updates were excluded."""
+RUN_FAILURE_NOT_AGGREGATED: RunFailure.ValueType  # 3
+"""The updates couldn't be aggregated to a finite model."""
+RUN_FAILURE_UPDATES_DAMAGED: RunFailure.ValueType  # 4
+"""Updates were damaged on the server's disk."""
+Global___RunFailure: _TypeAlias = RunFailure  # noqa: Y015
+
 class _WorkState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -76,7 +127,7 @@ class _WorkStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkState.V
     WORK_STATE_WAIT: _WorkState.ValueType  # 2
     """Nothing yet; ask again at once."""
     WORK_STATE_FINISHED: _WorkState.ValueType  # 3
-    """The run is over: nothing more will come."""
+    """The run is over: nothing more will come. `outcome` says how it ended."""
 
 class WorkState(_WorkState, metaclass=_WorkStateEnumTypeWrapper): ...
 
@@ -86,7 +137,7 @@ WORK_STATE_ORDER: WorkState.ValueType  # 1
 WORK_STATE_WAIT: WorkState.ValueType  # 2
 """Nothing yet; ask again at once."""
 WORK_STATE_FINISHED: WorkState.ValueType  # 3
-"""The run is over: nothing more will come."""
+"""The run is over: nothing more will come. `outcome` says how it ended."""
 Global___WorkState: _TypeAlias = WorkState  # noqa: Y015
 
 class _Encoding:
@@ -148,6 +199,40 @@ first.
 """
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
+class _OrderEnd:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OrderEndEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OrderEnd.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ORDER_END_UNSPECIFIED: _OrderEnd.ValueType  # 0
+    ORDER_END_ROUND_CLOSED: _OrderEnd.ValueType  # 1
+    """The update came too late: the round closed without it, or went on too far without it."""
+    ORDER_END_ATTEMPT_FAILED: _OrderEnd.ValueType  # 2
+    """The attempt failed for a reason that isn't this client's, such as too few updates of others;
+    the round is tried again. The update wasn't late.
+    """
+    ORDER_END_GIVEN_UP: _OrderEnd.ValueType  # 3
+    """The client gave the order up or left, or the server lost it."""
+    ORDER_END_TAKEN_BACK: _OrderEnd.ValueType  # 4
+    """The model that the order began with was taken back. The update wasn't late."""
+
+class OrderEnd(_OrderEnd, metaclass=_OrderEndEnumTypeWrapper):
+    """How an order ended without an update of its own that counts."""
+
+ORDER_END_UNSPECIFIED: OrderEnd.ValueType  # 0
+ORDER_END_ROUND_CLOSED: OrderEnd.ValueType  # 1
+"""The update came too late: the round closed without it, or went on too far without it."""
+ORDER_END_ATTEMPT_FAILED: OrderEnd.ValueType  # 2
+"""The attempt failed for a reason that isn't this client's, such as too few updates of others;
+the round is tried again. The update wasn't late.
+"""
+ORDER_END_GIVEN_UP: OrderEnd.ValueType  # 3
+"""The client gave the order up or left, or the server lost it."""
+ORDER_END_TAKEN_BACK: OrderEnd.ValueType  # 4
+"""The model that the order began with was taken back. The update wasn't late."""
+Global___OrderEnd: _TypeAlias = OrderEnd  # noqa: Y015
+
 class _Receipt:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -162,7 +247,7 @@ class _ReceiptEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Receipt.Value
     RECEIPT_REFUSED: _Receipt.ValueType  # 3
     """Kept out of the global model for the reason given. Don't send it again."""
     RECEIPT_LATE: _Receipt.ValueType  # 4
-    """The order had ended. Don't send it again."""
+    """The order had ended, and `order_end` says how. Don't send it again."""
 
 class Receipt(_Receipt, metaclass=_ReceiptEnumTypeWrapper): ...
 
@@ -174,7 +259,7 @@ RECEIPT_DUPLICATE: Receipt.ValueType  # 2
 RECEIPT_REFUSED: Receipt.ValueType  # 3
 """Kept out of the global model for the reason given. Don't send it again."""
 RECEIPT_LATE: Receipt.ValueType  # 4
-"""The order had ended. Don't send it again."""
+"""The order had ended, and `order_end` says how. Don't send it again."""
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
 
 class _IncidentKind:
@@ -649,7 +734,15 @@ class PullWorkResponse(_message.Message):
 
     STATE_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     state: Global___WorkState.ValueType
+    outcome: Global___RunOutcome.ValueType
+    """How the run ended. Set if state is WORK_STATE_FINISHED; a server older than this field leaves
+    it unspecified.
+    """
+    failure: Global___RunFailure.ValueType
+    """Why the run failed. Set if outcome is RUN_OUTCOME_FAILED."""
     @_builtins.property
     def order(self) -> Global___WorkOrder:
         """Set if state is WORK_STATE_ORDER."""
@@ -659,10 +752,12 @@ class PullWorkResponse(_message.Message):
         *,
         state: Global___WorkState.ValueType = ...,
         order: Global___WorkOrder | None = ...,
+        outcome: Global___RunOutcome.ValueType = ...,
+        failure: Global___RunFailure.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["order", b"order", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "order", b"order", "outcome", b"outcome", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1096,18 +1191,22 @@ class UploadUpdateResponse(_message.Message):
 
     RECEIPT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    ORDER_END_FIELD_NUMBER: _builtins.int
     receipt: Global___Receipt.ValueType
     reason: _builtins.str
     """Set if the receipt is RECEIPT_REFUSED: what is wrong, and where."""
+    order_end: Global___OrderEnd.ValueType
+    """Set if the receipt is RECEIPT_LATE: how the order had ended."""
     def __init__(
         self,
         *,
         receipt: Global___Receipt.ValueType = ...,
         reason: _builtins.str = ...,
+        order_end: Global___OrderEnd.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "receipt", b"receipt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["order_end", b"order_end", "reason", b"reason", "receipt", b"receipt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1651,15 +1750,19 @@ class ReportProgressResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DIRECTIVE_FIELD_NUMBER: _builtins.int
+    ORDER_END_FIELD_NUMBER: _builtins.int
     directive: Global___Directive.ValueType
+    order_end: Global___OrderEnd.ValueType
+    """Set if the directive is DIRECTIVE_ABANDON: how the order ended."""
     def __init__(
         self,
         *,
         directive: Global___Directive.ValueType = ...,
+        order_end: Global___OrderEnd.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "order_end", b"order_end"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -63,8 +63,9 @@ def run_by_hand(scene: Scene, deliver: Deliver, *, state: str = "server") -> His
 def say_farewell(server: Server, peers: Mapping[int, Peer]) -> None:
     """Hear from the server that the run is over, so that it ends."""
     for peer in peers.values():
-        while peer.pull().state != pb.WORK_STATE_FINISHED:
+        while (work := peer.pull()).state != pb.WORK_STATE_FINISHED:
             continue
+        assert work.outcome == pb.RUN_OUTCOME_FINISHED
     expect_clean_exits(server)
     for peer in peers.values():
         peer.close()
