@@ -36,11 +36,11 @@ from shared.types import (
     ClientUpdate,
     Compression,
     Counters,
-    Directive,
     Encoding,
     Incident,
     IncidentKind,
     LocalRule,
+    OrderEnd,
     Partitioning,
     Receipt,
     Registration,
@@ -94,6 +94,12 @@ _RECEIPTS = {
     pb.RECEIPT_DUPLICATE: Receipt.DUPLICATE,
     pb.RECEIPT_REFUSED: Receipt.REFUSED,
     pb.RECEIPT_LATE: Receipt.LATE,
+}
+_ORDER_ENDS = {
+    pb.ORDER_END_ROUND_CLOSED: OrderEnd.ROUND_CLOSED,
+    pb.ORDER_END_ATTEMPT_FAILED: OrderEnd.ATTEMPT_FAILED,
+    pb.ORDER_END_GIVEN_UP: OrderEnd.GIVEN_UP,
+    pb.ORDER_END_TAKEN_BACK: OrderEnd.TAKEN_BACK,
 }
 _ENCODINGS = {
     Encoding.STATE_DICT: pb.ENCODING_STATE_DICT,
@@ -232,7 +238,13 @@ class Connection:
             answer = self._upload(messages)
         if answer.receipt not in _RECEIPTS:
             raise WrongSettings(f"the server answers receipt {answer.receipt}; update this client")
-        return UploadAnswer(receipt=_RECEIPTS[answer.receipt], reason=printable(answer.reason))
+        receipt = _RECEIPTS[answer.receipt]
+        is_late = receipt is Receipt.LATE
+        return UploadAnswer(
+            receipt=receipt,
+            reason=printable(answer.reason),
+            order_end=_ORDER_ENDS.get(answer.order_end, OrderEnd.OTHER) if is_late else None,
+        )
 
     def report_progress(
         self,
@@ -242,8 +254,10 @@ class Connection:
         counters: Counters,
         incidents: Sequence[tuple[int, Incident]] = (),
         gave_up: bool = False,
-    ) -> Directive:
-        """Tell how far an order is, and what went wrong.
+    ) -> OrderEnd | None:
+        """Report how far an order is, and what went wrong.
+
+        Returns how the order has ended, None while it goes on.
 
         Each incident comes with its number in the order, from 1 to MAX_INCIDENTS: sent again with
         the same number, it is kept once.
@@ -273,8 +287,9 @@ class Connection:
             message.at.GetCurrentTime()
         with _errors_translated():
             answer = self._stub.ReportProgress(request, timeout=_CALL_TIMEOUT_S)
-        goes_on = answer.directive == pb.DIRECTIVE_CONTINUE
-        return Directive.CONTINUE if goes_on else Directive.ABANDON
+        if answer.directive == pb.DIRECTIVE_CONTINUE:
+            return None
+        return _ORDER_ENDS.get(answer.order_end, OrderEnd.OTHER)
 
 
 @contextmanager

@@ -39,16 +39,30 @@ from shared.types import (
     MODEL_SECTION,
     ClientUpdate,
     Counters,
-    Directive,
     Incident,
     IncidentKind,
+    OrderEnd,
     Receipt,
     Section,
     SessionInfo,
+    UploadAnswer,
     WorkOrder,
 )
 
 logger = logging.getLogger(__name__)
+
+_GOOD_RECEIPTS = (Receipt.STORED, Receipt.DUPLICATE)
+_UNNEEDED = (OrderEnd.ATTEMPT_FAILED, OrderEnd.TAKEN_BACK)
+"""An order ended so was in time: nothing went wrong on this client's side."""
+_ORDER_ENDS = {
+    OrderEnd.ROUND_CLOSED: "the round went on without it",
+    OrderEnd.ATTEMPT_FAILED: (
+        "this attempt at the round failed for want of other clients' updates"
+    ),
+    OrderEnd.GIVEN_UP: "the server no longer waits for it",
+    OrderEnd.TAKEN_BACK: "the model that it began with was taken back",
+    OrderEnd.OTHER: "the order has ended",
+}
 
 
 class OrderWorker:
@@ -105,9 +119,10 @@ class OrderWorker:
                     is_new=is_new,
                     on_sent=lambda count: progress.add(bytes_sent=count),
                 )
-            except OrderAbandoned:
+            except OrderAbandoned as abandoned:
                 logger.info(
-                    "client %d, round %d: the server wants no update any more", *_place(order)
+                    "client %d, round %d: the server wants no update any more: %s",
+                    *(*_place(order), _ORDER_ENDS[abandoned.order_end]),
                 )
             except (TrainingHalted, NothingLearned) as error:
                 logger.warning("client %d, round %d: %s; no update is sent", *_place(order), error)
@@ -197,7 +212,8 @@ class OrderWorker:
         """
         offset = 0
 
-        def send(session: SessionInfo) -> str:
+        def send(session: SessionInfo) -> UploadAnswer | None:
+            """Return the server's answer, None if the server doesn't know the order."""
             nonlocal offset, is_new
             while True:
                 try:
@@ -219,21 +235,21 @@ class OrderWorker:
                 except UnknownSession:
                     raise
                 except NotFound:
-                    return "of a run the server doesn't know"
+                    return None
                 else:
-                    if answer.receipt is Receipt.REFUSED:
-                        return f"refused: {answer.reason}"
-                    return answer.receipt.value
+                    return answer
 
-        outcome = self._session.call(send, how_far=lambda: offset)
+        answer = self._session.call(send, how_far=lambda: offset)
         pass_by(FailPoint.RECEIPT_GIVEN)
         self._outbox.drop(update.order_id)
-        is_good = outcome in (Receipt.STORED, Receipt.DUPLICATE)
+        is_this_clients_doing = answer is None or answer.receipt not in _GOOD_RECEIPTS
+        if answer is not None and answer.order_end in _UNNEEDED:
+            is_this_clients_doing = False
         logger.log(
-            logging.INFO if is_good else logging.WARNING,
+            logging.WARNING if is_this_clients_doing else logging.INFO,
             "order %s: update %s (num_examples=%d loss=%.4g accuracy=%.4g)",
             update.order_id,
-            outcome,
+            _answer_text(answer),
             update.num_examples,
             update.metrics["loss"],
             update.metrics["accuracy"],
@@ -241,7 +257,7 @@ class OrderWorker:
 
     def _report(
         self, order: WorkOrder, counters: Counters, incidents: Sequence[tuple[int, Incident]]
-    ) -> Directive:
+    ) -> OrderEnd | None:
         return self._session.connection.report_progress(
             self._session.info.session_id, order.order_id, counters=counters, incidents=incidents
         )
@@ -261,6 +277,18 @@ class OrderWorker:
                 gave_up=gave_up,
             )
         )
+
+
+def _answer_text(answer: UploadAnswer | None) -> str:
+    """Return what became of an update, in words."""
+    if answer is None:
+        return "of a run the server doesn't know"
+    if answer.receipt is Receipt.REFUSED:
+        return f"refused: {answer.reason}"
+    if answer.order_end is None:
+        return answer.receipt.value
+    word = "not needed" if answer.order_end in _UNNEEDED else "late"
+    return f"{word}: {_ORDER_ENDS[answer.order_end]}"
 
 
 def _place(order: WorkOrder) -> tuple[int, int]:

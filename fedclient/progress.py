@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from shared.errors import FederationError
-from shared.types import MAX_INCIDENTS, Counters, Directive, Incident
+from shared.types import MAX_INCIDENTS, Counters, Incident, OrderEnd
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,11 @@ _INTERVAL_S = 1.0
 
 
 class OrderAbandoned(Exception):
-    """The server wants no update of this order any more."""
+    """The server wants no update of this order any more; `order_end` is how the order ended."""
+
+    def __init__(self, order_end: OrderEnd) -> None:
+        super().__init__(order_end)
+        self.order_end = order_end
 
 
 class Stopped(Exception):
@@ -27,13 +31,13 @@ class ProgressReporter:
     """Reports the counters every second from a thread of its own, as a context manager.
 
     `report(counters, incidents)` makes the call, with the incidents not reported yet and their
-    numbers in the order, from 1. A report that fails is no harm: the next one says more. `stop` is
-    set when the process is asked to end.
+    numbers in the order, from 1; it returns how the order has ended, if it has. A report
+    that fails is no harm: the next one says more. `stop` is set when the process is asked to end.
     """
 
     def __init__(
         self,
-        report: Callable[[Counters, Sequence[tuple[int, Incident]]], Directive],
+        report: Callable[[Counters, Sequence[tuple[int, Incident]]], OrderEnd | None],
         *,
         stop: threading.Event,
     ) -> None:
@@ -42,7 +46,7 @@ class ProgressReporter:
         self._num_reported = 0
         self._stop = stop
         self._counters = Counters()
-        self._is_abandoned = False
+        self._order_end: OrderEnd | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
@@ -113,17 +117,16 @@ class ProgressReporter:
         """
         if self._stop.is_set():
             raise Stopped
-        if self._is_abandoned:
-            raise OrderAbandoned
+        if self._order_end is not None:
+            raise OrderAbandoned(self._order_end)
 
     def _run(self) -> None:
         while not self._ended.wait(_INTERVAL_S):
             try:
                 incidents = self.unreported
-                directive = self._report(self._counters, incidents)
+                self._order_end = self._report(self._counters, incidents)
                 self._num_reported += len(incidents)
-                if directive is Directive.ABANDON:
-                    self._is_abandoned = True
+                if self._order_end is not None:
                     return
             except FederationError as error:
                 logger.debug("a progress report failed: %s", error)

@@ -20,9 +20,9 @@ from shared.types import (
     ClientUpdate,
     Compression,
     Counters,
-    Directive,
     Encoding,
     Incident,
+    OrderEnd,
     Registration,
     RunEnd,
     SessionInfo,
@@ -35,6 +35,8 @@ from shared.weights import EntryKind
 logger = logging.getLogger(__name__)
 
 _MAX_WAIT_S = 20.0
+
+_GOING_ON = (OrderState.OPEN, OrderState.STORED)
 
 
 class Desk:
@@ -160,8 +162,10 @@ class Desk:
         counters: Counters,
         incidents: Sequence[tuple[int, Incident]],
         gave_up: bool,
-    ) -> Directive:
+    ) -> OrderEnd | None:
         """Note a client's counters and incidents, each with its number within the order.
+
+        Returns how the order has ended, None while it goes on.
 
         Raises:
             InvalidInput: a diagnosis names what the task's model doesn't have; nothing is noted.
@@ -172,7 +176,7 @@ class Desk:
                 self._parts.sessions.touch(session_id), found.order.client_id, order_id
             )
             self._parts.book.advance(order_id, counters)
-            return _directive(found.state)
+            return None if found.state in _GOING_ON else await self._order_end(order_id)
         for _, incident in incidents:
             if incident.diagnosis is not None:
                 self._examine_names(incident.diagnosis.origin)
@@ -209,8 +213,7 @@ class Desk:
             if recorded is not None:
                 self._parts.book.settle(order_id, OrderState.ABANDONED)
                 self._parts.bus.publish(happened)
-            return Directive.ABANDON
-        return _directive(record.state)
+        return await self._order_end(order_id)
 
     async def finish(self, run_end: RunEnd) -> None:
         """Tell every live client how the run ended; returns when they know or time is up."""
@@ -233,6 +236,9 @@ class Desk:
         self._examine_holder(session, record.client_id, order_id)
         return record
 
+    async def _order_end(self, order_id: str) -> OrderEnd | None:
+        return await self._parts.workers.in_store(self._parts.store.find_order_end, order_id)
+
     def _examine_holder(self, session: Session, client_id: int, order_id: str) -> None:
         if client_id not in session.client_ids:
             raise NotFound(f"order {order_id!r} isn't one of this session's")
@@ -248,11 +254,6 @@ class Desk:
                 "a diagnosis names a tensor that isn't in the state_dict of task "
                 f"{self._parts.settings.task!r}; both sides need the same version of the task"
             )
-
-
-def _directive(state: OrderState) -> Directive:
-    is_going_on = state in (OrderState.OPEN, OrderState.STORED)
-    return Directive.CONTINUE if is_going_on else Directive.ABANDON
 
 
 def _incident_event(

@@ -40,6 +40,7 @@ from shared.types import (
     MODEL_SECTION,
     ClientUpdate,
     IncidentKind,
+    OrderEnd,
     Receipt,
     UploadAnswer,
 )
@@ -50,6 +51,8 @@ _ANSWERS = {
     OrderState.LATE: Receipt.LATE,
     OrderState.ABANDONED: Receipt.LATE,
 }
+
+_UNNEEDED = (OrderEnd.ATTEMPT_FAILED, OrderEnd.TAKEN_BACK)
 
 _GOOD = (OrderState.STORED, OrderState.COUNTED)
 
@@ -269,12 +272,20 @@ class Intake:
     ) -> UploadAnswer:
         """Record how an order ended; what isn't stored goes into quarantine with its bytes."""
 
-        def describe(state: OrderState) -> Event:
+        def describe(state: OrderState, order_end: OrderEnd | None) -> Event:
             is_good = state is OrderState.STORED
             kind = {
                 OrderState.STORED: "update-stored",
                 OrderState.REFUSED: IncidentKind.UPDATE_REFUSED.value,
             }.get(state, IncidentKind.UPDATE_LATE.value)
+            if order_end in _UNNEEDED:
+                # Its client is in time: nothing went wrong on its side.
+                return Event(
+                    kind="update-unneeded",
+                    at=time.time(),
+                    client_id=record.client_id,
+                    fields={"reason": order_end},
+                )
             good_fields = {
                 "num_examples": update.num_examples,
                 **dict(sorted(update.metrics.items())),
@@ -324,7 +335,15 @@ class Intake:
         self._parts.bus.publish(happened)
         if state not in _GOOD:
             await self._hold(update, stream)
+        if _ANSWERS[state] is Receipt.LATE:
+            return await self._late_answer(update)
         return UploadAnswer(receipt=_ANSWERS[state], reason=refusal.reason if refusal else "")
+
+    async def _late_answer(self, update: ClientUpdate) -> UploadAnswer:
+        order_end = await self._parts.workers.in_store(
+            self._parts.store.find_order_end, update.order_id
+        )
+        return UploadAnswer(receipt=Receipt.LATE, order_end=order_end)
 
     async def _hold(self, update: ClientUpdate, stream: UpdateStream | None) -> None:
         """Move the bytes of an update that is kept out into the quarantine."""
@@ -354,7 +373,7 @@ class Intake:
         if record.state is OrderState.REFUSED:
             return UploadAnswer(receipt=Receipt.REFUSED, reason=record.reason or "")
         if record.state in (OrderState.LATE, OrderState.ABANDONED):
-            return UploadAnswer(receipt=Receipt.LATE)
+            return await self._late_answer(update)
         if is_same:
             return UploadAnswer(receipt=Receipt.DUPLICATE)
         reason = f"order {update.order_id} has an update with other bytes; the first one stands"

@@ -31,7 +31,7 @@ from shared.errors import FederationError, InvalidInput
 from shared.pb import federation_pb2 as pb
 from shared.types import (
     Counters,
-    Directive,
+    OrderEnd,
     Receipt,
     Registration,
     RunFailure,
@@ -86,9 +86,12 @@ _RECEIPTS = {
     Receipt.REFUSED: pb.RECEIPT_REFUSED,
     Receipt.LATE: pb.RECEIPT_LATE,
 }
-_DIRECTIVES = {
-    Directive.CONTINUE: pb.DIRECTIVE_CONTINUE,
-    Directive.ABANDON: pb.DIRECTIVE_ABANDON,
+_ORDER_ENDS = {
+    OrderEnd.ROUND_CLOSED: pb.ORDER_END_ROUND_CLOSED,
+    OrderEnd.ATTEMPT_FAILED: pb.ORDER_END_ATTEMPT_FAILED,
+    OrderEnd.GIVEN_UP: pb.ORDER_END_GIVEN_UP,
+    OrderEnd.TAKEN_BACK: pb.ORDER_END_TAKEN_BACK,
+    OrderEnd.OTHER: pb.ORDER_END_UNSPECIFIED,
 }
 
 
@@ -152,7 +155,7 @@ class Servicer:
     async def report_progress(self, request: pb.ReportProgressRequest) -> pb.ReportProgressResponse:
         """See federation.proto."""
         told = request.counters
-        directive = await self._desk.report_progress(
+        order_end = await self._desk.report_progress(
             request.session_id,
             request.order_id,
             counters=Counters(
@@ -165,7 +168,11 @@ class Servicer:
             incidents=[(one.sequence, incident_of(one)) for one in request.incidents],
             gave_up=request.gave_up,
         )
-        return pb.ReportProgressResponse(directive=_DIRECTIVES[directive])
+        if order_end is None:
+            return pb.ReportProgressResponse(directive=pb.DIRECTIVE_CONTINUE)
+        return pb.ReportProgressResponse(
+            directive=pb.DIRECTIVE_ABANDON, order_end=_ORDER_ENDS[order_end]
+        )
 
     async def download_blob(self, request: bytes, context: Context) -> None:
         """See federation.proto; writes framed chunks."""
@@ -189,9 +196,10 @@ class Servicer:
         answer = await self._desk.upload(
             header.session_id, update, _upload_chunks(messages), offset=header.offset
         )
-        return pb.UploadUpdateResponse(
-            receipt=_RECEIPTS[answer.receipt], reason=answer.reason
-        ).SerializeToString()
+        response = pb.UploadUpdateResponse(receipt=_RECEIPTS[answer.receipt], reason=answer.reason)
+        if answer.order_end is not None:
+            response.order_end = _ORDER_ENDS[answer.order_end]
+        return response.SerializeToString()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return what a gRPC server needs to serve the calls."""

@@ -290,12 +290,32 @@ class Receipt(StrEnum):
     LATE = "late"
 
 
+class OrderEnd(StrEnum):
+    """How an order ended without an update that counts."""
+
+    ROUND_CLOSED = "round-closed"
+    """The round closed without the update, or went on too far without it: it was late."""
+    ATTEMPT_FAILED = "attempt-failed"
+    """The attempt failed for a reason that isn't this client's; the round is tried again."""
+    GIVEN_UP = "given-up"
+    """The client gave the order up or left, or the server lost it."""
+    TAKEN_BACK = "taken-back"
+    """The model that the order began with was taken back."""
+    OTHER = "other"
+    """The order had ended with an update, or the server doesn't say how."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class UploadAnswer:
-    """A receipt; `reason` says what is wrong where it is REFUSED."""
+    """A receipt.
+
+    `reason` says what is wrong where it is REFUSED, `order_end` how the order had ended where it is
+    LATE.
+    """
 
     receipt: Receipt
     reason: str = ""
+    order_end: OrderEnd | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,13 +327,6 @@ class Counters:
     batches: int = 0
     batches_total: int = 0
     replays: int = 0
-
-
-class Directive(StrEnum):
-    """What a client that reports progress is to do."""
-
-    CONTINUE = "continue"
-    ABANDON = "abandon"
 
 
 MAX_INCIDENTS = 64

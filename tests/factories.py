@@ -36,6 +36,7 @@ from shared.types import (
     ClientUpdate,
     Compression,
     Encoding,
+    OrderEnd,
     Registration,
     Section,
     TrainingConfig,
@@ -211,7 +212,7 @@ def end_order(
 ) -> tuple[OrderState, Event | None]:
     """Apply an event to an order with the update it rests on."""
 
-    def describe(state: OrderState) -> Event:
+    def describe(state: OrderState, _: OrderEnd | None) -> Event:
         return make_event(f"update-{state.lower()}")
 
     refusal = None if reason is None else Refusal(reason=reason, evidence={"kind": "test"})

@@ -28,7 +28,7 @@ from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import decode_state
 from shared.diagnosis import Diagnosis, DoctorSettings
 from shared.tasks import Task
-from shared.types import CONTROL_SECTION, ClientUpdate, Directive, WorkOrder
+from shared.types import CONTROL_SECTION, ClientUpdate, WorkOrder
 from shared.weights import entry_kinds
 from tests.factories import make_round
 
@@ -133,7 +133,7 @@ class SmallFederation:
             examples=examples_of(order.client_id),
             global_model=self.model.file.path,
             device=torch.device("cpu"),
-            progress=ProgressReporter(lambda *_: Directive.CONTINUE, stop=threading.Event()),
+            progress=ProgressReporter(lambda *_: None, stop=threading.Event()),
             payload=payload,
             doctor=DoctorSettings(),
             state=states.promoted(order.last_counted_order_id),

@@ -25,11 +25,12 @@ from fedserver.store.rows import read_update, updates_in
 from fedserver.store.transitions import (
     add_events,
     find_order,
+    find_order_end,
     hold_update,
     move_order,
     strike_client,
 )
-from shared.types import ClientUpdate, IncidentKind, RunFailure
+from shared.types import ClientUpdate, IncidentKind, OrderEnd, RunFailure
 
 
 class Orders(Database):
@@ -43,6 +44,11 @@ class Orders(Database):
         """
         with self.reading() as connection:
             return find_order(connection, order_id)
+
+    def find_order_end(self, order_id: str) -> OrderEnd | None:
+        """Return how an order ended without an update that counts; None while it goes on."""
+        with self.reading() as connection:
+            return find_order_end(connection, order_id)
 
     def last_counted_orders(self, run_id: str, *, stored_too: bool = False) -> dict[int, str]:
         """Return each client's last COUNTED order; those of a round rolled back are undone.
@@ -109,7 +115,7 @@ class Orders(Database):
         run_id: str,
         received: ClientUpdate,
         order_event: OrderEvent,
-        describe: Callable[[OrderState], Event],
+        describe: Callable[[OrderState, OrderEnd | None], Event],
         *,
         refusal: Refusal | None = None,
         delta_norm: float | None = None,
@@ -166,7 +172,10 @@ class Orders(Database):
                 hold_update(
                     connection, run_id, received.order_id, evidence, kept_bytes=kept_bytes, at=at
                 )
-            happened = replace(describe(state), round_number=came_into[0], attempt=came_into[1])
+            order_end = find_order_end(connection, received.order_id)
+            happened = replace(
+                describe(state, order_end), round_number=came_into[0], attempt=came_into[1]
+            )
             if state is OrderState.REFUSED:
                 assert refusal is not None
                 happened = strike_client(

@@ -37,7 +37,7 @@ from fedserver.standing import strike
 from fedserver.store import schema
 from fedserver.store.rows import read_standing
 from shared.errors import NotFound
-from shared.types import IncidentKind
+from shared.types import IncidentKind, OrderEnd
 
 # Made once: putting a statement together takes longer than running it.
 _FIND_ORDER = (
@@ -308,6 +308,38 @@ def find_order(connection: Connection, order_id: str) -> OrderRecord:
         digest=row.digest,
         reason=row.reason,
     )
+
+
+def find_order_end(connection: Connection, order_id: str) -> OrderEnd | None:
+    """Return how an order ended without an update that counts; None while it goes on.
+
+    An attempt that ends ABANDONS its orders at the moment of its own end.
+    """
+    orders, updates, rounds = schema.orders, schema.updates, schema.rounds
+    was_in = (rounds.c.run_id == orders.c.run_id) & (
+        (rounds.c.round == func.coalesce(updates.c.round, orders.c.round))
+        & (rounds.c.attempt == func.coalesce(updates.c.attempt, orders.c.attempt))
+    )
+    row = connection.execute(
+        select(orders.c.state, orders.c.ended_at, rounds.c.phase, rounds.c.finished_at)
+        .select_from(orders)
+        .outerjoin(updates, updates.c.order_id == orders.c.order_id)
+        .join(rounds, was_in)
+        .where(orders.c.order_id == order_id)
+    ).one()
+    if row.state in (OrderState.OPEN, OrderState.STORED):
+        return None
+    if row.state == OrderState.LATE:
+        return OrderEnd.ROUND_CLOSED
+    if row.state != OrderState.ABANDONED:
+        return OrderEnd.OTHER
+    ended_with_attempt = {
+        Phase.FAILED: OrderEnd.ATTEMPT_FAILED,
+        Phase.ABANDONED: OrderEnd.TAKEN_BACK,
+    }
+    if row.ended_at == row.finished_at and row.phase in ended_with_attempt:
+        return ended_with_attempt[Phase(row.phase)]
+    return OrderEnd.GIVEN_UP
 
 
 def add_events(

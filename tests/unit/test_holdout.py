@@ -19,7 +19,7 @@ from shared.data import set_aside
 from shared.diagnosis import DoctorSettings
 from shared.evaluation import evaluate
 from shared.tasks import Task
-from shared.types import ClientUpdate, Counters, Directive, Incident, WorkOrder
+from shared.types import ClientUpdate, Counters, Incident, WorkOrder
 from tests.factories import make_order
 
 NUM_EXAMPLES = 40
@@ -63,8 +63,8 @@ def work_on(
     torch.manual_seed(0)
     (folder / "global").write_bytes(encode_state(build().state_dict()))
 
-    def report(_: Counters, __: Sequence[tuple[int, Incident]]) -> Directive:
-        return Directive.CONTINUE
+    def report(_: Counters, __: Sequence[tuple[int, Incident]]) -> None:
+        return None
 
     progress = ProgressReporter(report, stop=threading.Event())
     update, _ = train_order(

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 
 from fedclient.progress import ProgressReporter
-from shared.types import MAX_INCIDENTS, Counters, Directive, Incident, IncidentKind
+from shared.types import MAX_INCIDENTS, Counters, Incident, IncidentKind
 
 
 def test_a_report_under_way_ends_before_the_order_does() -> None:
@@ -12,11 +12,10 @@ def test_a_report_under_way_ends_before_the_order_does() -> None:
     has_begun, may_end = threading.Event(), threading.Event()
     ended: list[str] = []
 
-    def report(_: Counters, __: Sequence[tuple[int, Incident]]) -> Directive:
+    def report(_: Counters, __: Sequence[tuple[int, Incident]]) -> None:
         has_begun.set()
         may_end.wait()
         ended.append("report")
-        return Directive.CONTINUE
 
     def work() -> None:
         with ProgressReporter(report, stop=threading.Event()):
@@ -34,7 +33,7 @@ def test_a_report_under_way_ends_before_the_order_does() -> None:
 
 def test_of_very_many_incidents_the_first_and_the_newest_are_told() -> None:
     """The server takes so many of an order, and none at all of a report with more."""
-    reporter = ProgressReporter(lambda _, __: Directive.CONTINUE, stop=threading.Event())
+    reporter = ProgressReporter(lambda _, __: None, stop=threading.Event())
     for number in range(MAX_INCIDENTS + 100):
         reporter.note(Incident(kind=IncidentKind.TRAINING_DIAGNOSED, step=number))
     told = reporter.unreported

@@ -13,6 +13,7 @@ from fedserver.records import Event, HeldState, Round, Run, RunState
 from fedserver.rounds import ForbiddenTransition, OrderEvent, OrderState, Phase
 from fedserver.store import Store, read_history
 from shared.errors import NotFound
+from shared.types import OrderEnd
 from tests.factories import (
     DIGEST,
     begin_round,
@@ -259,7 +260,7 @@ def test_a_failure_amid_recording_leaves_the_order_open(store: Store, path: Path
     run, opened = begin_round(store)
     before = dump(path)
 
-    def fail(_: OrderState) -> Event:
+    def fail(_: OrderState, __: OrderEnd | None) -> Event:
         raise RuntimeError("cut off")
 
     with pytest.raises(RuntimeError, match="cut off"):

@@ -29,7 +29,7 @@ class Asynchronous:
             self.run.run_id,
             make_update(order_id, payload=order_id.encode()),
             order_event,
-            lambda state: make_event(f"update-{state.lower()}"),
+            lambda state, _: make_event(f"update-{state.lower()}"),
             delta_norm=1.0,
             buffer_size=K,
         )
@@ -194,7 +194,7 @@ def test_a_refused_update_is_told_of_the_round_that_it_came_into(
         asynchronous.run.run_id,
         make_update(two),
         OrderEvent.REFUSE,
-        lambda state: make_event(f"update-{state.lower()}"),
+        lambda state, _: make_event(f"update-{state.lower()}"),
         refusal=Refusal(reason="bad", evidence={"kind": "test"}),
         buffer_size=K,
     )
