@@ -3,14 +3,15 @@
 `partitions` shows how data is dealt out, `doctor` whether a client is fit to join.
 """
 
+import importlib
 import logging
-import signal
 import sys
 import threading
 
 from fedclient.settings import ClientSettings
 from shared.cli import log_to_stderr, parse
 from shared.errors import FederationError
+from shared.stop_signals import StopSignals, interrupting
 
 # Run as a module this one is called __main__, which the log level isn't set for.
 logger = logging.getLogger("fedclient")
@@ -23,18 +24,16 @@ COMMANDS = ("partitions", "doctor")
 def main(argv: list[str]) -> int:
     """Return the exit code: 0 done or stopped, 1 failed or not well, 2 wrong usage."""
     try:
-        if argv and argv[0] == "partitions":
-            from fedclient.commands import partitions  # noqa: PLC0415
-
-            partitions.run(argv[1:])
-            return 0
-        if argv and argv[0] == "doctor":
-            from fedclient.commands import doctor  # noqa: PLC0415
-
-            return doctor.run(argv[1:])
+        if argv and argv[0] in COMMANDS:
+            # They run the task's own code too, and keep nothing that a stop could harm.
+            with StopSignals(exit_code=130), interrupting():
+                command = importlib.import_module(f"fedclient.commands.{argv[0]}")
+                code: int | None = command.run(argv[1:])
+                return code or 0
         settings = parse(ClientSettings, argv, commands=COMMANDS)
         log_to_stderr(settings.log_level)
-        _run(settings, _stop_when_asked())
+        with StopSignals(exit_code=0) as signals:
+            _run(settings, signals)
     except FederationError as error:
         print(f"fedclient: {error}", file=sys.stderr)
         return 1
@@ -45,25 +44,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _stop_when_asked() -> threading.Event:
-    """Return an event that SIGINT and SIGTERM set.
-
-    From a thread: a signal handler runs inside whatever the main thread is doing, and if that is
-    waiting for the event, or setting it for the signal before, it holds the event's lock already.
-    """
+def _run(settings: ClientSettings, signals: StopSignals) -> None:
     stop = threading.Event()
-    asked = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
-
-    def wait() -> None:
-        signal.sigwait(asked)
-        stop.set()
-
-    threading.Thread(target=wait, name="signals", daemon=True).start()
-    return stop
-
-
-def _run(settings: ClientSettings, stop: threading.Event) -> None:
+    signals.when_asked(stop.set)
     # torch takes seconds to import: a wrong flag is told before.
     import torch  # noqa: PLC0415
 
@@ -78,16 +61,11 @@ def _run(settings: ClientSettings, stop: threading.Event) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     with locked_folder(settings.folder) as state_dir:
         connection = Connection(settings.server)
-
-        def close_when_stopped() -> None:
-            stop.wait()
-            connection.close()
-
-        threading.Thread(target=close_when_stopped, daemon=True).start()
+        signals.when_asked(connection.close)
         lasting = set(threading.enumerate())
         try:
             take_part(settings, state_dir=state_dir, connection=connection, stop=stop)
-        except Stopped:
+        except (Stopped, KeyboardInterrupt):
             logger.info("stopped; the same command goes on")
         finally:
             connection.close()

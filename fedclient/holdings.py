@@ -17,6 +17,7 @@ from torch.utils.data import Subset, TensorDataset
 from fedclient.settings import ClientSettings
 from shared.data import partition_indices
 from shared.errors import InvalidInput, WrongSettings
+from shared.stop_signals import interrupting
 from shared.tasks import DataRequest, Examples, Partition, Task, examine_examples, find_task
 from shared.types import Partitioning, SessionInfo
 
@@ -35,7 +36,8 @@ class Holdings:
     def __init__(self, settings: ClientSettings) -> None:
         if settings.task is not None:
             # What is wrong with it is told now: a server may be long in coming.
-            find_task(settings.task)
+            with interrupting():
+                find_task(settings.task)
         self._settings = settings
         self._loaded_for: tuple[str, Partitioning] | None = None
         self._task: Task | None = None
@@ -73,9 +75,10 @@ class Holdings:
                 f"the run's task is {session.task!r}, but --task insists on "
                 f"{self._settings.task!r}; ask for the server that runs it, or leave --task out"
             )
-        self._task = find_task(session.task)
-        self._examples_of = _share_reader(self._task, session.partitioning, self._settings)
-        self._num_examples = tuple(map(self._examine, self._settings.client_ids))
+        with interrupting():
+            self._task = find_task(session.task)
+            self._examples_of = _share_reader(self._task, session.partitioning, self._settings)
+            self._num_examples = tuple(map(self._examine, self._settings.client_ids))
         self._loaded_for = wanted
         return self._num_examples
 

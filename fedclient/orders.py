@@ -33,6 +33,7 @@ from shared.errors import (
     WrongSettings,
 )
 from shared.failpoints import FailPoint, pass_by
+from shared.stop_signals import interrupting
 from shared.training import incident_of
 from shared.types import (
     CONTROL_SECTION,
@@ -158,22 +159,23 @@ class OrderWorker:
             may_tell = self._settings.report_samples
             progress.note(incident_of(diagnosis if may_tell else diagnosis.without_samples()))
 
-        update, next_state = train_order(
-            order,
-            task=self._holdings.task,
-            examples=self._holdings.examples_of(order.client_id),
-            global_model=sections[MODEL_SECTION],
-            control=sections.get(CONTROL_SECTION),
-            device=self._device,
-            progress=progress,
-            payload=self._outbox.draft_path(order.order_id),
-            log_steps=self._settings.log_steps,
-            max_steps=self._settings.max_steps,
-            doctor=self._settings.doctor_settings,
-            state=state,
-            on_diagnosis=tell,
-            compression=self._session.info.compression,
-        )
+        with interrupting():
+            update, next_state = train_order(
+                order,
+                task=self._holdings.task,
+                examples=self._holdings.examples_of(order.client_id),
+                global_model=sections[MODEL_SECTION],
+                control=sections.get(CONTROL_SECTION),
+                device=self._device,
+                progress=progress,
+                payload=self._outbox.draft_path(order.order_id),
+                log_steps=self._settings.log_steps,
+                max_steps=self._settings.max_steps,
+                doctor=self._settings.doctor_settings,
+                state=state,
+                on_diagnosis=tell,
+                compression=self._session.info.compression,
+            )
         pass_by(FailPoint.TRAINED)
         states.keep(order.order_id, next_state, follows=order.last_counted_order_id)
         self._outbox.put(update)

@@ -1,11 +1,11 @@
 """Wires the coordinator together and serves it until the run is done or somebody stops it."""
 
 import asyncio
+import contextlib
 import functools
 import importlib.util
 import logging
 import math
-import signal
 import subprocess
 import sys
 import tempfile
@@ -46,6 +46,7 @@ from shared.errors import InvalidInput, RunFailed, StorageDamaged, WrongSettings
 from shared.failpoints import FailPoint, pass_by
 from shared.files import locked_folder
 from shared.memory import keep_one_heap
+from shared.stop_signals import StopSignals, interrupting
 from shared.tasks import Task, find_task
 from shared.types import Encoding, RunEnd
 from shared.weights import EntryKind, entry_kinds
@@ -61,26 +62,35 @@ def run_server(settings: ServerSettings) -> None:
     Raises:
         FederationError: a person's mistake or a failed run, with a sentence that says which.
     """
+    with StopSignals(exit_code=0) as signals:
+        try:
+            _run(settings, signals)
+        except KeyboardInterrupt:
+            logger.info("stopped before anybody was served; the same command starts again")
+
+
+def _run(settings: ServerSettings, signals: StopSignals) -> None:
     keep_one_heap()
     torch.set_num_threads(settings.threads)
     if settings.export is not None:
         _examine_export(settings.export)
     # All that a wrong setting can break comes before a run is begun with it.
-    task = find_task(settings.task)
-    strategy = _examine_strategy(settings)
-    examine_scheme(settings.partition, settings.partitioning.parameters)
-    model = task.build_model()
-    if not isinstance(model, torch.nn.Module):
-        raise InvalidInput(
-            f"task {task.name!r}: build_model returned a {type(model).__name__}, not a "
-            "torch.nn.Module"
-        )
-    examine_model(strategy.local, model)
-    kinds = entry_kinds(model)
-    _examine_compression(settings, model)
-    modules = {name for name, _ in model.named_modules()}
-    evaluator = Evaluator(task, model, data_root=settings.data_root)
-    del model
+    with interrupting():
+        task = find_task(settings.task)
+        strategy = _examine_strategy(settings)
+        examine_scheme(settings.partition, settings.partitioning.parameters)
+        model = task.build_model()
+        if not isinstance(model, torch.nn.Module):
+            raise InvalidInput(
+                f"task {task.name!r}: build_model returned a {type(model).__name__}, not a "
+                "torch.nn.Module"
+            )
+        examine_model(strategy.local, model)
+        kinds = entry_kinds(model)
+        _examine_compression(settings, model)
+        modules = {name for name, _ in model.named_modules()}
+        evaluator = Evaluator(task, model, data_root=settings.data_root)
+        del model
     with locked_folder(settings.state_dir) as state_dir:
         try:
             _expect_database(state_dir)
@@ -97,6 +107,7 @@ def run_server(settings: ServerSettings) -> None:
                     run,
                     store,
                     workers,
+                    signals,
                     task=task,
                     kinds=kinds,
                     modules=modules,
@@ -240,6 +251,7 @@ async def _serve(
     run: Run,
     store: Store,
     workers: Workers,
+    signals: StopSignals,
     *,
     task: Task,
     kinds: Mapping[str, EntryKind],
@@ -284,7 +296,7 @@ async def _serve(
     desk = Desk(parts, Intake(parts))
     coordinator = Coordinator(parts, task=task, evaluator=evaluator)
 
-    stop = _asked_to_stop()
+    stop = _stop_event(signals)
     last_done = store.last_done_round(run.run_id)
     evaluated = store.good_evaluations(run.run_id)
     server, port = await start_server(desk, host=settings.host, port=settings.port)
@@ -317,23 +329,15 @@ async def _serve(
         _show_end(parts)
 
 
-def _asked_to_stop() -> asyncio.Event:
-    """Return an event that the first SIGINT or SIGTERM sets; those after it change nothing.
-
-    Not by the loop's own handlers: as it closes it gives a signal its default back, and an
-    impatient second one in the process's last moments would end it as if it had failed.
-    """
+def _stop_event(signals: StopSignals) -> asyncio.Event:
+    """Return an event of this loop that is set when the process is asked to stop."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    asked = (signal.SIGINT, signal.SIGTERM)
 
-    def ask(*_: object) -> None:
-        for number in asked:
-            signal.signal(number, signal.SIG_IGN)
-        if not loop.is_closed():
+    def tell() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
             loop.call_soon_threadsafe(stop.set)
 
-    for number in asked:
-        signal.signal(number, ask)
+    signals.when_asked(tell)
     return stop
 
 

@@ -1,0 +1,162 @@
+"""SIGINT and SIGTERM end a process, and leave the processes that a task's own code starts alone.
+
+No signal is blocked: a blocked signal stays blocked in every child process, even through exec, and
+nobody can terminate such a child. The signal handler does almost nothing, for two reasons: it runs
+inside whatever the main thread does, which may hold the lock that the handler needs, and it doesn't
+run before native code returns. The interpreter writes the number of each signal to a socket
+(signal.set_wakeup_fd), and a thread that reads the socket does the rest. A forked child gets back
+the handlers of before.
+"""
+
+import atexit
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import TracebackType
+from typing import Any, Self
+
+logger = logging.getLogger(__name__)
+
+_ASKING = (signal.SIGINT, signal.SIGTERM)
+_PATIENCE_S = 1.5
+
+
+class StopSignals:
+    """SIGINT and SIGTERM ask this process to stop, once; later signals change nothing.
+
+    A context manager for the main thread; one at a time in a process. At the end of the block the
+    previous handlers come back, unless a signal has come: then further signals are ignored until
+    the process has ended, so that an impatient one doesn't make a clean end look like a failure.
+    `exit_code` is that of a process that had to be cut off (see `interrupting`).
+    """
+
+    def __init__(self, *, exit_code: int) -> None:
+        self._exit_code = exit_code
+        self._is_asked = False
+        self._is_interruptible = False
+        self._outside = threading.Event()
+        self._outside.set()
+        self._lock = threading.Lock()
+        self._is_announced = False
+        self._acts: list[Callable[[], None]] = []
+        self._before: dict[signal.Signals, Any] = {}
+        self._read_end, self._write_end = socket.socketpair()
+        self._write_end.setblocking(False)
+        self._listener = threading.Thread(target=self._listen, name="stop signals", daemon=True)
+
+    def __enter__(self) -> Self:
+        global _in_force  # noqa: PLW0603  # a process has one set of signal handlers
+        assert _in_force is None
+        _in_force = self
+        os.register_at_fork(after_in_child=self._forget_in_child)
+        # Exit hooks run last in, first out: this one after those of what is imported later.
+        atexit.register(self._ignore_signals)
+        self._listener.start()
+        signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
+        for number in _ASKING:
+            self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._is_asked:
+            _terminate_children()
+            return
+        self._restore()
+        self._write_end.shutdown(socket.SHUT_RDWR)
+        self._listener.join()
+        self._read_end.close()
+        self._write_end.close()
+
+    def when_asked(self, act: Callable[[], None]) -> None:
+        """Call `act` from another thread when a signal comes; at once if one has come."""
+        with self._lock:
+            if not self._is_announced:
+                self._acts.append(act)
+                return
+        act()
+
+    @contextmanager
+    def _interrupting(self) -> Iterator[None]:
+        self._outside.clear()
+        self._is_interruptible = True
+        try:
+            try:
+                if self._is_asked:
+                    raise KeyboardInterrupt
+                yield
+            finally:
+                self._is_interruptible = False
+        finally:
+            self._outside.set()
+
+    def _hear(self, *_: object) -> None:
+        is_first, self._is_asked = not self._is_asked, True
+        if is_first and self._is_interruptible:
+            raise KeyboardInterrupt
+
+    def _listen(self) -> None:
+        # Signals of other kinds that have a handler write their number too.
+        while numbers := self._read_end.recv(64):
+            if any(number in _ASKING for number in numbers):
+                break
+        else:
+            return
+        with self._lock:
+            self._is_announced = True
+        for act in self._acts:
+            act()
+        if not self._outside.wait(_PATIENCE_S):
+            _terminate_children()
+            logger.warning("stopped; the task's own code didn't end in time and was cut off")
+            os._exit(self._exit_code)
+
+    def _restore(self) -> None:
+        global _in_force  # noqa: PLW0603
+        _in_force = None
+        signal.set_wakeup_fd(-1)
+        for number, before in self._before.items():
+            signal.signal(number, before or signal.SIG_DFL)
+
+    def _forget_in_child(self) -> None:
+        if _in_force is self:
+            self._restore()
+            self._read_end.close()
+            self._write_end.close()
+
+    def _ignore_signals(self) -> None:
+        if _in_force is self:
+            signal.set_wakeup_fd(-1)
+            for number in _ASKING:
+                signal.signal(number, signal.SIG_IGN)
+
+
+def interrupting() -> AbstractContextManager[None]:
+    """Let the first SIGINT or SIGTERM raise KeyboardInterrupt in this block of the main thread.
+
+    For a task's own code, which may take minutes and asks nobody whether to go on. If it goes on
+    for more than 1.5 s after the signal (in a native call, or behind a bare except), the process is
+    cut off; it goes on later as after kill -9. Without StopSignals in force this does nothing.
+    """
+    return nullcontext() if _in_force is None else _in_force._interrupting()
+
+
+_in_force: StopSignals | None = None
+
+
+def _terminate_children() -> None:
+    """Terminate the processes that multiprocessing has started here.
+
+    The interpreter's exit does so with daemonic ones only, and waits for all others.
+    """
+    for child in multiprocessing.active_children():
+        child.terminate()
