@@ -29,8 +29,7 @@ def expect_all_ended(process: Process, *, num_loading: int) -> None:
     found = (re.search(r"loading in process (\d+)", line) for line in process.lines)
     loading = {int(one[1]) for one in found if one is not None}
     assert len(loading) >= num_loading
-    for pid in loading:
-        wait_until(lambda pid=pid: not is_alive(pid), what=f"process {pid} to end")
+    wait_until(lambda: not any(map(is_alive, loading)), what=f"the processes {loading} to end")
 
 
 def is_alive(pid: int) -> bool:
