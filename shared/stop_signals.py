@@ -3,8 +3,8 @@
 No signal is blocked: a blocked signal stays blocked in every child process, even through exec, and
 nobody can terminate such a child. The signal handler does almost nothing, for two reasons: it runs
 inside whatever the main thread does, which may hold the lock that the handler needs, and it doesn't
-run before native code returns. The interpreter writes the number of each signal to a socket
-(signal.set_wakeup_fd), and a thread that reads the socket does the rest. A forked child gets back
+run before native code returns. The interpreter writes the number of each signal to a pipe
+(signal.set_wakeup_fd), and a thread that reads the pipe does the rest. A forked child gets back
 the handlers of before.
 """
 
@@ -13,7 +13,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +22,7 @@ from typing import Any, Self
 logger = logging.getLogger(__name__)
 
 _ASKING = (signal.SIGINT, signal.SIGTERM)
+_OVER = b"\0"
 _PATIENCE_S = 1.5
 
 
@@ -45,8 +45,8 @@ class StopSignals:
         self._is_announced = False
         self._acts: list[Callable[[], None]] = []
         self._before: dict[signal.Signals, Any] = {}
-        self._read_end, self._write_end = socket.socketpair()
-        self._write_end.setblocking(False)
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
         self._listener = threading.Thread(target=self._listen, name="stop signals", daemon=True)
 
     def __enter__(self) -> Self:
@@ -57,7 +57,7 @@ class StopSignals:
         # Exit hooks run last in, first out: this one after those of what is imported later.
         atexit.register(self._ignore_signals)
         self._listener.start()
-        signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         for number in _ASKING:
             self._before[number] = signal.signal(number, self._hear)
         return self
@@ -72,10 +72,9 @@ class StopSignals:
             _terminate_children()
             return
         self._restore()
-        self._write_end.shutdown(socket.SHUT_RDWR)
+        os.write(self._write_end, _OVER)
         self._listener.join()
-        self._read_end.close()
-        self._write_end.close()
+        self._close()
 
     def when_asked(self, act: Callable[[], None]) -> None:
         """Call `act` from another thread when a signal comes; at once if one has come."""
@@ -106,11 +105,11 @@ class StopSignals:
 
     def _listen(self) -> None:
         # Signals of other kinds that have a handler write their number too.
-        while numbers := self._read_end.recv(64):
-            if any(number in _ASKING for number in numbers):
-                break
-        else:
-            return
+        numbers = b""
+        while not any(number in _ASKING for number in numbers):
+            if _OVER in numbers:
+                return
+            numbers = os.read(self._read_end, 64)
         with self._lock:
             self._is_announced = True
         for act in self._acts:
@@ -127,11 +126,14 @@ class StopSignals:
         for number, before in self._before.items():
             signal.signal(number, before or signal.SIG_DFL)
 
+    def _close(self) -> None:
+        os.close(self._read_end)
+        os.close(self._write_end)
+
     def _forget_in_child(self) -> None:
         if _in_force is self:
             self._restore()
-            self._read_end.close()
-            self._write_end.close()
+            self._close()
 
     def _ignore_signals(self) -> None:
         if _in_force is self:
