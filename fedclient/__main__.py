@@ -7,11 +7,18 @@ import importlib
 import logging
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from fedclient.settings import ClientSettings
 from shared.cli import log_to_stderr, parse
 from shared.errors import FederationError
 from shared.stop_signals import StopSignals, interrupting
+
+if TYPE_CHECKING:
+    from fedclient.connection import Connection
+    from fedclient.holdings import Holdings
+    from fedclient.session import Patience
 
 # Run as a module this one is called __main__, which the log level isn't set for.
 logger = logging.getLogger("fedclient")
@@ -46,25 +53,39 @@ def main(argv: list[str]) -> int:
 
 def _run(settings: ClientSettings, signals: StopSignals) -> None:
     stop = threading.Event()
+    signals.when_asked(lambda: logger.info("stopping"))
     signals.when_asked(stop.set)
-    # torch takes seconds to import: a wrong flag is told before.
-    import torch  # noqa: PLC0415
-
     from fedclient.connection import Connection  # noqa: PLC0415
-    from fedclient.loop import take_part  # noqa: PLC0415
     from fedclient.progress import Stopped  # noqa: PLC0415
+    from fedclient.session import Patience  # noqa: PLC0415
+    from fedclient.terminal import Screen, showing  # noqa: PLC0415
     from shared.files import locked_folder  # noqa: PLC0415
     from shared.memory import keep_freed_memory  # noqa: PLC0415
 
     keep_freed_memory()
-    torch.set_num_threads(settings.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with locked_folder(settings.folder) as state_dir:
-        connection = Connection(settings.server)
+    screen = Screen()
+    with locked_folder(settings.folder) as state_dir, showing(screen) as hide:
+        # A process that is cut off would leave a terminal without its cursor.
+        signals.when_asked(hide)
+        logger.info("connecting to %s", settings.route.describe())
+        screen.wait_for(f"connecting to {settings.server}")
+        connection = Connection(settings.route)
+        patience = Patience(server=settings.server, stop=stop)
         signals.when_asked(connection.close)
         lasting = set(threading.enumerate())
         try:
-            take_part(settings, state_dir=state_dir, connection=connection, stop=stop)
+            holdings = _prepare_while_reaching(settings, connection, patience, stop)
+            from fedclient.loop import take_part  # noqa: PLC0415
+
+            take_part(
+                settings,
+                state_dir=state_dir,
+                connection=connection,
+                patience=patience,
+                holdings=holdings,
+                screen=screen,
+                stop=stop,
+            )
         except (Stopped, KeyboardInterrupt):
             logger.info("stopped; the same command goes on")
         finally:
@@ -74,6 +95,39 @@ def _run(settings: ClientSettings, signals: StopSignals) -> None:
             # active exception", https://github.com/pytorch/pytorch/issues/38228.
             for thread in set(threading.enumerate()) - lasting:
                 thread.join(_GRACE_S)
+
+
+def _prepare_while_reaching(
+    settings: ClientSettings, connection: "Connection", patience: "Patience", stop: threading.Event
+) -> "Holdings":
+    """Import torch and examine what needs it, while another thread reaches the server.
+
+    torch takes seconds to import, and whether the server answers is to be known before.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="reach") as pool:
+        reached = pool.submit(patience.reach, connection)
+        try:
+            holdings = _prepare(settings)
+            reached.result()
+        except BaseException:
+            # The other thread ends too.
+            stop.set()
+            connection.close()
+            raise
+    return holdings
+
+
+def _prepare(settings: ClientSettings) -> "Holdings":
+    """Import torch; what is wrong with the device or the task is said now, without a server."""
+    import torch  # noqa: PLC0415
+
+    from fedclient.devices import find_device  # noqa: PLC0415
+    from fedclient.holdings import Holdings  # noqa: PLC0415
+
+    torch.set_num_threads(settings.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    find_device(settings.device)
+    return Holdings(settings)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ from typing import cast
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
+from fedclient.routes import Route
 from shared.chunks import CHUNK_BYTES, frame_upload, unframe_download
 from shared.diagnosis_wire import diagnosis_message
 from shared.errors import (
@@ -57,6 +60,8 @@ from shared.types import (
 )
 
 _OPTIONS = [
+    # A proxy is used only where the route names one (see fedclient.routes).
+    ("grpc.enable_http_proxy", 0),
     # A restarted server is found again within a second or two.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -78,6 +83,21 @@ _ERRORS: dict[grpc.StatusCode, type[FederationError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: OutOfSpace,
     grpc.StatusCode.UNIMPLEMENTED: WrongSettings,
 }
+_CAUSES = {
+    "HTTP proxy returned": "the proxy doesn't let this connection through",
+    "Connection refused": "the connection is refused (is the server started, and is this "
+    "its port?)",
+    "Domain name not found|address lookup failed|DNS": "no such host is known (is it misspelt?)",
+    "Deadline Exceeded": "nothing comes back (is the address right, and is there a firewall or a "
+    "proxy on the way?)",
+    "failed to connect.*(Socket closed|reset|recvmsg)": "the connection is closed at once (does "
+    "the server expect TLS, or is it no fedserver?)",
+    "Failed parsing HTTP/2|http2 header with status|Method not found": "what answers at the "
+    "server's address isn't a fedserver, or is one of another version",
+    "No route to host|Network is unreachable": "no network leads to that address",
+}
+"""What may be the cause, by a pattern in what gRPC says."""
+
 _STATES = {
     pb.WORK_STATE_ORDER: WorkState.ORDER,
     pb.WORK_STATE_WAIT: WorkState.WAIT,
@@ -122,8 +142,8 @@ _INCIDENT_KINDS = {
 class Connection:
     """One channel to the server; `close` ends every call that is under way on it."""
 
-    def __init__(self, target: str) -> None:
-        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+    def __init__(self, route: Route) -> None:
+        self._channel = _open_channel(route)
         self._stub = FederationServiceStub(self._channel)
         service = f"/{pb.DESCRIPTOR.services_by_name['FederationService'].full_name}"
         # The two calls with payloads pass raw bytes (see shared.chunks).
@@ -141,6 +161,24 @@ class Connection:
     def close(self) -> None:
         """End all calls; may be called from another thread."""
         self._channel.close()
+
+    def check(self, *, timeout_s: float) -> None:
+        """Return as soon as the server answers, whatever it says of its health.
+
+        Raises:
+            ServerUnreachable: there is no answer, and `timeout_s` seconds have passed or the
+                connection failed; the message says what may be the cause.
+        """
+        try:
+            with _errors_translated():
+                request = health_pb2.HealthCheckRequest()
+                # The stubs don't declare what a HealthStub gets as it is made.
+                HealthStub(self._channel).Check(request, timeout=timeout_s)  # type: ignore[attr-defined]
+        except ServerUnreachable:
+            raise
+        except FederationError:
+            # An answer: Register will say what is wrong.
+            pass
 
     def register(self, registration: Registration) -> SessionInfo:
         """Open a session, or take over the one this instance had."""
@@ -292,22 +330,45 @@ class Connection:
         return _ORDER_ENDS.get(answer.order_end, OrderEnd.OTHER)
 
 
+def _open_channel(route: Route) -> grpc.Channel:
+    if route.proxy is None:
+        return grpc.insecure_channel(route.server, options=_OPTIONS)
+    # What gRPC does for a proxy of the environment, which can't be asked for by itself: the channel
+    # goes to the proxy, and each connection begins with CONNECT.
+    options: list[tuple[str, int | str]] = [
+        *_OPTIONS,
+        ("grpc.http_connect_server", route.server),
+        ("grpc.default_authority", route.server),
+    ]
+    if route.proxy.authorization:
+        headers = f"Proxy-Authorization: {route.proxy.authorization}"
+        options.append(("grpc.http_connect_headers", headers))
+    return grpc.insecure_channel(route.proxy.address, options=options)
+
+
 @contextmanager
 def _errors_translated() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
         call = cast(grpc.Call, error)
+        details = printable(call.details() or call.code().name)
         # Whatever isn't a clear answer of the server's (UNAVAILABLE, CANCELLED, a deadline, an
         # error of its own) may go away by itself.
-        raise _ERRORS.get(call.code(), ServerUnreachable)(
-            printable(call.details() or call.code().name)
-        ) from error
+        kind = _ERRORS.get(call.code(), ServerUnreachable)
+        raise kind(_with_cause(details)) from error
     except ValueError as error:
         if isinstance(error, FederationError):
             raise
         # What gRPC says of a call on a channel that was closed.
         raise ServerUnreachable(str(error)) from error
+
+
+def _with_cause(details: str) -> str:
+    """Return what gRPC says; where the cause can be named, that instead."""
+    return next(
+        (cause for pattern, cause in _CAUSES.items() if re.search(pattern, details)), details
+    )
 
 
 def _upload_messages(

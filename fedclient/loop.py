@@ -12,11 +12,12 @@ from pathlib import Path
 from fedclient.connection import Connection
 from fedclient.holdings import Holdings
 from fedclient.orders import OrderWorker
-from fedclient.session import ServerSession
+from fedclient.session import Patience, ServerSession
 from fedclient.settings import ClientSettings
+from fedclient.terminal import Screen
 from shared.errors import RunFailed
 from shared.files import replace_file
-from shared.types import RunEnd, RunFailure
+from shared.types import RunEnd, RunFailure, SessionInfo
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,14 @@ _FAILURES = {
 
 
 def take_part(
-    settings: ClientSettings, *, state_dir: Path, connection: Connection, stop: threading.Event
+    settings: ClientSettings,
+    *,
+    state_dir: Path,
+    connection: Connection,
+    patience: Patience,
+    holdings: Holdings,
+    screen: Screen,
+    stop: threading.Event,
 ) -> None:
     """Work until the run is done (or for ever, if told to stay); `state_dir` is locked.
 
@@ -39,18 +47,35 @@ def take_part(
         RunFailed: the run failed.
         FederationError: a person's mistake, with a sentence that says which.
     """
-    holdings = Holdings(settings)
+
+    def load(info: SessionInfo) -> tuple[int, ...]:
+        """Load the run's data; says which run it is, and how many examples there are."""
+        logger.info(
+            "connected to %s: run %s, task %s, %d rounds",
+            *(settings.server, info.run_id, info.task, info.total_rounds),
+        )
+        screen.wait_for("loading the data")
+        screen.expect_rounds(info.total_rounds)
+        num_examples = holdings.load(info)
+        logger.info("%s; waiting for the first order", _described(settings, num_examples))
+        screen.wait_for("waiting for the first order; a round begins when enough clients are there")
+        return num_examples
+
     session = ServerSession(
         connection,
-        server=settings.server,
+        patience=patience,
         client_ids=settings.client_ids,
         instance_key=_instance_key(state_dir),
         task=settings.task or "",
-        load_data=holdings.load,
-        stop=stop,
+        load_data=load,
     )
     worker = OrderWorker(
-        settings, state_dir=state_dir, session=session, holdings=holdings, stop=stop
+        settings,
+        state_dir=state_dir,
+        session=session,
+        holdings=holdings,
+        screen=screen,
+        stop=stop,
     )
     session.open()
     worker.deliver_waiting()
@@ -76,6 +101,13 @@ def _failure_text(run_end: RunEnd) -> str:
     """Return the sentence for a run that failed."""
     reason = _FAILURES[run_end.failure] if run_end.failure else "the server doesn't say why"
     return f"the run failed: {reason}. The server's operator sees more in the run's history"
+
+
+def _described(settings: ClientSettings, num_examples: tuple[int, ...]) -> str:
+    """Return in words who this process is and how much data it has."""
+    if settings.ids is None:
+        return f"client {settings.id} has {num_examples[0]} examples"
+    return f"{len(num_examples)} clients ({settings.ids}) have {sum(num_examples)} examples"
 
 
 def _instance_key(state_dir: Path) -> str:

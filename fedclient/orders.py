@@ -19,6 +19,7 @@ from fedclient.progress import OrderAbandoned, ProgressReporter, Stopped
 from fedclient.session import FIRST_PAUSE_S, LONGEST_PAUSE_S, ServerSession
 from fedclient.settings import ClientSettings
 from fedclient.state import ClientState, ClientStates, StateLost
+from fedclient.terminal import Screen
 from fedclient.training import NothingLearned, train_order
 from shared.diagnosis import Diagnosis
 from shared.diagnosis_text import verdict
@@ -76,11 +77,13 @@ class OrderWorker:
         state_dir: Path,
         session: ServerSession,
         holdings: Holdings,
+        screen: Screen,
         stop: threading.Event,
     ) -> None:
         self._settings = settings
         self._session = session
         self._holdings = holdings
+        self._screen = screen
         self._stop = stop
         self._outbox = Outbox(state_dir / "outbox")
         self._cache = BlobCache(state_dir / "blobs")
@@ -91,7 +94,8 @@ class OrderWorker:
         """Deliver the updates that an earlier process trained and got no receipt for."""
         for update in self._outbox.waiting():
             logger.info("order %s is trained and not acknowledged yet", update.order_id)
-            self._deliver(update, is_new=False, on_sent=lambda _: None)
+            what = f"order {update.order_id}"
+            self._deliver(update, what=what, is_new=False, on_sent=lambda _: None)
 
     def work_on(self, order: WorkOrder) -> None:
         """Do what an order asks for, or say why not; an update that is here already is sent.
@@ -110,16 +114,18 @@ class OrderWorker:
         update = self._outbox.find(order.order_id)
         is_new = update is None
         reporter = ProgressReporter(functools.partial(self._report, order), stop=self._stop)
-        with reporter as progress:
+        with reporter as progress, self._screen.working_on(order, progress):
             try:
                 if update is None:
                     update = self._train(order, progress)
                     self._tell_incidents(order, progress, gave_up=False)
                 self._deliver(
                     update,
+                    what="client {}, round {}".format(*_place(order)),
                     is_new=is_new,
                     on_sent=lambda count: progress.add(bytes_sent=count),
                 )
+                self._screen.count_sent(order.round_number)
             except OrderAbandoned as abandoned:
                 logger.info(
                     "client %d, round %d: the server wants no update any more: %s",
@@ -206,11 +212,12 @@ class OrderWorker:
         return self._session.call(download, how_far=lambda: progress.counters.bytes_received)
 
     def _deliver(
-        self, update: ClientUpdate, *, is_new: bool, on_sent: Callable[[int], None]
+        self, update: ClientUpdate, *, what: str, is_new: bool, on_sent: Callable[[int], None]
     ) -> None:
         """Send an update until the server gives its receipt, then forget it.
 
-        Of one that `is_new` nothing was sent yet: the server isn't asked how much it has.
+        `what` names its order in the log. Of an update that `is_new` nothing was sent yet: the
+        server isn't asked how much it has.
         """
         offset = 0
 
@@ -249,12 +256,10 @@ class OrderWorker:
             is_this_clients_doing = False
         logger.log(
             logging.WARNING if is_this_clients_doing else logging.INFO,
-            "order %s: update %s (num_examples=%d loss=%.4g accuracy=%.4g)",
-            update.order_id,
-            _answer_text(answer),
-            update.num_examples,
-            update.metrics["loss"],
-            update.metrics["accuracy"],
+            "%s: update %s (%d examples, %d steps in %.1f s, loss %.4g, accuracy %.2f%%)",
+            *(what, _answer_text(answer)),
+            *(update.num_examples, update.num_steps, update.metrics["train_s"]),
+            *(update.metrics["loss"], 100 * update.metrics["accuracy"]),
         )
 
     def _report(

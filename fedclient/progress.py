@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -47,6 +48,11 @@ class ProgressReporter:
         self._stop = stop
         self._counters = Counters()
         self._order_end: OrderEnd | None = None
+        self.began_at = time.monotonic()
+        """When the work on the order began, on the monotonic clock."""
+        self.loss: float | None = None
+        """The loss of the last training step."""
+        self._batches_since = self.began_at
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
@@ -77,8 +83,10 @@ class ProgressReporter:
         bytes_sent: int = 0,
         batches: int = 0,
         replays: int = 0,
+        loss: float | None = None,
     ) -> None:
-        """Count what was done."""
+        """Count what was done; `loss` is that of the training step just taken."""
+        self.loss = self.loss if loss is None else loss
         before = self._counters
         self._counters = replace(
             before,
@@ -105,8 +113,16 @@ class ProgressReporter:
         return numbered[self._num_reported :]
 
     def expect_batches(self, batches_total: int) -> None:
-        """Say how many batches the order takes."""
+        """Say how many batches the order takes; they begin now."""
+        self._batches_since = time.monotonic()
         self._counters = replace(self._counters, batches_total=batches_total)
+
+    def remaining_s(self) -> float | None:
+        """Return for how many seconds the batches go on at their pace; None before the first."""
+        done, total = self._counters.batches, self._counters.batches_total
+        if not done or total < done:
+            return None
+        return (time.monotonic() - self._batches_since) / done * (total - done)
 
     def examine(self) -> None:
         """Return if there is a reason to go on with the order.

@@ -4,6 +4,7 @@ Every call of the loop's goes through here: repeated until the server answers, a
 session where the server has forgotten the old one.
 """
 
+import itertools
 import logging
 import random
 import threading
@@ -22,34 +23,109 @@ T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
+_MAX_CAUSES_SAID = 3
 _CAPABILITIES = tuple(one for one in Encoding if one is not Encoding.STATE_DICT)
+
+
+class Patience:
+    """Repeats a call until the server answers, and tells a person why it doesn't.
+
+    `stop` is set when the process is asked to end.
+    """
+
+    def __init__(self, *, server: str, stop: threading.Event) -> None:
+        self._server = server
+        self._stop = stop
+        self._has_answered = False
+
+    def reach(self, connection: Connection) -> None:
+        """Return when the server has answered for the first time.
+
+        Raises:
+            Stopped: the process is asked to end.
+        """
+        # The first is short, so that a person soon hears of a connection that swallows everything.
+        timeouts_s = itertools.chain([1.0, 2, 4, 8, 16], itertools.repeat(30.0))
+        self.insist(lambda: connection.check(timeout_s=next(timeouts_s)))
+
+    def insist(self, attempt: Callable[[], T], *, how_far: Callable[[], int] = lambda: 0) -> T:
+        """Return what `attempt` returns, once the server answers.
+
+        Says once why it doesn't, again only where the cause is another one, and once that it
+        does. The pauses between attempts grow, and begin anew when an attempt got further than the
+        last.
+
+        Raises:
+            Stopped: the process is asked to end.
+            FederationError: an answer that trying again won't change.
+        """
+        pause_s, reached = FIRST_PAUSE_S, how_far()
+        said: set[str] = set()
+        relief = ""
+        while True:
+            try:
+                result = attempt()
+            except FederationError as error:
+                if self._stop.is_set():
+                    raise Stopped from None
+                if not error.retry:
+                    raise
+                if str(error) not in said and len(said) < _MAX_CAUSES_SAID:
+                    said.add(str(error))
+                    relief = self._complain(error)
+                if how_far() > reached:
+                    pause_s, reached = FIRST_PAUSE_S, how_far()
+                # Jitter keeps a fleet from coming back all at once.
+                self.pause(random.uniform(pause_s / 2, pause_s))
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            else:
+                if relief:
+                    logger.info("%s", relief)
+                self._has_answered = True
+                return result
+
+    def pause(self, seconds: float) -> None:
+        """Wait.
+
+        Raises:
+            Stopped: the process is asked to end.
+        """
+        if self._stop.wait(seconds):
+            raise Stopped
+
+    def _complain(self, error: FederationError) -> str:
+        """Say why there is no answer; returns what to say when there is one."""
+        # The server's disk may be full too: that is an answer of gRPC's.
+        if isinstance(error, OutOfSpace) and isinstance(error.__cause__, OSError):
+            logger.warning("%s; trying again until there is room", error)
+            return "there is room again"
+        logger.warning("no answer from %s: %s; trying again until it answers", self._server, error)
+        return f"{self._server} answers{' again' if self._has_answered else ''}"
 
 
 class ServerSession:
     """The session of a process's client ids with one server.
 
-    `load_data(info)` tells how many examples each id has, once the server has said what is learned.
-    `stop` is set when the process is asked to end.
+    `load_data(info)` returns how many examples each id has, once the server has said what is
+    learned.
     """
 
     def __init__(
         self,
         connection: Connection,
         *,
-        server: str,
+        patience: Patience,
         client_ids: tuple[int, ...],
         instance_key: str,
         task: str,
         load_data: Callable[[SessionInfo], Sequence[int]],
-        stop: threading.Event,
     ) -> None:
         self.connection = connection
-        self._server = server
+        self._patience = patience
         self._client_ids = client_ids
         self._instance_key = instance_key
         self._task = task
         self._load_data = load_data
-        self._stop = stop
         self._info: SessionInfo | None = None
 
     @property
@@ -65,15 +141,14 @@ class ServerSession:
             Stopped: the process is asked to end.
             FederationError: an answer that trying again won't change.
         """
-        self._persist(self._register, lambda: 0)
+        self._patience.insist(self._register)
 
     def call(
         self, call: Callable[[SessionInfo], T], *, how_far: Callable[[], int] = lambda: 0
     ) -> T:
         """Make a call with the session in force; where the server has forgotten it, a new one.
 
-        Tries until the server answers; says so once when it doesn't and once when it does again.
-        The pauses between tries grow, and begin anew when an attempt got further than the last.
+        Tries until the server answers (see `Patience.insist`).
 
         Raises:
             Stopped: the process is asked to end.
@@ -87,16 +162,11 @@ class ServerSession:
                 self._register()
                 return call(self.info)
 
-        return self._persist(attempt, how_far)
+        return self._patience.insist(attempt, how_far=how_far)
 
     def pause(self, seconds: float) -> None:
-        """Wait.
-
-        Raises:
-            Stopped: the process is asked to end.
-        """
-        if self._stop.wait(seconds):
-            raise Stopped
+        """Wait (see `Patience.pause`)."""
+        self._patience.pause(seconds)
 
     def _register(self) -> None:
         """Open the session; the first answer tells which data the second call gives the size of."""
@@ -113,36 +183,3 @@ class ServerSession:
                 capabilities=_CAPABILITIES,
             )
         )
-
-    def _persist(self, attempt: Callable[[], T], how_far: Callable[[], int]) -> T:
-        pause_s, reached = FIRST_PAUSE_S, how_far()
-        relief = ""
-        while True:
-            try:
-                result = attempt()
-            except FederationError as error:
-                if self._stop.is_set():
-                    raise Stopped from None
-                if not error.retry:
-                    raise
-                if not relief:
-                    # The server's disk may be full too: that is an answer of gRPC's.
-                    if isinstance(error, OutOfSpace) and isinstance(error.__cause__, OSError):
-                        logger.warning("%s; trying again until there is room", error)
-                        relief = "there is room again"
-                    else:
-                        logger.warning(
-                            "no answer from %s (%s); trying again until there is one",
-                            self._server,
-                            error,
-                        )
-                        relief = f"{self._server} answers again"
-                if how_far() > reached:
-                    pause_s, reached = FIRST_PAUSE_S, how_far()
-                # Jitter keeps a fleet from coming back all at once.
-                self.pause(random.uniform(pause_s / 2, pause_s))
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            else:
-                if relief:
-                    logger.info("%s", relief)
-                return result

@@ -1,6 +1,7 @@
 """The client's settings."""
 
 import itertools
+import os
 import re
 from pathlib import Path
 from typing import Literal, Self
@@ -8,6 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from fedclient.routes import Route, choose_route, read_proxy
 from shared.cli import Settings
 from shared.diagnosis import Cause, DoctorSettings, RemedyPolicy
 from shared.types import MAX_CLIENT_ID, MAX_CLIENT_IDS
@@ -29,6 +31,11 @@ class ConnectionSettings(Settings):
         description="the numbers of many clients in this process, such as 0-99 or 0,3,7-9",
     )
     server: str = Field(default="localhost:50051", description="the coordinator, host:port")
+    proxy: str | None = Field(
+        default=None,
+        description="HTTP proxy to reach it through, http://host:port; without it only the "
+        "variable grpc_proxy names one",
+    )
     state_dir: Path | None = Field(
         default=None, description="everything kept is here; state/client-ID, or state/clients-IDS"
     )
@@ -42,6 +49,23 @@ class ConnectionSettings(Settings):
         if parts is None or not 0 < int(parts[2]) < 2**16:
             raise ValueError("write it as host:port, such as localhost:50051 or [::1]:50051")
         return server
+
+    @field_validator("proxy")
+    @classmethod
+    def _examine_proxy(cls, proxy: str | None) -> str | None:
+        if proxy is not None:
+            read_proxy(proxy)
+        return proxy
+
+    @model_validator(mode="after")
+    def _examine_route(self) -> Self:
+        choose_route(self.server, proxy=self.proxy, environment=os.environ)
+        return self
+
+    @property
+    def route(self) -> Route:
+        """The way to the server."""
+        return choose_route(self.server, proxy=self.proxy, environment=os.environ)
 
     @model_validator(mode="after")
     def _examine_ids(self) -> Self:

@@ -129,7 +129,7 @@ def train_order(
                     *(taken.loss, taken.largest_gradient, taken.lr),
                 )
             on_step(taken)
-            progress.add(batches=1)
+            progress.add(batches=1, loss=taken.loss)
             progress.examine()
 
         return train_model(

@@ -203,7 +203,10 @@ def test_both_sides_killed_in_the_middle_of_uploads_end_in_the_same_models(
             server = start_server(scene, *run_flags(BIG, port), task=BIG)
         else:
             clients[victim_id] = start_client(scene, victim_id, wire.address, task=BIG)
-        clients[victim_id].wait_for_line(f"order {order['order_id']}: update (stored|duplicate)")
+        # Restarted, a client knows the order's id alone.
+        round_of = f"client {victim_id}, round {number}"
+        of = round_of if struck == "server" else f"order {order['order_id']}"
+        clients[victim_id].wait_for_line(f"{of}: update (stored|duplicate)")
         # What was committed isn't sent again: the rest goes up, and the small calls. (What the
         # struck side had sent still arrives on the old connection; the new stream fences it.)
         sent_again = wire.passed_bytes(Way.UP, since_link=num_links)

@@ -7,6 +7,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from fedclient.connection import Connection
+from fedclient.routes import Route
 from shared.pb import federation_pb2 as pb
 from shared.types import Registration
 from tests.integration.conftest import MAX_NUM_EXAMPLES
@@ -149,7 +150,7 @@ def test_a_client_is_told_the_partitioning(scene: Scene) -> None:
         *("--task", "tests.tiny_task:tiny", "--partition", "dirichlet", "--alpha", 0.3),
         *("--num-partitions", 7, "--seed", 5),
     )
-    connection = Connection(server.address)
+    connection = Connection(Route(server=server.address))
     told = connection.register(
         Registration(client_ids=(0,), instance_key="key", software_version="1")
     )

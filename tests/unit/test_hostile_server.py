@@ -10,8 +10,12 @@ import grpc
 import pytest
 
 from fedclient.connection import Connection
+from fedclient.holdings import Holdings
 from fedclient.loop import take_part
+from fedclient.routes import Route
+from fedclient.session import Patience
 from fedclient.settings import ClientSettings
+from fedclient.terminal import Screen
 from shared.cli import parse
 from shared.errors import InvalidInput, WrongSettings
 from shared.pb import federation_pb2 as pb
@@ -68,7 +72,7 @@ def connected(order: pb.WorkOrder) -> Iterator[Connection]:
     add_FederationServiceServicer_to_server(ill, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    connection = Connection(f"127.0.0.1:{port}")
+    connection = Connection(Route(server=f"127.0.0.1:{port}"))
     try:
         yield connection
     finally:
@@ -111,15 +115,19 @@ def test_an_order_for_somebody_else_is_refused(tmp_path: Path) -> None:
     argv = ["--ids", "0-3", "--task", TASK]
     order = an_order()
     order.client_id = 7
+    stop, settings = threading.Event(), parse(ClientSettings, argv)
     with (
         connected(order) as connection,
         pytest.raises(WrongSettings, match="is for client 7, whom this process doesn't serve"),
     ):
         take_part(
-            parse(ClientSettings, argv),
+            settings,
             state_dir=tmp_path,
             connection=connection,
-            stop=threading.Event(),
+            patience=Patience(server=settings.server, stop=stop),
+            holdings=Holdings(settings),
+            screen=Screen(),
+            stop=stop,
         )
     assert not (tmp_path / "states").exists()
 
