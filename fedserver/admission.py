@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,7 @@ from fedserver.records import Refusal, json_number
 from fedserver.strategies.blocks import BlockReader, StateFile, blocks_of
 from fedserver.strategies.packed import examine_packed
 from fedserver.strategies.rows import Lack, lacks_nothing
-from shared.codec import Entry, Layout
+from shared.codec import Entry, Layout, digest_file
 from shared.errors import InvalidInput
 from shared.types import (
     METRIC_NAMES,
@@ -133,6 +134,33 @@ def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimit
             size_bytes=update.size_bytes,
             model_bytes=base.layout.size_bytes,
         )
+
+
+def examine_section_digests(path: Path, update: ClientUpdate) -> None:
+    """Compare the digests that an update gives of its sections with the payload in `path`.
+
+    The payload's own digest was found to be right before.
+
+    Raises:
+        UpdateRefused: one of them is another.
+    """
+    offset = 0
+    for section in update.sections:
+        if section.digest:
+            is_alone = section.size_bytes == update.size_bytes
+            digest = (
+                update.digest
+                if is_alone
+                else digest_file(path, offset=offset, size_bytes=section.size_bytes)
+            )
+            if section.digest != digest:
+                raise UpdateRefused(
+                    f"section {section.name!r} has the digest {digest}, but the header says "
+                    f"{section.digest}",
+                    kind="section-digest",
+                    section=section.name,
+                )
+        offset += section.size_bytes
 
 
 def examine_content(

@@ -16,6 +16,7 @@ from fedserver.admission import (
     examine_content,
     examine_control,
     examine_header,
+    examine_section_digests,
 )
 from fedserver.aggregation import compression_of, update_file
 from fedserver.fairness import NewestStreams, Places
@@ -98,9 +99,9 @@ class Intake:
 
         Raises:
             WrongOffset, StreamFenced: another stream of this order was or is further.
-            ServerUnreachable: too little came, or the round is changing.
+            ServerUnreachable: the stream brought too little, or the round is changing.
             CorruptPayload: the bytes don't match the digest; they are dropped.
-            InvalidInput: the stream holds more or fewer bytes than the header says.
+            InvalidInput: the stream holds more bytes than the header says.
             OutOfSpace: the disk is full; what is committed stays.
         """
         if record.state is not OrderState.OPEN:
@@ -194,7 +195,7 @@ class Intake:
                 f"{stream.offset} bytes are there, ask QueryUpload and send the rest"
             ) from None
         if stream.offset != update.size_bytes:
-            raise InvalidInput(
+            raise ServerUnreachable(
                 f"order {update.order_id}: the stream ended at byte {stream.offset} of "
                 f"{update.size_bytes}; ask QueryUpload and send the rest"
             )
@@ -234,6 +235,7 @@ class Intake:
     ) -> float | Refusal:
         """Return the norm of a good update's delta, or why it isn't one."""
         try:
+            examine_section_digests(stream.path, update)
             received = update_file(
                 stream.path,
                 base=given_in.base.file,

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,13 +66,19 @@ def digest_bytes(payload: bytes | bytearray | memoryview) -> str:
     return blake3(payload).hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """Return the BLAKE3-256 digest of a file's content, read in blocks of 1 MiB."""
+def digest_file(path: Path, *, offset: int = 0, size_bytes: int | None = None) -> str:
+    """Return the BLAKE3-256 digest of a file's content, read in blocks of 1 MiB.
+
+    Of `size_bytes` from byte `offset` on, or of all that follows where that is None.
+    """
     hasher = blake3()
-    buffer = bytearray(1 << 20)
+    buffer = memoryview(bytearray(1 << 20))
+    left = sys.maxsize if size_bytes is None else size_bytes
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            hasher.update(memoryview(buffer)[:count])
+        file.seek(offset)
+        while count := file.readinto(buffer[: min(left, len(buffer))]):
+            hasher.update(buffer[:count])
+            left -= count
     return hasher.hexdigest()
 
 

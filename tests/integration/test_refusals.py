@@ -208,6 +208,17 @@ def test_numbers_that_are_none_are_shown_by_their_names(
     assert " nan" in shown.stdout
 
 
+def test_a_section_with_another_digest_than_its_header_says_is_refused(
+    opened: OpenRound, history: History
+) -> None:
+    """The digest of a section may be left out; where it is given it is examined."""
+    payload = payload_of(changed(opened.base))
+    wrong = pb.Section(name="model", size_bytes=len(payload), digest=digest_bytes(b"other"))
+    answer = opened.peers[0].upload(opened.orders[0], payload, sections=[wrong])
+    sentence = f"section 'model' has the digest {digest_bytes(payload)}, but the header says"
+    expect_refused_and_recorded(opened, history, answer, sentence)
+
+
 def test_bytes_that_are_no_safetensors_file_are_refused(
     opened: OpenRound, history: History
 ) -> None:
@@ -266,10 +277,15 @@ def test_a_round_without_one_good_update_fails_and_is_tried_again(
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(float("nan"), "holds nan"), (1e9, "control variates change by")]
+    ("value", "digest", "words"),
+    [
+        (float("nan"), None, "holds nan"),
+        (1e9, None, "control variates change by"),
+        (0.01, digest_bytes(b"other"), "section 'control' has the digest"),
+    ],
 )
 def test_bad_control_variates_are_refused(
-    scene: Scene, tmp_path: Path, value: float, words: str
+    scene: Scene, tmp_path: Path, value: float, digest: str | None, words: str
 ) -> None:
     """SCAFFOLD's second section is examined like the first; the other client goes on."""
     server = scene.server(
@@ -283,19 +299,18 @@ def test_bad_control_variates_are_refused(
     peers = {one: Peer(server.address, one) for one in (0, 1)}
     opened = open_round(peers)
 
-    def send(client: int, value: float) -> Any:  # noqa: ANN401  # generated
+    def send(client: int, value: float, digest: str | None = None) -> Any:  # noqa: ANN401
         control = {name: torch.full_like(opened.base[name], value) for name in parameters}
         path = tmp_path / f"{client}"
         sections = write_payload(path, {"model": changed(opened.base), "control": control})
-        return peers[client].upload(
-            opened.orders[client],
-            path.read_bytes(),
-            sections=[
-                pb.Section(name=s.name, size_bytes=s.size_bytes, digest=s.digest) for s in sections
-            ],
-        )
+        told = [
+            pb.Section(name=one.name, size_bytes=one.size_bytes, digest=one.digest)
+            for one in sections
+        ]
+        told[1].digest = digest or told[1].digest
+        return peers[client].upload(opened.orders[client], path.read_bytes(), sections=told)
 
-    refused = send(0, value)
+    refused = send(0, value, digest)
     assert refused.receipt == pb.RECEIPT_REFUSED
     assert words in refused.reason
     assert send(1, 0.01).receipt == pb.RECEIPT_STORED

@@ -280,3 +280,18 @@ def test_the_protocol_passes_its_linter() -> None:
         [tool("buf"), "lint"], cwd=ROOT / "protos", capture_output=True, text=True, check=False
     )
     assert (found.returncode, found.stdout) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "kept", sorted((ROOT / "protos/released").glob("*.binpb")), ids=lambda path: path.stem
+)
+def test_the_protocol_breaks_nothing_that_was_released(kept: Path) -> None:
+    """Buf breaking, PACKAGE, finds nothing against the descriptor that was kept."""
+    found = subprocess.run(
+        [tool("buf"), "breaking", "--against", kept],
+        cwd=ROOT / "protos",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (found.returncode, found.stdout) == (0, "")
