@@ -125,7 +125,6 @@ def _prepare(settings: ClientSettings) -> "Holdings":
     from fedclient.holdings import Holdings  # noqa: PLC0415
 
     torch.set_num_threads(settings.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
     find_device(settings.device)
     return Holdings(settings)
 

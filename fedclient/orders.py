@@ -21,6 +21,7 @@ from fedclient.settings import ClientSettings
 from fedclient.state import ClientState, ClientStates, StateLost
 from fedclient.terminal import Screen
 from fedclient.training import NothingLearned, train_order
+from shared.determinism import repeatable
 from shared.diagnosis import Diagnosis
 from shared.diagnosis_text import verdict
 from shared.doctor import TrainingHalted
@@ -165,7 +166,7 @@ class OrderWorker:
             may_tell = self._settings.report_samples
             progress.note(incident_of(diagnosis if may_tell else diagnosis.without_samples()))
 
-        with interrupting():
+        with interrupting(), repeatable(num_threads=self._settings.threads):
             update, next_state = train_order(
                 order,
                 task=self._holdings.task,

@@ -4,7 +4,6 @@ Beside a model may lie the server state that goes with it, named by its own cont
 """
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from shared.files import (
     WRITE_BACK_BYTES,
     begin_write_back,
     naming_full_disk,
+    sync_file,
     sync_folder,
 )
 from shared.weights import EntryKind
@@ -244,7 +244,7 @@ class _Draft:
     def keep(self, named: Callable[[str], Path]) -> str:
         """Make the file durable under the name that its digest gives; returns the digest."""
         self._file.flush()
-        os.fdatasync(self._file.fileno())
+        sync_file(self._file.fileno())
         digest: str = self._hasher.hexdigest()
         self._path.replace(named(digest))
         return digest

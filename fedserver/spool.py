@@ -1,7 +1,7 @@
 """Updates on disk that are on their way into a round.
 
 One file an update, named by order and digest. While it arrives, its length is what is committed; it
-becomes durable by `make_durable` (fdatasync of the file, then of the folder), and only after that
+becomes durable by `make_durable` (sync_file of the file, then of the folder), and only after that
 may the store record it. Only one stream writes a file at a time: the newest. Of what streams leave
 unfinished an order keeps one file, the newest too, and none beside a durable one: whatever a client
 sends, it fills no disk.
@@ -21,6 +21,7 @@ from shared.files import (
     WRITE_BACK_BYTES,
     begin_write_back,
     naming_full_disk,
+    sync_file,
     sync_folder,
 )
 
@@ -85,7 +86,7 @@ class UpdateStream:
         """
         with self._lock, naming_full_disk(self.path.parent):
             self._examine_fence()
-            os.fdatasync(self._descriptor)
+            sync_file(self._descriptor)
             sync_folder(self.path.parent)
 
     def fence(self) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import logging
 import os
 import stat
@@ -16,6 +17,7 @@ from shared.errors import InvalidInput, Locked, OutOfSpace
 logger = logging.getLogger(__name__)
 
 _OURS_ALONE = 0o700
+_NOT_SUPPORTED = {errno.ENOTSUP, errno.EINVAL, errno.ENOTTY}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 WRITE_BACK_BYTES = 8 << 20
@@ -44,11 +46,27 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
 def begin_write_back(descriptor: int, *, offset: int, count: int) -> None:
     """Let the operating system begin to write a part of a file to the disk, without waiting.
 
-    So that a later fdatasync of a large file has little left to wait for; it promises nothing by
+    So that a later sync_file of a large file has little left to wait for; it promises nothing by
     itself. Where the system doesn't offer it nothing happens.
     """
     if _SYNC_FILE_RANGE is not None:
         _SYNC_FILE_RANGE(descriptor, offset, count, _SYNC_FILE_RANGE_WRITE)
+
+
+def sync_file(descriptor: int) -> None:
+    """Return when the content of an open file survives a loss of power.
+
+    macOS has no fdatasync, and its fsync stops at the drive's cache: F_FULLFSYNC goes on, unless
+    the file system doesn't know it (fsync(2) and fcntl(2) of macOS).
+    """
+    if (full_sync := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
+        try:
+            fcntl.fcntl(descriptor, full_sync)
+            return
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+    getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
@@ -75,7 +93,7 @@ def replace_file(path: Path, *parts: bytes | memoryview, survive_power_loss: boo
             file.writelines(parts)
             if survive_power_loss:
                 file.flush()
-                os.fdatasync(file.fileno())
+                sync_file(file.fileno())
         draft.replace(path)
         if survive_power_loss:
             sync_folder(path.parent)

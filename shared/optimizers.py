@@ -1,9 +1,12 @@
 """The optimizers there are, by name, and how the step size changes over a training."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -11,17 +14,38 @@ from torch.optim.lr_scheduler import LambdaLR
 from shared.errors import InvalidInput
 from shared.types import Schedule
 
+T = TypeVar("T", bound=Optimizer)
+
+
+def _without_compiler(optimizer: type[T]) -> type[T]:
+    """Return a class that computes what this one does, and doesn't import torch's compiler.
+
+    Some methods of torch's optimizers import the compiler before they do their work, only to tell
+    it to leave them alone: 150 MB, seconds of processor time, and an error where no temporary
+    folder can be written to. The work itself is in the functions that they wrap.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    # What `step` wraps relies on its wrapper for this.
+    methods["step"] = torch.no_grad()(inspect.unwrap(optimizer.step))
+    return type(optimizer.__name__, (optimizer,), methods)
+
+
+_SGD = _without_compiler(SGD)
+_Adam = _without_compiler(Adam)
+_AdamW = _without_compiler(AdamW)
+
 OPTIMIZERS: Mapping[str, Callable[[list[nn.Parameter], float, float, float], Optimizer]] = (
     MappingProxyType(
         {
-            "sgd": lambda parameters, lr, momentum, weight_decay: SGD(
+            "sgd": lambda parameters, lr, momentum, weight_decay: _SGD(
                 parameters, lr=lr, momentum=momentum, weight_decay=weight_decay
             ),
             # Adam's first beta is its momentum: the same setting, with the same usual value.
-            "adam": lambda parameters, lr, momentum, weight_decay: Adam(
+            "adam": lambda parameters, lr, momentum, weight_decay: _Adam(
                 parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay
             ),
-            "adamw": lambda parameters, lr, momentum, weight_decay: AdamW(
+            "adamw": lambda parameters, lr, momentum, weight_decay: _AdamW(
                 parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay
             ),
         }

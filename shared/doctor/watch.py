@@ -6,12 +6,13 @@ what is made of it, because every result is looked at anew.
 """
 
 import math
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +116,19 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = storage_of(tensor) or (tensor.device, -len(self._entries) - 1)
         self._entries.setdefault(storage, name)
         return storage
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Say no: torch would load its compiler (150 MB) only to tell it to skip this class."""
+        return False
+
+    def __enter__(self) -> Self:
+        """Watch; a compiler that the task has loaded itself must not compile what watches."""
+        observe = Watch.__torch_dispatch__
+        if "torch._dynamo" in sys.modules and not hasattr(observe, "__wrapped__"):
+            Watch.__torch_dispatch__ = torch.compiler.disable(observe)  # type: ignore[method-assign, no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     @contextmanager
     def hooked(self) -> Iterator[None]:

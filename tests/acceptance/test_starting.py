@@ -1,5 +1,6 @@
 """Starting: in which order one likes, and with which mistakes; each is told in a sentence."""
 
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -215,3 +216,14 @@ def test_a_client_that_stays_takes_part_in_the_next_run(scene: Scene) -> None:
     # The same seed, task and data: the same model, and another run all the same.
     assert runs[0][0]["model_digest"] == runs[1][0]["model_digest"]
     assert runs[0][0]["orders"][0]["order_id"] != runs[1][0]["orders"][0]["order_id"]
+
+
+def test_a_run_needs_no_temporary_folder(scene: Scene) -> None:
+    """Nor a home: a read-only root file system has none that can be written to."""
+    hidden = "import tempfile\ntempfile._candidate_tempdir_list = lambda: ['/proc']\n"
+    scene.folder.joinpath("sitecustomize.py").write_text(hidden)
+    kept = {"PYTHONPATH": f"{scene.folder}:{os.environ.get('PYTHONPATH', '')}", "HOME": "/proc"}
+    server = start_server(scene, "--rounds", 1, "--min-clients", 1, **kept)
+    client = start_client(scene, 0, server.address, **kept)
+    expect_clean_exits(server, client)
+    assert verdicts(scene.history()) == [(1, 0, "COUNTED")]
