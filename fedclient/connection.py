@@ -4,7 +4,7 @@ Every method makes one call and raises the domain's errors; trying again is the 
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -58,6 +58,7 @@ from shared.types import (
     WorkOrder,
     WorkState,
 )
+from shared.weights import EntryKind
 
 _OPTIONS = [
     # A proxy is used only where the route names one (see fedclient.routes).
@@ -129,6 +130,13 @@ _ENCODINGS = {
     Encoding.TOP_K: pb.ENCODING_TOP_K,
 }
 _ENCODING_NAMES = {number: encoding for encoding, number in _ENCODINGS.items()}
+_ENTRY_KINDS = {
+    pb.ENTRY_KIND_PARAMETER: EntryKind.PARAMETER,
+    pb.ENTRY_KIND_MEAN: EntryKind.MEAN,
+    pb.ENTRY_KIND_MAX: EntryKind.MAX,
+    pb.ENTRY_KIND_KEEP: EntryKind.KEEP,
+    pb.ENTRY_KIND_LOCAL: EntryKind.LOCAL,
+}
 _INCIDENT_KINDS = {
     IncidentKind.NON_FINITE_LOSS: pb.INCIDENT_KIND_NON_FINITE_LOSS,
     IncidentKind.NON_FINITE_GRADIENT: pb.INCIDENT_KIND_NON_FINITE_GRADIENT,
@@ -208,6 +216,7 @@ class Connection:
             lease_s=answer.lease.ToTimedelta().total_seconds(),
             total_rounds=answer.total_rounds,
             compression=_compression(answer.compression),
+            entry_kinds=_entry_kinds(answer.entry_kinds),
         )
 
     def pull_work(self, session_id: str, *, wait_s: float) -> Work:
@@ -457,6 +466,16 @@ def _compression(message: pb.Compression) -> Compression:
         block_size=message.block_size,
         fraction=message.fraction,
     )
+
+
+def _entry_kinds(message: "Mapping[str, pb.EntryKind.ValueType]") -> dict[str, EntryKind]:
+    for name, number in message.items():
+        if number not in _ENTRY_KINDS:
+            raise WrongSettings(
+                f"the server aggregates entry {name!r} in a way (number {number}) that this client "
+                "doesn't know; update it"
+            )
+    return {name: _ENTRY_KINDS[number] for name, number in message.items()}
 
 
 def _schedule(message: pb.Schedule) -> Schedule:

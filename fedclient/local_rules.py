@@ -33,9 +33,9 @@ class Start:
     control: Tensors
 
     def copy_parameters(self) -> dict[str, Tensor]:
-        """Return copies of the parameters, under all their names."""
+        """Return copies of the floating-point parameters, under all their names."""
         named = self.model.named_parameters(remove_duplicate=False)
-        return {name: one.detach().cpu().clone() for name, one in named}
+        return {name: one.detach().cpu().clone() for name, one in named if one.is_floating_point()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -182,6 +182,7 @@ class OrderWorker:
                 state=state,
                 on_diagnosis=tell,
                 compression=self._session.info.compression,
+                entry_kinds=self._session.info.entry_kinds,
             )
         pass_by(FailPoint.TRAINED)
         states.keep(order.order_id, next_state, follows=order.last_counted_order_id)

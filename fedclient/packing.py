@@ -1,6 +1,6 @@
 """What is sent of a trained model: its state_dict as it is, or the delta compressed."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from shared.codec import load_state_into
 from shared.compression import compress, decompress, delta_of, relative_error, whole_key
 from shared.types import Compression, Encoding
+from shared.weights import EntryKind
 
 State = Mapping[str, Tensor]
 
@@ -35,27 +36,28 @@ def pack_update(
     trained: State,
     *,
     global_model: Path,
-    parameters: Set[str],
+    kinds: Mapping[str, EntryKind],
     compression: Compression,
     seed: int,
     residual: State,
 ) -> PackedUpdate:
     """Return what is sent of a trained model; a function of its arguments, `seed` among them.
 
-    `parameters` name the entries that may be compressed. `residual` is what earlier updates that
-    count have left out.
+    Only the parameters among the entries, of these `kinds`, are compressed. `residual` is what
+    earlier updates that count have left out.
     """
     if compression.encoding is Encoding.STATE_DICT:
         return PackedUpdate(tensors=trained)
     base = {name: torch.empty_like(one, device="cpu") for name, one in trained.items()}
     load_state_into(base, global_model)
-    delta = {name: delta_of(trained[name].cpu(), base[name]) for name in sorted(parameters)}
+    parameters = sorted(name for name, kind in kinds.items() if kind is EntryKind.PARAMETER)
+    delta = {name: delta_of(trained[name].cpu(), base[name]) for name in parameters}
     for name, left_out in residual.items():
         delta[name] += left_out
     packed = compress(delta, compression, seed=seed)
     shapes = {name: (base[name].dtype, tuple(base[name].shape)) for name in delta}
     received = decompress(packed, shapes, compression)
-    others = {whole_key(n): one for n, one in trained.items() if n not in parameters}
+    others = {whole_key(name): one for name, one in trained.items() if name not in delta}
     kept = {}
     if compression.encoding is Encoding.TOP_K:
         kept[RESIDUAL] = {name: one - received[name] for name, one in delta.items()}

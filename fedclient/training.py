@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -25,13 +25,18 @@ from shared.errors import FederationError, InvalidInput, WrongSettings
 from shared.evaluation import evaluate
 from shared.payloads import write_payload
 from shared.seeds import derive_seed
-from shared.tasks import Examples, Task
+from shared.tasks import Examples, Task, build_model, kinds_of
 from shared.training import EpochReport, StepProgress, TrainingReport, TrainingResult, train_model
 from shared.types import MODEL_SECTION, NO_COMPRESSION, ClientUpdate, Compression, WorkOrder
+from shared.weights import EntryKind
 
 logger = logging.getLogger(__name__)
 
+LOCAL_ENTRIES = "local"
+"""The name under which a client keeps its own values of entries of kind LOCAL."""
+
 _EVALUATION_BATCH_SIZE = 256
+_NOT_TOLD: Mapping[str, EntryKind] = {}
 
 
 class NothingLearned(FederationError):
@@ -54,6 +59,7 @@ def train_order(
     max_steps: int = 0,
     control: Path | None = None,
     compression: Compression = NO_COMPRESSION,
+    entry_kinds: Mapping[str, EntryKind] = _NOT_TOLD,
 ) -> tuple[ClientUpdate, ClientState]:
     """Train on one client's examples from the global model; writes the update's payload.
 
@@ -61,7 +67,8 @@ def train_order(
     (0: no limit), or at the order's deadline, training ends and what was done is the update.
     `state` is what is in force from earlier rounds, `control` holds the server's control variates,
     if there are any, and `on_diagnosis` hears of what goes wrong. The model is sent as
-    `compression` says.
+    `compression` says. `entry_kinds` are the server's; entries of kind LOCAL go on from the
+    client's own values, which are kept and not sent.
 
     A function of the order, the examples, the global model and the state alone, unless the order
     has a deadline: trained again after a crash, it gives the same bytes (on one machine, build,
@@ -73,11 +80,13 @@ def train_order(
     Raises:
         TrainingHalted: training went wrong, and may not or can't be cured.
         NothingLearned: there is nothing to send.
-        WrongSettings: the task's model isn't the one the server holds, or the order's local rule
-            isn't known here.
+        WrongSettings: the task's model isn't the one the server holds, its entries are aggregated
+            otherwise than the task here says, or the order's local rule isn't known here.
         OrderAbandoned: the server wants no update any more.
     """
-    model = _model_of(order, task, global_model, device)
+    model, kinds, global_values = _begin_model(
+        *(order, task, global_model, device), told=entry_kinds, state=state
+    )
 
     training = order.training
     rule = begin_rule(
@@ -193,9 +202,9 @@ def train_order(
     if rule.is_personal and evaluated is not None:
         metrics |= _metrics_of(model, evaluated, task, device, progress, prefix="personal_")
     packed = pack_update(
-        outcome.model,
+        {**outcome.model, **global_values},
         global_model=global_model,
-        parameters={name for name, _ in model.named_parameters(remove_duplicate=False)},
+        kinds=kinds,
         compression=compression,
         seed=derive_seed(order.seed, "compression"),
         residual=state.tensors.get(RESIDUAL, NOTHING),
@@ -228,7 +237,19 @@ def train_order(
         was_healthy=was_healthy,
         has_dropped_samples=report.has_dropped_samples,
     )
-    return update, ClientState(convalescence=convalescence, tensors={**outcome.kept, **packed.kept})
+    return update, ClientState(
+        convalescence=convalescence,
+        tensors={
+            **outcome.kept,
+            **packed.kept,
+            **_own_values(result.state_dict, names=global_values),
+        },
+    )
+
+
+def _own_values(trained: Tensors, *, names: Collection[str]) -> Mapping[str, Tensors]:
+    """Return what a client keeps of its LOCAL entries, which have these names."""
+    return {LOCAL_ENTRIES: {name: trained[name] for name in names}} if names else {}
 
 
 def _last_epoch(report: TrainingReport) -> EpochReport:
@@ -304,13 +325,13 @@ def _fresh_state(order: WorkOrder, task: Task) -> dict[str, Tensor]:
     """Return usual initial weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(order.seed, "model"))
-        return task.build_model().state_dict()
+        return build_model(task).state_dict()
 
 
 def _model_of(order: WorkOrder, task: Task, global_model: Path, device: torch.device) -> nn.Module:
     """Return the task's model with the global model's weights."""
     _seed(derive_seed(order.seed, "model"), device)
-    model = task.build_model()
+    model = build_model(task)
     try:
         load_state_into(model.state_dict(), global_model)
     except InvalidInput as error:
@@ -319,6 +340,45 @@ def _model_of(order: WorkOrder, task: Task, global_model: Path, device: torch.de
             "both sides need the same version of the task"
         ) from error
     return model
+
+
+def _begin_model(
+    order: WorkOrder,
+    task: Task,
+    global_model: Path,
+    device: torch.device,
+    *,
+    told: Mapping[str, EntryKind],
+    state: ClientState,
+) -> tuple[nn.Module, Mapping[str, EntryKind], Tensors]:
+    """Return the task's model with the global model's weights and the client's own LOCAL entries.
+
+    Returns:
+        The model, the kind of each entry, and the global values of those that are LOCAL.
+
+    Raises:
+        WrongSettings: the model isn't the server's, or the server aggregates its entries otherwise;
+            sending an entry that one side calls local would give it away.
+    """
+    model = _model_of(order, task, global_model, device)
+    kinds = kinds_of(task, model)
+    if told and (differing := sorted(n for n in kinds if told.get(n) is not kinds[n])):
+        name = differing[0]
+        raise WrongSettings(
+            f"the server aggregates entry {name!r} as {told.get(name, 'nothing')}, but task "
+            f"{task.name!r} here says {kinds[name]}; both sides need the same version of the task"
+        )
+    entries = model.state_dict()
+    global_values = {
+        name: entries[name].detach().cpu().clone()
+        for name, kind in kinds.items()
+        if kind is EntryKind.LOCAL
+    }
+    own = state.tensors.get(LOCAL_ENTRIES, NOTHING)
+    with torch.no_grad():
+        for name in global_values.keys() & own.keys():
+            entries[name].copy_(own[name])
+    return model, kinds, global_values
 
 
 def _evaluation_batches(

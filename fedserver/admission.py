@@ -169,15 +169,17 @@ def examine_content(
     base: StateFile,
     kinds: Mapping[str, EntryKind],
     limits: AdmissionLimits,
-    num_steps: int,
 ) -> float:
     """Examine every tensor of an update against the model it began from, block by block.
+
+    What isn't averaged may hold anything: no honest update is refused for a counter or a mask, and
+    nothing depends on one that lies.
 
     Returns the L2 norm of local minus global over all parameters.
 
     Raises:
-        UpdateRefused: keys, shapes or dtypes differ, a value isn't finite, a counter or a fixed
-            entry is impossible, or the delta's norm is beyond the cap.
+        UpdateRefused: keys, shapes or dtypes differ, a value that is averaged isn't finite where
+            the global model's is, a variance is negative, or the delta's norm is beyond the cap.
         InvalidInput: scales or indices of a compressed update are impossible.
     """
     if received.packed is not None:
@@ -186,33 +188,27 @@ def examine_content(
     received_reader, base_reader = BlockReader(), BlockReader()
     squares = 0.0
     for block in blocks_of(base.layout):
+        kind = kinds[block.name]
+        if kind.is_constant or not base.layout.entries[block.name].dtype.is_floating_point:
+            continue
         values = received_reader.read(received, block)
         reference = base_reader.read(base, block)
-        kind = kinds[block.name]
-        if kind is EntryKind.COUNTER:
-            _examine_counter(block.name, values, reference, num_steps=num_steps)
-        elif kind is EntryKind.FIXED:
-            if not torch.equal(values, reference):
-                raise UpdateRefused(
-                    f"tensor {block.name!r} must stay as it was sent",
-                    kind="fixed",
-                    tensor=block.name,
-                )
-        else:
+        if kind is EntryKind.PARAMETER:
             square_sum = _delta_square_sum(values, reference)
             if not math.isfinite(square_sum):
                 if not bool(torch.isfinite(values).all()):
-                    raise _non_finite(received)
+                    raise _non_finite(received, base=base, kinds=kinds)
                 square_sum = _delta_square_sum(values.double(), reference.double())
-            if kind is EntryKind.PARAMETER:
-                squares += square_sum
-            elif block.name.endswith("running_var") and bool((values < 0).any()):
-                raise UpdateRefused(
-                    f"tensor {block.name!r} holds a negative variance: {values.min().item():.6g}",
-                    kind="variance",
-                    tensor=block.name,
-                    smallest=values.min().item(),
-                )
+            squares += square_sum
+        elif bool((~values.isfinite() & reference.isfinite()).any()):
+            raise _non_finite(received, base=base, kinds=kinds)
+        elif block.name.endswith("running_var") and bool((values < 0).any()):
+            raise UpdateRefused(
+                f"tensor {block.name!r} holds a negative variance: {values.min().item():.6g}",
+                kind="variance",
+                tensor=block.name,
+                smallest=values.min().item(),
+            )
     norm = math.sqrt(squares)
     if not norm <= limits.max_delta_norm:
         raise UpdateRefused(
@@ -274,20 +270,6 @@ def _examine_entries(theirs: Mapping[str, Entry], ours: Mapping[str, Entry]) -> 
             )
 
 
-def _examine_counter(
-    name: str, values: torch.Tensor, reference: torch.Tensor, *, num_steps: int
-) -> None:
-    advance = values - reference
-    if bool((advance < 0).any()) or bool((advance > num_steps).any()):
-        raise UpdateRefused(
-            f"tensor {name!r} counts {values.tolist()} from {reference.tolist()}, "
-            f"which {num_steps} local steps can't",
-            kind="counter",
-            tensor=name,
-            num_steps=num_steps,
-        )
-
-
 def _listed(names: list[str]) -> str:
     # A name may hold what a terminal obeys.
     shown = ", ".join(repr(name[:80]) for name in names[:5])
@@ -306,24 +288,34 @@ def _delta_square_sum(values: torch.Tensor, reference: torch.Tensor) -> float:
     return float(torch.dot(delta, delta))
 
 
-def _non_finite(received: StateFile) -> UpdateRefused:
+def _non_finite(
+    received: StateFile,
+    *,
+    base: StateFile | None = None,
+    kinds: Mapping[str, EntryKind] | None = None,
+) -> UpdateRefused:
     """Return what is to be said of an update that holds a NaN or an infinity, after a look at all.
 
     The evidence: for each tensor that does, how many there are and the index of the first in the
-    flattened tensor.
+    flattened tensor. With a `base` whose entries are of these `kinds`, what is constant or isn't
+    finite there doesn't count.
     """
-    reader = BlockReader()
+    reader, base_reader = BlockReader(), BlockReader()
     found: dict[str, dict[str, int]] = {}
     first_value = math.nan
     for block in blocks_of(received.layout):
         if not received.layout.entries[block.name].dtype.is_floating_point:
             continue
-        values = reader.read(received, block)
-        bad = torch.nonzero(~torch.isfinite(values)).flatten()
+        if kinds is not None and kinds[block.name].is_constant:
+            continue
+        is_bad = ~torch.isfinite(reader.read(received, block))
+        if base is not None:
+            is_bad &= base_reader.read(base, block).isfinite()
+        bad = torch.nonzero(is_bad).flatten()
         if not len(bad):
             continue
         if not found:
-            first_value = values[bad[0]].item()
+            first_value = reader.read(received, block)[bad[0]].item()
         first_index = block.begin + int(bad[0])
         of_tensor = found.setdefault(block.name, {"count": 0, "first_index": first_index})
         of_tensor["count"] += len(bad)

@@ -9,9 +9,10 @@ from fedserver.admission import HEADER_SLACK_BYTES
 from fedserver.checkpoints import GlobalModel
 from fedserver.events import event_of
 from fedserver.parts import Parts
-from fedserver.records import Exclusion, Refusal, Round, StoredUpdate
+from fedserver.records import Event, Exclusion, Refusal, Round, StoredUpdate, json_number
 from fedserver.screening import norm_band
 from fedserver.strategies.blocks import Cohort, StateFile
+from fedserver.strategies.buffers import Bounded
 from fedserver.strategies.packed import locate_packed
 from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import read_layout
@@ -71,8 +72,11 @@ def reduce_updates(
     closed: Round,
     base: GlobalModel,
     counted: Sequence[StoredUpdate],
-) -> GlobalModel:
+) -> tuple[GlobalModel, list[Event]]:
     """Write the model, and the server state, that a strategy makes of a closed round's updates.
+
+    Returns:
+        The model, and an incident for each client of whose update an entry was bounded.
 
     Raises:
         NonFiniteAggregate: it holds a NaN or an infinity; nothing is kept.
@@ -99,13 +103,41 @@ def reduce_updates(
         ],
         kinds=parts.kinds,
         seed=strategy_seed(parts.run.settings, closed.round_number, closed.attempt),
+        ties=parts.ties,
     )
     server_state = None if base.server_state is None else base.server_state.file
-    return parts.checkpoints.save(
+    bounded: list[Bounded] = []
+    model = parts.checkpoints.save(
         base.file,
-        next_blocks(strategy, cohort, server_state),
+        next_blocks(strategy, cohort, server_state, on_bounded=bounded.append),
         state_layout=state_layout(strategy, cohort),
     )
+    return model, _bounded_events(closed, [one.client_id for one in counted], bounded)
+
+
+def _bounded_events(
+    closed: Round, client_ids: Sequence[int], bounded: Sequence[Bounded]
+) -> list[Event]:
+    """Return an incident for each client of whose update an entry was bounded."""
+    by_client: dict[int, list[Bounded]] = {}
+    for one in bounded:
+        by_client.setdefault(client_ids[one.update], []).append(one)
+    events = []
+    for client_id, found in sorted(by_client.items()):
+        worst = min(found, key=lambda one: one.share)
+        events.append(
+            event_of(
+                IncidentKind.BUFFER_BOUNDED,
+                closed,
+                client_id=client_id,
+                is_incident=True,
+                tensor=worst.name,
+                excess=json_number(worst.excess),
+                share=worst.share,
+                num_tensors=len(found),
+            )
+        )
+    return events
 
 
 def update_file(

@@ -124,10 +124,12 @@ class Checkpoints:
         With a `state_layout` the blocks hold the server state too, which is written beside it.
 
         Raises:
-            NonFiniteAggregate: a block holds a NaN or an infinity; nothing is kept.
+            NonFiniteAggregate: a parameter holds a NaN or an infinity, or another entry does where
+                the base's value is finite; nothing is kept.
             OutOfSpace: the disk is full; nothing is kept.
         """
         squares = 0.0
+        base_reader = BlockReader()
         with ExitStack() as stack:
             stack.enter_context(naming_full_disk(self._folder))
             model = stack.enter_context(_Draft(self._folder / "aggregate.draft", base.layout))
@@ -136,8 +138,10 @@ class Checkpoints:
                 draft = _Draft(self._folder / "server-state.draft", state_layout)
                 state = stack.enter_context(draft)
             for one in blocks:
-                if one.values.is_floating_point():
-                    squares += self._square_sum(one.block, one.values)
+                if self._kinds[one.block.name] is EntryKind.PARAMETER:
+                    squares += _square_sum(one.block, one.values)
+                elif not bool(one.values.isfinite().all()):
+                    _examine_non_finite(one, base_reader.read(base, one.block))
                 model.append(one.values)
                 if state is not None and one.moments is not None:
                     _examine_moments(one.block, one.moments)
@@ -190,8 +194,8 @@ class Checkpoints:
         reader = BlockReader()
         squares = 0.0
         for block in blocks_of(file.layout):
-            if file.layout.entries[block.name].dtype.is_floating_point:
-                squares += self._square_sum(block, reader.read(file, block))
+            if self._kinds[block.name] is EntryKind.PARAMETER:
+                squares += _square_sum(block, reader.read(file, block))
         server_state = None
         if state_digest is not None:
             path = state_path(self._folder, state_digest)
@@ -199,22 +203,6 @@ class Checkpoints:
                 state_digest, _examined(path, state_digest, what="server state")
             )
         return GlobalModel(digest, file, squares**0.5, server_state)
-
-    def _square_sum(self, block: Block, values: torch.Tensor) -> float:
-        # float32 is wide enough for a norm that only bounds the absurd.
-        narrow = values if values.dtype is torch.float64 else values.float()
-        square_sum = float(torch.dot(narrow, narrow))
-        # A finite sum has finite terms, which is cheaper to see than each of them by itself.
-        if not math.isfinite(square_sum):
-            if not bool(torch.isfinite(values).all()):
-                raise NonFiniteAggregate(
-                    f"tensor {block.name!r} of the aggregate holds a NaN or an infinity in "
-                    f"elements {block.begin} to {block.begin + block.count - 1}; the base model "
-                    "stands"
-                )
-            wide = values.double()
-            square_sum = float(torch.dot(wide, wide))
-        return square_sum if self._kinds[block.name] is EntryKind.PARAMETER else 0.0
 
 
 class _Draft:
@@ -257,6 +245,32 @@ class _Draft:
 def _content(values: torch.Tensor) -> memoryview:
     content: memoryview = values.contiguous().view(torch.uint8).numpy().data
     return content
+
+
+def _square_sum(block: Block, values: torch.Tensor) -> float:
+    # float32 is wide enough for a norm that only bounds the absurd.
+    narrow = values if values.dtype is torch.float64 else values.float()
+    square_sum = float(torch.dot(narrow, narrow))
+    # A finite sum has finite terms, which is cheaper to see than each of them by itself.
+    if not math.isfinite(square_sum):
+        if not bool(torch.isfinite(values).all()):
+            raise _non_finite(block)
+        wide = values.double()
+        square_sum = float(torch.dot(wide, wide))
+    return square_sum
+
+
+def _examine_non_finite(one: NextBlock, base: torch.Tensor) -> None:
+    """Let a value be what the base's is, a mask's -inf for one, but not become NaN or infinite."""
+    if bool((base.isfinite() & ~one.values.isfinite()).any()):
+        raise _non_finite(one.block)
+
+
+def _non_finite(block: Block) -> NonFiniteAggregate:
+    return NonFiniteAggregate(
+        f"tensor {block.name!r} of the aggregate holds a NaN or an infinity in elements "
+        f"{block.begin} to {block.begin + block.count - 1}; the base model stands"
+    )
 
 
 def _examine_moments(block: Block, moments: torch.Tensor) -> None:

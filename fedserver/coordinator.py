@@ -43,6 +43,7 @@ from shared.errors import OutOfSpace, RunFailed, StorageDamaged
 from shared.failpoints import FailPoint, pass_by
 from shared.tasks import Task
 from shared.types import IncidentKind, RunFailure
+from shared.weights import EntryKind
 
 T = TypeVar("T")
 
@@ -56,7 +57,7 @@ class Coordinator:
         settings = parts.settings
         self._parts = parts
         self._task = task
-        is_used = not parts.strategy.is_personal
+        is_used = not (parts.strategy.is_personal or EntryKind.LOCAL in parts.kinds.values())
         self._evaluations = Evaluations(parts, evaluator, raises_alarms=is_used)
         self._is_asynchronous = parts.strategy.buffer_size > 0
         self._tick_s = min(_MAX_TICK_S, settings.stall_after / 4, settings.lease / 4)
@@ -275,7 +276,7 @@ class Coordinator:
             )
             return failed, base
         try:
-            model = await on_disk(reduce_updates, self._parts, current, base, counted)
+            model, bounded = await on_disk(reduce_updates, self._parts, current, base, counted)
         except (NonFiniteAggregate, UnfitCohort) as error:
             # Excluded they stay: the next attempt doesn't ask their clients.
             is_bad = isinstance(error, NonFiniteAggregate)
@@ -310,6 +311,7 @@ class Coordinator:
         )
         happened = [
             *client_events(current, told),
+            *bounded,
             event_of("round-done", current, updates=len(counted), model=model.digest),
             *follows.happened,
         ]

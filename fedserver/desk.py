@@ -78,6 +78,7 @@ class Desk:
             lease_s=settings.lease,
             total_rounds=settings.rounds,
             compression=self._compression_for(registration),
+            entry_kinds=self._parts.kinds,
         )
 
     def _compression_for(self, registration: Registration) -> Compression:

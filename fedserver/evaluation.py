@@ -21,7 +21,7 @@ from shared.errors import InvalidInput
 from shared.evaluation import Evaluation, evaluate
 from shared.failpoints import FailPoint, pass_by
 from shared.models import initialise
-from shared.tasks import Task, examine_examples
+from shared.tasks import Task, build_model, examine_examples
 from shared.types import IncidentKind
 
 _BATCH_SIZE = 256
@@ -186,6 +186,6 @@ def initial_state(task: Task, *, seed: int, init: str = "default") -> dict[str, 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = task.build_model()
+        model = build_model(task)
         initialise(model, init)
         return model.state_dict()

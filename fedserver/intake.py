@@ -255,7 +255,6 @@ class Intake:
                 base=given_in.base.file,
                 kinds=self._parts.kinds,
                 limits=given_in.limits,
-                num_steps=update.num_steps,
             )
         except UpdateRefused as error:
             return error.refusal

@@ -16,6 +16,7 @@ from shared.types import (
     Section,
     WorkOrder,
 )
+from shared.weights import EntryKind
 
 _ENCODINGS = {
     pb.ENCODING_STATE_DICT: Encoding.STATE_DICT,
@@ -25,6 +26,13 @@ _ENCODINGS = {
     pb.ENCODING_TOP_K: Encoding.TOP_K,
 }
 _ENCODING_NUMBERS = {encoding: number for number, encoding in _ENCODINGS.items()}
+ENTRY_KINDS = {
+    EntryKind.PARAMETER: pb.ENTRY_KIND_PARAMETER,
+    EntryKind.MEAN: pb.ENTRY_KIND_MEAN,
+    EntryKind.MAX: pb.ENTRY_KIND_MAX,
+    EntryKind.KEEP: pb.ENTRY_KIND_KEEP,
+    EntryKind.LOCAL: pb.ENTRY_KIND_LOCAL,
+}
 _INCIDENT_KINDS = {
     pb.INCIDENT_KIND_NON_FINITE_LOSS: IncidentKind.NON_FINITE_LOSS,
     pb.INCIDENT_KIND_NON_FINITE_GRADIENT: IncidentKind.NON_FINITE_GRADIENT,

@@ -23,13 +23,15 @@ from shared.weights import EntryKind
 class Parts:
     """The resources of one run; made by the composition root, which also ends them.
 
-    `kinds` are of the entries of the model's state_dict, `modules` the dotted names of its modules,
-    `strategy` is what the settings name.
+    `kinds` are of the entries of the model's state_dict, `ties` name the earlier entry that one is
+    the same tensor as, `modules` are the dotted names of the model's modules, `strategy` is what
+    the settings name.
     """
 
     settings: ServerSettings
     run: Run
     kinds: Mapping[str, EntryKind]
+    ties: Mapping[str, str]
     modules: Set[str]
     strategy: Strategy
     store: Store

@@ -47,9 +47,9 @@ from shared.failpoints import FailPoint, pass_by
 from shared.files import locked_folder
 from shared.memory import keep_one_heap
 from shared.stop_signals import StopSignals, interrupting
-from shared.tasks import Task, find_task
+from shared.tasks import Task, build_model, find_task, kinds_of
 from shared.types import Encoding, RunEnd
-from shared.weights import EntryKind, entry_kinds
+from shared.weights import EntryKind, examine_first_values, tied_entries
 
 logger = logging.getLogger(__name__)
 
@@ -79,15 +79,11 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
         task = find_task(settings.task)
         strategy = _examine_strategy(settings)
         examine_scheme(settings.partition, settings.partitioning.parameters)
-        model = task.build_model()
-        if not isinstance(model, torch.nn.Module):
-            raise InvalidInput(
-                f"task {task.name!r}: build_model returned a {type(model).__name__}, not a "
-                "torch.nn.Module"
-            )
-        examine_model(strategy.local, model)
-        kinds = entry_kinds(model)
-        _examine_compression(settings, model)
+        model = build_model(task)
+        kinds, ties = kinds_of(task, model), tied_entries(model)
+        examine_first_values(model, kinds)
+        examine_model(strategy.local, model, kinds)
+        _examine_compression(settings, model, kinds)
         modules = {name for name, _ in model.named_modules()}
         evaluator = Evaluator(task, model, data_root=settings.data_root)
         del model
@@ -110,6 +106,7 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
                     signals,
                     task=task,
                     kinds=kinds,
+                    ties=ties,
                     modules=modules,
                     strategy=strategy,
                     evaluator=evaluator,
@@ -185,14 +182,17 @@ def _examine_asynchrony(settings: ServerSettings, strategy: Strategy) -> None:
             )
 
 
-def _examine_compression(settings: ServerSettings, model: torch.nn.Module) -> None:
+def _examine_compression(
+    settings: ServerSettings, model: torch.nn.Module, kinds: Mapping[str, EntryKind]
+) -> None:
     """Refuse what would make updates larger: more than the model is never admitted."""
     compression = run_compression(settings.run_settings())
     if compression.encoding is Encoding.STATE_DICT:
         return
     shapes: dict[str, Shape] = {
         name: (one.dtype, tuple(one.shape))
-        for name, one in model.named_parameters(remove_duplicate=False)
+        for name, one in model.state_dict().items()
+        if kinds[name] is EntryKind.PARAMETER
     }
     packed, whole = (
         sum(math.prod(shape) * dtype.itemsize for dtype, shape in one.values())
@@ -255,6 +255,7 @@ async def _serve(
     *,
     task: Task,
     kinds: Mapping[str, EntryKind],
+    ties: Mapping[str, str],
     modules: Set[str],
     strategy: Strategy,
     evaluator: Evaluator,
@@ -267,6 +268,7 @@ async def _serve(
         settings=settings,
         run=run,
         kinds=kinds,
+        ties=ties,
         modules=modules,
         strategy=strategy,
         store=store,

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from fedserver.desk import Desk
 from fedserver.fairness import NewestStreams, first_message
 from fedserver.messages import (
+    ENTRY_KINDS,
     compression_message,
     digest_of,
     duration_of,
@@ -129,6 +130,7 @@ class Servicer:
             lease=duration_of(info.lease_s),
             total_rounds=info.total_rounds,
             compression=compression_message(info.compression),
+            entry_kinds={name: ENTRY_KINDS[kind] for name, kind in info.entry_kinds.items()},
         )
 
     async def pull_work(self, request: pb.PullWorkRequest) -> pb.PullWorkResponse:

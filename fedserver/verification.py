@@ -36,9 +36,9 @@ from fedserver.strategies.rows import UnfitCohort
 from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import digest_file, read_layout
 from shared.errors import InvalidInput, NotFound, StorageDamaged
-from shared.tasks import find_task
+from shared.tasks import build_model, find_task, kinds_of
 from shared.types import MODEL_SECTION, Encoding
-from shared.weights import EntryKind, entry_kinds
+from shared.weights import EntryKind, tied_entries
 
 
 class State(StrEnum):
@@ -301,7 +301,7 @@ def _made_again(
     """Return the digests of what a round's strategy makes of its files: model and server state."""
     settings = entry["settings"]
     strategy = find_strategy(settings)
-    kinds = _kinds_of(settings["task"])
+    kinds, ties = _entries_of(settings["task"])
     base_path = model_path(state_dir / "models", entry["base"])
     base = StateFile(path=base_path, layout=read_layout(base_path))
     if base.layout.entries.keys() != kinds.keys():
@@ -333,14 +333,18 @@ def _made_again(
         ],
         kinds=kinds,
         seed=strategy_seed(settings, entry["round"], entry["attempt"]),
+        ties=ties,
     )
     blocks = next_blocks(strategy, cohort, server_state)
     return digest_blocks(base.layout, blocks, state_layout=state_layout(strategy, cohort))
 
 
 @functools.cache
-def _kinds_of(task: str) -> Mapping[str, EntryKind]:
-    return entry_kinds(find_task(task).build_model())
+def _entries_of(name: str) -> tuple[Mapping[str, EntryKind], Mapping[str, str]]:
+    """Return the kinds of the entries of a task's model, and which of them are tied."""
+    task = find_task(name)
+    model = build_model(task)
+    return kinds_of(task, model), tied_entries(model)
 
 
 def _gone(store: Store, ledgers: Iterable[Ledger], missing: Collection[Blob]) -> list[Blob]:

@@ -33,6 +33,7 @@ from shared.data.texts import NUM_CHARACTERS, WINDOW, load_windows
 from shared.errors import DataUnavailable, InvalidInput
 from shared.models import CharGRU, SimpleCNN, TabularMLP
 from shared.own_code import import_own
+from shared.weights import DECLARABLE, EntryKind, entry_kinds, examine_entries, unfold_expanded
 
 Examples = Dataset[tuple[Tensor, ...]]
 
@@ -88,7 +89,9 @@ class Task:
     what a partitioning of the examples under a data root goes by, int64 [n] from 0, in the order in
     which `load_train` gives them for one partition: `python -m fedclient partitions` counts it
     (without it the targets of each share), and a process that serves many clients cuts their shares
-    by it, out of a data set read once.
+    by it, out of a data set read once. `entries` says how entries of the model's state_dict are
+    aggregated that the usual table (see shared.weights) would treat otherwise: a pattern of names
+    to "keep", "max", "mean" or "local".
     """
 
     name: str
@@ -100,14 +103,53 @@ class Task:
     num_classes: int | None = None
     finite_inputs: bool = True
     load_labels: Callable[[Path | None], NDArray[np.int64]] | None = None
+    entries: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for pattern, kind in self.entries.items():
+            if kind not in DECLARABLE:
+                raise InvalidInput(
+                    f"task {self.name!r}: entries {pattern!r} can't be declared {kind!r}; declare "
+                    f"one of {', '.join(DECLARABLE)}"
+                )
         for name in self.metrics:
             if not name.isidentifier() or name in _TAKEN_METRIC_NAMES:
                 raise InvalidInput(
                     f"task {self.name!r}: a metric can't be called {name!r}; give it a name of "
                     f"letters, digits and _ that isn't one of {', '.join(_TAKEN_METRIC_NAMES)}"
                 )
+
+
+def build_model(task: Task) -> nn.Module:
+    """Return the task's model with new initial weights, fit to be sent, aggregated and loaded.
+
+    Raises:
+        InvalidInput: it isn't a torch.nn.Module, or one of its tensors can't be sent.
+    """
+    model = task.build_model()
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(
+            f"task {task.name!r}: build_model returned a {type(model).__name__}, not a "
+            "torch.nn.Module"
+        )
+    try:
+        examine_entries(model)
+    except InvalidInput as error:
+        raise InvalidInput(f"task {task.name!r}: {error}") from error
+    unfold_expanded(model)
+    return model
+
+
+def kinds_of(task: Task, model: nn.Module) -> dict[str, EntryKind]:
+    """Return how each entry of the task's model is aggregated.
+
+    Raises:
+        InvalidInput: what the task declares of entries doesn't fit the model.
+    """
+    try:
+        return entry_kinds(model, task.entries)
+    except InvalidInput as error:
+        raise InvalidInput(f"task {task.name!r}: {error}") from error
 
 
 def find_task(name: str) -> Task:

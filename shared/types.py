@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Literal
 
 from shared.diagnosis import Diagnosis
+from shared.weights import EntryKind
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "step", "cosine"]
@@ -80,6 +81,8 @@ class IncidentKind(StrEnum):
     UPDATE_REFUSED = "update-refused"
     UPDATE_CONTRADICTED = "update-contradicted"
     UPDATE_EXCLUDED = "update-excluded"
+    BUFFER_BOUNDED = "buffer-bounded"
+    """An update counts, but a buffer of it lay so far from its cohort's that it was bounded."""
     UPDATE_LATE = "update-late"
     ORDER_STALE = "order-stale"
     """More rounds have gone on without its update than an asynchronous run waits for."""
@@ -194,7 +197,10 @@ class Registration:
 
 @dataclass(frozen=True, kw_only=True)
 class SessionInfo:
-    """What the server answers a registration; durations in seconds."""
+    """What the server answers a registration; durations in seconds.
+
+    `entry_kinds` say how each entry of the model's state_dict is aggregated; empty: not told.
+    """
 
     session_id: str
     run_id: str
@@ -204,6 +210,7 @@ class SessionInfo:
     lease_s: float
     total_rounds: int
     compression: Compression = NO_COMPRESSION
+    entry_kinds: Mapping[str, EntryKind] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

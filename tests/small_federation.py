@@ -27,9 +27,9 @@ from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import decode_state
 from shared.diagnosis import Diagnosis, DoctorSettings
-from shared.tasks import Task
+from shared.tasks import Task, build_model, kinds_of
 from shared.types import CONTROL_SECTION, ClientUpdate, WorkOrder
-from shared.weights import entry_kinds
+from shared.weights import tied_entries
 from tests.factories import make_round
 
 NUM_FEATURES = 4
@@ -83,8 +83,8 @@ class SmallFederation:
         self.diagnoses: list[Diagnosis] = []
         self._folder = folder
         torch.manual_seed(0)
-        model = task.build_model()
-        self.kinds = entry_kinds(model)
+        model = build_model(task)
+        self.kinds, self.ties = kinds_of(task, model), tied_entries(model)
         self._checkpoints = Checkpoints(folder / "models", self.kinds)
         self.model: GlobalModel = self._checkpoints.save_initial(model.state_dict())
         self._last_counted: dict[int, str] = {}
@@ -164,6 +164,7 @@ class SmallFederation:
             base=self.model.file,
             updates=[self.file_of(one) for one in counted],
             kinds=self.kinds,
+            ties=self.ties,
         )
         self.model = self._checkpoints.save(
             self.model.file,

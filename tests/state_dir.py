@@ -20,7 +20,7 @@ from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks, state_layout
 from fedserver.verification import verify
 from shared.codec import decode_state, encode_state
-from shared.weights import EntryKind, entry_kinds
+from shared.weights import entry_kinds
 from tests.factories import end_order, make_event, make_round, make_update
 from tests.tiny_task import tiny
 
@@ -105,7 +105,7 @@ def write_state_dir(
             packed = pack_update(
                 state,
                 global_model=base.file.path,
-                parameters={name for name, kind in kinds.items() if kind is EntryKind.PARAMETER},
+                kinds=kinds,
                 compression=run_compression(settings),
                 seed=order.client_id,
                 residual={},

@@ -36,7 +36,7 @@ from shared.diagnosis_text import (
 )
 from shared.errors import InvalidInput
 from shared.seeds import derive_seed
-from shared.tasks import DataRequest, Partition, find_task
+from shared.tasks import DataRequest, Partition, build_model, find_task
 from shared.types import OptimizerName, TrainingConfig
 
 _TRAINING = TrainingConfig()
@@ -104,7 +104,7 @@ def run(argv: list[str]) -> int:
     diagnosis = None
     if len(examples):  # type: ignore[arg-type]  # Dataset itself declares no length
         torch.manual_seed(derive_seed(settings.seed, "init"))
-        model = task.build_model()
+        model = build_model(task)
         if settings.model is not None:
             _load(model, settings.model)
         is_initial = settings.model is None

@@ -43,7 +43,8 @@ class StateFile:
     how many steps older it is. Other files have none of them.
 
     An update that came compressed is a `packed` delta from the model `base`, which is then there in
-    any case; its `layout` is that of the state_dict which it is read as.
+    any case; its `layout` is that of the state_dict which it is read as. `replaced` entries are
+    read from memory, flattened and of the entry's dtype (see fedserver.strategies.buffers).
     """
 
     path: Path
@@ -56,6 +57,7 @@ class StateFile:
     base: "StateFile | None" = None
     staleness: int = 0
     packed: PackedDelta | None = None
+    replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +65,14 @@ class Cohort:
     """What a closed round is aggregated from: all that the next model may depend on.
 
     `updates` are in client order; `seed` is of this attempt at the round, for rules that draw.
+    `ties` map an entry that is the same tensor as an earlier one to that entry's name.
     """
 
     base: StateFile
     updates: Sequence[StateFile]
     kinds: Mapping[str, EntryKind]
     seed: int = 0
+    ties: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,8 @@ class BlockReader:
         Raises:
             StorageDamaged: the file is shorter than its layout, or gone.
         """
+        if (values := file.replaced.get(block.name)) is not None:
+            return values[block.begin : block.begin + block.count].clone()
         run = {"begin": block.begin, "count": block.count}
         if file.packed is None:
             return self._entries.read(file.path, file.layout, block.name, offset=file.offset, **run)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedserver.strategies.rows import Local, ServerOptimizer, UnfitCohort
 from shared.errors import InvalidInput
 from shared.types import LocalRule
-from shared.weights import norm_entries
+from shared.weights import EntryKind, norm_entries
 
 
 def fedprox(*, mu: float = 0.01) -> Local:
@@ -67,6 +67,7 @@ def scaffold(*, server_lr: float = 1.0, num_clients: int = 0, settings: Mapping[
         rule=LocalRule(name="scaffold"),
         server_optimizer=lambda _: ServerOptimizer(initial=(0.0,), step=step),
         control_share=share,
+        needs_whole_model=True,
         only_behind=frozenset({"fedavg", "uniform"}),
     )
 
@@ -99,6 +100,7 @@ def feddyn(*, alpha: float = 0.01, num_clients: int = 0, settings: Mapping[str, 
     return Local(
         rule=LocalRule(name="feddyn", parameters={"alpha": alpha}),
         server_optimizer=optimizer,
+        needs_whole_model=True,
         only_behind=frozenset({"uniform"}),
     )
 
@@ -130,8 +132,8 @@ def ditto(*, strength: float = 0.1) -> Local:
     return Local(rule=LocalRule(name="ditto", parameters={"strength": strength}))
 
 
-def examine_model(local: Local | None, model: nn.Module) -> None:
-    """Make sure that a task's model is one for a rule.
+def examine_model(local: Local | None, model: nn.Module, kinds: Mapping[str, EntryKind]) -> None:
+    """Make sure that a task's model, with entries of these kinds, is one for a rule.
 
     Raises:
         InvalidInput: it isn't.
@@ -141,6 +143,14 @@ def examine_model(local: Local | None, model: nn.Module) -> None:
             f"strategy {local.rule.name} keeps normalisation layers at the clients, but the "
             "task's model has none; with another strategy nothing is lost"
         )
+    if local is not None and local.needs_whole_model:
+        parameters = (name for name, one in model.named_parameters() if one.is_floating_point())
+        if left_out := [name for name in parameters if kinds[name] is not EntryKind.PARAMETER]:
+            raise InvalidInput(
+                f"strategy {local.rule.name} corrects the gradient of each parameter by what the "
+                f"server knows of it, but the task declares parameter {left_out[0]!r} "
+                f"{kinds[left_out[0]]}; take another strategy, or let the server aggregate it"
+            )
 
 
 def _share_of(

@@ -114,7 +114,7 @@ class Local:
     which clients get with their orders. `only_behind` names the aggregators it makes sense with;
     without one named it is uniform then. `not_behind` names those it makes none with, and why.
     `is_personal`: the global model alone is none that anybody uses. `needs_norms`: the task's model
-    must have normalisation layers.
+    must have normalisation layers. `needs_whole_model`: the server must aggregate each parameter.
     """
 
     rule: LocalRule
@@ -124,6 +124,7 @@ class Local:
     not_behind: Mapping[str, str] = field(default_factory=dict)
     is_personal: bool = False
     needs_norms: bool = False
+    needs_whole_model: bool = False
 
     @property
     def sends_control(self) -> bool:

@@ -23,34 +23,47 @@ from fedserver.strategies.blocks import (
     compute_blocks,
     elements_per_row,
 )
+from fedserver.strategies.buffers import Bounded, Buffers, bound_buffers
 from fedserver.strategies.geometry import distances_between, squared_distances
 from fedserver.strategies.means import Weights, weighted_sum
 from fedserver.strategies.robust import median
 from fedserver.strategies.rows import Matrix, Rule, ServerOptimizer, Step, Strategy, UnfitCohort
 from shared.codec import Layout, make_layout
+from shared.rounding import rounded
 from shared.types import CONTROL_SECTION
 from shared.weights import EntryKind
 
+_SORTED_AS_THEY_ARE = (torch.float32, torch.float64)
 # Sorted at a time, so that it stays in the cache.
 _SORTED_ELEMENTS = 256 * 1024
 
 
 def next_blocks(
-    strategy: Strategy, cohort: Cohort, server_state: StateFile | None = None
+    strategy: Strategy,
+    cohort: Cohort,
+    server_state: StateFile | None = None,
+    *,
+    on_bounded: Callable[[Bounded], None] = lambda _: None,
 ) -> Iterator[NextBlock]:
     """Return every block of the next model, in the order of the base's bytes.
 
-    Parameters and float buffers are aggregated; the server optimizer then touches parameters only.
-    Counters take the maximum, anything else stays as in the base. Updates without examples don't
+    Each entry becomes what its kind says (see shared.weights). The strategy aggregates parameters
+    and, once they are bounded, entries of kind MEAN (see fedserver.strategies.buffers); the server
+    optimizer then moves parameters only. Tied entries stay the same. Updates without examples don't
     count; without any that do, the aggregate is the base. `server_state` is what the step before
-    left, None at the beginning.
+    left, None at the beginning. `on_bounded` is called for each entry of an update that is bounded,
+    before this function returns.
 
     Raises:
         UnfitCohort: the strategy can't be applied to these updates.
         StorageDamaged: one of the files is shorter than its layout, or gone.
     """
     updates = [update for update in cohort.updates if update.num_examples > 0]
-    cohort = replace(cohort, updates=updates)
+    buffers = bound_buffers(replace(cohort, updates=updates))
+    cohort = buffers.cohort
+    for one in buffers.bounded:
+        on_bounded(one)
+    updates = list(cohort.updates)
     if updates and len(updates) < strategy.min_updates:
         raise UnfitCohort(
             f"strategy {strategy.name} needs at least {strategy.min_updates} updates, but only "
@@ -65,26 +78,25 @@ def next_blocks(
         control = begin_control() if begin_control else None
 
         def compute(block: Block) -> NextBlock:
-            kind = cohort.kinds[block.name]
-            dtype = cohort.base.layout.entries[block.name].dtype
-            if kind is EntryKind.FIXED:
-                return NextBlock(block, reader.read(cohort.base, block).clone())
-            if kind is EntryKind.COUNTER:
-                largest = reader.read(cohort.base, block).clone()
-                for update in updates:
-                    torch.maximum(largest, reader.read(update, block), out=largest)
-                return NextBlock(block, largest)
-            values = aggregate(block)
-            if kind is not EntryKind.PARAMETER or optimizer is None:
-                return NextBlock(block, values.to(dtype, copy=True))
+            source = replace(block, name=cohort.ties.get(block.name, block.name))
+            dtype = cohort.base.layout.entries[source.name].dtype
+            settled = _settled(reader, buffers, source)
+            if settled is not None:
+                return NextBlock(block, settled)
+            values = aggregate(source)
+            if cohort.kinds[source.name] is EntryKind.MEAN:
+                mean = rounded(values, dtype)
+                return NextBlock(block, _where_finite(mean, reader.read(cohort.base, source)))
+            if optimizer is None:
+                return NextBlock(block, rounded(values, dtype))
             # A copy: the reader's next read is into the same memory.
-            base = reader.read(cohort.base, block).to(torch.float64, copy=True)
-            moments = _moments(optimizer, server_state, block, reader)
+            base = reader.read(cohort.base, source).to(torch.float64, copy=True)
+            moments = _moments(optimizer, server_state, source, reader)
             if control is not None:
-                moments[:, 0] += control(block)
+                moments[:, 0] += control(source)
             move, moments = optimizer.step(values - base, moments)
             moments = moments.to(_state_dtype(dtype), copy=True)
-            return NextBlock(block, (base + move).to(dtype), moments)
+            return NextBlock(block, rounded(base + move, dtype), moments)
 
         return compute
 
@@ -177,8 +189,9 @@ class _Coordinates:
     def __call__(self, block: Block) -> torch.Tensor:
         """Return the block's reduced values, float64 [count]."""
         values = self._rows.read(block)
-        if values.dtype is not torch.float64:
-            values = values.float()
+        if values.dtype not in _SORTED_AS_THEY_ARE:
+            # Wider than any other float, and exact for counts.
+            values = values.double() if not values.is_floating_point() else values.float()
         num_rows = len(values) if self._coefficients is None else len(self._coefficients)
         reduced = np.empty(block.count)
         step = max(1, _SORTED_ELEMENTS // num_rows)
@@ -227,6 +240,37 @@ def _weights_of(coefficients: Matrix) -> Weights:
         weights = [int(value > 0) for value in of_updates]
         return Weights(weights, sum(weights))
     return Weights(of_updates, 1.0, of_base=of_base)
+
+
+def _settled(reader: BlockReader, buffers: Buffers, block: Block) -> torch.Tensor | None:
+    """Return the next values of a block that no strategy computes, None if one does."""
+    cohort = buffers.cohort
+    kind = cohort.kinds[block.name]
+    if kind.is_constant or block.name in buffers.unchanged:
+        return reader.read(cohort.base, block).clone()
+    if kind is EntryKind.MAX:
+        return _largest(reader, cohort, block)
+    if block.name in buffers.agreed:
+        return reader.read(cohort.updates[0], block).clone()
+    return None
+
+
+def _largest(reader: BlockReader, cohort: Cohort, block: Block) -> torch.Tensor:
+    """Return the elementwise maximum of base and updates; a NaN counts as nothing."""
+    largest = reader.read(cohort.base, block).clone()
+    # fmax has no integers and no bool, which have no NaN.
+    maximum = torch.fmax if largest.is_floating_point() else torch.maximum
+    for update in cohort.updates:
+        largest = maximum(largest, reader.read(update, block))
+    return largest
+
+
+def _where_finite(values: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Return `values`, and the base's where neither is finite."""
+    is_finite = values.isfinite()
+    if bool(is_finite.all()):
+        return values
+    return torch.where(is_finite | base.isfinite(), values, base)
 
 
 def _base_of(cohort: Cohort) -> Callable[[], BlockFunction]:

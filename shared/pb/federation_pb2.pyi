@@ -64,6 +64,52 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _EntryKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EntryKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EntryKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENTRY_KIND_UNSPECIFIED: _EntryKind.ValueType  # 0
+    ENTRY_KIND_PARAMETER: _EntryKind.ValueType  # 1
+    """A parameter: aggregated as the strategy says. Deltas, the encodings that compress them and
+    SCAFFOLD's control variates are of these entries alone. Every value must be finite.
+    """
+    ENTRY_KIND_MEAN: _EntryKind.ValueType  # 2
+    """Averaged, such as BatchNorm's running statistics. A value must be finite unless the global
+    model's isn't. One update can't move the mean arbitrarily far; docs/own_task.md says how far.
+    """
+    ENTRY_KIND_MAX: _EntryKind.ValueType  # 3
+    """The largest value of the global model and the updates, such as BatchNorm's num_batches_tracked."""
+    ENTRY_KIND_KEEP: _EntryKind.ValueType  # 4
+    """The global model's value stays, whatever an update holds."""
+    ENTRY_KIND_LOCAL: _EntryKind.ValueType  # 5
+    """The client keeps its own value and trains on from it in its next order. It must not send it:
+    its updates hold the global model's value, which stays.
+    """
+
+class EntryKind(_EntryKind, metaclass=_EntryKindEnumTypeWrapper):
+    """How the server makes an entry of the next global model from the updates of a round."""
+
+ENTRY_KIND_UNSPECIFIED: EntryKind.ValueType  # 0
+ENTRY_KIND_PARAMETER: EntryKind.ValueType  # 1
+"""A parameter: aggregated as the strategy says. Deltas, the encodings that compress them and
+SCAFFOLD's control variates are of these entries alone. Every value must be finite.
+"""
+ENTRY_KIND_MEAN: EntryKind.ValueType  # 2
+"""Averaged, such as BatchNorm's running statistics. A value must be finite unless the global
+model's isn't. One update can't move the mean arbitrarily far; docs/own_task.md says how far.
+"""
+ENTRY_KIND_MAX: EntryKind.ValueType  # 3
+"""The largest value of the global model and the updates, such as BatchNorm's num_batches_tracked."""
+ENTRY_KIND_KEEP: EntryKind.ValueType  # 4
+"""The global model's value stays, whatever an update holds."""
+ENTRY_KIND_LOCAL: EntryKind.ValueType  # 5
+"""The client keeps its own value and trains on from it in its next order. It must not send it:
+its updates hold the global model's value, which stays.
+"""
+Global___EntryKind: _TypeAlias = EntryKind  # noqa: Y015
+
 class _RunOutcome:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -568,6 +614,26 @@ Global___RegisterRequest: _TypeAlias = RegisterRequest  # noqa: Y015
 class RegisterResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class EntryKindsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: Global___EntryKind.ValueType
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___EntryKind.ValueType = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     SESSION_ID_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
@@ -576,6 +642,7 @@ class RegisterResponse(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     TOTAL_ROUNDS_FIELD_NUMBER: _builtins.int
     COMPRESSION_FIELD_NUMBER: _builtins.int
+    ENTRY_KINDS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     run_id: _builtins.str
     task: _builtins.str
@@ -601,6 +668,13 @@ class RegisterResponse(_message.Message):
         always send ENCODING_STATE_DICT: that takes more bytes and is otherwise as good.
         """
 
+    @_builtins.property
+    def entry_kinds(self) -> _containers.ScalarMap[_builtins.str, Global___EntryKind.ValueType]:
+        """What becomes of each entry of the model's state_dict, by its name. Each entry is there. Of tied
+        entries (one tensor under several names) the server reads the first in the order of the
+        state_dict and gives its new value to all of them.
+        """
+
     def __init__(
         self,
         *,
@@ -612,10 +686,11 @@ class RegisterResponse(_message.Message):
         lease: _duration_pb2.Duration | None = ...,
         total_rounds: _builtins.int = ...,
         compression: Global___Compression | None = ...,
+        entry_kinds: _abc.Mapping[_builtins.str, Global___EntryKind.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "lease", b"lease", "max_wait", b"max_wait", "partitioning", b"partitioning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "lease", b"lease", "max_wait", b"max_wait", "partitioning", b"partitioning", "run_id", b"run_id", "session_id", b"session_id", "task", b"task", "total_rounds", b"total_rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "entry_kinds", b"entry_kinds", "lease", b"lease", "max_wait", b"max_wait", "partitioning", b"partitioning", "run_id", b"run_id", "session_id", b"session_id", "task", b"task", "total_rounds", b"total_rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

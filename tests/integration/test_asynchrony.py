@@ -111,7 +111,7 @@ def expect_formula(first: State, base: State, made: Mapping[str, torch.Tensor]) 
         b, was, x, y = (one[name].double() for one in (base, first, old, new))
         if kind is EntryKind.PARAMETER:
             expected = b + (weight * (x - was) + (y - b)) / 2
-        elif kind is EntryKind.FLOAT_BUFFER:
+        elif kind is EntryKind.MEAN:
             expected = (30 * (weight * x + (1 - weight) * b) + 10 * y) / 40
         else:
             expected = torch.maximum(b, torch.maximum(x, y))

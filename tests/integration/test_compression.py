@@ -7,8 +7,10 @@ from fedclient.packing import pack_update
 from shared.codec import decode_state, encode_state
 from shared.pb import federation_pb2 as pb
 from shared.types import Compression, Encoding
+from shared.weights import entry_kinds
 from tests.integration.peer import OpenRound, Peer, changed, open_round, payload_of
 from tests.processes import Scene
+from tests.tiny_task import tiny
 
 INT8 = Compression(encoding=Encoding.INT8, block_size=8)
 CAPABLE, INCAPABLE, WRONG = 0, 1, 2
@@ -80,7 +82,7 @@ def _compressed(scene: Scene, opened: OpenRound) -> tuple[bytes, dict[str, torch
     packed = pack_update(
         trained,
         global_model=base,
-        parameters=parameters,
+        kinds=entry_kinds(tiny.build_model()),
         compression=INT8,
         seed=1,
         residual={},

@@ -62,7 +62,7 @@ def drawn(seed: int) -> dict[str, Tensor]:
         if KINDS[name].is_averaged:
             values = torch.randn(tensor.shape, generator=generator)
             state[name] = values.abs() if name.endswith("var") else values
-        elif KINDS[name] is EntryKind.COUNTER:
+        elif KINDS[name] is EntryKind.MAX:
             state[name] = tensor + seed
     state["head.weight"] = state["fc.weight"]
     return state
@@ -75,9 +75,9 @@ def expected(
     made = {}
     for name, kind in KINDS.items():
         now = base[name].double()
-        if kind is EntryKind.FIXED:
+        if kind is EntryKind.KEEP:
             made[name] = base[name]
-        elif kind is EntryKind.COUNTER:
+        elif kind is EntryKind.MAX:
             made[name] = torch.stack([base[name], *(one.state[name] for one in buffer)]).amax(0)
         else:
             is_parameter = kind is EntryKind.PARAMETER
@@ -171,7 +171,7 @@ def test_whatever_comes_the_step_stays_within_what_it_is_made_of(
             lengths = [(one.state[name] - (one.base or base)[name]).abs() for one in buffer]
             longest = torch.stack(lengths).amax(0)
             assert bool(((made[name] - base[name]).abs() <= longest + 1e-5).all())
-        elif kind is EntryKind.FLOAT_BUFFER:
+        elif kind is EntryKind.MEAN:
             values = torch.stack([base[name], *(one.state[name] for one in buffer)])
             assert bool((made[name] >= values.amin(0) - 1e-6).all())
             assert bool((made[name] <= values.amax(0) + 1e-6).all())

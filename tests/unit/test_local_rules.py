@@ -284,9 +284,9 @@ def test_ditto_trains_a_model_of_its_own_beside_the_global_one(tmp_path: Path) -
 def test_fedbn_needs_norm_layers() -> None:
     """The server says so before a run is begun; so does a client."""
     strategy = find_strategy({"strategy": "fedbn"})
-    examine_model(strategy.local, normed())
+    examine_model(strategy.local, normed(), {})
     with pytest.raises(InvalidInput, match="the task's model has none"):
-        examine_model(strategy.local, nn.Linear(2, 2))
+        examine_model(strategy.local, nn.Linear(2, 2), {})
     start = Start(model=nn.Linear(2, 2), parameters={}, kept={}, control=NOTHING)
     with pytest.raises(WrongSettings, match="the task's model has none"):
         begin_rule(LocalRule(name="fedbn"), start)

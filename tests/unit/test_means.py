@@ -69,7 +69,7 @@ def random_state(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
         name: torch.randn(tensor.shape, generator=generator).to(dtype)
         if KINDS[name].is_averaged
         else tensor + seed
-        if KINDS[name] is EntryKind.COUNTER
+        if KINDS[name] is EntryKind.MAX
         else tensor
         for name, tensor in TinyNet(dtype).state_dict().items()
     }

@@ -43,6 +43,7 @@ def make_parts(folder: Path, workers: Workers) -> Parts:
         settings=settings,
         run=run,
         kinds=kinds,
+        ties={},
         modules=set(),
         strategy=find_strategy(settings.run_settings()),
         store=store,

@@ -288,8 +288,8 @@ def test_float_buffers_go_by_coordinate_and_the_rest_by_its_rule(tmp_path: Path)
     """Krum's parameters are one client's; running statistics the median, counters the maximum."""
     kinds = {
         "w": EntryKind.PARAMETER,
-        "norm.running_var": EntryKind.FLOAT_BUFFER,
-        "norm.num_batches_tracked": EntryKind.COUNTER,
+        "norm.running_var": EntryKind.MEAN,
+        "norm.num_batches_tracked": EntryKind.MAX,
     }
     places = [0.0, 0.1, 0.2, 50.0, 51.0]
 
@@ -314,7 +314,7 @@ def test_float_buffers_go_by_coordinate_and_the_rest_by_its_rule(tmp_path: Path)
 @pytest.mark.parametrize("strategy", ["clip", "clip+trimmed-mean", "nnm+uniform"])
 def test_a_buffer_cannot_do_what_a_step_prevents(tmp_path: Path, strategy: str) -> None:
     """One of seven sends a running variance that would end the model: the median bears it."""
-    kinds = {"w": EntryKind.PARAMETER, "norm.running_var": EntryKind.FLOAT_BUFFER}
+    kinds = {"w": EntryKind.PARAMETER, "norm.running_var": EntryKind.MEAN}
     states: list[State] = [
         {"w": torch.ones(1), "norm.running_var": torch.tensor([variance])}
         for variance in (1.0, 1.25, 1e12, 1.5, 0.75, 0.5, 2.0)

@@ -18,7 +18,7 @@ from shared.errors import NotFound, StorageDamaged
 from shared.weights import EntryKind
 from tests.factories import State, write_state
 
-KINDS = {"norm.running_mean": EntryKind.FLOAT_BUFFER, "w": EntryKind.PARAMETER}
+KINDS = {"norm.running_mean": EntryKind.MEAN, "w": EntryKind.PARAMETER}
 SIZE = 7
 NUM_ROUNDS = 5
 

@@ -18,7 +18,7 @@ from fedserver.strategies.step import next_blocks
 from shared.weights import EntryKind
 from tests.factories import write_state
 
-KINDS = {"norm.running_var": EntryKind.FLOAT_BUFFER, "w": EntryKind.PARAMETER}
+KINDS = {"norm.running_var": EntryKind.MEAN, "w": EntryKind.PARAMETER}
 EXAMPLES = (30, 10, 60)
 STEPS = (5, 40, 12)
 LOSSES = (0.2, 2.5, 0.9)

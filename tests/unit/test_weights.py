@@ -16,12 +16,12 @@ def test_every_entry_has_the_kind_its_module_gives_it() -> None:
         "fc.bias": EntryKind.PARAMETER,
         "norm.weight": EntryKind.PARAMETER,
         "norm.bias": EntryKind.PARAMETER,
-        "norm.running_mean": EntryKind.FLOAT_BUFFER,
-        "norm.running_var": EntryKind.FLOAT_BUFFER,
-        "norm.num_batches_tracked": EntryKind.COUNTER,
+        "norm.running_mean": EntryKind.MEAN,
+        "norm.running_var": EntryKind.MEAN,
+        "norm.num_batches_tracked": EntryKind.MAX,
         "head.weight": EntryKind.PARAMETER,
-        "steps": EntryKind.FIXED,
-        "mask": EntryKind.FIXED,
+        "steps": EntryKind.KEEP,
+        "mask": EntryKind.KEEP,
     }
     assert list(kinds) == list(TinyNet().state_dict())
 
@@ -42,7 +42,7 @@ def test_frozen_parameters_are_parameters() -> None:
 def test_parameters_and_float_buffers_are_what_is_averaged() -> None:
     """Counters and fixed entries have rules of their own."""
     averaged = {kind for kind in EntryKind if kind.is_averaged}
-    assert averaged == {EntryKind.PARAMETER, EntryKind.FLOAT_BUFFER}
+    assert averaged == {EntryKind.PARAMETER, EntryKind.MEAN}
 
 
 def test_every_kind_of_norm_layer_is_found() -> None:
