@@ -14,11 +14,12 @@ in its L2 norm and in its largest element, by the larger of
 - the median of the norms of the updates' own values: what is of the usual size is never far.
 
 A larger excess is shortened to the bound, as in centered clipping (Karimireddy et al. 2021), and
-reported; the update counts otherwise. So one of n clients moves a mean of equal weights by at most
-REACH / n of what clients typically differ by, or by the n-th part of the value itself, and the
-bound is relative: clients whose inputs differ by orders of magnitude all pass if no majority
-agrees on a scale. The centre is the median and not b: bounded around b, an attacker that always
-stands at the bound would push the model a little further each round, and the bound with it.
+reported; the update counts otherwise. So one of n clients moves a mean of equal weights, out of the
+range from b to m, by at most REACH / n of what clients typically differ by, or by the n-th part of
+a usual value, and the bound is relative: clients whose inputs differ by orders of magnitude all
+pass if no majority agrees on a scale. The centre is the median and not b: bounded around b, an
+attacker that always stands at the bound would push the model a little further each round, and the
+bound with it.
 
 Two updates have nothing to be compared with, and half of a cohort or more can move the median.
 

@@ -29,7 +29,6 @@ from tests.processes import Scene
 from tests.tiny_task import tiny
 
 WEIGHT = "0.weight"
-COUNTER = "1.num_batches_tracked"
 CLEAR = "\x1b[2J"
 """Clears a terminal."""
 
@@ -71,14 +70,6 @@ CONTENTS: dict[str, tuple[Callable[[State], State], str]] = {
         f"'{WEIGHT}' holds -inf at element 29",
     ),
     "an absurd norm": (lambda state: changed(state, by=1e6), "away from the global model"),
-    "a counter that ran ahead": (
-        lambda state: changed(state) | {COUNTER: state[COUNTER] + 1_000_000},
-        f"'{COUNTER}' counts",
-    ),
-    "a counter that ran back": (
-        lambda state: changed(state) | {COUNTER: state[COUNTER] - 1},
-        f"'{COUNTER}' counts",
-    ),
 }
 
 HEADERS: dict[str, tuple[dict[str, Any], str]] = {
