@@ -6,7 +6,6 @@ from enum import StrEnum
 from typing import Literal
 
 from shared.diagnosis import Diagnosis
-from shared.weights import EntryKind
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "step", "cosine"]
@@ -159,6 +158,32 @@ MODEL_SECTION = "model"
 CONTROL_SECTION = "control"
 """SCAFFOLD's control variates: to a client the server's, of each parameter's shape with a dimension
 of 1 more at the end (absent: all are 0); from a client by how much its own change."""
+
+
+class EntryKind(StrEnum):
+    """How an entry of a state_dict is aggregated.
+
+    PARAMETER is aggregated by the strategy, and a server optimizer moves it. MEAN is averaged. MAX
+    is the elementwise maximum of the global model and the updates. KEEP stays as it is in the
+    global model. LOCAL belongs to each client: it is never sent, and the global model keeps its
+    first value.
+    """
+
+    PARAMETER = "parameter"
+    MEAN = "mean"
+    MAX = "max"
+    KEEP = "keep"
+    LOCAL = "local"
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether the strategy's aggregator computes the entry's next value."""
+        return self in (EntryKind.PARAMETER, EntryKind.MEAN)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the entry's value in the global model never changes."""
+        return self in (EntryKind.KEEP, EntryKind.LOCAL)
 
 
 @dataclass(frozen=True, kw_only=True)

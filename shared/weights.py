@@ -13,7 +13,6 @@ update can move a mean.
 """
 
 from collections.abc import Mapping
-from enum import StrEnum
 from fnmatch import fnmatchcase
 
 import torch
@@ -23,32 +22,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shared.codec import DTYPES
 from shared.errors import InvalidInput
-
-
-class EntryKind(StrEnum):
-    """How an entry of a state_dict is aggregated.
-
-    PARAMETER is aggregated by the strategy, and a server optimizer moves it. MEAN is averaged. MAX
-    is the elementwise maximum of the global model and the updates. KEEP stays as it is in the
-    global model. LOCAL belongs to each client: it is never sent, and the global model keeps its
-    first value.
-    """
-
-    PARAMETER = "parameter"
-    MEAN = "mean"
-    MAX = "max"
-    KEEP = "keep"
-    LOCAL = "local"
-
-    @property
-    def is_averaged(self) -> bool:
-        """Whether the strategy's aggregator computes the entry's next value."""
-        return self in (EntryKind.PARAMETER, EntryKind.MEAN)
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether the entry's value in the global model never changes."""
-        return self in (EntryKind.KEEP, EntryKind.LOCAL)
+from shared.types import EntryKind as EntryKind
 
 
 DECLARABLE = (EntryKind.KEEP, EntryKind.MAX, EntryKind.MEAN, EntryKind.LOCAL)
