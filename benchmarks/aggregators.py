@@ -29,7 +29,7 @@ from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import read_layout, write_state
 from shared.memory import keep_one_heap
-from shared.weights import EntryKind
+from shared.types import EntryKind
 
 MB = 1_000_000
 _PIECE_BYTES = 1 << 20

@@ -36,7 +36,7 @@ from shared.evaluation import evaluate
 from shared.seeds import derive_seed
 from shared.tasks import DataRequest, Partition
 from shared.training import train_model
-from shared.weights import EntryKind
+from shared.types import EntryKind
 
 NUM_CLIENTS, NUM_ATTACKERS = 20, 4
 _NUM_PARTITIONS = 100

@@ -40,6 +40,7 @@ from shared.types import (
     Compression,
     Counters,
     Encoding,
+    EntryKind,
     Incident,
     IncidentKind,
     LocalRule,
@@ -58,7 +59,6 @@ from shared.types import (
     WorkOrder,
     WorkState,
 )
-from shared.weights import EntryKind
 
 _OPTIONS = [
     # A proxy is used only where the route names one (see fedclient.routes).

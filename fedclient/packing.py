@@ -9,8 +9,7 @@ from torch import Tensor
 
 from shared.codec import load_state_into
 from shared.compression import compress, decompress, delta_of, relative_error, whole_key
-from shared.types import Compression, Encoding
-from shared.weights import EntryKind
+from shared.types import Compression, Encoding, EntryKind
 
 State = Mapping[str, Tensor]
 

@@ -27,8 +27,14 @@ from shared.payloads import write_payload
 from shared.seeds import derive_seed
 from shared.tasks import Examples, Task, build_model, kinds_of
 from shared.training import EpochReport, StepProgress, TrainingReport, TrainingResult, train_model
-from shared.types import MODEL_SECTION, NO_COMPRESSION, ClientUpdate, Compression, WorkOrder
-from shared.weights import EntryKind
+from shared.types import (
+    MODEL_SECTION,
+    NO_COMPRESSION,
+    ClientUpdate,
+    Compression,
+    EntryKind,
+    WorkOrder,
+)
 
 logger = logging.getLogger(__name__)
 

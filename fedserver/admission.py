@@ -24,8 +24,8 @@ from shared.types import (
     ClientUpdate,
     Compression,
     Encoding,
+    EntryKind,
 )
-from shared.weights import EntryKind
 
 MAX_WEIGHT = 2**29 - 1
 """Above, num_examples * float32 isn't exact in float64 any more (see strategies.means)."""

@@ -18,8 +18,14 @@ from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import read_layout
 from shared.payloads import read_payload
 from shared.seeds import derive_seed
-from shared.types import MODEL_SECTION, NO_COMPRESSION, Compression, Encoding, IncidentKind
-from shared.weights import EntryKind
+from shared.types import (
+    MODEL_SECTION,
+    NO_COMPRESSION,
+    Compression,
+    Encoding,
+    EntryKind,
+    IncidentKind,
+)
 
 
 def screen(

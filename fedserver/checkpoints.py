@@ -24,7 +24,7 @@ from shared.files import (
     sync_file,
     sync_folder,
 )
-from shared.weights import EntryKind
+from shared.types import EntryKind
 
 
 class NonFiniteAggregate(FederationError):

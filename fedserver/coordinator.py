@@ -42,8 +42,7 @@ from fedserver.strategies.rows import UnfitCohort
 from shared.errors import OutOfSpace, RunFailed, StorageDamaged
 from shared.failpoints import FailPoint, pass_by
 from shared.tasks import Task
-from shared.types import IncidentKind, RunFailure
-from shared.weights import EntryKind
+from shared.types import EntryKind, IncidentKind, RunFailure
 
 T = TypeVar("T")
 

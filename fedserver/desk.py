@@ -21,6 +21,7 @@ from shared.types import (
     Compression,
     Counters,
     Encoding,
+    EntryKind,
     Incident,
     OrderEnd,
     Registration,
@@ -30,7 +31,6 @@ from shared.types import (
     Work,
     WorkState,
 )
-from shared.weights import EntryKind
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from shared.types import (
     ClientUpdate,
     Compression,
     Encoding,
+    EntryKind,
     Incident,
     IncidentKind,
     Section,
     WorkOrder,
 )
-from shared.weights import EntryKind
 
 _ENCODINGS = {
     pb.ENCODING_STATE_DICT: Encoding.STATE_DICT,

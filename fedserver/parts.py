@@ -16,7 +16,7 @@ from fedserver.spool import Spool
 from fedserver.store import Store
 from fedserver.strategies.rows import Strategy
 from fedserver.workers import Workers
-from shared.weights import EntryKind
+from shared.types import EntryKind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,8 +48,8 @@ from shared.files import locked_folder
 from shared.memory import keep_one_heap
 from shared.stop_signals import StopSignals, interrupting
 from shared.tasks import Task, build_model, find_task, kinds_of
-from shared.types import Encoding, RunEnd
-from shared.weights import EntryKind, examine_first_values, tied_entries
+from shared.types import Encoding, EntryKind, RunEnd
+from shared.weights import examine_first_values, tied_entries
 
 logger = logging.getLogger(__name__)
 

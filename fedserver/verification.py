@@ -37,8 +37,8 @@ from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import digest_file, read_layout
 from shared.errors import InvalidInput, NotFound, StorageDamaged
 from shared.tasks import build_model, find_task, kinds_of
-from shared.types import MODEL_SECTION, Encoding
-from shared.weights import EntryKind, tied_entries
+from shared.types import MODEL_SECTION, Encoding, EntryKind
+from shared.weights import tied_entries
 
 
 class State(StrEnum):

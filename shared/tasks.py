@@ -33,7 +33,8 @@ from shared.data.texts import NUM_CHARACTERS, WINDOW, load_windows
 from shared.errors import DataUnavailable, InvalidInput
 from shared.models import CharGRU, SimpleCNN, TabularMLP
 from shared.own_code import import_own
-from shared.weights import DECLARABLE, EntryKind, entry_kinds, examine_entries, unfold_expanded
+from shared.types import EntryKind
+from shared.weights import DECLARABLE, entry_kinds, examine_entries, unfold_expanded
 
 Examples = Dataset[tuple[Tensor, ...]]
 

@@ -22,8 +22,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shared.codec import DTYPES
 from shared.errors import InvalidInput
-from shared.types import EntryKind as EntryKind
-
+from shared.types import EntryKind
 
 DECLARABLE = (EntryKind.KEEP, EntryKind.MAX, EntryKind.MEAN, EntryKind.LOCAL)
 """What a task may declare for entries."""

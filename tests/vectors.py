@@ -11,7 +11,7 @@ import torch
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks
-from shared.weights import EntryKind
+from shared.types import EntryKind
 from tests.factories import State, write_state
 
 Vectors = npt.NDArray[np.float64]

@@ -21,7 +21,7 @@ import torch
 from fedserver.strategies.packed import EntryReader, OpenFiles, PackedDelta, PackedReader
 from shared.codec import Layout
 from shared.compression import restored, whole_key
-from shared.weights import EntryKind
+from shared.types import EntryKind
 
 BLOCK_ELEMENTS = 64 * 1024
 # More threads find memory no faster.

@@ -38,7 +38,7 @@ from torch import Tensor
 from fedserver.strategies.blocks import Block, Cohort, RowReader, blocks_of, elements_per_row
 from fedserver.strategies.rows import Matrix
 from shared.rounding import rounded
-from shared.weights import EntryKind
+from shared.types import EntryKind
 
 REACH = 10.0
 """How many times further than its cohort typically does an update's entry may deviate."""

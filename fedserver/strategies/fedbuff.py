@@ -20,7 +20,7 @@ from fedserver.strategies.blocks import (
 from fedserver.strategies.means import Weights, weighted_sum
 from fedserver.strategies.rows import Mean
 from shared.errors import InvalidInput
-from shared.weights import EntryKind
+from shared.types import EntryKind
 
 MAX_BUFFER_SIZE = 100_000
 

@@ -22,7 +22,7 @@ from fedserver.strategies.blocks import (
     elements_per_row,
 )
 from fedserver.strategies.rows import Matrix
-from shared.weights import EntryKind
+from shared.types import EntryKind
 
 _COLUMNS = 1024
 _TILE = 128

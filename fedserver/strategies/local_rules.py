@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fedserver.strategies.rows import Local, ServerOptimizer, UnfitCohort
 from shared.errors import InvalidInput
-from shared.types import LocalRule
-from shared.weights import EntryKind, norm_entries
+from shared.types import EntryKind, LocalRule
+from shared.weights import norm_entries
 
 
 def fedprox(*, mu: float = 0.01) -> Local:

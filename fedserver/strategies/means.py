@@ -22,7 +22,7 @@ from fedserver.strategies.blocks import (
 from fedserver.strategies.geometry import squared_norms
 from fedserver.strategies.rows import Lack, Mean, UnfitCohort, lacks_nothing
 from shared.errors import InvalidInput
-from shared.weights import EntryKind
+from shared.types import EntryKind
 
 # Where the derivative of F^q is taken for a loss that is less: at 0 it is infinite if q is below 1.
 _LEAST_LOSS = 1e-10

@@ -31,8 +31,7 @@ from shared.compression import (
     whole_key,
 )
 from shared.errors import InvalidInput, StorageDamaged
-from shared.types import Compression, Encoding
-from shared.weights import EntryKind
+from shared.types import Compression, Encoding, EntryKind
 
 _READ_ELEMENTS = 1 << 16
 # Of a reader of blocks; there are a few in each thread that computes.

@@ -30,8 +30,7 @@ from fedserver.strategies.robust import median
 from fedserver.strategies.rows import Matrix, Rule, ServerOptimizer, Step, Strategy, UnfitCohort
 from shared.codec import Layout, make_layout
 from shared.rounding import rounded
-from shared.types import CONTROL_SECTION
-from shared.weights import EntryKind
+from shared.types import CONTROL_SECTION, EntryKind
 
 _SORTED_AS_THEY_ARE = (torch.float32, torch.float64)
 # Sorted at a time, so that it stays in the cache.

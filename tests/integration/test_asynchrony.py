@@ -7,7 +7,8 @@ import torch
 
 from shared.codec import decode_state
 from shared.pb import federation_pb2 as pb
-from shared.weights import EntryKind, entry_kinds
+from shared.types import EntryKind
+from shared.weights import entry_kinds
 from tests.integration.peer import Peer, State, changed, entry_of, payload_of
 from tests.processes import Scene, Server, fixed_port, wait_until
 from tests.tiny_task import tiny

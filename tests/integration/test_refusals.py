@@ -12,7 +12,8 @@ import torch
 from shared.codec import digest_bytes
 from shared.payloads import write_payload
 from shared.pb import federation_pb2 as pb
-from shared.weights import EntryKind, entry_kinds
+from shared.types import EntryKind
+from shared.weights import entry_kinds
 from tests.integration.conftest import MAX_NUM_EXAMPLES, History
 from tests.integration.peer import (
     OpenRound,

@@ -14,8 +14,8 @@ from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import BLOCK_ELEMENTS, StateFile
 from shared.codec import decode_state
-from shared.types import MODEL_SECTION, ClientUpdate, Section
-from shared.weights import EntryKind, entry_kinds
+from shared.types import MODEL_SECTION, ClientUpdate, EntryKind, Section
+from shared.weights import entry_kinds
 from tests.factories import State, TinyNet, make_limits, make_update, write_state
 
 KINDS = entry_kinds(TinyNet())

@@ -23,7 +23,7 @@ from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks
 from shared.codec import digest_bytes, encode_state
-from shared.weights import EntryKind
+from shared.types import EntryKind
 from tests.factories import begin_round, end_order, make_update, write_state
 
 NUM_ELEMENTS = 1_000_003

@@ -14,7 +14,7 @@ from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import BLOCK_ELEMENTS, Cohort
 from fedserver.strategies.buffers import REACH, Bounded
 from fedserver.strategies.step import next_blocks
-from shared.weights import EntryKind
+from shared.types import EntryKind
 from tests.factories import State, write_state
 
 STRATEGIES: dict[str, dict[str, Any]] = {

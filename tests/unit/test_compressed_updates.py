@@ -21,8 +21,7 @@ from fedserver.strategies.step import next_blocks
 from shared.codec import decode_state, encode_state
 from shared.compression import CHUNK_ELEMENTS
 from shared.errors import InvalidInput
-from shared.types import MODEL_SECTION, NO_COMPRESSION, Compression, Encoding
-from shared.weights import EntryKind
+from shared.types import MODEL_SECTION, NO_COMPRESSION, Compression, Encoding, EntryKind
 from tests.factories import State, make_limits, write_state
 from tests.small_federation import Sent, SmallFederation
 

@@ -11,7 +11,7 @@ import torch
 from fedserver.checkpoints import Checkpoints
 from fedserver.spool import Spool
 from shared.files import replace_file
-from shared.weights import EntryKind
+from shared.types import EntryKind
 
 F_FULLFSYNC = 51
 """Its number in macOS' sys/fcntl.h."""

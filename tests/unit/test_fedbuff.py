@@ -19,7 +19,8 @@ from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks
 from shared.codec import decode_state
 from shared.errors import InvalidInput
-from shared.weights import EntryKind, entry_kinds
+from shared.types import EntryKind
+from shared.weights import entry_kinds
 from tests.factories import State, TinyNet, write_state
 
 KINDS = entry_kinds(TinyNet())

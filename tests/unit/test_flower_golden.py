@@ -21,7 +21,7 @@ from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import decode_state
-from shared.weights import EntryKind
+from shared.types import EntryKind
 from tests.factories import write_state
 
 Vectors = npt.NDArray[np.float64]

@@ -27,7 +27,7 @@ from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.step import next_blocks
 from shared.codec import read_layout
 from shared.memory import keep_one_heap
-from shared.weights import EntryKind
+from shared.types import EntryKind
 
 keep_one_heap()
 blocks._NUM_THREADS = 2

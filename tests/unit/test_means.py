@@ -17,7 +17,8 @@ from fedserver.strategies.blocks import Cohort, blocks_of
 from fedserver.strategies.step import next_blocks
 from shared.codec import decode_state, digest_bytes, encode_state
 from shared.errors import NotFound, StorageDamaged
-from shared.weights import EntryKind, entry_kinds
+from shared.types import EntryKind
+from shared.weights import entry_kinds
 from tests.factories import State, TinyNet, write_state
 
 KINDS = entry_kinds(TinyNet())

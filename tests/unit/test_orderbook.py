@@ -9,8 +9,7 @@ import torch
 from fedserver.checkpoints import Checkpoints
 from fedserver.orderbook import OpenOrder, OrderBook
 from fedserver.rounds import OrderState
-from shared.types import Counters
-from shared.weights import EntryKind
+from shared.types import Counters, EntryKind
 from tests.factories import make_limits, make_order, make_round
 
 

@@ -13,8 +13,7 @@ from fedserver.strategies.blocks import Block, BlockReader
 from shared.codec import digest_file, read_layout
 from shared.errors import InvalidInput
 from shared.payloads import read_payload, write_payload
-from shared.types import NO_COMPRESSION
-from shared.weights import EntryKind
+from shared.types import NO_COMPRESSION, EntryKind
 from tests.factories import make_limits, make_update, write_state
 
 MODEL = {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}

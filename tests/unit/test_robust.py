@@ -33,7 +33,7 @@ from fedserver.strategies import blocks, find_strategy
 from fedserver.strategies.geometry import squared_distances
 from fedserver.strategies.rows import UnfitCohort
 from fedserver.strategies.step import next_blocks
-from shared.weights import EntryKind
+from shared.types import EntryKind
 from tests.factories import State
 from tests.vectors import Vectors, aggregate, attacked, cohort_of, composed
 

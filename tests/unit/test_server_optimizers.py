@@ -15,7 +15,7 @@ from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks, state_layout
 from shared.codec import decode_state
 from shared.errors import NotFound, StorageDamaged
-from shared.weights import EntryKind
+from shared.types import EntryKind
 from tests.factories import State, write_state
 
 KINDS = {"norm.running_mean": EntryKind.MEAN, "w": EntryKind.PARAMETER}

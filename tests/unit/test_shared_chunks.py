@@ -11,7 +11,7 @@ from fedserver.checkpoints import Checkpoints
 from fedserver.downloads import Downloads
 from fedserver.workers import Workers
 from shared.chunks import unframe_download
-from shared.weights import EntryKind
+from shared.types import EntryKind
 
 P = ParamSpec("P")
 R = TypeVar("R")

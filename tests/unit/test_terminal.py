@@ -15,8 +15,7 @@ from fedserver.report import draw_curve
 from fedserver.rounds import OrderState
 from fedserver.spread import client_events, summarise_clients
 from fedserver.terminal import LiveView
-from shared.types import Counters
-from shared.weights import EntryKind
+from shared.types import Counters, EntryKind
 from tests.factories import (
     make_diagnosis,
     make_event,

@@ -15,7 +15,7 @@ from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.rows import UnfitCohort
 from fedserver.strategies.step import next_blocks
-from shared.weights import EntryKind
+from shared.types import EntryKind
 from tests.factories import write_state
 
 KINDS = {"norm.running_var": EntryKind.MEAN, "w": EntryKind.PARAMETER}

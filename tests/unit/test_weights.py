@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from shared.weights import EntryKind, entry_kinds, norm_entries
+from shared.types import EntryKind
+from shared.weights import entry_kinds, norm_entries
 from tests.factories import TinyNet
 
 
