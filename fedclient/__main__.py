@@ -59,10 +59,11 @@ def _run(settings: ClientSettings, signals: StopSignals) -> None:
     from fedclient.progress import Stopped  # noqa: PLC0415
     from fedclient.session import Patience  # noqa: PLC0415
     from fedclient.terminal import Screen, showing  # noqa: PLC0415
-    from shared.files import locked_folder  # noqa: PLC0415
+    from shared.files import locked_folder, raise_file_limit  # noqa: PLC0415
     from shared.memory import keep_freed_memory  # noqa: PLC0415
 
     keep_freed_memory()
+    raise_file_limit()
     screen = Screen()
     with locked_folder(settings.folder) as state_dir, showing(screen) as hide:
         # A process that is cut off would leave a terminal without its cursor.

@@ -46,6 +46,8 @@ _WORDS: Mapping[str, str] = {
     IncidentKind.SERVER_AWAY: "the server was stopped for a while and came back",
     IncidentKind.DISK_LOW: "the disk is nearly full: no round opens",
     IncidentKind.DISK_FULL: "the disk is full",
+    IncidentKind.OUT_OF_FILES: "the server can't open another file",
+    IncidentKind.SERVER_FAILED: "the server failed in a way that it doesn't foresee",
     IncidentKind.EVALUATION_COLLAPSED: "the new global model is bad",
     IncidentKind.MODEL_ROLLED_BACK: "the model was taken back; the one before it is in its place",
     IncidentKind.ROUND_ABANDONED: "the attempt was abandoned",

@@ -65,7 +65,8 @@ class Coordinator:
     async def complete(self) -> str:
         """Run every round that is left; returns the final model's digest.
 
-        A full disk stops it where a kill would; it goes on when there is room.
+        An error of the operating system, such as a full disk, stops it where a kill would; it goes
+        on when that is over.
 
         Raises:
             RunFailed: a round failed as often as it may be tried.
@@ -75,12 +76,12 @@ class Coordinator:
         return await self.with_room(self._run_rounds)
 
     async def with_room(self, step: Callable[[], Awaitable[T]]) -> T:
-        """Take a step that can be repeated, again and again until the disk has room for it."""
+        """Take a step that can be repeated, again and again until the operating system lets it."""
         while True:
             try:
                 return await step()
-            except OutOfSpace as error:
-                await self._parts.disk.note_full(error)
+            except (OutOfSpace, OSError) as error:
+                await self._parts.disk.note_failure("the round loop", error)
                 await asyncio.sleep(self._tick_s)
 
     async def end(self) -> None:

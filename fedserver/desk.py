@@ -12,8 +12,16 @@ from fedserver.parts import Parts
 from fedserver.records import Event, OrderRecord, Session, json_number
 from fedserver.rounds import OrderState
 from shared.diagnosis import Origin
-from shared.errors import InvalidInput, NotFound, ServerUnreachable, WrongSettings
+from shared.errors import (
+    FederationError,
+    InvalidInput,
+    NotFound,
+    OutOfSpace,
+    ServerUnreachable,
+    WrongSettings,
+)
 from shared.failpoints import FailPoint, pass_by
+from shared.files import exhaustion
 from shared.types import (
     INCIDENT_NUMBERS,
     NO_COMPRESSION,
@@ -215,6 +223,23 @@ class Desk:
                 self._parts.book.settle(order_id, OrderState.ABANDONED)
                 self._parts.bus.publish(happened)
         return await self._order_end(order_id)
+
+    async def answer_for(self, call: str, error: Exception) -> FederationError:
+        """Return what a client is told of an error in a call.
+
+        What isn't its doing is put on record, and what the server doesn't foresee isn't told.
+        """
+        if isinstance(error, OSError):
+            error = exhaustion(error) or error
+        if isinstance(error, FederationError) and error.status != FederationError.status:
+            if isinstance(error, OutOfSpace):
+                await self._parts.disk.note_failure(call, error)
+            return error
+        await self._parts.disk.note_failure(call, error)
+        return FederationError(
+            f"the server failed in {call} in a way that it doesn't foresee; its log says more, and "
+            "the call may be repeated later"
+        )
 
     async def finish(self, run_end: RunEnd) -> None:
         """Tell every live client how the run ended; returns when they know or time is up."""

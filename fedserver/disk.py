@@ -1,19 +1,22 @@
-"""Whether the disk has room for another round, and what is told of it.
+"""Whether the disk has room for another round, and the record of what the server couldn't do.
 
 What happened while nothing could be written is recorded, with its time, once there is room.
 """
 
 import logging
+import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from fedserver.events import EventBus, event_of
 from fedserver.orderbook import OrderBook
 from fedserver.records import Event
 from fedserver.store import Store
 from fedserver.workers import Workers
-from shared.errors import OutOfSpace
+from shared.errors import FederationError, OutOfFiles, OutOfSpace
+from shared.foreign_text import printable
 from shared.types import IncidentKind
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,7 @@ class DiskWatch:
         self._bus = bus
         self._book = book
         self._was_low = False
-        self._full_at: float | None = None
+        self._noted_at: dict[str, float] = {}
         self._unrecorded: list[Event] = []
 
     def is_low(self) -> bool:
@@ -55,7 +58,7 @@ class DiskWatch:
         is_low = self.is_low()
         if is_low != self._was_low:
             self._was_low = is_low
-            await self._record(
+            await self.record(
                 event_of(
                     IncidentKind.DISK_LOW if is_low else "disk-recovered",
                     self._book.latest,
@@ -65,27 +68,39 @@ class DiskWatch:
                 )
             )
 
-    async def note_full(self, error: OutOfSpace) -> None:
-        """Record that something couldn't be written; once a minute is enough."""
-        now = time.monotonic()
-        if self._full_at is None or now - self._full_at > _QUIET_S:
-            self._full_at = now
-            logger.warning("%s, and work goes on by itself", error)
-            await self._record(
-                event_of(
-                    IncidentKind.DISK_FULL,
-                    self._book.latest,
-                    is_incident=True,
-                    free_bytes=self._free_bytes(),
-                )
-            )
+    async def note_failure(self, what: str, error: Exception) -> None:
+        """Record that `what` (a call, or the round loop) failed without its client's doing.
 
-    async def _record(self, happened: Event) -> None:
+        Once a minute for each kind of failure is enough.
+        """
+        fields: dict[str, Any] = {}
+        if isinstance(error, OutOfFiles):
+            kind = IncidentKind.OUT_OF_FILES
+        elif isinstance(error, OutOfSpace):
+            kind, fields = IncidentKind.DISK_FULL, {"free_bytes": self._free_bytes()}
+        else:
+            kind = IncidentKind.SERVER_FAILED
+            fields = {"what": what, "reason": printable(f"{type(error).__name__}: {error}")}
+        key, now = f"{kind} {fields.get('what')}", time.monotonic()
+        if now - self._noted_at.get(key, -math.inf) < _QUIET_S:
+            return
+        self._noted_at[key] = now
+        if isinstance(error, FederationError):
+            logger.warning("%s, and work goes on by itself", error)
+        elif isinstance(error, OSError):
+            logger.warning("%s failed: %s; it is tried again", what, error)
+        else:
+            logger.error("%s failed in a way that isn't foreseen", what, exc_info=error)
+        await self.record(event_of(kind, self._book.latest, is_incident=True, **fields))
+
+    async def record(self, happened: Event) -> None:
+        """Publish an event and record it, now or with the next one that can be recorded."""
         self._bus.publish(happened)
         self._unrecorded.append(happened)
         try:
             await self._workers.in_store(self._store.add_events, self._run_id, self._unrecorded)
-        except OutOfSpace:
+        except FederationError:
+            # It is the disk or the database that fails.
             return
         self._unrecorded = []
 

@@ -94,12 +94,14 @@ class Downloads:
             chunks[begin] = asyncio.ensure_future(
                 self._workers.on_disk(_read_framed, path, begin, end)
             )
-        try:
-            # One client that hangs up doesn't take the chunk away from the others.
-            return await asyncio.shield(chunks[begin])
-        except OSError:
-            chunks.pop(begin, None)
-            raise
+
+            def drop_if_failed(read: asyncio.Future[bytes]) -> None:
+                if read.cancelled() or read.exception() is not None:
+                    chunks.pop(begin, None)
+
+            chunks[begin].add_done_callback(drop_if_failed)
+        # One client that hangs up doesn't take the chunk away from the others.
+        return await asyncio.shield(chunks[begin])
 
 
 def _read_framed(path: Path, begin: int, end: int) -> bytes:

@@ -29,7 +29,6 @@ from fedserver.strategies.step import control_layout
 from shared.errors import (
     CorruptPayload,
     InvalidInput,
-    OutOfSpace,
     ServerUnreachable,
     StreamFenced,
 )
@@ -121,6 +120,8 @@ class Intake:
                 accepting = asyncio.ensure_future(
                     self._accept(record, update, stream, order.given_in)
                 )
+                # Without its client nobody else asks how that ended, and asyncio would complain.
+                accepting.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
                 try:
                     return await asyncio.shield(accepting)
                 finally:
@@ -128,9 +129,6 @@ class Intake:
                     await asyncio.wait([accepting])
         except UpdateRefused as error:
             return await self._end(record, update, OrderEvent.REFUSE, refusal=error.refusal)
-        except OutOfSpace as error:
-            await self._parts.disk.note_full(error)
-            raise
         except _OrderEnded:
             return await self._answer_ended_meanwhile(update)
 

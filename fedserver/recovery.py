@@ -20,10 +20,10 @@ async def note_restart(parts: Parts) -> None:
 
 async def note_absence(parts: Parts, away_s: float) -> None:
     """Record that the server was away for so long, if the run has begun."""
-    latest = await _latest_round(parts)
+    latest = parts.book.latest
     if latest is not None:
         away = event_of(IncidentKind.SERVER_AWAY, latest, is_incident=True, away_s=away_s)
-        await _note(parts, away)
+        await parts.disk.record(away)
 
 
 async def _latest_round(parts: Parts) -> Round | None:

@@ -44,7 +44,7 @@ from shared.compression import Shape, packed_shapes
 from shared.data import examine_scheme
 from shared.errors import InvalidInput, RunFailed, StorageDamaged, WrongSettings
 from shared.failpoints import FailPoint, pass_by
-from shared.files import locked_folder
+from shared.files import locked_folder, raise_file_limit
 from shared.memory import keep_one_heap
 from shared.stop_signals import StopSignals, interrupting
 from shared.tasks import Task, build_model, find_task, kinds_of
@@ -71,6 +71,7 @@ def run_server(settings: ServerSettings) -> None:
 
 def _run(settings: ServerSettings, signals: StopSignals) -> None:
     keep_one_heap()
+    raise_file_limit()
     torch.set_num_threads(settings.threads)
     if settings.export is not None:
         _examine_export(settings.export)

@@ -5,7 +5,6 @@ that carry payloads are served as raw bytes (see shared.chunks), the others as m
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NoReturn, TypeVar
 
@@ -29,6 +28,7 @@ from fedserver.messages import (
 )
 from shared.chunks import unframe_upload
 from shared.errors import FederationError, InvalidInput
+from shared.foreign_text import MAX_CHARACTERS, printable
 from shared.pb import federation_pb2 as pb
 from shared.types import (
     Counters,
@@ -39,8 +39,6 @@ from shared.types import (
     WorkState,
 )
 from shared.wire_limits import examine_limits
-
-logger = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FederationService"].full_name
 
@@ -56,6 +54,8 @@ OPTIONS: list[tuple[str, int]] = [
     # A client that died without a word gives back what it holds.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # What ends a connection that says nothing, within 30 s: the keepalive's timeout alone takes 75.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     # The probe opens the windows of streams nobody reads yet: megabytes for each that waits.
     ("grpc.http2.bdp_probe", 0),
 ]
@@ -208,18 +208,53 @@ class Servicer:
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
-                "Register": _unary(self.register, pb.RegisterRequest),
-                "PullWork": _unary(self.pull_work, pb.PullWorkRequest),
-                "QueryUpload": _unary(self.query_upload, pb.QueryUploadRequest),
-                "ReportProgress": _unary(self.report_progress, pb.ReportProgressRequest),
+                "Register": self._unary(self.register, pb.RegisterRequest),
+                "PullWork": self._unary(self.pull_work, pb.PullWorkRequest),
+                "QueryUpload": self._unary(self.query_upload, pb.QueryUploadRequest),
+                "ReportProgress": self._unary(self.report_progress, pb.ReportProgressRequest),
                 "DownloadBlob": grpc.unary_stream_rpc_method_handler(
-                    _with_statuses(self.download_blob)
+                    self._with_statuses(self.download_blob, name="DownloadBlob")
                 ),
                 "UploadUpdate": grpc.stream_unary_rpc_method_handler(
-                    _with_statuses(self.upload_update)
+                    self._with_statuses(self.upload_update, name="UploadUpdate")
                 ),
             },
         )
+
+    def _unary(
+        self,
+        call: Callable[[Request], Awaitable[Response]],
+        request_class: type[Request],
+    ) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        name = request_class.DESCRIPTOR.name
+
+        async def serve(request: bytes, _: Context) -> bytes:
+            if len(request) > _MAX_REQUEST_BYTES:
+                raise InvalidInput(
+                    f"a {name} of {len(request)} bytes; it may have {_MAX_REQUEST_BYTES}"
+                )
+            response = await call(_parse(request_class, request))
+            return response.SerializeToString()
+
+        return grpc.unary_unary_rpc_method_handler(
+            self._with_statuses(serve, name=name.removesuffix("Request"))
+        )
+
+    def _with_statuses(
+        self, call: Callable[[Incoming, Context], Awaitable[Outgoing]], *, name: str
+    ) -> Callable[[Incoming, Context], Awaitable[Outgoing]]:
+        """Let errors end the call with a status and a sentence, whatever they are."""
+
+        async def serve(request: Incoming, context: Context) -> Outgoing:
+            try:
+                return await call(request, context)
+            except aio.InternalError:
+                # The connection ended a moment before gRPC would have cancelled this call for it.
+                raise asyncio.CancelledError from None
+            except Exception as error:
+                await _abort(context, await self._desk.answer_for(name, error))
+
+        return serve
 
 
 async def start_server(desk: Desk, *, host: str, port: int) -> tuple[aio.Server, int]:
@@ -249,44 +284,10 @@ async def start_server(desk: Desk, *, host: str, port: int) -> tuple[aio.Server,
     return server, bound_port
 
 
-def _unary(
-    call: Callable[[Request], Awaitable[Response]], request_class: type[Request]
-) -> "grpc.RpcMethodHandler[bytes, bytes]":
-    async def serve(request: bytes, _: Context) -> bytes:
-        if len(request) > _MAX_REQUEST_BYTES:
-            raise InvalidInput(
-                f"a {request_class.DESCRIPTOR.name} of {len(request)} bytes; it may have "
-                f"{_MAX_REQUEST_BYTES}"
-            )
-        response = await call(_parse(request_class, request))
-        return response.SerializeToString()
-
-    return grpc.unary_unary_rpc_method_handler(_with_statuses(serve))
-
-
-def _with_statuses(
-    call: Callable[[Incoming, Context], Awaitable[Outgoing]],
-) -> Callable[[Incoming, Context], Awaitable[Outgoing]]:
-    """Let the domain's errors end the call with their status and sentence."""
-
-    async def serve(request: Incoming, context: Context) -> Outgoing:
-        try:
-            return await call(request, context)
-        except FederationError as error:
-            await _abort(context, error)
-        except aio.InternalError:
-            # The connection ended a moment before gRPC would have cancelled this call for it.
-            raise asyncio.CancelledError from None
-        except Exception:
-            logger.exception("a call failed in a way nobody foresaw")
-            raise
-
-    return serve
-
-
 async def _abort(context: Context, error: FederationError) -> NoReturn:
     try:
-        await context.abort(grpc.StatusCode[error.status], str(error))
+        sentence = printable(str(error)).encode("ascii", "backslashreplace").decode()
+        await context.abort(grpc.StatusCode[error.status], sentence[:MAX_CHARACTERS])
     except aio.InternalError:
         # There is nobody left to be told.
         raise asyncio.CancelledError from None

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+from shared.files import exhaustion
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -21,11 +23,19 @@ class Workers:
         self._disk = ThreadPoolExecutor(disk_threads, thread_name_prefix="disk")
 
     async def in_store(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run a call of the store; such calls run one after another, in order."""
+        """Run a call of the store; such calls run one after another, in order.
+
+        Raises:
+            OutOfSpace: the disk is full, or no further file can be opened.
+        """
         return await _run(self._store, partial(call, *args, **kwargs))
 
     async def on_disk(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run a call that blocks on the disk or computes."""
+        """Run a call that blocks on the disk or computes.
+
+        Raises:
+            OutOfSpace: the disk is full, or no further file can be opened.
+        """
         return await _run(self._disk, partial(call, *args, **kwargs))
 
     def close(self) -> None:
@@ -35,4 +45,9 @@ class Workers:
 
 
 async def _run(pool: ThreadPoolExecutor, call: Callable[[], R]) -> R:
-    return await asyncio.get_running_loop().run_in_executor(pool, call)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, call)
+    except OSError as error:
+        if (named := exhaustion(error)) is not None:
+            raise named from error
+        raise

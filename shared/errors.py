@@ -11,6 +11,7 @@
     +- StreamFenced          ABORTED              a newer upload of the same order took over
     +- WrongOffset           OUT_OF_RANGE         ask QueryUpload where to go on
     +- OutOfSpace            RESOURCE_EXHAUSTED, retry
+    |  +- OutOfFiles         RESOURCE_EXHAUSTED, retry   no further file can be opened
     +- StorageDamaged        INTERNAL             the store or a blob is not what was written
     +- Locked                FAILED_PRECONDITION  another process works in this state-dir
     +- RunFailed             ABORTED              the run can't go on
@@ -91,6 +92,10 @@ class OutOfSpace(FederationError):
 
     status = "RESOURCE_EXHAUSTED"
     retry = True
+
+
+class OutOfFiles(OutOfSpace):
+    """No further file can be opened; waited out as a full disk is, and the call may be repeated."""
 
 
 class StorageDamaged(FederationError):

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +13,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from shared.errors import InvalidInput, Locked, OutOfSpace
+from shared.errors import InvalidInput, Locked, OutOfFiles, OutOfSpace
 
 logger = logging.getLogger(__name__)
 
 _OURS_ALONE = 0o700
 _NOT_SUPPORTED = {errno.ENOTSUP, errno.EINVAL, errno.ENOTTY}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 
 WRITE_BACK_BYTES = 8 << 20
 """How much is worth to begin with at a time."""
@@ -29,18 +31,58 @@ if _SYNC_FILE_RANGE is not None:
     _SYNC_FILE_RANGE.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
+def exhaustion(error: OSError, *, folder: Path | None = None) -> OutOfSpace | None:
+    """Return what an error of the operating system means if something is used up, else None.
+
+    That is room on a disk (OutOfSpace), in `folder` where it is known, or the file descriptors of
+    this process or machine (OutOfFiles).
+    """
+    if error.errno in _FULL:
+        where = folder or error.filename or "a folder"
+        return OutOfSpace(
+            f"no room to write in {where} ({error.strerror}); free some space: "
+            "nothing acknowledged is lost"
+        )
+    if error.errno in _NO_DESCRIPTORS:
+        return OutOfFiles(
+            f"no further file can be opened ({error.strerror}; this process may have "
+            f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}); raise the limit with `ulimit -n`"
+        )
+    return None
+
+
 @contextmanager
 def naming_full_disk(folder: Path) -> Iterator[None]:
-    """Turn the operating system's word for a full disk into OutOfSpace."""
+    """Raise what `exhaustion` makes of an OSError in the block; other errors pass."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise OutOfSpace(
-                f"no room to write in {folder} ({error.strerror}); free some space: "
-                "nothing acknowledged is lost"
-            ) from error
+        if (named := exhaustion(error, folder=folder)) is not None:
+            raise named from error
         raise
+
+
+def out_of_files() -> OutOfSpace | None:
+    """Return OutOfFiles if no file can be opened now: some libraries don't say why they fail."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return exhaustion(error)
+    return None
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as the system allows it: the soft limit becomes the hard.
+
+    Each connection and each update under way takes a descriptor; 1024 is the usual soft limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as error:
+            # macOS has a bound of its own below an unlimited hard limit.
+            logger.debug("the limit on open files stays %d: %s", soft, error)
 
 
 def begin_write_back(descriptor: int, *, offset: int, count: int) -> None:

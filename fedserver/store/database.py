@@ -19,6 +19,7 @@ from shared.errors import (
     StorageDamaged,
     WrongSettings,
 )
+from shared.files import out_of_files
 
 
 class Database:
@@ -120,7 +121,7 @@ class Database:
         """Give the connection of one transaction; it is durable when the block has ended.
 
         Raises:
-            OutOfSpace: the disk is full; nothing was written.
+            OutOfSpace: the disk is full, or no further file can be opened; nothing was written.
             StorageDamaged: the file can't be read or written.
         """
         with self._errors_named(), self._engine.begin() as connection:
@@ -149,6 +150,8 @@ def _named(path: Path, error: sqlite3.Error) -> FederationError | None:
             f"no room to write in {path.parent} ({error}); free some space: "
             "nothing acknowledged is lost"
         )
+    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR) and (used_up := out_of_files()):
+        return used_up
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return InvalidInput(
             f"{path} can't be opened by this user ({error}); run this as the server's user, "
