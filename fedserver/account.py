@@ -1,7 +1,6 @@
 """One round told as a person would: when, who, what came of it, what went wrong."""
 
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from typing import Any
 
 from rich.console import RenderableType
@@ -22,6 +21,7 @@ from fedserver.report import (
 )
 from fedserver.sampling import cohort_seed
 from fedserver.spread import spread_text
+from shared.times import to_the_second
 from shared.types import IncidentKind
 
 Values = Mapping[str, Any]
@@ -105,11 +105,10 @@ def round_account(
         for line in _shortfalls(attempt):
             yield Text(line)
         if attempt["incidents"]:
-            yield _heading("Incidents (UTC)")
+            yield _heading("Incidents")
         for incident in attempt["incidents"]:
-            yield Text(
-                f"{_clock(incident['at'])}  {incident_text(incident, is_beside_verdict=True)}"
-            )
+            text = incident_text(incident, is_beside_verdict=True)
+            yield Text(f"{to_the_second(incident['at'])}  {text}")
         for incident in diagnosed(attempt)[:NUM_SHOWN_WHOLE]:
             yield from diagnosis_account(incident, max_width=max_width)
     latest = history[-1]["round"]
@@ -124,12 +123,12 @@ def round_account(
 
 
 def incident_lines(history: History) -> list[str]:
-    """Return a line for each incident of a run, in order: when (UTC), in which round, in words.
+    """Return a line for each incident of a run, in order: when, in which round, in words.
 
     Its kind, by which the documentation calls it, stands at the end.
     """
     return [
-        f"{incident['at'][:19]} round {entry['round']}: {incident_text(incident)} "
+        f"{to_the_second(incident['at'])} round {entry['round']}: {incident_text(incident)} "
         f"[{incident['kind']}]"
         for entry in history
         for incident in entry["incidents"]
@@ -176,12 +175,14 @@ def _shared_text(incident: Values) -> str:
 
 def _times(attempt: Values) -> list[tuple[str, str]]:
     opened, closed, finished = (attempt[f"{one}_at"] for one in ("started", "closed", "finished"))
-    times = [("opened", f"{opened[:10]} {_clock(opened)} UTC")]
+    collected_s, took_s = attempt["collected_s"], attempt["took_s"]
+    times = [("opened", to_the_second(opened))]
     if closed:
-        times.append(("closed", f"{_clock(closed)}, after {_between_s(opened, closed)}"))
+        times.append(("closed", to_the_second(closed) + _after_text(collected_s)))
     if finished:
         word = "finished" if attempt["model_digest"] else "failed"
-        times.append((word, f"{_clock(finished)}, after {_between_s(closed or opened, finished)}"))
+        since_close_s = took_s if collected_s is None else _difference(took_s, collected_s)
+        times.append((word, to_the_second(finished) + _after_text(since_close_s)))
     return times
 
 
@@ -227,7 +228,7 @@ def _cohort_table(attempt: Values, *, max_width: int) -> Table:
     updates = {one["order_id"]: one for one in attempt["updates"]}
     given = {one["order_id"] for one in attempt["orders"]}
     carried = [
-        {**one, "state": one["verdict"], "handed_out_at": None}
+        {**one, "state": one["verdict"]}
         for one in attempt["updates"]
         if one["order_id"] not in given
     ]
@@ -252,10 +253,8 @@ def _cohort_table(attempt: Values, *, max_width: int) -> Table:
         Column(
             "answered",
             [
-                _between_s(order["handed_out_at"], one["received_at"])
-                if order["handed_out_at"] and one
-                else ""
-                for order, one in zip(orders, found, strict=True)
+                "" if one.get("answered_s") is None else f"{one['answered_s']:.2f} s"
+                for one in found
             ],
         ),
         Column(
@@ -293,11 +292,13 @@ def _why(attempt: Values, order: Values, update: Values | None) -> str:
         return str(update["reason"])
     if attempt["phase"] == "DONE" and order["ended_at"] > attempt["finished_at"]:
         # Carried over; what went wrong is told of the round in which it did.
-        return f"its order went on after the round and ended at {_clock(order['ended_at'])}"
+        ended_at = to_the_second(order["ended_at"])
+        return f"its order went on after the round and ended at {ended_at}"
     if state == "LATE":
         if update is None:
             return "nothing had come when the round closed"
-        return f"it came {_between_s(attempt['closed_at'], update['received_at'])} after the close"
+        late_s = _difference(update["received_after_s"], attempt["collected_s"])
+        return f"it came{'' if late_s is None else f' {late_s:.2f} s'} after the close"
     stops = [
         one
         for one in attempt["incidents"]
@@ -317,13 +318,12 @@ def _heading(text: str) -> Text:
     return Text(f"\n{text}", style="bold")
 
 
-def _clock(at: str) -> str:
-    return at[11:19]
+def _difference(end_s: float | None, begin_s: float | None) -> float | None:
+    return None if end_s is None or begin_s is None else end_s - begin_s
 
 
-def _between_s(begin: str, end: str) -> str:
-    took = datetime.fromisoformat(end) - datetime.fromisoformat(begin)
-    return f"{took.total_seconds():.2f} s"
+def _after_text(seconds: float | None) -> str:
+    return "" if seconds is None else f", after {seconds:.2f} s"
 
 
 def _metric_text(value: object, shape: str = "{:.4f}") -> str:

@@ -300,6 +300,12 @@ class Intake:
         if order_event is not OrderEvent.STORE:
             update = _without_names_of_its_own(update)
         open_order = self._parts.book.find(update.order_id)
+        handed_out_at = None if open_order is None else open_order.handed_out_at
+        answered_s = (
+            None
+            if open_order is None or handed_out_at is None
+            else time.monotonic() - open_order.handed_out_s
+        )
         while True:
             collecting = self._parts.book.current
             state, happened = await self._parts.workers.in_store(
@@ -311,7 +317,8 @@ class Intake:
                 refusal=refusal,
                 delta_norm=delta_norm,
                 kept_bytes=0 if stream is None else stream.offset,
-                handed_out_at=open_order.handed_out_at if open_order else None,
+                handed_out_at=handed_out_at,
+                answered_s=answered_s,
                 buffer_size=self._parts.strategy.buffer_size,
             )
             if state is not OrderState.OPEN:

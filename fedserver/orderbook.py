@@ -18,7 +18,7 @@ from shared.types import Counters, WorkOrder
 
 @dataclass
 class OpenOrder:
-    """An order and how far its client is; times of the monotonic clock.
+    """An order and how far its client is; times of the monotonic clock, but for `handed_out_at`.
 
     `given_in` is the attempt that asks for it: the one that collects, or in an asynchronous run an
     earlier one.
@@ -29,6 +29,7 @@ class OpenOrder:
     state: OrderState
     advanced_at: float
     handed_out_at: float | None = None
+    handed_out_s: float = 0.0
     counters: Counters = field(default_factory=Counters)
 
 
@@ -159,14 +160,14 @@ class OrderBook:
         found = (self._by_client.get(client_id) for client_id in client_ids)
         return min(
             (one for one in found if one is not None and one.state is OrderState.OPEN),
-            key=lambda one: (one.handed_out_at is None, one.handed_out_at or one.advanced_at),
+            key=lambda one: (one.handed_out_at is None, one.handed_out_s or one.advanced_at),
             default=None,
         )
 
     def hand_out(self, order: OpenOrder) -> WorkOrder:
         """Return the order; its clock begins the first time."""
         if order.handed_out_at is None:
-            order.handed_out_at = time.time()
+            order.handed_out_at, order.handed_out_s = time.time(), time.monotonic()
             order.advanced_at = self._clock()
         return order.order
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -277,9 +276,4 @@ def share_text(value: float | str | None) -> str:
 
 
 def _seconds(entry: Mapping[str, Any]) -> str:
-    if not entry["finished_at"]:
-        return ""
-    took = datetime.fromisoformat(entry["finished_at"]) - datetime.fromisoformat(
-        entry["started_at"]
-    )
-    return f"{took.total_seconds():.2f}"
+    return "" if entry["took_s"] is None else f"{entry['took_s']:.2f}"

@@ -1,4 +1,7 @@
-"""Which settings make a run this run: with other values of them it would be another one."""
+"""Which settings are recorded with a run, and what they mean in runs of earlier software."""
+
+from collections.abc import Mapping
+from typing import Any
 
 RUN_SETTINGS = (
     "task",
@@ -48,3 +51,10 @@ RUN_SETTINGS = (
     "max_adjustments",
     "max_rollbacks",
 )
+"""What makes a run this run: with other values of these it would be another one."""
+
+CHANGEABLE_SETTINGS = ("keep_rounds",)
+"""Recorded too, but a later start may give another value; not given, the recorded one holds."""
+
+BEFORE_THEY_WERE_RECORDED: Mapping[str, Any] = {"keep_rounds": "all"}
+"""What a run of earlier software does, where that isn't what the setting's default says today."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,9 +30,10 @@ from fedserver.parts import Parts
 from fedserver.quarantine import QuarantineFolder
 from fedserver.records import Run, RunState
 from fedserver.recovery import note_absence, salvageable
+from fedserver.run_settings import RUN_SETTINGS
 from fedserver.service import start_server
 from fedserver.sessions import Sessions
-from fedserver.settings import ServerSettings
+from fedserver.settings import ServerSettings, settings_begun_with
 from fedserver.spool import Spool
 from fedserver.store import Store
 from fedserver.strategies import find_strategy
@@ -56,6 +58,18 @@ logger = logging.getLogger(__name__)
 _GRACE_S = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """What the settings name, examined before a run begins or goes on with it."""
+
+    task: Task
+    strategy: Strategy
+    kinds: Mapping[str, EntryKind]
+    ties: Mapping[str, str]
+    modules: Set[str]
+    evaluator: Evaluator
+
+
 def run_server(settings: ServerSettings) -> None:
     """Serve one run to its end, or until SIGINT or SIGTERM; started again it goes on.
 
@@ -77,17 +91,7 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
         _examine_export(settings.export)
     # All that a wrong setting can break comes before a run is begun with it.
     with interrupting():
-        task = find_task(settings.task)
-        strategy = _examine_strategy(settings)
-        examine_scheme(settings.partition, settings.partitioning.parameters)
-        model = build_model(task)
-        kinds, ties = kinds_of(task, model), tied_entries(model)
-        examine_first_values(model, kinds)
-        examine_model(strategy.local, model, kinds)
-        _examine_compression(settings, model, kinds)
-        modules = {name for name, _ in model.named_modules()}
-        evaluator = Evaluator(task, model, data_root=settings.data_root)
-        del model
+        prepared = _prepare(settings)
     with locked_folder(settings.state_dir) as state_dir:
         try:
             _expect_database(state_dir)
@@ -98,24 +102,41 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
         workers = Workers()
         try:
             run = _open_run(store, settings)
-            asyncio.run(
-                _serve(
-                    settings,
-                    run,
-                    store,
-                    workers,
-                    signals,
-                    task=task,
-                    kinds=kinds,
-                    ties=ties,
-                    modules=modules,
-                    strategy=strategy,
-                    evaluator=evaluator,
-                )
+            as_begun = settings.going_on_with(run.settings)
+            if as_begun != settings:
+                with interrupting():
+                    prepared = _prepare(as_begun)
+            serving = _serve(
+                *(as_begun, prepared), run=run, store=store, workers=workers, stop_signals=signals
             )
+            asyncio.run(serving)
         finally:
             workers.close()
             store.close()
+
+
+def _prepare(settings: ServerSettings) -> _Prepared:
+    """Return what the settings name.
+
+    Raises:
+        InvalidInput: a setting can't be what it is.
+    """
+    task = find_task(settings.task)
+    strategy = _examine_strategy(settings)
+    examine_scheme(settings.partition, settings.partitioning.parameters)
+    model = build_model(task)
+    kinds = kinds_of(task, model)
+    examine_first_values(model, kinds)
+    examine_model(strategy.local, model, kinds)
+    _examine_compression(settings, model, kinds)
+    return _Prepared(
+        task=task,
+        strategy=strategy,
+        kinds=kinds,
+        ties=tied_entries(model),
+        modules={name for name, _ in model.named_modules()},
+        evaluator=Evaluator(task, model, data_root=settings.data_root),
+    )
 
 
 def _examine_export(path: Path) -> None:
@@ -225,53 +246,48 @@ def _expect_database(state_dir: Path) -> None:
 
 def _open_run(store: Store, settings: ServerSettings) -> Run:
     """Return the unfinished run, or begin the next one."""
-    wanted = settings.run_settings()
     latest = store.latest_run()
     if latest is None or latest.state is not RunState.OPEN:
-        return store.begin_run(wanted)
-    if latest.settings != wanted and store.latest_round(latest.run_id) is None:
+        return store.begin_run(settings.run_settings())
+    wanted = settings.going_on_with(latest.settings).run_settings()
+    begun_with = settings_begun_with(latest.settings)
+    differing = [name for name in RUN_SETTINGS if begun_with[name] != wanted[name]]
+    if not differing:
+        logger.info("going on with %s", latest.run_id)
+        return latest
+    if store.latest_round(latest.run_id) is None:
         reason = "no round had begun when the server was started again with other settings"
         store.end_run(latest.run_id, RunState.FAILED, event_of("run-failed", reason=reason))
-        return store.begin_run(wanted)
-    keys = sorted(wanted.keys() | latest.settings.keys())
-    if differing := [key for key in keys if wanted.get(key) != latest.settings.get(key)]:
-        listed = "; ".join(
-            f"{key} was {latest.settings.get(key)!r}, is now {wanted.get(key)!r}"
-            for key in differing
-        )
-        raise WrongSettings(
-            f"{settings.state_dir} holds an unfinished run with other settings ({listed}); "
-            "start with the old ones to go on, or with another --state-dir for a new run"
-        )
-    logger.info("going on with %s", latest.run_id)
-    return latest
+        return store.begin_run(settings.run_settings())
+    listed = "; ".join(
+        f"{name} was {begun_with[name]!r}, is now {wanted[name]!r}" for name in differing
+    )
+    raise WrongSettings(
+        f"{settings.state_dir} holds an unfinished run with other settings ({listed}); "
+        "start with the old ones to go on, or with another --state-dir for a new run"
+    )
 
 
 async def _serve(
     settings: ServerSettings,
+    prepared: _Prepared,
+    *,
     run: Run,
     store: Store,
     workers: Workers,
-    signals: StopSignals,
-    *,
-    task: Task,
-    kinds: Mapping[str, EntryKind],
-    ties: Mapping[str, str],
-    modules: Set[str],
-    strategy: Strategy,
-    evaluator: Evaluator,
+    stop_signals: StopSignals,
 ) -> None:
     state_dir = settings.state_dir
-    checkpoints = Checkpoints(state_dir / "models", kinds)
+    checkpoints = Checkpoints(state_dir / "models", prepared.kinds)
     clock = ServingClock()
     bus, book = EventBus(), OrderBook(clock)
     parts = Parts(
         settings=settings,
         run=run,
-        kinds=kinds,
-        ties=ties,
-        modules=modules,
-        strategy=strategy,
+        kinds=prepared.kinds,
+        ties=prepared.ties,
+        modules=prepared.modules,
+        strategy=prepared.strategy,
         store=store,
         spool=Spool(state_dir / "spool"),
         quarantine=QuarantineFolder(state_dir / "quarantine", max_bytes=settings.quarantine_bytes),
@@ -297,11 +313,12 @@ async def _serve(
         ),
     )
     desk = Desk(parts, Intake(parts))
-    coordinator = Coordinator(parts, task=task, evaluator=evaluator)
+    coordinator = Coordinator(parts, task=prepared.task, evaluator=prepared.evaluator)
 
-    stop = _stop_event(signals)
+    stop = _stop_event(stop_signals)
     last_done = store.last_done_round(run.run_id)
     evaluated = store.good_evaluations(run.run_id)
+    spent_s = store.time_spent_s(run.run_id)
     server, port = await start_server(desk, host=settings.host, port=settings.port)
     print(f"fedserver listening on {settings.host}:{port}", flush=True)
     completing = asyncio.create_task(_complete(parts, coordinator, desk))
@@ -313,6 +330,7 @@ async def _serve(
             total_rounds=settings.rounds,
             num_done=0 if last_done is None else last_done.round_number,
             evaluated=evaluated,
+            spent_s=spent_s,
         ):
             await asyncio.wait({completing, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if is_complete := completing.done():
@@ -321,7 +339,7 @@ async def _serve(
             logger.info("stopping; the same command goes on with %s", run.run_id)
     finally:
         desk.stop()
-        evaluator.stop()
+        prepared.evaluator.stop()
         await server.stop(_GRACE_S)
         tasks = {completing, stopping, keeping_time}
         for task_left in tasks:

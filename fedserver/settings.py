@@ -1,13 +1,18 @@
 """The coordinator's settings."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from fedserver.run_settings import RUN_SETTINGS
+from fedserver.run_settings import (
+    BEFORE_THEY_WERE_RECORDED,
+    CHANGEABLE_SETTINGS,
+    RUN_SETTINGS,
+)
 from fedserver.sampling import CohortName
 from shared.cli import Settings
 from shared.types import (
@@ -40,7 +45,8 @@ class ListeningSettings(Settings):
         default=0, description="of how many finished rounds the updates are kept, or all"
     )
     keep_rounds: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
-        default="all", description="of how many finished rounds the models are kept; the best too"
+        default=10,
+        description="of how many finished rounds the models are kept, or all; the best too",
     )
     quarantine_bytes: int = Field(
         default=1_000_000_000, ge=0, description="bytes of refused updates that are kept"
@@ -119,8 +125,8 @@ class RoundSettings(Settings):
     min_updates: int = Field(
         default=0,
         ge=0,
-        description="updates a round needs; 0: as many as --min-clients, or with --over-select as "
-        "--clients-per-round",
+        description="updates a round needs; 0: as many as --min-clients or --clients-per-round, "
+        "whichever is less, or with --over-select as --clients-per-round",
     )
     evaluate_on_clients: bool = Field(
         default=False, description="clients also say how good the global model is on their data"
@@ -321,9 +327,11 @@ class ServerSettings(
     @property
     def updates_needed(self) -> int:
         """How many updates a round needs to close."""
+        if self.min_updates:
+            return self.min_updates
         if self.over_select > 1:
-            return self.min_updates or self.clients_per_round
-        return self.min_updates or self.min_clients
+            return self.clients_per_round
+        return min(self.min_clients, self.clients_per_round or self.min_clients)
 
     @property
     def clients_needed(self) -> int:
@@ -374,5 +382,29 @@ class ServerSettings(
         )
 
     def run_settings(self) -> dict[str, Any]:
-        """Return what makes a run this run: with other values it would be another one."""
-        return self.model_dump(mode="json", include=set(RUN_SETTINGS))
+        """Return what is recorded with a run."""
+        return self.model_dump(mode="json", include={*RUN_SETTINGS, *CHANGEABLE_SETTINGS})
+
+    def going_on_with(self, recorded: Mapping[str, Any]) -> Self:
+        """Return the settings with which a run goes on that was begun with `recorded`.
+
+        A changeable setting that isn't given stays what it was. If an earlier version of the
+        software began the run, that is so for all its settings: today's defaults may be others.
+        """
+        is_of_today = recorded.keys() >= {*RUN_SETTINGS, *CHANGEABLE_SETTINGS}
+        names = CHANGEABLE_SETTINGS if is_of_today else (*RUN_SETTINGS, *CHANGEABLE_SETTINGS)
+        begun_with = settings_begun_with(recorded)
+        kept = {name: begun_with[name] for name in names if name not in self.model_fields_set}
+        return self.model_copy(update=kept)
+
+
+def settings_begun_with(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that is recorded with a run today, of a run that was begun with `recorded`.
+
+    Settings that came later mean what the run did before there were any.
+    """
+    defaults = {
+        name: ServerSettings.model_fields[name].get_default(call_default_factory=True)
+        for name in (*RUN_SETTINGS, *CHANGEABLE_SETTINGS)
+    }
+    return {**defaults, **BEFORE_THEY_WERE_RECORDED, **recorded}

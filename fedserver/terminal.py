@@ -3,8 +3,9 @@
 A listener of events that also looks at the order book, twice a second, to show who is how far.
 """
 
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,10 +21,13 @@ from fedserver.orderbook import OpenOrder, OrderBook
 from fedserver.records import Event
 from fedserver.rounds import OrderState
 from shared.cli import stderr_console
+from shared.times import length_text
 from shared.types import IncidentKind
 
 _NUM_CLIENTS_SHOWN = 20
 _NUM_INCIDENTS_SHOWN = 5
+_NUM_ROUNDS_TIMED = 10
+"""Of so many last rounds the mean says how long the others may take."""
 
 
 @contextmanager
@@ -34,18 +38,25 @@ def showing_progress(
     total_rounds: int,
     num_done: int,
     evaluated: Sequence[Mapping[str, Any]],
+    spent_s: float,
 ) -> Iterator[None]:
     """Show the run on standard error until the block ends.
 
     `num_done` rounds were done before, of which `evaluated` is known (see
-    `Store.good_evaluations`).
+    `Store.good_evaluations`); they and failed attempts took `spent_s`.
     """
     console = stderr_console()
     if not console.is_terminal:
         bus.subscribe(log_event)
         yield
         return
-    view = LiveView(book, total_rounds=total_rounds, num_done=num_done, evaluated=evaluated)
+    view = LiveView(
+        book,
+        total_rounds=total_rounds,
+        num_done=num_done,
+        evaluated=evaluated,
+        spent_s=spent_s,
+    )
     bus.subscribe(view.hear)
     with Live(
         get_renderable=view.render, console=console, refresh_per_second=2, redirect_stdout=False
@@ -63,8 +74,18 @@ class LiveView:
         total_rounds: int,
         num_done: int = 0,
         evaluated: Sequence[Mapping[str, Any]] = (),
+        spent_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._book = book
+        self._clock = clock
+        self._spent_s = spent_s
+        # Of the rounds done lately; those before the server's start count as one of their mean.
+        self._took_s: deque[float] = deque(
+            [spent_s / num_done] if num_done and spent_s else [], maxlen=_NUM_ROUNDS_TIMED
+        )
+        self._began_at: float | None = None
+        self._last_done_at: float | None = None
         self._total_rounds = total_rounds
         self._num_done = num_done
         self._accuracies: list[tuple[int, float]] = [
@@ -75,6 +96,7 @@ class LiveView:
 
     def hear(self, event: Event) -> None:
         """Take an event into the view."""
+        self._note_time(event)
         if event.is_incident:
             self._incidents.append(_incident_line(event))
             if event.kind == IncidentKind.MODEL_ROLLED_BACK and event.round_number is not None:
@@ -90,7 +112,11 @@ class LiveView:
 
     def render(self) -> RenderableType:
         """Draw the view."""
-        lines: list[RenderableType] = [self._headline(), self._accuracy_line()]
+        lines: list[RenderableType] = [
+            self._headline(),
+            self._time_line(),
+            self._accuracy_line(),
+        ]
         if told := self._on_clients:
             lines.append(
                 Text(
@@ -119,6 +145,34 @@ class LiveView:
             + (f", {carried} of orders from earlier rounds" if carried else ""),
             style="bold",
         )
+
+    def _note_time(self, event: Event) -> None:
+        now = self._clock()
+        if event.kind == "round-opened" and self._last_done_at is None:
+            # Before it, clients were waited for.
+            self._began_at = self._began_at or now
+            self._last_done_at = now
+        elif event.kind == "round-done":
+            if self._last_done_at is not None:
+                self._took_s.append(now - self._last_done_at)
+            self._last_done_at = now
+
+    def _time_line(self) -> Text:
+        """Return how long the rounds have taken so far, and how long the others may take."""
+        now = self._clock()
+        if self._began_at is None and self._book.current is not None:
+            # The round that goes on was opened before the server's start.
+            self._began_at = now
+        here_s = 0.0 if self._began_at is None else now - self._began_at
+        text = f"elapsed {length_text(self._spent_s + here_s)}"
+        num_left = self._total_rounds - self._num_done
+        if self._took_s and num_left:
+            mean_s = sum(self._took_s) / len(self._took_s)
+            since_s = 0.0 if self._last_done_at is None else now - self._last_done_at
+            # The round that goes on is over at some moment, however long it takes already.
+            left_s = mean_s * (num_left - 1) + max(0.0, mean_s - since_s)
+            text += f", about {length_text(left_s)} left"
+        return Text(text)
 
     def _accuracy_line(self) -> Text:
         if not self._accuracies:

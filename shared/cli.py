@@ -15,6 +15,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_args
 
@@ -30,8 +31,10 @@ from pydantic_settings import (
 )
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.text import Text
 
 from shared.errors import FederationError, InvalidInput
+from shared.times import iso_time
 
 USAGE_EXIT_CODE = 2
 _NOT_IN_A_FILE = ("config", "print_config")
@@ -235,16 +238,31 @@ def stderr_console() -> Console:
     return Console(stderr=True)
 
 
+class _UtcFormatter(logging.Formatter):
+    """Writes the time as ISO 8601 with the offset, in UTC."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        """Return the time of a record to the millisecond."""
+        assert datefmt is None
+        return iso_time(record.created, timespec="milliseconds")
+
+
+def _utc(at: datetime) -> str:
+    return iso_time(at.timestamp(), timespec="seconds")
+
+
 def log_to_stderr(level: str) -> None:
     """Send log lines to standard error with the time: a person's in a terminal, plain elsewhere."""
     console = stderr_console()
     if console.is_terminal:
         # Writes above a live view, where a plain handler would write into it.
-        handler: logging.Handler = RichHandler(console=console, show_path=False)
+        handler: logging.Handler = RichHandler(
+            console=console, show_path=False, log_time_format=lambda at: Text(_utc(at))
+        )
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_UtcFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for package in ("shared", "fedserver", "fedclient"):
         logging.getLogger(package).setLevel(level)

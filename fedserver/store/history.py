@@ -1,6 +1,5 @@
 """What happened in a run, as plain values for people and programs."""
 
-from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row, select
@@ -10,6 +9,7 @@ from fedserver.rounds import OrderState
 from fedserver.store import schema
 from fedserver.store.rows import updates_in
 from fedserver.store.store import Store
+from shared.times import iso_time
 from shared.types import Encoding
 
 
@@ -18,13 +18,16 @@ def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
 
     Keys: round, attempt, phase, adjustments (what of the settings was changed for it), cohort
     (client ids), updates (what came into it: each order_id, client, staleness, num_examples,
-    digest, encoding, size_bytes, verdict, metrics, reason, received_at), carried_over (how many
+    digest, encoding, size_bytes, verdict, metrics, reason, received_at, received_after_s since the
+    attempt opened, answered_s since the order was handed out), carried_over (how many
     orders of earlier rounds were at work when it opened), compression (None, or over the updates
     that count: ratio, of the bytes sent to those of whole ones, and error, the mean of what the
     clients say was lost), base_digest, base_bytes, model_digest (None until DONE), evaluation (of
     the round's model: accuracy, loss, the task's metrics, class_accuracy, confusion; None until
     known), client_evaluation (of its base by its clients, if asked; see fedserver.spread),
-    started_at, closed_at, finished_at (ISO 8601, UTC, or None), orders (each order_id, client,
+    started_at, closed_at, finished_at (ISO 8601, UTC, or None), collected_s from opening to close,
+    took_s from opening to end (seconds of the run's clock, not differences of those times; None
+    while it isn't known), orders (each order_id, client,
     state, handed_out_at, ended_at), incidents (each kind, at, client, what belongs to the kind).
     """
     table = schema.rounds
@@ -72,6 +75,8 @@ def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:
             "metrics": update.metrics,
             "reason": update.reason,
             "received_at": _iso(update.received_at),
+            "received_after_s": _after_s(row, update.received_s, update.received_at),
+            "answered_s": _answered_s(update),
         }
         for update in update_rows
     ]
@@ -92,6 +97,8 @@ def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:
         "started_at": _iso(row.started_at),
         "closed_at": _iso(row.closed_at),
         "finished_at": _iso(row.finished_at),
+        "collected_s": _after_s(row, row.closed_s, row.closed_at),
+        "took_s": _after_s(row, row.finished_s, row.finished_at),
         "orders": [
             {
                 "order_id": order.order_id,
@@ -121,4 +128,23 @@ def _compression(received: list[dict[str, Any]], *, base_bytes: int) -> dict[str
 
 
 def _iso(at: float | None) -> str | None:
-    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat()
+    return None if at is None else iso_time(at)
+
+
+def _answered_s(update: Row[Any]) -> float | None:
+    """Return the seconds an update took since its order was handed out, if that is on record."""
+    if update.answered_s is not None or update.handed_out_at is None:
+        return update.answered_s  # type: ignore[no-any-return]
+    return max(0.0, float(update.received_at - update.handed_out_at))
+
+
+def _after_s(opened: Row[Any], reading_s: float | None, at: float | None) -> float | None:
+    """Return the seconds from an attempt's opening to a moment; None before it or if unknown.
+
+    By the run's clock; by the wall clock in rows that have no readings of it.
+    """
+    if reading_s is not None and opened.opened_s is not None:
+        return float(reading_s - opened.opened_s)
+    if at is None or at < opened.started_at:
+        return None
+    return float(at - opened.started_at)

@@ -22,6 +22,7 @@ from fedserver.sampling import Participation
 from fedserver.store import schema
 from fedserver.store.database import Database
 from fedserver.store.rows import read_update, updates_in
+from fedserver.store.run_clock import read_clock
 from fedserver.store.transitions import (
     add_events,
     find_order,
@@ -68,7 +69,11 @@ class Orders(Database):
                     table.c.state.in_(states),
                     (rounds.c.phase == Phase.DONE) | (table.c.state == OrderState.STORED),
                 )
-                .order_by(updates.c.round, updates.c.received_at)
+                .order_by(
+                    updates.c.round,
+                    func.coalesce(updates.c.received_s, 0.0),
+                    updates.c.received_at,
+                )
             ).all()
         return {row.client_id: row.order_id for row in rows}
 
@@ -121,6 +126,7 @@ class Orders(Database):
         delta_norm: float | None = None,
         kept_bytes: int = 0,
         handed_out_at: float | None = None,
+        answered_s: float | None = None,
         buffer_size: int = 0,
     ) -> tuple[OrderState, Event | None]:
         """Apply STORE, REFUSE or MISS with the update it rests on, if the order is still open.
@@ -132,6 +138,8 @@ class Orders(Database):
 
         With a `buffer_size` the update comes into whichever round collects, if so many aren't
         stored in it yet; without one the order stays OPEN and nothing is changed.
+
+        `answered_s` is how many seconds after its order was handed out the update came.
 
         An update that ends REFUSED is in quarantine from then on and its client suspended; one that
         came too late is in quarantine if `kept_bytes` of it have arrived.
@@ -164,6 +172,8 @@ class Orders(Database):
                 "metrics": metrics,
                 "delta_norm": delta_norm,
                 "received_at": at,
+                "received_s": read_clock(connection, run_id),
+                "answered_s": answered_s,
                 "reason": refusal.reason if refusal else None,
             }
             connection.execute(insert(schema.updates), values)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Select, or_, select, update
+from sqlalchemy import Select, func, or_, select, update
 
 from fedserver.records import NO_ADJUSTMENTS, Adjustments, Event, Exclusion, Order, Round
 from fedserver.rounds import ForbiddenTransition, OrderEvent, OrderState, Phase, RoundEvent
@@ -12,6 +12,7 @@ from fedserver.store import schema
 from fedserver.store.book import append_entry, append_rollback, read_verdicts
 from fedserver.store.database import Database
 from fedserver.store.rows import measured, read_round, same_attempt
+from fedserver.store.run_clock import read_clock
 from fedserver.store.transitions import (
     add_events,
     came_into,
@@ -122,7 +123,10 @@ class Rounds(Database):
     def close_round(self, closing: Round, happened: Event, *, carries_over: bool = False) -> None:
         """Close a collecting round: orders still open are LATE from here on, or carried over."""
         with self.writing() as connection:
-            move_round(connection, closing, RoundEvent.CLOSE, closed_at=happened.at)
+            closed_s = read_clock(connection, closing.run_id)
+            move_round(
+                connection, closing, RoundEvent.CLOSE, closed_at=happened.at, closed_s=closed_s
+            )
             if not carries_over:
                 move_orders(
                     connection,
@@ -217,6 +221,7 @@ class Rounds(Database):
                 client_evaluation=client_evaluation,
                 adjustments_after=adjustments_after.as_json(),
                 finished_at=at,
+                finished_s=read_clock(connection, run_id),
             )
             move_orders(
                 connection,
@@ -303,6 +308,17 @@ class Rounds(Database):
         with self.reading() as connection:
             row = connection.execute(_last_done(run_id)).first()
             return None if row is None else read_round(connection, row)
+
+    def time_spent_s(self, run_id: str) -> float:
+        """Return how many seconds all attempts of a run that have ended took together."""
+        table = schema.rounds
+        with self.reading() as connection:
+            spent_s = connection.execute(
+                select(func.sum(table.c.finished_s - table.c.opened_s)).where(
+                    table.c.run_id == run_id
+                )
+            ).scalar()
+        return spent_s or 0.0
 
     def alarmed_round(self, run_id: str) -> Round | None:
         """Return the last DONE round if something is wrong with its model."""

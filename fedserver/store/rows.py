@@ -39,14 +39,14 @@ def measured(name: str) -> Label[float | None]:
 def updates_in(run_id: str, round_number: int, attempt: int) -> Select[Any]:
     """Return the query for what came into an attempt, in the order of aggregation.
 
-    Beside the columns of `updates`: client_id, state, and of its order `given_in`, the round it was
-    given in, with that one's `base_digest`.
+    Beside the columns of `updates`: client_id, state, handed_out_at, and of its order `given_in`,
+    the round it was given in, with that one's `base_digest`.
     """
     orders, updates, rounds = schema.orders, schema.updates, schema.rounds
     return (
         select(
             *(orders.c.client_id, orders.c.state, orders.c.round.label("given_in")),
-            *(rounds.c.base_digest, updates),
+            *(orders.c.handed_out_at, rounds.c.base_digest, updates),
         )
         .join(updates, updates.c.order_id == orders.c.order_id)
         .join(rounds, same_attempt(orders, rounds))

@@ -14,6 +14,7 @@ from fedserver.rounds import OrderEvent, OrderState, Phase
 from fedserver.store import schema
 from fedserver.store.database import Database
 from fedserver.store.rows import measured, read_run
+from fedserver.store.run_clock import clock_values
 from fedserver.store.transitions import add_events, move_orders
 
 
@@ -53,6 +54,7 @@ class Runs(Database):
                     state=run.state,
                     settings=dict(settings),
                     started_at=time.time(),
+                    **clock_values(),
                 )
             )
         return run

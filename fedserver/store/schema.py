@@ -1,4 +1,9 @@
-"""The tables. Columns named *_at hold seconds since the epoch, JSON columns hold plain values."""
+"""The tables.
+
+Columns named *_at hold seconds since the epoch by the wall clock. Durations don't rest on it: *_s
+columns hold seconds by the run's own clock (run_clock.py), NULL in rows of before revision 0008.
+JSON columns hold plain values.
+"""
 
 from sqlalchemy import (
     JSON,
@@ -17,7 +22,7 @@ from sqlalchemy import (
 FIRST_REVISION = "0006"
 """The schema that databases had before there were migrations; older ones can't be upgraded."""
 
-REVISION = "0007"
+REVISION = "0008"
 """The newest migration: what its tables are is below (see migrations/__init__.py)."""
 
 metadata = MetaData()
@@ -41,6 +46,9 @@ runs = Table(
     Column("ledger_head", String),
     Column("started_at", Float, nullable=False),
     Column("finished_at", Float),
+    # Which start of the machine the run's clock rests on, and its reading when the run began.
+    Column("clock_boot", String),
+    Column("clock_zero_s", Float),
 )
 
 sessions = Table(
@@ -81,6 +89,9 @@ rounds = Table(
     Column("started_at", Float, nullable=False),
     Column("closed_at", Float),
     Column("finished_at", Float),
+    Column("opened_s", Float),
+    Column("closed_s", Float),
+    Column("finished_s", Float),
 )
 
 orders = Table(
@@ -120,6 +131,9 @@ updates = Table(
     Column("delta_norm", Float),
     Column("received_at", Float, nullable=False),
     Column("reason", String),
+    Column("received_s", Float),
+    # From the hand-over of the order to its update, in seconds.
+    Column("answered_s", Float),
     Index("updates_by_round", "round", "attempt"),
 )
 

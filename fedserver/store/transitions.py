@@ -36,6 +36,7 @@ from fedserver.rounds import (
 from fedserver.standing import strike
 from fedserver.store import schema
 from fedserver.store.rows import read_standing
+from fedserver.store.run_clock import read_clock
 from shared.errors import NotFound
 from shared.types import IncidentKind, OrderEnd
 
@@ -89,6 +90,7 @@ def insert_round(connection: Connection, opened: Round, happened: Event) -> None
             "adjustments": opened.adjustments.as_json(),
             "num_carried_over": num_open,
             "started_at": happened.at,
+            "opened_s": read_clock(connection, opened.run_id),
         },
     )
     insert_orders(connection, opened, opened.orders)
@@ -136,7 +138,8 @@ def end_attempt(
 
     That is what came into it, and the orders given in it; those of earlier rounds go on.
     """
-    move_round(connection, ending, round_event, finished_at=at, **values)
+    finished_s = read_clock(connection, ending.run_id)
+    move_round(connection, ending, round_event, finished_at=at, finished_s=finished_s, **values)
     for state, where in (
         (OrderState.OPEN, in_round(schema.orders, ending)),
         (OrderState.STORED, (came_into(ending),)),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedserver.server import run_server
-from fedserver.settings import ServerSettings
+from fedserver.settings import ServerSettings, settings_begun_with
 from shared.errors import InvalidInput
 from tests.tiny_task import tiny
 
@@ -56,6 +56,7 @@ def test_what_contradicts_itself_is_told(settings: dict[str, object], words: str
         ({"min_clients": 5}, 0, 5),
         ({"min_clients": 5, "min_updates": 3}, 0, 3),
         ({"clients_per_round": 10}, 10, 2),
+        ({"min_clients": 1000, "clients_per_round": 100}, 100, 100),
         ({"clients_per_round": 10, "over_select": 1.3}, 13, 10),
         ({"clients_per_round": 10, "over_select": 1.25, "min_updates": 8}, 13, 8),
     ],
@@ -67,6 +68,25 @@ def test_how_many_are_asked_and_how_many_must_answer(
     """Over-selection asks more, rounded up, and is content with the round's own number."""
     made = ServerSettings(**settings)  # type: ignore[arg-type]
     assert (made.cohort_size, made.updates_needed) == (cohort_size, updates_needed)
+
+
+def test_a_run_goes_on_with_the_models_it_was_begun_to_keep() -> None:
+    """--keep-rounds may change when the server is started again; not given it stays what it was."""
+    begun = ServerSettings(keep_rounds=3).run_settings()
+    assert ServerSettings().keep_rounds == 10
+    assert ServerSettings().going_on_with(begun).keep_rounds == 3
+    assert ServerSettings(keep_rounds="all").going_on_with(begun).keep_rounds == "all"
+
+
+def test_a_run_of_earlier_software_keeps_what_it_was_begun_with() -> None:
+    """It kept all models; its defaults may have been others; what is given wins over both."""
+    begun = ServerSettings(lr=0.3, rounds=7).run_settings()
+    del begun["keep_rounds"], begun["norm_band"]
+    started = ServerSettings(rounds=8, norm_band=4).going_on_with(begun)
+    assert (started.lr, started.rounds, started.norm_band) == (0.3, 8, 4)
+    assert started.keep_rounds == "all"
+    today = settings_begun_with(begun)
+    assert (today["lr"], today["norm_band"], today["keep_rounds"]) == (0.3, 10, "all")
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])

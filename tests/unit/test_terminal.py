@@ -76,13 +76,44 @@ def test_the_view_tells_round_clients_and_accuracy(book: OrderBook) -> None:
         view.hear(happened)
     lines = shown(view)
     assert lines[0] == "round 1 of 10: 1 of 2 updates"
-    assert lines[1] == "accuracy 50.00% after round 3, best 75.00% after 2"
+    assert lines[1] == "elapsed 0 s"
+    assert lines[2] == "accuracy 50.00% after round 3, best 75.00% after 2"
     spread = "on clients: mean 50.00%, worst tenth 25.00%, std 25.00% after round 2"
-    assert lines[2].rstrip() == spread
-    assert lines[3].startswith("client 0")
-    assert lines[3].rstrip().endswith("training, step 7 of 20")
-    assert lines[4].rstrip().endswith("update stored")
-    assert (lines[3].count(BAR), lines[4].count(BAR)) == (10, 30)
+    assert lines[3].rstrip() == spread
+    assert lines[4].startswith("client 0")
+    assert lines[4].rstrip().endswith("training, step 7 of 20")
+    assert lines[5].rstrip().endswith("update stored")
+    assert (lines[4].count(BAR), lines[5].count(BAR)) == (10, 30)
+
+
+def test_the_view_tells_how_long_the_run_takes(book: OrderBook) -> None:
+    """Rounds of 60 and 90 s: the other 8 take 75 s each, of the third 30 s have passed."""
+    now = [0.0]
+    view = LiveView(book, total_rounds=10, clock=lambda: now[0])
+    now[0] = 1000.0
+    for kind, number, at in (
+        ("round-opened", 1, 1000.0),
+        ("round-done", 1, 1060.0),
+        ("round-opened", 2, 1060.0),
+        ("round-done", 2, 1150.0),
+        ("round-opened", 3, 1150.0),
+    ):
+        now[0] = at
+        view.hear(make_event(kind, round_number=number))
+    now[0] = 1180.0
+    assert shown(view)[1] == "elapsed 3 min, about 9 min 30 s left"
+    # A round that takes longer than those before: nothing says when it ends, but for the others.
+    now[0] = 1400.0
+    assert shown(view)[1] == "elapsed 6 min 40 s, about 8 min 45 s left"
+
+
+def test_a_server_that_was_started_again_tells_of_the_time_before(book: OrderBook) -> None:
+    """4 rounds took 400 s; of the fifth, which goes on, 20 s have passed since the restart."""
+    now = [0.0]
+    view = LiveView(book, total_rounds=10, num_done=4, spent_s=400.0, clock=lambda: now[0])
+    shown(view)
+    now[0] = 20.0
+    assert shown(view)[1] == "elapsed 7 min, about 10 min left"
 
 
 def test_an_upload_is_shown_by_its_bytes(book: OrderBook) -> None:
@@ -112,7 +143,8 @@ def test_between_rounds_the_view_counts_those_that_are_done(book: OrderBook) -> 
     view = LiveView(book, total_rounds=3)
     view.hear(make_event("round-done", round_number=1))
     book.close_round()
-    assert shown(view)[:2] == ["1 of 3 rounds done", "no accuracy yet"]
+    assert shown(view)[0] == "1 of 3 rounds done"
+    assert shown(view)[2] == "no accuracy yet"
     view.hear(make_event("round-done", round_number=2))
     taken_back = make_event("model-rolled-back", round_number=2)
     view.hear(replace(taken_back, is_incident=True))
@@ -126,9 +158,9 @@ def test_a_run_that_goes_on_knows_its_best_round(book: OrderBook) -> None:
         {"round": 2, "accuracy": None, "loss": None},
     ]
     view = LiveView(book, total_rounds=5, num_done=3, evaluated=past)
-    assert shown(view)[1].rstrip() == "accuracy 75.00% after round 1, best 75.00% after 1"
+    assert shown(view)[2].rstrip() == "accuracy 75.00% after round 1, best 75.00% after 1"
     view.hear(evaluated(3, 0.5))
-    assert shown(view)[1].rstrip() == "accuracy 50.00% after round 3, best 75.00% after 1"
+    assert shown(view)[2].rstrip() == "accuracy 50.00% after round 3, best 75.00% after 1"
     book.close_round()
     assert shown(view)[0] == "3 of 5 rounds done"
 
