@@ -5,6 +5,7 @@
 
 import importlib
 import logging
+import math
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedclient.settings import ClientSettings
 from shared.cli import log_to_stderr, parse
-from shared.errors import FederationError
+from shared.errors import FederationError, NoAnswer
 from shared.stop_signals import StopSignals, interrupting
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ COMMANDS = ("partitions", "doctor")
 
 
 def main(argv: list[str]) -> int:
-    """Return the exit code: 0 done or stopped, 1 failed or not well, 2 wrong usage."""
+    """Return the exit code.
+
+    0: done or stopped; 1: failed or not well; 2: wrong usage; 3: the server didn't answer.
+    """
     try:
         if argv and argv[0] in COMMANDS:
             # They run the task's own code too, and keep nothing that a stop could harm.
@@ -43,7 +47,7 @@ def main(argv: list[str]) -> int:
             _run(settings, signals)
     except FederationError as error:
         print(f"fedclient: {error}", file=sys.stderr)
-        return 1
+        return 3 if isinstance(error, NoAnswer) else 1
     except KeyboardInterrupt:
         # Before anybody listens for it: there is nothing to end.
         print("fedclient: stopped", file=sys.stderr)
@@ -71,7 +75,12 @@ def _run(settings: ClientSettings, signals: StopSignals) -> None:
         logger.info("connecting to %s", settings.route.describe())
         screen.wait_for(f"connecting to {settings.server}")
         connection = Connection(settings.route)
-        patience = Patience(server=settings.server, stop=stop)
+        give_up_after = settings.give_up_after
+        patience = Patience(
+            server=settings.server,
+            stop=stop,
+            give_up_after_s=math.inf if give_up_after == "never" else give_up_after,
+        )
         signals.when_asked(connection.close)
         lasting = set(threading.enumerate())
         try:
@@ -86,6 +95,7 @@ def _run(settings: ClientSettings, signals: StopSignals) -> None:
                 holdings=holdings,
                 screen=screen,
                 stop=stop,
+                when_stopped=signals.when_asked,
             )
         except (Stopped, KeyboardInterrupt):
             logger.info("stopped; the same command goes on")

@@ -43,6 +43,8 @@ from shared.types import (
     EntryKind,
     Incident,
     IncidentKind,
+    Leave,
+    LeaveReason,
     LocalRule,
     OrderEnd,
     Partitioning,
@@ -115,6 +117,11 @@ _RECEIPTS = {
     pb.RECEIPT_DUPLICATE: Receipt.DUPLICATE,
     pb.RECEIPT_REFUSED: Receipt.REFUSED,
     pb.RECEIPT_LATE: Receipt.LATE,
+}
+_LEAVE_REASONS = {
+    LeaveReason.STOPPED: pb.LEAVE_REASON_STOPPED,
+    LeaveReason.GAVE_UP: pb.LEAVE_REASON_GAVE_UP,
+    LeaveReason.TASK_FAILED: pb.LEAVE_REASON_TASK_FAILED,
 }
 _ORDER_ENDS = {
     pb.ORDER_END_ROUND_CLOSED: OrderEnd.ROUND_CLOSED,
@@ -218,6 +225,18 @@ class Connection:
             compression=_compression(answer.compression),
             entry_kinds=_entry_kinds(answer.entry_kinds),
         )
+
+    def leave(self, session_id: str, said: Leave, *, timeout_s: float = _CALL_TIMEOUT_S) -> None:
+        """Leave the run with some of the session's ids, or with all of them."""
+        request = pb.LeaveRequest(
+            session_id=session_id,
+            client_ids=said.client_ids,
+            reason=_LEAVE_REASONS[said.reason],
+            coming_back=said.coming_back,
+            kept_order_ids=said.kept_order_ids,
+        )
+        with _errors_translated():
+            self._stub.Leave(request, timeout=timeout_s)
 
     def pull_work(self, session_id: str, *, wait_s: float) -> Work:
         """Ask for work, parked by the server for at most `wait_s` seconds."""

@@ -85,6 +85,8 @@ class Holdings:
     def _examine(self, client_id: int) -> int:
         """Return how many examples a client has; warn of those that will stop its training."""
         examples = self.examples_of(client_id)
+        if not len(examples):  # type: ignore[arg-type]  # Dataset itself declares no length
+            return 0
         if bad := examine_examples(self.task, examples):
             logger.warning(
                 "client %d: %d examples hold a NaN or an infinity, the first is number %d (from "

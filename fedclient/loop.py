@@ -7,17 +7,20 @@ the blobs it holds. Everything else it asks the server for again.
 import logging
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from fedclient.connection import Connection
+from fedclient.goodbye import Goodbye
 from fedclient.holdings import Holdings
 from fedclient.orders import OrderWorker
+from fedclient.progress import Stopped
 from fedclient.session import Patience, ServerSession
 from fedclient.settings import ClientSettings
 from fedclient.terminal import Screen
-from shared.errors import RunFailed
+from shared.errors import FederationError, NoAnswer, RunFailed, TaskFailed
 from shared.files import replace_file
-from shared.types import RunEnd, RunFailure, SessionInfo
+from shared.types import LeaveReason, RunEnd, RunFailure, SessionInfo
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +42,20 @@ def take_part(
     holdings: Holdings,
     screen: Screen,
     stop: threading.Event,
+    when_stopped: Callable[[Callable[[], None]], None],
 ) -> None:
     """Work until the run is done (or for ever, if told to stay); `state_dir` is locked.
+
+    Where the process ends before the run does, the server is told. `when_stopped(act)` lets another
+    thread call `act` when somebody asks for a stop.
 
     Raises:
         Stopped: somebody asked for it.
         RunFailed: the run failed.
+        TaskFailed: the task's own code failed for some of the ids.
+        NoAnswer: the server didn't answer for too long.
         FederationError: a person's mistake, with a sentence that says which.
+        Exception: what the task's own code raised for the last id that was left.
     """
 
     def load(info: SessionInfo) -> tuple[int, ...]:
@@ -77,14 +87,55 @@ def take_part(
         screen=screen,
         stop=stop,
     )
-    session.open()
-    worker.deliver_waiting()
+    goodbye = Goodbye(
+        session,
+        route=settings.route,
+        kept_order_ids=worker.kept_order_ids,
+        coming_back=settings.will_restart,
+    )
+    when_stopped(goodbye.say_stopped_soon)
+    try:
+        session.open()
+        worker.deliver_waiting()
+        _work(settings, connection, session, worker)
+    except (Stopped, KeyboardInterrupt):
+        goodbye.say(LeaveReason.STOPPED)
+        raise
+    except (RunFailed, TaskFailed, NoAnswer):
+        # The run is over, or there is nobody to tell.
+        raise
+    except FederationError:
+        goodbye.say(LeaveReason.GAVE_UP)
+        raise
+    except Exception:
+        goodbye.say(LeaveReason.TASK_FAILED)
+        raise
+
+
+def _work(
+    settings: ClientSettings, connection: Connection, session: ServerSession, worker: OrderWorker
+) -> None:
+    """Work on orders until the run is over."""
+    num_failed = 0
     while True:
         work = session.call(
             lambda info: connection.pull_work(info.session_id, wait_s=info.max_wait_s)
         )
         if work.order is not None:
-            worker.work_on(work.order)
+            client_id = work.order.client_id
+            try:
+                worker.work_on(work.order)
+            except (FederationError, Stopped):
+                raise
+            except Exception:
+                if len(session.client_ids) == 1:
+                    raise
+                logger.exception(
+                    "client %d leaves the run, since the task's own code failed; the others stay",
+                    client_id,
+                )
+                session.leave(client_id, LeaveReason.TASK_FAILED)
+                num_failed += 1
         elif work.run_end is not None:
             if work.run_end.has_failed and not settings.stay:
                 raise RunFailed(_failure_text(work.run_end))
@@ -92,6 +143,11 @@ def take_part(
                 logger.warning("%s", _failure_text(work.run_end))
             else:
                 logger.info("the run is done")
+            if num_failed and not settings.stay:
+                raise TaskFailed(
+                    f"{num_failed} of {len(settings.client_ids)} clients left the run, since the "
+                    "task's own code failed; the log says how"
+                )
             if not settings.stay:
                 return
             session.pause(_STAY_PAUSE_S)

@@ -98,13 +98,18 @@ class OrderWorker:
             what = f"order {update.order_id}"
             self._deliver(update, what=what, is_new=False, on_sent=lambda _: None)
 
+    def kept_order_ids(self) -> list[str]:
+        """Return the orders whose updates are kept here until the server has them."""
+        return self._outbox.order_ids()
+
     def work_on(self, order: WorkOrder) -> None:
         """Do what an order asks for, or say why not; an update that is here already is sent.
 
         Raises:
             Stopped: the process is asked to end.
             WrongSettings: it is for a client that this process doesn't serve.
-            Exception: what the task's own code raised, told to the server before.
+            Exception: what the task's own code raised; its incident is reported, and its order is
+                still open.
         """
         if order.client_id not in self._settings.client_ids:
             raise WrongSettings(
@@ -147,9 +152,10 @@ class OrderWorker:
                 raise
             except Exception:
                 # The task's own code may fail in any way: the server must hear of it (its kind,
-                # not its text), and the person here sees the rest as this process ends.
+                # not its text), and the person here sees the rest. The order ends as its client
+                # leaves: one that gave up first would be asked again before it has left.
                 progress.note(Incident(kind=IncidentKind.TRAINING_FAILED))
-                self._tell_incidents(order, progress, gave_up=True)
+                self._tell_incidents(order, progress, gave_up=False)
                 raise
 
     def _train(self, order: WorkOrder, progress: ProgressReporter) -> ClientUpdate:

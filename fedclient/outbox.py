@@ -65,6 +65,10 @@ class Outbox:
                 whole.append(update)
         return whole
 
+    def order_ids(self) -> list[str]:
+        """Return the orders whose updates are here; whether they are whole isn't examined."""
+        return sorted(path.stem for path in self._folder.glob("*.json"))
+
     def drop(self, order_id: str) -> None:
         """Forget an update that the server has acknowledged."""
         self._description_path(order_id).unlink(missing_ok=True)

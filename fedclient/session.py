@@ -6,16 +6,25 @@ session where the server has forgotten the old one.
 
 import itertools
 import logging
+import math
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from fedclient.connection import Connection
 from fedclient.progress import Stopped
 from shared import __version__
-from shared.errors import FederationError, OutOfSpace, UnknownSession
-from shared.types import Encoding, Registration, SessionInfo
+from shared.errors import (
+    FederationError,
+    InvalidInput,
+    NoAnswer,
+    OutOfSpace,
+    ServerUnreachable,
+    UnknownSession,
+)
+from shared.types import Encoding, Leave, LeaveReason, Registration, SessionInfo
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +39,16 @@ _CAPABILITIES = tuple(one for one in Encoding if one is not Encoding.STATE_DICT)
 class Patience:
     """Repeats a call until the server answers, and tells a person why it doesn't.
 
-    `stop` is set when the process is asked to end.
+    `stop` is set when the process is asked to end. After `give_up_after_s` seconds without any
+    answer it gives up.
     """
 
-    def __init__(self, *, server: str, stop: threading.Event) -> None:
+    def __init__(
+        self, *, server: str, stop: threading.Event, give_up_after_s: float = math.inf
+    ) -> None:
         self._server = server
         self._stop = stop
+        self._give_up_after_s = give_up_after_s
         self._has_answered = False
 
     def reach(self, connection: Connection) -> None:
@@ -43,6 +56,7 @@ class Patience:
 
         Raises:
             Stopped: the process is asked to end.
+            NoAnswer: the server didn't answer for too long.
         """
         # The first is short, so that a person soon hears of a connection that swallows everything.
         timeouts_s = itertools.chain([1.0, 2, 4, 8, 16], itertools.repeat(30.0))
@@ -57,11 +71,13 @@ class Patience:
 
         Raises:
             Stopped: the process is asked to end.
+            NoAnswer: the server didn't answer for too long.
             FederationError: an answer that trying again won't change.
         """
         pause_s, reached = FIRST_PAUSE_S, how_far()
         said: set[str] = set()
         relief = ""
+        answered_at = time.monotonic()
         while True:
             try:
                 result = attempt()
@@ -73,8 +89,16 @@ class Patience:
                 if str(error) not in said and len(said) < _MAX_CAUSES_SAID:
                     said.add(str(error))
                     relief = self._complain(error)
+                if not isinstance(error, ServerUnreachable):
+                    answered_at = time.monotonic()
                 if how_far() > reached:
                     pause_s, reached = FIRST_PAUSE_S, how_far()
+                    answered_at = time.monotonic()
+                if time.monotonic() - answered_at >= self._give_up_after_s:
+                    raise NoAnswer(
+                        f"{self._server} hasn't answered for {self._give_up_after_s:g} s "
+                        f"(--give-up-after): {error}. The same command goes on"
+                    ) from error
                 # Jitter keeps a fleet from coming back all at once.
                 self.pause(random.uniform(pause_s / 2, pause_s))
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -107,7 +131,7 @@ class ServerSession:
     """The session of a process's client ids with one server.
 
     `load_data(info)` returns how many examples each id has, once the server has said what is
-    learned.
+    learned. Ids without any examples don't take part.
     """
 
     def __init__(
@@ -122,11 +146,21 @@ class ServerSession:
     ) -> None:
         self.connection = connection
         self._patience = patience
-        self._client_ids = client_ids
+        self._all_client_ids = self._client_ids = client_ids
         self._instance_key = instance_key
         self._task = task
         self._load_data = load_data
         self._info: SessionInfo | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a session to leave."""
+        return self._info is not None
+
+    @property
+    def client_ids(self) -> tuple[int, ...]:
+        """The ids that this process still serves."""
+        return self._client_ids
 
     @property
     def info(self) -> SessionInfo:
@@ -164,18 +198,44 @@ class ServerSession:
 
         return self._patience.insist(attempt, how_far=how_far)
 
+    def leave(self, client_id: int, reason: LeaveReason) -> None:
+        """Leave the run with one of several ids; the others stay.
+
+        Raises:
+            Stopped, NoAnswer, FederationError: see `call`.
+        """
+        self._client_ids = tuple(one for one in self._client_ids if one != client_id)
+        said = Leave(client_ids=(client_id,), reason=reason)
+        self.call(lambda info: self.connection.leave(info.session_id, said))
+
     def pause(self, seconds: float) -> None:
         """Wait (see `Patience.pause`)."""
         self._patience.pause(seconds)
 
     def _register(self) -> None:
         """Open the session; the first answer tells which data the second call gives the size of."""
-        self._info = self._registered(num_examples=tuple(self._load_data(self._registered())))
+        sizes = self._load_data(self._registered(self._client_ids))
+        num_examples = dict(zip(self._all_client_ids, sizes, strict=True))
+        empty = [one for one in self._client_ids if not num_examples[one]]
+        ready = tuple(one for one in self._client_ids if num_examples[one])
+        if not ready:
+            raise InvalidInput(
+                f"client {', '.join(map(str, empty[:10]))}: there are no examples to train on; "
+                "examine its data, or how the server deals data out (--partition)"
+            )
+        if empty:
+            logger.warning(
+                "client %s: no examples, takes no part; the others do",
+                ", ".join(map(str, empty)),
+            )
+        self._info = self._registered(ready, tuple(num_examples[one] for one in ready))
 
-    def _registered(self, num_examples: tuple[int, ...] = ()) -> SessionInfo:
+    def _registered(
+        self, client_ids: tuple[int, ...], num_examples: tuple[int, ...] = ()
+    ) -> SessionInfo:
         return self.connection.register(
             Registration(
-                client_ids=self._client_ids,
+                client_ids=client_ids,
                 instance_key=self._instance_key,
                 software_version=__version__,
                 task=self._task,

@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -40,6 +40,16 @@ class ConnectionSettings(Settings):
         default=None, description="everything kept is here; state/client-ID, or state/clients-IDS"
     )
     stay: bool = Field(default=False, description="wait for the next run when one is done")
+    give_up_after: Annotated[float, Field(gt=0)] | Literal["never"] = Field(
+        default=3600,
+        description="seconds without an answer of the server after which this process ends, with "
+        "exit code 3, or never",
+    )
+    will_restart: bool = Field(
+        default=False,
+        description="something starts this process again after a stop, as a service manager does: "
+        "the server keeps its order for it, at most for a lease",
+    )
 
     @field_validator("server")
     @classmethod

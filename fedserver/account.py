@@ -16,6 +16,7 @@ from fedserver.report import (
     fact_table,
     fitting_table,
     number_text,
+    numbers_text,
     phase_text,
     share_text,
 )
@@ -40,6 +41,7 @@ _WORDS: Mapping[str, str] = {
     IncidentKind.ORDER_STALE: "its order was too stale to be waited for any longer",
     IncidentKind.CLIENT_STALLED: "it got no further and was given up",
     IncidentKind.CLIENT_LOST: "it wasn't there any more and was given up",
+    IncidentKind.CLIENT_LEFT: "it left the run",
     IncidentKind.CLIENT_STATE_LOST: "it has lost its state",
     IncidentKind.ROUND_FAILED: "the attempt failed",
     IncidentKind.SERVER_RESTARTED: "the server was started again",
@@ -144,6 +146,8 @@ def incident_text(incident: Values, *, is_beside_verdict: bool = False) -> str:
     who = "" if incident["client"] is None else f"client {incident['client']}: "
     if kind == IncidentKind.CAUSE_SHARED:
         return _shared_text(incident)
+    if kind == IncidentKind.CLIENT_LEFT and "clients" in incident:
+        return f"clients {numbers_text(incident['clients'])} left the run: {incident['reason']}"
     if "verdict" in incident:
         return f"{who}{incident['verdict']}"
     known = {"kind", "at", "client", "reason", "suspended_until", "first", "second", "failure"}

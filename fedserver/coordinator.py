@@ -7,6 +7,8 @@ Evaluation goes on beside the next round.
 """
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -59,7 +61,8 @@ class Coordinator:
         is_used = not (parts.strategy.is_personal or EntryKind.LOCAL in parts.kinds.values())
         self._evaluations = Evaluations(parts, evaluator, raises_alarms=is_used)
         self._is_asynchronous = parts.strategy.buffer_size > 0
-        self._tick_s = min(_MAX_TICK_S, settings.stall_after / 4, settings.lease / 4)
+        shortest_s = min(settings.stall_after, settings.first_step, settings.lease)
+        self._tick_s = min(_MAX_TICK_S, shortest_s / 4)
         self._opener = Opener(parts, task, tick_s=self._tick_s)
 
     async def complete(self) -> str:
@@ -197,10 +200,14 @@ class Coordinator:
 
     async def _collect(self, current: Round) -> Round:
         """Wait for updates until the round closes or fails, or its base turns out to be bad."""
+        looked_at = -math.inf
         while True:
             if self._evaluations.has_alarm:
                 return current
-            await give_up_orders(self._parts)
+            # All orders are looked at: once a tick, not after each update that comes.
+            if (now := time.monotonic()) - looked_at >= self._tick_s:
+                looked_at = now
+                await give_up_orders(self._parts)
             if self._is_asynchronous:
                 due, reason = await self._due_of_buffer()
             else:

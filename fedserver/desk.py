@@ -1,11 +1,13 @@
 """What clients ask the coordinator for, in the domain's terms; the servicer only translates."""
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
 from fedserver.aggregation import run_compression
+from fedserver.departures import leave
 from fedserver.diagnoses import diagnosis_fields
 from fedserver.intake import Intake
 from fedserver.parts import Parts
@@ -31,6 +33,7 @@ from shared.types import (
     Encoding,
     EntryKind,
     Incident,
+    Leave,
     OrderEnd,
     Registration,
     RunEnd,
@@ -117,7 +120,8 @@ class Desk:
             if self._run_end is not None:
                 self._told.add(session_id)
                 return Work(state=WorkState.FINISHED, run_end=self._run_end)
-            if (order := self._parts.book.open_order_of(session.client_ids)) is not None:
+            client_ids = self._parts.sessions.ids_here(session)
+            if (order := self._parts.book.open_order_of(client_ids)) is not None:
                 return Work(state=WorkState.ORDER, order=self._parts.book.hand_out(order))
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0 or not await self._parts.book.work_changed.wait(remaining_s):
@@ -135,13 +139,17 @@ class Desk:
         """Write a blob's framed chunks; each one that leaves is progress of the session's order."""
         session = self._parts.sessions.touch(session_id)
 
-        def note_progress() -> None:
+        def note(note_for_order: Callable[[str], None]) -> None:
             self._parts.sessions.touch(session_id)
             if (order := self._parts.book.open_order_of(session.client_ids)) is not None:
-                self._parts.book.note_bytes(order.order.order_id)
+                note_for_order(order.order.order_id)
 
         await self._parts.downloads.send(
-            digest, offset=offset, write=write, on_progress=note_progress
+            digest,
+            offset=offset,
+            write=write,
+            on_progress=functools.partial(note, self._parts.book.note_bytes),
+            on_waiting=functools.partial(note, self._parts.book.note_waiting),
         )
 
     async def committed_bytes(
@@ -240,6 +248,14 @@ class Desk:
             f"the server failed in {call} in a way that it doesn't foresee; its log says more, and "
             "the call may be repeated later"
         )
+
+    async def leave(self, session_id: str, said: Leave) -> None:
+        """Let clients of a session go; see `fedserver.departures`.
+
+        Raises:
+            UnknownSession: they have left already, or register in another run.
+        """
+        await leave(self._parts, self._parts.sessions.touch(session_id), said)
 
     async def finish(self, run_end: RunEnd) -> None:
         """Tell every live client how the run ended; returns when they know or time is up."""

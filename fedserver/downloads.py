@@ -48,10 +48,12 @@ class Downloads:
         offset: int,
         write: Callable[[bytes], Awaitable[None]],
         on_progress: Callable[[], None],
+        on_waiting: Callable[[], None],
     ) -> None:
         """Write the framed chunks of a blob from byte `offset` on.
 
-        `on_progress` hears of each chunk that has left, and of waiting that isn't the client's.
+        `on_progress` is called for each chunk that has left, `on_waiting` while the client waits
+        for the server, and once that is over.
 
         Raises:
             ServerUnreachable: the client took nothing for so long that others get its place.
@@ -69,8 +71,8 @@ class Downloads:
         try:
             while offset < size_bytes:
                 end = min(offset - offset % CHUNK_BYTES + CHUNK_BYTES, size_bytes)
-                async with self._places.hold(every_s=self._idle_s / 4, while_waiting=on_progress):
-                    on_progress()
+                async with self._places.hold(every_s=self._idle_s / 4, while_waiting=on_waiting):
+                    on_waiting()
                     framed = await self._framed(path, digest, offset, end)
                     try:
                         async with asyncio.timeout(self._idle_s):

@@ -138,7 +138,7 @@ class Intake:
 
         def note_waiting() -> None:
             self._examine_open(order_id)
-            self._parts.book.note_bytes(order_id)
+            self._parts.book.note_waiting(order_id)
 
         async with self._places.hold(every_s=self._idle_s / 4, while_waiting=note_waiting):
             self._examine_open(order_id)
@@ -325,7 +325,7 @@ class Intake:
                 break
             # The buffer is full: this one belongs into the next, which opens in a moment. It isn't
             # the client that is slow.
-            self._parts.book.note_bytes(update.order_id)
+            self._parts.book.note_waiting(update.order_id)
             if self._parts.book.current is collecting:
                 await self._parts.book.work_changed.wait(self._idle_s / 4)
         pass_by(FailPoint.UPDATE_RECORDED)

@@ -18,10 +18,13 @@ from shared.types import Counters, WorkOrder
 
 @dataclass
 class OpenOrder:
-    """An order and how far its client is; times of the monotonic clock, but for `handed_out_at`.
+    """An order and how far its client is; times of the book's clock, but for `handed_out_at`.
 
     `given_in` is the attempt that asks for it: the one that collects, or in an asynchronous run an
-    earlier one.
+    earlier one. `handed_out_at` is the time of day at which it was first pulled, `began_at` the
+    same moment by the clock. `stepped_at` is when the client last finished a step (see
+    fedserver.patience), `longest_step_s` the longest time between two of them, None before the
+    second.
     """
 
     order: WorkOrder
@@ -30,6 +33,9 @@ class OpenOrder:
     advanced_at: float
     handed_out_at: float | None = None
     handed_out_s: float = 0.0
+    began_at: float | None = None
+    stepped_at: float | None = None
+    longest_step_s: float | None = None
     counters: Counters = field(default_factory=Counters)
 
 
@@ -165,10 +171,15 @@ class OrderBook:
         )
 
     def hand_out(self, order: OpenOrder) -> WorkOrder:
-        """Return the order; its clock begins the first time."""
+        """Return the order; its clock begins the first time.
+
+        A client that asks again begins anew, and so do its counters.
+        """
         if order.handed_out_at is None:
             order.handed_out_at, order.handed_out_s = time.time(), time.monotonic()
-            order.advanced_at = self._clock()
+            order.began_at = order.advanced_at = self._clock()
+        order.counters = Counters()
+        order.stepped_at = None
         return order.order
 
     def states(self) -> list[OrderState]:
@@ -181,6 +192,16 @@ class OrderBook:
             found.state = state
             self.round_changed.notify()
 
+    def forget(self, order_id: str) -> None:
+        """Drop an order that has ended with its client's departure, as if it had not been given.
+
+        A client that comes back may then be given another one in the same round.
+        """
+        if (ended := self._orders.pop(order_id, None)) is not None:
+            if self._by_client.get(ended.order.client_id) is ended:
+                del self._by_client[ended.order.client_id]
+            self.round_changed.notify()
+
     def advance(self, order_id: str, counters: Counters) -> None:
         """Note a client's counters; only one that grew counts as progress."""
         found = self._orders.get(order_id)
@@ -188,14 +209,32 @@ class OrderBook:
             return
         before, told = asdict(found.counters), asdict(counters)
         largest = Counters(**{name: max(before[name], told[name]) for name in before})
-        if largest != found.counters:
-            found.counters = largest
-            found.advanced_at = self._clock()
+        if largest == found.counters:
+            return
+        now = self._clock()
+        if largest.batches > found.counters.batches or largest.replays > found.counters.replays:
+            if found.stepped_at is not None:
+                found.longest_step_s = max(found.longest_step_s or 0.0, now - found.stepped_at)
+            found.stepped_at = now
+        found.counters = largest
+        found.advanced_at = now
 
     def note_bytes(self, order_id: str) -> None:
         """Note that bytes of this order's payload went over the wire."""
         if (found := self._orders.get(order_id)) is not None:
             found.advanced_at = self._clock()
+
+    def note_waiting(self, order_id: str) -> None:
+        """Note that this order's client has waited for the server since it last made progress."""
+        if (found := self._orders.get(order_id)) is None:
+            return
+        now = self._clock()
+        waited_s = now - found.advanced_at
+        found.advanced_at = now
+        if found.began_at is not None:
+            found.began_at += waited_s
+        if found.stepped_at is not None:
+            found.stepped_at += waited_s
 
     def orders(self) -> list[OpenOrder]:
         """Return the orders at work, and those that ended in the round that collects."""
@@ -209,6 +248,10 @@ class OrderBook:
         """Return the seconds since the round that collects was opened here."""
         assert self.current is not None
         return self._clock() - self.current.opened_at
+
+    def total_s(self, order: OpenOrder) -> float:
+        """Return the seconds since an order was first pulled, without those of waiting for us."""
+        return 0.0 if order.began_at is None else self._clock() - order.began_at
 
     def idle_s(self, order: OpenOrder) -> float:
         """Return the seconds since an order's client last got further."""

@@ -1,39 +1,222 @@
-"""How long the coordinator waits for a client that doesn't get further, or is gone."""
+"""How long an open order is waited for: the one rule of who is late, and what ends a late order.
 
+A client that works on an order is late if
+
+- nothing is heard of it for `silence_s`: no call of its session, no byte of its payload; or
+- it is heard of but makes no progress for ten times its own longest step so far, and at least for
+  `silence_s`; before it has finished two steps, for `first_step_s`; or
+- it takes longer in all than its order can honestly take: `first_step_s`, and the time that its
+  examples and bytes take at the slowest rates that the server accepts.
+
+A step is what passes between two reports of which the second counts more batches or replays than
+the first; bytes are progress too. So a long batch isn't late, a site with a hundred times the data
+has a hundred times the time, and whoever makes tiny progress for ever ends at the third rule.
+
+An order that nobody has pulled is lost with the lease of its client's session, and after
+`first_step_s` however alive that session is. It doesn't age while its session works on another
+order: one process may serve many clients in turn.
+
+Times are of a monotonic clock that stands still while the server is away (fedserver.clock). What a
+client waits for the server itself, such as a place for its upload, is left out of all of them.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from fedserver.departures import end_order, stop_expecting
 from fedserver.events import event_of
 from fedserver.orderbook import OpenOrder
 from fedserver.parts import Parts
 from fedserver.rounds import OrderState
+from fedserver.settings import ServerSettings
 from shared.failpoints import FailPoint, pass_by
-from shared.types import IncidentKind
+from shared.types import IncidentKind, WorkOrder
+
+_STEP_MULTIPLE = 10
+"""How many times longer than its longest step so far a client may take for one."""
+
+_EVALUATION_BATCH_SIZE = 256
+"""Examples that a client evaluates at a time, whatever the batches are that it trains on."""
+
+_NUM_TRANSFERS = 3
+"""A model comes down, and an update of at most two models' bytes (SCAFFOLD's) goes up."""
+
+
+class Lateness(StrEnum):
+    """Why an order isn't waited for any longer."""
+
+    GONE = "gone"
+    """The lease of its client's session ended before the order was pulled."""
+    NEVER_PULLED = "never-pulled"
+    SILENT = "silent"
+    NO_PROGRESS = "no-progress"
+    TOO_LONG = "too-long"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long to wait; rates are the slowest that count as honest work."""
+
+    silence_s: float
+    first_step_s: float
+    examples_per_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What an order asks for.
+
+    `num_examples` counts an example once for each time that it passes through the model;
+    `num_bytes` is of all transfers. `step_ratio` is how many times longer a step may be than one
+    before it.
+    """
+
+    num_examples: int
+    num_bytes: int
+    step_ratio: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a client is with an order, in seconds.
+
+    `silent_s` is the time since it was last heard of, `idle_s` since it last made progress,
+    `total_s` since it pulled the order. `longest_step_s` is None before it has finished two steps.
+    """
+
+    silent_s: float
+    idle_s: float
+    total_s: float
+    longest_step_s: float | None = None
+
+
+def find_lateness(progress: Progress, work: Work, patience: Patience) -> Lateness | None:
+    """Return why the client of a pulled order is late, None if it isn't."""
+    if progress.silent_s > patience.silence_s:
+        return Lateness.SILENT
+    if progress.idle_s > idle_bound_s(progress, work, patience):
+        return Lateness.NO_PROGRESS
+    if progress.total_s > total_bound_s(work, patience):
+        return Lateness.TOO_LONG
+    return None
+
+
+def idle_bound_s(progress: Progress, work: Work, patience: Patience) -> float:
+    """Return for how many seconds a client that is heard of may make no progress."""
+    if progress.longest_step_s is None:
+        return patience.first_step_s
+    longest_s = _STEP_MULTIPLE * work.step_ratio * progress.longest_step_s
+    return max(patience.silence_s, longest_s)
+
+
+def total_bound_s(work: Work, patience: Patience) -> float:
+    """Return how many seconds an order may take in all."""
+    return (
+        patience.first_step_s
+        + work.num_examples / patience.examples_per_s
+        + work.num_bytes / patience.bytes_per_s
+    )
+
+
+def find_loss(*, is_session_live: bool, waiting_s: float, patience: Patience) -> Lateness | None:
+    """Return why an order that nobody has pulled is lost, None if it isn't.
+
+    `waiting_s` is for how many seconds its client could have pulled it.
+    """
+    if not is_session_live:
+        return Lateness.GONE
+    if waiting_s > patience.first_step_s:
+        return Lateness.NEVER_PULLED
+    return None
+
+
+def patience_of(settings: ServerSettings) -> Patience:
+    """Return how long the settings say to wait."""
+    return Patience(
+        silence_s=settings.stall_after,
+        first_step_s=settings.first_step,
+        examples_per_s=settings.min_examples_per_s,
+        bytes_per_s=settings.min_bytes_per_s,
+    )
+
+
+def work_of(order: WorkOrder, *, num_examples: int) -> Work:
+    """Return what an order asks of a client with so many examples.
+
+    A local rule may train a model of the client's own as long again, and evaluate it too.
+    """
+    num_models = 1 if order.training.local_rule is None else 2
+    passes = num_models * (order.training.epochs + order.evaluate)
+    return Work(
+        num_examples=passes * num_examples,
+        num_bytes=_NUM_TRANSFERS * sum(one.size_bytes for one in order.sections),
+        step_ratio=(
+            max(1.0, order.training.batch_size / _EVALUATION_BATCH_SIZE) if order.evaluate else 1.0
+        ),
+    )
 
 
 async def give_up_orders(parts: Parts) -> None:
-    """Abandon the orders whose clients don't get further, or are gone."""
-    if parts.settings.require_all:
-        return
-    for order in parts.book.open_orders():
-        stalled = order.handed_out_at is not None and (
-            parts.book.idle_s(order) > parts.settings.stall_after
-        )
-        lost = order.handed_out_at is None and not parts.sessions.has_live_holder(
-            order.order.client_id
-        )
-        if stalled or lost:
-            kind = IncidentKind.CLIENT_STALLED if stalled else IncidentKind.CLIENT_LOST
-            await _abandon(parts, order, kind)
+    """End the open orders whose clients are late, lost, or have left."""
+    book, sessions, settings = parts.book, parts.sessions, parts.settings
+    patience = patience_of(settings)
+    busy = {
+        sessions.holder_of(one.order.client_id)
+        for one in book.open_orders()
+        if one.handed_out_at is not None
+    }
+    for order in book.open_orders():
+        client_id = order.order.client_id
+        if (holder := sessions.holder_of(client_id)) is None:
+            await end_order(parts, order, reason="not here any more")
+            continue
+        if settings.require_all:
+            continue
+        if (away_s := sessions.away_s(client_id)) is not None:
+            if away_s > settings.lease:
+                await stop_expecting(parts, order, away_s)
+            continue
+        if order.handed_out_at is None and holder in busy:
+            book.note_waiting(order.order.order_id)
+        if (why := _lateness_of(parts, order, patience)) is not None:
+            await _abandon(parts, order, why)
 
 
-async def _abandon(parts: Parts, order: OpenOrder, kind: IncidentKind) -> None:
-    """End an order without an update, and say why."""
+def _lateness_of(parts: Parts, order: OpenOrder, patience: Patience) -> Lateness | None:
+    client_id = order.order.client_id
+    idle_s = parts.book.idle_s(order)
+    if order.handed_out_at is None:
+        return find_loss(
+            is_session_live=parts.sessions.has_live_holder(client_id),
+            waiting_s=idle_s,
+            patience=patience,
+        )
+    return find_lateness(
+        Progress(
+            silent_s=min(idle_s, parts.sessions.silent_s(client_id)),
+            idle_s=idle_s,
+            total_s=parts.book.total_s(order),
+            longest_step_s=order.longest_step_s,
+        ),
+        work_of(order.order, num_examples=parts.sessions.num_examples_of(client_id)),
+        patience,
+    )
+
+
+async def _abandon(parts: Parts, order: OpenOrder, why: Lateness) -> None:
+    """End an order without an update, suspend its client, and record why."""
     current = parts.book.current
     assert current is not None
+    is_lost = why in (Lateness.GONE, Lateness.NEVER_PULLED)
     happened = event_of(
-        kind,
+        IncidentKind.CLIENT_LOST if is_lost else IncidentKind.CLIENT_STALLED,
         current.record,
         client_id=order.order.client_id,
         is_incident=True,
+        why=why,
         idle_s=parts.book.idle_s(order),
+        **({"total_s": parts.book.total_s(order)} if why is Lateness.TOO_LONG else {}),
     )
     order_id = order.order.order_id
     recorded = await parts.workers.in_store(

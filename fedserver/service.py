@@ -32,6 +32,8 @@ from shared.foreign_text import MAX_CHARACTERS, printable
 from shared.pb import federation_pb2 as pb
 from shared.types import (
     Counters,
+    Leave,
+    LeaveReason,
     OrderEnd,
     Receipt,
     Registration,
@@ -86,6 +88,11 @@ _RECEIPTS = {
     Receipt.DUPLICATE: pb.RECEIPT_DUPLICATE,
     Receipt.REFUSED: pb.RECEIPT_REFUSED,
     Receipt.LATE: pb.RECEIPT_LATE,
+}
+_LEAVE_REASONS = {
+    pb.LEAVE_REASON_STOPPED: LeaveReason.STOPPED,
+    pb.LEAVE_REASON_GAVE_UP: LeaveReason.GAVE_UP,
+    pb.LEAVE_REASON_TASK_FAILED: LeaveReason.TASK_FAILED,
 }
 _ORDER_ENDS = {
     OrderEnd.ROUND_CLOSED: pb.ORDER_END_ROUND_CLOSED,
@@ -176,6 +183,24 @@ class Servicer:
             directive=pb.DIRECTIVE_ABANDON, order_end=_ORDER_ENDS[order_end]
         )
 
+    async def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
+        """See federation.proto."""
+        if request.reason not in _LEAVE_REASONS:
+            raise InvalidInput(
+                f"there is no reason {request.reason} to leave; say LEAVE_REASON_STOPPED or "
+                "another one of federation.proto's"
+            )
+        await self._desk.leave(
+            request.session_id,
+            Leave(
+                reason=_LEAVE_REASONS[request.reason],
+                client_ids=tuple(request.client_ids),
+                coming_back=request.coming_back,
+                kept_order_ids=tuple(request.kept_order_ids),
+            ),
+        )
+        return pb.LeaveResponse()
+
     async def download_blob(self, request: bytes, context: Context) -> None:
         """See federation.proto; writes framed chunks."""
         # By itself: a first write that carries it and is given up leaves gRPC believing that it is
@@ -211,6 +236,7 @@ class Servicer:
                 "Register": self._unary(self.register, pb.RegisterRequest),
                 "PullWork": self._unary(self.pull_work, pb.PullWorkRequest),
                 "QueryUpload": self._unary(self.query_upload, pb.QueryUploadRequest),
+                "Leave": self._unary(self.leave, pb.LeaveRequest),
                 "ReportProgress": self._unary(self.report_progress, pb.ReportProgressRequest),
                 "DownloadBlob": grpc.unary_stream_rpc_method_handler(
                     self._with_statuses(self.download_blob, name="DownloadBlob")

@@ -1,5 +1,8 @@
 """Who is connected: sessions, the client ids they hold, and their leases.
 
+A client that has left is in no session. One that is expected back keeps its place in its session,
+and counts as gone until it registers again.
+
 Leases run on a monotonic clock that starts anew with the server: after a restart everybody has a
 whole lease to come back.
 """
@@ -7,7 +10,8 @@ whole lease to come back.
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from fedserver.records import Session
 from fedserver.signals import Signal
@@ -33,6 +37,8 @@ class Sessions:
         self._sessions: dict[str, Session] = {}
         self._holders: dict[int, str] = {}
         self._last_call: dict[str, float] = {}
+        self._away_since: dict[int, float] = {}
+        self._data_sizes: dict[int, int] = {}
         for session in known:
             self._add(session)
 
@@ -63,6 +69,8 @@ class Sessions:
                 replaced.append(holder.session_id)
         for old in replaced:
             self._remove(old)
+        for client_id in registration.client_ids:
+            self._away_since.pop(client_id, None)
         session = Session(
             session_id=session_id,
             instance_key=registration.instance_key,
@@ -81,19 +89,81 @@ class Sessions:
             UnknownSession: there is none; the client registers again.
         """
         session = self._sessions.get(session_id)
-        if session is None:
+        if session is None or not self.ids_here(session):
             raise UnknownSession("the server doesn't know this session; register again")
         self._last_call[session_id] = self._clock()
         return session
 
+    def leave(
+        self, client_ids: Collection[int], *, expected: Collection[int] = ()
+    ) -> tuple[list[Session], list[str]]:
+        """Take clients out of their sessions, but for those that are `expected` back.
+
+        Returns the sessions that have changed, and the ids of those without any client left.
+        """
+        changed, ended = [], []
+        now = self._clock()
+        for session in self._holders_of(client_ids):
+            leaving = set(client_ids) & set(session.client_ids) - set(expected)
+            for client_id in set(client_ids) & set(session.client_ids) & set(expected):
+                self._away_since.setdefault(client_id, now)
+            staying = [one for one in session.client_ids if one not in leaving]
+            if not leaving:
+                continue
+            away_since, last_call = dict(self._away_since), self._last_call[session.session_id]
+            self._remove(session.session_id)
+            if not staying:
+                ended.append(session.session_id)
+                continue
+            sizes = dict(zip(session.client_ids, session.num_examples, strict=False))
+            shrunk = replace(
+                session,
+                client_ids=tuple(staying),
+                num_examples=tuple(sizes[one] for one in staying if sizes),
+            )
+            self._add(shrunk)
+            self._last_call[session.session_id] = last_call
+            self._away_since |= {one: at for one, at in away_since.items() if one in staying}
+            changed.append(shrunk)
+        self.changed.notify()
+        return changed, ended
+
+    def away_s(self, client_id: int) -> float | None:
+        """Return for how many seconds a client that is expected back has been away, if it is."""
+        since = self._away_since.get(client_id)
+        return None if since is None else self._clock() - since
+
+    def ids_here(self, session: Session) -> Sequence[int]:
+        """Return the clients of a session that aren't away."""
+        if not self._away_since:
+            return session.client_ids
+        return [one for one in session.client_ids if one not in self._away_since]
+
     def is_live(self, session: Session) -> bool:
-        """Whether the session's lease goes on."""
-        return self._clock() - self._last_call[session.session_id] < self._lease_s
+        """Whether the session's lease goes on, and not all of its clients have left."""
+        is_lease_over = self._clock() - self._last_call[session.session_id] >= self._lease_s
+        return not is_lease_over and bool(self.ids_here(session))
+
+    def holder_of(self, client_id: int) -> str | None:
+        """Return the id of the session that serves a client or expects it back; None: none does."""
+        return self._holders.get(client_id)
+
+    def silent_s(self, client_id: int) -> float:
+        """Return the seconds since the session that serves a client last called."""
+        return self._clock() - self._last_call[self._holders[client_id]]
+
+    def num_examples_of(self, client_id: int) -> int:
+        """Return how many examples a client has; 0 as long as it hasn't said."""
+        return self._data_sizes.get(client_id, 0)
 
     def has_live_holder(self, client_id: int) -> bool:
-        """Whether a session with a lease that goes on serves this client id."""
+        """Whether the client is there: in a session with a lease that goes on, and not away."""
         holder = self._holders.get(client_id)
-        return holder is not None and self.is_live(self._sessions[holder])
+        return (
+            holder is not None
+            and client_id not in self._away_since
+            and self.is_live(self._sessions[holder])
+        )
 
     def ready_clients(self, *, only_live: bool) -> set[int]:
         """Return the client ids that have told how much data they have."""
@@ -101,16 +171,12 @@ class Sessions:
             client_id
             for session in self._sessions.values()
             if session.num_examples and (not only_live or self.is_live(session))
-            for client_id in session.client_ids
+            for client_id in (self.ids_here(session) if only_live else session.client_ids)
         }
 
-    def data_sizes(self) -> dict[int, int]:
+    def data_sizes(self) -> Mapping[int, int]:
         """Return how many examples each client has, of those that have told."""
-        return {
-            client_id: size
-            for session in self._sessions.values()
-            for client_id, size in zip(session.client_ids, session.num_examples, strict=False)
-        }
+        return self._data_sizes
 
     def live_sessions(self) -> set[str]:
         """Return the ids of the sessions whose lease goes on."""
@@ -125,6 +191,8 @@ class Sessions:
         self._last_call[session.session_id] = self._clock()
         for client_id in session.client_ids:
             self._holders[client_id] = session.session_id
+        for client_id, size in zip(session.client_ids, session.num_examples, strict=False):
+            self._data_sizes[client_id] = size
 
     def _remove(self, session_id: str) -> None:
         session = self._sessions.pop(session_id)
@@ -132,6 +200,8 @@ class Sessions:
         for client_id in session.client_ids:
             if self._holders.get(client_id) == session_id:
                 del self._holders[client_id]
+                self._data_sizes.pop(client_id, None)
+                self._away_since.pop(client_id, None)
 
 
 def _examine(registration: Registration, *, max_num_examples: int) -> None:

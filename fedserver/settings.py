@@ -154,7 +154,26 @@ class RoundSettings(Settings):
         default=False, description="wait for every client of the cohort, however long it takes"
     )
     stall_after: float = Field(
-        default=60, gt=0, description="seconds without progress until an order is given up"
+        default=60,
+        gt=0,
+        description="seconds until an order is given up whose client isn't heard of, or makes no "
+        "progress for ten times its longest step so far",
+    )
+    first_step: float = Field(
+        default=600,
+        gt=0,
+        description="seconds that a client may take for its first step of training, as long as it "
+        "is heard of, or to pull its order",
+    )
+    min_examples_per_s: float = Field(
+        default=0.1,
+        gt=0,
+        description="slowest training that an order is waited for, in examples a second",
+    )
+    min_bytes_per_s: float = Field(
+        default=10_000,
+        gt=0,
+        description="slowest transfer that an order is waited for, in bytes a second",
     )
     round_deadline: float | None = Field(
         default=None, gt=0, description="seconds after which a round closes with what it has"

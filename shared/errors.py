@@ -15,6 +15,8 @@
     +- StorageDamaged        INTERNAL             the store or a blob is not what was written
     +- Locked                FAILED_PRECONDITION  another process works in this state-dir
     +- RunFailed             ABORTED              the run can't go on
+    +- TaskFailed            FAILED_PRECONDITION  the task's own code failed for some clients
+    +- NoAnswer              UNAVAILABLE          the server didn't answer for too long
     +- ServerUnreachable     UNAVAILABLE, retry
 
 `status` is the name of the gRPC status code that carries the error; `retry` says whether the
@@ -112,6 +114,18 @@ class RunFailed(FederationError):
     """The run can't go on; the message says why and what would help."""
 
     status = "ABORTED"
+
+
+class TaskFailed(FederationError):
+    """The task's own code failed for some clients of a process; its errors are in the log."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class NoAnswer(FederationError):
+    """The server hasn't answered for so long that the client ends; start it again later."""
+
+    status = "UNAVAILABLE"
 
 
 class ServerUnreachable(FederationError):

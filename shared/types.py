@@ -87,6 +87,7 @@ class IncidentKind(StrEnum):
     """More rounds have gone on without its update than an asynchronous run waits for."""
     CLIENT_STALLED = "client-stalled"
     CLIENT_LOST = "client-lost"
+    CLIENT_LEFT = "client-left"
     CLIENT_STATE_LOST = "client-state-lost"
     ROUND_FAILED = "round-failed"
     SERVER_RESTARTED = "server-restarted"
@@ -324,6 +325,30 @@ class Receipt(StrEnum):
     DUPLICATE = "duplicate"
     REFUSED = "refused"
     LATE = "late"
+
+
+class LeaveReason(StrEnum):
+    """Why a client leaves a run before its end."""
+
+    STOPPED = "stopped"
+    """Somebody stopped its process."""
+    GAVE_UP = "gave-up"
+    """It can't do what the run asks for."""
+    TASK_FAILED = "task-failed"
+    """The task's own code failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leave:
+    """What a client says when it leaves: see Leave in federation.proto.
+
+    `client_ids` is empty where all of the session's leave.
+    """
+
+    reason: LeaveReason
+    client_ids: tuple[int, ...] = ()
+    coming_back: bool = False
+    kept_order_ids: tuple[str, ...] = ()
 
 
 class OrderEnd(StrEnum):

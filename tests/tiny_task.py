@@ -7,6 +7,8 @@ happen while an update is on the wire. What one process does differently is told
     TINY_WIDTH      how wide the hidden layer of `tiny` is, as of another version of the task; 16
     TINY_BIG_WIDTH  how wide those of `big` are: 4 * width^2 bytes, the same for all of a run; 2600
     TINY_TRACE      "1": a line `tiny-step N` on standard error after every training step
+    TINY_EMPTY      the ids of clients without any examples, as "1,3"
+    TINY_BROKEN     the ids of clients whose examples can't be read, as "2"
     TINY_BAD        "pixel": one pixel of this client's data is NaN; "gradient": a finite loss whose
                     gradient isn't
 """
@@ -21,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from shared.tasks import DataRequest, Examples, Task
 
@@ -68,12 +70,29 @@ def _draw(seed: int, num_examples: int) -> TensorDataset:
     return TensorDataset(centres[labels] + 0.5 * noise, labels)
 
 
+class _Broken(Dataset[tuple[Tensor, ...]]):
+    """Examples on a disk that has failed."""
+
+    def __len__(self) -> int:
+        return BATCH_SIZE
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        raise OSError(f"example {index} can't be read")
+
+
 def _load_train(request: DataRequest) -> Examples:
     client_id = 0 if request.partition is None else request.partition.index
-    dataset = _draw(1000 + client_id, num_examples_of(client_id))
+    if _is_named("TINY_BROKEN", client_id):
+        return _Broken()
+    is_empty = _is_named("TINY_EMPTY", client_id)
+    dataset = _draw(1000 + client_id, 0 if is_empty else num_examples_of(client_id))
     if os.environ.get("TINY_BAD") == "pixel":
         dataset.tensors[0][3, 2] = torch.nan
     return dataset
+
+
+def _is_named(variable: str, client_id: int) -> bool:
+    return str(client_id) in os.environ.get(variable, "").split(",")
 
 
 def _load_test(_: Path | None) -> Examples:

@@ -554,6 +554,31 @@ DIRECTIVE_ABANDON: Directive.ValueType  # 2
 """The order has ended without this client: stop working on it and pull again."""
 Global___Directive: _TypeAlias = Directive  # noqa: Y015
 
+class _LeaveReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LeaveReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LeaveReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LEAVE_REASON_UNSPECIFIED: _LeaveReason.ValueType  # 0
+    LEAVE_REASON_STOPPED: _LeaveReason.ValueType  # 1
+    """Somebody stopped the process, as by SIGTERM or Ctrl-C."""
+    LEAVE_REASON_GAVE_UP: _LeaveReason.ValueType  # 2
+    """The client can't do what the run asks for, as with other settings or another version."""
+    LEAVE_REASON_TASK_FAILED: _LeaveReason.ValueType  # 3
+    """The task's own code failed; its error stays in the client's log."""
+
+class LeaveReason(_LeaveReason, metaclass=_LeaveReasonEnumTypeWrapper): ...
+
+LEAVE_REASON_UNSPECIFIED: LeaveReason.ValueType  # 0
+LEAVE_REASON_STOPPED: LeaveReason.ValueType  # 1
+"""Somebody stopped the process, as by SIGTERM or Ctrl-C."""
+LEAVE_REASON_GAVE_UP: LeaveReason.ValueType  # 2
+"""The client can't do what the run asks for, as with other settings or another version."""
+LEAVE_REASON_TASK_FAILED: LeaveReason.ValueType  # 3
+"""The task's own code failed; its error stays in the client's log."""
+Global___LeaveReason: _TypeAlias = LeaveReason  # noqa: Y015
+
 @_typing.final
 class RegisterRequest(_message.Message):
     """---- Register"""
@@ -1377,8 +1402,8 @@ Global___ReportProgressRequest: _TypeAlias = ReportProgressRequest  # noqa: Y015
 
 @_typing.final
 class Counters(_message.Message):
-    """How far the client is with one order. Each only ever grows: the server keeps the largest value it
-    has heard of, so a smaller one changes nothing.
+    """How far the client is with one order since it last pulled it. Each only ever grows: the server
+    keeps the largest value it has heard of, so a smaller one changes nothing.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1842,3 +1867,63 @@ class ReportProgressResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportProgressResponse: _TypeAlias = ReportProgressResponse  # noqa: Y015
+
+@_typing.final
+class LeaveRequest(_message.Message):
+    """---- Leave"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_IDS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    COMING_BACK_FIELD_NUMBER: _builtins.int
+    KEPT_ORDER_IDS_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    reason: Global___LeaveReason.ValueType
+    coming_back: _builtins.bool
+    """These clients will be started again soon, as by a service manager."""
+    @_builtins.property
+    def client_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The ids that leave. At most 10,000, each from 0 to 2^53. None: all of the session's. An id that
+        isn't the session's (any more) is passed over.
+        """
+
+    @_builtins.property
+    def kept_order_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Orders of these clients whose updates are durable at the client and not acknowledged yet. The
+        client sends them when it is started again. At most 10,000. What isn't an open order of these
+        ids is passed over.
+        """
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        client_ids: _abc.Iterable[_builtins.int] | None = ...,
+        reason: Global___LeaveReason.ValueType = ...,
+        coming_back: _builtins.bool = ...,
+        kept_order_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_ids", b"client_ids", "coming_back", b"coming_back", "kept_order_ids", b"kept_order_ids", "reason", b"reason", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveRequest: _TypeAlias = LeaveRequest  # noqa: Y015
+
+@_typing.final
+class LeaveResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveResponse: _TypeAlias = LeaveResponse  # noqa: Y015

@@ -64,6 +64,11 @@ class FederationServiceStub:
                 request_serializer=shared_dot_pb_dot_federation__pb2.ReportProgressRequest.SerializeToString,
                 response_deserializer=shared_dot_pb_dot_federation__pb2.ReportProgressResponse.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/fed.v1.FederationService/Leave',
+                request_serializer=shared_dot_pb_dot_federation__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=shared_dot_pb_dot_federation__pb2.LeaveResponse.FromString,
+                _registered_method=True)
 
 
 class FederationServiceServicer:
@@ -83,8 +88,9 @@ class FederationServiceServicer:
     def PullWork(self, request, context):
         """Called by a client that is ready for work. The server parks the call until there is an order
         for one of the session's ids, the run ends, or `wait` (bounded by the server) is over.
-        Asking again returns the same order until it ends. From the first time an order is handed out,
-        its counters must advance (see ReportProgress).
+        Asking again returns the same order until it ends, and its counters begin at 0 again. Once an
+        order is handed out, its counters must advance (see ReportProgress); an order that isn't pulled
+        though its client could is lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,9 +141,31 @@ class FederationServiceServicer:
 
     def ReportProgress(self, request, context):
         """Called by a client every second or so while it works on an order, and once for every incident.
-        An order whose counters don't advance for the server's stall time is ABANDONED; a report with
-        unchanged counters doesn't help it. Incidents are kept once, however often they are sent.
+        The server ABANDONS the order of a client that it hasn't heard of for its stall time; that
+        reports, but whose counters don't advance for ten times the longest time that a batch took it so
+        far (before the second batch: for the server's --first-step); or that takes longer in all than
+        its examples and bytes can take. Incidents are kept once, however often they are sent.
         NOT_FOUND  the server never gave this order
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Leave(self, request, context):
+        """Called by a client whose process ends, or that can no longer take part with some of its ids: it
+        was stopped, or it met an error. After WORK_STATE_FINISHED there is nothing to leave.
+
+        The server neither chooses these ids nor waits for them until they register again. Their open
+        orders are ABANDONED before the answer is sent, and the reason is in the run's history. Two
+        kinds of open orders stay open until the ids register again, but for at most one lease from
+        this call:
+        - all orders of the ids, if `coming_back` is set;
+        - the orders in `kept_order_ids`, whose updates the client has durably and will still send.
+        In a run that waits for every client however long it takes (--require-all), ids that were
+        stopped or are coming back keep their orders without a bound, and later rounds wait for them.
+        Nobody is suspended for leaving. The session goes on with the ids that stay; without any it
+        ends, and a call repeated after that answers UNAUTHENTICATED: there is nothing left to do.
+        INVALID_ARGUMENT  the reason isn't one of LeaveReason's
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -175,6 +203,11 @@ def add_FederationServiceServicer_to_server(servicer, server):
                     servicer.ReportProgress,
                     request_deserializer=shared_dot_pb_dot_federation__pb2.ReportProgressRequest.FromString,
                     response_serializer=shared_dot_pb_dot_federation__pb2.ReportProgressResponse.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=shared_dot_pb_dot_federation__pb2.LeaveRequest.FromString,
+                    response_serializer=shared_dot_pb_dot_federation__pb2.LeaveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -339,6 +372,33 @@ class FederationService:
             '/fed.v1.FederationService/ReportProgress',
             shared_dot_pb_dot_federation__pb2.ReportProgressRequest.SerializeToString,
             shared_dot_pb_dot_federation__pb2.ReportProgressResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fed.v1.FederationService/Leave',
+            shared_dot_pb_dot_federation__pb2.LeaveRequest.SerializeToString,
+            shared_dot_pb_dot_federation__pb2.LeaveResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -84,8 +84,9 @@ class FederationServiceStub:
     PullWork: _grpc.UnaryUnaryMultiCallable[_federation_pb2.PullWorkRequest, _federation_pb2.PullWorkResponse]
     """Called by a client that is ready for work. The server parks the call until there is an order
     for one of the session's ids, the run ends, or `wait` (bounded by the server) is over.
-    Asking again returns the same order until it ends. From the first time an order is handed out,
-    its counters must advance (see ReportProgress).
+    Asking again returns the same order until it ends, and its counters begin at 0 again. Once an
+    order is handed out, its counters must advance (see ReportProgress); an order that isn't pulled
+    though its client could is lost.
     """
     DownloadBlob: _grpc.UnaryStreamMultiCallable[_federation_pb2.DownloadBlobRequest, _federation_pb2.DownloadBlobResponse]
     """Called by a client for a blob its cache doesn't hold. The server sends the bytes from `offset`
@@ -120,9 +121,27 @@ class FederationServiceStub:
     """
     ReportProgress: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ReportProgressRequest, _federation_pb2.ReportProgressResponse]
     """Called by a client every second or so while it works on an order, and once for every incident.
-    An order whose counters don't advance for the server's stall time is ABANDONED; a report with
-    unchanged counters doesn't help it. Incidents are kept once, however often they are sent.
+    The server ABANDONS the order of a client that it hasn't heard of for its stall time; that
+    reports, but whose counters don't advance for ten times the longest time that a batch took it so
+    far (before the second batch: for the server's --first-step); or that takes longer in all than
+    its examples and bytes can take. Incidents are kept once, however often they are sent.
       NOT_FOUND  the server never gave this order
+    """
+    Leave: _grpc.UnaryUnaryMultiCallable[_federation_pb2.LeaveRequest, _federation_pb2.LeaveResponse]
+    """Called by a client whose process ends, or that can no longer take part with some of its ids: it
+    was stopped, or it met an error. After WORK_STATE_FINISHED there is nothing to leave.
+
+    The server neither chooses these ids nor waits for them until they register again. Their open
+    orders are ABANDONED before the answer is sent, and the reason is in the run's history. Two
+    kinds of open orders stay open until the ids register again, but for at most one lease from
+    this call:
+      - all orders of the ids, if `coming_back` is set;
+      - the orders in `kept_order_ids`, whose updates the client has durably and will still send.
+    In a run that waits for every client however long it takes (--require-all), ids that were
+    stopped or are coming back keep their orders without a bound, and later rounds wait for them.
+    Nobody is suspended for leaving. The session goes on with the ids that stay; without any it
+    ends, and a call repeated after that answers UNAUTHENTICATED: there is nothing left to do.
+      INVALID_ARGUMENT  the reason isn't one of LeaveReason's
     """
 
 @_typing.type_check_only
@@ -138,8 +157,9 @@ class FederationServiceAsyncStub(FederationServiceStub):
     PullWork: _aio.UnaryUnaryMultiCallable[_federation_pb2.PullWorkRequest, _federation_pb2.PullWorkResponse]  # type: ignore[assignment]
     """Called by a client that is ready for work. The server parks the call until there is an order
     for one of the session's ids, the run ends, or `wait` (bounded by the server) is over.
-    Asking again returns the same order until it ends. From the first time an order is handed out,
-    its counters must advance (see ReportProgress).
+    Asking again returns the same order until it ends, and its counters begin at 0 again. Once an
+    order is handed out, its counters must advance (see ReportProgress); an order that isn't pulled
+    though its client could is lost.
     """
     DownloadBlob: _aio.UnaryStreamMultiCallable[_federation_pb2.DownloadBlobRequest, _federation_pb2.DownloadBlobResponse]  # type: ignore[assignment]
     """Called by a client for a blob its cache doesn't hold. The server sends the bytes from `offset`
@@ -174,9 +194,27 @@ class FederationServiceAsyncStub(FederationServiceStub):
     """
     ReportProgress: _aio.UnaryUnaryMultiCallable[_federation_pb2.ReportProgressRequest, _federation_pb2.ReportProgressResponse]  # type: ignore[assignment]
     """Called by a client every second or so while it works on an order, and once for every incident.
-    An order whose counters don't advance for the server's stall time is ABANDONED; a report with
-    unchanged counters doesn't help it. Incidents are kept once, however often they are sent.
+    The server ABANDONS the order of a client that it hasn't heard of for its stall time; that
+    reports, but whose counters don't advance for ten times the longest time that a batch took it so
+    far (before the second batch: for the server's --first-step); or that takes longer in all than
+    its examples and bytes can take. Incidents are kept once, however often they are sent.
       NOT_FOUND  the server never gave this order
+    """
+    Leave: _aio.UnaryUnaryMultiCallable[_federation_pb2.LeaveRequest, _federation_pb2.LeaveResponse]  # type: ignore[assignment]
+    """Called by a client whose process ends, or that can no longer take part with some of its ids: it
+    was stopped, or it met an error. After WORK_STATE_FINISHED there is nothing to leave.
+
+    The server neither chooses these ids nor waits for them until they register again. Their open
+    orders are ABANDONED before the answer is sent, and the reason is in the run's history. Two
+    kinds of open orders stay open until the ids register again, but for at most one lease from
+    this call:
+      - all orders of the ids, if `coming_back` is set;
+      - the orders in `kept_order_ids`, whose updates the client has durably and will still send.
+    In a run that waits for every client however long it takes (--require-all), ids that were
+    stopped or are coming back keep their orders without a bound, and later rounds wait for them.
+    Nobody is suspended for leaving. The session goes on with the ids that stay; without any it
+    ends, and a call repeated after that answers UNAUTHENTICATED: there is nothing left to do.
+      INVALID_ARGUMENT  the reason isn't one of LeaveReason's
     """
 
 class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -201,8 +239,9 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_federation_pb2.PullWorkResponse, _abc.Awaitable[_federation_pb2.PullWorkResponse]]:
         """Called by a client that is ready for work. The server parks the call until there is an order
         for one of the session's ids, the run ends, or `wait` (bounded by the server) is over.
-        Asking again returns the same order until it ends. From the first time an order is handed out,
-        its counters must advance (see ReportProgress).
+        Asking again returns the same order until it ends, and its counters begin at 0 again. Once an
+        order is handed out, its counters must advance (see ReportProgress); an order that isn't pulled
+        though its client could is lost.
         """
 
     @_abc_1.abstractmethod
@@ -261,9 +300,33 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.ReportProgressResponse, _abc.Awaitable[_federation_pb2.ReportProgressResponse]]:
         """Called by a client every second or so while it works on an order, and once for every incident.
-        An order whose counters don't advance for the server's stall time is ABANDONED; a report with
-        unchanged counters doesn't help it. Incidents are kept once, however often they are sent.
+        The server ABANDONS the order of a client that it hasn't heard of for its stall time; that
+        reports, but whose counters don't advance for ten times the longest time that a batch took it so
+        far (before the second batch: for the server's --first-step); or that takes longer in all than
+        its examples and bytes can take. Incidents are kept once, however often they are sent.
           NOT_FOUND  the server never gave this order
+        """
+
+    @_abc_1.abstractmethod
+    def Leave(
+        self,
+        request: _federation_pb2.LeaveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.LeaveResponse, _abc.Awaitable[_federation_pb2.LeaveResponse]]:
+        """Called by a client whose process ends, or that can no longer take part with some of its ids: it
+        was stopped, or it met an error. After WORK_STATE_FINISHED there is nothing to leave.
+
+        The server neither chooses these ids nor waits for them until they register again. Their open
+        orders are ABANDONED before the answer is sent, and the reason is in the run's history. Two
+        kinds of open orders stay open until the ids register again, but for at most one lease from
+        this call:
+          - all orders of the ids, if `coming_back` is set;
+          - the orders in `kept_order_ids`, whose updates the client has durably and will still send.
+        In a run that waits for every client however long it takes (--require-all), ids that were
+        stopped or are coming back keep their orders without a bound, and later rounds wait for them.
+        Nobody is suspended for leaving. The session goes on with the ids that stay; without any it
+        ends, and a call repeated after that answers UNAUTHENTICATED: there is nothing left to do.
+          INVALID_ARGUMENT  the reason isn't one of LeaveReason's
         """
 
 def add_FederationServiceServicer_to_server(servicer: FederationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

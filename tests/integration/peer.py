@@ -150,6 +150,28 @@ class Peer:
         )
         return self.stub.ReportProgress(request, timeout=GENEROUS_S).directive
 
+    def leave(
+        self,
+        reason: pb.LeaveReason.ValueType,
+        *,
+        client_ids: Sequence[int] = (),
+        coming_back: bool = False,
+        kept_order_ids: Sequence[str] = (),
+    ) -> None:
+        """Say goodbye for some ids of the session, or for all."""
+        request = pb.LeaveRequest(
+            session_id=self.session_id,
+            client_ids=client_ids,
+            reason=reason,
+            coming_back=coming_back,
+            kept_order_ids=kept_order_ids,
+        )
+        self.stub.Leave(request, timeout=GENEROUS_S)
+
+    def come_back(self, *, num_examples: int = 10) -> None:
+        """Register again, as a client that is started again."""
+        self.session_id = self.register(num_examples=[num_examples]).session_id
+
     def close(self) -> None:
         """End the connection."""
         self.channel.close()
@@ -298,6 +320,10 @@ def each_method(peer: Peer, order_id: str, digest: str) -> Iterator[tuple[str, C
         lambda: stub.QueryUpload(
             pb.QueryUploadRequest(session_id=session_id, order_id=order_id, digest=digest)
         ),
+    )
+    yield (
+        "Leave",
+        lambda: stub.Leave(pb.LeaveRequest(session_id=session_id, reason=pb.LEAVE_REASON_STOPPED)),
     )
     yield (
         "ReportProgress",

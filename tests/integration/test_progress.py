@@ -59,6 +59,8 @@ def test_an_order_whose_counters_stand_still_is_given_up_despite_heartbeats(
     hurried.settle(2)
     stuck, busy = hurried.peers[0], hurried.peers[1]
     batches = iter(range(1, 1_000_000))
+    # Two quick steps: from then on it is known how long one takes.
+    stuck.report(hurried.orders[0], batches=6)
     directives: set[int] = set()
 
     def is_given_up() -> bool:
@@ -78,25 +80,88 @@ def test_an_order_whose_counters_stand_still_is_given_up_despite_heartbeats(
     stalled = [one for one in entry["incidents"] if one["kind"] == "client-stalled"]
     assert [one["client"] for one in stalled] == [0]
     assert stalled[0]["idle_s"] > STALL_S
+    assert stalled[0]["why"] == "no-progress"
 
 
-def test_an_order_nobody_pulled_yet_has_no_stall_clock(hurried: OpenRound) -> None:
-    """A client that is connected and busy with nothing of this round isn't late."""
+def test_a_batch_longer_than_the_silence_allowed_isnt_late(
+    hurried: OpenRound, impatient: Server, module_scene: Scene
+) -> None:
+    """A client that reports with unchanged counters is waited for; one that says nothing isn't."""
+    hurried.settle(2)
+    silent, training = hurried.peers[0], hurried.peers[1]
+    num_before = impatient.count_lines("client-stalled")
+    # Its silence begins here: after the other one last made progress, which was when it pulled.
+    silent.query(hurried.orders[0], b"")
+
+    def is_given_up() -> bool:
+        assert training.report(hurried.orders[1]) == pb.DIRECTIVE_CONTINUE
+        return impatient.count_lines("client-stalled") > num_before
+
+    wait_until(is_given_up, what="the silent client to be given up", every_s=0.05)
+    payload = payload_of(changed(hurried.base))
+    assert training.upload(hurried.orders[1], payload).receipt == pb.RECEIPT_STORED
+    open_round(hurried.peers).settle()
+    incidents = entry_of(module_scene.history(), hurried.orders[0])["incidents"]
+    assert [(one["client"], one["kind"], one["why"]) for one in incidents] == [
+        (0, "client-stalled", "silent")
+    ]
+
+
+def test_neither_tiny_progress_nor_registering_again_holds_a_round_open(scene: Scene) -> None:
+    """Both end at a bound, which a client with a hundred times the data is far from."""
+    server = scene.server(
+        *("--task", "tests.tiny_task:tiny", "--rounds", 1000, "--epochs", 2),
+        *("--min-clients", 3, "--min-updates", 1, "--stall-after", 3600, "--lease", 3600),
+        *("--first-step", 4, "--min-examples-per-s", 10, "--min-bytes-per-s", 1_000_000),
+    )
+    tiny, large = Peer(server.address, 0), Peer(server.address, 1, num_examples=1000)
+    idler = Peer(server.address, 2)
+    orders = {one.client_id: one.pull_order() for one in (tiny, large)}
+    batches = count(1)
+    has_ended = False
+
+    def are_given_up() -> bool:
+        nonlocal has_ended
+        number = next(batches)
+        if not has_ended:
+            # Another one after it was told to stop would only be told so again.
+            has_ended = tiny.report(orders[0], batches=number) == pb.DIRECTIVE_ABANDON
+        assert large.report(orders[1], batches=number) == pb.DIRECTIVE_CONTINUE
+        idler.register(num_examples=[10])
+        return has_ended and server.count_lines("client-lost") == 1
+
+    wait_until(are_given_up, what="both to be given up", every_s=0.05)
+    payload = payload_of(large.base_of(orders[1]))
+    assert large.upload(orders[1], payload).receipt == pb.RECEIPT_STORED
+    server.wait_for_line("round-done round=1")
+    incidents = entry_of(scene.history(), orders[0])["incidents"]
+    found = {one["client"]: (one["kind"], one["why"]) for one in incidents}
+    assert found == {0: ("client-stalled", "too-long"), 2: ("client-lost", "never-pulled")}
+    for peer in (tiny, large, idler):
+        peer.close()
+
+
+def test_an_order_nobody_pulled_yet_has_no_stall_clock(
+    hurried: OpenRound, impatient: Server
+) -> None:
+    """A client that is connected and busy with nothing of this round isn't late so soon."""
     hurried.settle()
     slow = hurried.peers[2]
     orders = {one: hurried.peers[one].pull_order() for one in (0, 1)}
+    num_before = impatient.count_lines("client-stalled")
 
     def is_given_up() -> bool:
         hurried.peers[1].report(orders[1], batches=1)
         # A call of any kind shows that the client lives.
         slow.query(hurried.orders[2], b"")
-        return hurried.peers[0].report(orders[0]) == pb.DIRECTIVE_ABANDON
+        return impatient.count_lines("client-stalled") > num_before
 
     wait_until(is_given_up, what="the client that pulled and did nothing to be given up")
     order = slow.pull_order()
     assert order.round == orders[0].round
     assert slow.report(order) == pb.DIRECTIVE_CONTINUE
-    assert slow.upload(order, payload_of(hurried.base)).receipt == pb.RECEIPT_STORED
+    for peer, pulled in ((slow, order), (hurried.peers[1], orders[1])):
+        assert peer.upload(pulled, payload_of(hurried.base)).receipt == pb.RECEIPT_STORED
 
 
 class Holding:
@@ -142,11 +207,12 @@ def queued(hurried: OpenRound, holding: Holding) -> SlowUpload:
     waiting = hurried.peers[1].stream_in_line(hurried.orders[1], payload)
     waiting.send(payload)
     # From here on this one does nothing: its clock begins after the waiting one's.
-    hurried.peers[2].report(hurried.orders[2], batches=1)
+    for batches in (1, 2):
+        hurried.peers[2].report(hurried.orders[2], batches=batches)
 
     def is_given_up() -> bool:
         holding.stay()
-        return hurried.peers[2].report(hurried.orders[2], batches=1) == pb.DIRECTIVE_ABANDON
+        return hurried.peers[2].report(hurried.orders[2], batches=2) == pb.DIRECTIVE_ABANDON
 
     wait_until(is_given_up, what="the client that does nothing to be given up", every_s=0.05)
     return waiting

@@ -128,6 +128,7 @@ def test_an_order_for_somebody_else_is_refused(tmp_path: Path) -> None:
             holdings=Holdings(settings),
             screen=Screen(),
             stop=stop,
+            when_stopped=lambda _: None,
         )
     assert not (tmp_path / "states").exists()
 

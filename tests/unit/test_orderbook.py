@@ -84,6 +84,51 @@ def test_a_heartbeat_alone_is_not_progress(book: OrderBook, clock: Clock) -> Non
     assert order.counters == Counters(bytes_received=10, batches=6)
 
 
+def test_the_longest_step_is_the_time_between_two_batches(book: OrderBook, clock: Clock) -> None:
+    """Not the time before the first one, and neither bytes nor waiting for the server are steps."""
+    order = order_of(book, 0)
+    order_id = book.hand_out(order).order_id
+    clock.now += 300
+    book.advance(order_id, Counters(batches=1, bytes_received=5))
+    assert order.longest_step_s is None
+    clock.now += 2
+    book.advance(order_id, Counters(batches=1, bytes_received=9))
+    assert order.longest_step_s is None
+    clock.now += 5
+    book.advance(order_id, Counters(batches=2, bytes_received=9))
+    assert order.longest_step_s == 7
+    clock.now += 3
+    book.note_waiting(order_id)
+    clock.now += 1
+    book.advance(order_id, Counters(batches=2, bytes_received=9, replays=1))
+    assert order.longest_step_s == 7
+    assert book.total_s(order) == 308
+
+
+def test_a_client_that_asks_for_its_order_again_begins_anew(book: OrderBook, clock: Clock) -> None:
+    """Started again, it counts from 0: its first batch is progress, though it had got further."""
+    order = order_of(book, 0)
+    order_id = book.hand_out(order).order_id
+    book.advance(order_id, Counters(batches=900))
+    clock.now += 50
+    assert book.hand_out(order_of(book, 0)).order_id == order_id
+    assert book.idle_s(order) == 50
+    book.advance(order_id, Counters(batches=1))
+    assert book.idle_s(order) == 0
+    assert order.longest_step_s is None
+    assert book.total_s(order) == 50
+
+
+def test_an_order_that_its_client_left_is_as_if_it_had_not_been_given(book: OrderBook) -> None:
+    """Nobody is asked for it, and another one may be given to the client in the same round."""
+    order = order_of(book, 0)
+    book.forget(order.order.order_id)
+    assert book.find(order.order.order_id) is None
+    assert book.open_order_of([0]) is None
+    assert book.states() == [OrderState.OPEN]
+    book.forget("no-such-order")
+
+
 def test_bytes_on_the_wire_are_progress(book: OrderBook, clock: Clock) -> None:
     """What the server sees itself counts without a report; of an unknown order, for nothing."""
     order = order_of(book, 0)

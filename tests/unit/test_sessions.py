@@ -137,3 +137,50 @@ def test_a_malformed_registration_is_refused(
     with pytest.raises(InvalidInput, match=words):
         sessions.register(registration)
     assert sessions.live_sessions() == set()
+
+
+def test_a_client_that_leaves_is_in_no_session(sessions: Sessions) -> None:
+    """The others of its process stay, with their data sizes; with the last the session ends."""
+    session, _ = sessions.register(make_registration(1, 2, num_examples=(5, 6)))
+    (changed,), ended = sessions.leave([1])
+    assert (changed.client_ids, changed.num_examples, ended) == ((2,), (6,), [])
+    assert sessions.touch(session.session_id) == changed
+    assert sessions.ready_clients(only_live=False) == {2}
+    assert dict(sessions.data_sizes()) == {2: 6}
+    assert sessions.holder_of(1) is None
+    assert sessions.leave([1, 2]) == ([], [session.session_id])
+    with pytest.raises(UnknownSession):
+        sessions.touch(session.session_id)
+
+
+def test_a_client_that_is_expected_back_keeps_its_place(sessions: Sessions, clock: Clock) -> None:
+    """It isn't there until it registers, and any process may take its place at once."""
+    session, _ = sessions.register(make_registration(1, instance_key="one", num_examples=(5,)))
+    assert sessions.leave([1], expected=[1]) == ([], [])
+    clock.now += 4
+    assert sessions.away_s(1) == 4
+    assert sessions.ready_clients(only_live=True) == set()
+    assert sessions.ready_clients(only_live=False) == {1}
+    assert not sessions.has_live_holder(1)
+    assert sessions.live_sessions() == set()
+    with pytest.raises(UnknownSession):
+        sessions.touch(session.session_id)
+    again, _ = sessions.register(make_registration(1, instance_key="one"))
+    assert (again.session_id, again.num_examples) == (session.session_id, (5,))
+    assert sessions.away_s(1) is None
+    sessions.leave([1], expected=[1])
+    _, replaced = sessions.register(make_registration(1, instance_key="two"))
+    assert replaced == [session.session_id]
+    assert sessions.has_live_holder(1)
+
+
+def test_one_of_many_expected_back_leaves_the_others_their_session(sessions: Sessions) -> None:
+    """Calls for the others go on; a second goodbye takes the one that was expected out."""
+    session, _ = sessions.register(make_registration(1, 2, 3, num_examples=(5, 6, 7)))
+    sessions.leave([1, 2], expected=[2])
+    assert sessions.touch(session.session_id).client_ids == (2, 3)
+    assert sessions.ready_clients(only_live=True) == {3}
+    assert sessions.away_s(2) == 0
+    sessions.leave([2])
+    assert sessions.away_s(2) is None
+    assert sessions.touch(session.session_id).client_ids == (3,)

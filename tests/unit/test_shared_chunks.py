@@ -44,7 +44,13 @@ def test_a_chunk_is_read_once_for_all_who_ask_meanwhile(tmp_path: Path) -> None:
             async def take(framed: bytes) -> None:
                 received.extend(unframe_download(framed))
 
-            await downloads.send(model.digest, offset=0, write=take, on_progress=lambda: None)
+            await downloads.send(
+                model.digest,
+                offset=0,
+                write=take,
+                on_progress=lambda: None,
+                on_waiting=lambda: None,
+            )
             return bytes(received)
 
         first, *others = [asyncio.create_task(download()) for _ in range(5)]
