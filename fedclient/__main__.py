@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from fedclient.settings import ClientSettings
-from shared.cli import log_to_stderr, parse
+from shared.cli import log_to_stderr, parse, print_error
 from shared.errors import FederationError, NoAnswer
+from shared.own_code import in_one_line, show_error
 from shared.stop_signals import StopSignals, interrupting
 
 if TYPE_CHECKING:
@@ -46,12 +47,17 @@ def main(argv: list[str]) -> int:
         with StopSignals(exit_code=0) as signals:
             _run(settings, signals)
     except FederationError as error:
-        print(f"fedclient: {error}", file=sys.stderr)
+        print_error("fedclient", error)
         return 3 if isinstance(error, NoAnswer) else 1
     except KeyboardInterrupt:
         # Before anybody listens for it: there is nothing to end.
         print("fedclient: stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        # The task's own code may raise anything; whose error it is the traceback shows.
+        print(show_error(error), file=sys.stderr)
+        print(f"fedclient: ended by {in_one_line(error)}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -19,9 +19,12 @@ from shared.doctor import TrainingHalted
 from shared.doctor.batches import are_out_of_range
 from shared.doctor.oddness import unusual_entries, usual_state
 from shared.doctor.recording import Snapshot
+from shared.errors import FederationError
 from shared.evaluation import evaluate
+from shared.own_code import in_one_line
 from shared.tasks import Examples, Task
 from shared.training import StepProgress, train_model
+from shared.trial import try_training_step
 from shared.types import TrainingConfig
 
 _CHUNK = 256
@@ -56,11 +59,15 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstSteps:
-    """How the first steps of a training went; `diagnosis` is None where they went well."""
+    """How the first steps of a training went.
+
+    `diagnosis` and `error` (what the task's own code raised) are None where they went well.
+    """
 
     num_steps: int
     losses: tuple[float, ...]
     diagnosis: Diagnosis | None
+    error: Exception | None = None
 
 
 def examine_data(examples: Examples, task: Task) -> list[Observation]:
@@ -137,6 +144,22 @@ def examine_answers(
     )
 
 
+def examine_trial(
+    task: Task, examples: Examples, device: torch.device
+) -> tuple[Observation, Exception | None]:
+    """Say whether a client's examples, model and loss fit each other, and what was raised if not.
+
+    It is the trial step that a client takes before it joins a run.
+    """
+    try:
+        try_training_step(task, examples, device=device)
+    except FederationError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        return Observation(mark=Mark.BAD, what="trial step", found=in_one_line(cause)), cause
+    found = "forward pass, loss and backward pass work"
+    return Observation(mark=Mark.WELL, what="trial step", found=found), None
+
+
 def take_first_steps(
     model: nn.Module,
     examples: Examples,
@@ -158,7 +181,7 @@ def take_first_steps(
     def note(taken: StepProgress) -> None:
         losses.append(taken.loss)
 
-    diagnosis = None
+    diagnosis, failure = None, None
     try:
         train_model(
             model,
@@ -180,13 +203,19 @@ def take_first_steps(
         )
     except TrainingHalted as error:
         diagnosis = error.diagnosis
-    return FirstSteps(num_steps=num_steps, losses=tuple(losses), diagnosis=diagnosis)
+    except Exception as error:
+        # The task's own code may raise anything: the person here is shown it.
+        failure = error
+    return FirstSteps(num_steps=num_steps, losses=tuple(losses), diagnosis=diagnosis, error=failure)
 
 
 def examine_steps(steps: FirstSteps) -> Observation:
     """Say how the first steps went."""
     if steps.diagnosis is not None:
         found = f"{steps.diagnosis.cause} at step {steps.diagnosis.step} of {steps.num_steps}"
+        return Observation(mark=Mark.BAD, what="first steps", found=found)
+    if steps.error is not None:
+        found = f"step {len(steps.losses) + 1} failed with {in_one_line(steps.error)}"
         return Observation(mark=Mark.BAD, what="first steps", found=found)
     first, last = (
         sum(part) / len(part)

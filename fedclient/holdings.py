@@ -14,11 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Subset, TensorDataset
 
+from fedclient.devices import find_device
 from fedclient.settings import ClientSettings
 from shared.data import partition_indices
+from shared.determinism import repeatable
 from shared.errors import InvalidInput, WrongSettings
+from shared.own_code import naming_task_errors
 from shared.stop_signals import interrupting
 from shared.tasks import DataRequest, Examples, Partition, Task, examine_examples, find_task
+from shared.trial import try_training_step
 from shared.types import Partitioning, SessionInfo
 
 logger = logging.getLogger(__name__)
@@ -60,6 +64,7 @@ class Holdings:
 
         Raises:
             WrongSettings: the run's task is somebody's own code, and nobody here said to run it.
+            OwnCodeFailed: the task goes wrong where it reads the data or in a trial step.
             FederationError: the task or its data can't be had, or not so many shares of it.
         """
         wanted = (session.task, session.partitioning)
@@ -77,10 +82,21 @@ class Holdings:
             )
         with interrupting():
             self._task = find_task(session.task)
-            self._examples_of = _share_reader(self._task, session.partitioning, self._settings)
-            self._num_examples = tuple(map(self._examine, self._settings.client_ids))
+            with naming_task_errors(f"task {session.task!r}: loading the data"):
+                self._examples_of = _share_reader(self._task, session.partitioning, self._settings)
+                self._num_examples = tuple(map(self._examine, self._settings.client_ids))
+            self._try_step()
         self._loaded_for = wanted
         return self._num_examples
+
+    def _try_step(self) -> None:
+        """Take a trial step on the examples of the client that has most of them."""
+        most, client_id = max(zip(self._num_examples, self._settings.client_ids, strict=True))
+        if most == 0:
+            return
+        device = find_device(self._settings.device)
+        with repeatable(num_threads=self._settings.threads):
+            try_training_step(self.task, self.examples_of(client_id), device=device)
 
     def _examine(self, client_id: int) -> int:
         """Return how many examples a client has; warn of those that will stop its training."""

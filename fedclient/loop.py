@@ -18,7 +18,7 @@ from fedclient.progress import Stopped
 from fedclient.session import Patience, ServerSession
 from fedclient.settings import ClientSettings
 from fedclient.terminal import Screen
-from shared.errors import FederationError, NoAnswer, RunFailed, TaskFailed
+from shared.errors import FederationError, NoAnswer, OwnCodeFailed, RunFailed, TaskFailed
 from shared.files import replace_file
 from shared.types import LeaveReason, RunEnd, RunFailure, SessionInfo
 
@@ -103,6 +103,9 @@ def take_part(
         raise
     except (RunFailed, TaskFailed, NoAnswer):
         # The run is over, or there is nobody to tell.
+        raise
+    except OwnCodeFailed:
+        goodbye.say(LeaveReason.TASK_FAILED)
         raise
     except FederationError:
         goodbye.say(LeaveReason.GAVE_UP)

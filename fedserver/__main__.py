@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from fedserver.settings import ServerSettings
-from shared.cli import log_to_stderr, parse
+from shared.cli import log_to_stderr, parse, print_error
 from shared.errors import FederationError
 
 COMMANDS = (
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
 
         run_server(settings)
     except FederationError as error:
-        print(f"fedserver: {error}", file=sys.stderr)
+        print_error("fedserver", error)
         return 1
     except KeyboardInterrupt:
         # Before anybody listens for it: there is nothing to end.

@@ -18,10 +18,12 @@ from fedserver.rounds import Phase
 from shared.codec import load_state_into
 from shared.data import make_loader
 from shared.errors import InvalidInput
-from shared.evaluation import Evaluation, evaluate
+from shared.evaluation import Batches, Evaluation, evaluate
 from shared.failpoints import FailPoint, pass_by
 from shared.models import initialise
+from shared.own_code import naming_task_errors
 from shared.tasks import Task, build_model, examine_examples
+from shared.trial import keeping_random_streams
 from shared.types import IncidentKind
 
 _BATCH_SIZE = 256
@@ -37,7 +39,8 @@ class Evaluator:
     """Holds the held-out set and a model to test; `evaluate` computes: call it from a thread."""
 
     def __init__(self, task: Task, model: nn.Module, *, data_root: Path | None) -> None:
-        examples = task.load_test(data_root)
+        with naming_task_errors(f"task {task.name!r}: load_test"):
+            examples = task.load_test(data_root)
         if examples is not None and (bad := examine_examples(task, examples)):
             raise InvalidInput(
                 f"task {task.name!r}: held-out example {bad[0]} (from 0) holds a NaN or an "
@@ -65,6 +68,19 @@ class Evaluator:
         """End an evaluation that goes on, at its next batch."""
         self._stop.set()
 
+    def try_batch(self) -> None:
+        """Measure the model that it was given on the first batch, so that errors come first.
+
+        Raises:
+            OwnCodeFailed: the task's own code raised an error, which is the cause.
+            InvalidInput: the outputs don't fit the targets.
+        """
+        if self._loader is None:
+            return
+        what = f"task {self._task.name!r}: evaluating the model on the first held-out examples"
+        with keeping_random_streams(torch.device("cpu")), naming_task_errors(what):
+            self._measure([next(iter(self._loader))])
+
     def evaluate(self, path: Path) -> Evaluation:
         """Measure the model in the safetensors file at `path`.
 
@@ -75,10 +91,13 @@ class Evaluator:
         """
         assert self._loader is not None
         load_state_into(self._model.state_dict(), path)
+        return self._measure(self._batches())
+
+    def _measure(self, batches: Batches) -> Evaluation:
         num_classes = self._task.num_classes
         return evaluate(
             self._model,
-            self._batches(),
+            batches,
             self._task.loss,
             metrics=self._task.metrics,
             num_classes=num_classes if (num_classes or 0) <= _MAX_CLASSES else None,

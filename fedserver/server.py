@@ -120,6 +120,7 @@ def _prepare(settings: ServerSettings) -> _Prepared:
 
     Raises:
         InvalidInput: a setting can't be what it is.
+        OwnCodeFailed: the task's own code raised an error.
     """
     task = find_task(settings.task)
     strategy = _examine_strategy(settings)
@@ -129,13 +130,15 @@ def _prepare(settings: ServerSettings) -> _Prepared:
     examine_first_values(model, kinds)
     examine_model(strategy.local, model, kinds)
     _examine_compression(settings, model, kinds)
+    evaluator = Evaluator(task, model, data_root=settings.data_root)
+    evaluator.try_batch()
     return _Prepared(
         task=task,
         strategy=strategy,
         kinds=kinds,
         ties=tied_entries(model),
         modules={name for name, _ in model.named_modules()},
-        evaluator=Evaluator(task, model, data_root=settings.data_root),
+        evaluator=evaluator,
     )
 
 

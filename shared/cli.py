@@ -33,7 +33,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
-from shared.errors import FederationError, InvalidInput
+from shared.errors import FederationError, InvalidInput, OwnCodeFailed
+from shared.own_code import show_error
 from shared.times import iso_time
 
 USAGE_EXIT_CODE = 2
@@ -266,6 +267,13 @@ def log_to_stderr(level: str) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for package in ("shared", "fedserver", "fedclient"):
         logging.getLogger(package).setLevel(level)
+
+
+def print_error(program: str, error: FederationError) -> None:
+    """Print an error's sentence on standard error, under the whole error of a task's own code."""
+    if isinstance(error, OwnCodeFailed) and error.__cause__ is not None:
+        print(show_error(error.__cause__), file=sys.stderr)
+    print(f"{program}: {error}", file=sys.stderr)
 
 
 def _find_config(settings_class: type[Settings], argv: list[str]) -> Path | None:

@@ -4,6 +4,7 @@
     +- InvalidInput          INVALID_ARGUMENT     somebody's mistake; also a ValueError
     |  +- CorruptPayload     DATA_LOSS, retry     the bytes are not those of the digest
     |  +- WrongSettings      FAILED_PRECONDITION  the state-dir or the client belongs to another run
+    +- OwnCodeFailed         FAILED_PRECONDITION  a task's own code raised something before a run
     +- DataUnavailable       FAILED_PRECONDITION  a data set can't be had
     +- NotFound              NOT_FOUND            no such order, blob, round or run
     |  +- UnknownSession     UNAUTHENTICATED      register again
@@ -49,6 +50,15 @@ class CorruptPayload(InvalidInput):
 
 class WrongSettings(InvalidInput):
     """What is already there was made with other settings; the message says which differ."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class OwnCodeFailed(FederationError):
+    """A task's own code raised an error, which is the `__cause__`; this side alone shows it.
+
+    The text of that error may hold private data: it never goes over the wire.
+    """
 
     status = "FAILED_PRECONDITION"
 

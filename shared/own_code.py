@@ -1,11 +1,14 @@
 """Code of somebody's own, named in the settings as `package.module:attribute`."""
 
 import importlib
+import os
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from shared.errors import InvalidInput
+from shared.errors import FederationError, InvalidInput, OwnCodeFailed
 
 
 def import_own(what: str, module_name: str) -> ModuleType:
@@ -34,6 +37,38 @@ def import_own(what: str, module_name: str) -> ModuleType:
             f"{what}: importing {module_name} raised {type(error).__name__}: "
             f"{' '.join(str(error).split())}{_place(error)}"
         ) from error
+
+
+@contextmanager
+def naming_task_errors(what: str) -> Iterator[None]:
+    """Raise what a task's own code raises in this block as OwnCodeFailed; `what` names the block.
+
+    Raises:
+        OwnCodeFailed: with the error itself as its cause.
+    """
+    try:
+        yield
+    except FederationError:
+        raise
+    except Exception as error:
+        raise OwnCodeFailed(f"{what} failed with {in_one_line(error)}") from error
+
+
+def in_one_line(error: Exception) -> str:
+    """Return an error's type and its text, whatever its line breaks."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def show_error(error: BaseException) -> str:
+    """Return an error with its traceback from the first file on that isn't of this package."""
+    root = Path(__file__).parents[1]
+    ours = tuple(f"{root / name}{os.sep}" for name in ("shared", "fedclient", "fedserver"))
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(ours):
+        trace = trace.tb_next
+    trace = trace or error.__traceback__
+    return "".join(traceback.format_exception(type(error), error, trace))
 
 
 def _place(error: BaseException) -> str:

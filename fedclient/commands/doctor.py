@@ -12,11 +12,13 @@ from rich.text import Text
 from torch import nn
 
 from fedclient.checkup import (
+    FirstSteps,
     Mark,
     Observation,
     examine_answers,
     examine_data,
     examine_steps,
+    examine_trial,
     examine_weights,
     take_first_steps,
 )
@@ -24,6 +26,7 @@ from fedclient.devices import find_device
 from fedclient.settings import ComputeSettings, DataSettings, SharesSettings
 from shared.cli import parse
 from shared.codec import load_state_into
+from shared.determinism import repeatable
 from shared.diagnosis import Diagnosis
 from shared.diagnosis_text import (
     EXPERIMENT_HEADINGS,
@@ -35,8 +38,9 @@ from shared.diagnosis_text import (
     verdict,
 )
 from shared.errors import InvalidInput
+from shared.own_code import naming_task_errors, show_error
 from shared.seeds import derive_seed
-from shared.tasks import DataRequest, Partition, build_model, find_task
+from shared.tasks import DataRequest, Examples, Partition, Task, build_model, find_task
 from shared.types import OptimizerName, TrainingConfig
 
 _TRAINING = TrainingConfig()
@@ -99,44 +103,72 @@ def run(argv: list[str]) -> int:
     console.print(
         Text(f"client {settings.id}, task {task.name}, {source}", style="bold"), soft_wrap=True
     )
-    examples = task.load_train(DataRequest(data_root=settings.data_root, partition=partition))
-    observations = examine_data(examples, task)
-    diagnosis = None
-    if len(examples):  # type: ignore[arg-type]  # Dataset itself declares no length
-        torch.manual_seed(derive_seed(settings.seed, "init"))
-        model = build_model(task)
-        if settings.model is not None:
-            _load(model, settings.model)
-        is_initial = settings.model is None
-        observations.append(examine_weights(model, is_initial=is_initial))
-        if not is_initial:
-            observations.append(examine_answers(model, examples, task, device))
-        steps = take_first_steps(
-            model,
-            examples,
-            task,
-            training=TrainingConfig(
-                batch_size=settings.batch_size,
-                optimizer=settings.optimizer,
-                lr=settings.lr,
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-                clip_norm=settings.clip_norm,
-            ),
-            num_steps=settings.steps,
-            device=device,
-            seed=derive_seed(settings.seed, "batches", client_id=settings.id),
-            memory_bytes=settings.doctor_bytes,
-            is_initial=is_initial,
-        )
-        observations.append(examine_steps(steps))
-        diagnosis = steps.diagnosis
+    with naming_task_errors(f"task {task.name!r}: load_train"):
+        examples = task.load_train(DataRequest(data_root=settings.data_root, partition=partition))
+        observations = examine_data(examples, task)
+    diagnosis, failure = None, None
+    with repeatable(num_threads=settings.threads):
+        if len(examples):  # type: ignore[arg-type]  # Dataset itself declares no length
+            trial, failure = examine_trial(task, examples, device)
+            observations.append(trial)
+            if failure is None:
+                steps = _examine_model(settings, task, examples, device, observations)
+                diagnosis, failure = steps.diagnosis, steps.error
     console.print(_table(observations))
     if diagnosis is not None:
         _print_diagnosis(console, diagnosis)
-    bad = [one.what for one in observations if one.mark is Mark.BAD]
-    console.print(f"\nNot well: {', '.join(bad)}" if bad else "\nIt is well", style="bold")
-    return 1 if bad else 0
+    if failure is not None:
+        console.print(Text(f"\n{show_error(failure)}"), soft_wrap=True)
+    console.print(f"\n{_summary(observations)}", style="bold")
+    return 1 if any(one.mark is Mark.BAD for one in observations) else 0
+
+
+def _examine_model(
+    settings: CheckupSettings,
+    task: Task,
+    examples: Examples,
+    device: torch.device,
+    observations: list[Observation],
+) -> FirstSteps:
+    """Examine weights, answers and first steps; adds to `observations`."""
+    torch.manual_seed(derive_seed(settings.seed, "init"))
+    model = build_model(task)
+    if settings.model is not None:
+        _load(model, settings.model)
+    is_initial = settings.model is None
+    observations.append(examine_weights(model, is_initial=is_initial))
+    if not is_initial:
+        observations.append(examine_answers(model, examples, task, device))
+    steps = take_first_steps(
+        model,
+        examples,
+        task,
+        training=TrainingConfig(
+            batch_size=settings.batch_size,
+            optimizer=settings.optimizer,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            clip_norm=settings.clip_norm,
+        ),
+        num_steps=settings.steps,
+        device=device,
+        seed=derive_seed(settings.seed, "batches", client_id=settings.id),
+        memory_bytes=settings.doctor_bytes,
+        is_initial=is_initial,
+    )
+    observations.append(examine_steps(steps))
+    return steps
+
+
+def _summary(observations: list[Observation]) -> str:
+    bad, odd = (
+        ", ".join(one.what for one in observations if one.mark is mark)
+        for mark in (Mark.BAD, Mark.ODD)
+    )
+    if bad:
+        return f"Not well: {bad}"
+    return f"It can be trained; look at what is odd: {odd}" if odd else "It is well"
 
 
 def _load(model: nn.Module, path: Path) -> None:

@@ -64,6 +64,7 @@ class Evidence:
         self._before = self._start = case.tape.snapshots[-1]
         self._origin = Origin(phase=StepPhase.INPUT)
         self._largest_input = 0.0
+        self._mixes_dtypes = False
 
     def _find_onset(self) -> None:
         """Find the first step that harmed the model, and the last good state before it.
@@ -118,7 +119,8 @@ class Evidence:
         if bad.taken.error is not None or self._symptom is Symptom.LABEL_OUT_OF_RANGE:
             raised = locate_error(subject.model, batch, compute_loss)
             if raised is not None:
-                self._origin = raised[1]
+                self._origin = raised.origin
+                self._mixes_dtypes = raised.mixes_dtypes
             return
         found = locate(
             subject.model,

@@ -113,6 +113,10 @@ class _Examination(Evidence):
             self._note(ExperimentName.UNCHANGED, is_healed=False)
             if not (self._is_loss_suspect() and self._guarded_step_goes_well()):
                 self._find_onset()
+        if self._mixes_dtypes:
+            # Wider numbers would heal it, since all of them are of one dtype then; but the dtypes
+            # are a mistake of the task's code, and no number is at fault.
+            return self._finding(Cause.UNKNOWN)
         for look in (
             self._look_at_samples,
             self._look_at_batch,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from traceback import walk_tb
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -83,13 +84,23 @@ def locate(
     return found_in_step or next(iter(blamed), None)
 
 
-def locate_error(
-    model: nn.Module, batch: Batch, compute_loss: ComputeLoss
-) -> tuple[Exception, Origin] | None:
-    """Run forward, loss and backward; return what is raised, and in which phase and module.
+class Raised(NamedTuple):
+    """An error of a step, and where it was raised.
 
-    `operation` is the operation of torch that raised it, empty where none did. None if nothing is
-    raised. The model is left as the step leaves it.
+    `origin.operation` is the operation of torch that raised it, empty where none did.
+    `mixes_dtypes` says that this operation was given several floating dtypes, such as float64
+    inputs and float32 weights.
+    """
+
+    error: Exception
+    origin: Origin
+    mixes_dtypes: bool = False
+
+
+def locate_error(model: nn.Module, batch: Batch, compute_loss: ComputeLoss) -> Raised | None:
+    """Run forward, loss and backward; return what is raised, None if nothing is.
+
+    The model is left as the step leaves it.
     """
     watch = Watch(model, is_judging=False)
     try:
@@ -100,9 +111,9 @@ def locate_error(
     # The model and the loss are somebody's: whatever they raise is what is asked for.
     except Exception as error:
         if watch.failed is not None and watch.failed[0] is error:
-            return error, watch.failed[1]
+            return Raised(error, watch.failed[1], mixes_dtypes=watch.failed[2])
         phase, module = watch.where(_modules_in(error, model))
-        return error, Origin(phase=phase, module=module)
+        return Raised(error, Origin(phase=phase, module=module))
     return None
 
 

@@ -85,14 +85,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     `phase` is set by whoever runs the step; inside of the model's forward it is FORWARD anyway.
     Tensors are known by their memory. What is found there was put there by an operation that was
     seen, or was there before: a stale trace is overwritten with the memory. Without `is_judging`
-    it only knows which operation `failed`, and where.
+    it only knows which operation `failed`, where, and whether it was given several floating dtypes.
     """
 
     def __init__(self, model: nn.Module, *, is_judging: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._is_judging = is_judging
         self.phase = StepPhase.LOSS
-        self.failed: tuple[BaseException, Origin] | None = None
+        self.failed: tuple[BaseException, Origin, bool] | None = None
         self._model = model
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._entries: dict[Storage, str] = {}
@@ -222,7 +222,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(*args, **kwargs)
         except Exception as error:
             phase, module = self.where()
-            self.failed = (error, Origin(phase=phase, module=module, operation=operation))
+            given = {one.dtype for value in (*args, *kwargs.values()) for one, _ in floating(value)}
+            origin = Origin(phase=phase, module=module, operation=operation)
+            self.failed = (error, origin, len(given) > 1)
             raise
         if not self._is_judging:
             return result

@@ -18,6 +18,7 @@ from tests.acceptance.federation import (
     start_server,
     verdicts,
 )
+from tests.own_code_tasks import SECRET
 from tests.processes import Process, Scene, Server, wait_until
 
 MIB = 1 << 20
@@ -39,6 +40,22 @@ def expect_sentence(process: Process, *words: str) -> None:
     assert process.count_lines("Traceback") == 0
     missing = [word for word in words if word not in process.lines[-1]]
     assert not missing, f"{missing} aren't in: {process.lines[-1]}"
+
+
+def test_an_error_of_the_tasks_own_code_is_shown_where_it_was_raised(scene: Scene) -> None:
+    """Whole, on the client's own screen; the server hears that training failed, nothing else."""
+    task = "tests.own_code_tasks:later"
+    server = start_server(scene, "--min-clients", 1, "--rounds", 1, task=task)
+    client = start_client(scene, 0, server.address, task=task)
+    assert client.wait() == 1
+    text = "\n".join(client.lines)
+    assert "own_code_tasks.py" in text
+    assert client.lines[-1].startswith("fedclient: ended by KeyError: ")
+    assert client.count_lines(SECRET) == 2
+    server.wait_for_line("training-failed")
+    server.kill()
+    assert server.count_lines(SECRET) == 0
+    assert SECRET not in str(scene.history())
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")

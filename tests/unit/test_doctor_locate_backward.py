@@ -169,7 +169,7 @@ def test_the_error_of_a_label_out_of_range() -> None:
     labels[3] = 7
     found = locate_error(network(), (inputs, labels), cross_entropy)
     assert found is not None
-    error, origin = found
+    error, origin, _ = found
     assert isinstance(error, IndexError)
     assert (origin.phase, origin.module, origin.operation) == (
         *(StepPhase.LOSS, ""),
@@ -185,7 +185,7 @@ def test_the_error_of_batchnorm_with_one_sample() -> None:
     model = network(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(6)))
     found = locate_error(model, (inputs[:1], labels[:1]), cross_entropy)
     assert found is not None
-    error, origin = found
+    error, origin, _ = found
     assert isinstance(error, ValueError)
     assert origin == Origin(phase=StepPhase.FORWARD, module="1.1")
 
@@ -196,6 +196,13 @@ def test_errors_of_shapes_in_forward_loss_and_backward() -> None:
     found = locate_error(network(), (inputs[:, :3], labels), cross_entropy)
     assert found is not None
     assert (found[1].phase, found[1].module) == (StepPhase.FORWARD, "0")
+
+    assert not found.mixes_dtypes
+
+    found = locate_error(network(), (inputs.double(), labels), cross_entropy)
+    assert found is not None
+    assert (found.origin.phase, found.origin.module) == (StepPhase.FORWARD, "0")
+    assert found.mixes_dtypes
 
     found = locate_error(network(), (inputs, labels[:5]), cross_entropy)
     assert found is not None

@@ -15,7 +15,7 @@ from fedclient.holdings import Holdings
 from fedclient.settings import ClientSettings
 from shared import tasks
 from shared.cli import parse
-from shared.errors import InvalidInput, WrongSettings
+from shared.errors import InvalidInput, OwnCodeFailed, WrongSettings
 from shared.tasks import DataRequest, Examples, Task, choose_indices, find_task
 from shared.types import Partitioning, SessionInfo
 
@@ -154,3 +154,39 @@ def test_a_run_of_another_task_than_the_one_insisted_on_is_refused() -> None:
         holdings_of("--id", "0", "--task", "mnist-sample").load(
             replace(SESSION, task="somebody.elses:task")
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("double", "a trial step before the run failed with RuntimeError: mat1 and mat2 must"),
+        ("unreadable", "loading the data failed with KeyError"),
+    ],
+)
+def test_what_the_tasks_own_code_raises_is_told_before_the_data_is_registered(
+    name: str, sentence: str
+) -> None:
+    """With the error itself, for the person here."""
+    task = f"tests.own_code_tasks:{name}"
+    holdings = holdings_of("--id", "0", "--task", task)
+    with pytest.raises(OwnCodeFailed, match=sentence) as caught:
+        holdings.load(replace(SESSION, task=task))
+    assert isinstance(caught.value.__cause__, RuntimeError | KeyError)
+
+
+def test_many_clients_take_one_trial_step(
+    requests: list[DataRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of ids: it costs one batch."""
+    sizes: list[int] = []
+
+    def count(outputs: Tensor, targets: Tensor) -> Tensor:
+        sizes.append(len(targets))
+        return torch.nn.functional.cross_entropy(outputs, targets)
+
+    counting = replace(find_task("numbers"), loss=count)
+    monkeypatch.setattr(tasks, "_BUILT_IN", {"numbers": counting})
+    holdings = holdings_of("--ids", "0-5")
+    holdings.load(SESSION)
+    holdings.load(SESSION)
+    assert sizes == [8]

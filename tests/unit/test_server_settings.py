@@ -10,7 +10,7 @@ from torch import nn
 
 from fedserver.server import run_server
 from fedserver.settings import ServerSettings, settings_begun_with
-from shared.errors import InvalidInput
+from shared.errors import InvalidInput, OwnCodeFailed
 from tests.tiny_task import tiny
 
 half = replace(tiny, build_model=lambda: nn.Linear(8, 3, dtype=torch.bfloat16))
@@ -99,5 +99,23 @@ def test_a_compression_that_saves_nothing_is_refused_at_the_start(
     with pytest.raises(
         InvalidInput, match=rf"--compression {name} makes 54 bytes of the 54 of this"
     ):
+        run_server(settings)
+    assert not state_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("narrow_test", "evaluating the model on the first held-out examples failed with Runtime"),
+        ("bad_metric", "evaluating the model on the first held-out examples failed with KeyError"),
+    ],
+)
+def test_what_cant_be_evaluated_is_refused_at_the_start(
+    tmp_path: Path, name: str, sentence: str
+) -> None:
+    """By a trial on the first held-out examples, before a state-dir is made."""
+    state_dir = tmp_path / "server"
+    settings = ServerSettings(task=f"tests.own_code_tasks:{name}", state_dir=state_dir)
+    with pytest.raises(OwnCodeFailed, match=sentence):
         run_server(settings)
     assert not state_dir.exists()
