@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -25,6 +25,7 @@ from shared.errors import (
     InvalidInput,
     NotFound,
     OutOfSpace,
+    ProxyRefused,
     ServerUnreachable,
     StreamFenced,
     UnknownSession,
@@ -61,6 +62,9 @@ from shared.types import (
     WorkOrder,
     WorkState,
 )
+from shared.wire_limits import examine_limits
+
+Answer = TypeVar("Answer", pb.RegisterResponse, pb.PullWorkResponse)
 
 _OPTIONS = [
     # A proxy is used only where the route names one (see fedclient.routes).
@@ -71,6 +75,8 @@ _OPTIONS = [
     # A connection that died without a word is noticed.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # This is what ends it within 30 s: the keepalive's timeout alone takes 60.
+    ("grpc.http2.ping_timeout_ms", 10_000),
 ]
 _CALL_TIMEOUT_S = 30.0
 
@@ -95,11 +101,35 @@ _CAUSES = {
     "proxy on the way?)",
     "failed to connect.*(Socket closed|reset|recvmsg)": "the connection is closed at once (does "
     "the server expect TLS, or is it no fedserver?)",
-    "Failed parsing HTTP/2|http2 header with status|Method not found": "what answers at the "
+    "Failed parsing HTTP/2|Method not found": "what answers at the "
     "server's address isn't a fedserver, or is one of another version",
     "No route to host|Network is unreachable": "no network leads to that address",
 }
 """What may be the cause, by a pattern in what gRPC says."""
+
+_HTTP_STATUS = re.compile(r"http2 header with status: (\d+)")
+"""What gRPC says of an answer that isn't one of gRPC's: that of an HTTP proxy on the way."""
+
+_PASSING_HTTP_STATUSES = {408, 429, 500, 502, 503, 504}
+"""The server can't be reached for now; any other status is the proxy's own decision."""
+
+_BODY_ADVICE = (
+    "its limit on the size of a body is smaller than an update; raise it (nginx: "
+    "`client_max_body_size 0;` beside `grpc_pass`)"
+)
+_PATH_ADVICE = (
+    "it doesn't pass these calls on; let it forward the paths below /fed.v1.FederationService/ by "
+    "HTTP/2 (nginx: `grpc_pass`), or give --server the server's own address"
+)
+_ENTRY_ADVICE = "it doesn't let this client in; ask who runs it for access"
+_HTTP_ADVICE = {
+    **dict.fromkeys((400, 404, 405, 415, 421, 426, 501, 505), _PATH_ADVICE),
+    **dict.fromkeys((401, 403, 407), _ENTRY_ADVICE),
+    413: _BODY_ADVICE,
+}
+
+_MAX_WAIT_S = 3600.0
+"""A call isn't parked longer than that, whatever the server offers."""
 
 _STATES = {
     pb.WORK_STATE_ORDER: WorkState.ORDER,
@@ -209,6 +239,7 @@ class Connection:
                 ),
                 timeout=_CALL_TIMEOUT_S,
             )
+        _examined(answer)
         return SessionInfo(
             session_id=answer.session_id,
             run_id=answer.run_id,
@@ -219,7 +250,7 @@ class Connection:
                 seed=answer.partitioning.seed,
                 parameters=dict(answer.partitioning.parameters),
             ),
-            max_wait_s=answer.max_wait.ToTimedelta().total_seconds(),
+            max_wait_s=min(answer.max_wait.ToTimedelta().total_seconds(), _MAX_WAIT_S),
             lease_s=answer.lease.ToTimedelta().total_seconds(),
             total_rounds=answer.total_rounds,
             compression=_compression(answer.compression),
@@ -247,6 +278,7 @@ class Connection:
                 pb.PullWorkRequest(session_id=session_id, wait=wait),
                 timeout=wait_s + _CALL_TIMEOUT_S,
             )
+        _examined(answer)
         if answer.state not in _STATES:
             raise WrongSettings(f"the server answers state {answer.state}; update this client")
         return Work(
@@ -381,6 +413,8 @@ def _errors_translated() -> Iterator[None]:
     except grpc.RpcError as error:
         call = cast(grpc.Call, error)
         details = printable(call.details() or call.code().name)
+        if (http_status := _HTTP_STATUS.search(details)) is not None:
+            raise _proxy_error(int(http_status[1])) from error
         # Whatever isn't a clear answer of the server's (UNAVAILABLE, CANCELLED, a deadline, an
         # error of its own) may go away by itself.
         kind = _ERRORS.get(call.code(), ServerUnreachable)
@@ -390,6 +424,29 @@ def _errors_translated() -> Iterator[None]:
             raise
         # What gRPC says of a call on a channel that was closed.
         raise ServerUnreachable(str(error)) from error
+
+
+def _proxy_error(status: int) -> FederationError:
+    """Return what an HTTP status means that a proxy answered in the server's place."""
+    if status in _PASSING_HTTP_STATUSES:
+        return ServerUnreachable(
+            f"an HTTP proxy on the way answers {status}: it doesn't reach the server for now"
+        )
+    advice = _HTTP_ADVICE.get(status, "it refuses the call; ask who runs it")
+    return ProxyRefused(f"an HTTP proxy on the way answers {status}: {advice}")
+
+
+def _examined(answer: Answer) -> Answer:
+    """Return an answer of the server's if its fields keep their limits.
+
+    Raises:
+        WrongSettings: a field doesn't.
+    """
+    try:
+        examine_limits(answer)
+    except InvalidInput as error:
+        raise WrongSettings(f"the server's answer can't be right: {error}") from error
+    return answer
 
 
 def _with_cause(details: str) -> str:

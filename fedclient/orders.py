@@ -27,6 +27,7 @@ from shared.diagnosis_text import verdict
 from shared.doctor import TrainingHalted
 from shared.errors import (
     CorruptPayload,
+    InvalidInput,
     NotFound,
     OutOfSpace,
     StreamFenced,
@@ -283,15 +284,22 @@ class OrderWorker:
         """Make sure that the server knows of all that went wrong, and whether an update comes."""
         if not gave_up and not progress.unreported:
             return
-        self._session.call(
-            lambda session: self._session.connection.report_progress(
+
+        def tell(session: SessionInfo, incidents: Sequence[tuple[int, Incident]]) -> None:
+            self._session.connection.report_progress(
                 session.session_id,
                 order.order_id,
                 counters=progress.counters,
-                incidents=progress.unreported,
+                incidents=incidents,
                 gave_up=gave_up,
             )
-        )
+
+        try:
+            self._session.call(lambda session: tell(session, progress.unreported))
+        except InvalidInput as error:
+            logger.warning("the server doesn't take a report of what went wrong: %s", error)
+            if gave_up:
+                self._session.call(lambda session: tell(session, []))
 
 
 def _answer_text(answer: UploadAnswer | None) -> str:

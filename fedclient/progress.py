@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from shared.errors import FederationError
+from shared.errors import FederationError, InvalidInput
 from shared.types import MAX_INCIDENTS, Counters, Incident, OrderEnd
 
 logger = logging.getLogger(__name__)
@@ -144,5 +144,9 @@ class ProgressReporter:
                 self._num_reported += len(incidents)
                 if self._order_end is not None:
                     return
+            except InvalidInput as error:
+                # Sent again they would be refused again, and the counters with them.
+                logger.warning("the server doesn't take a report of what went wrong: %s", error)
+                self._num_reported += len(incidents)
             except FederationError as error:
                 logger.debug("a progress report failed: %s", error)

@@ -18,6 +18,7 @@
     +- RunFailed             ABORTED              the run can't go on
     +- TaskFailed            FAILED_PRECONDITION  the task's own code failed for some clients
     +- NoAnswer              UNAVAILABLE          the server didn't answer for too long
+    +- ProxyRefused          FAILED_PRECONDITION  a proxy on the way lets no such call through
     +- ServerUnreachable     UNAVAILABLE, retry
 
 `status` is the name of the gRPC status code that carries the error; `retry` says whether the
@@ -128,6 +129,12 @@ class RunFailed(FederationError):
 
 class TaskFailed(FederationError):
     """The task's own code failed for some clients of a process; its errors are in the log."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class ProxyRefused(FederationError):
+    """An HTTP proxy on the way refuses a call for good; the message says what to change."""
 
     status = "FAILED_PRECONDITION"
 

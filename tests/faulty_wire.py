@@ -4,12 +4,14 @@ Bytes are counted as they go through, for each of the two ways over all connecti
 be set for the moment when so many more have gone: `hold` (nothing more goes through, as when every
 packet is dropped, until `release`), `cut` (both ends get a reset), `flip` (one bit of one byte).
 `slow_down` delays and throttles from now on, `leave_hanging` breaks connections so that one end
-never hears of it. What a connection still holds in the kernel's buffers when it is cut is lost.
+never hears of it, `silence` turns the connections that there are into black holes. What a
+connection still holds in the kernel's buffers when it is cut is lost.
 """
 
 import socket
 import struct
 import threading
+import time
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -50,6 +52,9 @@ class Link:
     server: socket.socket
     passed_bytes: dict[Way, int] = field(default_factory=lambda: dict.fromkeys(Way, 0))
     is_over: bool = False
+    is_silent: bool = False
+    left_at: dict[End, float] = field(default_factory=dict)
+    """When an end left a silent link, by the monotonic clock."""
 
 
 class FaultyWire:
@@ -124,6 +129,26 @@ class FaultyWire:
             if not was_over:
                 _reset(link.client if end is End.SERVER else link.server)
 
+    def silence(self) -> list[Link]:
+        """Turn all connections that there are into black holes, and return them; new ones work.
+
+        Each end goes on writing, as to a relay that has lost its way on, and hears nothing.
+        """
+        with self._changed:
+            silenced = [link for link in self.links if not link.is_over]
+            for link in silenced:
+                link.is_silent = True
+            self._changed.notify_all()
+        return silenced
+
+    def wait_until_left(self, links: list[Link], timeout_s: float = GENEROUS_S) -> None:
+        """Return once both ends have left all these silent connections."""
+        with self._changed:
+            have_left = self._changed.wait_for(
+                lambda: all(len(link.left_at) == len(End) for link in links), timeout_s
+            )
+        assert have_left, f"still there: {[set(End) - set(link.left_at) for link in links]}"
+
     def close(self) -> None:
         """Cut every connection."""
         self._is_closed.set()
@@ -164,6 +189,8 @@ class FaultyWire:
             while data := source.recv(PIECE_BYTES):
                 while data:
                     now = self._admitted(link, way, data)
+                    if link.is_silent:
+                        break
                     if not now:
                         return
                     sink.sendall(now)
@@ -172,9 +199,11 @@ class FaultyWire:
             pass
         finally:
             with self._changed:
-                was_over, link.is_over = link.is_over, True
+                if link.is_silent:
+                    link.left_at[End.CLIENT if way is Way.UP else End.SERVER] = time.monotonic()
+                was_over, link.is_over = link.is_over, link.is_over or not link.is_silent
                 self._changed.notify_all()
-            if not was_over:
+            if not was_over and not link.is_silent:
                 _end(link.client, link.server)
 
     def _admitted(self, link: Link, way: Way, data: bytes) -> bytes:
@@ -183,7 +212,7 @@ class FaultyWire:
         if pause_s > 1e-4:
             self._is_closed.wait(pause_s)
         with self._changed:
-            while not (self._is_closed.is_set() or link.is_over):
+            while not (self._is_closed.is_set() or link.is_over or link.is_silent):
                 position, fault = self._faults.get(way, (float("inf"), _Fault.HOLD))
                 room = position - self.passed_bytes(way)
                 if room <= 0 and fault is _Fault.HOLD:

@@ -110,6 +110,17 @@ def test_no_order_names_a_file_elsewhere(changes: dict[str, str]) -> None:
         connection.pull_work("session", wait_s=0)
 
 
+def test_a_time_that_no_clock_can_hold_is_refused() -> None:
+    """With a sentence, where an order's deadline is 2^62 seconds."""
+    order = an_order()
+    order.training.work_deadline.seconds = 2**62
+    with (
+        connected(order) as connection,
+        pytest.raises(WrongSettings, match=r"answer can't be right: Duration\.seconds is 46116"),
+    ):
+        connection.pull_work("session", wait_s=0)
+
+
 def test_an_order_for_somebody_else_is_refused(tmp_path: Path) -> None:
     """Nothing is looked for, made or forgotten in the name of a client that isn't here."""
     argv = ["--ids", "0-3", "--task", TASK]

@@ -2,6 +2,7 @@
 
 import random
 import signal
+import time
 
 import pytest
 
@@ -228,4 +229,44 @@ def test_a_line_that_breaks_all_the_time(scene: Scene, undisturbed: Undisturbed)
         fault=f"connection reset {len(moments)} times at random bytes of a small run",
         struck_at=struck_at,
         client_id=VICTIM,
+    )
+
+
+NOTICED_S = 45
+"""30 s, and half as much again for a busy machine; without the pings' own timeout it takes 60 s."""
+
+
+def test_connections_that_go_silent_are_left_within_30_s(
+    scene: Scene, undisturbed: Undisturbed
+) -> None:
+    """One client is parked, one downloads, one uploads; new connections work, nothing is lost."""
+    server = start_server(scene, *run_flags(BIG, 0), *ONE_ROUND, task=BIG)
+    wires = [wire_to(scene, server.address) for _ in CLIENTS]
+    _, downloading, uploading = wires
+    downloading.hold(Way.DOWN, after_bytes=SIZE_BYTES // 2)
+    uploading.hold(Way.UP, after_bytes=SIZE_BYTES // 2)
+    clients = [
+        start_client(scene, one, wire.address, task=BIG)
+        for one, wire in zip(CLIENTS, wires, strict=True)
+    ]
+    server.wait_for_line(f"update-stored round=1 client={CLIENTS[0]} ")
+    downloading.wait_until_held(Way.DOWN)
+    uploading.wait_until_held(Way.UP)
+    struck_at, began = now(), time.monotonic()
+    silenced = {wire: wire.silence() for wire in wires}
+    for wire, links in silenced.items():
+        wire.release()
+        wire.wait_until_left(links)
+    taken_s = {
+        end: max(link.left_at[end] - began for links in silenced.values() for link in links)
+        for end in End
+    }
+    assert max(taken_s.values()) < NOTICED_S, taken_s
+    expect_clean_exits(server, *clients)
+    expect_same_models(scene.history(), undisturbed(BIG).history)
+    conclude(
+        scene,
+        fault="connections that go silent: parked, in the download, in the upload",
+        struck_at=struck_at,
+        seen=[f"{end.name.lower()} left after {taken_s[end]:.0f} s" for end in End],
     )
