@@ -77,15 +77,17 @@ def round_account(
     history: History,
     round_number: int,
     *,
+    latest_round: int,
     title: str,
     entry_digest: str | None,
     standings: Mapping[int, Standing],
     run_settings: Mapping[str, Any],
     max_width: int,
 ) -> Iterator[RenderableType]:
-    """Yield what to print of a round of a run's `history`, in order.
+    """Yield what to print of a round, in order; of the run's `history` that one and the one before.
 
-    `entry_digest` is of its entry in the ledger, `standings` are those of this moment.
+    `latest_round` is the run's, `entry_digest` is of its entry in the ledger, `standings` are those
+    of this moment.
     """
     attempts = [one for one in history if one["round"] == round_number]
     before = [one for one in history if one["round"] == round_number - 1 and one["phase"] == "DONE"]
@@ -113,8 +115,7 @@ def round_account(
             yield Text(f"{to_the_second(incident['at'])}  {text}")
         for incident in diagnosed(attempt)[:NUM_SHOWN_WHOLE]:
             yield from diagnosis_account(incident, max_width=max_width)
-    latest = history[-1]["round"]
-    suspended = [one for one in standings.values() if one.suspended_until > latest]
+    suspended = [one for one in standings.values() if one.suspended_until > latest_round]
     if suspended:
         yield _heading("Sitting out at this moment")
     for one in sorted(suspended, key=lambda one: one.client_id):

@@ -7,8 +7,10 @@ async def drop_updates(parts: Parts, *, done_round: int) -> None:
     """Delete the updates that `--keep-updates` lets go now that `done_round` rounds are done.
 
     What the open round needs stays, and what is arriving right now; what is held in quarantine and
-    hasn't got there yet moves there first. What was never finished goes with its order.
+    hasn't got there yet moves there first. What was never finished goes with its order. The
+    database's log is shortened too.
     """
+    await parts.workers.in_store(parts.store.shorten_log)
     await _fill_quarantine(parts)
     at_work = {one.order.order_id for one in parts.book.orders()}
     await parts.workers.on_disk(parts.spool.drop_unfinished, but=at_work)

@@ -18,6 +18,7 @@ class HistorySettings(InspectionSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m fedserver history")
 
+    last: int | None = Field(default=None, ge=1, description="only the last so many rounds")
     json_: bool = Field(default=False, alias="json", description="as a JSON list of objects")
 
 
@@ -25,7 +26,10 @@ def run(argv: list[str]) -> None:
     """Print the history as a table, or as JSON."""
     settings = parse(HistorySettings, argv)
     with opened_run(settings) as (store, run):
-        history = read_history(store, run)
+        first = 1
+        if settings.last is not None:
+            first = (store.latest_round_number(run.run_id) or 0) - settings.last + 1
+        history = read_history(store, run, first_round=first)
     if settings.json_:
         print(json.dumps(history, indent=2))
         return

@@ -39,17 +39,24 @@ def run(argv: list[str]) -> None:
     """Print the round's account, or its JSON, and draw a diagnosis if asked to."""
     settings = parse(ShowSettings, argv)
     with opened_run(settings) as (store, found):
-        history = read_history(store, found)
-        entries = store.read_ledger(found.run_id).entries
+        latest = store.latest_round_number(found.run_id)
+        if latest is None:
+            raise NotFound(
+                f"{found.run_id} has no round yet; it begins when enough clients are there"
+            )
+        number = latest if settings.round is None else settings.round
+        # The round before it says what the model was that it began with.
+        history = read_history(store, found, first_round=number - 1, last_round=number)
+        digest = store.entry_digest(found.run_id, number)
         standings = store.standings(found.run_id)
-    if not history:
-        raise NotFound(f"{found.run_id} has no round yet; it begins when enough clients are there")
-    latest = history[-1]["round"]
-    number = latest if settings.round is None else settings.round
-    if number not in {one["round"] for one in history}:
-        raise NotFound(f"{found.run_id} has no round {number}; its latest is round {latest}")
-    digest = {one.round_number: one.digest for one in entries}.get(number)
+        if settings.client is not None and not store.knows_client(found.run_id, settings.client):
+            raise NotFound(
+                f"{found.run_id} has no client {settings.client}: it was never asked, and it isn't "
+                "connected; check --client"
+            )
     attempts = [one for one in history if one["round"] == number]
+    if not attempts:
+        raise NotFound(f"{found.run_id} has no round {number}; its latest is round {latest}")
     if settings.diagnosis_out is not None:
         _draw(attempts, settings.diagnosis_out, client_id=settings.client)
     if settings.json_:
@@ -61,6 +68,7 @@ def run(argv: list[str]) -> None:
     for part in round_account(
         history,
         number,
+        latest_round=latest,
         title=f"{found.run_id}, round {number}{of_rounds}",
         entry_digest=digest,
         standings=standings,

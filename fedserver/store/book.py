@@ -64,6 +64,17 @@ class Book(Database):
                 ],
             )
 
+    def entry_digest(self, run_id: str, round_number: int) -> str | None:
+        """Return the digest of a round's last entry; None while it has none."""
+        table = schema.ledger
+        with self.reading() as connection:
+            return connection.execute(
+                select(table.c.digest)
+                .where(table.c.run_id == run_id, table.c.round == round_number)
+                .order_by(table.c.attempt.desc(), table.c.kind.desc())
+                .limit(1)
+            ).scalar()
+
 
 def read_verdicts(
     connection: Connection, run_id: str, round_number: int, attempt: int

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DatabaseError, NoResultFound
 
 from fedserver.store import schema
-from fedserver.store.engine import open_engine, stored_revision
+from fedserver.store.engine import BUSY_TIMEOUT_S, open_engine, stored_revision
 from shared.errors import (
     FederationError,
     InvalidInput,
@@ -20,6 +20,8 @@ from shared.errors import (
     WrongSettings,
 )
 from shared.files import out_of_files
+
+_SHORT_LOG_BYTES = 1 << 20
 
 
 class Database:
@@ -101,6 +103,32 @@ class Database:
             found = connection.exec_driver_sql("PRAGMA integrity_check(3)").scalars().all()
         if found != ["ok"]:
             raise _damaged(self._path, "; ".join(found))
+
+    def shorten_log(self) -> bool:
+        """Empty the write-ahead log if it is large; return whether it is short afterwards.
+
+        SQLite writes over it from the start only when nobody reads, and never makes it shorter by
+        itself: beside readers that come and go it would grow for ever. While a reader is at work
+        this changes nothing, and waits for nobody; the next call tries again.
+        """
+        log = self._path.with_name(self._path.name + "-wal")
+        if not log.exists() or log.stat().st_size <= _SHORT_LOG_BYTES:
+            return True
+        with self._errors_named():
+            pooled = self._engine.raw_connection()
+            try:
+                cursor = pooled.cursor()
+                cursor.execute("PRAGMA busy_timeout = 0")
+                try:
+                    cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                    answer = cursor.fetchone()
+                finally:
+                    cursor.execute(f"PRAGMA busy_timeout = {1000 * BUSY_TIMEOUT_S}")
+            finally:
+                pooled.close()
+        # Its first number says whether somebody was in the way.
+        assert answer is not None
+        return not answer[0]
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:

@@ -9,7 +9,7 @@ from sqlalchemy.engine import Engine
 
 from fedserver.store import schema
 
-_BUSY_TIMEOUT_S = 30
+BUSY_TIMEOUT_S = 30
 
 
 def open_engine(path: Path, *, read_only: bool, checks_references: bool = True) -> Engine:
@@ -22,7 +22,7 @@ def open_engine(path: Path, *, read_only: bool, checks_references: bool = True) 
             database=f"file:{quote(str(path))}",
             query={"mode": mode, "uri": "true"},
         ),
-        connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
+        connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
     )
 
     @event.listens_for(engine, "connect")

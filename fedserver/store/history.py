@@ -13,8 +13,10 @@ from shared.times import iso_time
 from shared.types import Encoding
 
 
-def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
-    """Return one object for every attempt at a round, in order.
+def read_history(
+    store: Store, run: Run, *, first_round: int = 1, last_round: int | None = None
+) -> list[dict[str, Any]]:
+    """Return one object for every attempt at a round, in order; of all rounds or those named.
 
     Keys: round, attempt, phase, adjustments (what of the settings was changed for it), cohort
     (client ids), updates (what came into it: each order_id, client, staleness, num_examples,
@@ -31,12 +33,11 @@ def read_history(store: Store, run: Run) -> list[dict[str, Any]]:
     state, handed_out_at, ended_at), incidents (each kind, at, client, what belongs to the kind).
     """
     table = schema.rounds
+    wanted = select(table).where(table.c.run_id == run.run_id, table.c.round >= first_round)
+    if last_round is not None:
+        wanted = wanted.where(table.c.round <= last_round)
     with store.reading() as connection:
-        rows = connection.execute(
-            select(table)
-            .where(table.c.run_id == run.run_id)
-            .order_by(table.c.round, table.c.attempt)
-        ).all()
+        rows = connection.execute(wanted.order_by(table.c.round, table.c.attempt)).all()
         return [_round_object(connection, row) for row in rows]
 
 

@@ -51,6 +51,20 @@ class Orders(Database):
         with self.reading() as connection:
             return find_order_end(connection, order_id)
 
+    def knows_client(self, run_id: str, client_id: int) -> bool:
+        """Return whether a client was ever asked in a run, or has a session in it."""
+        orders, sessions = schema.orders, schema.sessions
+        with self.reading() as connection:
+            asked = connection.execute(
+                select(orders.c.order_id)
+                .where(orders.c.run_id == run_id, orders.c.client_id == client_id)
+                .limit(1)
+            ).first()
+            served = connection.execute(
+                select(sessions.c.client_ids).where(sessions.c.run_id == run_id)
+            ).scalars()
+            return asked is not None or any(client_id in one for one in served)
+
     def last_counted_orders(self, run_id: str, *, stored_too: bool = False) -> dict[int, str]:
         """Return each client's last COUNTED order; those of a round rolled back are undone.
 

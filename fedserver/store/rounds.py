@@ -59,6 +59,14 @@ class Rounds(Database):
                 return read_round(connection, done)
             return None if tried is None else read_round(connection, tried)
 
+    def latest_round_number(self, run_id: str) -> int | None:
+        """Return the highest number of a round that was ever opened; None before the first."""
+        table = schema.rounds
+        with self.reading() as connection:
+            return connection.execute(
+                select(func.max(table.c.round)).where(table.c.run_id == run_id)
+            ).scalar()
+
     def phases_of(self, run_id: str, round_number: int) -> list[Phase]:
         """Return how the attempts at a round stand, the first one first."""
         table = schema.rounds

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -212,7 +213,7 @@ def test_a_diagnosis_is_drawn(
         assert pictures[-1].startswith(b"\x89PNG")
     assert pictures[0] != pictures[1]
     at = ["--state-dir", str(diagnosed), "--diagnosis-out", str(diagnosed / "no.png")]
-    assert main(["show", *at, "--client", "5"]) == 1
+    assert main(["show", *at, "--client", "1"]) == 1
     assert "clients with one: 0, 3" in capsys.readouterr().err
     assert main(["show", *at[:-1], str(diagnosed / "no" / "where.png")]) == 1
     assert "choose --diagnosis-out" in capsys.readouterr().err
@@ -248,3 +249,35 @@ def test_tables_leave_columns_out_and_cut_no_word(
     headings = ["round", "phase", "counted", "accuracy", "loss", "incidents", "seconds", "model"]
     assert all(one in words or f"{one}," in words for one in headings)
     shown(capsys, monkeypatch, "show", state_dir, "--round", "1", width=width)
+
+
+def test_the_history_can_be_that_of_the_last_rounds_alone(
+    capsys: pytest.CaptureFixture[str], state_dir: Path
+) -> None:
+    """Rounds, not attempts; more than there are is all of them."""
+    every = history_json(capsys, state_dir)
+    numbers = sorted({one["round"] for one in every})
+    assert len(numbers) > 1
+    last = history_json(capsys, state_dir, "--last", "1")
+    assert last == [one for one in every if one["round"] == numbers[-1]]
+    assert history_json(capsys, state_dir, "--last", "1000") == every
+
+
+def history_json(
+    capsys: pytest.CaptureFixture[str], state_dir: Path, *flags: str
+) -> list[dict[str, Any]]:
+    """Return what `history --json` prints."""
+    assert main(["history", "--json", "--state-dir", str(state_dir), *flags]) == 0
+    rounds = json.loads(capsys.readouterr().out)
+    assert isinstance(rounds, list)
+    return rounds
+
+
+def test_a_client_that_is_not_in_the_run_is_said_not_to_be(
+    capsys: pytest.CaptureFixture[str], state_dir: Path
+) -> None:
+    """With a picture wanted or not."""
+    assert main(["show", "--client", "0", "--state-dir", str(state_dir)]) == 0
+    capsys.readouterr()
+    assert main(["show", "--client", "777", "--state-dir", str(state_dir)]) == 1
+    assert "has no client 777" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fedserver.__main__ import main
 from fedserver.rounds import OrderState
 from fedserver.store import Store, read_history, schema
 from shared.errors import InvalidInput, NotFound, StorageDamaged, WrongSettings
-from tests.factories import begin_round, end_order, make_update
+from tests.factories import begin_round, end_order, make_event, make_update
 
 NOBODY = 65534
 """A user's number that owns no files."""
@@ -185,3 +186,47 @@ def test_runs_are_numbered_one_after_the_other(tmp_path: Path) -> None:
     assert store.latest_run(number=1) == first
     assert store.latest_round(second.run_id) is None
     store.close()
+
+
+def write_much(store: Store, run_id: str) -> None:
+    """Write more than a log may be long: 8 MB of events."""
+    happened = replace(make_event(), fields={"text": "x" * 1_000_000})
+    for _ in range(8):
+        store.add_events(run_id, [happened])
+
+
+def test_the_log_is_emptied_beside_open_readers(tmp_path: Path) -> None:
+    """Whoever has read and keeps the database open doesn't let it grow for ever."""
+    path, log = tmp_path / "federation.sqlite", tmp_path / "federation.sqlite-wal"
+    writer = Store(path)
+    run = writer.begin_run({})
+    reader = Store(path, read_only=True)
+    assert reader.latest_run() == run
+    write_much(writer, run.run_id)
+    assert log.stat().st_size > 2_000_000
+    assert writer.shorten_log()
+    assert log.stat().st_size == 0
+    assert reader.latest_run() == run
+    reader.close()
+    writer.close()
+
+
+def test_a_reader_at_work_keeps_the_log_until_it_is_done(tmp_path: Path) -> None:
+    """It still sees the state it began with; nobody waits for it, and the next call succeeds."""
+    path, log = tmp_path / "federation.sqlite", tmp_path / "federation.sqlite-wal"
+    writer = Store(path)
+    run = writer.begin_run({})
+    reader = Store(path, read_only=True)
+    count = "SELECT count(*) FROM events"
+    with reader.reading() as connection:
+        assert connection.exec_driver_sql(count).scalar_one() == 0
+        write_much(writer, run.run_id)
+        assert not writer.shorten_log()
+        assert log.stat().st_size > 8_000_000
+        assert connection.exec_driver_sql(count).scalar_one() == 0
+    assert writer.shorten_log()
+    assert log.stat().st_size == 0
+    with reader.reading() as connection:
+        assert connection.exec_driver_sql(count).scalar_one() == 8
+    reader.close()
+    writer.close()
