@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from fedclient.settings import ClientSettings
-from shared.cli import log_to_stderr, parse, print_error
+from shared.cli import log_to_stderr, parse, print_error, silence_grpc
 from shared.errors import FederationError, NoAnswer
 from shared.own_code import in_one_line, show_error
 from shared.stop_signals import StopSignals, interrupting
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
 
     0: done or stopped; 1: failed or not well; 2: wrong usage; 3: the server didn't answer.
     """
+    silence_grpc()
     try:
         if argv and argv[0] in COMMANDS:
             # They run the task's own code too, and keep nothing that a stop could harm.

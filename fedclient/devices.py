@@ -6,7 +6,7 @@ from shared.errors import InvalidInput
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is the first accelerator, else the CPU.
+    """Return the device of that name; `auto` is the first GPU, or without one the CPU.
 
     Raises:
         InvalidInput: it isn't there; the message lists those that are.
@@ -16,7 +16,10 @@ def find_device(name: str) -> torch.device:
         return torch.device(there[min(1, len(there) - 1)])
     wanted = "cuda:0" if name == "cuda" else name
     if wanted not in there:
-        raise InvalidInput(f"--device {name} isn't there; there are: {', '.join(there)}")
+        raise InvalidInput(
+            f"--device {name} isn't there; there are: {', '.join(there)}. Give one of these, or "
+            "auto for the first GPU and without one the CPU"
+        )
     return torch.device(wanted)
 
 

@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from fedserver.settings import ServerSettings
-from shared.cli import log_to_stderr, parse, print_error
+from shared.cli import log_to_stderr, parse, print_error, silence_grpc
 from shared.errors import FederationError
 
 COMMANDS = (
@@ -15,6 +15,7 @@ COMMANDS = (
 
 def main(argv: list[str]) -> int:
     """Return the exit code: 0 done or stopped, 1 failed, 2 wrong usage; or a command's own."""
+    silence_grpc()
     try:
         if argv and argv[0] in COMMANDS:
             # Imported when asked for: looking at a run must not wait for torch.

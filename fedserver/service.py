@@ -5,6 +5,8 @@ that carry payloads are served as raw bytes (see shared.chunks), the others as m
 """
 
 import asyncio
+import errno
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NoReturn, TypeVar
 
@@ -283,8 +285,11 @@ class Servicer:
         return serve
 
 
-async def start_server(desk: Desk, *, host: str, port: int) -> tuple[aio.Server, int]:
-    """Serve the desk, standard health checking and reflection; returns the server and its port.
+async def start_server(desk: Desk, *, host: str, port: int) -> tuple[aio.Server, str]:
+    """Serve the desk, standard health checking and reflection.
+
+    Returns:
+        The server, and its address, host:port, as a client would write it.
 
     Raises:
         InvalidInput: the address can't be listened on.
@@ -298,16 +303,40 @@ async def start_server(desk: Desk, *, host: str, port: int) -> tuple[aio.Server,
     reflection.enable_server_reflection(
         (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound_port = server.add_insecure_port(address)
+        bound_port = server.add_insecure_port(_address(host, port))
     except RuntimeError as error:
         raise InvalidInput(
-            f"can't listen on {address}: the port is in use or the address isn't this machine's; "
-            "choose another --port (0 takes any free one) or --host"
+            f"can't listen on {_address(host, port)}: {_why_not(host, port)}; choose another "
+            "--port (0 takes any free one) or --host"
         ) from error
     await server.start()
-    return server, bound_port
+    return server, _address(host, bound_port)
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _why_not(host: str, port: int) -> str:
+    """Return in words why an address can't be listened on, which gRPC says in its own log alone."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(address)
+                trial.listen()
+    except socket.gaierror:
+        return "no such host is known"
+    except OSError as error:
+        return {
+            errno.EADDRINUSE: "the port is in use",
+            errno.EADDRNOTAVAIL: "the address isn't this machine's",
+            errno.EACCES: "this user may not use that port",
+        }.get(error.errno or 0, error.strerror or str(error))
+    return "the port is in use or the address isn't this machine's"
 
 
 async def _abort(context: Context, error: FederationError) -> NoReturn:

@@ -1,11 +1,12 @@
 """The coordinator's settings."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from fedserver.run_settings import (
@@ -59,6 +60,17 @@ class ListeningSettings(Settings):
         description="start though updates on the disk are damaged; asks for them anew",
     )
     threads: int = Field(default=1, ge=1, description="threads of tensor work")
+
+    @field_validator("host")
+    @classmethod
+    def _examine_host(cls, host: str) -> str:
+        """Refuse what can be no host; an IPv6 address may stand in brackets."""
+        host = host.removeprefix("[").removesuffix("]")
+        if not re.fullmatch(r"[^][/\s]+", host):
+            raise ValueError("write a host's name or address, such as 0.0.0.0 or [::1]")
+        if host.rpartition(":")[2].isdecimal() and host.count(":") == 1:
+            raise ValueError("give the port by itself, with --port")
+        return host
 
 
 class LearningSettings(Settings):

@@ -233,6 +233,14 @@ def _in_environment(settings_class: type[Settings]) -> dict[str, str]:
     }
 
 
+def silence_grpc() -> None:
+    """Keep gRPC's own lines, with its source files in them, away from our sentences.
+
+    To be called before gRPC is imported. Whoever wants them sets GRPC_VERBOSITY.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
 @functools.cache
 def stderr_console() -> Console:
     """Return the console on standard error; one, or log lines would write into a live view."""

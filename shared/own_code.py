@@ -18,6 +18,12 @@ def import_own(what: str, module_name: str) -> ModuleType:
         InvalidInput: there is no such module, or its code goes wrong; the message says in which
             file and line.
     """
+    if "/" in module_name or module_name.endswith(".py"):
+        dotted = module_name.removesuffix(".py").replace("/", ".").strip(".")
+        raise InvalidInput(
+            f"{what}: {module_name!r} is a file, and a module is asked for: write {dotted} "
+            "instead, without .py; its folder must be where it can be imported, or on PYTHONPATH"
+        )
     if not all(module_name.split(".")):
         raise InvalidInput(
             f"{what}: {module_name!r} is no module's name; write it from the outermost package on, "

@@ -41,9 +41,11 @@ def expect_refusal(process: Process, *words: str, code: int = 1) -> None:
 
 
 def test_a_port_in_use_is_told(waiting: Server, scene: Scene) -> None:
-    """Two servers never share a port silently."""
+    """Two servers never share a port silently; gRPC's own words about it aren't shown."""
     port = waiting.address.rpartition(":")[2]
-    expect_refusal(start_server(scene, "--port", port), f":{port}", "in use", "--port")
+    second = start_server(scene, "--port", port)
+    expect_refusal(second, f":{port}: the port is in use", "--port")
+    assert len(second.lines) == 1
 
 
 def test_a_run_that_never_began_takes_other_settings(waiting: Server, scene: Scene) -> None:

@@ -274,6 +274,8 @@ def test_a_task_of_ones_own_is_found_by_module_and_attribute() -> None:
         (":x", "there is no task"),
         ("no_such_module:task", "importing no_such_module failed"),
         (".x:y", "'.x' is no module's name"),
+        ("breast.py:breast", "'breast.py' is a file, .*: write breast instead, without .py"),
+        ("./tasks/breast.py:breast", "write tasks.breast instead"),
         (
             "raises:task",
             r"^task 'raises:task': importing raises raised RuntimeError: boom "
