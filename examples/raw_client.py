@@ -1,13 +1,16 @@
 """A client with nothing but the generated stubs: one round by hand, every message printed.
 
-    python -m fedserver --port 50051 --min-clients 1 --rounds 1 --epochs 1      # one terminal
-    python -m examples.raw_client localhost:50051                               # another
+    python -m fedserver --min-clients 1 --rounds 1 --epochs 1      # one terminal
+    python -m examples.raw_client                                  # another
+
+The server is the one that the argument names, or the variable FEDCLIENT_SERVER, as host:port.
 
 It doesn't train: it gives the global model back as it came, which is a valid update. What a client
 in another language has to do is what stands here, plus the training.
 """
 
 import json
+import os
 import sys
 import uuid
 
@@ -90,4 +93,4 @@ def main(target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1] if sys.argv[1:] else os.environ.get("FEDCLIENT_SERVER", "localhost:50051"))

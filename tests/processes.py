@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -34,15 +34,23 @@ P = TypeVar("P", bound="Process")
 class Process:
     """A process of the service; `lines` holds all it has said so far, both streams together."""
 
-    def __init__(self, name: str, argv: list[str], *, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        argv: list[str],
+        *,
+        environment: Mapping[str, str],
+        program: Sequence[str] = (sys.executable, "-u"),
+        folder: Path = ROOT,
+    ) -> None:
         self.name = name
         self.lines: list[str] = []
         self.stdout_lines: list[str] = []
         self.num_lines_before = 0
         self._spoke = threading.Condition()
         self._popen = subprocess.Popen(
-            [sys.executable, "-u", *argv],
-            cwd=ROOT,
+            [*program, *argv],
+            cwd=folder,
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -188,6 +196,16 @@ class Scene:
         argv += ["--state-dir", str(folder), *(str(flag) for flag in flags)]
         name = f"client {client_id} #{self._count()}"
         return self._keep(Process(name, argv, environment=environment))
+
+    def terminal(
+        self, line: str, *, folder: Path, environment: Mapping[str, str], serves: bool = False
+    ) -> Process:
+        """Type a line in a terminal of its own, in a folder; `serves`: it starts a server."""
+        kind = Server if serves else Process
+        argv = ["-c", f"exec {line}"]
+        return self._keep(
+            kind(line, argv, environment=environment, program=["bash"], folder=folder)
+        )
 
     def command(self, *argv: str | Path) -> subprocess.CompletedProcess[str]:
         """Run `fedserver COMMAND ...` to its end."""
