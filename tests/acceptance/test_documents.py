@@ -67,21 +67,23 @@ class Reader:
         assert done.returncode == 0, f"{place}:\n{block.text}\n{done.stdout}{done.stderr}"
 
     def _type_in_terminals(self, block: Block) -> None:
-        """Type each line in a terminal of its own; a server without clients is stopped again."""
+        """Type each line in a terminal of its own, once the server of the line before listens.
+
+        A server without clients is stopped again.
+        """
         processes: list[Process] = []
         for line in block.commands():
-            processes.append(
-                self._scene.terminal(
-                    line,
-                    folder=self._folder,
-                    environment=self._environment,
-                    serves=SERVES.match(line) is not None,
-                )
+            process = self._scene.terminal(
+                line,
+                folder=self._folder,
+                environment=self._environment,
+                serves=SERVES.match(line) is not None,
             )
-        server = next(one for one in processes if isinstance(one, Server))
-        server.wait_for_line("listening on")
+            processes.append(process)
+            if isinstance(process, Server):
+                process.wait_for_line("listening on")
         if not any(CLIENT.match(line) for line in block.commands()):
-            server.signal(signal.SIGTERM)
+            processes[0].signal(signal.SIGTERM)
         for process in processes:
             code = process.wait()
             assert code == 0, f"{block.document}, line {block.line}: {process.name} gave {code}"
