@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# What would make the run another one than the paper's: nobody is screened out, nothing is adjusted
-# or rolled back, no training is cured, and a round waits for all it asked.
+# What would make the run another one than the paper's: nothing is adjusted or rolled back, no
+# training is cured, and a round waits for all it asked.
 _AS_IN_PAPERS = (
-    *("--norm-band", "0", "--max-adjustments", "0", "--max-rollbacks", "0"),
+    *("--max-adjustments", "0", "--max-rollbacks", "0"),
     *("--keep-rounds", "2", "--lease", "600"),
 )
 CLIENT_FLAGS = ("--doctor", "off")

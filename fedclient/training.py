@@ -28,6 +28,7 @@ from shared.seeds import derive_seed
 from shared.tasks import Examples, Task, build_model, kinds_of
 from shared.training import EpochReport, StepProgress, TrainingReport, TrainingResult, train_model
 from shared.types import (
+    MAX_METRIC,
     MODEL_SECTION,
     NO_COMPRESSION,
     ClientUpdate,
@@ -229,13 +230,15 @@ def train_order(
         sections=sections,
         num_examples=report.num_examples,
         num_steps=report.num_steps,
-        metrics={
-            "accuracy": learned.accuracy,
-            "loss": learned.loss,
-            "train_s": train_s,
-            **metrics,
-            **packed.metrics,
-        },
+        metrics=_admissible(
+            {
+                "accuracy": learned.accuracy,
+                "loss": learned.loss,
+                "train_s": train_s,
+                **metrics,
+                **packed.metrics,
+            }
+        ),
         encoding=compression.encoding,
     )
     convalescence = state.convalescence.after_round(
@@ -256,6 +259,11 @@ def train_order(
 def _own_values(trained: Tensors, *, names: Collection[str]) -> Mapping[str, Tensors]:
     """Return what a client keeps of its LOCAL entries, which have these names."""
     return {LOCAL_ENTRIES: {name: trained[name] for name in names}} if names else {}
+
+
+def _admissible(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that the server takes: without a loss that is NaN or beyond MAX_METRIC."""
+    return {name: value for name, value in metrics.items() if abs(value) <= MAX_METRIC}
 
 
 def _last_epoch(report: TrainingReport) -> EpochReport:
@@ -430,10 +438,8 @@ def _metrics_of(
             progress.examine()
 
     found = evaluate(model, batches(), task.loss, device)
-    # A loss beyond all numbers isn't a metric; the accuracy says enough.
-    loss = {f"{prefix}loss": found.loss} if math.isfinite(found.loss) else {}
     return {
         f"{prefix}accuracy": found.accuracy,
         f"{prefix}examples": float(found.num_examples),
-        **loss,
+        f"{prefix}loss": found.loss,
     }

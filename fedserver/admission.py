@@ -18,6 +18,7 @@ from fedserver.strategies.rows import Lack, lacks_nothing
 from shared.codec import Entry, Layout, digest_file
 from shared.errors import InvalidInput
 from shared.types import (
+    MAX_METRIC,
     METRIC_NAMES,
     MODEL_SECTION,
     NO_COMPRESSION,
@@ -29,9 +30,6 @@ from shared.types import (
 
 MAX_WEIGHT = 2**29 - 1
 """Above, num_examples * float32 isn't exact in float64 any more (see strategies.means)."""
-
-MAX_METRIC = 1e30
-"""Above, a sum over clients could overflow; no honest loss is there."""
 
 HEADER_SLACK_BYTES = 1 << 20
 """How much longer than the model's an update's header may be: spaces, remarks, other names."""
@@ -212,8 +210,9 @@ def examine_content(
     norm = math.sqrt(squares)
     if not norm <= limits.max_delta_norm:
         raise UpdateRefused(
-            f"the update is {norm:.6g} away from the global model (L2 norm); "
-            f"the round's cap is {limits.max_delta_norm:.6g}",
+            f"the update is {norm:.6g} away from the global model (L2 norm); the round's cap is "
+            f"{limits.max_delta_norm:.6g}; if honest training leads so far, give the server a "
+            "larger --max-delta-norm",
             kind="norm-cap",
             norm=json_number(norm),
             cap=limits.max_delta_norm,

@@ -10,7 +10,7 @@ from fedserver.checkpoints import GlobalModel
 from fedserver.events import event_of
 from fedserver.parts import Parts
 from fedserver.records import Event, Exclusion, Refusal, Round, StoredUpdate, json_number
-from fedserver.screening import norm_band
+from fedserver.screening import Before, Outlier, outliers
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.buffers import Bounded
 from fedserver.strategies.packed import locate_packed
@@ -29,48 +29,62 @@ from shared.types import (
 
 
 def screen(
-    closed: Round, stored: Sequence[StoredUpdate], *, width: float, trusted: Collection[int]
+    closed: Round,
+    stored: Sequence[StoredUpdate],
+    *,
+    before: Before,
+    settings: Mapping[str, Any],
+    base: GlobalModel,
+    trusted: Collection[int],
 ) -> list[Exclusion]:
-    """Return the updates whose norm lies outside of their cohort's band (see `norm_band`).
+    """Return the updates of a closed round that are too long (see fedserver.screening).
 
-    A function of what was recorded. `trusted` clients are never excluded, and a `width` of 0
-    excludes nobody.
+    A function of what is recorded: `before` holds the updates that counted in earlier rounds (see
+    `compared_rounds`), `settings` are the run's, `base` is the model that the round began with.
+    `trusted` clients are never excluded, and a band of width 0 excludes nobody.
     """
-    band = norm_band([one.delta_norm for one in stored], width=width) if width else None
-    if band is None:
+    width = settings["norm_band"] * closed.adjustments.norm_band_factor
+    if not width:
         return []
-    exclusions = []
-    for one in stored:
-        if band.low <= one.delta_norm <= band.high or one.client_id in trusted:
-            continue
-        evidence = {
-            "norm": one.delta_norm,
-            "median": band.median,
-            "mad": band.mad,
-            "low": band.low,
-            "high": band.high,
-        }
-        reason = (
-            f"the update is {one.delta_norm:.6g} away from the global model (L2 norm); its "
-            f"cohort's are {band.low:.6g} to {band.high:.6g} (median {band.median:.6g}, median "
-            f"absolute deviation {band.mad:.6g})"
-        )
-        exclusions.append(
-            Exclusion(
-                order_id=one.update.order_id,
-                client_id=one.client_id,
-                refusal=Refusal(reason=reason, evidence={"kind": "norm-band", **evidence}),
-                kept_bytes=one.update.size_bytes,
-                happened=event_of(
-                    IncidentKind.UPDATE_EXCLUDED,
-                    closed,
-                    client_id=one.client_id,
-                    is_incident=True,
-                    **evidence,
-                ),
-            )
-        )
-    return exclusions
+    found = outliers(
+        stored,
+        before,
+        round_number=closed.round_number,
+        settings=settings,
+        width=width,
+        model_norm=base.parameter_norm,
+    )
+    return [_exclusion(closed, one) for one in found if one.update.client_id not in trusted]
+
+
+def _exclusion(closed: Round, found: Outlier) -> Exclusion:
+    """Return the exclusion of an outlier, with the numbers that show it."""
+    evidence = {
+        "norm": found.norm,
+        "bound": found.bound,
+        "typical": found.typical,
+        "width": found.width,
+        "compared": found.num_compared,
+    }
+    reason = (
+        f"the update is {found.norm:.6g} away from the global model (L2 norm); for this client's "
+        f"work {found.typical:.6g} is usual (by {found.num_compared} updates of others), and at "
+        f"most {found.width:.3g} times that is admitted, which is {found.bound:.6g}"
+    )
+    client_id = found.update.client_id
+    return Exclusion(
+        order_id=found.update.update.order_id,
+        client_id=client_id,
+        refusal=Refusal(reason=reason, evidence={"kind": "norm-band", **evidence}),
+        kept_bytes=found.update.update.size_bytes,
+        happened=event_of(
+            IncidentKind.UPDATE_EXCLUDED,
+            closed,
+            client_id=client_id,
+            is_incident=True,
+            **evidence,
+        ),
+    )
 
 
 def reduce_updates(

@@ -39,6 +39,7 @@ from fedserver.rounds import (
     due_of_buffer,
     shortfall,
 )
+from fedserver.screening import compared_rounds
 from fedserver.spread import client_events, summarise_clients
 from fedserver.strategies.rows import UnfitCohort
 from shared.errors import OutOfSpace, RunFailed, StorageDamaged
@@ -270,7 +271,11 @@ class Coordinator:
         exclusions = screen(
             current,
             stored,
-            width=settings.norm_band * current.adjustments.norm_band_factor,
+            before=await in_store(
+                store.counted_updates, run_id, compared_rounds(current.round_number, stored)
+            ),
+            settings=self._parts.run.settings,
+            base=base,
             trusted=await in_store(store.trusted_clients, run_id),
         )
         excluded = {one.order_id for one in exclusions}

@@ -20,7 +20,7 @@ from fedserver.sampling import (
     cohort_seed,
 )
 from fedserver.settings import ServerSettings
-from fedserver.standing import eligible_clients, strike
+from fedserver.standing import eligible_clients, pause
 from fedserver.strategies.rows import Local, Strategy
 from shared.seeds import derive_seed
 from shared.types import CONTROL_SECTION, MODEL_SECTION, Section, WorkOrder
@@ -67,6 +67,7 @@ def plan_round(
         late = set(draw_stragglers(cohort, settings, **place))
         cohort = tuple(one for one in cohort if one not in late) or cohort[:1]
     run_id = parts.run.run_id
+    sizes = parts.sessions.data_sizes()
     return Round(
         run_id=run_id,
         round_number=round_number,
@@ -78,7 +79,11 @@ def plan_round(
         max_delta_norm=settings.max_delta_norm or 100 * (1 + base.parameter_norm),
         adjustments=adjustments,
         orders=tuple(
-            Order(order_id=_order_id(run_id, round_number, attempt, one), client_id=one)
+            Order(
+                order_id=_order_id(run_id, round_number, attempt, one),
+                client_id=one,
+                num_examples=sizes[one],
+            )
             for one in cohort
         ),
     )
@@ -134,6 +139,7 @@ def plan_more(
             past=past,
         )
     num_before = Counter(one.client_id for one in record.orders)
+    sizes = parts.sessions.data_sizes()
     return tuple(
         Order(
             order_id=_order_id(
@@ -141,6 +147,7 @@ def plan_more(
                 sequence=num_before[one] + 1,
             ),
             client_id=one,
+            num_examples=sizes[one],
         )
         for one in chosen
     )
@@ -295,7 +302,7 @@ def standings_after(
     """Return what the standings are once a round is recorded as done."""
     after = {one: standing for one, standing in standings.items() if one not in counted}
     for one in exclusions:
-        after[one.client_id] = strike(
+        after[one.client_id] = pause(
             standings.get(one.client_id),
             client_id=one.client_id,
             round_number=finished.round_number,

@@ -54,10 +54,15 @@ class Session:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """One piece of work for one client in one attempt at a round."""
+    """One piece of work for one client in one attempt at a round.
+
+    `num_examples` is how many examples the client had registered when it got the order: what it
+    registers later doesn't change it. None: the order was given by a version that didn't record it.
+    """
 
     order_id: str
     client_id: int
+    num_examples: int | None = None
     state: OrderState = OrderState.OPEN
 
     @property
@@ -140,13 +145,15 @@ class Round:
 class StoredUpdate:
     """An update the round rests on; `delta_norm` is the L2 norm of local minus global.
 
-    `own_base` is the digest of the model it began with where that isn't the round's, `staleness`
-    how many rounds earlier its order was given.
+    `num_registered` is how many examples its client had registered when it got the order (see
+    Order). `own_base` is the digest of the model it began with where that isn't the round's,
+    `staleness` how many rounds earlier its order was given.
     """
 
     client_id: int
     update: ClientUpdate
     delta_norm: float
+    num_registered: int | None = None
     own_base: str | None = None
     staleness: int = 0
 

@@ -1,41 +1,194 @@
-"""What compares an update with its cohort, over all that was recorded when a round closed."""
+"""Which updates are too long: their norms against those that other clients reached.
 
-import statistics
-from collections.abc import Sequence
+The norm of a delta (local minus global) depends on how much a client trains. At first it grows at
+most as the training's *travel*: by how much a gradient that stays the same would have moved the
+weights. Later it grows less, and then not at all. So another client's norm says how long this
+client's may be: that norm, times this client's travel over the other's where it is larger. A norm
+that is small is never a reason: a client with one example is honest, and a short update can't
+harm the model.
+
+Travel rests on what the server can bound by itself: the epochs and the batch size of the order,
+and the examples that the client had registered when it got the order. The update's own number of
+steps can only make its travel shorter.
+
+An update is excluded if its norm is beyond all of these:
+
+- `width` times the median of what the round's other updates allow;
+- `width` times the median of what other clients' updates of the last rounds allow: few clients, or
+  a cohort that happens to be alike, say little;
+- half of `width` times the largest median of what other clients' updates of a landmark round allow:
+  round 1, 2, 4, 8 and so on. A client whose data are unlike all others' sends an update as long as
+  ever when those of the others, who agree, have become short: in balance they are as many times
+  shorter as they are more;
+- one percent of the norm of the global model: what moves it by less harms nothing.
+
+The width grows where a median rests on few updates: times 2 with three of them, 1.3 with ten, 1.03
+with a hundred. Fewer than three other clients give no median, and one of 0 is no measure. So with
+three clients or fewer nobody is ever excluded, and with four or more an update that is too long is,
+as long as more than half of the others are honest. A client that registers more examples than it
+has gains MAX_GROWTH at most.
+
+Everything here is a function of what is recorded, so that a server that is started again judges
+the same.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-MIN_COHORT = 4
-"""With fewer updates nobody can say which of them is the odd one."""
+import numpy as np
+from numpy.typing import NDArray
 
-_TO_DEVIATION = 1.4826
-_LEAST_SPREAD = 0.1
+from fedserver.records import StoredUpdate
+
+MIN_OTHERS = 3
+"""A median of fewer than three clients may be a bad one's own value."""
+
+NUM_ROUNDS_COMPARED = 5
+"""How many of the last rounds a round is compared with; more where an order was given earlier."""
+
+MAX_GROWTH = 100.0
+"""A client with more than so many times another's travel is judged as if it had so many times."""
+
+_FEW_VALUES = 3.0
+_LANDMARK_SHARE = 0.5
+_HARMLESS_SHARE = 0.01
 
 
-@dataclass(frozen=True)
-class NormBand:
-    """The norms of deltas that belong together: `low` to `high` around the median."""
+@dataclass(frozen=True, kw_only=True)
+class Outlier:
+    """An update whose `norm` is beyond `bound`.
 
-    median: float
-    mad: float
-    low: float
-    high: float
-
-
-def norm_band(norms: Sequence[float], *, width: float) -> NormBand | None:
-    """Return the band of a cohort's delta norms.
-
-    None for fewer than MIN_COHORT of them, and where the median is 0: most changed nothing, which
-    gives no measure for the others.
-
-    `width` robust standard deviations (1.4826 times the median absolute deviation, as for normal
-    values: Rousseeuw and Croux 1993) to either side of the median. The deviation counts as a tenth
-    of the median at least, or a cohort that agrees by chance would turn out everybody else.
+    `typical` is the median of what `num_compared` other updates allow its client, and `width` how
+    many times that is within the band.
     """
-    if len(norms) < MIN_COHORT:
-        return None
-    median = statistics.median(norms)
-    if not median:
-        return None
-    mad = statistics.median(abs(norm - median) for norm in norms)
-    reach = width * max(_TO_DEVIATION * mad, _LEAST_SPREAD * median)
-    return NormBand(median=median, mad=mad, low=max(0.0, median - reach), high=median + reach)
+
+    update: StoredUpdate
+    norm: float
+    bound: float
+    typical: float
+    width: float
+    num_compared: int
+
+
+Before = Mapping[int, Sequence[StoredUpdate]]
+"""By round, the updates that counted in it."""
+
+
+def compared_rounds(round_number: int, updates: Sequence[StoredUpdate]) -> list[int]:
+    """Return the rounds before one that its updates are compared with."""
+    recent = recent_rounds(round_number, updates)
+    return sorted({*recent, *landmark_rounds(round_number)})
+
+
+def recent_rounds(round_number: int, updates: Sequence[StoredUpdate]) -> range:
+    """Return the last rounds before one, back to that in which its oldest order was given."""
+    oldest = max((one.staleness for one in updates), default=0)
+    return range(max(1, round_number - max(NUM_ROUNDS_COMPARED, oldest)), round_number)
+
+
+def landmark_rounds(round_number: int) -> list[int]:
+    """Return the rounds before one whose numbers are powers of two."""
+    return [2**power for power in range((round_number - 1).bit_length())]
+
+
+def travel_of(update: StoredUpdate, settings: Mapping[str, Any]) -> float:
+    """Return how far a constant gradient of norm 1 would move weights, in learning rates.
+
+    It is the number of steps; with SGD's momentum m, whose k-th step is 1 + m + ... + m^(k-1)
+    times as long, the sum of these. The number of steps is what `settings` (the run's) ask for of
+    the registered examples, or what the update says if that is less.
+    """
+    says = update.update
+    registered = update.num_registered or says.num_examples
+    asked = settings["epochs"] * math.ceil(registered / settings["batch_size"])
+    steps = max(1, min(asked, says.num_steps))
+    momentum = settings["momentum"] if settings["optimizer"] == "sgd" else 0.0
+    return float(steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+
+
+def outliers(
+    updates: Sequence[StoredUpdate],
+    before: Before,
+    *,
+    round_number: int,
+    settings: Mapping[str, Any],
+    width: float,
+    model_norm: float,
+) -> list[Outlier]:
+    """Return the updates of a round that are too long; see the module for the rule.
+
+    `before` holds at least the rounds of `compared_rounds`, where they had updates that count.
+    `model_norm` is the L2 norm of the global model's parameters.
+    """
+    recent = [
+        one for number in recent_rounds(round_number, updates) for one in before.get(number, ())
+    ]
+    now = _Group(updates, settings)
+    groups = [(now, 1.0), (_Group(recent, settings), 1.0)]
+    for number in landmark_rounds(round_number):
+        groups.append((_Group(before.get(number, ()), settings), _LANDMARK_SHARE))
+    found = []
+    for place, update in enumerate(updates):
+        client_id, norm, travel = update.client_id, update.delta_norm, now.travels[place]
+        # Most are short enough by this alone, which takes no look at all the others.
+        if norm <= max(_HARMLESS_SHARE * model_norm, width * now.least_median(client_id)):
+            continue
+        bounds = []
+        for group, share in groups:
+            reached = group.reached_by_others(client_id, travel)
+            # Where most others changed nothing there is no measure for anybody.
+            if len(reached) and (typical := float(np.median(reached))):
+                reach = share * width * (1 + _FEW_VALUES / len(reached))
+                bounds.append((reach * typical, typical, reach, len(reached)))
+        if bounds and norm > (largest := max(bounds))[0]:
+            bound, typical, reach, num_compared = largest
+            found.append(
+                Outlier(
+                    update=update,
+                    norm=norm,
+                    bound=bound,
+                    typical=typical,
+                    width=reach,
+                    num_compared=num_compared,
+                )
+            )
+    return found
+
+
+class _Group:
+    """The updates of one round or of several, in columns: client ids, norms and travels."""
+
+    def __init__(self, updates: Sequence[StoredUpdate], settings: Mapping[str, Any]) -> None:
+        self.client_ids = np.array([one.client_id for one in updates], dtype=np.int64)
+        self.norms = np.array([one.delta_norm for one in updates])
+        self.travels = np.array([travel_of(one, settings) for one in updates])
+        self._ascending = np.sort(self.norms)
+        self._num_of = Counter(one.client_id for one in updates)
+
+    def reached_by_others(self, client_id: int, travel: float) -> NDArray[np.float64]:
+        """Return what other clients would have reached with this travel, at most.
+
+        Empty where they are fewer than MIN_OTHERS.
+        """
+        if not self._has_enough(client_id):
+            return np.empty(0)
+        is_other = self.client_ids != client_id
+        growth = np.clip(travel / self.travels[is_other], 1.0, MAX_GROWTH)
+        reached: NDArray[np.float64] = self.norms[is_other] * growth
+        return reached
+
+    def least_median(self, client_id: int) -> float:
+        """Return what the median of `reached_by_others` is at least, in constant time.
+
+        Leaving values out of a sorted sequence makes none of the places before the last smaller.
+        """
+        if not self._has_enough(client_id):
+            return 0.0
+        num_others = len(self.norms) - self._num_of[client_id]
+        return float(self._ascending[(num_others - 1) // 2])
+
+    def _has_enough(self, client_id: int) -> bool:
+        return len(self._num_of) - (client_id in self._num_of) >= MIN_OTHERS

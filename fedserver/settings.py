@@ -276,8 +276,9 @@ class AdmissionSettings(Settings):
     norm_band: float = Field(
         default=10,
         ge=0,
-        description="robust standard deviations around the cohort's median norm of local minus "
-        "global, outside of which an update is excluded; 0: none is",
+        description="an update is excluded if its L2 norm of local minus global is so many times "
+        "what other clients' updates allow for its work (more with few clients, and never with "
+        "fewer than four); 0: none is",
     )
     max_uploads: int = Field(default=16, ge=1, description="uploads written at the same time")
 

@@ -1,7 +1,8 @@
 """Which clients a round may ask: those that gave cause sit out some rounds, then come back.
 
 The first strike costs one whole round, each further one twice as many as the one before, and an
-update that counts clears them all.
+update that counts clears them all. An update that was excluded is no strike: it was compared with
+others, which proves nothing against its client, so it costs one round, however often.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,11 +16,20 @@ MAX_SPAN = 64
 def strike(before: Standing | None, *, client_id: int, round_number: int, reason: str) -> Standing:
     """Return the standing of a client that gave cause in a round."""
     strikes = 1 if before is None else before.strikes + 1
-    span = min(MAX_SPAN, 2 ** min(strikes - 1, MAX_SPAN))
     return Standing(
         client_id=client_id,
         strikes=strikes,
-        suspended_until=round_number + 1 + span,
+        suspended_until=round_number + 1 + min(MAX_SPAN, 2 ** min(strikes - 1, MAX_SPAN)),
+        reason=reason,
+    )
+
+
+def pause(before: Standing | None, *, client_id: int, round_number: int, reason: str) -> Standing:
+    """Return the standing of a client whose update was excluded in a round."""
+    return Standing(
+        client_id=client_id,
+        strikes=0 if before is None else before.strikes,
+        suspended_until=round_number + 2,
         reason=reason,
     )
 

@@ -396,6 +396,10 @@ MAX_INCIDENTS = 64
 INCIDENT_NUMBERS = frozenset({"lr", "batch", "loss", *(f"grad_norm_{age}" for age in range(5))})
 """The numbers an incident may carry; what they mean, shared.training.NonFiniteError says."""
 
+MAX_METRIC = 1e30
+"""The largest absolute value of a metric that an update may carry: beyond it a sum over clients
+could overflow. A client leaves such a metric out."""
+
 METRIC_NAMES = frozenset(
     {
         "accuracy",

@@ -1,7 +1,7 @@
 """Orders, the updates they end with, and events."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, replace
 from itertools import takewhile
 from typing import Any
@@ -21,7 +21,7 @@ from fedserver.rounds import OrderEvent, OrderState, Phase
 from fedserver.sampling import Participation
 from fedserver.store import schema
 from fedserver.store.database import Database
-from fedserver.store.rows import read_update, updates_in
+from fedserver.store.rows import read_stored, updates_in, updates_of
 from fedserver.store.run_clock import read_clock
 from fedserver.store.transitions import (
     add_events,
@@ -238,16 +238,31 @@ class Orders(Database):
         )
         with self.reading() as connection:
             rows = connection.execute(wanted).all()
-        return [
-            StoredUpdate(
-                client_id=row.client_id,
-                update=read_update(row),
-                delta_norm=row.delta_norm,
-                own_base=None if row.given_in == row.round else row.base_digest,
-                staleness=row.round - row.given_in,
+        return [read_stored(row) for row in rows]
+
+    def counted_updates(
+        self, run_id: str, round_numbers: Collection[int]
+    ) -> dict[int, list[StoredUpdate]]:
+        """Return the updates that count in these rounds of a run, by round; of those DONE alone."""
+        rounds, updates = schema.rounds.alias("came_into"), schema.updates
+        wanted = (
+            updates_of(run_id)
+            .join(
+                rounds,
+                (rounds.c.round == updates.c.round) & (rounds.c.attempt == updates.c.attempt),
             )
-            for row in rows
-        ]
+            .where(
+                rounds.c.run_id == run_id,
+                rounds.c.phase == Phase.DONE,
+                updates.c.round.in_(round_numbers),
+                schema.orders.c.state == OrderState.COUNTED,
+            )
+        )
+        found: dict[int, list[StoredUpdate]] = {}
+        with self.reading() as connection:
+            for row in connection.execute(wanted):
+                found.setdefault(row.round, []).append(read_stored(row))
+        return found
 
     def add_events(
         self, run_id: str, happened: Iterable[Event], *, report_key: str | None = None

@@ -15,6 +15,7 @@ from fedserver.records import (
     Run,
     RunState,
     Standing,
+    StoredUpdate,
 )
 from fedserver.rounds import OrderState, Phase
 from fedserver.store import schema
@@ -36,34 +37,38 @@ def measured(name: str) -> Label[float | None]:
     return number
 
 
-def updates_in(run_id: str, round_number: int, attempt: int) -> Select[Any]:
-    """Return the query for what came into an attempt, in the order of aggregation.
+def updates_of(run_id: str) -> Select[Any]:
+    """Return the query for all that clients of a run have sent, in the order of aggregation.
 
-    Beside the columns of `updates`: client_id, state, handed_out_at, and of its order `given_in`,
-    the round it was given in, with that one's `base_digest`.
+    Beside the columns of `updates`: client_id, state, handed_out_at, and of its order
+    `num_registered` (how many examples the client had registered when it got the order) and
+    `given_in`, the round it was given in, with that one's `base_digest`.
     """
     orders, updates, rounds = schema.orders, schema.updates, schema.rounds
     return (
         select(
             *(orders.c.client_id, orders.c.state, orders.c.round.label("given_in")),
-            *(orders.c.handed_out_at, rounds.c.base_digest, updates),
+            *(orders.c.handed_out_at, orders.c.num_examples.label("num_registered")),
+            *(rounds.c.base_digest, updates),
         )
         .join(updates, updates.c.order_id == orders.c.order_id)
         .join(rounds, same_attempt(orders, rounds))
-        .where(
-            orders.c.run_id == run_id,
-            updates.c.round == round_number,
-            updates.c.attempt == attempt,
-        )
+        .where(orders.c.run_id == run_id)
         .order_by(orders.c.client_id, orders.c.order_id)
     )
+
+
+def updates_in(run_id: str, round_number: int, attempt: int) -> Select[Any]:
+    """Return the query for what came into an attempt, as `updates_of` does."""
+    updates = schema.updates
+    return updates_of(run_id).where(updates.c.round == round_number, updates.c.attempt == attempt)
 
 
 def read_round(connection: Connection, row: Row[Any]) -> Round:
     """Return the attempt that a row of `rounds` holds, with its orders by client and sequence."""
     orders = schema.orders
     rows = connection.execute(
-        select(orders.c.order_id, orders.c.client_id, orders.c.state).where(
+        select(orders.c.order_id, orders.c.client_id, orders.c.num_examples, orders.c.state).where(
             orders.c.run_id == row.run_id,
             orders.c.round == row.round,
             orders.c.attempt == row.attempt,
@@ -71,7 +76,12 @@ def read_round(connection: Connection, row: Row[Any]) -> Round:
     ).all()
     # As text the tenth of a client's orders would come before its second.
     found = [
-        Order(order_id=one.order_id, client_id=one.client_id, state=OrderState(one.state))
+        Order(
+            order_id=one.order_id,
+            client_id=one.client_id,
+            num_examples=one.num_examples,
+            state=OrderState(one.state),
+        )
         for one in rows
     ]
     return Round(
@@ -117,6 +127,18 @@ def read_update(row: Row[Any]) -> ClientUpdate:
         num_steps=row.num_steps,
         metrics=row.metrics,
         encoding=Encoding(row.encoding),
+    )
+
+
+def read_stored(row: Row[Any]) -> StoredUpdate:
+    """Return the update that a row of `updates_in` holds."""
+    return StoredUpdate(
+        client_id=row.client_id,
+        update=read_update(row),
+        delta_norm=row.delta_norm,
+        num_registered=row.num_registered,
+        own_base=None if row.given_in == row.round else row.base_digest,
+        staleness=row.round - row.given_in,
     )
 
 

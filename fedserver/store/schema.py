@@ -22,7 +22,7 @@ from sqlalchemy import (
 FIRST_REVISION = "0006"
 """The schema that databases had before there were migrations; older ones can't be upgraded."""
 
-REVISION = "0008"
+REVISION = "0009"
 """The newest migration: what its tables are is below (see migrations/__init__.py)."""
 
 metadata = MetaData()
@@ -105,6 +105,9 @@ orders = Table(
     Column("state", String, nullable=False),
     Column("handed_out_at", Float),
     Column("ended_at", Float),
+    # How many examples the client had registered when it got the order; NULL where an older version
+    # gave it.
+    Column("num_examples", Integer),
     ForeignKeyConstraint(
         ["run_id", "round", "attempt"], ["rounds.run_id", "rounds.round", "rounds.attempt"]
     ),

@@ -1,6 +1,6 @@
 """Steps that the store's transactions are made of; each works on the caller's connection."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedserver.records import (
     Order,
     OrderRecord,
     Round,
+    Standing,
 )
 from fedserver.rounds import (
     OrderEvent,
@@ -33,7 +34,7 @@ from fedserver.rounds import (
     next_order_state,
     next_phase,
 )
-from fedserver.standing import strike
+from fedserver.standing import pause, strike
 from fedserver.store import schema
 from fedserver.store.rows import read_standing
 from fedserver.store.run_clock import read_clock
@@ -106,6 +107,7 @@ def insert_orders(connection: Connection, given_in: Round, orders: Iterable[Orde
             "round": given_in.round_number,
             "attempt": given_in.attempt,
             "client_id": order.client_id,
+            "num_examples": order.num_examples,
             "state": order.state,
         }
         for order in orders
@@ -208,15 +210,24 @@ def move_order(
 
 
 def strike_client(
-    connection: Connection, run_id: str, happened: Event, *, client_id: int, reason: str
+    connection: Connection,
+    run_id: str,
+    happened: Event,
+    *,
+    client_id: int,
+    reason: str,
+    suspend: Callable[..., Standing] = strike,
 ) -> Event:
-    """Suspend a client that gave cause; returns the event with the round it comes back in."""
+    """Suspend a client that gave cause; returns the event with the round it comes back in.
+
+    `suspend` says for how long, by its standing so far: see fedserver.standing.
+    """
     table = schema.standings
     row = connection.execute(
         select(table).where(table.c.run_id == run_id, table.c.client_id == client_id)
     ).first()
     assert happened.round_number is not None
-    standing = strike(
+    standing = suspend(
         None if row is None else read_standing(row),
         client_id=client_id,
         round_number=happened.round_number,
@@ -285,7 +296,10 @@ def exclude_orders(
             at=ended_at,
         )
         happened = strike_client(
-            connection, screened.run_id, one.happened, client_id=one.client_id, reason=reason
+            *(connection, screened.run_id, one.happened),
+            client_id=one.client_id,
+            reason=reason,
+            suspend=pause,
         )
         add_events(connection, screened.run_id, [happened])
         recorded.append(happened)

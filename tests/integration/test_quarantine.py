@@ -146,7 +146,7 @@ def test_an_update_far_out_of_its_cohorts_norms_is_excluded_until_it_is_released
     assert verdicts == {0: "COUNTED", 1: "EXCLUDED", 2: "COUNTED", 3: "COUNTED", 4: "COUNTED"}
     (incident,) = entry["incidents"]
     assert (incident["kind"], incident["client"]) == ("update-excluded", 1)
-    assert incident["norm"] == pytest.approx(50 * incident["median"], rel=0.01)
+    assert incident["norm"] == pytest.approx(50 * incident["typical"], rel=0.01)
 
     (kept,) = held(scene)
     shown = quarantine(scene, "show", "--order", kept.order_id)
@@ -168,6 +168,35 @@ def test_an_update_far_out_of_its_cohorts_norms_is_excluded_until_it_is_released
     after = cohort(peers, *CLIENTS)
     mean = (4 * 0.01 + 0.5) / 5
     torch.testing.assert_close(after.base[WEIGHT], again.base[WEIGHT] + mean)
+
+
+def test_norms_are_judged_by_the_examples_registered_and_not_by_those_claimed(
+    scene: Scene, strict: Server
+) -> None:
+    """The client with the most data counts in every round; who only claims to have it doesn't."""
+    peers = {
+        one: Peer(strict.address, one, num_examples=2000 if one == 4 else 10) for one in CLIENTS
+    }
+    settle_first_round(peers)
+
+    def claim_much(opened: OpenRound, client_id: int) -> None:
+        payload = payload_of(changed(opened.base, by=0.4))
+        order = opened.orders[client_id]
+        peers[client_id].upload(order, payload, num_examples=2000, num_steps=126)
+
+    for _ in range(3):
+        opened = cohort(peers, *CLIENTS)
+        opened.settle(0, 1, 2, 3)
+        claim_much(opened, 4)
+    opened = cohort(peers, *CLIENTS)
+    assert held(scene) == []
+    claim_much(opened, 0)
+    opened.settle(1, 2, 3, 4)
+    cohort(peers, 1, 2, 3, 4)
+    (kept,) = held(scene)
+    assert (kept.client_id, kept.refusal.evidence["kind"]) == (0, "norm-band")
+    for peer in peers.values():
+        peer.close()
 
 
 def test_a_person_who_asks_for_what_isnt_there_is_told_so(

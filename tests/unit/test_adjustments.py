@@ -203,8 +203,8 @@ def test_a_bad_model_halves_rate_and_band() -> None:
     assert found == Adjustments(lr_factor=0.5, num_lowered=1, norm_band_factor=0.5)
     for _ in range(4):
         found = after_bad_model(found, max_steps=3)
-    assert (found.lr_factor, found.norm_band_factor) == (0.125, 0.125)
-    assert after([], found).norm_band_factor == 0.25
+    assert (found.lr_factor, found.norm_band_factor) == (0.125, 0.5)
+    assert after([], found).norm_band_factor == 1
     assert after_bad_model(NO_ADJUSTMENTS, max_steps=0) == NO_ADJUSTMENTS
 
 

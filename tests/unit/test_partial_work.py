@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedserver.admission import examine_header
 from fedserver.planning import draw_stragglers
 from fedserver.settings import ServerSettings
 from shared.codec import decode_state
+from tests.factories import make_limits
 from tests.small_federation import SmallFederation, examples_of, small
 
 
@@ -37,6 +39,23 @@ def test_who_stops_early_sends_what_it_has_done(tmp_path: Path) -> None:
     assert hurried[0].update.num_steps == 1
     sent = decode_state(later.payload.read_bytes())
     assert any(not torch.equal(sent[name], start[name]) for name in start)
+
+
+def test_a_loss_beyond_all_bounds_is_left_out_and_the_update_is_good(tmp_path: Path) -> None:
+    """Targets in unusual units may make it so large; nothing is wrong with their client."""
+
+    def large(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets) + 1e31
+
+    federation = SmallFederation(
+        tmp_path, task=replace(small, loss=large), evaluate_on_clients=True, batch_size=4
+    )
+    [order] = federation.open_round((1,))
+    sent = federation.train(order)
+    assert set(sent.update.metrics) == {
+        *("accuracy", "train_s", "global_accuracy", "global_examples"),
+    }
+    examine_header(sent.update, federation.model.file, make_limits(max_steps_per_example=5))
 
 
 def test_two_trainings_of_an_order_share_its_time(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedserver.records import Standing
-from fedserver.standing import MAX_SPAN, eligible_clients, strike
+from fedserver.standing import MAX_SPAN, eligible_clients, pause, strike
 
 
 def make_standing(client_id: int, suspended_until: int) -> Standing:
@@ -33,6 +33,20 @@ def test_each_strike_costs_twice_as_many_rounds(strikes_before: int, rounds_sat_
         if not eligible_clients({3}, {3: after}, round_number=number, num_needed=0)
     ]
     assert sat_out == list(range(11, 11 + rounds_sat_out))
+
+
+def test_an_exclusion_costs_one_round_however_often() -> None:
+    """It is no strike: a client that is excluded each time sits out every other round."""
+    standing: Standing | None = None
+    asked = []
+    for number in range(10, 20):
+        known = {} if standing is None else {3: standing}
+        if eligible_clients({3}, known, round_number=number, num_needed=0):
+            asked.append(number)
+            standing = pause(standing, client_id=3, round_number=number, reason="excluded")
+    assert asked == list(range(10, 20, 2))
+    stalled = strike(standing, client_id=3, round_number=20, reason="stalled")
+    assert (stalled.strikes, stalled.suspended_until) == (1, 22)
 
 
 def test_a_client_struck_in_an_attempt_isnt_asked_in_the_next() -> None:
