@@ -5,7 +5,7 @@
 
 The federations are those of benchmarks.small_federations. Without --seed the operating system
 draws the seed of partitions, sizes, first weights, batches and partial work, and the result records
-it. With --write the result goes into docs/results.md.
+it. With --write the table of honest federations goes into docs/results.md.
 """
 
 import argparse
@@ -232,13 +232,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="federations with this word in their name")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--jobs", type=int, default=1, help="processes at work at the same time")
-    parser.add_argument("--write", action="store_true", help="write the table into docs/results.md")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="write the table of honest federations into docs/results.md",
+    )
     arguments = parser.parse_args()
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", file=sys.stderr, flush=True)
     given = {"seed": seed, "num_rounds": arguments.rounds}
     if arguments.attacks:
-        section = "attacked-federations"
         columns = ["clients", "attack", "attacks excluded", "honest excluded", *DEFENCES]
         calls = [
             functools.partial(_attacked_row, federation, attack, **given)
@@ -246,7 +249,6 @@ def main() -> None:
             for attack in ATTACKS
         ]
     else:
-        section = "honest-federations"
         columns = ["clients", "updates", "excluded", "beyond half the band"]
         calls = [
             functools.partial(_honest_row, federation, **given)
@@ -265,7 +267,7 @@ def main() -> None:
     text = "\n".join([*lines, "", f"`{command}`; {machine_line()}"])
     print(text)
     if arguments.write:
-        write_section(section, text, page=PAGE)
+        write_section("honest-federations", text, page=PAGE)
 
 
 def _call(function: Callable[[], str]) -> str:

@@ -179,19 +179,17 @@ def test_norms_are_judged_by_the_examples_registered_and_not_by_those_claimed(
     }
     settle_first_round(peers)
 
-    def claim_much(opened: OpenRound, client_id: int) -> None:
-        payload = payload_of(changed(opened.base, by=0.4))
-        order = opened.orders[client_id]
-        peers[client_id].upload(order, payload, num_examples=2000, num_steps=126)
+    def deliver(opened: OpenRound, *, with_much: int) -> None:
+        for one, order in opened.orders.items():
+            payload = payload_of(changed(opened.base, by=0.4 if one == with_much else 0.01))
+            says = (2000, 126) if one == with_much else (10, 2)
+            peers[one].upload(order, payload, num_examples=says[0], num_steps=says[1])
 
     for _ in range(3):
-        opened = cohort(peers, *CLIENTS)
-        opened.settle(0, 1, 2, 3)
-        claim_much(opened, 4)
+        deliver(cohort(peers, *CLIENTS), with_much=4)
     opened = cohort(peers, *CLIENTS)
     assert held(scene) == []
-    claim_much(opened, 0)
-    opened.settle(1, 2, 3, 4)
+    deliver(opened, with_much=0)
     cohort(peers, 1, 2, 3, 4)
     (kept,) = held(scene)
     assert (kept.client_id, kept.refusal.evidence["kind"]) == (0, "norm-band")
