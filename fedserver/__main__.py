@@ -34,14 +34,18 @@ def main(argv: list[str]) -> int:
         # Before anybody listens for it: there is nothing to end.
         print("fedserver: stopped", file=sys.stderr)
         return 130
-    except PermissionError as error:
-        print(
-            f"fedserver: {error}; run this as the server's user, or copy the state-dir and look at "
-            "the copy",
-            file=sys.stderr,
-        )
-        return 1
     except BrokenPipeError:
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        is_forbidden = isinstance(error, PermissionError)
+        way_out = (
+            "; run this as the server's user, or copy the state-dir and look at the copy"
+            if is_forbidden
+            else ""
+        )
+        print(f"fedserver: {error.filename}: {error.strerror}{way_out}", file=sys.stderr)
         return 1
     return 0
 

@@ -401,6 +401,11 @@ def _show_end(parts: Parts) -> None:
             console.print(f"accuracy and loss over the rounds are drawn in {curve}", soft_wrap=True)
         else:
             logger.warning("the curve wasn't drawn; the run is complete all the same")
+    else:
+        logger.info(
+            "the curve isn't drawn: matplotlib isn't installed; install it with: "
+            "python -m pip install 'fedrounds[plot]'"
+        )
 
 
 def _run_command(parts: Parts, name: str, *flags: str, output: int) -> bool:

@@ -7,8 +7,10 @@ from pydantic_settings import SettingsConfigDict
 
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.report import draw_curve
+from fedserver.spread import told_of_models
 from fedserver.store import read_history
 from shared.cli import parse
+from shared.errors import NotFound
 
 
 class CurveSettings(InspectionSettings):
@@ -24,6 +26,13 @@ def run(argv: list[str]) -> None:
     settings = parse(CurveSettings, argv)
     with opened_run(settings) as (store, run):
         history = read_history(store, run)
+    if not told_of_models(history) and not any(
+        one["evaluation"] and one["phase"] == "DONE" for one in history
+    ):
+        raise NotFound(
+            f"{run.run_id} has nothing to draw: no round that is done has an evaluation (a task "
+            "without a held-out set has none)"
+        )
     with drawing_into(settings.out):
         draw_curve(history, settings.out)
     print(f"the curve is in {settings.out}")
