@@ -18,7 +18,7 @@ from fedclient.devices import find_device
 from fedclient.settings import ClientSettings
 from shared.data import partition_indices
 from shared.determinism import repeatable
-from shared.errors import InvalidInput, WrongSettings
+from shared.errors import FederationError, InvalidInput, WrongSettings
 from shared.own_code import naming_task_errors
 from shared.stop_signals import interrupting
 from shared.tasks import DataRequest, Examples, Partition, Task, examine_examples, find_task
@@ -28,6 +28,7 @@ from shared.types import Partitioning, SessionInfo
 logger = logging.getLogger(__name__)
 
 _NUM_SHARES_KEPT = 8
+_NUM_CLIENTS_TRIED = 3
 
 
 class Holdings:
@@ -90,13 +91,24 @@ class Holdings:
         return self._num_examples
 
     def _try_step(self) -> None:
-        """Take a trial step on the examples of the client that has most of them."""
-        most, client_id = max(zip(self._num_examples, self._settings.client_ids, strict=True))
-        if most == 0:
-            return
+        """Take a trial step on the examples of a client with many; one client can't stop others.
+
+        Where it fails for the three clients that have most, it is the task that fails.
+        """
+        sizes = zip(self._num_examples, self._settings.client_ids, strict=True)
+        candidates = [client_id for size, client_id in sorted(sizes, reverse=True) if size > 0]
         device = find_device(self._settings.device)
-        with repeatable(num_threads=self._settings.threads):
-            try_training_step(self.task, self.examples_of(client_id), device=device)
+        failure: FederationError | None = None
+        for client_id in candidates[:_NUM_CLIENTS_TRIED]:
+            try:
+                with repeatable(num_threads=self._settings.threads):
+                    try_training_step(self.task, self.examples_of(client_id), device=device)
+            except FederationError as error:
+                failure = failure or error
+            else:
+                return
+        if failure is not None:
+            raise failure
 
     def _examine(self, client_id: int) -> int:
         """Return how many examples a client has; warn of those that will stop its training."""

@@ -8,6 +8,8 @@ from tests.tiny_task import BATCH_SIZE
 
 TINY = "tests.tiny_task:tiny"
 BIG = "tests.tiny_task:big"
+NO_CLOCK = ("--stall-after", 3600, "--lease", 3600, "--first-step", 3600, "--farewell", 240)
+"""Flags of a server by which no order, session or end comes by time, however slow the machine."""
 
 
 def start_server(scene: Scene, *flags: str | float | Path, task: str = TINY, **kept: str) -> Server:

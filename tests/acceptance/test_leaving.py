@@ -2,11 +2,14 @@
 
 import signal
 
-from tests.acceptance.federation import expect_clean_exits, start_client, start_server, verdicts
+from tests.acceptance.federation import (
+    NO_CLOCK,
+    expect_clean_exits,
+    start_client,
+    start_server,
+    verdicts,
+)
 from tests.processes import Scene, fixed_port
-
-NO_CLOCK = ("--stall-after", 3600, "--lease", 3600, "--first-step", 3600, "--farewell", 120)
-"""No order ends by time: what the tests see is what clients said."""
 
 
 def test_a_stopped_client_is_done_without_and_goes_on_when_it_is_back(scene: Scene) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.codec import digest_bytes, digest_file
+from shared.failpoints import VARIABLE, FailPoint
 from shared.pb import federation_pb2 as pb
 from tests.acceptance.federation import (
     BIG,
+    NO_CLOCK,
     expect_clean_exits,
     incident_kinds,
     start_client,
@@ -155,7 +157,7 @@ def test_a_model_that_somebody_downloads_is_kept_until_it_is_there(scene: Scene)
     """Rounds after --keep-rounds would have let it go; it goes when nobody needs it any more."""
     server = start_server(
         *(scene, "--rounds", 6, "--min-clients", 1, "--keep-rounds", 1),
-        *("--require-all", "--stall-after", 3600),
+        *("--require-all", *NO_CLOCK),
         task=BIG,
     )
     reader = Peer(server.address, 1, num_examples=0)
@@ -165,9 +167,9 @@ def test_a_model_that_somebody_downloads_is_kept_until_it_is_there(scene: Scene)
     (first,) = models(scene)
     parts = reader.download_parts(first)
     begun = next(parts)
-    client = start_client(scene, 0, server.address, task=BIG)
-    server.wait_for_line("round-done", times=4)
-    client.signal(signal.SIGSTOP)
+    armed = {VARIABLE: f"{FailPoint.TRAINED}:halt:5"}
+    client = start_client(scene, 0, server.address, task=BIG, **armed)
+    wait_until(lambda: client.is_halted, what="the client to be trained for round 5")
     assert first in models(scene)
     assert digest_bytes(begun + b"".join(parts)) == first
     client.signal(signal.SIGCONT)

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
+from shared.failpoints import VARIABLE, FailPoint
 from tests.acceptance.federation import (
+    NO_CLOCK,
     expect_clean_exits,
     incident_kinds,
     start_client,
     start_server,
     verdicts,
 )
-from tests.processes import Scene, fixed_port
+from tests.processes import Scene, fixed_port, wait_until
 
 CLIENTS = (0, 1)
 NUM_ROUNDS = 4
@@ -56,10 +58,15 @@ def test_a_strategys_state_outlives_kills_and_is_verified(
     assert f"{NUM_ROUNDS} server states whole" in verified.stdout
     assert verified.stdout.endswith(f"{NUM_ROUNDS} of {NUM_ROUNDS} re-aggregated\n")
 
-    flags = (*chosen, "--port", fixed_port(), "--keep-rounds", 1)
+    flags = (*chosen, *NO_CLOCK, "--port", fixed_port(), "--keep-rounds", 1)
     server = start_server(scene, *flags)
-    clients = [start_client(scene, one, server.address, TINY_STEP_S="0.01") for one in CLIENTS]
-    server.wait_for_line("round-opened.*round=3")
+    armed = {VARIABLE: f"{FailPoint.TRAINED}:halt:3"}
+    clients = [
+        start_client(scene, 0, server.address),
+        start_client(scene, 1, server.address, **armed),
+    ]
+    # Round 3 is open, and stays so until somebody has killed both.
+    wait_until(lambda: clients[1].is_halted, what="client 1 to be trained for round 3")
     for killed in (server, clients[1]):
         killed.signal(signal.SIGKILL)
         killed.wait()
@@ -101,7 +108,7 @@ def test_compressed_runs_repeat_through_a_kill(scene: Scene, name: str) -> None:
     expect_clean_exits(
         first, *(start_client(scene, one, first.address, state=f"whole-{one}") for one in CLIENTS)
     )
-    server = start_server(scene, *flags, "--farewell", 120)
+    server = start_server(scene, *flags, *NO_CLOCK)
     victim = start_client(scene, 1, server.address, FED_FAIL_POINT="trained:kill:3")
     other = start_client(scene, 0, server.address)
     assert victim.wait() == -signal.SIGKILL
@@ -116,8 +123,8 @@ def test_compressed_runs_repeat_through_a_kill(scene: Scene, name: str) -> None:
 
 def test_a_client_that_lost_its_residual_says_so(scene: Scene) -> None:
     """It goes on with an empty one, and the history has it."""
-    flags = ("--rounds", 3, "--min-clients", 1, "--require-all", "--farewell", 120)
-    server = start_server(scene, *flags, "--compression", "top-k")
+    flags = ("--rounds", 3, "--min-clients", 1, "--require-all", "--compression", "top-k")
+    server = start_server(scene, *flags, *NO_CLOCK)
     client = start_client(scene, 0, server.address, FED_FAIL_POINT="order-pulled:kill:2")
     assert client.wait() == -signal.SIGKILL
     shutil.rmtree(scene.folder / "client-0" / "states")

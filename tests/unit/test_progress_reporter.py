@@ -3,11 +3,13 @@
 import threading
 from collections.abc import Sequence
 
+import pytest
+
 from fedclient.progress import ProgressReporter
 from shared.types import MAX_INCIDENTS, Counters, Incident, IncidentKind
 
 
-def test_a_report_under_way_ends_before_the_order_does() -> None:
+def test_a_report_under_way_ends_before_the_order_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """No thread of an order is left over: one that comes back as the process ends would crash."""
     has_begun, may_end = threading.Event(), threading.Event()
     ended: list[str] = []
@@ -17,17 +19,18 @@ def test_a_report_under_way_ends_before_the_order_does() -> None:
         may_end.wait()
         ended.append("report")
 
-    def work() -> None:
-        with ProgressReporter(report, stop=threading.Event()):
-            has_begun.wait()
-        ended.append("order")
+    reporter = ProgressReporter(report, stop=threading.Event())
+    join = reporter._thread.join
 
-    working = threading.Thread(target=work)
-    working.start()
-    has_begun.wait()
-    working.join(0.2)
-    may_end.set()
-    working.join()
+    def wait_for_the_report() -> None:
+        may_end.set()
+        join()
+
+    monkeypatch.setattr(reporter._thread, "join", wait_for_the_report)
+    with reporter:
+        has_begun.wait()
+    ended.append("order")
+    wait_for_the_report()
     assert ended == ["report", "order"]
 
 
