@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from shared.rounding import rounded
 from shared.seeds import derive_seed
 from shared.types import Compression, Encoding
 
@@ -40,6 +41,8 @@ CASTS: Mapping[Encoding, torch.dtype] = {
 }
 VALUES, OFFSETS, COUNTS = "values", "offsets", "counts"
 _LEVELS = 127
+# A float32 with bits to spare: rounded up, its 127th part is still finite when it is multiplied.
+_LARGEST = 2.0**127
 _SLICE_ELEMENTS = 1 << 20
 
 
@@ -70,9 +73,11 @@ def delta_of(local: Tensor, base: Tensor) -> Tensor:
 
 
 def restored(base: Tensor, delta: Tensor) -> Tensor:
-    """Return what a client has that changed `base` by `delta`, in the base's dtype."""
-    dtype = delta_dtype(base.dtype)
-    return (base.to(dtype) + delta.to(dtype)).to(base.dtype)
+    """Return what a client has that changed `base` by `delta`, rounded once to the base's dtype."""
+    if base.dtype is torch.float32:
+        return base + delta.float()
+    # Of numbers of float32 and narrower that are worth adding, float64 holds the exact sum.
+    return rounded(base.double() + delta.double(), base.dtype)
 
 
 def num_kept(num_elements: int, fraction: float) -> int:
@@ -186,6 +191,10 @@ def decompress(
 def relative_error(delta: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> float:
     """Return ||received - delta|| / ||delta|| over all parameters, 0 for a delta of zeros."""
     norm = _norm(delta.values())
+    if norm == math.inf:
+        # Squares of 1e300 are more than float64 holds.
+        small = {name: one.double() / 2.0**600 for name, one in delta.items()}
+        return relative_error(small, {name: received[name].double() / 2.0**600 for name in small})
     return _norm(received[name] - one for name, one in delta.items()) / norm if norm else 0.0
 
 
@@ -201,6 +210,7 @@ def quantise(
     """Return [count] values as int8 [count], and the scales of their blocks, float32 [num_blocks].
 
     The mean of scale * int8 over the generator's draws is the value, within 2^-46 of a scale.
+    What is beyond float32's range becomes about its largest number.
     """
     count = len(values)
     num_blocks = -(-count // block_size)
@@ -213,6 +223,8 @@ def quantise(
         rows = torch.zeros((last - first) * block_size, dtype=torch.float64)
         rows[: end - begin] = values[begin:end]
         rows = rows.view(last - first, block_size)
+        # So that a scale times 127 is finite in float32.
+        rows.clamp_(-_LARGEST, _LARGEST)
         largest_of = rows.abs().amax(dim=1)
         scale = (largest_of / _LEVELS).float()
         # Rounded down, the largest value would lie beyond the last level and lose its mean.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from shared.errors import InvalidInput
 
 Batches = Iterable[tuple[Tensor, ...] | list[Tensor]]
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Tensor], Tensor]
+"""(what the model returns, targets) to the mean loss of a batch."""
+
+_MAIN_NAMES = ("logits", "out", "main")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +72,11 @@ def evaluate(
             others = [one(outputs, targets).to(mean_loss) for one in metrics.values()]
             means.append(torch.stack([mean_loss, *others]))
             sizes.append(len(targets))
-            num_correct += count_correct(outputs, targets)
+            answers = main_output(outputs)
+            num_correct += count_correct(answers, targets)
             num_targets += targets.numel()
             if confusion is not None:
-                confusion += _count_answers(outputs, targets, len(confusion))
+                confusion += _count_answers(answers, targets, len(confusion))
     num_examples = sum(sizes)
     if num_examples == 0:
         raise InvalidInput("there are no examples to evaluate the model on")
@@ -84,6 +89,28 @@ def evaluate(
         num_examples=num_examples,
         metrics=dict(zip(metrics, found_metrics, strict=True)),
         confusion=None if confusion is None else confusion.cpu(),
+    )
+
+
+def main_output(outputs: object) -> Tensor:
+    """Return the tensor that answers the targets among what a model returns.
+
+    Of a dictionary it is the entry "logits", "out" or "main", the first of these that is there, or
+    else the first value; of a tuple or a list, named or not, the first item. Both may be nested.
+
+    Raises:
+        InvalidInput: there is no tensor in that place.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping) and outputs:
+        name = next((one for one in _MAIN_NAMES if one in outputs), next(iter(outputs)))
+        return main_output(outputs[name])
+    if isinstance(outputs, tuple | list) and outputs:
+        return main_output(outputs[0])
+    raise InvalidInput(
+        f"the model returns a {type(outputs).__name__}; it must return a tensor, or a tuple or "
+        "dictionary whose first item or entry 'logits', 'out' or 'main' is one"
     )
 
 

@@ -31,6 +31,7 @@ from shared.data import load_images, partition_indices, to_dataset
 from shared.data.tables import Columns, load_tables
 from shared.data.texts import NUM_CHARACTERS, WINDOW, load_windows
 from shared.errors import DataUnavailable, InvalidInput
+from shared.evaluation import Loss
 from shared.models import CharGRU, SimpleCNN, TabularMLP
 from shared.own_code import import_own
 from shared.types import EntryKind
@@ -81,7 +82,8 @@ class Task:
     `build_model` draws initial weights from torch's global generator, which the caller seeds.
     `load_train` gives one client's private examples, `load_test` the server's held-out set or
     None if there is none; both are map-style data sets of (input, target). `loss` takes
-    (outputs, targets) of a batch to its mean, a scalar tensor.
+    (outputs, targets) of a batch to its mean, a scalar tensor; the outputs are all that the model
+    returns (see shared.evaluation.main_output).
 
     The rest has defaults. `metrics` are what the server measures on the held-out set besides
     accuracy and loss: by name, each like `loss`. `num_classes` says that targets are whole
@@ -99,8 +101,8 @@ class Task:
     build_model: Callable[[], nn.Module]
     load_train: Callable[[DataRequest], Examples]
     load_test: Callable[[Path | None], Examples | None]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
+    loss: Loss
+    metrics: Mapping[str, Loss] = field(default_factory=dict)
     num_classes: int | None = None
     finite_inputs: bool = True
     load_labels: Callable[[Path | None], NDArray[np.int64]] | None = None

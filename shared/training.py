@@ -20,7 +20,7 @@ from shared.diagnosis import Diagnosis, Symptom
 from shared.doctor import UNTREATED, Doctor, DoctorSettings, StepReport, Treatment
 from shared.doctor.batches import Batch
 from shared.errors import InvalidInput
-from shared.evaluation import Batches, Loss, count_correct
+from shared.evaluation import Batches, Loss, count_correct, main_output
 from shared.optimizers import make_optimizer, make_scheduler
 from shared.types import Incident, IncidentKind, Schedule
 
@@ -111,8 +111,9 @@ def train_model(
 ) -> TrainingResult:
     """Train `model` in place for `epochs` passes over `dataloader`.
 
-    Batches are (inputs [batch, ...], targets int64 [batch, ...]); the model's outputs have the
-    classes in dimension 1. On one machine, torch build and number of threads the result is the
+    Batches are (inputs [batch, ...], targets int64 [batch, ...]); the model's outputs, or the main
+    one of them (see shared.evaluation.main_output), have the classes in dimension 1.
+    On one machine, torch build and number of threads the result is the
     same bit for bit, given the same weights and the same batches; nothing here draws random
     numbers, but dropout in a model draws from the global generator: seed that.
 
@@ -315,7 +316,7 @@ def _compute_loss(loss: Loss) -> Callable[[nn.Module, Batch], tuple[Tensor, Tens
         assert isinstance(batch, tuple)
         inputs, targets = batch
         outputs = model(inputs)
-        return loss(outputs, targets), outputs
+        return loss(outputs, targets), main_output(outputs)
 
     return compute
 

@@ -2,8 +2,8 @@
 
 Only parameters count: BatchNorm's running variances have a scale of their own and would drown them
 out. In float32 the usual formula (norms minus twice the inner products) picks the wrong client at
-the size of a small CNN; here a distance is within 1e-9 of the exact one (relative;
-an entry of a single element aside, where it can be 1e-7).
+the size of a small CNN; here a squared distance is within 1e-9 (relative) of the exact one of what
+the files hold, as long as its square neither overflows nor underflows.
 """
 
 from collections.abc import Callable
@@ -103,8 +103,9 @@ def _add_distances(found: Matrix, points: torch.Tensor) -> None:
     into two slices of 20 bits below its largest element, so that a product of slices summed over
     2^10 columns fits in float64's 53 bits. Then it doesn't matter in which order a matrix product
     adds, which differs between numbers of threads. What the slices leave out is below 2^-41 of a
-    row's largest element; the products of two lower slices are left out too, and pairs for which
-    they could matter are computed from their differences.
+    row's largest element; the products of two lower slices are left out too. A bound on both, and
+    on the rounding of the norms, is computed for each pair, and pairs for which it could matter are
+    computed from their differences.
 
     Pairs are taken by tiles: nothing but `found` grows with the square of the cohort, and two
     float64 for every number in `points` are all that grows with it otherwise.
@@ -113,6 +114,10 @@ def _add_distances(found: Matrix, points: torch.Tensor) -> None:
     # Of NumPy, whose sums are the same for any number of threads.
     deltas -= torch.from_numpy(deltas.numpy().mean(axis=0))
     norms = _squared_norms(deltas)
+    # What the slices leave out of a row, times another row, is at most 2^-40 of the one's largest
+    # element times the other's sum of magnitudes.
+    largest = deltas.abs().amax(dim=1).numpy()
+    sums = deltas.abs().numpy().sum(axis=1)
     high, low = _slices(deltas)
     low_norms = _squared_norms(low)
     tiles = [slice(begin, begin + _TILE) for begin in range(0, len(points), _TILE)]
@@ -123,6 +128,9 @@ def _add_distances(found: Matrix, points: torch.Tensor) -> None:
         products += mixed
         squared = norms[one, None] + norms[None, other] - 2 * products.numpy()
         left_out = 2 * np.sqrt(np.outer(low_norms[one], low_norms[other]))
+        beyond = np.outer(largest[one], sums[other]) + np.outer(sums[one], largest[other])
+        left_out += 2.0**-40 * beyond
+        left_out += 2.0**-42 * (norms[one, None] + norms[None, other])
         inexact = left_out > _TOLERANCE * squared
         if one is other:
             squared, inexact = np.triu(squared, k=1), np.triu(inexact, k=1)

@@ -30,6 +30,7 @@ from shared.doctor.recording import (
     Recorded,
     Tape,
     device_of,
+    infinite_buffers,
     is_finite,
     restore_snapshot,
     symptom_of_state,
@@ -103,6 +104,7 @@ class Doctor:
             clip_norm=clip_norm,
             num_classes=num_classes,
             learning=[one for one in model.parameters() if one.requires_grad],
+            infinite=infinite_buffers(model),
         )
         self._is_initial = is_initial
         self._fresh_state = fresh_state or (lambda: usual_state(model))

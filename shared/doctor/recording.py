@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.diagnosis import Symptom
 from shared.doctor.batches import Batch
@@ -119,9 +119,31 @@ def restore_schedule(subject: Subject, snapshot: Snapshot) -> None:
         subject.scheduler.load_state_dict(snapshot.scheduler_state)
 
 
+def infinite_buffers(model: nn.Module) -> frozenset[str]:
+    """Return the names of the buffers that hold infinities but no NaN, such as a mask of -inf.
+
+    Before the first step that is what the model is meant to be. Running statistics don't count:
+    nobody means those to be infinite.
+    """
+    return frozenset(
+        name
+        for name, one in model.named_buffers()
+        if not name.endswith(("running_mean", "running_var"))
+        and bool(one.isinf().any())
+        and not bool(one.isnan().any())
+    )
+
+
 def is_finite(subject: Subject) -> bool:
-    """Whether parameters, buffers and the optimizer's state are."""
-    tensors = [one for one in entries_of(subject) if one.is_floating_point()]
+    """Whether parameters, buffers and the optimizer's state are, but for `subject.infinite`."""
+    infinite = (
+        {id(one) for name, one in subject.model.named_buffers() if name in subject.infinite}
+        if subject.infinite
+        else set()
+    )
+    tensors = [
+        one for one in entries_of(subject) if one.is_floating_point() and id(one) not in infinite
+    ]
     for state in subject.optimizer.state.values():
         for one in state.values():
             if isinstance(one, Tensor) and one.ndim > 0 and one.is_floating_point():
@@ -144,7 +166,14 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
 def first_bad_entry(subject: Subject) -> str | None:
     """Return the name of the first parameter or buffer that isn't finite, None if all are."""
     named = [*subject.model.named_parameters(), *subject.model.named_buffers()]
-    return next((name for name, one in named if not bool(one.isfinite().all())), None)
+    return next(
+        (
+            name
+            for name, one in named
+            if name not in subject.infinite and not bool(one.isfinite().all())
+        ),
+        None,
+    )
 
 
 def symptom_of_state(subject: Subject) -> tuple[Symptom, str]:

@@ -84,7 +84,7 @@ NARROW = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is trained, and how."""
+    """What is trained, and how; `infinite` buffers are meant to hold infinities."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -93,6 +93,7 @@ class Subject:
     clip_norm: float | None = None
     num_classes: int | None = None
     learning: list[nn.Parameter] = field(default_factory=list)
+    infinite: frozenset[str] = frozenset()
 
     def loss_of(self, batch: Batch, treatment: Treatment) -> tuple[Tensor, Tensor | None]:
         """Return the loss of a batch, with its graph, and the outputs if there are any."""

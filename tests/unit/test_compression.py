@@ -184,3 +184,17 @@ def test_the_error_is_that_of_all_parameters_together() -> None:
     delta = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([12.0])}
     arrived = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([12.0])}
     assert relative_error(delta, arrived) == 4 / 13
+
+
+@pytest.mark.parametrize("encoding", [one for one in Encoding if one is not Encoding.STATE_DICT])
+def test_what_is_received_of_1e300_is_finite(encoding: Encoding) -> None:
+    """A float64 delta beyond float32's range: scales, values and the error are numbers."""
+    compression = Compression(encoding=encoding, block_size=4, fraction=0.5)
+    delta = {"w": torch.tensor([1e300, -1e300, 1.0, 0.0, 1e-300], dtype=torch.float64)}
+    packed = compress(delta, compression, seed=1)
+    assert all(bool(one.isfinite().all()) for one in packed.values())
+    received = decompress(packed, {"w": (torch.float64, (5,))}, compression)
+    assert bool(received["w"].isfinite().all())
+    assert received["w"][0] > 0 > received["w"][1]
+    lossless = encoding is Encoding.TOP_K
+    assert relative_error(delta, received) == pytest.approx(0.0 if lossless else 1.0)

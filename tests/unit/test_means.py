@@ -20,6 +20,7 @@ from shared.errors import NotFound, StorageDamaged
 from shared.types import EntryKind
 from shared.weights import entry_kinds
 from tests.factories import State, TinyNet, write_state
+from tests.unit.test_rounding import PRECISIONS, nearest
 
 KINDS = entry_kinds(TinyNet())
 ONE_PARAMETER = {"w": EntryKind.PARAMETER}
@@ -59,7 +60,11 @@ def exact_mean(tensors: Sequence[Tensor], weights: Sequence[int]) -> list[Fracti
 
 
 def rounded(value: Fraction, dtype: torch.dtype) -> float:
-    """Return the number of `dtype` that is nearest (to a fraction float64 holds nearly exactly)."""
+    """Return the number of `dtype` that is nearest to a fraction, without another on the way."""
+    if dtype in PRECISIONS:
+        return nearest(value, dtype)
+    # Python's own division rounds a fraction once to float64; torch's cast to float32 once more,
+    # which would need a fraction within 2^-54 of a middle to go wrong.
     return float(torch.tensor(float(value), dtype=torch.float64).to(dtype))
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,32 @@ def test_distances_are_those_of_the_oracle(tmp_path: Path, dtype: torch.dtype) -
             expected = np.sqrt(((one - other) ** 2).sum())
             assert abs(found[row, column] - expected) <= 1e-9 * expected, (row, column)
     assert found[1, 8] == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squared_distances_of_small_entries_are_as_exact(
+    tmp_path: Path, size: int, dtype: torch.dtype
+) -> None:
+    """Within 1e-9 of exact fractions, where one pair is a million times nearer than the others.
+
+    In small entries nothing averages out what the slices leave out.
+    """
+    generator = torch.Generator().manual_seed(size)
+    for trial in range(30):
+        states = [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(4)]
+        nearer = 2.0 ** -(trial % 22)
+        states.append(states[-1] * (1 + nearer))
+        # Of few bits, so that its own lower slice may be empty.
+        states.append(states[0].bfloat16().double())
+        states = [one.to(dtype) for one in states]
+        cohort = cohort_of(tmp_path, {"w": states[0]}, [{"w": one} for one in states[1:]])
+        found = squared_distances(cohort)
+        exact = [[Fraction(value) for value in one.tolist()] for one in states]
+        for row, one in enumerate(exact):
+            for column, other in enumerate(exact):
+                expected = sum((a - b) ** 2 for a, b in zip(one, other, strict=True))
+                assert abs(Fraction(found[row, column]) - expected) <= expected / 10**9
 
 
 def test_float32_would_choose_the_wrong_client(tmp_path: Path) -> None:
