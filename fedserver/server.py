@@ -127,7 +127,7 @@ def _prepare(settings: ServerSettings) -> _Prepared:
     examine_scheme(settings.partition, settings.partitioning.parameters)
     model = build_model(task)
     kinds = kinds_of(task, model)
-    examine_first_values(model, kinds)
+    examine_first_values(model, kinds, task=task.name)
     examine_model(strategy.local, model, kinds)
     _examine_compression(settings, model, kinds)
     evaluator = Evaluator(task, model, data_root=settings.data_root)

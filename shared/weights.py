@@ -150,8 +150,8 @@ def examine_entries(model: nn.Module) -> None:
         )
 
 
-def examine_first_values(model: nn.Module, kinds: Mapping[str, EntryKind]) -> None:
-    """Make sure that the parameters are finite before the first training.
+def examine_first_values(model: nn.Module, kinds: Mapping[str, EntryKind], *, task: str) -> None:
+    """Make sure that the parameters of a task's model are finite before the first training.
 
     Raises:
         InvalidInput: one isn't.
@@ -159,8 +159,8 @@ def examine_first_values(model: nn.Module, kinds: Mapping[str, EntryKind]) -> No
     for name, tensor in model.state_dict().items():
         if kinds[name] is EntryKind.PARAMETER and not bool(torch.isfinite(tensor).all()):
             raise InvalidInput(
-                f"parameter {name!r} holds a NaN or an infinity before the first training; "
-                "initialise it, or register a constant such as a mask as a buffer"
+                f"task {task!r}: parameter {name!r} holds a NaN or an infinity before the first "
+                "training; initialise it, or register a constant such as a mask as a buffer"
             )
 
 

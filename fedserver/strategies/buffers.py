@@ -24,8 +24,9 @@ bound with it.
 Two updates have nothing to be compared with, and half of a cohort or more can move the median.
 
 An entry that most updates leave as it is (a mask, a table of positions) stays bit for bit, whatever
-it holds; one that is the same in all updates becomes exactly that. An element that isn't finite in
-the global model stays so until every update has a number for it.
+it holds, and only a change beyond the bound is reported; one that is the same in all updates
+becomes exactly that. An element that isn't finite in the global model stays so until every update
+has a number for it.
 """
 
 from collections.abc import Sequence
@@ -104,9 +105,9 @@ def bound_buffers(cohort: Cohort) -> Buffers:
         for index, share in enumerate(found.shares):
             if share == 1:
                 continue
-            bounded.append(
-                Bounded(update=index, name=name, excess=float(found.excesses[index]), share=share)
-            )
+            counts = 0.0 if found.is_unchanged else share
+            excess = float(found.excesses[index])
+            bounded.append(Bounded(update=index, name=name, excess=excess, share=counts))
             if not found.is_unchanged:
                 replaced[index][name] = _shortened(rows, blocks[name], index=index, share=share)
     updates = [
@@ -153,7 +154,7 @@ def _examine(rows: RowReader, blocks: Sequence[Block], *, num_updates: int) -> _
     shares = [1.0] * num_updates
     if has_majority:
         limits = [
-            0.0 if is_unchanged else max(REACH * _middle(distances), _middle(sizes))
+            max(REACH * _middle(distances), _middle(sizes))
             for distances, sizes in (
                 (distance.lengths, size.lengths),
                 (distance.largest, size.largest),

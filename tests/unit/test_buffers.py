@@ -153,7 +153,7 @@ def test_a_client_that_took_one_step_only_is_not_bounded(tmp_path: Path) -> None
 
 
 def test_an_entry_that_most_clients_leave_alone_is_a_constant(tmp_path: Path) -> None:
-    """One of five changes a table of positions: it stays, and an incident says so."""
+    """One of five changes a table of positions: it stays, and an incident says so if it is far."""
     table = torch.linspace(-1, 1, BLOCK_ELEMENTS + 3)
     base = with_weight(table=table)
     changed = with_weight(table=table + 1)
@@ -162,6 +162,12 @@ def test_an_entry_that_most_clients_leave_alone_is_a_constant(tmp_path: Path) ->
     )
     assert bits(found["table"]) == bits(table)
     assert [(one.update, one.share) for one in bounded] == [(4, 0.0)]
+    nearer = with_weight(table=table * 1.1)
+    found, bounded = next_state(
+        tmp_path, base, [base] * 4 + [nearer], WEIGHT | {"table": EntryKind.MEAN}
+    )
+    assert bits(found["table"]) == bits(table)
+    assert not bounded
 
 
 def test_rows_that_only_some_clients_change_are_averaged(tmp_path: Path) -> None:
