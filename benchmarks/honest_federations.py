@@ -266,7 +266,7 @@ def main() -> None:
         command += " --attacks"
     text = "\n".join([*lines, "", f"`{command}`; {machine_line()}"])
     print(text)
-    if arguments.write:
+    if arguments.write and not arguments.attacks:
         write_section("honest-federations", text, page=PAGE)
 
 
