@@ -32,7 +32,7 @@ _NUM_CLIENTS_TRIED = 3
 
 
 class Holdings:
-    """The task and the examples, once `load` was told which run they are for.
+    """The task and the examples of a run, once `load` has read them.
 
     Raises:
         InvalidInput: the task that the settings insist on can't be had.
@@ -44,7 +44,7 @@ class Holdings:
             with interrupting():
                 find_task(settings.task)
         self._settings = settings
-        self._loaded_for: tuple[str, Partitioning] | None = None
+        self._loaded_run_id = ""
         self._task: Task | None = None
         self._examples_of: Callable[[int], Examples] | None = None
         self._num_examples: tuple[int, ...] = ()
@@ -61,16 +61,19 @@ class Holdings:
         return self._examples_of(client_id)
 
     def load(self, session: SessionInfo) -> tuple[int, ...]:
-        """Load what a run asks for, if it isn't what is here; returns each client's data size.
+        """Return how many examples each client has in a run; reads them once a run.
+
+        The data may have changed since the last run, so each run reads them anew.
 
         Raises:
             WrongSettings: the run's task is somebody's own code, and nobody here said to run it.
             OwnCodeFailed: the task goes wrong where it reads the data or in a trial step.
             FederationError: the task or its data can't be had, or not so many shares of it.
         """
-        wanted = (session.task, session.partitioning)
-        if self._loaded_for == wanted:
+        if self._loaded_run_id == session.run_id:
             return self._num_examples
+        # The last run's examples are let go first: there may not be room for both.
+        self._loaded_run_id, self._examples_of = "", None
         if ":" in session.task and self._settings.task is None:
             raise WrongSettings(
                 f"the run's task {session.task!r} is code of somebody's own; if you trust it and "
@@ -87,7 +90,7 @@ class Holdings:
                 self._examples_of = _share_reader(self._task, session.partitioning, self._settings)
                 self._num_examples = tuple(map(self._examine, self._settings.client_ids))
             self._try_step()
-        self._loaded_for = wanted
+        self._loaded_run_id = session.run_id
         return self._num_examples
 
     def _try_step(self) -> None:

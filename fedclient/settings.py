@@ -39,7 +39,10 @@ class ConnectionSettings(Settings):
     state_dir: Path | None = Field(
         default=None, description="everything kept is here; state/client-ID, or state/clients-IDS"
     )
-    stay: bool = Field(default=False, description="wait for the next run when one is done")
+    stay: bool = Field(
+        default=False,
+        description="wait for the next run when one is done, and read the data anew for it",
+    )
     give_up_after: Annotated[float, Field(gt=0)] | Literal["never"] = Field(
         default=3600,
         description="seconds without an answer of the server after which this process ends, with "

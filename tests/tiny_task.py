@@ -11,6 +11,8 @@ happen while an update is on the wire. What one process does differently is told
     TINY_BROKEN     the ids of clients whose examples can't be read, as "2"
     TINY_BAD        "pixel": one pixel of this client's data is NaN; "gradient": a finite loss whose
                     gradient isn't
+
+A file NUM_EXAMPLES_FILE in --data-root holds how many examples each client has instead.
 """
 
 import os
@@ -31,6 +33,8 @@ NUM_FEATURES = 8
 NUM_CLASSES = 3
 BATCH_SIZE = 8
 """What the tests train with; every client's number of examples is a multiple of it."""
+
+NUM_EXAMPLES_FILE = "num_examples.txt"
 
 _steps: Iterator[int] = count(1)
 _losses: Iterator[int] = count()
@@ -86,8 +90,10 @@ def _load_train(request: DataRequest) -> Examples:
     client_id = 0 if request.partition is None else request.partition.index
     if _is_named("TINY_BROKEN", client_id):
         return _Broken()
-    is_empty = _is_named("TINY_EMPTY", client_id)
-    dataset = _draw(1000 + client_id, 0 if is_empty else num_examples_of(client_id))
+    num_examples = 0 if _is_named("TINY_EMPTY", client_id) else num_examples_of(client_id)
+    if request.data_root is not None and (path := request.data_root / NUM_EXAMPLES_FILE).exists():
+        num_examples = int(path.read_text())
+    dataset = _draw(1000 + client_id, num_examples)
     if os.environ.get("TINY_BAD") == "pixel":
         dataset.tensors[0][3, 2] = torch.nan
     return dataset

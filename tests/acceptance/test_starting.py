@@ -18,6 +18,7 @@ from tests.acceptance.federation import (
 )
 from tests.integration.peer import Peer
 from tests.processes import Process, Scene, Server, fixed_port
+from tests.tiny_task import NUM_EXAMPLES_FILE
 
 
 @pytest.fixture(scope="module")
@@ -203,18 +204,24 @@ def test_a_client_that_is_early_waits_and_says_so_once(scene: Scene) -> None:
 
 
 def test_a_client_that_stays_takes_part_in_the_next_run(scene: Scene) -> None:
-    """After a finished run the same command begins the next, in the same state-dir."""
+    """After a finished run the same command begins the next; the client reads its data anew."""
     port = fixed_port()
     flags = ("--port", port, "--rounds", 1, "--min-clients", 1)
+    file = scene.folder / NUM_EXAMPLES_FILE
+    file.write_text("16")
     first = start_server(scene, *flags)
-    client = start_client(scene, 0, first.address, "--stay")
+    local = ("--source", "local", "--data-root", scene.folder)
+    client = start_client(scene, 0, first.address, "--stay", *local)
     expect_clean_exits(first)
+    expect_clean_exits(start_server(scene, *flags))
+    file.write_text("24")
     expect_clean_exits(start_server(scene, *flags))
     client.signal(signal.SIGTERM)
     expect_clean_exits(client)
-    assert client.count_lines("update stored") == 2
-    runs = [scene.history("--run", number) for number in ("1", "2")]
-    assert [verdicts(one) for one in runs] == [[(1, 0, "COUNTED")]] * 2
+    assert client.count_lines("update stored") == 3
+    runs = [scene.history("--run", number) for number in ("1", "2", "3")]
+    assert [verdicts(one) for one in runs] == [[(1, 0, "COUNTED")]] * 3
+    assert [one[0]["updates"][0]["num_examples"] for one in runs] == [16, 16, 24]
     # The same seed, task and data: the same model, and another run all the same.
     assert runs[0][0]["model_digest"] == runs[1][0]["model_digest"]
     assert runs[0][0]["orders"][0]["order_id"] != runs[1][0]["orders"][0]["order_id"]

@@ -18,6 +18,7 @@ from shared.cli import parse
 from shared.errors import InvalidInput, OwnCodeFailed, WrongSettings
 from shared.tasks import DataRequest, Examples, Task, choose_indices, find_task
 from shared.types import Partitioning, SessionInfo
+from tests.tiny_task import NUM_EXAMPLES_FILE
 
 SESSION = SessionInfo(
     session_id="s",
@@ -123,9 +124,26 @@ def test_another_run_is_another_share(requests: list[DataRequest]) -> None:
     many = holdings_of("--ids", "0-1")
     many.load(SESSION)
     first = contents(many.examples_of(1))
-    many.load(replace(SESSION, partitioning=replace(SESSION.partitioning, seed=5)))
+    dealt_anew = replace(SESSION.partitioning, seed=5)
+    many.load(replace(SESSION, run_id="run-2", partitioning=dealt_anew))
     assert contents(many.examples_of(1)) != first
     assert len(requests) == 2
+
+
+@pytest.mark.parametrize("source", ["local", "partition"])
+def test_each_run_reads_the_data_anew(source: str, tmp_path: Path) -> None:
+    """Another session of the same run doesn't: its orders are for the examples registered."""
+    file = tmp_path / NUM_EXAMPLES_FILE
+    session = replace(SESSION, task="tests.tiny_task:tiny")
+    flags = ("--id", "0", "--task", session.task, "--source", source, "--data-root", str(tmp_path))
+    holdings = holdings_of(*flags)
+    file.write_text("8")
+    assert holdings.load(session) == (8,)
+    file.write_text("24")
+    assert holdings.load(replace(session, session_id="another")) == (8,)
+    assert len(contents(holdings.examples_of(0))) == 8
+    assert holdings.load(replace(session, run_id="run-2")) == (24,)
+    assert len(contents(holdings.examples_of(0))) == 24
 
 
 def test_a_client_beyond_the_partitions_is_named(requests: list[DataRequest]) -> None:
