@@ -15,7 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from fedclient.routes import Route
+from fedclient.routes import Proxy, Route
 from shared.chunks import CHUNK_BYTES, frame_upload, unframe_download
 from shared.diagnosis_wire import diagnosis_message
 from shared.errors import (
@@ -93,7 +93,6 @@ _ERRORS: dict[grpc.StatusCode, type[FederationError]] = {
     grpc.StatusCode.UNIMPLEMENTED: WrongSettings,
 }
 _CAUSES = {
-    "HTTP proxy returned": "the proxy doesn't let this connection through",
     "Connection refused": "the connection is refused (is the server started, and is this "
     "its port?)",
     "Domain name not found|address lookup failed|DNS": "no such host is known (is it misspelt?)",
@@ -106,6 +105,14 @@ _CAUSES = {
     "No route to host|Network is unreachable": "no network leads to that address",
 }
 """What may be the cause, by a pattern in what gRPC says."""
+
+_PROXY_CAUSES = {
+    "HTTP proxy returned": "doesn't let this connection through",
+    "Connection refused": "refuses the connection (is it started, and is this its port?)",
+    "Domain name not found|address lookup failed|DNS": "isn't a known host (is it misspelt?)",
+    "No route to host|Network is unreachable": "can't be reached: no network leads to it",
+}
+"""The same where the connection goes through a proxy, which is then what failed."""
 
 _HTTP_STATUS = re.compile(r"http2 header with status: (\d+)")
 """What gRPC says of an answer that isn't one of gRPC's: that of an HTTP proxy on the way."""
@@ -188,6 +195,7 @@ class Connection:
     """One channel to the server; `close` ends every call that is under way on it."""
 
     def __init__(self, route: Route) -> None:
+        self._proxy = route.proxy
         self._channel = _open_channel(route)
         self._stub = FederationServiceStub(self._channel)
         service = f"/{pb.DESCRIPTOR.services_by_name['FederationService'].full_name}"
@@ -215,7 +223,7 @@ class Connection:
                 connection failed; the message says what may be the cause.
         """
         try:
-            with _errors_translated():
+            with _errors_translated(self._proxy):
                 request = health_pb2.HealthCheckRequest()
                 # The stubs don't declare what a HealthStub gets as it is made.
                 HealthStub(self._channel).Check(request, timeout=timeout_s)  # type: ignore[attr-defined]
@@ -227,7 +235,7 @@ class Connection:
 
     def register(self, registration: Registration) -> SessionInfo:
         """Open a session, or take over the one this instance had."""
-        with _errors_translated():
+        with _errors_translated(self._proxy):
             answer = self._stub.Register(
                 pb.RegisterRequest(
                     client_ids=registration.client_ids,
@@ -266,14 +274,14 @@ class Connection:
             coming_back=said.coming_back,
             kept_order_ids=said.kept_order_ids,
         )
-        with _errors_translated():
+        with _errors_translated(self._proxy):
             self._stub.Leave(request, timeout=timeout_s)
 
     def pull_work(self, session_id: str, *, wait_s: float) -> Work:
         """Ask for work, parked by the server for at most `wait_s` seconds."""
         wait = Duration()
         wait.FromNanoseconds(int(wait_s * 1e9))
-        with _errors_translated():
+        with _errors_translated(self._proxy):
             answer = self._stub.PullWork(
                 pb.PullWorkRequest(session_id=session_id, wait=wait),
                 timeout=wait_s + _CALL_TIMEOUT_S,
@@ -290,7 +298,7 @@ class Connection:
     def download(self, session_id: str, digest: str, *, offset: int) -> Iterator[memoryview]:
         """Yield a blob's bytes from `offset` to its end."""
         request = pb.DownloadBlobRequest(session_id=session_id, digest=digest, offset=offset)
-        with _errors_translated():
+        with _errors_translated(self._proxy):
             for message in self._download(request):
                 yield unframe_download(message)
 
@@ -299,7 +307,7 @@ class Connection:
         request = pb.QueryUploadRequest(
             session_id=session_id, order_id=update.order_id, digest=update.digest
         )
-        with _errors_translated():
+        with _errors_translated(self._proxy):
             answer = self._stub.QueryUpload(request, timeout=_CALL_TIMEOUT_S)
         return update.size_bytes if answer.complete else answer.committed_bytes
 
@@ -330,7 +338,7 @@ class Connection:
                 metrics=update.metrics,
             )
         )
-        with payload.open("rb", buffering=0) as file, _errors_translated():
+        with payload.open("rb", buffering=0) as file, _errors_translated(self._proxy):
             file.seek(offset)
             messages = _upload_messages(header.SerializeToString(), file, on_sent)
             answer = self._upload(messages)
@@ -383,7 +391,7 @@ class Connection:
                 diagnosis=incident.diagnosis and diagnosis_message(incident.diagnosis),
             )
             message.at.GetCurrentTime()
-        with _errors_translated():
+        with _errors_translated(self._proxy):
             answer = self._stub.ReportProgress(request, timeout=_CALL_TIMEOUT_S)
         if answer.directive == pb.DIRECTIVE_CONTINUE:
             return None
@@ -407,7 +415,7 @@ def _open_channel(route: Route) -> grpc.Channel:
 
 
 @contextmanager
-def _errors_translated() -> Iterator[None]:
+def _errors_translated(proxy: Proxy | None) -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
@@ -418,7 +426,7 @@ def _errors_translated() -> Iterator[None]:
         # Whatever isn't a clear answer of the server's (UNAVAILABLE, CANCELLED, a deadline, an
         # error of its own) may go away by itself.
         kind = _ERRORS.get(call.code(), ServerUnreachable)
-        raise kind(_with_cause(details)) from error
+        raise kind(_with_cause(details, proxy)) from error
     except ValueError as error:
         if isinstance(error, FederationError):
             raise
@@ -449,8 +457,12 @@ def _examined(answer: Answer) -> Answer:
     return answer
 
 
-def _with_cause(details: str) -> str:
+def _with_cause(details: str, proxy: Proxy | None) -> str:
     """Return what gRPC says; where the cause can be named, that instead."""
+    if proxy is not None:
+        for pattern, failure in _PROXY_CAUSES.items():
+            if re.search(pattern, details):
+                return f"the proxy {proxy.address} {failure}"
     return next(
         (cause for pattern, cause in _CAUSES.items() if re.search(pattern, details)), details
     )

@@ -101,6 +101,16 @@ def test_the_proxy_that_is_named_is_used(
     assert proxy.requests == [f"CONNECT {server.address} HTTP/1.1"]
 
 
+def test_a_proxy_that_is_not_there_is_named_as_the_cause() -> None:
+    """The server may be well: nobody has asked it yet."""
+    gone = f"127.0.0.1:{fixed_port()}"
+    with (
+        connected("127.0.0.1:9", proxy=f"http://{gone}") as connection,
+        pytest.raises(ServerUnreachable, match=f"^the proxy {gone} refuses the connection"),
+    ):
+        connection.check(timeout_s=60)
+
+
 @contextmanager
 def listening(serve: Callable[[socket.socket], object]) -> Iterator[str]:
     """Give the address of something that serves each connection as `serve` does, until the end."""
