@@ -244,6 +244,7 @@ class Connection:
                     task=registration.task,
                     num_examples=registration.num_examples,
                     capabilities=registration.capabilities,
+                    process_key=registration.process_key,
                 ),
                 timeout=_CALL_TIMEOUT_S,
             )

@@ -10,6 +10,7 @@ import math
 import random
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -148,6 +149,7 @@ class ServerSession:
         self._patience = patience
         self._all_client_ids = self._client_ids = client_ids
         self._instance_key = instance_key
+        self._process_key = uuid.uuid4().hex
         self._task = task
         self._load_data = load_data
         self._info: SessionInfo | None = None
@@ -190,11 +192,13 @@ class ServerSession:
         """
 
         def attempt() -> T:
-            try:
-                return call(self.info)
-            except UnknownSession:
-                self._register()
-                return call(self.info)
+            while True:
+                try:
+                    return call(self.info)
+                except UnknownSession:
+                    # Where another process takes each new session over, the server soon refuses.
+                    self._register()
+                    self._patience.pause(FIRST_PAUSE_S)
 
         return self._patience.insist(attempt, how_far=how_far)
 
@@ -241,5 +245,6 @@ class ServerSession:
                 task=self._task,
                 num_examples=num_examples,
                 capabilities=_CAPABILITIES,
+                process_key=self._process_key,
             )
         )

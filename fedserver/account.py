@@ -43,6 +43,7 @@ _WORDS: Mapping[str, str] = {
     IncidentKind.CLIENT_LOST: "it wasn't there any more and was given up",
     IncidentKind.CLIENT_LEFT: "it left the run",
     IncidentKind.CLIENT_STATE_LOST: "it has lost its state",
+    IncidentKind.STATE_DIR_COPIED: "two processes use copies of its state-dir; both were refused",
     IncidentKind.ROUND_FAILED: "the attempt failed",
     IncidentKind.SERVER_RESTARTED: "the server was started again",
     IncidentKind.SERVER_AWAY: "the server was stopped for a while and came back",

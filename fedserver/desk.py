@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from fedserver.aggregation import run_compression
 from fedserver.departures import leave
 from fedserver.diagnoses import diagnosis_fields
+from fedserver.events import event_of
 from fedserver.intake import Intake
 from fedserver.parts import Parts
 from fedserver.records import Event, OrderRecord, Session, json_number
@@ -20,6 +21,7 @@ from shared.errors import (
     NotFound,
     OutOfSpace,
     ServerUnreachable,
+    StateDirCopied,
     WrongSettings,
 )
 from shared.failpoints import FailPoint, pass_by
@@ -33,6 +35,7 @@ from shared.types import (
     Encoding,
     EntryKind,
     Incident,
+    IncidentKind,
     Leave,
     OrderEnd,
     Registration,
@@ -65,7 +68,7 @@ class Desk:
 
         Raises:
             WrongSettings: the client insists on another task.
-            InvalidInput, ClientIdTaken: see `Sessions.register`.
+            InvalidInput, ClientIdTaken, StateDirCopied: see `Sessions.register`.
         """
         settings = self._parts.settings
         if registration.task and registration.task != settings.task:
@@ -74,7 +77,15 @@ class Desk:
                 f"{registration.task!r}; start it with --task {settings.task}, or the server"
                 f" with --task {registration.task}"
             )
-        session, replaced = self._parts.sessions.register(registration)
+        has_live_holder = self._parts.sessions.has_live_holder
+        was_live = any(map(has_live_holder, registration.client_ids))
+        try:
+            session, replaced = self._parts.sessions.register(registration)
+        except StateDirCopied:
+            # Only what ended a session is an incident: the other process is told the same.
+            if was_live and not any(map(has_live_holder, registration.client_ids)):
+                await self._note_copy(registration.client_ids)
+            raise
         for session_id in replaced:
             await self._parts.workers.in_store(self._parts.store.remove_session, session_id)
         await self._parts.workers.in_store(
@@ -91,6 +102,19 @@ class Desk:
             compression=self._compression_for(registration),
             entry_kinds=self._parts.kinds,
         )
+
+    async def _note_copy(self, client_ids: Sequence[int]) -> None:
+        happened = event_of(
+            IncidentKind.STATE_DIR_COPIED,
+            self._parts.book.latest,
+            client_id=client_ids[0] if len(client_ids) == 1 else None,
+            is_incident=True,
+            **({"clients": sorted(client_ids)} if len(client_ids) > 1 else {}),
+        )
+        await self._parts.workers.in_store(
+            self._parts.store.add_events, self._parts.run.run_id, [happened]
+        )
+        self._parts.bus.publish(happened)
 
     def _compression_for(self, registration: Registration) -> Compression:
         """Return how a client is to compress: not at all if it can't, its updates are as good."""

@@ -43,13 +43,19 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """A client process and the ids it serves; `num_examples` is empty until it told."""
+    """A client process and the ids it serves; `num_examples` is empty until it told.
+
+    `processes` are the keys of the processes that had the session in turn, the last one has it; the
+    store doesn't keep them. Empty: nobody has registered since the server started, or a client
+    without such a key.
+    """
 
     session_id: str
     instance_key: str
     client_ids: tuple[int, ...]
     num_examples: tuple[int, ...]
     software_version: str
+    processes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,6 +123,7 @@ class Servicer:
                 task=request.task,
                 num_examples=tuple(request.num_examples),
                 capabilities=tuple(request.capabilities),
+                process_key=request.process_key,
             )
         )
         return pb.RegisterResponse(

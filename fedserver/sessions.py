@@ -15,8 +15,16 @@ from dataclasses import replace
 
 from fedserver.records import Session
 from fedserver.signals import Signal
-from shared.errors import ClientIdTaken, InvalidInput, UnknownSession
+from shared.errors import ClientIdTaken, InvalidInput, StateDirCopied, UnknownSession
 from shared.types import Registration
+
+_MAX_TURNS = 2
+"""How often one process may take a session over, unless copies of its state-dir are in use.
+
+The second time may be a call that was long on its way, or two processes that overlap for a while.
+"""
+
+_NUM_PROCESSES_KEPT = 32
 
 
 class Sessions:
@@ -39,6 +47,7 @@ class Sessions:
         self._last_call: dict[str, float] = {}
         self._away_since: dict[int, float] = {}
         self._data_sizes: dict[int, int] = {}
+        self._refused_processes: set[str] = set()
         for session in known:
             self._add(session)
 
@@ -48,23 +57,30 @@ class Sessions:
         Raises:
             InvalidInput: an id is given twice, or a data size is missing or can't be.
             ClientIdTaken: another instance holds one of the ids and its lease goes on.
+            StateDirCopied: this process and another one of the same instance take the session over
+                from each other. Nobody has it from now on, until a new process registers.
         """
         _examine(registration, max_num_examples=self._max_num_examples)
-        replaced = []
-        session_id = secrets.token_urlsafe(18)
-        num_examples = registration.num_examples
-        for holder in self._holders_of(registration.client_ids):
+        holders = self._holders_of(registration.client_ids)
+        key = registration.process_key
+        for holder in holders:
             if holder.instance_key != registration.instance_key and self.is_live(holder):
                 taken = sorted(set(holder.client_ids) & set(registration.client_ids))
                 raise ClientIdTaken(
                     f"client id {taken[0]} is in use by another process; stop that one, choose "
                     f"another --id or --ids, or wait {self._lease_s:g} s after its last call"
                 )
-            if holder.instance_key == registration.instance_key and (
-                holder.client_ids == registration.client_ids
-            ):
-                session_id = holder.session_id
+        own = [one for one in holders if one.instance_key == registration.instance_key]
+        processes = self._take_turn(registration, own) if registration.process_key else ()
+        replaced = []
+        session_id = secrets.token_urlsafe(18)
+        num_examples = registration.num_examples
+        for holder in holders:
+            is_same = holder in own and holder.client_ids == registration.client_ids
+            if is_same:
                 num_examples = num_examples or holder.num_examples
+            if is_same and (not key or holder.processes[-1:] == (key,)):
+                session_id = holder.session_id
             else:
                 replaced.append(holder.session_id)
         for old in replaced:
@@ -77,6 +93,7 @@ class Sessions:
             client_ids=registration.client_ids,
             num_examples=num_examples,
             software_version=registration.software_version,
+            processes=processes,
         )
         self._add(session)
         self.changed.notify()
@@ -141,8 +158,7 @@ class Sessions:
 
     def is_live(self, session: Session) -> bool:
         """Whether the session's lease goes on, and not all of its clients have left."""
-        is_lease_over = self._clock() - self._last_call[session.session_id] >= self._lease_s
-        return not is_lease_over and bool(self.ids_here(session))
+        return not self._is_lease_over(session) and bool(self.ids_here(session))
 
     def holder_of(self, client_id: int) -> str | None:
         """Return the id of the session that serves a client or expects it back; None: none does."""
@@ -181,6 +197,38 @@ class Sessions:
     def live_sessions(self) -> set[str]:
         """Return the ids of the sessions whose lease goes on."""
         return {key for key, session in self._sessions.items() if self.is_live(session)}
+
+    def _take_turn(self, registration: Registration, own: Sequence[Session]) -> tuple[str, ...]:
+        """Return the processes that had their instance's sessions, with the one that registers.
+
+        Raises:
+            StateDirCopied: see `register`.
+        """
+        key = registration.process_key
+        copied = StateDirCopied(
+            "another process uses a copy of the state-dir of client id "
+            f"{registration.client_ids[0]} at the same time; both are refused. Stop one of them, "
+            "and start it again with a new --state-dir and another --id or --ids"
+        )
+        if key in self._refused_processes:
+            raise copied
+        histories = [one.processes for one in own if not self._is_lease_over(one)]
+        processes = max(histories, key=len, default=())
+        if processes[-1:] != (key,):
+            processes = (*processes, key)[-_NUM_PROCESSES_KEPT:]
+        if processes.count(key) <= _MAX_TURNS:
+            return processes
+        self._refused_processes.update(
+            one for one, turns in Counter(processes).items() if turns > 1
+        )
+        for session in own:
+            for client_id in session.client_ids:
+                self._away_since.setdefault(client_id, self._clock())
+        self.changed.notify()
+        raise copied
+
+    def _is_lease_over(self, session: Session) -> bool:
+        return self._clock() - self._last_call[session.session_id] >= self._lease_s
 
     def _holders_of(self, client_ids: Iterable[int]) -> list[Session]:
         held = {self._holders[client] for client in client_ids if client in self._holders}

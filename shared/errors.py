@@ -9,6 +9,7 @@
     +- NotFound              NOT_FOUND            no such order, blob, round or run
     |  +- UnknownSession     UNAUTHENTICATED      register again
     +- ClientIdTaken         ALREADY_EXISTS       another instance holds this client id
+    |  +- StateDirCopied     ALREADY_EXISTS       another process uses a copy of the state-dir
     +- StreamFenced          ABORTED              a newer upload of the same order took over
     +- WrongOffset           OUT_OF_RANGE         ask QueryUpload where to go on
     +- OutOfSpace            RESOURCE_EXHAUSTED, retry
@@ -86,6 +87,10 @@ class ClientIdTaken(FederationError):
     """Another instance holds this client id until its lease ends; choose another id or stop it."""
 
     status = "ALREADY_EXISTS"
+
+
+class StateDirCopied(ClientIdTaken):
+    """Another process uses a copy of the client's state-dir at the same time; stop one of them."""
 
 
 class StreamFenced(FederationError):

@@ -89,6 +89,8 @@ class IncidentKind(StrEnum):
     CLIENT_LOST = "client-lost"
     CLIENT_LEFT = "client-left"
     CLIENT_STATE_LOST = "client-state-lost"
+    STATE_DIR_COPIED = "state-dir-copied"
+    """Two processes use copies of one client's state-dir at the same time; both are refused."""
     ROUND_FAILED = "round-failed"
     SERVER_RESTARTED = "server-restarted"
     SERVER_AWAY = "server-away"
@@ -214,7 +216,8 @@ class Partitioning:
 class Registration:
     """What a client says of itself; `num_examples` is empty until it has read its data.
 
-    `capabilities` name the encodings it can send beside the whole state_dict.
+    `capabilities` name the encodings it can send beside the whole state_dict. `process_key` is the
+    random text of this process; empty: a client that doesn't send any.
     """
 
     client_ids: tuple[int, ...]
@@ -223,6 +226,7 @@ class Registration:
     task: str = ""
     num_examples: tuple[int, ...] = ()
     capabilities: tuple[str, ...] = ()
+    process_key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

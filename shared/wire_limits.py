@@ -50,6 +50,7 @@ LIMITS = {
     "RegisterRequest.task": Limit(0, 4096),
     "RegisterRequest.capabilities": Limit(0, 64),
     "RegisterRequest.capabilities[]": _TEXT,
+    "RegisterRequest.process_key": _TEXT,
     "UploadHeader.size_bytes": Limit(0, MAX_INT64),
     "UploadHeader.sections": Limit(0, 8),
     "ReportProgressRequest.incidents": Limit(0, MAX_INCIDENTS),

@@ -158,7 +158,10 @@ def make_limits(
 
 
 def make_registration(
-    *client_ids: int, instance_key: str = "key", num_examples: tuple[int, ...] = ()
+    *client_ids: int,
+    instance_key: str = "key",
+    num_examples: tuple[int, ...] = (),
+    process_key: str = "",
 ) -> Registration:
     """Return what a client process says of itself; by default it serves client 0."""
     return Registration(
@@ -166,6 +169,7 @@ def make_registration(
         instance_key=instance_key,
         software_version="0.1.0",
         num_examples=num_examples,
+        process_key=process_key,
     )
 
 

@@ -80,6 +80,8 @@ class Runs(Database):
     def save_session(self, run_id: str, session: Session) -> None:
         """Record a session, or what is new of a known one."""
         values = asdict(session) | {"run_id": run_id}
+        # Of use only while they run: a server that starts again doesn't need to know them.
+        del values["processes"]
         with self.writing() as connection:
             connection.execute(
                 sqlite_insert(schema.sessions)

@@ -591,6 +591,7 @@ class RegisterRequest(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    PROCESS_KEY_FIELD_NUMBER: _builtins.int
     instance_key: _builtins.str
     """A random text made once per state-dir and kept there: who is who, should two use one id.
     From 1 to 128 characters.
@@ -599,6 +600,11 @@ class RegisterRequest(_message.Message):
     """At most 128 characters."""
     task: _builtins.str
     """The task this client insists on; empty: whatever the run's task is. At most 4,096 characters."""
+    process_key: _builtins.str
+    """A random text that the process makes when it starts: it tells two processes of one instance
+    apart. Empty: copies of the state-dir aren't noticed, and the session's id stays the same. At
+    most 128 characters.
+    """
     @_builtins.property
     def client_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The ids this process serves, without repetition. From 1 to 10,000 of them, each from 0 to 2^53."""
@@ -626,10 +632,11 @@ class RegisterRequest(_message.Message):
         task: _builtins.str = ...,
         num_examples: _abc.Iterable[_builtins.int] | None = ...,
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
+        process_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "client_ids", b"client_ids", "instance_key", b"instance_key", "num_examples", b"num_examples", "software_version", b"software_version", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "client_ids", b"client_ids", "instance_key", b"instance_key", "num_examples", b"num_examples", "process_key", b"process_key", "software_version", b"software_version", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -78,7 +78,12 @@ class FederationServiceServicer:
         """Called by a client first, and again whenever a call answers UNAUTHENTICATED.
         Opens a session for all the client ids in the request, or takes over the session these ids
         have if the instance key is the same (a client restarted after a crash: it goes on at once).
-        ALREADY_EXISTS       another instance holds one of the ids, until its lease ends
+        The session of another process of the same instance ends, and that process is answered
+        UNAUTHENTICATED. It may register again once, since processes overlap where one replaces the
+        other. When it registers the second time both are at work with copies of one state-dir: the
+        server ends the session, refuses both processes, and accepts one that is new.
+        ALREADY_EXISTS       another instance holds one of the ids, until its lease ends; or another
+        process uses a copy of the client's state-dir: don't repeat it
         FAILED_PRECONDITION  the client's task isn't the run's
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 
@@ -225,6 +226,21 @@ def test_a_client_that_stays_takes_part_in_the_next_run(scene: Scene) -> None:
     # The same seed, task and data: the same model, and another run all the same.
     assert runs[0][0]["model_digest"] == runs[1][0]["model_digest"]
     assert runs[0][0]["orders"][0]["order_id"] != runs[1][0]["orders"][0]["order_id"]
+
+
+def test_copies_of_a_state_dir_in_use_at_the_same_time_are_told_to_both(scene: Scene) -> None:
+    """Both clients end with a sentence; the one that is started again goes on."""
+    server = start_server(scene, "--min-clients", 2, "--rounds", 1, "--lease", 10)
+    clients = [start_client(scene, 0, server.address, state="original")]
+    clients[0].wait_for_line("waiting for the first order")
+    shutil.copytree(scene.folder / "original", scene.folder / "copy")
+    clients.append(start_client(scene, 0, server.address, state="copy"))
+    for client in clients:
+        expect_refusal(client, "another process uses a copy of the state-dir of client id 0")
+    assert server.count_lines("WARNING state-dir-copied client=0") == 1
+    again = start_client(scene, 0, server.address, state="original")
+    expect_clean_exits(server, again, start_client(scene, 1, server.address))
+    assert verdicts(scene.history()) == [(1, 0, "COUNTED"), (1, 1, "COUNTED")]
 
 
 def test_a_run_needs_no_temporary_folder(scene: Scene) -> None:

@@ -1,5 +1,6 @@
 """Register and PullWork: who is who, and how orders are handed out."""
 
+from functools import partial
 from typing import Any
 
 import grpc
@@ -10,8 +11,15 @@ from fedclient.connection import Connection
 from fedclient.routes import Route
 from shared.pb import federation_pb2 as pb
 from shared.types import Registration
-from tests.integration.conftest import MAX_NUM_EXAMPLES
-from tests.integration.peer import OpenRound, Peer, each_method, expect_status, open_round
+from tests.integration.conftest import MAX_NUM_EXAMPLES, History
+from tests.integration.peer import (
+    OpenRound,
+    Peer,
+    each_method,
+    entry_of,
+    expect_status,
+    open_round,
+)
 from tests.processes import Scene, Server
 
 NOT_A_SESSION = "no-such-session"
@@ -168,3 +176,30 @@ def test_every_order_has_a_seed_of_its_own(opened: OpenRound) -> None:
     seeds += [one.seed for one in following.orders.values()]
     following.settle()
     assert len(set(seeds)) == 6
+
+
+def test_both_processes_with_copies_of_a_state_dir_are_refused(
+    server: Server, opened: OpenRound, history: History
+) -> None:
+    """They took the session from each other; one that is started anew goes on at once."""
+
+    def register(key: str) -> str:
+        return peer.register(process_key=key).session_id
+
+    peer = Peer(server.address, 64, num_examples=0)
+    for key in ("original", "copy", "original", "copy"):
+        session_id = register(key)
+        if peer.session_id:
+            expect_status(grpc.StatusCode.UNAUTHENTICATED, lambda: peer.pull(wait_s=0))
+        peer.session_id = session_id
+        assert peer.pull(wait_s=0).state == pb.WORK_STATE_WAIT
+    for key in ("original", "copy"):
+        sentence = expect_status(grpc.StatusCode.ALREADY_EXISTS, partial(register, key))
+        assert "another process uses a copy of the state-dir of client id 64" in sentence
+        expect_status(grpc.StatusCode.UNAUTHENTICATED, lambda: peer.pull(wait_s=0))
+    incidents = entry_of(history(), opened.orders[0])["incidents"]
+    kinds = [(one["kind"], one["client"]) for one in incidents]
+    assert kinds == [("state-dir-copied", 64)]
+    peer.session_id = register("started anew")
+    peer.leave(pb.LEAVE_REASON_STOPPED)
+    peer.close()

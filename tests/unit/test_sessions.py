@@ -3,7 +3,7 @@
 import pytest
 
 from fedserver.sessions import Sessions
-from shared.errors import ClientIdTaken, InvalidInput, UnknownSession
+from shared.errors import ClientIdTaken, InvalidInput, StateDirCopied, UnknownSession
 from shared.types import Registration
 from tests.factories import make_registration, make_session
 
@@ -184,3 +184,70 @@ def test_one_of_many_expected_back_leaves_the_others_their_session(sessions: Ses
     sessions.leave([2])
     assert sessions.away_s(2) is None
     assert sessions.touch(session.session_id).client_ids == (3,)
+
+
+def register_process(sessions: Sessions, key: str, *, size: int = 5) -> str:
+    """Register client 1 from a process; returns its session's id."""
+    registration = make_registration(1, num_examples=(size,), process_key=key)
+    return sessions.register(registration)[0].session_id
+
+
+def test_a_restarted_process_takes_over_at_once_and_the_old_one_is_told(sessions: Sessions) -> None:
+    """However often: each has a session of its own, and what it said before stays known."""
+    old = register_process(sessions, "0")
+    assert register_process(sessions, "0") == old
+    for number in range(1, 100):
+        restarted = make_registration(1, process_key=str(number))
+        session, replaced = sessions.register(restarted)
+        assert (replaced, session.num_examples) == ([old], (5,))
+        assert sessions.has_live_holder(1)
+        with pytest.raises(UnknownSession):
+            sessions.touch(old)
+        old = session.session_id
+
+
+def test_processes_that_overlap_for_a_while_arent_refused(sessions: Sessions) -> None:
+    """Each may come back once: the older of them ends, or a call was long on its way."""
+    for key in ("one", "two", "one", "two", "three"):
+        session_id = register_process(sessions, key)
+        assert sessions.touch(session_id).client_ids == (1,)
+
+
+@pytest.mark.parametrize("num_copies", [2, 3, 5])
+def test_processes_with_copies_of_a_state_dir_are_all_refused(
+    num_copies: int, sessions: Sessions
+) -> None:
+    """Nobody has the session then, until a new process comes; the copies stay refused."""
+    copies = [str(number) for number in range(num_copies)]
+    for key in copies * 2:
+        session_id = register_process(sessions, key)
+    for key in copies * 2:
+        with pytest.raises(StateDirCopied, match="copy of the state-dir of client id 1 "):
+            register_process(sessions, key)
+        assert not sessions.has_live_holder(1)
+    with pytest.raises(UnknownSession):
+        sessions.touch(session_id)
+    repaired = register_process(sessions, "new")
+    for key in copies:
+        with pytest.raises(StateDirCopied):
+            register_process(sessions, key)
+    assert sessions.touch(repaired).client_ids == (1,)
+
+
+def test_a_process_that_is_gone_for_a_lease_is_no_copy_in_use(
+    sessions: Sessions, clock: Clock
+) -> None:
+    """Whoever is there alone goes on."""
+    for key in ("one", "two") * 2:
+        register_process(sessions, key)
+    clock.now += LEASE_S
+    assert sessions.touch(register_process(sessions, "one")).client_ids == (1,)
+
+
+def test_a_client_without_a_process_key_keeps_its_session(sessions: Sessions) -> None:
+    """As in versions before that key, whoever had the session in between."""
+    session_id = register_process(sessions, "")
+    assert register_process(sessions, "") == session_id
+    for _ in range(9):
+        register_process(sessions, "one")
+        assert register_process(sessions, "") == register_process(sessions, "")
