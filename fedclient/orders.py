@@ -139,7 +139,13 @@ class OrderWorker:
                     *(*_place(order), _ORDER_ENDS[abandoned.order_end]),
                 )
             except (TrainingHalted, NothingLearned) as error:
-                logger.warning("client %d, round %d: %s; no update is sent", *_place(order), error)
+                # An error that the step raised is for the person here alone.
+                logger.warning(
+                    "client %d, round %d: %s; no update is sent",
+                    *_place(order),
+                    error,
+                    exc_info=error.__cause__,
+                )
                 self._tell_incidents(order, progress, gave_up=True)
             except NotFound as error:
                 # Its model is gone: the round has ended meanwhile.

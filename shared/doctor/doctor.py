@@ -293,7 +293,7 @@ class Doctor:
                 return again
         tried = candidates[-1] if candidates else diagnosis.remedy
         self._tell(replace(diagnosis, remedy=tried, seconds=time.monotonic() - began))
-        raise TrainingHalted(self.diagnoses[-1])
+        raise TrainingHalted(self.diagnoses[-1]) from taken.error
 
     def _dismiss(self, symptom: Symptom, taken: Taken) -> Taken:
         """Go on as if nothing had been noticed; the same suspicion isn't followed for ever."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from shared.diagnosis import Cause, Diagnosis
+from shared.diagnosis import Cause, Diagnosis, Symptom
 from shared.errors import FederationError
 
 
@@ -29,7 +29,8 @@ class StepReport(NamedTuple):
 class TrainingHalted(FederationError):
     """Training went wrong and may not or can't be cured; the model is of no use.
 
-    `diagnosis` says all that is known, and carries no weights.
+    `diagnosis` says all that is known, and carries no weights. Where the step raised an error, that
+    error is the exception's `__cause__`.
     """
 
     status = "ABORTED"
@@ -37,7 +38,8 @@ class TrainingHalted(FederationError):
     def __init__(self, diagnosis: Diagnosis) -> None:
         where = diagnosis.origin.tensor or diagnosis.origin.module
         last = diagnosis.trend[-1] if diagnosis.trend else None
-        loss = "" if last is None else f", loss {last.loss:g}"
+        is_known = last is not None and diagnosis.symptom is not Symptom.STEP_FAILED
+        loss = f", loss {last.loss:g}" if last is not None and is_known else ""
         cause = "" if diagnosis.cause is Cause.UNKNOWN else f": {diagnosis.cause}"
         super().__init__(
             f"{diagnosis.symptom}{f' in {where}' if where else ''} at step {diagnosis.step} "

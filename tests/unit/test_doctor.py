@@ -353,6 +353,23 @@ def test_a_mistake_in_the_models_code_stays_the_error_it_is() -> None:
         Trained(model=Broken())
 
 
+def test_an_error_that_a_step_raised_at_random_comes_with_the_halt() -> None:
+    """An error that doesn't repeat ends training, and whoever catches that sees the error too."""
+    calls = 0
+
+    def failing(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls > 5 and calls % 3 == 0:
+            raise RuntimeError("the sensor is away")
+        return compute_loss(model, batch)
+
+    with pytest.raises(TrainingHalted) as caught:
+        Trained(loss=failing)
+    assert str(caught.value.__cause__) == "the sensor is away"
+    assert "loss" not in str(caught.value)
+
+
 def test_a_cured_training_repeats_bit_for_bit() -> None:
     first, again = (Trained(spoil=spoil_input(-1e20)) for _ in range(2))
     for one, other in zip(first.weights(), again.weights(), strict=True):

@@ -372,6 +372,8 @@ def test_the_history_tells_everything_of_a_round(store: Store) -> None:
     assert entry["cohort"] == [0, 1]
     (kept,) = entry["updates"]
     assert entry["started_at"] <= kept.pop("received_at") <= entry["closed_at"]
+    assert kept.pop("received_after_s") >= 0
+    assert kept.pop("answered_s") is None, "the order was never handed out"
     assert kept == {
         "order_id": update.order_id,
         "client": 0,
