@@ -55,7 +55,7 @@ def test_what_is_no_digest_never_becomes_a_path(opened: OpenRound, digest: str) 
 
 def test_who_takes_nothing_from_the_first_chunk_on_is_told_so(scene: Scene) -> None:
     """Its place is given to others, with a status: it doesn't wait for the rest for ever."""
-    flags = ["--stall-after", 1, "--first-step", 1]
+    flags = ("--stall-after", 1, "--first-step", 1)
     server = scene.server("--task", BIG, "--rounds", 9, "--min-clients", 1, *flags)
     peer, idle = Peer(server.address, 0), Peer(server.address, 0, num_examples=0)
     order = open_round({0: peer}).orders[0]
