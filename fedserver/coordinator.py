@@ -293,7 +293,8 @@ class Coordinator:
             # Excluded they stay: the next attempt doesn't ask their clients.
             is_bad = isinstance(error, NonFiniteAggregate)
             failed = await self._fail_round(
-                *(current, str(error)),
+                current,
+                str(error),
                 failure=RunFailure.NOT_AGGREGATED,
                 exclusions=exclusions,
                 is_model_bad=is_bad,
