@@ -14,7 +14,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -192,10 +192,11 @@ def _find_files(source: _IdxSource, split: Split, root: Path) -> tuple[Path, Pat
 
 def _download(name: str, source: _IdxSource, root: Path) -> None:
     """Fetch all four files by torchvision, seen by others only when complete."""
+    lock, is_new = root / f".{source.folder}.lock", not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
         # Several clients start at once on one machine; one downloads, the others wait for it.
-        with FileLock(root / f".{source.folder}.lock"):
+        with FileLock(lock):
             if all(_find_files(source, split, root) for split in ("train", "test")):
                 return
             with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as fresh:
@@ -207,6 +208,11 @@ def _download(name: str, source: _IdxSource, root: Path) -> None:
     # URLError and timeouts are OSErrors; torchvision's own 'no mirror worked' is a RuntimeError
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        if is_new:
+            # It may be a mistyped --data-root. Another client's files keep it where it is.
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
+                root.rmdir()
         raise DataUnavailable(
             f"{name}: not under {root}, and downloading it there failed ({reason}); either pass "
             f"--data-root with the files in torchvision's layout ({source.folder}/raw/"

@@ -150,6 +150,7 @@ def test_data_that_cant_be_had_names_both_ways_out(tmp_path: Path, with_root: bo
     )
     with pytest.raises(DataUnavailable, match=r"--data-root .* or connect to the internet"):
         find_task("mnist").load_train(request)
+    assert not (tmp_path / "mine").exists(), "a mistyped --data-root leaves no folder behind"
 
 
 def test_a_download_appears_complete_or_not_at_all(
