@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -138,6 +139,7 @@ class StopSignals:
     def _ignore_signals(self) -> None:
         if _in_force is self:
             signal.set_wakeup_fd(-1)
+            _hide_lost_signals()
             for number in _ASKING:
                 signal.signal(number, signal.SIG_IGN)
 
@@ -153,6 +155,22 @@ def interrupting() -> AbstractContextManager[None]:
 
 
 _in_force: StopSignals | None = None
+
+
+def _hide_lost_signals() -> None:
+    """Say nothing of a signal that arrives while its handler is replaced by SIG_IGN.
+
+    The interpreter reports it as an unraisable OSError, a traceback on standard error. The signal
+    was to be ignored anyway.
+    """
+    report = sys.unraisablehook
+
+    def report_others(unraisable: "sys.UnraisableHookArgs") -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, OSError) and "ignored due to race condition" in str(error)):
+            report(unraisable)
+
+    sys.unraisablehook = report_others
 
 
 def _terminate_children() -> None:
