@@ -9,24 +9,32 @@ update's excess is how far each of its elements lies outside the range from b to
 free, because a client that took few steps has moved only a part of the way. An excess is bounded,
 in its L2 norm and in its largest element, by the larger of
 
-- REACH times the median over the cohort of the updates' distances from m: how far clients lie
+- the width times the median over the cohort of the updates' distances from m: how far clients lie
   apart anyway, and
 - the median of the norms of the updates' own values: what is of the usual size is never far.
 
 A larger excess is shortened to the bound, as in centered clipping (Karimireddy et al. 2021), and
 reported; the update counts otherwise. So one of n clients moves a mean of equal weights, out of the
-range from b to m, by at most REACH / n of what clients typically differ by, or by the n-th part of
+range from b to m, by at most width / n of what clients typically differ by, or by the n-th part of
 a usual value, and the bound is relative: clients whose inputs differ by orders of magnitude all
 pass if no majority agrees on a scale. The centre is the median and not b: bounded around b, an
 attacker that always stands at the bound would push the model a little further each round, and the
 bound with it.
 
+The width is REACH * RARITY^(1/k): large where few values say how far clients lie apart. The median
+distance is small by chance if n // 2 updates besides the median happen to lie close to it in each
+element; k counts these coincidences, n // 2 for each element in which no two updates are equal. The
+chance that honest clients' largest excess is w times the median distance falls as w^-k (each
+coincidence is proportional to the closeness it asks for), so that the chance of a false alarm is
+the same small one for a scalar of three clients (a width of ten million) and for a thousand
+channels (REACH). tests/unit/test_buffers.py measures it.
+
 Two updates have nothing to be compared with, and half of a cohort or more can move the median.
 
 An entry that most updates leave as it is (a mask, a table of positions) stays bit for bit, whatever
-it holds, and only a change beyond the bound is reported; one that is the same in all updates
-becomes exactly that. An element that isn't finite in the global model stays so until every update
-has a number for it.
+it holds: a change that few make has no effect, so it is no incident. An entry that is the same in
+all updates becomes exactly that. An element that isn't finite in the global model stays so until
+every update has a number for it.
 """
 
 from collections.abc import Sequence
@@ -42,7 +50,10 @@ from shared.rounding import rounded
 from shared.types import EntryKind
 
 REACH = 10.0
-"""How many times further than its cohort typically does an update's entry may deviate."""
+"""How many times further than its cohort typically does an update's entry may deviate, at least."""
+
+RARITY = 1e6
+"""By what factor chance alone may make the median distance too small; the width allows for it."""
 
 _MIN_COHORT = 3
 
@@ -105,11 +116,9 @@ def bound_buffers(cohort: Cohort) -> Buffers:
         for index, share in enumerate(found.shares):
             if share == 1:
                 continue
-            counts = 0.0 if found.is_unchanged else share
             excess = float(found.excesses[index])
-            bounded.append(Bounded(update=index, name=name, excess=excess, share=counts))
-            if not found.is_unchanged:
-                replaced[index][name] = _shortened(rows, blocks[name], index=index, share=share)
+            bounded.append(Bounded(update=index, name=name, excess=excess, share=share))
+            replaced[index][name] = _shortened(rows, blocks[name], index=index, share=share)
     updates = [
         replace(update, replaced=values) if values else update
         for update, values in zip(cohort.updates, replaced, strict=True)
@@ -137,6 +146,7 @@ def _examine(rows: RowReader, blocks: Sequence[Block], *, num_updates: int) -> _
     # Norms are kept as the largest magnitude and the sum of squares relative to it: 1e300 squared
     # is more than float64 holds.
     excess, distance, size = (_Norms(num_updates) for _ in range(3))
+    num_coincidences = 0
     for block in blocks:
         base, updates = _split(rows.read(block))
         is_changed = ~_same_bits(updates, base).all(dim=1).numpy()
@@ -148,13 +158,16 @@ def _examine(rows: RowReader, blocks: Sequence[Block], *, num_updates: int) -> _
         median = _median(updates)
         excess.add(_finite(_excess(updates, base, median)))
         distance.add(_finite(updates.double() - median))
+        num_equal = (updates.double() == median).sum(dim=0)
+        num_coincidences += int((num_updates // 2 + 1 - num_equal).clamp(min=0).sum())
     # Without a majority nobody can say which of two values is the right one.
     has_majority = num_updates >= _MIN_COHORT
     is_unchanged = bool(has_changed.sum() < (num_updates / 2 if has_majority else 1))
     shares = [1.0] * num_updates
-    if has_majority:
+    if has_majority and not is_unchanged:
+        width = _width(num_coincidences)
         limits = [
-            max(REACH * _middle(distances), _middle(sizes))
+            max(width * _middle(distances), _middle(sizes))
             for distances, sizes in (
                 (distance.lengths, size.lengths),
                 (distance.largest, size.largest),
@@ -229,6 +242,11 @@ def _excess(updates: Tensor, base: Tensor, median: Tensor) -> Tensor:
 
 def _finite(values: Tensor) -> Tensor:
     return torch.where(values.isfinite(), values, 0.0)
+
+
+def _width(num_coincidences: int) -> float:
+    """Return how many times the median distance an excess may be; see the module."""
+    return float(REACH * RARITY ** (1 / max(1, num_coincidences)))
 
 
 def _middle(values: Matrix) -> float:

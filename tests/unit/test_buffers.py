@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import BLOCK_ELEMENTS, Cohort
-from fedserver.strategies.buffers import REACH, Bounded
+from fedserver.strategies.buffers import RARITY, REACH, Bounded
 from fedserver.strategies.step import next_blocks
 from shared.types import EntryKind
 from tests.factories import State, write_state
@@ -153,21 +153,73 @@ def test_a_client_that_took_one_step_only_is_not_bounded(tmp_path: Path) -> None
 
 
 def test_an_entry_that_most_clients_leave_alone_is_a_constant(tmp_path: Path) -> None:
-    """One of five changes a table of positions: it stays, and an incident says so if it is far."""
+    """One of five changes a table of positions: it stays, and nobody is named for it."""
     table = torch.linspace(-1, 1, BLOCK_ELEMENTS + 3)
     base = with_weight(table=table)
-    changed = with_weight(table=table + 1)
-    found, bounded = next_state(
-        tmp_path, base, [base] * 4 + [changed], WEIGHT | {"table": EntryKind.MEAN}
+    for changed in (table * 1.1, table + 1, table + 1e30):
+        found, bounded = next_state(
+            tmp_path,
+            base,
+            [base] * 4 + [with_weight(table=changed)],
+            WEIGHT | {"table": EntryKind.MEAN},
+        )
+        assert bits(found["table"]) == bits(table)
+        assert not bounded
+
+
+NUM_DRAWS = 200
+SMALL_COHORTS = [(3, 1), (3, 2), (3, 8), (4, 1), (5, 1), (5, 3), (7, 1)]
+"""Numbers of clients, and of elements in an entry."""
+
+
+@pytest.mark.parametrize("has_heavy_tails", [False, True])
+@pytest.mark.parametrize(("num_clients", "size"), SMALL_COHORTS)
+def test_small_entries_of_few_honest_clients_are_never_bounded(
+    tmp_path: Path, num_clients: int, size: int, has_heavy_tails: bool
+) -> None:
+    """Two hundred entries of independent honest values, about a global model of 0: no false alarm.
+
+    Two of three scalars lie ten times nearer to each other than the third in one draw of ten.
+    """
+    draws = torch.Generator().manual_seed(100 * num_clients + 10 * size + has_heavy_tails)
+
+    def draw() -> Tensor:
+        values = torch.randn(size, generator=draws)
+        if has_heavy_tails:
+            values = values * torch.randn(size, generator=draws)
+        return values
+
+    names = [f"b{number}" for number in range(NUM_DRAWS)]
+    _, bounded = next_state(
+        tmp_path,
+        with_weight(**{name: torch.zeros(size) for name in names}),
+        [with_weight(**{name: draw() for name in names}) for _ in range(num_clients)],
+        WEIGHT | dict.fromkeys(names, EntryKind.MEAN),
     )
-    assert bits(found["table"]) == bits(table)
-    assert [(one.update, one.share) for one in bounded] == [(4, 0.0)]
-    nearer = with_weight(table=table * 1.1)
+    assert bounded == []
+
+
+@pytest.mark.parametrize(("num_clients", "size"), SMALL_COHORTS)
+def test_a_small_entry_of_1e30_is_bounded_however_few_clients_there_are(
+    tmp_path: Path, num_clients: int, size: int
+) -> None:
+    """In proportion to how far the others lie apart, and only its sender is named."""
+    draws = torch.Generator().manual_seed(num_clients + size)
+    updates = [
+        with_weight(mean=torch.randn(size, generator=draws).double())
+        for _ in range(num_clients - 1)
+    ]
+    spoilt = with_weight(mean=torch.full((size,), 1e30, dtype=torch.float64))
     found, bounded = next_state(
-        tmp_path, base, [base] * 4 + [nearer], WEIGHT | {"table": EntryKind.MEAN}
+        tmp_path,
+        with_weight(mean=torch.zeros(size, dtype=torch.float64)),
+        [*updates, spoilt],
+        WEIGHT | {"mean": EntryKind.MEAN},
     )
-    assert bits(found["table"]) == bits(table)
-    assert not bounded
+    assert [one.update for one in bounded] == [num_clients - 1]
+    # k = size * (num_clients // 2) coincidences: the width, here times a distance of at most 5.
+    width = REACH * RARITY ** (1 / (size * (num_clients // 2)))
+    assert float(found["mean"].abs().max()) < 5 * width
 
 
 def test_rows_that_only_some_clients_change_are_averaged(tmp_path: Path) -> None:
