@@ -87,6 +87,7 @@ def _run(settings: ClientSettings, signals: StopSignals) -> None:
             server=settings.server,
             stop=stop,
             give_up_after_s=math.inf if give_up_after == "never" else give_up_after,
+            show_trouble=screen.show_trouble,
         )
         signals.when_asked(connection.close)
         lasting = set(threading.enumerate())

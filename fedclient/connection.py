@@ -58,6 +58,7 @@ from shared.types import (
     SessionInfo,
     TrainingConfig,
     UploadAnswer,
+    Waiting,
     Work,
     WorkOrder,
     WorkState,
@@ -103,6 +104,7 @@ _CAUSES = {
     "Failed parsing HTTP/2|Method not found": "what answers at the "
     "server's address isn't a fedserver, or is one of another version",
     "No route to host|Network is unreachable": "no network leads to that address",
+    "Socket closed|Stream removed|Connection reset": "the connection broke off",
 }
 """What may be the cause, by a pattern in what gRPC says."""
 
@@ -148,6 +150,7 @@ _FAILURES = {
     pb.RUN_FAILURE_TOO_MANY_EXCLUDED: RunFailure.TOO_MANY_EXCLUDED,
     pb.RUN_FAILURE_NOT_AGGREGATED: RunFailure.NOT_AGGREGATED,
     pb.RUN_FAILURE_UPDATES_DAMAGED: RunFailure.UPDATES_DAMAGED,
+    pb.RUN_FAILURE_UPDATES_REFUSED: RunFailure.UPDATES_REFUSED,
 }
 _RECEIPTS = {
     pb.RECEIPT_STORED: Receipt.STORED,
@@ -294,6 +297,7 @@ class Connection:
             state=_STATES[answer.state],
             order=_order(answer.order) if answer.HasField("order") else None,
             run_end=_run_end(answer) if answer.state == pb.WORK_STATE_FINISHED else None,
+            waiting=_waiting(answer.waiting) if answer.HasField("waiting") else None,
         )
 
     def download(self, session_id: str, digest: str, *, offset: int) -> Iterator[memoryview]:
@@ -378,6 +382,8 @@ class Connection:
                 batches=counters.batches,
                 batches_total=counters.batches_total,
                 replays=counters.replays,
+                evaluation_batches=counters.evaluation_batches,
+                evaluation_batches_total=counters.evaluation_batches_total,
             ),
             gave_up=gave_up,
         )
@@ -544,6 +550,14 @@ def _run_end(answer: pb.PullWorkResponse) -> RunEnd:
     """Return how a run ended; an older server doesn't say, and means that it is done."""
     return RunEnd(
         has_failed=answer.outcome == pb.RUN_OUTCOME_FAILED, failure=_FAILURES.get(answer.failure)
+    )
+
+
+def _waiting(message: pb.Waiting) -> Waiting:
+    return Waiting(
+        round_number=message.round,
+        clients_here=message.clients_here,
+        clients_needed=message.clients_needed,
     )
 
 

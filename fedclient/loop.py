@@ -5,6 +5,7 @@ the blobs it holds. Everything else it asks the server for again.
 """
 
 import logging
+import math
 import threading
 import uuid
 from collections.abc import Callable
@@ -20,16 +21,19 @@ from fedclient.settings import ClientSettings
 from fedclient.terminal import Screen
 from shared.errors import FederationError, NoAnswer, OwnCodeFailed, RunFailed, TaskFailed
 from shared.files import replace_file
-from shared.types import LeaveReason, RunEnd, RunFailure, SessionInfo
+from shared.types import LeaveReason, RunEnd, RunFailure, SessionInfo, Waiting, Work
 
 logger = logging.getLogger(__name__)
 
 _STAY_PAUSE_S = 1.0
+_FIRST_WAIT_S = 1.0
+"""The first pull for work is answered that soon: a person learns what there is to wait for."""
 _FAILURES = {
     RunFailure.TOO_FEW_UPDATES: "too few clients delivered an update, again and again",
     RunFailure.TOO_MANY_EXCLUDED: "too many updates were excluded, again and again",
     RunFailure.NOT_AGGREGATED: "the updates couldn't be aggregated to a finite model",
     RunFailure.UPDATES_DAMAGED: "updates were damaged on the server's disk",
+    RunFailure.UPDATES_REFUSED: "the server refused updates of clients, again and again",
 }
 
 
@@ -68,7 +72,7 @@ def take_part(
         screen.expect_rounds(info.total_rounds)
         num_examples = holdings.load(info)
         logger.info("%s; waiting for the first order", _described(settings, num_examples))
-        screen.wait_for("waiting for the first order; a round begins when enough clients are there")
+        screen.wait_for("waiting for the first order")
         return num_examples
 
     session = ServerSession(
@@ -97,7 +101,7 @@ def take_part(
     try:
         session.open()
         worker.deliver_waiting()
-        _work(settings, connection, session, worker)
+        _work(settings, connection, session, worker, screen)
     except (Stopped, KeyboardInterrupt):
         goodbye.say(LeaveReason.STOPPED)
         raise
@@ -116,14 +120,33 @@ def take_part(
 
 
 def _work(
-    settings: ClientSettings, connection: Connection, session: ServerSession, worker: OrderWorker
+    settings: ClientSettings,
+    connection: Connection,
+    session: ServerSession,
+    worker: OrderWorker,
+    screen: Screen,
 ) -> None:
-    """Work on orders until the run is over."""
+    """Work on orders until the run is over; show and log what an order has to wait for."""
     num_failed = 0
+    logged: Waiting | None = None
+    longest_s = _FIRST_WAIT_S
+
+    def pull(info: SessionInfo) -> Work:
+        return connection.pull_work(info.session_id, wait_s=min(info.max_wait_s, longest_s))
+
+    def say(waiting: Waiting) -> None:
+        nonlocal logged
+        text = _waiting_text(waiting)
+        screen.wait_for(text)
+        if logged is None or not _is_same_wait(logged, waiting):
+            logger.info("%s", text)
+        logged = waiting
+
     while True:
-        work = session.call(
-            lambda info: connection.pull_work(info.session_id, wait_s=info.max_wait_s)
-        )
+        work = session.call(pull)
+        longest_s = math.inf
+        if work.waiting is not None:
+            say(work.waiting)
         if work.order is not None:
             client_id = work.order.client_id
             try:
@@ -154,6 +177,22 @@ def _work(
             if not settings.stay:
                 return
             session.pause(_STAY_PAUSE_S)
+
+
+def _is_same_wait(one: Waiting, other: Waiting) -> bool:
+    """Whether two answers differ in their numbers alone, which change as clients come and go."""
+    is_same_for_rounds = bool(one.round_number) == bool(other.round_number)
+    return is_same_for_rounds and one.clients_needed == other.clients_needed
+
+
+def _waiting_text(waiting: Waiting) -> str:
+    """Return in words what an order has to wait for."""
+    if waiting.round_number:
+        return f"round {waiting.round_number} is running; waiting for an order"
+    if waiting.clients_needed:
+        here, needed = waiting.clients_here, waiting.clients_needed
+        return f"waiting for clients: {here} of the {needed} that a round needs are here"
+    return "waiting for the next round to open"
 
 
 def _failure_text(run_end: RunEnd) -> str:

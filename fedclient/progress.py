@@ -52,7 +52,7 @@ class ProgressReporter:
         """When the work on the order began, on the monotonic clock."""
         self.loss: float | None = None
         """The loss of the last training step."""
-        self._batches_since = self.began_at
+        self._batches_since = self._answered_at = self.began_at
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
@@ -81,7 +81,8 @@ class ProgressReporter:
         *,
         bytes_received: int = 0,
         bytes_sent: int = 0,
-        batches: int = 0,
+        steps: int = 0,
+        evaluation_batches: int = 0,
         replays: int = 0,
         loss: float | None = None,
     ) -> None:
@@ -92,7 +93,8 @@ class ProgressReporter:
             before,
             bytes_received=before.bytes_received + bytes_received,
             bytes_sent=before.bytes_sent + bytes_sent,
-            batches=before.batches + batches,
+            batches=before.batches + steps + evaluation_batches,
+            evaluation_batches=before.evaluation_batches + evaluation_batches,
             replays=before.replays + replays,
         )
 
@@ -112,10 +114,19 @@ class ProgressReporter:
         numbered = list(enumerate(self._incidents, start=1))
         return numbered[self._num_reported :]
 
-    def expect_batches(self, batches_total: int) -> None:
-        """Say how many batches the order takes; they begin now."""
+    @property
+    def silent_s(self) -> float:
+        """For how many seconds the server hasn't answered a report."""
+        return time.monotonic() - self._answered_at
+
+    def expect_batches(self, *, steps: int, evaluation_batches: int = 0) -> None:
+        """Say how many steps and batches of evaluations the order takes; they begin now."""
         self._batches_since = time.monotonic()
-        self._counters = replace(self._counters, batches_total=batches_total)
+        self._counters = replace(
+            self._counters,
+            batches_total=steps + evaluation_batches,
+            evaluation_batches_total=evaluation_batches,
+        )
 
     def remaining_s(self) -> float | None:
         """Return for how many seconds the batches go on at their pace; None before the first."""
@@ -141,12 +152,14 @@ class ProgressReporter:
             try:
                 incidents = self.unreported
                 self._order_end = self._report(self._counters, incidents)
+                self._answered_at = time.monotonic()
                 self._num_reported += len(incidents)
                 if self._order_end is not None:
                     return
             except InvalidInput as error:
                 # Sent again they would be refused again, and the counters with them.
                 logger.warning("the server doesn't take a report of what went wrong: %s", error)
+                self._answered_at = time.monotonic()
                 self._num_reported += len(incidents)
             except FederationError as error:
                 logger.debug("a progress report failed: %s", error)

@@ -41,15 +41,22 @@ class Patience:
     """Repeats a call until the server answers, and tells a person why it doesn't.
 
     `stop` is set when the process is asked to end. After `give_up_after_s` seconds without any
-    answer it gives up.
+    answer it gives up. `show_trouble` is called with a short sentence when a call fails that is
+    tried again, and with an empty text when one succeeds after that.
     """
 
     def __init__(
-        self, *, server: str, stop: threading.Event, give_up_after_s: float = math.inf
+        self,
+        *,
+        server: str,
+        stop: threading.Event,
+        give_up_after_s: float = math.inf,
+        show_trouble: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._server = server
         self._stop = stop
         self._give_up_after_s = give_up_after_s
+        self._show_trouble = show_trouble
         self._has_answered = False
 
     def reach(self, connection: Connection) -> None:
@@ -106,6 +113,7 @@ class Patience:
             else:
                 if relief:
                     logger.info("%s", relief)
+                    self._show_trouble("")
                 self._has_answered = True
                 return result
 
@@ -123,8 +131,10 @@ class Patience:
         # The server's disk may be full too: that is an answer of gRPC's.
         if isinstance(error, OutOfSpace) and isinstance(error.__cause__, OSError):
             logger.warning("%s; trying again until there is room", error)
+            self._show_trouble("the disk is full; trying again until there is room")
             return "there is room again"
         logger.warning("no answer from %s: %s; trying again until it answers", self._server, error)
+        self._show_trouble(f"no answer from {self._server}; trying again")
         return f"{self._server} answers{' again' if self._has_answered else ''}"
 
 
@@ -156,7 +166,7 @@ class ServerSession:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a session to leave."""
+        """Whether the server has opened a session, which a process that ends has to leave."""
         return self._info is not None
 
     @property
@@ -218,7 +228,9 @@ class ServerSession:
 
     def _register(self) -> None:
         """Open the session; the first answer tells which data the second call gives the size of."""
-        sizes = self._load_data(self._registered(self._client_ids))
+        # From here on the server knows these clients, and is told if they leave.
+        self._info = self._registered(self._client_ids)
+        sizes = self._load_data(self._info)
         num_examples = dict(zip(self._all_client_ids, sizes, strict=True))
         empty = [one for one in self._client_ids if not num_examples[one]]
         ready = tuple(one for one in self._client_ids if num_examples[one])

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _FIRST_LINE_AFTER_S = 5.0
 _NEXT_LINES_AFTER_S = 30.0
+_SILENCE_S = 5.0
+"""The server answers a report each second; after so long without an answer a person is told."""
 
 
 class Screen:
@@ -33,6 +35,7 @@ class Screen:
 
     def __init__(self) -> None:
         self._waits_for = "starting"
+        self._trouble = ""
         self._order: tuple[WorkOrder, ProgressReporter] | None = None
         self._total_rounds = 0
         self._sent = (0, 0)
@@ -42,6 +45,10 @@ class Screen:
     def wait_for(self, what: str) -> None:
         """Show what the process waits for, or does between two orders."""
         self._waits_for = what
+
+    def show_trouble(self, what: str) -> None:
+        """Show what keeps the process from going on, until it is called with an empty text."""
+        self._trouble = what
 
     def expect_rounds(self, total_rounds: int) -> None:
         """Show from now on how many rounds the run has."""
@@ -68,7 +75,7 @@ class Screen:
         """Draw it."""
         current = self._order
         if current is None:
-            self._spinner.update(text=self._waits_for)
+            self._spinner.update(text=self._trouble or self._waits_for)
             return self._spinner
         order, progress = current
         counters = progress.counters
@@ -76,7 +83,7 @@ class Screen:
         row.add_row(
             self.place(order),
             ProgressBar(total=counters.batches_total or 1, completed=counters.batches, width=30),
-            describe_progress(progress),
+            self._trouble or describe_progress(progress),
         )
         return row
 
@@ -93,7 +100,7 @@ class Screen:
         if current is None:
             return ""
         order, progress = current
-        return f"{self.place(order)}: {describe_progress(progress)}"
+        return f"{self.place(order)}: {self._trouble or describe_progress(progress)}"
 
     @property
     def working_since(self) -> float | None:
@@ -127,12 +134,22 @@ def showing(screen: Screen) -> Iterator[Callable[[], None]]:
 
 
 def describe_progress(progress: ProgressReporter) -> str:
-    """Return how far an order is, in words: step, loss, the time that is left."""
+    """Return how far an order is, in words: step, loss, the time that is left.
+
+    A server that has been silent for some seconds is named too.
+    """
+    done = _describe_counters(progress)
+    if progress.silent_s < _SILENCE_S:
+        return done
+    return f"{done}; no answer from the server for {duration(progress.silent_s)}"
+
+
+def _describe_counters(progress: ProgressReporter) -> str:
     counters = progress.counters
     if counters.bytes_sent:
         return f"sending the update, {counters.bytes_sent / 1e6:.1f} MB"
-    if counters.batches:
-        words = [f"step {counters.batches} of {counters.batches_total}"]
+    if counters.work:
+        words = [counters.work]
         if progress.loss is not None:
             words.append(f"loss {progress.loss:.4g}")
         if (left_s := progress.remaining_s()) is not None:

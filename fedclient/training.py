@@ -110,7 +110,10 @@ def train_order(
     last_step = min(max_steps or num_batches, num_batches)
     evaluated = _evaluation_batches(order, examples, held_out)
     num_evaluations = (order.evaluate + rule.is_personal) if evaluated else 0
-    progress.expect_batches(last_step * rule.num_trainings + num_evaluations * len(evaluated or ()))
+    progress.expect_batches(
+        steps=last_step * rule.num_trainings,
+        evaluation_batches=num_evaluations * len(evaluated or ()),
+    )
     metrics: dict[str, float] = (
         _metrics_of(model, evaluated, task, device, progress, prefix="global_")
         if order.evaluate and evaluated is not None
@@ -145,7 +148,7 @@ def train_order(
                     *(taken.loss, taken.largest_gradient, taken.lr),
                 )
             on_step(taken)
-            progress.add(batches=1, loss=taken.loss)
+            progress.add(steps=1, loss=taken.loss)
             progress.examine()
 
         return train_model(
@@ -434,7 +437,7 @@ def _metrics_of(
         for batch in loader:
             yield batch
             # Counted, or a client with much data would seem to be stalled.
-            progress.add(batches=1)
+            progress.add(evaluation_batches=1)
             progress.examine()
 
     found = evaluate(model, batches(), task.loss, device)

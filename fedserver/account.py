@@ -23,7 +23,7 @@ from fedserver.report import (
 from fedserver.sampling import cohort_seed
 from fedserver.spread import spread_text
 from shared.times import to_the_second
-from shared.types import IncidentKind
+from shared.types import IncidentKind, LeaveReason
 
 Values = Mapping[str, Any]
 
@@ -54,6 +54,11 @@ _WORDS: Mapping[str, str] = {
     IncidentKind.EVALUATION_COLLAPSED: "the new global model is bad",
     IncidentKind.MODEL_ROLLED_BACK: "the model was taken back; the one before it is in its place",
     IncidentKind.ROUND_ABANDONED: "the attempt was abandoned",
+}
+_LEAVE_REASONS: Mapping[str, str] = {
+    LeaveReason.STOPPED: "somebody stopped its process",
+    LeaveReason.GAVE_UP: "it can't do what the run asks for; its own log says why",
+    LeaveReason.TASK_FAILED: "the task's own code failed; its own log says how",
 }
 _STOPS = {
     IncidentKind.NON_FINITE_LOSS,
@@ -149,7 +154,8 @@ def incident_text(incident: Values, *, is_beside_verdict: bool = False) -> str:
     if kind == IncidentKind.CAUSE_SHARED:
         return _shared_text(incident)
     if kind == IncidentKind.CLIENT_LEFT and "clients" in incident:
-        return f"clients {numbers_text(incident['clients'])} left the run: {incident['reason']}"
+        who = f"clients {numbers_text(incident['clients'])}"
+        return f"{who} left the run: {_leave_text(incident['reason'])}"
     if "verdict" in incident:
         return f"{who}{incident['verdict']}"
     known = {"kind", "at", "client", "reason", "suspended_until", "first", "second", "failure"}
@@ -162,6 +168,8 @@ def incident_text(incident: Values, *, is_beside_verdict: bool = False) -> str:
     )
     tells_reason = not (is_beside_verdict and kind in _VERDICTS)
     reason = incident.get("reason") if tells_reason else None
+    if reason is not None and kind == IncidentKind.CLIENT_LEFT:
+        reason = _leave_text(reason)
     back_in = incident.get("suspended_until")
     return (
         f"{who}{_WORDS.get(kind, kind.replace('-', ' '))}"
@@ -169,6 +177,11 @@ def incident_text(incident: Values, *, is_beside_verdict: bool = False) -> str:
         + (f" ({numbers})" if numbers else "")
         + (f"; sits out until round {back_in}" if back_in else "")
     )
+
+
+def _leave_text(reason: str) -> str:
+    """Return in words why a client left: what it said, or what the server concluded."""
+    return _LEAVE_REASONS.get(reason, reason)
 
 
 def _shared_text(incident: Values) -> str:

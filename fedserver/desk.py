@@ -42,6 +42,7 @@ from shared.types import (
     RunEnd,
     SessionInfo,
     UploadAnswer,
+    Waiting,
     Work,
     WorkState,
 )
@@ -150,7 +151,17 @@ class Desk:
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0 or not await self._parts.book.work_changed.wait(remaining_s):
                 self._parts.sessions.touch(session_id)
-                return Work(state=WorkState.WAIT)
+                return Work(state=WorkState.WAIT, waiting=self._waiting())
+
+    def _waiting(self) -> Waiting:
+        """Return why there is no order yet."""
+        current, here = self._parts.book.current, self._parts.book.clients_here
+        if current is not None:
+            return Waiting(round_number=current.record.round_number)
+        if here is not None:
+            needed = self._parts.settings.clients_needed
+            return Waiting(clients_here=here, clients_needed=needed)
+        return Waiting()
 
     async def download(
         self,

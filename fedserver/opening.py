@@ -17,6 +17,7 @@ from fedserver.planning import (
     work_orders,
 )
 from fedserver.records import Adjustments, Event, Round
+from fedserver.report import numbers_text
 from fedserver.rollback import first_model
 from fedserver.rounds import OrderState, Phase
 from shared.failpoints import FailPoint, pass_by
@@ -61,7 +62,7 @@ class Opener:
         self, round_number: int, base: GlobalModel, adjustments: Adjustments, *, attempt: int = 1
     ) -> Round:
         """Wait until there are clients enough, then open the round."""
-        num_said: int | None = None
+        said: set[int] | None = None
         run_id = self._parts.run.run_id
         while True:
             await self._parts.disk.tell()
@@ -76,12 +77,15 @@ class Opener:
             )
             if planned is not None:
                 break
-            num_here = len(self._parts.sessions.ready_clients(only_live=True))
-            if num_here != num_said and not self._parts.disk.is_low():
-                needed = self._parts.settings.clients_needed
-                logger.info("waiting for clients: %d of %d are here", num_here, needed)
-                num_said = num_here
+            here = self._parts.sessions.ready_clients(only_live=True)
+            needed = self._parts.settings.clients_needed
+            self._parts.book.clients_here = len(here) if len(here) < needed else None
+            if here != said and not self._parts.disk.is_low():
+                gone = f"; gone: client {numbers_text(said - here)}" if said and said - here else ""
+                logger.info("waiting for clients: %d of %d are here%s", len(here), needed, gone)
+                said = here
             await self._parts.sessions.changed.wait(self._tick_s)
+        self._parts.book.clients_here = None
         happened = opened_event(planned)
         recorded = await self._parts.workers.in_store(
             self._parts.store.open_round,

@@ -60,6 +60,8 @@ class OrderBook:
         self.round_changed = Signal()
         self.current: OpenRound | None = None
         self.latest: Round | None = None
+        self.clients_here: int | None = None
+        """How many clients are there while they are too few to open a round; else None."""
         self._clock = clock
         self._orders: dict[str, OpenOrder] = {}
         self._by_client: dict[int, OpenOrder] = {}

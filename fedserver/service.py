@@ -84,6 +84,7 @@ _FAILURES = {
     RunFailure.TOO_MANY_EXCLUDED: pb.RUN_FAILURE_TOO_MANY_EXCLUDED,
     RunFailure.NOT_AGGREGATED: pb.RUN_FAILURE_NOT_AGGREGATED,
     RunFailure.UPDATES_DAMAGED: pb.RUN_FAILURE_UPDATES_DAMAGED,
+    RunFailure.UPDATES_REFUSED: pb.RUN_FAILURE_UPDATES_REFUSED,
 }
 _RECEIPTS = {
     Receipt.STORED: pb.RECEIPT_STORED,
@@ -155,6 +156,14 @@ class Servicer:
             response.outcome = pb.RUN_OUTCOME_FAILED if has_failed else pb.RUN_OUTCOME_FINISHED
             if run_end.failure is not None:
                 response.failure = _FAILURES[run_end.failure]
+        if (waiting := work.waiting) is not None:
+            response.waiting.CopyFrom(
+                pb.Waiting(
+                    round=waiting.round_number,
+                    clients_here=waiting.clients_here,
+                    clients_needed=waiting.clients_needed,
+                )
+            )
         return response
 
     async def query_upload(self, request: pb.QueryUploadRequest) -> pb.QueryUploadResponse:
@@ -176,6 +185,8 @@ class Servicer:
                 batches=told.batches,
                 batches_total=told.batches_total,
                 replays=told.replays,
+                evaluation_batches=told.evaluation_batches,
+                evaluation_batches_total=told.evaluation_batches_total,
             ),
             incidents=[(one.sequence, incident_of(one)) for one in request.incidents],
             gave_up=request.gave_up,

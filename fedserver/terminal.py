@@ -223,6 +223,4 @@ def _doing(one: OpenOrder) -> str:
     counters = one.counters
     if counters.bytes_sent:
         return f"uploading, {counters.bytes_sent / 1e6:.1f} MB sent"
-    if counters.batches:
-        return f"training, step {counters.batches} of {counters.batches_total}"
-    return "getting ready"
+    return counters.work or "getting ready"

@@ -282,6 +282,7 @@ class RunFailure(StrEnum):
     TOO_MANY_EXCLUDED = "too-many-excluded"
     NOT_AGGREGATED = "not-aggregated"
     UPDATES_DAMAGED = "updates-damaged"
+    UPDATES_REFUSED = "updates-refused"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,15 +294,30 @@ class RunEnd:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """Why there is no order yet.
+
+    `round_number` is the round that collects updates, from 1. Where too few clients are there to
+    open the next round, `clients_here` are and it needs `clients_needed`. Whatever isn't so is 0.
+    """
+
+    round_number: int = 0
+    clients_here: int = 0
+    clients_needed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """The answer to a pull for work.
 
-    `order` is set if `state` is ORDER, `run_end` if it is FINISHED.
+    `order` is set if `state` is ORDER, `run_end` if it is FINISHED, `waiting` if it is WAIT and the
+    server says why.
     """
 
     state: WorkState
     order: WorkOrder | None = None
     run_end: RunEnd | None = None
+    waiting: Waiting | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,13 +401,39 @@ class UploadAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class Counters:
-    """How far a client is with an order; each number only ever grows."""
+    """How far a client is with an order; each number only ever grows.
+
+    `batches` counts training steps and batches on which a model is evaluated; `evaluation_batches`
+    counts the latter alone.
+    """
 
     bytes_received: int = 0
     bytes_sent: int = 0
     batches: int = 0
     batches_total: int = 0
     replays: int = 0
+    evaluation_batches: int = 0
+    evaluation_batches_total: int = 0
+
+    @property
+    def steps(self) -> int:
+        """The number of training steps done."""
+        return max(0, self.batches - self.evaluation_batches)
+
+    @property
+    def steps_total(self) -> int:
+        """The number of training steps that the order takes; 0: not known yet."""
+        return max(0, self.batches_total - self.evaluation_batches_total)
+
+    @property
+    def work(self) -> str:
+        """Which step or batch of an evaluation was done last, in words; empty before the first."""
+        if not self.batches:
+            return ""
+        if not self.steps:
+            done, total = self.evaluation_batches, self.evaluation_batches_total
+            return f"evaluating, batch {done} of {total}"
+        return f"step {self.steps} of {self.steps_total}"
 
 
 MAX_INCIDENTS = 64

@@ -30,7 +30,8 @@ def read_history(
     started_at, closed_at, finished_at (ISO 8601, UTC, or None), collected_s from opening to close,
     took_s from opening to end (seconds of the run's clock, not differences of those times; None
     while it isn't known), orders (each order_id, client,
-    state, handed_out_at, ended_at), incidents (each kind, at, client, what belongs to the kind).
+    state, handed_out_at, ended_at), incidents (each kind, at, client, what belongs to the kind; the
+    first attempt also has those from before it opened).
     """
     table = schema.rounds
     wanted = select(table).where(table.c.run_id == run.run_id, table.c.round >= first_round)
@@ -53,14 +54,12 @@ def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:
         .order_by(orders.c.client_id, orders.c.order_id)
     ).all()
     update_rows = connection.execute(updates_in(row.run_id, row.round, row.attempt)).all()
+    belongs_here = (events.c.round == row.round) & (events.c.attempt == row.attempt)
+    if (row.round, row.attempt) == (1, 1):
+        belongs_here |= events.c.round.is_(None)
     incident_rows = connection.execute(
         select(events)
-        .where(
-            events.c.run_id == row.run_id,
-            events.c.round == row.round,
-            events.c.attempt == row.attempt,
-            events.c.is_incident,
-        )
+        .where(events.c.run_id == row.run_id, belongs_here, events.c.is_incident)
         .order_by(events.c.sequence)
     ).all()
     received = [

@@ -146,6 +146,8 @@ class _RunFailureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunFailure
     """The updates couldn't be aggregated to a finite model."""
     RUN_FAILURE_UPDATES_DAMAGED: _RunFailure.ValueType  # 4
     """Updates were damaged on the server's disk."""
+    RUN_FAILURE_UPDATES_REFUSED: _RunFailure.ValueType  # 5
+    """Enough clients delivered an update, but the server refused so many that too few were left."""
 
 class RunFailure(_RunFailure, metaclass=_RunFailureEnumTypeWrapper):
     """Why the last attempt at the round that ended the run failed."""
@@ -159,6 +161,8 @@ RUN_FAILURE_NOT_AGGREGATED: RunFailure.ValueType  # 3
 """The updates couldn't be aggregated to a finite model."""
 RUN_FAILURE_UPDATES_DAMAGED: RunFailure.ValueType  # 4
 """Updates were damaged on the server's disk."""
+RUN_FAILURE_UPDATES_REFUSED: RunFailure.ValueType  # 5
+"""Enough clients delivered an update, but the server refused so many that too few were left."""
 Global___RunFailure: _TypeAlias = RunFailure  # noqa: Y015
 
 class _WorkState:
@@ -843,6 +847,7 @@ class PullWorkResponse(_message.Message):
     ORDER_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     state: Global___WorkState.ValueType
     outcome: Global___RunOutcome.ValueType
     """How the run ended. Set if state is WORK_STATE_FINISHED; a server older than this field leaves
@@ -854,6 +859,12 @@ class PullWorkResponse(_message.Message):
     def order(self) -> Global___WorkOrder:
         """Set if state is WORK_STATE_ORDER."""
 
+    @_builtins.property
+    def waiting(self) -> Global___Waiting:
+        """What the server waits for. Set if state is WORK_STATE_WAIT; a server older than this field
+        leaves it out.
+        """
+
     def __init__(
         self,
         *,
@@ -861,14 +872,46 @@ class PullWorkResponse(_message.Message):
         order: Global___WorkOrder | None = ...,
         outcome: Global___RunOutcome.ValueType = ...,
         failure: Global___RunFailure.ValueType = ...,
+        waiting: Global___Waiting | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "order", b"order", "outcome", b"outcome", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "order", b"order", "outcome", b"outcome", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PullWorkResponse: _TypeAlias = PullWorkResponse  # noqa: Y015
+
+@_typing.final
+class Waiting(_message.Message):
+    """Why there is no order yet: for people to read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    CLIENTS_HERE_FIELD_NUMBER: _builtins.int
+    CLIENTS_NEEDED_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    """The round that collects updates, from 1. 0: none does, and the next one is still to open."""
+    clients_here: _builtins.int
+    """How many clients are there, and how many the next round needs to open. Both are 0 where a round
+    collects updates or clients aren't what is missing.
+    """
+    clients_needed: _builtins.int
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        clients_here: _builtins.int = ...,
+        clients_needed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients_here", b"clients_here", "clients_needed", b"clients_needed", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Waiting: _TypeAlias = Waiting  # noqa: Y015
 
 @_typing.final
 class WorkOrder(_message.Message):
@@ -1420,15 +1463,20 @@ class Counters(_message.Message):
     BATCHES_FIELD_NUMBER: _builtins.int
     BATCHES_TOTAL_FIELD_NUMBER: _builtins.int
     REPLAYS_FIELD_NUMBER: _builtins.int
+    EVALUATION_BATCHES_FIELD_NUMBER: _builtins.int
+    EVALUATION_BATCHES_TOTAL_FIELD_NUMBER: _builtins.int
     bytes_received: _builtins.int
     """Of payloads, downloads and uploads, bytes sent again included."""
     bytes_sent: _builtins.int
     batches: _builtins.int
-    """Training steps done."""
+    """Batches done: one for each training step, and those on which models were evaluated."""
     batches_total: _builtins.int
-    """How many steps the order takes; 0: not known yet."""
+    """How many batches the order takes; 0: not known yet."""
     replays: _builtins.int
     """Steps the doctor took again to find a cause."""
+    evaluation_batches: _builtins.int
+    """How many of `batches`, and of `batches_total`, are of evaluations: the others are training steps."""
+    evaluation_batches_total: _builtins.int
     def __init__(
         self,
         *,
@@ -1437,10 +1485,12 @@ class Counters(_message.Message):
         batches: _builtins.int = ...,
         batches_total: _builtins.int = ...,
         replays: _builtins.int = ...,
+        evaluation_batches: _builtins.int = ...,
+        evaluation_batches_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "batches_total", b"batches_total", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "replays", b"replays"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "batches_total", b"batches_total", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "evaluation_batches", b"evaluation_batches", "evaluation_batches_total", b"evaluation_batches_total", "replays", b"replays"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -136,7 +136,7 @@ def test_a_state_dir_of_a_newer_version_is_left_alone(scene: Scene) -> None:
 def test_data_that_isnt_there_is_asked_for_by_its_flag(
     empty_text_server: Server, scene: Scene
 ) -> None:
-    """A client without data never takes part; the server hears nothing of it."""
+    """A client without data never takes part; the server hears that it has left, not why."""
     without = scene.client(0, empty_text_server.address, "--source", "local")
     expect_sentence(without, "task 'text' needs --data-root")
     (scene.folder / "nothing").mkdir()
@@ -144,4 +144,6 @@ def test_data_that_isnt_there_is_asked_for_by_its_flag(
         1, empty_text_server.address, "--source", "local", "--data-root", scene.folder / "nothing"
     )
     expect_sentence(empty, str(scene.folder / "nothing"))
+    for client_id in (0, 1):
+        empty_text_server.wait_for_line(f"client-left client={client_id} reason=gave-up")
     assert empty_text_server.is_running

@@ -232,7 +232,7 @@ def test_copies_of_a_state_dir_in_use_at_the_same_time_are_told_to_both(scene: S
     """Both clients end with a sentence; the one that is started again goes on."""
     server = start_server(scene, "--min-clients", 2, "--rounds", 1, "--lease", 10)
     clients = [start_client(scene, 0, server.address, state="original")]
-    clients[0].wait_for_line("waiting for the first order")
+    clients[0].wait_for_line("waiting for clients: 1 of the 2 that a round needs are here")
     shutil.copytree(scene.folder / "original", scene.folder / "copy")
     clients.append(start_client(scene, 0, server.address, state="copy"))
     for client in clients:

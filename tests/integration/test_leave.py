@@ -100,7 +100,7 @@ def states_of(entry: dict[str, Any]) -> dict[int, str]:
 
 
 def test_a_client_that_leaves_isnt_waited_for_or_asked_until_it_registers_again(
-    pair: OpenRound, module_scene: Scene
+    pair: OpenRound, pair_server: Server, module_scene: Scene
 ) -> None:
     """The attempt fails at once, with the reason on record, and the next one waits for it."""
     staying, leaving = pair.peers[0], pair.peers[1]
@@ -117,6 +117,9 @@ def test_a_client_that_leaves_isnt_waited_for_or_asked_until_it_registers_again(
     assert "suspended_until" not in entry["incidents"][0]
     # It is the latest attempt: there is none after it while its client is away.
     assert entry_of(module_scene.history(), order) == entry
+    pair_server.wait_for_line("waiting for clients: 1 of 2 are here")
+    waiting = staying.pull(wait_s=0).waiting
+    assert (waiting.round, waiting.clients_here, waiting.clients_needed) == (0, 1, 2)
     leaving.come_back()
     open_next_attempt(pair).settle()
 

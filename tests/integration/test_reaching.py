@@ -170,7 +170,8 @@ def test_a_cause_is_said_once_however_often_it_is_tried(
 ) -> None:
     """A second cause is said too; what is said of causes in all is bounded."""
     caplog.set_level(logging.INFO, logger="fedclient")
-    patience = Patience(server="there:1", stop=threading.Event())
+    shown: list[str] = []
+    patience = Patience(server="there:1", stop=threading.Event(), show_trouble=shown.append)
     causes = iter(["a", "a", "b", "a", "c", "d", "e"])
 
     def attempt() -> str:
@@ -183,6 +184,7 @@ def test_a_cause_is_said_once_however_often_it_is_tried(
     assert patience.insist(attempt) == "answer"
     said = [f"no answer from there:1: {cause}; trying again until it answers" for cause in "abc"]
     assert caplog.messages == [*said, "there:1 answers"]
+    assert shown == [*["no answer from there:1; trying again"] * 3, ""]
     causes = iter(["a"])
     patience.insist(attempt)
     assert caplog.messages[4:] == [said[0], "there:1 answers again"]

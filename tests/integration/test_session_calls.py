@@ -133,9 +133,11 @@ def test_pulling_again_returns_the_same_order(opened: OpenRound) -> None:
 
 
 def test_there_is_nothing_to_pull_once_the_order_is_delivered(opened: OpenRound) -> None:
-    """Between its update and the next round a client is told to wait."""
+    """Between its update and the next round a client is told to wait, and for what."""
     assert opened.settle(0) == [pb.RECEIPT_STORED]
-    assert opened.peers[0].pull(wait_s=0).state == pb.WORK_STATE_WAIT
+    work = opened.peers[0].pull(wait_s=0)
+    assert work.state == pb.WORK_STATE_WAIT
+    assert work.waiting == pb.Waiting(round=opened.orders[0].round)
 
 
 def test_a_parked_pull_is_woken_when_the_round_opens(opened: OpenRound) -> None:

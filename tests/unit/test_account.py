@@ -13,7 +13,7 @@ from fedserver.records import Event, Round
 from fedserver.rounds import OrderEvent
 from fedserver.store import Store
 from shared.diagnosis import Cause, Remedy, RemedyKind
-from shared.types import IncidentKind
+from shared.types import IncidentKind, LeaveReason
 from tests.factories import (
     begin_round,
     end_order,
@@ -129,13 +129,17 @@ def test_history_tells_each_incident_in_words(
         is_incident=True,
         reason=REASON,
     )
-    store.add_events(run.run_id, [refused])
+    early = event_of(
+        IncidentKind.CLIENT_LEFT, client_id=4, is_incident=True, reason=LeaveReason.TASK_FAILED
+    )
+    store.add_events(run.run_id, [refused, early])
     store.close()
     words = " ".join(shown(capsys, monkeypatch, "history", state_dir, width=120).split())
     for told in (
         "round 1: the attempt failed: too few updates can still come",
         f"round 2: client 1: its update was refused: {REASON}",
         "round 1: client 2: it got no further and was given up (idle 61.23 s)",
+        "round 1: client 4: it left the run: the task's own code failed; its own log says how",
     ):
         assert told in words, told
 

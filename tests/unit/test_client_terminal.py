@@ -46,18 +46,21 @@ def test_between_orders_the_screen_says_what_it_waits_for(progress: ProgressRepo
 
 
 def test_an_order_is_shown_with_step_loss_and_time_left(progress: ProgressReporter) -> None:
-    """Ten of twenty steps are half of the bar."""
+    """Eight steps and four batches of an evaluation are half of 24 in the bar, not of the steps."""
     screen = Screen()
     screen.expect_rounds(5)
     with screen.working_on(order_of(2), progress):
         assert shown(screen).endswith("getting ready")
         progress.add(bytes_received=2_500_000)
         assert shown(screen).endswith("getting the global model, 2.5 MB")
-        progress.expect_batches(20)
-        progress.add(batches=10, loss=0.125)
+        progress.expect_batches(steps=20, evaluation_batches=4)
+        progress.add(evaluation_batches=2)
+        assert shown(screen).endswith("evaluating, batch 2 of 4, 0:00 left")
+        progress.add(evaluation_batches=2)
+        progress.add(steps=8, loss=0.125)
         line = shown(screen)
         assert line.startswith("client 0, round 2 of 5 ")
-        assert line.endswith("step 10 of 20, loss 0.125, 0:00 left")
+        assert line.endswith("step 8 of 20, loss 0.125, 0:00 left")
         assert line.count(BAR) == 15
         progress.add(bytes_sent=1_000_000)
         assert shown(screen).endswith("sending the update, 1.0 MB")
@@ -76,14 +79,14 @@ def test_many_clients_in_one_process_share_one_line(progress: ProgressReporter) 
 
 
 def test_the_time_left_goes_by_the_pace_so_far(progress: ProgressReporter) -> None:
-    progress.expect_batches(4)
+    progress.expect_batches(steps=4)
     assert progress.remaining_s() is None
     began = time.monotonic()
-    progress.add(batches=1)
+    progress.add(steps=1)
     least_s = progress.remaining_s()
     assert least_s is not None
     assert 0 <= least_s <= 3 * (time.monotonic() - began) + 3
-    progress.add(batches=3)
+    progress.add(steps=3)
     assert progress.remaining_s() == 0
 
 
@@ -106,8 +109,8 @@ def test_outside_of_a_terminal_a_long_order_gets_a_line(
         return True
 
     caplog.handler.addFilter(hear)
-    progress.expect_batches(8)
-    progress.add(batches=2)
+    progress.expect_batches(steps=8)
+    progress.add(steps=2)
     screen = Screen()
     with (
         caplog.at_level(logging.INFO, logger="fedclient"),
@@ -119,5 +122,29 @@ def test_outside_of_a_terminal_a_long_order_gets_a_line(
 
 
 def test_what_isnt_known_isnt_said(progress: ProgressReporter) -> None:
-    progress.add(batches=1)
+    progress.add(steps=1)
     assert describe_progress(progress) == "step 1 of 0"
+
+
+def test_no_answer_takes_the_place_of_what_the_client_would_do(progress: ProgressReporter) -> None:
+    """While it waits and while it works on an order, until the server answers again."""
+    screen = Screen()
+    trouble = "no answer from there:1; trying again"
+    screen.wait_for("waiting for the first order")
+    screen.show_trouble(trouble)
+    assert shown(screen).endswith(trouble)
+    with screen.working_on(order_of(3), progress):
+        assert shown(screen).endswith(trouble)
+        assert screen.line() == f"client 0, round 3: {trouble}"
+        screen.show_trouble("")
+        assert shown(screen).endswith("getting ready")
+
+
+def test_a_silent_server_is_named_beside_the_progress(
+    progress: ProgressReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers to the reports are what shows that it is there."""
+    assert describe_progress(progress) == "getting ready"
+    monkeypatch.setattr(terminal, "_SILENCE_S", 0.0)
+    text = describe_progress(progress)
+    assert text == "getting ready; no answer from the server for 0:00"

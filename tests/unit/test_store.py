@@ -328,6 +328,19 @@ def test_a_report_made_twice_is_one_event(store: Store) -> None:
     assert len(read_history(store, run)[0]["incidents"]) == 4
 
 
+def test_what_went_wrong_before_the_first_round_is_told_with_its_first_attempt(
+    store: Store,
+) -> None:
+    """And with no other one."""
+    run, opened = begin_round(store)
+    early = Event(kind="client-left", at=1.0, client_id=7, is_incident=True)
+    store.add_events(run.run_id, [early])
+    store.fail_round(opened, [make_event("round-failed")])
+    store.open_round(make_round(run.run_id, attempt=2), make_event("round-opened"))
+    incidents = [entry["incidents"] for entry in read_history(store, run)]
+    assert [[one["client"] for one in attempt] for attempt in incidents] == [[7], []]
+
+
 def test_sessions_are_remembered_until_they_are_replaced(store: Store) -> None:
     """Saved again, a session is brought up to date; removed, it is gone."""
     run = store.begin_run({})

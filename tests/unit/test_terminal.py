@@ -66,7 +66,10 @@ def test_the_view_tells_round_clients_and_accuracy(book: OrderBook) -> None:
     order = book.open_order_of([0])
     assert order is not None
     book.hand_out(order)
-    book.advance(order.order.order_id, Counters(batches=7, batches_total=20))
+    counters = Counters(
+        batches=7, batches_total=20, evaluation_batches=2, evaluation_batches_total=4
+    )
+    book.advance(order.order.order_id, counters)
     other = book.open_order_of([1])
     assert other is not None
     book.settle(other.order.order_id, OrderState.STORED)
@@ -82,7 +85,7 @@ def test_the_view_tells_round_clients_and_accuracy(book: OrderBook) -> None:
     spread = "on clients: mean 50.00%, worst tenth 25.00%, std 25.00% after round 2"
     assert lines[3].rstrip() == spread
     assert lines[4].startswith("client 0")
-    assert lines[4].rstrip().endswith("training, step 7 of 20")
+    assert lines[4].rstrip().endswith("step 5 of 16")
     assert lines[5].rstrip().endswith("update stored")
     assert (lines[4].count(BAR), lines[5].count(BAR)) == (10, 30)
 

@@ -119,7 +119,8 @@ def test_every_number_of_a_request_has_a_limit_or_says_why_not() -> None:
     ]
     assert sorted(unlimited) == [
         *("Counters.batches", "Counters.batches_total", "Counters.bytes_received"),
-        *("Counters.bytes_sent", "Counters.replays"),
+        *("Counters.bytes_sent", "Counters.evaluation_batches"),
+        *("Counters.evaluation_batches_total", "Counters.replays"),
         # Their values are compared with the bytes that there are.
         *("DownloadBlobRequest.offset", "Section.size_bytes"),
         # As the one above each of them says.
