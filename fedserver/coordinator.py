@@ -9,7 +9,7 @@ Evaluation goes on beside the next round.
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -29,6 +29,7 @@ from fedserver.planning import (
 )
 from fedserver.records import NO_ADJUSTMENTS, Exclusion, Round, RunState
 from fedserver.recovery import damaged_updates, note_restart
+from fedserver.report import numbers_text
 from fedserver.retention import drop_models, drop_updates
 from fedserver.rollback import consequences_of, first_model, roll_back
 from fedserver.rounds import (
@@ -225,7 +226,7 @@ class Coordinator:
                 pass_by(FailPoint.ROUND_CLOSED)
                 break
             if due is RoundEvent.FAIL:
-                return await self._fail_round(current, reason, failure=RunFailure.TOO_FEW_UPDATES)
+                return await self._fail_for_want_of_updates(current, reason)
             await self._parts.book.round_changed.wait(self._tick_s)
         if self._is_asynchronous:
             self._opener.note_stored()
@@ -259,6 +260,30 @@ class Coordinator:
             "has given up or sits out"
         )
 
+    async def _fail_for_want_of_updates(self, current: Round, reason: str) -> Round:
+        """Fail an attempt that has too few updates; where refusals are why, its reason names them.
+
+        They are why if there would be enough updates without them. An asynchronous round asks
+        further clients as long as it can, so in one any refusal is.
+        """
+        orders, states = self._parts.book.orders(), self._parts.book.states()
+        refused = {
+            one.order.client_id: one.order.order_id
+            for one in orders
+            if one.state is OrderState.REFUSED
+        }
+        if not refused:
+            return await self._fail_round(current, reason, failure=RunFailure.TOO_FEW_UPDATES)
+        first = min(refused)
+        record = await self._parts.workers.in_store(self._parts.store.find_order, refused[first])
+        reason += f"; {_verdict_text('refused', refused, f'{record.reason}')}"
+        num_without_end = len(states) - states.count(OrderState.ABANDONED)
+        is_why = self._is_asynchronous or num_without_end >= updates_needed(
+            self._parts.settings, current
+        )
+        failure = RunFailure.UPDATES_REFUSED if is_why else RunFailure.TOO_FEW_UPDATES
+        return await self._fail_round(current, reason, failure=failure)
+
     async def _aggregate(self, current: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
         """Make the next global model and open the round after it."""
         settings, store, run_id = self._parts.settings, self._parts.store, current.run_id
@@ -283,6 +308,10 @@ class Coordinator:
         needed = min(settings.updates_needed, len(current.orders))
         if len(counted) < (1 if self._is_asynchronous else needed):
             reason = f"{len(excluded)} of {len(stored)} updates were excluded, too many to go on"
+            if exclusions:
+                first = min(exclusions, key=lambda one: one.client_id)
+                clients = {one.client_id for one in exclusions}
+                reason += f"; {_verdict_text('excluded', clients, first.refusal.reason)}"
             failed = await self._fail_round(
                 current, reason, failure=RunFailure.TOO_MANY_EXCLUDED, exclusions=exclusions
             )
@@ -393,10 +422,13 @@ class Coordinator:
         await self._parts.workers.in_store(
             self._parts.store.end_run, self._parts.run.run_id, RunState.FAILED, happened
         )
+        reason, _ = await self._parts.workers.in_store(
+            self._parts.store.last_failure, self._parts.run.run_id
+        )
         raise RunFailed(
-            f"round {current.round_number} failed {self._parts.settings.max_attempts} times; "
-            "see why with `python -m fedserver history --state-dir "
-            f"{self._parts.settings.state_dir}`"
+            f"round {current.round_number} failed {self._parts.settings.max_attempts} times, the "
+            f"last time because of this: {reason}. See more with `python -m fedserver history "
+            f"--state-dir {self._parts.settings.state_dir}`"
         )
 
     async def _latest(self) -> Round:
@@ -405,3 +437,14 @@ class Coordinator:
         )
         assert latest is not None
         return latest
+
+
+def _verdict_text(verdict: str, clients: Collection[int], first_reason: str) -> str:
+    """Return whose updates were refused or excluded, and why that of the first client was."""
+    first = min(clients)
+    if len(clients) == 1:
+        return f"the update of client {first} was {verdict}: {first_reason}"
+    return (
+        f"the updates of clients {numbers_text(clients)} were {verdict}, that of client {first}: "
+        f"{first_reason}"
+    )

@@ -160,5 +160,6 @@ def shortfall(states: Collection[OrderState], needed: int) -> str:
     num_open = sum(state is OrderState.OPEN for state in states)
     num_stored = sum(state is OrderState.STORED for state in states)
     if num_stored + num_open < needed:
-        return f"{num_stored} of {needed} updates are there, and only {num_open} can still come"
+        still = f"only {num_open}" if num_open else "none"
+        return f"{num_stored} of {needed} updates are there, and {still} can still come"
     return f"only {num_stored} of {needed} updates were there at its deadline"

@@ -369,7 +369,7 @@ async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:
     try:
         digest = await coordinator.complete()
     except RunFailed:
-        failure = await parts.workers.in_store(parts.store.last_failure, parts.run.run_id)
+        _, failure = await parts.workers.in_store(parts.store.last_failure, parts.run.run_id)
         await desk.finish(RunEnd(has_failed=True, failure=failure))
         raise
     # Killed here, the run is still open: started again it exports and ends it.

@@ -276,8 +276,11 @@ class Orders(Database):
             add_events(connection, run_id, happened, report_key=report_key)
             return True
 
-    def last_failure(self, run_id: str) -> RunFailure | None:
-        """Return why the run's last failed attempt failed; None if none has, or it isn't known."""
+    def last_failure(self, run_id: str) -> tuple[str, RunFailure | None]:
+        """Return why the run's last failed attempt failed: in words, and what clients are told.
+
+        The words are empty if no attempt has failed; None: the kind isn't known.
+        """
         events = schema.events
         with self.reading() as connection:
             fields = connection.execute(
@@ -286,8 +289,11 @@ class Orders(Database):
                 .order_by(events.c.sequence.desc())
                 .limit(1)
             ).scalar()
-        # An attempt that failed under an earlier version says nothing of it.
-        return RunFailure(fields["failure"]) if fields and "failure" in fields else None
+        if not fields:
+            return "", None
+        # An attempt that failed under an earlier version doesn't name its kind.
+        failure = RunFailure(fields["failure"]) if "failure" in fields else None
+        return fields["reason"], failure
 
     def answers(self, ending: Round) -> tuple[list[tuple[int, Mapping[str, Any]]], set[int]]:
         """Return what clients have answered to a round under the adjustments in force.
