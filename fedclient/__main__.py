@@ -16,6 +16,7 @@ from shared.cli import log_to_stderr, parse, print_error, silence_grpc
 from shared.errors import FederationError, NoAnswer
 from shared.own_code import in_one_line, show_error
 from shared.stop_signals import StopSignals, interrupting
+from shared.task_names import examine_task_name
 
 if TYPE_CHECKING:
     from fedclient.connection import Connection
@@ -63,6 +64,9 @@ def main(argv: list[str]) -> int:
 
 
 def _run(settings: ClientSettings, signals: StopSignals) -> None:
+    if settings.task is not None:
+        with interrupting():
+            examine_task_name(settings.task)
     stop = threading.Event()
     signals.when_asked(lambda: logger.info("stopping"))
     signals.when_asked(stop.set)

@@ -165,6 +165,15 @@ class ComputeSettings(Settings):
     """Where it trains."""
 
     device: str = Field(default="cpu", description="cpu, auto, cuda, cuda:1, mps")
+
+    @field_validator("device")
+    @classmethod
+    def _examine_device(cls, device: str) -> str:
+        """Refuse what is no device's name anywhere; whether it is there only torch knows."""
+        if not re.fullmatch(r"cpu|auto|mps|cuda(:[0-9]+)?", device):
+            raise ValueError("write it as cpu, auto, cuda, cuda:1 or mps")
+        return device
+
     threads: int = Field(
         default=1, ge=1, description="threads of training; results repeat for one number of them"
     )

@@ -6,6 +6,7 @@ import sys
 from fedserver.settings import ServerSettings
 from shared.cli import log_to_stderr, parse, print_error, silence_grpc
 from shared.errors import FederationError
+from shared.task_names import examine_task_name
 
 COMMANDS = (
     *("history", "export", "curve", "confusion", "clients", "quarantine", "show"),
@@ -24,6 +25,8 @@ def main(argv: list[str]) -> int:
             return code or 0
         settings = parse(ServerSettings, argv, commands=COMMANDS)
         log_to_stderr(settings.log_level)
+        # What is wrong with its name is said now: torch takes seconds to import.
+        examine_task_name(settings.task)
         from fedserver.server import run_server  # noqa: PLC0415
 
         run_server(settings)

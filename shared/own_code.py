@@ -1,22 +1,26 @@
 """Code of somebody's own, named in the settings as `package.module:attribute`."""
 
 import importlib
+import importlib.util
 import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
 from shared.errors import FederationError, InvalidInput, OwnCodeFailed
 
 
-def import_own(what: str, module_name: str) -> ModuleType:
-    """Import the module that `what` (such as "task 'mine:task'") names, that is, run its code.
+def examine_module(what: str, module_name: str) -> None:
+    """Refuse a module that can't be imported because it isn't there; doesn't run its code.
+
+    `what` is the setting that names it, such as "task 'mine:task'". Its packages are imported only
+    where they say themselves where their modules are.
 
     Raises:
-        InvalidInput: there is no such module, or its code goes wrong; the message says in which
-            file and line.
+        InvalidInput: it is no module's name, or there is no such module.
     """
     if "/" in module_name or module_name.endswith(".py"):
         dotted = module_name.removesuffix(".py").replace("/", ".").strip(".")
@@ -29,6 +33,21 @@ def import_own(what: str, module_name: str) -> ModuleType:
             f"{what}: {module_name!r} is no module's name; write it from the outermost package on, "
             "as package.module"
         )
+    if not _is_there(module_name):
+        raise InvalidInput(
+            f"{what}: importing {module_name} failed (there is no module of this name); is it "
+            "installed or on PYTHONPATH?"
+        )
+
+
+def import_own(what: str, module_name: str) -> ModuleType:
+    """Import the module that `what` (such as "task 'mine:task'") names, that is, run its code.
+
+    Raises:
+        InvalidInput: there is no such module, or its code goes wrong; the message says in which
+            file and line.
+    """
+    examine_module(what, module_name)
     try:
         return importlib.import_module(module_name)
     except ImportError as error:
@@ -75,6 +94,34 @@ def show_error(error: BaseException) -> str:
         trace = trace.tb_next
     trace = trace or error.__traceback__
     return "".join(traceback.format_exception(type(error), error, trace))
+
+
+def _is_there(module_name: str) -> bool:
+    """Return whether a module can be found."""
+    first, *names = module_name.split(".")
+    try:
+        spec = importlib.util.find_spec(first)
+    except ValueError:
+        # It is imported already, as a script's __main__ is.
+        return True
+    if spec is None:
+        return False
+    for name in names:
+        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations or ()))
+        if spec is None:
+            return _is_there_for_its_package(module_name)
+    return True
+
+
+def _is_there_for_its_package(module_name: str) -> bool:
+    """Return whether a module can be found once its packages are imported."""
+    try:
+        return importlib.util.find_spec(module_name) is not None
+    except ModuleNotFoundError:
+        return False
+    # Whatever else a package raises, importing it says it better.
+    except (Exception, SystemExit):
+        return True
 
 
 def _place(error: BaseException) -> str:

@@ -34,6 +34,7 @@ from shared.errors import DataUnavailable, InvalidInput
 from shared.evaluation import Loss
 from shared.models import CharGRU, SimpleCNN, TabularMLP
 from shared.own_code import import_own
+from shared.task_names import examine_task_name
 from shared.types import EntryKind
 from shared.weights import DECLARABLE, entry_kinds, examine_entries, unfold_expanded
 
@@ -171,12 +172,8 @@ def find_task(name: str) -> Task:
         return _BUILT_IN[name]
     if name.partition(",")[0] == "tabular":
         return tabular_task(name)
-    module_name, colon, attribute = name.partition(":")
-    if not (module_name and colon and attribute):
-        raise InvalidInput(
-            f"there is no task {name!r}; there are: {', '.join(_BUILT_IN)}, tabular; a task of "
-            f"your own is named package.module:attribute"
-        )
+    examine_task_name(name)
+    module_name, _, attribute = name.partition(":")
     module = import_own(f"task {name!r}", module_name)
     if not hasattr(module, attribute):
         tasks = [key for key, value in vars(module).items() if isinstance(value, Task)]
