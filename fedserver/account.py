@@ -9,6 +9,7 @@ from rich.text import Text
 
 from fedserver.adjustments import adjustment_text
 from fedserver.diagnosis_report import NUM_SHOWN_WHOLE, diagnosed, diagnosis_account
+from fedserver.numbers import numbers_text
 from fedserver.records import Adjustments, Standing
 from fedserver.report import (
     Column,
@@ -16,7 +17,6 @@ from fedserver.report import (
     fact_table,
     fitting_table,
     number_text,
-    numbers_text,
     phase_text,
     share_text,
 )

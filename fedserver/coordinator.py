@@ -17,6 +17,7 @@ from fedserver.aggregation import reduce_updates, screen
 from fedserver.checkpoints import GlobalModel, NonFiniteAggregate
 from fedserver.evaluation import Evaluations, Evaluator, may_be_repeated
 from fedserver.events import event_of
+from fedserver.numbers import numbers_text
 from fedserver.opening import Opener, opened_event
 from fedserver.parts import Parts
 from fedserver.patience import give_up_orders
@@ -29,7 +30,6 @@ from fedserver.planning import (
 )
 from fedserver.records import NO_ADJUSTMENTS, Exclusion, Round, RunState
 from fedserver.recovery import damaged_updates, note_restart
-from fedserver.report import numbers_text
 from fedserver.retention import drop_models, drop_updates
 from fedserver.rollback import consequences_of, first_model, roll_back
 from fedserver.rounds import (

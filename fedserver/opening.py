@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from fedserver.checkpoints import GlobalModel
 from fedserver.events import event_of
+from fedserver.numbers import numbers_text
 from fedserver.orderbook import OpenRound
 from fedserver.parts import Parts
 from fedserver.planning import (
@@ -17,7 +18,6 @@ from fedserver.planning import (
     work_orders,
 )
 from fedserver.records import Adjustments, Event, Round
-from fedserver.report import numbers_text
 from fedserver.rollback import first_model
 from fedserver.rounds import OrderState, Phase
 from shared.failpoints import FailPoint, pass_by

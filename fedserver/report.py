@@ -1,6 +1,6 @@
 """A run's history as a person reads it: tables and pictures."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,18 +256,6 @@ def _answers(confusion: Sequence[Sequence[int]]) -> list[str]:
 def number_text(value: float | None) -> str:
     """Return a measured number with four decimals, nothing for None."""
     return "" if value is None else f"{value:.4f}"
-
-
-def numbers_text(numbers: Iterable[int]) -> str:
-    """Return whole numbers in order, runs of them by their ends: "1 to 3, 7"; "none" of none."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    words = [f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-    return ", ".join(words) or "none"
 
 
 def share_text(value: float | str | None) -> str:

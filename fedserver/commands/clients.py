@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fedserver.client_report import client_table, draw_clients
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
-from fedserver.report import numbers_text
+from fedserver.numbers import numbers_text
 from fedserver.spread import spread_text, told_of_models
 from fedserver.store import read_history
 from shared.cli import parse

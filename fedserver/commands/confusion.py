@@ -7,7 +7,8 @@ from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
-from fedserver.report import class_table, draw_confusion, numbers_text
+from fedserver.numbers import numbers_text
+from fedserver.report import class_table, draw_confusion
 from fedserver.store import read_history
 from shared.cli import parse
 from shared.errors import NotFound

@@ -6,7 +6,8 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from fedserver.commands.inspection import InspectionSettings, opened_run
-from fedserver.report import best_round, models_by_round, numbers_text
+from fedserver.numbers import numbers_text
+from fedserver.report import best_round, models_by_round
 from fedserver.store import read_history
 from shared.cli import parse
 from shared.errors import InvalidInput, NotFound

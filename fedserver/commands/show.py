@@ -13,7 +13,7 @@ from rich.console import Console
 from fedserver.account import round_account
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.diagnosis_report import diagnosed, draw_diagnosis
-from fedserver.report import numbers_text
+from fedserver.numbers import numbers_text
 from fedserver.store import read_history
 from shared.cli import parse
 from shared.errors import NotFound

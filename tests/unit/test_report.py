@@ -3,7 +3,8 @@
 import pytest
 from rich.console import Console
 
-from fedserver.report import class_table, numbers_text, share_text
+from fedserver.numbers import numbers_text
+from fedserver.report import class_table, share_text
 
 
 @pytest.mark.parametrize(
