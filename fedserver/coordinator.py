@@ -45,6 +45,7 @@ from fedserver.spread import client_events, summarise_clients
 from fedserver.strategies.rows import UnfitCohort
 from shared.errors import OutOfSpace, RunFailed, StorageDamaged
 from shared.failpoints import FailPoint, pass_by
+from shared.files import unusable
 from shared.tasks import Task
 from shared.types import EntryKind, IncidentKind, RunFailure
 
@@ -70,22 +71,31 @@ class Coordinator:
     async def complete(self) -> str:
         """Run every round that is left; returns the final model's digest.
 
-        An error of the operating system, such as a full disk, stops it where a kill would; it goes
-        on when that is over.
+        An error of the operating system that may pass, such as a full disk, stops it where a kill
+        would; it goes on when that is over.
 
         Raises:
             RunFailed: a round failed as often as it may be tried.
+            StorageUnusable: a file may not be used or isn't there; the run stays open.
             StorageDamaged: what the store or the folders hold isn't what was written.
         """
         await self.with_room(partial(note_restart, self._parts))
         return await self.with_room(self._run_rounds)
 
     async def with_room(self, step: Callable[[], Awaitable[T]]) -> T:
-        """Take a step that can be repeated, again and again until the operating system lets it."""
+        """Take a step that can be repeated, again and again until the operating system lets it.
+
+        Raises:
+            StorageUnusable: it won't let it before a person has mended something.
+        """
         while True:
             try:
                 return await step()
             except (OutOfSpace, OSError) as error:
+                lasting = unusable(error) if isinstance(error, OSError) else None
+                if lasting is not None:
+                    await self._parts.disk.note_end("the round loop", lasting)
+                    raise lasting from error
                 await self._parts.disk.note_failure("the round loop", error)
                 await asyncio.sleep(self._tick_s)
 

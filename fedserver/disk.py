@@ -79,8 +79,7 @@ class DiskWatch:
         elif isinstance(error, OutOfSpace):
             kind, fields = IncidentKind.DISK_FULL, {"free_bytes": self._free_bytes()}
         else:
-            kind = IncidentKind.SERVER_FAILED
-            fields = {"what": what, "reason": printable(f"{type(error).__name__}: {error}")}
+            kind, fields = IncidentKind.SERVER_FAILED, _failure(what, error)
         key, now = f"{kind} {fields.get('what')}", time.monotonic()
         if now - self._noted_at.get(key, -math.inf) < _QUIET_S:
             return
@@ -92,6 +91,12 @@ class DiskWatch:
         else:
             logger.error("%s failed in a way that isn't foreseen", what, exc_info=error)
         await self.record(event_of(kind, self._book.latest, is_incident=True, **fields))
+
+    async def note_end(self, what: str, error: FederationError) -> None:
+        """Record that the server ends because `what` failed with this error."""
+        fields = _failure(what, error)
+        latest = self._book.latest
+        await self.record(event_of(IncidentKind.SERVER_FAILED, latest, is_incident=True, **fields))
 
     async def record(self, happened: Event) -> None:
         """Publish an event and record it, now or with the next one that can be recorded."""
@@ -106,3 +111,7 @@ class DiskWatch:
 
     def _free_bytes(self) -> int:
         return shutil.disk_usage(self._folder).free
+
+
+def _failure(what: str, error: Exception) -> dict[str, Any]:
+    return {"what": what, "reason": printable(f"{type(error).__name__}: {error}")}

@@ -15,6 +15,7 @@
     +- OutOfSpace            RESOURCE_EXHAUSTED, retry
     |  +- OutOfFiles         RESOURCE_EXHAUSTED, retry   no further file can be opened
     +- StorageDamaged        INTERNAL             the store or a blob is not what was written
+    +- StorageUnusable       INTERNAL             a file of ours may not be used, or is gone
     +- Locked                FAILED_PRECONDITION  another process works in this state-dir
     +- RunFailed             ABORTED              the run can't go on
     +- TaskFailed            FAILED_PRECONDITION  the task's own code failed for some clients
@@ -118,6 +119,10 @@ class OutOfFiles(OutOfSpace):
 
 class StorageDamaged(FederationError):
     """The store or a blob on disk isn't what was written; nothing is deleted."""
+
+
+class StorageUnusable(FederationError):
+    """A file of this process may not be used, or isn't there; waiting doesn't mend it."""
 
 
 class Locked(FederationError):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from shared.errors import InvalidInput, Locked, OutOfFiles, OutOfSpace
+from shared.errors import InvalidInput, Locked, OutOfFiles, OutOfSpace, StorageUnusable
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,10 @@ _OURS_ALONE = 0o700
 _NOT_SUPPORTED = {errno.ENOTSUP, errno.EINVAL, errno.ENOTTY}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
+_NEEDS_A_PERSON = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+}
 
 WRITE_BACK_BYTES = 8 << 20
 """How much is worth to begin with at a time."""
@@ -49,6 +53,21 @@ def exhaustion(error: OSError, *, folder: Path | None = None) -> OutOfSpace | No
             f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}); raise the limit with `ulimit -n`"
         )
     return None
+
+
+def unusable(error: OSError) -> StorageUnusable | None:
+    """Return what an error of the operating system means if only a person can mend it, else None.
+
+    That is a right that this process lacks, a read-only disk, or something else than the file or
+    folder that belongs there. Other errors may pass by themselves: a network drive may come back.
+    """
+    if error.errno not in _NEEDS_A_PERSON:
+        return None
+    return StorageUnusable(
+        f"{error.filename or 'a file of the state-dir'} can't be used ({error.strerror}), which "
+        "doesn't pass by itself: let this user read and write it, or put back what belongs there, "
+        "then start the same command again; nothing acknowledged is lost"
+    )
 
 
 @contextmanager

@@ -102,6 +102,27 @@ def test_an_error_nobody_foresaw_is_an_internal_error_without_detail(scene: Scen
     assert incident["reason"].startswith("NotADirectoryError")
 
 
+def test_what_only_a_person_can_mend_ends_the_server_and_the_run_goes_on_afterwards(
+    scene: Scene,
+) -> None:
+    """A folder stands where the next model is written: one sentence, exit code 1, nothing lost."""
+    server, opened = start_round(scene)
+    obstacle = scene.folder / "server/models/aggregate.draft"
+    obstacle.mkdir()
+    opened.settle()
+    assert server.wait() == 1
+    assert server.count_lines("Traceback") == 0
+    assert str(obstacle) in server.lines[-1]
+    assert "start the same command again" in server.lines[-1]
+    (incident,) = scene.history()[0]["incidents"]
+    assert (incident["kind"], incident["what"]) == ("server-failed", "the round loop")
+    obstacle.rmdir()
+    again, second = start_round(scene)
+    assert second.settle() == [pb.RECEIPT_STORED] * 2
+    assert again.wait() == 0
+    assert [(one["attempt"], one["phase"]) for one in scene.history()] == [(1, "DONE")] * 2
+
+
 def test_both_sides_may_open_all_the_files_that_the_system_allows(scene: Scene) -> None:
     """The soft limit becomes the hard one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
