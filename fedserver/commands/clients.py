@@ -10,7 +10,7 @@ from fedserver.client_report import client_table, draw_clients
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.numbers import numbers_text
 from fedserver.spread import spread_text, told_of_models
-from fedserver.store import read_history
+from fedserver.store import read_history, read_rounds
 from shared.cli import parse
 from shared.errors import NotFound
 
@@ -32,16 +32,21 @@ def run(argv: list[str]) -> None:
     """Print the table, the spread, and draw them if asked to."""
     settings = parse(ClientsSettings, argv)
     with opened_run(settings) as (store, run):
-        known = told_of_models(read_history(store, run))
-    wanted = max(known, default=None) if settings.round is None else settings.round
-    if wanted is None or wanted not in known:
-        which = "any model" if wanted is None else f"the model of round {wanted}"
-        raise NotFound(
-            f"no client has said how good {which} is; rounds of which they have: "
-            f"{numbers_text(known)} (they are asked with --evaluate-on-clients, and "
-            "answer with the updates of the round after)"
+        known = told_of_models(read_rounds(store, run))
+        wanted = max(known, default=None) if settings.round is None else settings.round
+        if wanted is None or wanted not in known:
+            which = "any model" if wanted is None else f"the model of round {wanted}"
+            raise NotFound(
+                f"no client has said how good {which} is; rounds of which they have: "
+                f"{numbers_text(known)} (they are asked with --evaluate-on-clients, and "
+                "answer with the updates of the round after)"
+            )
+        number, attempt = known[wanted]["round"], known[wanted]["attempt"]
+        (asked,) = (
+            one
+            for one in read_history(store, run, first_round=number, last_round=number)
+            if one["attempt"] == attempt
         )
-    asked = known[wanted]
     num_clients = int(asked["client_evaluation"]["num_clients"])
     title = f"{run.run_id}, model of round {wanted} on {num_clients} clients"
     console = Console()

@@ -9,7 +9,7 @@ from rich.console import Console
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.numbers import numbers_text
 from fedserver.report import class_table, draw_confusion
-from fedserver.store import read_history
+from fedserver.store import read_history, read_rounds
 from shared.cli import parse
 from shared.errors import NotFound
 
@@ -27,22 +27,26 @@ def run(argv: list[str]) -> None:
     """Print the confusion matrix and each class's accuracy, and draw it if asked to."""
     settings = parse(ConfusionSettings, argv)
     with opened_run(settings) as (store, run):
-        history = read_history(store, run)
-    known = {
-        entry["round"]: entry["evaluation"]
-        for entry in history
-        if entry["phase"] == "DONE" and "confusion" in (entry["evaluation"] or {})
-    }
-    wanted = max(known, default=None) if settings.round is None else settings.round
-    if wanted is None or wanted not in known:
-        raise NotFound(
-            f"no confusion matrix of {'any round' if wanted is None else f'round {wanted}'}; "
-            f"rounds with one: {numbers_text(known)} (a task must have a held-out set and say how "
-            "many classes it has, at most 100)"
+        known = {
+            one["round"]
+            for one in read_rounds(store, run)
+            if one["phase"] == "DONE" and one["has_confusion"]
+        }
+        wanted = max(known, default=None) if settings.round is None else settings.round
+        if wanted is None or wanted not in known:
+            raise NotFound(
+                f"no confusion matrix of {'any round' if wanted is None else f'round {wanted}'}; "
+                f"rounds with one: {numbers_text(known)} (a task must have a held-out set and say "
+                "how many classes it has, at most 100)"
+            )
+        (evaluation,) = (
+            one["evaluation"]
+            for one in read_history(store, run, first_round=wanted, last_round=wanted)
+            if one["phase"] == "DONE"
         )
-    title = f"{run.run_id}, round {wanted}: accuracy {known[wanted]['accuracy']:.2%}"
-    Console().print(class_table(known[wanted], title=title))
+    title = f"{run.run_id}, round {wanted}: accuracy {evaluation['accuracy']:.2%}"
+    Console().print(class_table(evaluation, title=title))
     if settings.out is not None:
         with drawing_into(settings.out):
-            draw_confusion(known[wanted], settings.out, title=title)
+            draw_confusion(evaluation, settings.out, title=title)
         print(f"the confusion matrix is in {settings.out}")

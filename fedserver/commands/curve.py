@@ -8,7 +8,7 @@ from pydantic_settings import SettingsConfigDict
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.report import draw_curve
 from fedserver.spread import told_of_models
-from fedserver.store import read_history
+from fedserver.store import read_rounds
 from shared.cli import parse
 from shared.errors import NotFound
 
@@ -25,14 +25,14 @@ def run(argv: list[str]) -> None:
     """Draw the picture."""
     settings = parse(CurveSettings, argv)
     with opened_run(settings) as (store, run):
-        history = read_history(store, run)
-    if not told_of_models(history) and not any(
-        one["evaluation"] and one["phase"] == "DONE" for one in history
+        rounds = read_rounds(store, run)
+    if not told_of_models(rounds) and not any(
+        one["evaluation"] and one["phase"] == "DONE" for one in rounds
     ):
         raise NotFound(
             f"{run.run_id} has nothing to draw: no round that is done has an evaluation (a task "
             "without a held-out set has none)"
         )
     with drawing_into(settings.out):
-        draw_curve(history, settings.out)
+        draw_curve(rounds, settings.out)
     print(f"the curve is in {settings.out}")

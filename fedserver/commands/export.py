@@ -8,7 +8,7 @@ from pydantic_settings import SettingsConfigDict
 from fedserver.commands.inspection import InspectionSettings, opened_run
 from fedserver.numbers import numbers_text
 from fedserver.report import best_round, models_by_round
-from fedserver.store import read_history
+from fedserver.store import read_rounds
 from shared.cli import parse
 from shared.errors import InvalidInput, NotFound
 from shared.files import replace_file
@@ -28,11 +28,11 @@ def run(argv: list[str]) -> None:
     """Copy the model's bytes; they are a safetensors file already."""
     settings = parse(ExportSettings, argv)
     with opened_run(settings) as (store, run):
-        history = read_history(store, run)
-    done = models_by_round(history)
+        rounds = read_rounds(store, run)
+    done = models_by_round(rounds)
     if settings.best and settings.round:
         raise InvalidInput("--best and --round name a round each; give one of them")
-    number = (best_round(history) if settings.best else settings.round) or max(done, default=0)
+    number = (best_round(rounds) if settings.best else settings.round) or max(done, default=0)
     if number not in done:
         raise NotFound(
             f"round {number} of {run.run_id} isn't done; done are: {numbers_text(done)}"

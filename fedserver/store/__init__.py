@@ -1,6 +1,6 @@
 """All the SQL of the service: tables, transitions in one transaction each, the history's reads."""
 
-from fedserver.store.history import read_history
+from fedserver.store.history import read_history, read_rounds
 from fedserver.store.store import Store
 
-__all__ = ["Store", "read_history"]
+__all__ = ["Store", "read_history", "read_rounds"]

@@ -7,7 +7,7 @@ from sqlalchemy import Connection, Row, select
 from fedserver.records import Run
 from fedserver.rounds import OrderState
 from fedserver.store import schema
-from fedserver.store.rows import updates_in
+from fedserver.store.rows import measured, updates_in
 from fedserver.store.store import Store
 from shared.times import iso_time
 from shared.types import Encoding
@@ -40,6 +40,39 @@ def read_history(
     with store.reading() as connection:
         rows = connection.execute(wanted.order_by(table.c.round, table.c.attempt)).all()
         return [_round_object(connection, row) for row in rows]
+
+
+def read_rounds(store: Store, run: Run) -> list[dict[str, Any]]:
+    """Return the results of every attempt at a round, in order, without clients and incidents.
+
+    Keys as of `read_history`: round, attempt, phase, base_digest, model_digest, evaluation (only
+    accuracy and loss), client_evaluation. Beside them has_confusion: whether the evaluation holds a
+    confusion matrix. It is one query, in a run of any length and with any number of clients.
+    """
+    table = schema.rounds
+    wanted = select(
+        *(table.c.round, table.c.attempt, table.c.phase, table.c.base_digest),
+        *(table.c.model_digest, table.c.client_evaluation, measured("accuracy"), measured("loss")),
+        table.c.evaluation.is_not(None).label("is_evaluated"),
+        table.c.evaluation["confusion"].as_string().is_not(None).label("has_confusion"),
+    ).where(table.c.run_id == run.run_id)
+    with store.reading() as connection:
+        rows = connection.execute(wanted.order_by(table.c.round, table.c.attempt)).all()
+    return [
+        {
+            "round": row.round,
+            "attempt": row.attempt,
+            "phase": row.phase,
+            "base_digest": row.base_digest,
+            "model_digest": row.model_digest,
+            "evaluation": {"accuracy": row.accuracy, "loss": row.loss}
+            if row.is_evaluated
+            else None,
+            "client_evaluation": row.client_evaluation,
+            "has_confusion": bool(row.has_confusion),
+        }
+        for row in rows
+    ]
 
 
 def _round_object(connection: Connection, row: Row[Any]) -> dict[str, Any]:

@@ -13,11 +13,15 @@ in its L2 norm and in its largest element, by the larger of
   apart anyway, and
 - the median of the norms of the updates' own values: what is of the usual size is never far.
 
-A larger excess is shortened to the bound, as in centered clipping (Karimireddy et al. 2021), and
-reported; the update counts otherwise. So one of n clients moves a mean of equal weights, out of the
-range from b to m, by at most width / n of what clients typically differ by, or by the n-th part of
-a usual value, and the bound is relative: clients whose inputs differ by orders of magnitude all
-pass if no majority agrees on a scale. The centre is the median and not b: bounded around b, an
+A larger excess is shortened to the bound, as in centered clipping (Karimireddy et al. 2021); the
+update counts otherwise. It is reported if less than NAMED_SHARE of it counts: honest clients whose
+data are unlike the others' lie a few times beyond the bound (the variances of clients with two
+labels each), and an attacker that lies there moves the mean no further.
+
+So one of n clients moves a mean of equal weights, out of the range from b to m, by at most
+width / n of what clients typically differ by, or by the n-th part of a usual value, and the bound
+is relative: clients whose inputs differ by orders of magnitude all pass if no majority agrees on a
+scale. The centre is the median and not b: bounded around b, an
 attacker that always stands at the bound would push the model a little further each round, and the
 bound with it.
 
@@ -52,6 +56,9 @@ from shared.types import EntryKind
 REACH = 10.0
 """How many times further than its cohort typically does an update's entry may deviate, at least."""
 
+NAMED_SHARE = 0.1
+"""Whose excess is shortened to more than this is not reported."""
+
 RARITY = 1e6
 """By what factor chance alone may make the median distance too small; the width allows for it."""
 
@@ -60,7 +67,7 @@ _MIN_COHORT = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Bounded:
-    """An update whose entry deviates too far; `update` is its place in the cohort, from 0.
+    """An update whose entry is shortened to less than NAMED_SHARE; `update` counts from 0.
 
     `excess` is the L2 norm of what lies outside the range between global model and median, `share`
     how much of it counts.
@@ -77,7 +84,8 @@ class Buffers:
     """What a cohort makes of its entries of kind MEAN.
 
     `cohort` holds the updates with bounded values in place of those that go too far. `unchanged`
-    entries stay as in the base; `agreed` entries become what every update holds.
+    entries stay as in the base; `agreed` entries become what every update holds; `bounded` are the
+    updates to report.
     """
 
     cohort: Cohort
@@ -116,8 +124,9 @@ def bound_buffers(cohort: Cohort) -> Buffers:
         for index, share in enumerate(found.shares):
             if share == 1:
                 continue
-            excess = float(found.excesses[index])
-            bounded.append(Bounded(update=index, name=name, excess=excess, share=share))
+            if share < NAMED_SHARE:
+                excess = float(found.excesses[index])
+                bounded.append(Bounded(update=index, name=name, excess=excess, share=share))
             replaced[index][name] = _shortened(rows, blocks[name], index=index, share=share)
     updates = [
         replace(update, replaced=values) if values else update

@@ -199,6 +199,32 @@ def test_small_entries_of_few_honest_clients_are_never_bounded(
     assert bounded == []
 
 
+@pytest.mark.parametrize("num_clients", [5, 12])
+def test_honest_clients_whose_variances_differ_are_not_named(
+    tmp_path: Path, num_clients: int
+) -> None:
+    """Each has a scale of its own, log-normal: some are shortened, which is no incident."""
+    draws = torch.Generator().manual_seed(num_clients)
+
+    def draw() -> dict[str, Tensor]:
+        return {
+            name: torch.exp(torch.randn(1, generator=draws) + 0.3 * torch.randn(8, generator=draws))
+            for name in names
+        }
+
+    names = [f"b{number}" for number in range(NUM_DRAWS)]
+    updates = [with_weight(**draw()) for _ in range(num_clients)]
+    found, bounded = next_state(
+        tmp_path,
+        with_weight(**{name: torch.zeros(8) for name in names}),
+        updates,
+        WEIGHT | dict.fromkeys(names, EntryKind.MEAN),
+    )
+    assert bounded == []
+    plain = {name: torch.stack([one[name] for one in updates]).mean(dim=0) for name in names}
+    assert any(not torch.allclose(found[name], plain[name]) for name in names)
+
+
 @pytest.mark.parametrize(("num_clients", "size"), SMALL_COHORTS)
 def test_a_small_entry_of_1e30_is_bounded_however_few_clients_there_are(
     tmp_path: Path, num_clients: int, size: int
