@@ -102,6 +102,7 @@ def test_what_is_held_out_is_measured_and_never_trained_on(tmp_path: Path) -> No
         assert (update.num_examples, update.metrics["global_examples"]) == (30, 10)
         # One batch of 10 to measure, and twice 4 of up to 8 to train.
         assert (counters.batches, counters.batches_total) == (9, 9)
+        assert (counters.steps, counters.steps_total) == (8, 8)
     assert len(held_out) == 1
 
 
