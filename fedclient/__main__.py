@@ -9,6 +9,7 @@ import math
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedclient.settings import ClientSettings
@@ -74,7 +75,7 @@ def _run(settings: ClientSettings, signals: StopSignals) -> None:
     from fedclient.progress import Stopped  # noqa: PLC0415
     from fedclient.session import Patience  # noqa: PLC0415
     from fedclient.terminal import Screen, showing  # noqa: PLC0415
-    from shared.files import locked_folder, raise_file_limit  # noqa: PLC0415
+    from shared.files import locked_folder, raise_file_limit, unusable  # noqa: PLC0415
     from shared.memory import keep_freed_memory  # noqa: PLC0415
 
     keep_freed_memory()
@@ -111,6 +112,10 @@ def _run(settings: ClientSettings, signals: StopSignals) -> None:
             )
         except (Stopped, KeyboardInterrupt):
             logger.info("stopped; the same command goes on")
+        except OSError as error:
+            # A file elsewhere is the task's own, and its error is shown whole.
+            is_ours = Path(str(error.filename)).is_relative_to(state_dir)
+            raise (unusable(error) if is_ours else None) or error from error
         finally:
             connection.close()
             # gRPC's threads end soon after the channel does. One that would come back to an

@@ -69,7 +69,7 @@ def draw_clients(asked: Mapping[str, Any], path: Path, *, title: str) -> None:
         label=f"worst tenth {summary['worst_decile']:.2%}",
     )
     figure.legend(loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _told(asked: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

@@ -76,7 +76,7 @@ def draw_diagnosis(incident: Mapping[str, Any], path: Path, *, title: str) -> No
     ]
     if told:
         figure.supxlabel("\n".join(told), fontsize=9, family="monospace")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _draw_trend(axes: Any, found: Diagnosis, values: Sequence[float]) -> None:  # noqa: ANN401

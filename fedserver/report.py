@@ -199,7 +199,7 @@ def draw_curve(history: History, path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside lower center", ncols=2)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def class_table(evaluation: Mapping[str, Any], *, title: str) -> Table:
@@ -244,7 +244,7 @@ def draw_confusion(evaluation: Mapping[str, Any], path: Path, *, title: str) -> 
                 if count:
                     color = "white" if shares[true][answer] > _DARK else "black"
                     axes.text(answer, true, count, ha="center", va="center", color=color, size=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _answers(confusion: Sequence[Sequence[int]]) -> list[str]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from shared.data import load_images, partition_indices, to_dataset
+from shared.data.folders import unreadable
 from shared.data.tables import Columns, load_tables
 from shared.data.texts import NUM_CHARACTERS, WINDOW, load_windows
 from shared.errors import DataUnavailable, InvalidInput
@@ -199,8 +200,12 @@ def need_root(name: str, root: Path | None) -> Path:
     """
     if root is None:
         raise InvalidInput(f"task {name!r} needs --data-root, the folder of this side's own files")
-    if not root.is_dir():
-        what = "is no folder" if root.exists() else "doesn't exist"
+    try:
+        is_folder, exists = root.is_dir(), root.exists()
+    except OSError as error:
+        raise unreadable(error, root) from error
+    if not is_folder:
+        what = "is no folder" if exists else "doesn't exist"
         raise DataUnavailable(
             f"task {name!r}: --data-root {root} {what}; name the folder of this side's own files"
         )

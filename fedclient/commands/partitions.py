@@ -160,6 +160,6 @@ def _draw(counts: NDArray[np.int64], path: Path, *, title: str) -> None:
         scale = ScalarMappable(Normalize(0, num_labels - 1), colors)
         figure.colorbar(scale, ax=axes, label="label")
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, format="png")
     except (OSError, ValueError) as error:
         raise InvalidInput(f"can't draw into {path}: {error}; choose another --out") from error

@@ -25,6 +25,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch.utils.data import TensorDataset
 
+from shared.data.folders import unreadable
 from shared.errors import DataUnavailable, InvalidInput
 
 Split = Literal["train", "test"]
@@ -150,7 +151,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InvalidInput(f"{path} is damaged ({error}); fetch it again") from error
     except OSError as error:
-        raise DataUnavailable(f"{path} can't be read: {error.strerror}") from error
+        raise unreadable(error, path) from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise InvalidInput(f"{path} is no idx file of unsigned bytes: it starts {content[:4]!r}")
     header_bytes = 4 + 4 * content[3]
@@ -181,12 +182,15 @@ def _load_sample(split: Split) -> ImageClassificationData:
 def _find_files(source: _IdxSource, split: Split, root: Path) -> tuple[Path, Path] | None:
     raw = root / source.folder / "raw"
     found = []
-    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
-        plain = raw / f"{_FILE_PREFIX[split]}-{kind}"
-        path = plain if plain.exists() else plain.with_name(plain.name + ".gz")
-        if not path.exists():
-            return None
-        found.append(path)
+    try:
+        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+            plain = raw / f"{_FILE_PREFIX[split]}-{kind}"
+            path = plain if plain.exists() else plain.with_name(plain.name + ".gz")
+            if not path.exists():
+                return None
+            found.append(path)
+    except OSError as error:
+        raise unreadable(error, root) from error
     return found[0], found[1]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.data.folders import files_under, unreadable
 from shared.errors import DataUnavailable, InvalidInput
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -42,7 +43,7 @@ def load_tables(root: Path, columns: Columns) -> tuple[NDArray[np.float32], NDAr
     numbers = array("f")
     labels = array("q")
     class_numbers = {name: number for number, name in enumerate(columns.classes)}
-    for path in sorted(path for path in root.rglob("*.csv") if path.is_file()):
+    for path in files_under(root, ".csv"):
         for line, cells in _read_rows(path, (*columns.features, columns.label)):
             for column, cell in zip(columns.features, cells, strict=False):
                 value = _number(cell)
@@ -88,7 +89,7 @@ def _read_rows(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, list[st
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{path} is not UTF-8 ({error.reason}); convert the file") from error
     except OSError as error:
-        raise DataUnavailable(f"{path} can't be read: {error.strerror}") from error
+        raise unreadable(error, path) from error
     except csv.Error as error:
         raise InvalidInput(f"{path}, line {reader.line_num}: {error}") from error
 

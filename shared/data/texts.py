@@ -7,6 +7,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from shared.data.folders import files_under, unreadable
 from shared.errors import DataUnavailable, InvalidInput
 
 logger = logging.getLogger(__name__)
@@ -48,12 +49,11 @@ def load_windows(root: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """
     windows: list[NDArray[np.int64]] = []
     file_numbers: list[NDArray[np.int64]] = []
-    paths = sorted(path for path in root.rglob("*.txt") if path.is_file())
-    for number, path in enumerate(paths):
+    for number, path in enumerate(files_under(root, ".txt")):
         try:
             classes = encode_text(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise DataUnavailable(f"{path} can't be read: {error.strerror}") from error
+            raise unreadable(error, path) from error
         except UnicodeDecodeError as error:
             raise InvalidInput(
                 f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}; "

@@ -232,3 +232,16 @@ def test_a_client_says_which_run_it_has_joined_and_with_what(scene: Scene) -> No
     assert client.count_lines(r"2 clients \(0-1\) have \d+ examples; waiting for the first") == 1
     for one, number in itertools.product((0, 1), (1, 2)):
         assert client.count_lines(f"client {one}, round {number}: update stored .*steps.*loss") == 1
+
+
+def test_a_state_dir_with_something_else_in_a_folders_place_is_a_sentence(
+    server: Server, session_scene: Scene
+) -> None:
+    """What the client itself can't write is no error of the task's own code: no traceback."""
+    folder = session_scene.folder / "client-spoilt"
+    folder.mkdir()
+    (folder / "outbox").write_bytes(b"no folder")
+    client = session_scene.client(70, server.address, "--task", TASK, state="client-spoilt")
+    assert client.wait() == 1
+    assert client.count_lines("Traceback") == 0
+    assert f"{folder / 'outbox'} can't be used" in client.lines[-1]

@@ -218,7 +218,7 @@ def test_a_folder_in_an_image_files_place_is_told(tmp_path: Path) -> None:
     path = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte"
     path.unlink()
     path.mkdir()
-    with pytest.raises(DataUnavailable, match=f"{path} can't be read: Is a directory$"):
+    with pytest.raises(DataUnavailable, match=f"{path} can't be read: Is a directory; let"):
         find_task("mnist").load_train(DataRequest(data_root=tmp_path))
 
 
