@@ -1,19 +1,32 @@
 """The trial step: it finds what can't be trained, and leaves no trace."""
 
 import random
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
+from fedclient import holdings
+from fedclient.holdings import Holdings
+from fedclient.progress import ProgressReporter
+from fedclient.settings import ClientSettings
+from fedclient.state import ClientStates
+from fedclient.training import train_order
+from shared.cli import parse
+from shared.codec import encode_state
+from shared.diagnosis import Diagnosis, DoctorSettings
 from shared.errors import InvalidInput, OwnCodeFailed
 from shared.own_code import show_error
 from shared.tasks import DataRequest, Examples
 from shared.trial import try_training_step
+from shared.types import Partitioning, SessionInfo, TrainingConfig
 from tests import own_code_tasks
+from tests.factories import make_order
 from tests.tiny_task import tiny
 
 CPU = torch.device("cpu")
@@ -84,3 +97,95 @@ def test_it_leaves_no_trace() -> None:
         seen.append((torch.rand(3).tolist(), random.random(), np.random.rand()))
     assert seen[0] == seen[1]
     assert torch.is_grad_enabled()
+
+
+class Noisy(Dataset[tuple[Tensor, ...]]):
+    """Examples augmented by all three global random streams; `taken` are the indices asked for."""
+
+    def __init__(self, examples: TensorDataset) -> None:
+        self._examples = examples
+        self.taken: list[int] = []
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """Return (input, target), the input with noise."""
+        self.taken.append(index)
+        inputs, target = self._examples[index]
+        return inputs + torch.randn(()) * np.random.rand() * random.random(), target
+
+
+def load_noisy(request: DataRequest) -> Examples:
+    """Return the tiny task's examples with noise."""
+    examples = tiny.load_train(request)
+    assert isinstance(examples, TensorDataset)
+    return Noisy(examples)
+
+
+stirred = replace(
+    tiny,
+    name="stirred",
+    build_model=lambda: nn.Sequential(
+        nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, 3)
+    ),
+    load_train=load_noisy,
+    loss=nn.functional.cross_entropy,
+)
+
+
+def test_a_client_trains_the_same_with_and_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, BatchNorm's buffers, the data's order and every random stream, bit for bit.
+
+    Client 1 has 40 examples: 5 batches of 8 an epoch, two epochs.
+    """
+    name = f"{__name__}:stirred"
+    torch.manual_seed(3)
+    base = tmp_path / "base"
+    base.write_bytes(encode_state(stirred.build_model().state_dict()))
+    session = SessionInfo(
+        session_id="s",
+        run_id="run-1",
+        task=name,
+        partitioning=Partitioning(scheme="iid", num_partitions=2, seed=4, parameters={}),
+        max_wait_s=1.0,
+        lease_s=1.0,
+        total_rounds=1,
+    )
+    order = replace(
+        make_order(client_id=1), training=TrainingConfig(epochs=2, batch_size=8, lr=0.1)
+    )
+    diagnoses: list[Diagnosis] = []
+    seen = []
+    for is_tried in (True, False):
+        if not is_tried:
+            monkeypatch.setattr(holdings, "try_training_step", lambda *_, **__: None)
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+        held = Holdings(parse(ClientSettings, ["--id", "1", "--task", name]))
+        held.load(session)
+        examples = held.examples_of(1)
+        assert isinstance(examples, Noisy)
+        assert bool(examples.taken) == is_tried
+        examples.taken.clear()
+        update, _ = train_order(
+            order,
+            task=held.task,
+            examples=examples,
+            global_model=base,
+            device=CPU,
+            progress=ProgressReporter(lambda *_: None, stop=threading.Event()),
+            payload=tmp_path / "payload",
+            doctor=DoctorSettings(),
+            state=ClientStates(tmp_path / "states", run_id="run-1").promoted(""),
+            on_diagnosis=diagnoses.append,
+        )
+        streams = (torch.rand(3).tolist(), random.random(), float(np.random.rand()))
+        seen.append((update.digest, update.metrics["loss"], examples.taken, streams))
+    assert seen[0] == seen[1]
+    assert len(seen[0][2]) >= 2 * 40
+    assert diagnoses == []
