@@ -4,6 +4,7 @@ import random
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,40 @@ def test_outputs_that_dont_fit_the_targets_are_told() -> None:
     examples = examples_with(targets=torch.zeros(32, 3))
     with pytest.raises(InvalidInput, match="don't fit targets"):
         try_training_step(task, examples, device=CPU)
+
+
+class Segmenting(nn.Module):
+    """Answers as torchvision's segmentation models and GoogLeNet do: structured in training."""
+
+    def __init__(self, structure: str) -> None:
+        super().__init__()
+        self.structure = structure
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Any:  # noqa: ANN401
+        """Return answers [n, 3] and an auxiliary head's, in a tuple or a dictionary."""
+        answers = self.layer(inputs)
+        if not self.training:
+            return answers
+        is_tuple = self.structure == "tuple"
+        return (answers, 2 * answers) if is_tuple else {"out": answers, "aux": 2 * answers}
+
+
+def loss_of_both(outputs: Any, targets: Tensor) -> Tensor:  # noqa: ANN401
+    """Return the loss of the main head and a part of the auxiliary one's."""
+    main, aux = outputs.values() if isinstance(outputs, dict) else outputs
+    cross_entropy = nn.functional.cross_entropy
+    return cross_entropy(main, targets) + 0.4 * cross_entropy(aux, targets)
+
+
+@pytest.mark.parametrize("structure", ["tuple", "dict"])
+def test_structured_outputs_need_a_loss_that_takes_them(structure: str) -> None:
+    """With the task's own loss they train; a loss of tensors fails with torch's own sentence."""
+    task = replace(tiny, build_model=lambda: Segmenting(structure), loss=loss_of_both)
+    try_training_step(task, examples_with(), device=CPU)
+    plain = replace(task, loss=nn.functional.cross_entropy)
+    with pytest.raises(OwnCodeFailed, match=f"must be Tensor, not {structure}"):
+        try_training_step(plain, examples_with(), device=CPU)
 
 
 @pytest.mark.parametrize("num", [2, 8, 32])
