@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from fedclient.settings import ClientSettings
 from shared.cli import log_to_stderr, parse, print_error, silence_grpc
 from shared.errors import FederationError, NoAnswer
+from shared.memory import importing_what_stays, keep_freed_memory
 from shared.own_code import in_one_line, show_error
 from shared.stop_signals import StopSignals, interrupting
 from shared.task_names import examine_task_name
@@ -76,7 +77,6 @@ def _run(settings: ClientSettings, signals: StopSignals) -> None:
     from fedclient.session import Patience  # noqa: PLC0415
     from fedclient.terminal import Screen, showing  # noqa: PLC0415
     from shared.files import locked_folder, raise_file_limit, unusable  # noqa: PLC0415
-    from shared.memory import keep_freed_memory  # noqa: PLC0415
 
     keep_freed_memory()
     raise_file_limit()
@@ -147,10 +147,11 @@ def _prepare_while_reaching(
 
 def _prepare(settings: ClientSettings) -> "Holdings":
     """Import torch; what is wrong with the device or the task is said now, without a server."""
-    import torch  # noqa: PLC0415
+    with importing_what_stays():
+        import torch  # noqa: PLC0415
 
-    from fedclient.devices import find_device  # noqa: PLC0415
-    from fedclient.holdings import Holdings  # noqa: PLC0415
+        from fedclient.devices import find_device  # noqa: PLC0415
+        from fedclient.holdings import Holdings  # noqa: PLC0415
 
     torch.set_num_threads(settings.threads)
     find_device(settings.device)

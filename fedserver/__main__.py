@@ -6,6 +6,7 @@ import sys
 from fedserver.settings import ServerSettings
 from shared.cli import log_to_stderr, parse, print_error, silence_grpc
 from shared.errors import FederationError
+from shared.memory import importing_what_stays
 from shared.task_names import examine_task_name
 
 COMMANDS = (
@@ -27,7 +28,8 @@ def main(argv: list[str]) -> int:
         log_to_stderr(settings.log_level)
         # What is wrong with its name is said now: torch takes seconds to import.
         examine_task_name(settings.task)
-        from fedserver.server import run_server  # noqa: PLC0415
+        with importing_what_stays():
+            from fedserver.server import run_server  # noqa: PLC0415
 
         run_server(settings)
     except FederationError as error:

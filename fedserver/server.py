@@ -389,27 +389,31 @@ def _export(parts: Parts, last_digest: str) -> None:
 
 
 def _show_end(parts: Parts) -> None:
-    console = stderr_console()
-    # In processes of their own: the whole history takes more memory than serving a small model.
-    if not _run_command(parts, "history", output=sys.stderr.fileno()):
+    if parts.settings.summary and not _run_command(parts, "history", output=sys.stderr.fileno()):
         logger.warning("the rounds weren't shown; the run is complete all the same")
+    console = stderr_console()
     exported = parts.settings.export or parts.settings.state_dir / "model.safetensors"
     console.print(f"the final model is in {exported}", soft_wrap=True)
-    if importlib.util.find_spec("matplotlib") is not None:
-        curve = parts.settings.state_dir / "curve.png"
-        if _run_command(parts, "curve", "--out", str(curve), output=subprocess.DEVNULL):
-            console.print(f"accuracy and loss over the rounds are drawn in {curve}", soft_wrap=True)
-        else:
-            logger.warning("the curve wasn't drawn; the run is complete all the same")
-    else:
+    if not parts.settings.summary:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
         logger.info(
             "the curve isn't drawn: matplotlib isn't installed; install it with: "
             "python -m pip install 'fedrounds[plot]'"
         )
+        return
+    curve = parts.settings.state_dir / "curve.png"
+    if _run_command(parts, "curve", "--out", str(curve), output=subprocess.DEVNULL):
+        console.print(f"accuracy and loss over the rounds are drawn in {curve}", soft_wrap=True)
+    else:
+        logger.warning("the curve wasn't drawn; the run is complete all the same")
 
 
 def _run_command(parts: Parts, name: str, *flags: str, output: int) -> bool:
-    """Run one of the commands that inspect a state-dir; whether it did what it should."""
+    """Run a command that inspects the state-dir, and return whether it succeeded.
+
+    In a process of its own: the whole history takes more memory than serving a small model.
+    """
     command = [name, "--state-dir", str(parts.settings.state_dir), *flags]
     done = subprocess.run([sys.executable, "-m", "fedserver", *command], stdout=output, check=False)
     return done.returncode == 0

@@ -42,6 +42,10 @@ class ListeningSettings(Settings):
     export: Path | None = Field(
         default=None, description="where the final model goes; model.safetensors in the state-dir"
     )
+    summary: bool = Field(
+        default=True,
+        description="print the table of rounds at the end, and draw curve.png in the state-dir",
+    )
     keep_updates: Kept = Field(
         default=0, description="of how many finished rounds the updates are kept, or all"
     )

@@ -20,6 +20,9 @@ from typing import IO, Any, TypeVar
 
 import psutil
 
+from tests import warm_start
+from tests.warm_start import WarmProcess
+
 ROOT = Path(__file__).resolve().parent.parent
 
 GENEROUS_S = 240.0
@@ -31,39 +34,49 @@ _SHOWN_LINES = 100
 P = TypeVar("P", bound="Process")
 
 
+def start_module(
+    *words: str, environment: Mapping[str, str]
+) -> "WarmProcess | subprocess.Popen[str]":
+    """Start `python -m WORDS`, warm if it can be; a server shows no summary at the end."""
+    complete = {**os.environ, "FEDSERVER_SUMMARY": "false", **environment}
+    if warm_start.is_possible(complete):
+        return WarmProcess(words, environment=complete)
+    return start_program([sys.executable, "-u", "-m", *words], environment=complete, folder=ROOT)
+
+
+def start_program(
+    argv: Sequence[str], *, environment: Mapping[str, str], folder: Path
+) -> "subprocess.Popen[str]":
+    """Start a program in a folder with this environment alone."""
+    return subprocess.Popen(
+        argv,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 class Process:
     """A process of the service; `lines` holds all it has said so far, both streams together."""
 
-    def __init__(
-        self,
-        name: str,
-        argv: list[str],
-        *,
-        environment: Mapping[str, str],
-        program: Sequence[str] = (sys.executable, "-u"),
-        folder: Path = ROOT,
-    ) -> None:
+    def __init__(self, name: str, popen: "WarmProcess | subprocess.Popen[str]") -> None:
         self.name = name
         self.lines: list[str] = []
         self.stdout_lines: list[str] = []
+        self.stderr_lines: list[str] = []
         self.num_lines_before = 0
         self._spoke = threading.Condition()
-        self._popen = subprocess.Popen(
-            [*program, *argv],
-            cwd=folder,
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self._popen = popen
         assert self._popen.stdout is not None
         assert self._popen.stderr is not None
         self._readers = [
             threading.Thread(target=self._read, args=(stream, kept), daemon=True)
             for stream, kept in (
                 (self._popen.stdout, [self.lines, self.stdout_lines]),
-                (self._popen.stderr, [self.lines]),
+                (self._popen.stderr, [self.lines, self.stderr_lines]),
             )
         ]
         for reader in self._readers:
@@ -107,6 +120,14 @@ class Process:
     def count_lines(self, pattern: str) -> int:
         """Return how many lines so far match the regular expression."""
         return sum(re.search(pattern, line) is not None for line in list(self.lines))
+
+    def has_ended(self, *, within_s: float) -> bool:
+        """Return whether it has ended, or ends within so many seconds."""
+        try:
+            self._popen.wait(within_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def wait(self, timeout_s: float = GENEROUS_S) -> int:
         """Return the exit code once the process has ended and all it said is in `lines`."""
@@ -169,14 +190,18 @@ class Scene:
         self._closing: list[Callable[[], None]] = []
 
     def server(
-        self, *flags: str | float | Path, state: str = "server", **environment: str
+        self,
+        *flags: str | float | Path,
+        state: str = "server",
+        **environment: str,
     ) -> Server:
         """Start a server with `flags`, on any free port if they name none."""
         words = [str(flag) for flag in flags]
         if "--port" not in words:
             words += ["--port", "0"]
-        argv = ["-m", "fedserver", "--state-dir", str(self.folder / state), *words]
-        return self._keep(Server(f"server #{self._count()}", argv, environment=environment))
+        words = ["fedserver", "--state-dir", str(self.folder / state), *words]
+        popen = start_module(*words, environment=environment)
+        return self._keep(Server(f"server #{self._count()}", popen))
 
     def client(
         self,
@@ -192,31 +217,30 @@ class Scene:
         """
         folder = self.folder / (state or f"client-{client_id}")
         which = ["--id" if isinstance(client_id, int) else "--ids", str(client_id)]
-        argv = ["-m", "fedclient", *which, "--server", address]
-        argv += ["--state-dir", str(folder), *(str(flag) for flag in flags)]
-        name = f"client {client_id} #{self._count()}"
-        return self._keep(Process(name, argv, environment=environment))
+        words = ["fedclient", *which, "--server", address]
+        words += ["--state-dir", str(folder), *(str(flag) for flag in flags)]
+        popen = start_module(*words, environment=environment)
+        return self._keep(Process(f"client {client_id} #{self._count()}", popen))
 
     def terminal(
         self, line: str, *, folder: Path, environment: Mapping[str, str], serves: bool = False
     ) -> Process:
         """Type a line in a terminal of its own, in a folder; `serves`: it starts a server."""
         kind = Server if serves else Process
-        argv = ["-c", f"exec {line}"]
-        return self._keep(
-            kind(line, argv, environment=environment, program=["bash"], folder=folder)
-        )
+        complete = {**os.environ, **environment}
+        popen = start_program(["bash", "-c", f"exec {line}"], environment=complete, folder=folder)
+        return self._keep(kind(line, popen))
 
     def command(self, *argv: str | Path) -> subprocess.CompletedProcess[str]:
         """Run `fedserver COMMAND ...` to its end."""
-        return subprocess.run(
-            [sys.executable, "-m", "fedserver", *(str(one) for one in argv)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=GENEROUS_S,
-            check=False,
+        words = ["fedserver", *(str(word) for word in argv)]
+        process = Process(" ".join(words), start_module(*words, environment={}))
+        code = process.wait()
+        stdout, stderr = (
+            "".join(f"{line}\n" for line in lines)
+            for lines in (process.stdout_lines, process.stderr_lines)
         )
+        return subprocess.CompletedProcess(words, code, stdout, stderr)
 
     def history(self, *flags: str, state: str = "server") -> list[dict[str, Any]]:
         """Return what `fedserver history --json` prints; it must be JSON as the standard has it."""

@@ -21,6 +21,7 @@ def test_sixty_slow_uploads_at_once_take_three_models_of_memory_at_most(scene: S
     crowded = scene.server(
         *("--task", "tests.tiny_task:big", "--rounds", 2, "--min-clients", NUM_CLIENTS),
         *("--stall-after", 600, "--lease", 600, "--farewell", 0),
+        FED_COLD_START="1",
     )
     crowded.wait_for_line("waiting for clients")
     idle_bytes = crowded.rss_bytes()
