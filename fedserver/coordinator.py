@@ -101,8 +101,7 @@ class Coordinator:
 
     async def end(self) -> None:
         """Record that the run is over."""
-        await self._parts.workers.in_store(
-            self._parts.store.end_run,
+        await self._parts.store.end_run(
             self._parts.run.run_id,
             RunState.FINISHED,
             event_of("run-finished"),
@@ -137,9 +136,7 @@ class Coordinator:
         if not self._evaluations.has_alarm:
             return None
         self._evaluations.has_alarm = False
-        bad = await self._parts.workers.in_store(
-            self._parts.store.alarmed_round, self._parts.run.run_id
-        )
+        bad = await self._parts.store.alarmed_round(self._parts.run.run_id)
         return bad if bad is not None and await may_be_repeated(self._parts, bad) else None
 
     async def _roll_back(self, bad: Round, current: Round) -> tuple[Round, GlobalModel]:
@@ -153,11 +150,11 @@ class Coordinator:
         Raises:
             StorageDamaged: the base model, or an update acknowledged, isn't what was written.
         """
-        in_store, on_disk = self._parts.workers.in_store, self._parts.workers.on_disk
+        on_disk = self._parts.workers.on_disk
         store, run_id = self._parts.store, self._parts.run.run_id
-        latest = await in_store(store.latest_round, run_id)
+        latest = await store.latest_round(run_id)
         await self._opener.look_back()
-        held = await in_store(store.held_updates)
+        held = await store.held_updates()
         await on_disk(self._parts.quarantine.tidy, held)
         await drop_updates(self._parts, done_round=0 if latest is None else latest.round_number - 1)
         # One that was found before a restart may not have been acted on.
@@ -171,11 +168,11 @@ class Coordinator:
             digest, state_digest = latest.model_digest, latest.state_digest
         base = await on_disk(self._parts.checkpoints.load, digest, state_digest=state_digest)
         if latest.phase in (Phase.COLLECTING, Phase.AGGREGATING):
-            stored = await in_store(store.stored_updates, latest)
+            stored = await store.stored_updates(latest)
             damaged = await on_disk(damaged_updates, self._parts.spool, stored)
             if damaged:
                 latest = await self._give_up_damaged(latest, damaged)
-        for done in await in_store(store.unevaluated_rounds, run_id):
+        for done in await store.unevaluated_rounds(run_id):
             assert done.model_digest is not None
             await self._evaluations.start(done, done.model_digest)
         if latest.phase is Phase.COLLECTING:
@@ -203,9 +200,7 @@ class Coordinator:
             RunFailed: the round has failed as often as it may.
         """
         number = ended.round_number + (ended.phase is Phase.DONE)
-        phases = await self._parts.workers.in_store(
-            self._parts.store.phases_of, ended.run_id, number
-        )
+        phases = await self._parts.store.phases_of(ended.run_id, number)
         if phases.count(Phase.FAILED) >= self._parts.settings.max_attempts:
             await self._fail_run(ended)
         return await self._opener.open_next(ended, base, attempt=len(phases) + 1)
@@ -227,8 +222,7 @@ class Coordinator:
             if due is RoundEvent.CLOSE:
                 happened = event_of("round-closed", current)
                 pass_by(FailPoint.ROUND_CLOSING)
-                await self._parts.workers.in_store(
-                    self._parts.store.close_round,
+                await self._parts.store.close_round(
                     current,
                     happened,
                     carries_over=self._is_asynchronous,
@@ -241,7 +235,6 @@ class Coordinator:
         if self._is_asynchronous:
             self._opener.note_stored()
         self._parts.book.close_round(carries_over=self._is_asynchronous)
-        self._parts.bus.publish(happened)
         return await self._latest()
 
     def _due(self, current: Round) -> tuple[RoundEvent | None, str]:
@@ -285,7 +278,7 @@ class Coordinator:
         if not refused:
             return await self._fail_round(current, reason, failure=RunFailure.TOO_FEW_UPDATES)
         first = min(refused)
-        record = await self._parts.workers.in_store(self._parts.store.find_order, refused[first])
+        record = await self._parts.store.find_order(refused[first])
         reason += f"; {_verdict_text('refused', refused, f'{record.reason}')}"
         num_without_end = len(states) - states.count(OrderState.ABANDONED)
         is_why = self._is_asynchronous or num_without_end >= updates_needed(
@@ -297,21 +290,21 @@ class Coordinator:
     async def _aggregate(self, current: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
         """Make the next global model and open the round after it."""
         settings, store, run_id = self._parts.settings, self._parts.store, current.run_id
-        in_store, on_disk = self._parts.workers.in_store, self._parts.workers.on_disk
+        on_disk = self._parts.workers.on_disk
         # Nothing is to rest on a model that turns out to be bad.
         await self._evaluations.done()
         if self._evaluations.has_alarm:
             return current, base
-        stored = await in_store(store.stored_updates, current)
+        stored = await store.stored_updates(current)
         exclusions = screen(
             current,
             stored,
-            before=await in_store(
-                store.counted_updates, run_id, compared_rounds(current.round_number, stored)
+            before=await store.counted_updates(
+                run_id, compared_rounds(current.round_number, stored)
             ),
             settings=self._parts.run.settings,
             base=base,
-            trusted=await in_store(store.trusted_clients, run_id),
+            trusted=await store.trusted_clients(run_id),
         )
         excluded = {one.order_id for one in exclusions}
         counted = [one for one in stored if one.update.order_id not in excluded]
@@ -346,11 +339,11 @@ class Coordinator:
         follows = await consequences_of(self._parts, current, is_done=True)
         following = None
         if current.round_number < settings.rounds:
-            standings = await in_store(store.standings, run_id)
+            standings = await store.standings(run_id)
             following = plan_round(
                 self._parts,
                 current.round_number + 1,
-                attempt=1 + len(await in_store(store.phases_of, run_id, current.round_number + 1)),
+                attempt=1 + len(await store.phases_of(run_id, current.round_number + 1)),
                 base=model,
                 adjustments=follows.adjustments,
                 standings=standings_after(
@@ -369,8 +362,7 @@ class Coordinator:
         ]
         if following is not None:
             happened.append(opened_event(following))
-        happened = await in_store(
-            store.finish_round,
+        await store.finish_round(
             current,
             model_digest=model.digest,
             state_digest=model.state_digest,
@@ -387,8 +379,6 @@ class Coordinator:
             await self._opener.look_back()
         if following is not None:
             await self._opener.hand_out(following, model)
-        for one in happened:
-            self._parts.bus.publish(one)
         await drop_updates(self._parts, done_round=current.round_number)
         await self._evaluations.start(current, model.digest)
         await drop_models(self._parts, done_round=current.round_number)
@@ -409,8 +399,7 @@ class Coordinator:
         happened = event_of(
             IncidentKind.ROUND_FAILED, current, is_incident=True, reason=reason, failure=failure
         )
-        recorded = await self._parts.workers.in_store(
-            self._parts.store.fail_round,
+        await self._parts.store.fail_round(
             current,
             [happened, *follows.happened],
             adjustments_after=follows.adjustments,
@@ -422,19 +411,13 @@ class Coordinator:
         if self._is_asynchronous:
             await self._opener.look_back()
         self._evaluations.has_alarm |= follows.is_base_blamed
-        for one in recorded:
-            self._parts.bus.publish(one)
         await drop_updates(self._parts, done_round=current.round_number - 1)
         return await self._latest()
 
     async def _fail_run(self, current: Round) -> None:
         happened = event_of("run-failed", current, is_incident=True)
-        await self._parts.workers.in_store(
-            self._parts.store.end_run, self._parts.run.run_id, RunState.FAILED, happened
-        )
-        reason, _ = await self._parts.workers.in_store(
-            self._parts.store.last_failure, self._parts.run.run_id
-        )
+        await self._parts.store.end_run(self._parts.run.run_id, RunState.FAILED, happened)
+        reason, _ = await self._parts.store.last_failure(self._parts.run.run_id)
         raise RunFailed(
             f"round {current.round_number} failed {self._parts.settings.max_attempts} times, the "
             f"last time because of this: {reason}. See more with `python -m fedserver history "
@@ -442,9 +425,7 @@ class Coordinator:
         )
 
     async def _latest(self) -> Round:
-        latest = await self._parts.workers.in_store(
-            self._parts.store.latest_round, self._parts.run.run_id
-        )
+        latest = await self._parts.store.latest_round(self._parts.run.run_id)
         assert latest is not None
         return latest
 

@@ -49,8 +49,7 @@ async def leave(parts: Parts, session: Session, said: Leave) -> None:
             **({"clients": others} if len(others) > 1 else {}),
             **fields,
         )
-        await parts.workers.in_store(parts.store.add_events, parts.run.run_id, [happened])
-        parts.bus.publish(happened)
+        await parts.store.add_events(parts.run.run_id, [happened])
     # Whoever has registered meanwhile is back.
     await _take_out(
         parts, {one for one in leaving - expected if parts.sessions.away_s(one) is not None}
@@ -67,13 +66,10 @@ async def end_order(parts: Parts, order: OpenOrder, **fields: object) -> None:
         **fields,
     )
     order_id = order.order.order_id
-    recorded = await parts.workers.in_store(
-        parts.store.abandon_order, parts.run.run_id, order_id, happened
-    )
+    was_open = await parts.store.abandon_order(parts.run.run_id, order_id, happened)
     pass_by(FailPoint.ORDER_ABANDONED)
-    if recorded is not None:
+    if was_open:
         parts.book.forget(order_id)
-        parts.bus.publish(recorded)
 
 
 async def stop_expecting(parts: Parts, order: OpenOrder, away_s: float) -> None:
@@ -85,6 +81,6 @@ async def stop_expecting(parts: Parts, order: OpenOrder, away_s: float) -> None:
 async def _take_out(parts: Parts, client_ids: Collection[int]) -> None:
     changed, ended = parts.sessions.leave(client_ids)
     for session in changed:
-        await parts.workers.in_store(parts.store.save_session, parts.run.run_id, session)
+        await parts.store.save_session(parts.run.run_id, session)
     for session_id in ended:
-        await parts.workers.in_store(parts.store.remove_session, session_id)
+        await parts.store.remove_session(session_id)

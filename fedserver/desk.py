@@ -88,10 +88,8 @@ class Desk:
                 await self._note_copy(registration.client_ids)
             raise
         for session_id in replaced:
-            await self._parts.workers.in_store(self._parts.store.remove_session, session_id)
-        await self._parts.workers.in_store(
-            self._parts.store.save_session, self._parts.run.run_id, session
-        )
+            await self._parts.store.remove_session(session_id)
+        await self._parts.store.save_session(self._parts.run.run_id, session)
         return SessionInfo(
             session_id=session.session_id,
             run_id=self._parts.run.run_id,
@@ -112,10 +110,7 @@ class Desk:
             is_incident=True,
             **({"clients": sorted(client_ids)} if len(client_ids) > 1 else {}),
         )
-        await self._parts.workers.in_store(
-            self._parts.store.add_events, self._parts.run.run_id, [happened]
-        )
-        self._parts.bus.publish(happened)
+        await self._parts.store.add_events(self._parts.run.run_id, [happened])
 
     def _compression_for(self, registration: Registration) -> Compression:
         """Return how a client is to compress: not at all if it can't, its updates are as good."""
@@ -241,14 +236,9 @@ class Desk:
                 place=self._parts.book.happens_in(record),
                 client_id=record.client_id,
             )
-            is_new = await self._parts.workers.in_store(
-                self._parts.store.add_events,
-                record.run_id,
-                [happened],
-                report_key=f"{order_id}#{sequence}",
+            await self._parts.store.add_events(
+                record.run_id, [happened], report_key=f"{order_id}#{sequence}"
             )
-            if is_new:
-                self._parts.bus.publish(happened)
         if gave_up:
             round_number, attempt = self._parts.book.happens_in(record)
             happened = Event(
@@ -258,13 +248,10 @@ class Desk:
                 attempt=attempt,
                 client_id=record.client_id,
             )
-            recorded = await self._parts.workers.in_store(
-                self._parts.store.abandon_order, record.run_id, order_id, happened
-            )
+            was_open = await self._parts.store.abandon_order(record.run_id, order_id, happened)
             pass_by(FailPoint.ORDER_ABANDONED)
-            if recorded is not None:
+            if was_open:
                 self._parts.book.settle(order_id, OrderState.ABANDONED)
-                self._parts.bus.publish(happened)
         return await self._order_end(order_id)
 
     async def answer_for(self, call: str, error: Exception) -> FederationError:
@@ -309,12 +296,12 @@ class Desk:
         session = self._parts.sessions.touch(session_id)
         record = self._parts.book.open_record(order_id)
         if record is None:
-            record = await self._parts.workers.in_store(self._parts.store.find_order, order_id)
+            record = await self._parts.store.find_order(order_id)
         self._examine_holder(session, record.client_id, order_id)
         return record
 
     async def _order_end(self, order_id: str) -> OrderEnd | None:
-        return await self._parts.workers.in_store(self._parts.store.find_order_end, order_id)
+        return await self._parts.store.find_order_end(order_id)
 
     def _examine_holder(self, session: Session, client_id: int, order_id: str) -> None:
         if client_id not in session.client_ids:

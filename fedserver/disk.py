@@ -13,8 +13,7 @@ from typing import Any
 from fedserver.events import EventBus, event_of
 from fedserver.orderbook import OrderBook
 from fedserver.records import Event
-from fedserver.store import Store
-from fedserver.workers import Workers
+from fedserver.store import AsyncStore
 from shared.errors import FederationError, OutOfFiles, OutOfSpace
 from shared.foreign_text import printable
 from shared.types import IncidentKind
@@ -33,8 +32,7 @@ class DiskWatch:
         *,
         min_free_bytes: int,
         run_id: str,
-        store: Store,
-        workers: Workers,
+        store: AsyncStore,
         bus: EventBus,
         book: OrderBook,
     ) -> None:
@@ -42,7 +40,6 @@ class DiskWatch:
         self._min_free_bytes = min_free_bytes
         self._run_id = run_id
         self._store = store
-        self._workers = workers
         self._bus = bus
         self._book = book
         self._was_low = False
@@ -103,7 +100,7 @@ class DiskWatch:
         self._bus.publish(happened)
         self._unrecorded.append(happened)
         try:
-            await self._workers.in_store(self._store.add_events, self._run_id, self._unrecorded)
+            await self._store.add_heard_events(self._run_id, self._unrecorded)
         except FederationError:
             # It is the disk or the database that fails.
             return

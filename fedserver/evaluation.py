@@ -153,9 +153,7 @@ class Evaluations:
                 "class_accuracy": class_accuracies(found.confusion),
                 "confusion": found.confusion.tolist(),
             }
-        before = await self._parts.workers.in_store(
-            self._parts.store.good_evaluations, evaluated.run_id
-        )
+        before = await self._parts.store.good_evaluations(evaluated.run_id)
         alarm = find_alarm(fields | by_class, before) if self._raises_alarms else None
         reason = None if alarm is None else alarm.reason
         if alarm is not None and not await may_be_repeated(self._parts, evaluated):
@@ -167,14 +165,12 @@ class Evaluations:
             reason=reason,
             **fields,
         )
-        await self._parts.workers.in_store(
-            self._parts.store.record_evaluation,
+        await self._parts.store.record_evaluation(
             evaluated,
             fields | by_class,
             happened,
             alarm=None if alarm is None else alarm.symptom,
         )
-        self._parts.bus.publish(happened)
         if alarm is not None:
             pass_by(FailPoint.ALARM_RECORDED)
             self.has_alarm = True
@@ -183,7 +179,7 @@ class Evaluations:
 
 async def may_be_repeated(parts: Parts, bad: Round) -> bool:
     """Whether a round may be rolled back and repeated once more because its model is bad."""
-    phases = await parts.workers.in_store(parts.store.phases_of, bad.run_id, bad.round_number)
+    phases = await parts.store.phases_of(bad.run_id, bad.round_number)
     return phases.count(Phase.ROLLED_BACK) < parts.settings.max_rollbacks
 
 

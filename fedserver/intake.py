@@ -23,6 +23,7 @@ from fedserver.fairness import NewestStreams, Places
 from fedserver.orderbook import OpenRound
 from fedserver.parts import Parts
 from fedserver.records import Event, OrderRecord, Refusal
+from fedserver.retention import evict_updates
 from fedserver.rounds import OrderEvent, OrderState
 from fedserver.spool import UpdateStream
 from fedserver.strategies.step import control_layout
@@ -308,8 +309,7 @@ class Intake:
         )
         while True:
             collecting = self._parts.book.current
-            state, happened = await self._parts.workers.in_store(
-                self._parts.store.end_order,
+            state, is_recorded = await self._parts.store.end_order(
                 record.run_id,
                 update,
                 order_event,
@@ -330,15 +330,12 @@ class Intake:
                 await self._parts.book.work_changed.wait(self._idle_s / 4)
         pass_by(FailPoint.UPDATE_RECORDED)
         self._parts.book.settle(update.order_id, state)
-        if happened is None:
-            record = await self._parts.workers.in_store(
-                self._parts.store.find_order, update.order_id
-            )
+        if not is_recorded:
+            record = await self._parts.store.find_order(update.order_id)
             if record.digest == update.digest and record.state not in _GOOD:
                 # An older stream of the same bytes was recorded; this one holds their file.
                 await self._hold(update, stream)
             return await self._answer_ended(record, update)
-        self._parts.bus.publish(happened)
         if state not in _GOOD:
             await self._hold(update, stream)
         if _ANSWERS[state] is Receipt.LATE:
@@ -346,9 +343,7 @@ class Intake:
         return UploadAnswer(receipt=_ANSWERS[state], reason=refusal.reason if refusal else "")
 
     async def _late_answer(self, update: ClientUpdate) -> UploadAnswer:
-        order_end = await self._parts.workers.in_store(
-            self._parts.store.find_order_end, update.order_id
-        )
+        order_end = await self._parts.store.find_order_end(update.order_id)
         return UploadAnswer(receipt=Receipt.LATE, order_end=order_end)
 
     async def _hold(self, update: ClientUpdate, stream: UpdateStream | None) -> None:
@@ -360,12 +355,11 @@ class Intake:
         # A newer stream that has taken the file over does it, or the end of the round.
         with suppress(StreamFenced):
             await on_disk(self._parts.spool.hand_over, stream, path)
-        for evicted in await on_disk(quarantine.make_room, self._parts.store):
-            self._parts.bus.publish(evicted)
+        await evict_updates(self._parts)
 
     async def _answer_ended_meanwhile(self, update: ClientUpdate) -> UploadAnswer:
         """Answer a stream whose order isn't open in the book any more, as the store has it."""
-        record = await self._parts.workers.in_store(self._parts.store.find_order, update.order_id)
+        record = await self._parts.store.find_order(update.order_id)
         if record.state is OrderState.OPEN:
             raise ServerUnreachable(f"order {update.order_id}: the round is changing; try again")
         return await self._answer_ended(record, update)
@@ -396,14 +390,9 @@ class Intake:
             is_incident=True,
             fields={"first": record.digest, "second": update.digest},
         )
-        is_new = await self._parts.workers.in_store(
-            self._parts.store.add_events,
-            record.run_id,
-            [happened],
-            report_key=f"{update.order_id}=contradicted",
+        await self._parts.store.add_events(
+            record.run_id, [happened], report_key=f"{update.order_id}=contradicted"
         )
-        if is_new:
-            self._parts.bus.publish(happened)
 
 
 def _without_names_of_its_own(update: ClientUpdate) -> ClientUpdate:

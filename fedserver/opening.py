@@ -42,8 +42,7 @@ class Opener:
         In an asynchronous run a client gets an order before it is known whether its last one
         counts: a stored one is as good.
         """
-        self.last_counted = await self._parts.workers.in_store(
-            self._parts.store.last_counted_orders,
+        self.last_counted = await self._parts.store.last_counted_orders(
             self._parts.run.run_id,
             stored_too=self._parts.strategy.buffer_size > 0,
         )
@@ -66,7 +65,7 @@ class Opener:
         run_id = self._parts.run.run_id
         while True:
             await self._parts.disk.tell()
-            standings = await self._parts.workers.in_store(self._parts.store.standings, run_id)
+            standings = await self._parts.store.standings(run_id)
             planned = plan_round(
                 *(self._parts, round_number),
                 attempt=attempt,
@@ -87,16 +86,13 @@ class Opener:
             await self._parts.sessions.changed.wait(self._tick_s)
         self._parts.book.clients_here = None
         happened = opened_event(planned)
-        recorded = await self._parts.workers.in_store(
-            self._parts.store.open_round,
+        await self._parts.store.open_round(
             planned,
             happened,
             stale_before=stale_before(self._parts.settings, round_number),
         )
         pass_by(FailPoint.ROUND_OPENED)
         await self.hand_out(planned, base)
-        for one in recorded:
-            self._parts.bus.publish(one)
         return planned
 
     async def hand_out(self, opened: Round, base: GlobalModel) -> None:
@@ -130,12 +126,12 @@ class Opener:
             if not idle_clients(parts):
                 break
             record, base = book.current.record, book.current.base
-            standings = await parts.workers.in_store(parts.store.standings, record.run_id)
+            standings = await parts.store.standings(record.run_id)
             past = await participation(parts)
             more = plan_more(parts, standings=standings, past=past)
             if not more:
                 break
-            await parts.workers.in_store(parts.store.add_orders, record, more)
+            await parts.store.add_orders(record, more)
             self.note_stored()
             book.add_orders(
                 replace(record, orders=(*record.orders, *more)),
@@ -163,7 +159,7 @@ class Opener:
             for one in parts.book.orders()
         }
         found = []
-        for record in await parts.workers.in_store(parts.store.carried_over, opened):
+        for record in await parts.store.carried_over(opened):
             given_in = known.get((record.round_number, record.attempt))
             if given_in is None:
                 base = await parts.workers.on_disk(parts.checkpoints.load, record.base_digest)

@@ -13,7 +13,7 @@ from fedserver.records import Run
 from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
 from fedserver.spool import Spool
-from fedserver.store import Store
+from fedserver.store import AsyncStore
 from fedserver.strategies.rows import Strategy
 from fedserver.workers import Workers
 from shared.types import EntryKind
@@ -34,7 +34,7 @@ class Parts:
     ties: Mapping[str, str]
     modules: Set[str]
     strategy: Strategy
-    store: Store
+    store: AsyncStore
     spool: Spool
     quarantine: QuarantineFolder
     checkpoints: Checkpoints

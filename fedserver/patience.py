@@ -219,14 +219,12 @@ async def _abandon(parts: Parts, order: OpenOrder, why: Lateness) -> None:
         **({"total_s": parts.book.total_s(order)} if why is Lateness.TOO_LONG else {}),
     )
     order_id = order.order.order_id
-    recorded = await parts.workers.in_store(
-        parts.store.abandon_order,
+    was_open = await parts.store.abandon_order(
         parts.run.run_id,
         order_id,
         happened,
         strikes=True,
     )
     pass_by(FailPoint.ORDER_ABANDONED)
-    if recorded is not None:
+    if was_open:
         parts.book.settle(order_id, OrderState.ABANDONED)
-        parts.bus.publish(recorded)

@@ -30,7 +30,7 @@ async def participation(parts: Parts) -> Mapping[int, Participation]:
     """Return what clients have done so far, where the cohort is chosen by it; else nothing."""
     if parts.settings.cohort not in RESTS_ON_THE_PAST:
         return {}
-    return await parts.workers.in_store(parts.store.participation, parts.run.run_id)
+    return await parts.store.participation(parts.run.run_id)
 
 
 def plan_round(

@@ -7,14 +7,12 @@ oldest make room for the newest.
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedserver.events import event_of
-from fedserver.records import Event, HeldState, HeldUpdate
+from fedserver.records import HeldState, HeldUpdate
 from fedserver.spool import Spool, update_path
-from fedserver.store import Store
 
 
 class QuarantineFolder:
-    """Owns the folder. Its methods block on the disk."""
+    """Owns the folder. Its methods block on the disk, but for `path` and `excess`."""
 
     def __init__(self, folder: Path, *, max_bytes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,21 +40,17 @@ class QuarantineFolder:
             if path not in kept:
                 path.unlink(missing_ok=True)
 
-    def make_room(self, store: Store) -> list[Event]:
-        """Give up the oldest payloads until the others are few enough; returns the events."""
-        held = [
-            one for one in store.held_updates() if one.state is HeldState.HELD and one.kept_bytes
-        ]
-        excess_bytes = sum(one.kept_bytes for one in held) - self._max_bytes
-        evicted = []
-        for one in held:
+    def excess(self, known: Iterable[HeldUpdate]) -> list[HeldUpdate]:
+        """Return the oldest updates HELD without which the payloads of the others fit.
+
+        `known` is in the order in which they were held.
+        """
+        held = [update for update in known if update.state is HeldState.HELD and update.kept_bytes]
+        excess_bytes = sum(update.kept_bytes for update in held) - self._max_bytes
+        oldest = []
+        for update in held:
             if excess_bytes <= 0:
                 break
-            excess_bytes -= one.kept_bytes
-            happened = event_of(
-                "quarantine-evicted", client_id=one.client_id, order_id=one.order_id
-            )
-            if store.free_held(one, HeldState.EVICTED, happened):
-                self.drop(one)
-                evicted.append(happened)
-        return evicted
+            excess_bytes -= update.kept_bytes
+            oldest.append(update)
+        return oldest

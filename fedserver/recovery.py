@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fedserver.events import event_of
 from fedserver.parts import Parts
-from fedserver.records import Event, Round, StoredUpdate
+from fedserver.records import StoredUpdate
 from fedserver.spool import Spool
 from shared.codec import digest_file
 from shared.types import IncidentKind
@@ -13,9 +13,10 @@ from shared.types import IncidentKind
 
 async def note_restart(parts: Parts) -> None:
     """Record that the server was started again, if the run has begun."""
-    latest = await _latest_round(parts)
+    latest = await parts.store.latest_round(parts.run.run_id)
     if latest is not None:
-        await _note(parts, event_of(IncidentKind.SERVER_RESTARTED, latest, is_incident=True))
+        restarted = event_of(IncidentKind.SERVER_RESTARTED, latest, is_incident=True)
+        await parts.store.add_events(parts.run.run_id, [restarted])
 
 
 async def note_absence(parts: Parts, away_s: float) -> None:
@@ -24,15 +25,6 @@ async def note_absence(parts: Parts, away_s: float) -> None:
     if latest is not None:
         away = event_of(IncidentKind.SERVER_AWAY, latest, is_incident=True, away_s=away_s)
         await parts.disk.record(away)
-
-
-async def _latest_round(parts: Parts) -> Round | None:
-    return await parts.workers.in_store(parts.store.latest_round, parts.run.run_id)
-
-
-async def _note(parts: Parts, happened: Event) -> None:
-    await parts.workers.in_store(parts.store.add_events, parts.run.run_id, [happened])
-    parts.bus.publish(happened)
 
 
 def damaged_updates(spool: Spool, stored: Sequence[StoredUpdate]) -> list[str]:

@@ -1,6 +1,8 @@
 """What finished rounds leave behind, and for how long it is kept."""
 
+from fedserver.events import event_of
 from fedserver.parts import Parts
+from fedserver.records import HeldState
 
 
 async def drop_updates(parts: Parts, *, done_round: int) -> None:
@@ -10,14 +12,13 @@ async def drop_updates(parts: Parts, *, done_round: int) -> None:
     hasn't got there yet moves there first. What was never finished goes with its order. The
     database's log is shortened too.
     """
-    await parts.workers.in_store(parts.store.shorten_log)
+    await parts.store.shorten_log()
     await _fill_quarantine(parts)
     at_work = {one.order.order_id for one in parts.book.orders()}
     await parts.workers.on_disk(parts.spool.drop_unfinished, but=at_work)
     if parts.settings.keep_updates == "all":
         return
-    kept = await parts.workers.in_store(
-        parts.store.updates_to_keep,
+    kept = await parts.store.updates_to_keep(
         parts.run.run_id,
         since_round=done_round - parts.settings.keep_updates + 1,
     )
@@ -25,12 +26,19 @@ async def drop_updates(parts: Parts, *, done_round: int) -> None:
 
 
 async def _fill_quarantine(parts: Parts) -> None:
-    held = await parts.workers.in_store(parts.store.held_updates)
+    held = await parts.store.held_updates()
     if not held:
         return
     await parts.workers.on_disk(parts.quarantine.fill, held, parts.spool)
-    for evicted in await parts.workers.on_disk(parts.quarantine.make_room, parts.store):
-        parts.bus.publish(evicted)
+    await evict_updates(parts)
+
+
+async def evict_updates(parts: Parts) -> None:
+    """Give up the oldest payloads in quarantine until the others fit into `--quarantine-bytes`."""
+    for held in parts.quarantine.excess(await parts.store.held_updates()):
+        event = event_of("quarantine-evicted", client_id=held.client_id, order_id=held.order_id)
+        if await parts.store.free_held(held, HeldState.EVICTED, event):
+            await parts.workers.on_disk(parts.quarantine.drop, held)
 
 
 async def drop_models(parts: Parts, *, done_round: int) -> None:
@@ -41,8 +49,7 @@ async def drop_models(parts: Parts, *, done_round: int) -> None:
     """
     if parts.settings.keep_rounds == "all":
         return
-    let_go = await parts.workers.in_store(
-        parts.store.models_let_go,
+    let_go = await parts.store.models_let_go(
         parts.run.run_id,
         await parts.workers.on_disk(parts.checkpoints.digests),
         since_round=done_round - parts.settings.keep_rounds + 1,

@@ -41,7 +41,7 @@ async def consequences_of(
 
     `is_model_bad` says that the attempt failed because its aggregate isn't finite.
     """
-    diagnosed, updating = await parts.workers.in_store(parts.store.answers, ending)
+    diagnosed, updating = await parts.store.answers(ending)
     reports = [(client_id, read_diagnosis(fields)) for client_id, fields in diagnosed]
     after, shared = after_attempt(
         ending.adjustments,
@@ -51,8 +51,8 @@ async def consequences_of(
         num_answers=len(updating | {one for one, _ in reports}),
         max_steps=parts.settings.max_adjustments,
     )
-    before = await parts.workers.in_store(parts.store.last_done_round, ending.run_id)
-    phases = await parts.workers.in_store(parts.store.phases_of, ending.run_id, ending.round_number)
+    before = await parts.store.last_done_round(ending.run_id)
+    phases = await parts.store.phases_of(ending.run_id, ending.round_number)
     is_base_blamed = (
         not is_done
         and Cause.RECEIVED_MODEL in {one.cause for one in shared}
@@ -116,8 +116,7 @@ async def roll_back(parts: Parts, bad: Round, current: Round) -> tuple[Round, Gl
         happened.append(
             event_of(IncidentKind.ROUND_ABANDONED, current, is_incident=True, reason=reason)
         )
-    await parts.workers.in_store(
-        parts.store.roll_back,
+    await parts.store.roll_back(
         bad,
         happened,
         adjustments_after=adjustments,
@@ -125,10 +124,8 @@ async def roll_back(parts: Parts, bad: Round, current: Round) -> tuple[Round, Gl
     )
     pass_by(FailPoint.ROLLED_BACK)
     parts.book.abandon_round(current)
-    for one in happened:
-        parts.bus.publish(one)
     await drop_updates(parts, done_round=bad.round_number - 1)
-    latest = await parts.workers.in_store(parts.store.latest_round, bad.run_id)
+    latest = await parts.store.latest_round(bad.run_id)
     assert latest is not None
     base = await parts.workers.on_disk(
         parts.checkpoints.load, bad.base_digest, state_digest=bad.base_state_digest

@@ -35,7 +35,7 @@ from fedserver.service import start_server
 from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings, settings_begun_with
 from fedserver.spool import Spool
-from fedserver.store import Store
+from fedserver.store import AsyncStore, Store
 from fedserver.strategies import find_strategy
 from fedserver.strategies.local_rules import examine_model
 from fedserver.strategies.rows import Strategy
@@ -284,6 +284,7 @@ async def _serve(
     checkpoints = Checkpoints(state_dir / "models", prepared.kinds)
     clock = ServingClock()
     bus, book = EventBus(), OrderBook(clock)
+    recording = AsyncStore(store, workers=workers, publish=bus.publish)
     parts = Parts(
         settings=settings,
         run=run,
@@ -291,7 +292,7 @@ async def _serve(
         ties=prepared.ties,
         modules=prepared.modules,
         strategy=prepared.strategy,
-        store=store,
+        store=recording,
         spool=Spool(state_dir / "spool"),
         quarantine=QuarantineFolder(state_dir / "quarantine", max_bytes=settings.quarantine_bytes),
         checkpoints=checkpoints,
@@ -309,8 +310,7 @@ async def _serve(
             state_dir,
             min_free_bytes=settings.min_free_bytes,
             run_id=run.run_id,
-            store=store,
-            workers=workers,
+            store=recording,
             bus=bus,
             book=book,
         ),
@@ -369,23 +369,23 @@ async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:
     try:
         digest = await coordinator.complete()
     except RunFailed:
-        _, failure = await parts.workers.in_store(parts.store.last_failure, parts.run.run_id)
+        _, failure = await parts.store.last_failure(parts.run.run_id)
         await desk.finish(RunEnd(has_failed=True, failure=failure))
         raise
     # Killed here, the run is still open: started again it exports and ends it.
-    await coordinator.with_room(lambda: parts.workers.on_disk(_export, parts, digest))
+    await coordinator.with_room(functools.partial(_export, parts, digest))
     pass_by(FailPoint.RUN_EXPORTED)
     await coordinator.with_room(coordinator.end)
     await desk.finish(RunEnd(has_failed=False))
 
 
-def _export(parts: Parts, last_digest: str) -> None:
+async def _export(parts: Parts, last_digest: str) -> None:
     """Write the last model, and beside it the best one if that is another."""
     last = parts.settings.export or parts.settings.state_dir / "model.safetensors"
-    parts.checkpoints.export(last_digest, last)
-    best = parts.store.best_model(parts.run.run_id)
-    if best not in (None, last_digest):
-        parts.checkpoints.export(best, _beside(last))
+    await parts.workers.on_disk(parts.checkpoints.export, last_digest, last)
+    best_digest = await parts.store.best_model(parts.run.run_id)
+    if best_digest is not None and best_digest != last_digest:
+        await parts.workers.on_disk(parts.checkpoints.export, best_digest, _beside(last))
 
 
 def _show_end(parts: Parts) -> None:

@@ -213,8 +213,8 @@ def end_order(
     *,
     reason: str | None = None,
     kept_bytes: int = 0,
-) -> tuple[OrderState, Event | None]:
-    """Apply an event to an order with the update it rests on."""
+) -> tuple[OrderState, bool]:
+    """Apply an event to an order with the update it rests on; see `Store.end_order`."""
 
     def describe(state: OrderState, _: OrderEnd | None) -> Event:
         return make_event(f"update-{state.lower()}")

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from sqlalchemy import Connection
 from sqlalchemy.exc import DatabaseError, NoResultFound
 
+from fedserver.records import Event
 from fedserver.store import schema
 from fedserver.store.engine import BUSY_TIMEOUT_S, open_engine, stored_revision
 from shared.errors import (
@@ -20,6 +21,9 @@ from shared.errors import (
     WrongSettings,
 )
 from shared.files import out_of_files
+
+RECORDED = "recorded"
+"""Where a connection's `info` holds the list of the events that its transaction records."""
 
 _SHORT_LOG_BYTES = 1 << 20
 
@@ -36,6 +40,7 @@ class Database:
         if read_only and not path.exists():
             raise NotFound(f"there is no run in {path.parent}; check --state-dir")
         self._path = path
+        self._recorded: list[Event] = []
         self._copy: TemporaryDirectory[str] | None = None
         self._engine = open_engine(path, read_only=read_only)
         with self._errors_named():
@@ -152,8 +157,17 @@ class Database:
             OutOfSpace: the disk is full, or no further file can be opened; nothing was written.
             StorageDamaged: the file can't be read or written.
         """
-        with self._errors_named(), self._engine.begin() as connection:
-            yield connection
+        recorded: list[Event] = []
+        with self._errors_named():
+            with self._engine.begin() as connection:
+                connection.info[RECORDED] = recorded
+                yield connection
+            self._recorded += recorded
+
+    def take_recorded(self) -> list[Event]:
+        """Return the events recorded since the last call, in order; what was rolled back isn't."""
+        taken, self._recorded = self._recorded, []
+        return taken
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:

@@ -142,11 +142,11 @@ class Orders(Database):
         handed_out_at: float | None = None,
         answered_s: float | None = None,
         buffer_size: int = 0,
-    ) -> tuple[OrderState, Event | None]:
+    ) -> tuple[OrderState, bool]:
         """Apply STORE, REFUSE or MISS with the update it rests on, if the order is still open.
 
-        Returns the state the order is in afterwards and the event recorded, made by `describe` and
-        placed in the round that the update came into.
+        Returns the state the order is in afterwards and whether this call recorded the update, with
+        the event that `describe` makes, placed in the round that the update came into.
         Where the order had ended before, it stays as it is: a first update that came too late is
         put on record, and anything else changes nothing and is no event.
 
@@ -162,14 +162,14 @@ class Orders(Database):
             order = find_order(connection, received.order_id)
             state = order.state
             if order.digest is not None:
-                return state, None
+                return state, False
             at = time.time()
             came_into: tuple[int, int] | None = order.round_number, order.attempt
             if state is OrderState.OPEN:
                 if buffer_size:
                     came_into = _buffer(connection, run_id, order_event, buffer_size)
                 if came_into is None:
-                    return state, None
+                    return state, False
                 state = move_order(
                     connection,
                     received.order_id,
@@ -210,26 +210,26 @@ class Orders(Database):
                     reason=refusal.reason,
                 )
             add_events(connection, run_id, [happened])
-            return state, happened
+            return state, True
 
     def abandon_order(
         self, run_id: str, order_id: str, happened: Event, *, strikes: bool = False
-    ) -> Event | None:
-        """Give an open order up; returns the event recorded, None if it had ended.
+    ) -> bool:
+        """Give an open order up; returns whether it was still open.
 
         With `strikes` its client is suspended.
         """
         with self.writing() as connection:
             order = find_order(connection, order_id)
             if order.state is not OrderState.OPEN:
-                return None
+                return False
             move_order(connection, order_id, order.state, OrderEvent.ABANDON, ended_at=happened.at)
             if strikes:
                 happened = strike_client(
                     connection, run_id, happened, client_id=order.client_id, reason=happened.kind
                 )
             add_events(connection, run_id, [happened])
-            return happened
+            return True
 
     def stored_updates(self, collected: Round) -> list[StoredUpdate]:
         """Return what a round rests on, in the order of aggregation: by client id."""

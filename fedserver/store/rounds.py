@@ -78,16 +78,14 @@ class Rounds(Database):
             ).scalars()
             return [Phase(one) for one in phases]
 
-    def open_round(self, opened: Round, happened: Event, *, stale_before: int = 0) -> list[Event]:
+    def open_round(self, opened: Round, happened: Event, *, stale_before: int = 0) -> None:
         """Record a round that begins to collect, with its orders.
 
-        Orders given before round `stale_before` that are still open are LATE from here on. Returns
-        the events recorded: those of them, then `happened`.
+        Orders given before round `stale_before` that are still open are LATE from here on.
         """
         with self.writing() as connection:
-            stale = end_stale_orders(connection, opened, stale_before, at=happened.at)
+            end_stale_orders(connection, opened, stale_before, at=happened.at)
             insert_round(connection, opened, happened)
-        return [*stale, happened]
 
     def add_orders(self, collecting: Round, orders: Sequence[Order]) -> None:
         """Record further orders that are given in a round which collects.
@@ -153,15 +151,14 @@ class Rounds(Database):
         adjustments_after: Adjustments = NO_ADJUSTMENTS,
         exclusions: Sequence[Exclusion] = (),
         is_base_blamed: bool = False,
-    ) -> list[Event]:
+    ) -> None:
         """Give up an attempt; whatever it had stays recorded and counts for nothing.
 
         `is_base_blamed` says that the model it began with, the last DONE round's, is bad.
-        Returns the events recorded: those of the exclusions, then `happened`.
         """
         at = happened[0].at
         with self.writing() as connection:
-            excluded = exclude_orders(connection, failing, exclusions)
+            exclude_orders(connection, failing, exclusions)
             end_attempt(
                 *(connection, failing, RoundEvent.FAIL),
                 at=at,
@@ -175,7 +172,6 @@ class Rounds(Database):
                     .values(alarm=Cause.RECEIVED_MODEL)
                 )
             add_events(connection, failing.run_id, happened)
-        return [*excluded, *happened]
 
     def roll_back(
         self,
@@ -210,16 +206,15 @@ class Rounds(Database):
         exclusions: Sequence[Exclusion] = (),
         client_evaluation: Mapping[str, float] | None = None,
         stale_before: int = 0,
-    ) -> list[Event]:
+    ) -> None:
         """Record the next global model, the verdicts, the ledger's entry and the round after.
 
         With `next_round`, of which the last of `happened` tells, orders given before round
-        `stale_before` that are still open are LATE. Returns the events recorded: those of the
-        exclusions, then `happened`, with those of such orders before the last.
+        `stale_before` that are still open are LATE.
         """
         run_id, at = finishing.run_id, happened[0].at
         with self.writing() as connection:
-            excluded = exclude_orders(connection, finishing, exclusions)
+            exclude_orders(connection, finishing, exclusions)
             move_round(
                 connection,
                 finishing,
@@ -253,11 +248,10 @@ class Rounds(Database):
             )
             if next_round is None:
                 add_events(connection, run_id, happened)
-                return [*excluded, *happened]
+                return
             add_events(connection, run_id, happened[:-1])
-            stale = end_stale_orders(connection, next_round, stale_before, at=at)
+            end_stale_orders(connection, next_round, stale_before, at=at)
             insert_round(connection, next_round, happened[-1])
-        return [*excluded, *happened[:-1], *stale, happened[-1]]
 
     def record_evaluation(
         self,

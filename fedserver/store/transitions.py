@@ -36,6 +36,7 @@ from fedserver.rounds import (
 )
 from fedserver.standing import pause, strike
 from fedserver.store import schema
+from fedserver.store.database import RECORDED
 from fedserver.store.rows import read_standing
 from fedserver.store.run_clock import read_clock
 from shared.errors import NotFound
@@ -151,8 +152,8 @@ def end_attempt(
 
 def end_stale_orders(
     connection: Connection, opened: Round, stale_before: int, *, at: float
-) -> list[Event]:
-    """End the open orders given before a round; returns the events recorded, one each."""
+) -> None:
+    """End the open orders given before a round, each with an event."""
     table = schema.orders
     rows = connection.execute(
         select(table)
@@ -178,7 +179,6 @@ def end_stale_orders(
             )
         )
     add_events(connection, opened.run_id, happened)
-    return happened
 
 
 def move_orders(
@@ -275,9 +275,8 @@ def hold_update(
 
 def exclude_orders(
     connection: Connection, screened: Round, exclusions: Iterable[Exclusion]
-) -> list[Event]:
-    """Take stored updates out of their round; returns the events recorded."""
-    recorded = []
+) -> None:
+    """Take stored updates out of their round, each with its event."""
     for one in exclusions:
         order_id, reason = one.order_id, one.refusal.reason
         ended_at = one.happened.at
@@ -302,8 +301,6 @@ def exclude_orders(
             suspend=pause,
         )
         add_events(connection, screened.run_id, [happened])
-        recorded.append(happened)
-    return recorded
 
 
 def find_order(connection: Connection, order_id: str) -> OrderRecord:
@@ -368,6 +365,7 @@ def add_events(
 ) -> None:
     """Record events in their order."""
     for one in happened:
+        connection.info[RECORDED].append(one)
         connection.execute(
             insert(schema.events),
             {

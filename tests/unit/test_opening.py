@@ -15,7 +15,7 @@ from fedserver.quarantine import QuarantineFolder
 from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
 from fedserver.spool import Spool
-from fedserver.store import Store
+from fedserver.store import AsyncStore, Store
 from fedserver.strategies import find_strategy
 from fedserver.workers import Workers
 from shared.weights import entry_kinds
@@ -23,14 +23,13 @@ from tests.factories import make_event, make_limits, make_order, make_registrati
 from tests.tiny_task import tiny
 
 
-def make_parts(folder: Path, workers: Workers) -> Parts:
+def make_parts(folder: Path, workers: Workers, store: Store) -> Parts:
     """Return what a server of an asynchronous run rests on, whose first round collects."""
     settings = ServerSettings(
         task="tests.tiny_task:tiny", strategy="fedbuff", min_free_bytes=0, state_dir=folder
     )
     model = tiny.build_model()
     kinds = entry_kinds(model)
-    store = Store(folder / "federation.sqlite")
     run = store.begin_run(settings.run_settings())
     clock, bus = ServingClock(), EventBus()
     book, checkpoints = OrderBook(clock), Checkpoints(folder / "models", kinds)
@@ -38,6 +37,7 @@ def make_parts(folder: Path, workers: Workers) -> Parts:
     opened = make_round(run.run_id, clients=(0,), base_digest=base.digest)
     store.open_round(opened, make_event("round-opened"))
     order = make_order(opened.orders[0].order_id)
+    recording = AsyncStore(store, workers=workers, publish=bus.publish)
     book.open_round(opened, base=base, limits=make_limits(), orders=[order])
     return Parts(
         settings=settings,
@@ -46,7 +46,7 @@ def make_parts(folder: Path, workers: Workers) -> Parts:
         ties={},
         modules=set(),
         strategy=find_strategy(settings.run_settings()),
-        store=store,
+        store=recording,
         spool=Spool(folder / "spool"),
         quarantine=QuarantineFolder(folder / "quarantine", max_bytes=0),
         checkpoints=checkpoints,
@@ -59,8 +59,7 @@ def make_parts(folder: Path, workers: Workers) -> Parts:
             folder,
             min_free_bytes=0,
             run_id=run.run_id,
-            store=store,
-            workers=workers,
+            store=recording,
             bus=bus,
             book=book,
         ),
@@ -71,10 +70,10 @@ def test_a_client_that_comes_back_without_its_data_sizes_meanwhile_isnt_asked(
     tmp_path: Path,
 ) -> None:
     """While the store is asked, a process that served two clients is there again with one."""
-    workers = Workers()
+    workers, store = Workers(), Store(tmp_path / "federation.sqlite")
 
     async def give_more() -> set[int]:
-        parts = make_parts(tmp_path, workers)
+        parts = make_parts(tmp_path, workers, store)
         parts.sessions.register(make_registration(1, 2, num_examples=(10, 10)))
         parts.sessions.register(make_registration(3, instance_key="three", num_examples=(10,)))
 
@@ -83,10 +82,10 @@ def test_a_client_that_comes_back_without_its_data_sizes_meanwhile_isnt_asked(
 
         # The second one runs when the first one waits for the first time.
         await asyncio.gather(Opener(parts, tiny, tick_s=1).give_more(), come_back())
-        parts.store.close()
         return {one.order.client_id for one in parts.book.open_orders()}
 
     try:
         assert asyncio.run(give_more()) == {0, 3}
     finally:
         workers.close()
+        store.close()

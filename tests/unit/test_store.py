@@ -72,14 +72,12 @@ def test_an_update_is_recorded_with_its_order(store: Store) -> None:
     """STORE puts the update on record and moves the order; asked again, nothing more happens."""
     run, opened = begin_round(store)
     update = make_update(opened.orders[1].order_id, num_examples=7)
-    state, event = end_order(store, run, update)
-    assert state is OrderState.STORED
-    assert event is not None
+    assert end_order(store, run, update) == (OrderState.STORED, True)
     assert [one.update for one in store.stored_updates(opened)] == [update]
     record = store.find_order(update.order_id)
     assert (record.state, record.digest, record.client_id) == (OrderState.STORED, update.digest, 1)
     other = make_update(update.order_id, payload=b"other bytes")
-    assert end_order(store, run, other) == (OrderState.STORED, None)
+    assert end_order(store, run, other) == (OrderState.STORED, False)
     assert [one.update for one in store.stored_updates(opened)] == [update]
 
 
@@ -122,9 +120,11 @@ def test_an_update_that_comes_too_late_is_on_record_and_counts_for_nothing(store
     store.close_round(opened, make_event("round-closed"))
     assert states_of(store, opened) == [OrderState.STORED, OrderState.LATE]
     late = make_update(opened.orders[1].order_id)
-    state, event = end_order(store, run, late)
-    assert (state, event and event.kind) == (OrderState.LATE, "update-late")
-    assert end_order(store, run, late) == (OrderState.LATE, None)
+    store.take_recorded()
+    assert end_order(store, run, late) == (OrderState.LATE, True)
+    assert [event.kind for event in store.take_recorded()] == ["update-late"]
+    assert end_order(store, run, late) == (OrderState.LATE, False)
+    assert not store.take_recorded()
     assert [one.client_id for one in store.stored_updates(opened)] == [0]
     assert store.find_order(late.order_id).digest == late.digest
 
@@ -145,13 +145,13 @@ def test_of_two_threads_that_record_one_order_exactly_one_wins(store: Store) -> 
     """Real threads, one order, different bytes: one STORED with an event, the others nothing."""
     run, opened = begin_round(store, clients=range(20))
     for order in opened.orders:
-        results: list[tuple[OrderState, Event | None]] = []
+        results: list[tuple[OrderState, bool]] = []
         barrier = threading.Barrier(3)
 
         def record(
             payload: bytes,
             order_id: str = order.order_id,
-            found: list[tuple[OrderState, Event | None]] = results,
+            found: list[tuple[OrderState, bool]] = results,
             gate: threading.Barrier = barrier,
         ) -> None:
             update = make_update(order_id, payload=payload)
@@ -164,7 +164,7 @@ def test_of_two_threads_that_record_one_order_exactly_one_wins(store: Store) -> 
         for thread in threads:
             thread.join()
         assert [state for state, _ in results] == [OrderState.STORED] * 3
-        assert sum(event is not None for _, event in results) == 1
+        assert sum(is_recorded for _, is_recorded in results) == 1
     assert len(store.stored_updates(opened)) == 20
 
 
