@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from fedserver.admission import HEADER_SLACK_BYTES
-from fedserver.checkpoints import GlobalModel
+from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.events import event_of
-from fedserver.parts import Parts
 from fedserver.records import Event, Exclusion, Refusal, Round, StoredUpdate, json_number
+from fedserver.run_context import RunContext
 from fedserver.screening import Before, Outlier, outliers
+from fedserver.spool import Spool
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.buffers import Bounded
 from fedserver.strategies.packed import locate_packed
@@ -88,10 +89,13 @@ def _exclusion(closed: Round, found: Outlier) -> Exclusion:
 
 
 def reduce_updates(
-    parts: Parts,
+    context: RunContext,
     closed: Round,
     base: GlobalModel,
     counted: Sequence[StoredUpdate],
+    *,
+    spool: Spool,
+    checkpoints: Checkpoints,
 ) -> tuple[GlobalModel, list[Event]]:
     """Write the model, and the server state, that a strategy makes of a closed round's updates.
 
@@ -103,34 +107,34 @@ def reduce_updates(
         UnfitCohort: the strategy can't be applied to these updates.
         OutOfSpace: the disk is full; nothing is kept.
     """
-    strategy = parts.strategy
+    settings = context.run.settings
     cohort = Cohort(
         base=base.file,
         updates=[
             update_file(
-                parts.spool.path(one.update.order_id, one.update.digest),
+                spool.path(one.update.order_id, one.update.digest),
                 base=base.file,
-                kinds=parts.kinds,
-                compression=compression_of(parts.run.settings, one.update.encoding),
+                kinds=context.kinds,
+                compression=compression_of(settings, one.update.encoding),
                 sections=[(each.name, each.size_bytes) for each in one.update.sections],
                 num_examples=one.update.num_examples,
                 num_steps=one.update.num_steps,
                 global_loss=one.update.metrics.get("global_loss"),
-                own_base=None if one.own_base is None else parts.checkpoints.path(one.own_base),
+                own_base=None if one.own_base is None else checkpoints.path(one.own_base),
                 staleness=one.staleness,
             )
             for one in counted
         ],
-        kinds=parts.kinds,
-        seed=strategy_seed(parts.run.settings, closed.round_number, closed.attempt),
-        ties=parts.ties,
+        kinds=context.kinds,
+        seed=strategy_seed(settings, closed.round_number, closed.attempt),
+        ties=context.ties,
     )
     server_state = None if base.server_state is None else base.server_state.file
     bounded: list[Bounded] = []
-    model = parts.checkpoints.save(
+    model = checkpoints.save(
         base.file,
-        next_blocks(strategy, cohort, server_state, on_bounded=bounded.append),
-        state_layout=state_layout(strategy, cohort),
+        next_blocks(context.strategy, cohort, server_state, on_bounded=bounded.append),
+        state_layout=state_layout(context.strategy, cohort),
     )
     return model, _bounded_events(closed, [one.client_id for one in counted], bounded)
 

@@ -14,20 +14,17 @@ from functools import partial
 from typing import TypeVar
 
 from fedserver.aggregation import reduce_updates, screen
-from fedserver.checkpoints import GlobalModel, NonFiniteAggregate
+from fedserver.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
+from fedserver.disk import DiskWatch
+from fedserver.downloads import Downloads
 from fedserver.evaluation import Evaluations, Evaluator, may_be_repeated
 from fedserver.events import event_of
 from fedserver.numbers import numbers_text
 from fedserver.opening import Opener, opened_event
-from fedserver.parts import Parts
+from fedserver.orderbook import OrderBook
 from fedserver.patience import give_up_orders
-from fedserver.planning import (
-    participation,
-    plan_round,
-    stale_before,
-    standings_after,
-    updates_needed,
-)
+from fedserver.planning import stale_before, standings_after, updates_needed
+from fedserver.quarantine import QuarantineFolder
 from fedserver.records import NO_ADJUSTMENTS, Exclusion, Round, RunState
 from fedserver.recovery import damaged_updates, note_restart
 from fedserver.retention import drop_models, drop_updates
@@ -40,9 +37,14 @@ from fedserver.rounds import (
     due_of_buffer,
     shortfall,
 )
+from fedserver.run_context import RunContext
 from fedserver.screening import compared_rounds
+from fedserver.sessions import Sessions
+from fedserver.spool import Spool
 from fedserver.spread import client_events, summarise_clients
+from fedserver.store import AsyncStore
 from fedserver.strategies.rows import UnfitCohort
+from fedserver.workers import Workers
 from shared.errors import OutOfSpace, RunFailed, StorageDamaged
 from shared.failpoints import FailPoint, pass_by
 from shared.files import unusable
@@ -57,16 +59,58 @@ _MAX_TICK_S = 1.0
 class Coordinator:
     """Drives one run from its first round, or from where it was, to its end."""
 
-    def __init__(self, parts: Parts, *, task: Task, evaluator: Evaluator) -> None:
-        settings = parts.settings
-        self._parts = parts
+    def __init__(
+        self,
+        context: RunContext,
+        *,
+        task: Task,
+        evaluator: Evaluator,
+        sessions: Sessions,
+        book: OrderBook,
+        store: AsyncStore,
+        spool: Spool,
+        quarantine: QuarantineFolder,
+        checkpoints: Checkpoints,
+        downloads: Downloads,
+        disk: DiskWatch,
+        workers: Workers,
+    ) -> None:
+        settings = context.settings
+        self._context = context
         self._task = task
-        is_used = not (parts.strategy.is_personal or EntryKind.LOCAL in parts.kinds.values())
-        self._evaluations = Evaluations(parts, evaluator, raises_alarms=is_used)
-        self._is_asynchronous = parts.strategy.buffer_size > 0
+        self._sessions = sessions
+        self._book = book
+        self._store = store
+        self._spool = spool
+        self._quarantine = quarantine
+        self._checkpoints = checkpoints
+        self._downloads = downloads
+        self._disk = disk
+        self._workers = workers
+        is_used = not (context.strategy.is_personal or EntryKind.LOCAL in context.kinds.values())
+        self._evaluations = Evaluations(
+            evaluator,
+            max_rollbacks=settings.max_rollbacks,
+            raises_alarms=is_used,
+            store=store,
+            checkpoints=checkpoints,
+            book=book,
+            workers=workers,
+        )
         shortest_s = min(settings.stall_after, settings.first_step, settings.lease)
         self._tick_s = min(_MAX_TICK_S, shortest_s / 4)
-        self._opener = Opener(parts, task, tick_s=self._tick_s)
+        self._opener = Opener(
+            context,
+            task,
+            tick_s=self._tick_s,
+            sessions=sessions,
+            book=book,
+            store=store,
+            checkpoints=checkpoints,
+            downloads=downloads,
+            disk=disk,
+            workers=workers,
+        )
 
     async def complete(self) -> str:
         """Run every round that is left; returns the final model's digest.
@@ -79,7 +123,7 @@ class Coordinator:
             StorageUnusable: a file may not be used or isn't there; the run stays open.
             StorageDamaged: what the store or the folders hold isn't what was written.
         """
-        await self.with_room(partial(note_restart, self._parts))
+        await self.with_room(partial(note_restart, self._store, self._context.run_id))
         return await self.with_room(self._run_rounds)
 
     async def with_room(self, step: Callable[[], Awaitable[T]]) -> T:
@@ -94,19 +138,19 @@ class Coordinator:
             except (OutOfSpace, OSError) as error:
                 lasting = unusable(error) if isinstance(error, OSError) else None
                 if lasting is not None:
-                    await self._parts.disk.note_end("the round loop", lasting)
+                    await self._disk.note_end("the round loop", lasting)
                     raise lasting from error
-                await self._parts.disk.note_failure("the round loop", error)
+                await self._disk.note_failure("the round loop", error)
                 await asyncio.sleep(self._tick_s)
 
     async def end(self) -> None:
         """Record that the run is over."""
-        await self._parts.store.end_run(
-            self._parts.run.run_id,
+        await self._store.end_run(
+            self._context.run_id,
             RunState.FINISHED,
             event_of("run-finished"),
         )
-        self._parts.book.close_round()
+        self._book.close_round()
 
     # ---- steps
 
@@ -114,7 +158,8 @@ class Coordinator:
         current, base = await self._resume()
         while True:
             is_last = (
-                current.phase is Phase.DONE and current.round_number == self._parts.settings.rounds
+                current.phase is Phase.DONE
+                and current.round_number == self._context.settings.rounds
             )
             if is_last:
                 await self._evaluations.done()
@@ -122,7 +167,7 @@ class Coordinator:
                 current, base = await self._roll_back(bad, current)
             elif is_last:
                 # Its evaluation may have made another model the best.
-                await drop_models(self._parts, done_round=current.round_number)
+                await self._drop_models(done_round=current.round_number)
                 return base.digest
             elif current.phase is Phase.COLLECTING:
                 current = await self._collect(current)
@@ -136,11 +181,27 @@ class Coordinator:
         if not self._evaluations.has_alarm:
             return None
         self._evaluations.has_alarm = False
-        bad = await self._parts.store.alarmed_round(self._parts.run.run_id)
-        return bad if bad is not None and await may_be_repeated(self._parts, bad) else None
+        bad = await self._store.alarmed_round(self._context.run_id)
+        if bad is None:
+            return None
+        max_rollbacks = self._context.settings.max_rollbacks
+        is_next = await may_be_repeated(bad, store=self._store, max_rollbacks=max_rollbacks)
+        return bad if is_next else None
 
     async def _roll_back(self, bad: Round, current: Round) -> tuple[Round, GlobalModel]:
-        latest, base = await roll_back(self._parts, bad, current)
+        """Take the bad round's model back; returns the attempt to go on from, and its base."""
+        await roll_back(
+            bad,
+            current,
+            max_adjustments=self._context.settings.max_adjustments,
+            store=self._store,
+            book=self._book,
+        )
+        await self._drop_updates(done_round=bad.round_number - 1)
+        latest = await self._latest()
+        base = await self._workers.on_disk(
+            self._checkpoints.load, bad.base_digest, state_digest=bad.base_state_digest
+        )
         await self._opener.look_back()
         return latest, base
 
@@ -150,26 +211,32 @@ class Coordinator:
         Raises:
             StorageDamaged: the base model, or an update acknowledged, isn't what was written.
         """
-        on_disk = self._parts.workers.on_disk
-        store, run_id = self._parts.store, self._parts.run.run_id
+        on_disk = self._workers.on_disk
+        store, run_id = self._store, self._context.run_id
         latest = await store.latest_round(run_id)
         await self._opener.look_back()
         held = await store.held_updates()
-        await on_disk(self._parts.quarantine.tidy, held)
-        await drop_updates(self._parts, done_round=0 if latest is None else latest.round_number - 1)
+        await on_disk(self._quarantine.tidy, held)
+        await self._drop_updates(done_round=0 if latest is None else latest.round_number - 1)
         # One that was found before a restart may not have been acted on.
         self._evaluations.has_alarm = True
         if latest is None:
-            base = await first_model(self._parts, self._task, num_redraws=0)
+            base = await first_model(
+                self._task,
+                self._context.settings,
+                num_redraws=0,
+                checkpoints=self._checkpoints,
+                workers=self._workers,
+            )
             return await self._opener.open(1, base, NO_ADJUSTMENTS), base
         digest, state_digest = latest.base_digest, latest.base_state_digest
         if latest.phase is Phase.DONE:
             assert latest.model_digest is not None
             digest, state_digest = latest.model_digest, latest.state_digest
-        base = await on_disk(self._parts.checkpoints.load, digest, state_digest=state_digest)
+        base = await on_disk(self._checkpoints.load, digest, state_digest=state_digest)
         if latest.phase in (Phase.COLLECTING, Phase.AGGREGATING):
             stored = await store.stored_updates(latest)
-            damaged = await on_disk(damaged_updates, self._parts.spool, stored)
+            damaged = await on_disk(damaged_updates, self._spool, stored)
             if damaged:
                 latest = await self._give_up_damaged(latest, damaged)
         for done in await store.unevaluated_rounds(run_id):
@@ -181,7 +248,7 @@ class Coordinator:
 
     async def _give_up_damaged(self, latest: Round, damaged: list[str]) -> Round:
         """Fail the attempt whose updates are damaged, if that was asked for."""
-        if not self._parts.settings.give_up_damaged:
+        if not self._context.settings.give_up_damaged:
             raise StorageDamaged(
                 f"round {latest.round_number} can't go on: {'; '.join(damaged)}. Nothing was "
                 "deleted: restore the files from a copy, or start with --give-up-damaged to ask "
@@ -200,8 +267,8 @@ class Coordinator:
             RunFailed: the round has failed as often as it may.
         """
         number = ended.round_number + (ended.phase is Phase.DONE)
-        phases = await self._parts.store.phases_of(ended.run_id, number)
-        if phases.count(Phase.FAILED) >= self._parts.settings.max_attempts:
+        phases = await self._store.phases_of(ended.run_id, number)
+        if phases.count(Phase.FAILED) >= self._context.settings.max_attempts:
             await self._fail_run(ended)
         return await self._opener.open_next(ended, base, attempt=len(phases) + 1)
 
@@ -214,44 +281,50 @@ class Coordinator:
             # All orders are looked at: once a tick, not after each update that comes.
             if (now := time.monotonic()) - looked_at >= self._tick_s:
                 looked_at = now
-                await give_up_orders(self._parts)
-            if self._is_asynchronous:
+                await give_up_orders(
+                    self._context.settings,
+                    run_id=self._context.run_id,
+                    sessions=self._sessions,
+                    book=self._book,
+                    store=self._store,
+                )
+            if self._context.is_asynchronous:
                 due, reason = await self._due_of_buffer()
             else:
                 due, reason = self._due(current)
             if due is RoundEvent.CLOSE:
                 happened = event_of("round-closed", current)
                 pass_by(FailPoint.ROUND_CLOSING)
-                await self._parts.store.close_round(
+                await self._store.close_round(
                     current,
                     happened,
-                    carries_over=self._is_asynchronous,
+                    carries_over=self._context.is_asynchronous,
                 )
                 pass_by(FailPoint.ROUND_CLOSED)
                 break
             if due is RoundEvent.FAIL:
                 return await self._fail_for_want_of_updates(current, reason)
-            await self._parts.book.round_changed.wait(self._tick_s)
-        if self._is_asynchronous:
+            await self._book.round_changed.wait(self._tick_s)
+        if self._context.is_asynchronous:
             self._opener.note_stored()
-        self._parts.book.close_round(carries_over=self._is_asynchronous)
+        self._book.close_round(carries_over=self._context.is_asynchronous)
         return await self._latest()
 
     def _due(self, current: Round) -> tuple[RoundEvent | None, str]:
         """Return what is to happen to a round that collects, and why where it fails."""
-        settings, states = self._parts.settings, self._parts.book.states()
+        settings, states = self._context.settings, self._book.states()
         needed, deadline_s = updates_needed(settings, current), settings.round_deadline
         due = due_event(
             states,
             min_updates=needed,
             closes_early=settings.over_select > 1,
-            is_overdue=deadline_s is not None and self._parts.book.age_s() > deadline_s,
+            is_overdue=deadline_s is not None and self._book.age_s() > deadline_s,
         )
         return due, shortfall(states, needed) if due is RoundEvent.FAIL else ""
 
     async def _due_of_buffer(self) -> tuple[RoundEvent | None, str]:
         """Give further orders if the buffer isn't full; return what is to happen, and why."""
-        size, book = self._parts.strategy.buffer_size, self._parts.book
+        size, book = self._context.strategy.buffer_size, self._book
         # Once it is full, they are better given with the model that comes out of it.
         due = due_of_buffer(book.states(), buffer_size=size, can_go_on=True)
         if due is None:
@@ -269,7 +342,7 @@ class Coordinator:
         They are why if there would be enough updates without them. An asynchronous round asks
         further clients as long as it can, so in one any refusal is.
         """
-        orders, states = self._parts.book.orders(), self._parts.book.states()
+        orders, states = self._book.orders(), self._book.states()
         refused = {
             one.order.client_id: one.order.order_id
             for one in orders
@@ -278,19 +351,19 @@ class Coordinator:
         if not refused:
             return await self._fail_round(current, reason, failure=RunFailure.TOO_FEW_UPDATES)
         first = min(refused)
-        record = await self._parts.store.find_order(refused[first])
+        record = await self._store.find_order(refused[first])
         reason += f"; {_verdict_text('refused', refused, f'{record.reason}')}"
         num_without_end = len(states) - states.count(OrderState.ABANDONED)
-        is_why = self._is_asynchronous or num_without_end >= updates_needed(
-            self._parts.settings, current
+        is_why = self._context.is_asynchronous or num_without_end >= updates_needed(
+            self._context.settings, current
         )
         failure = RunFailure.UPDATES_REFUSED if is_why else RunFailure.TOO_FEW_UPDATES
         return await self._fail_round(current, reason, failure=failure)
 
     async def _aggregate(self, current: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
         """Make the next global model and open the round after it."""
-        settings, store, run_id = self._parts.settings, self._parts.store, current.run_id
-        on_disk = self._parts.workers.on_disk
+        settings, store, run_id = self._context.settings, self._store, current.run_id
+        on_disk = self._workers.on_disk
         # Nothing is to rest on a model that turns out to be bad.
         await self._evaluations.done()
         if self._evaluations.has_alarm:
@@ -302,14 +375,14 @@ class Coordinator:
             before=await store.counted_updates(
                 run_id, compared_rounds(current.round_number, stored)
             ),
-            settings=self._parts.run.settings,
+            settings=self._context.run.settings,
             base=base,
             trusted=await store.trusted_clients(run_id),
         )
         excluded = {one.order_id for one in exclusions}
         counted = [one for one in stored if one.update.order_id not in excluded]
         needed = min(settings.updates_needed, len(current.orders))
-        if len(counted) < (1 if self._is_asynchronous else needed):
+        if len(counted) < (1 if self._context.is_asynchronous else needed):
             reason = f"{len(excluded)} of {len(stored)} updates were excluded, too many to go on"
             if exclusions:
                 first = min(exclusions, key=lambda one: one.client_id)
@@ -320,7 +393,15 @@ class Coordinator:
             )
             return failed, base
         try:
-            model, bounded = await on_disk(reduce_updates, self._parts, current, base, counted)
+            model, bounded = await on_disk(
+                reduce_updates,
+                self._context,
+                current,
+                base,
+                counted,
+                spool=self._spool,
+                checkpoints=self._checkpoints,
+            )
         except (NonFiniteAggregate, UnfitCohort) as error:
             # Excluded they stay: the next attempt doesn't ask their clients.
             is_bad = isinstance(error, NonFiniteAggregate)
@@ -333,23 +414,24 @@ class Coordinator:
             )
             return failed, base
         pass_by(FailPoint.MODEL_WRITTEN)
-        if not self._is_asynchronous:
+        if not self._context.is_asynchronous:
             counted_last = {one.client_id: one.update.order_id for one in counted}
             self._opener.last_counted.update(counted_last)
-        follows = await consequences_of(self._parts, current, is_done=True)
+        follows = await consequences_of(self._context, current, store=store, is_done=True)
         following = None
         if current.round_number < settings.rounds:
             standings = await store.standings(run_id)
-            following = plan_round(
-                self._parts,
+            following = await self._opener.plan(
                 current.round_number + 1,
                 attempt=1 + len(await store.phases_of(run_id, current.round_number + 1)),
                 base=model,
                 adjustments=follows.adjustments,
                 standings=standings_after(
-                    standings, current, exclusions, {one.client_id for one in counted}
+                    standings,
+                    current,
+                    exclusions,
+                    {update.client_id for update in counted},
                 ),
-                past=await participation(self._parts),
             )
         told = summarise_clients(
             [one.update for one in counted if not one.staleness], holdout=settings.holdout
@@ -374,14 +456,14 @@ class Coordinator:
             happened=happened,
         )
         pass_by(FailPoint.ROUND_DONE)
-        if self._is_asynchronous and exclusions:
+        if self._context.is_asynchronous and exclusions:
             # They were taken to count when they were stored.
             await self._opener.look_back()
         if following is not None:
             await self._opener.hand_out(following, model)
-        await drop_updates(self._parts, done_round=current.round_number)
+        await self._drop_updates(done_round=current.round_number)
         await self._evaluations.start(current, model.digest)
-        await drop_models(self._parts, done_round=current.round_number)
+        await self._drop_models(done_round=current.round_number)
         return following or await self._latest(), model
 
     async def _fail_round(
@@ -394,12 +476,16 @@ class Coordinator:
         is_model_bad: bool = False,
     ) -> Round:
         follows = await consequences_of(
-            self._parts, current, is_done=False, is_model_bad=is_model_bad
+            self._context,
+            current,
+            store=self._store,
+            is_done=False,
+            is_model_bad=is_model_bad,
         )
         happened = event_of(
             IncidentKind.ROUND_FAILED, current, is_incident=True, reason=reason, failure=failure
         )
-        await self._parts.store.fail_round(
+        await self._store.fail_round(
             current,
             [happened, *follows.happened],
             adjustments_after=follows.adjustments,
@@ -407,25 +493,46 @@ class Coordinator:
             is_base_blamed=follows.is_base_blamed,
         )
         pass_by(FailPoint.ROUND_FAILED)
-        self._parts.book.abandon_round(current)
-        if self._is_asynchronous:
+        self._book.abandon_round(current)
+        if self._context.is_asynchronous:
             await self._opener.look_back()
         self._evaluations.has_alarm |= follows.is_base_blamed
-        await drop_updates(self._parts, done_round=current.round_number - 1)
+        await self._drop_updates(done_round=current.round_number - 1)
         return await self._latest()
+
+    async def _drop_updates(self, *, done_round: int) -> None:
+        await drop_updates(
+            self._context,
+            done_round=done_round,
+            book=self._book,
+            store=self._store,
+            spool=self._spool,
+            quarantine=self._quarantine,
+            workers=self._workers,
+        )
+
+    async def _drop_models(self, *, done_round: int) -> None:
+        await drop_models(
+            self._context,
+            done_round=done_round,
+            store=self._store,
+            checkpoints=self._checkpoints,
+            downloads=self._downloads,
+            workers=self._workers,
+        )
 
     async def _fail_run(self, current: Round) -> None:
         happened = event_of("run-failed", current, is_incident=True)
-        await self._parts.store.end_run(self._parts.run.run_id, RunState.FAILED, happened)
-        reason, _ = await self._parts.store.last_failure(self._parts.run.run_id)
+        await self._store.end_run(self._context.run_id, RunState.FAILED, happened)
+        reason, _ = await self._store.last_failure(self._context.run_id)
         raise RunFailed(
-            f"round {current.round_number} failed {self._parts.settings.max_attempts} times, the "
+            f"round {current.round_number} failed {self._context.settings.max_attempts} times, the "
             f"last time because of this: {reason}. See more with `python -m fedserver history "
-            f"--state-dir {self._parts.settings.state_dir}`"
+            f"--state-dir {self._context.settings.state_dir}`"
         )
 
     async def _latest(self) -> Round:
-        latest = await self._parts.store.latest_round(self._parts.run.run_id)
+        latest = await self._store.latest_round(self._context.run_id)
         assert latest is not None
         return latest
 

@@ -4,17 +4,27 @@ A client that leaves is neither chosen nor waited for until it registers again, 
 it did what a client should do. See Leave in federation.proto.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from fedserver.events import event_of
-from fedserver.orderbook import OpenOrder
-from fedserver.parts import Parts
+from fedserver.orderbook import OpenOrder, OrderBook
 from fedserver.records import Session
+from fedserver.sessions import Sessions
+from fedserver.store import AsyncStore
 from shared.failpoints import FailPoint, pass_by
 from shared.types import IncidentKind, Leave, LeaveReason
 
 
-async def leave(parts: Parts, session: Session, said: Leave) -> None:
+async def leave(
+    session: Session,
+    said: Leave,
+    *,
+    run_id: str,
+    require_all: bool,
+    sessions: Sessions,
+    book: OrderBook,
+    store: AsyncStore,
+) -> None:
     """Let clients of a session go: end their open orders, but for those that are still awaited.
 
     An order is awaited whose client is coming back, or has its update durably; under --require-all
@@ -23,64 +33,79 @@ async def leave(parts: Parts, session: Session, said: Leave) -> None:
     leaving = set(session.client_ids)
     if said.client_ids:
         leaving &= set(said.client_ids)
-    waits_for_ever = parts.settings.require_all and (
-        said.coming_back or said.reason is LeaveReason.STOPPED
-    )
-    orders = [one for one in parts.book.open_orders() if one.order.client_id in leaving]
+    waits_for_ever = require_all and (said.coming_back or said.reason is LeaveReason.STOPPED)
+    orders = [order for order in book.open_orders() if order.order.client_id in leaving]
     awaited = [
-        one
-        for one in orders
-        if waits_for_ever or said.coming_back or one.order.order_id in said.kept_order_ids
+        order
+        for order in orders
+        if waits_for_ever or said.coming_back or order.order.order_id in said.kept_order_ids
     ]
-    expected = leaving if waits_for_ever else {one.order.client_id for one in awaited}
+    expected = leaving if waits_for_ever else {order.order.client_id for order in awaited}
     # From here on they count as gone, and this call alone ends their orders.
-    parts.sessions.leave(leaving, expected=leaving)
-    ended = [one for one in orders if one not in awaited]
+    sessions.leave(leaving, expected=leaving)
+    ended = [order for order in orders if order not in awaited]
     fields = {"reason": said.reason, **({"coming_back": True} if said.coming_back else {})}
-    for one in ended:
-        await end_order(parts, one, **fields)
-    others = sorted(leaving - {one.order.client_id for one in ended})
+    for order in ended:
+        await end_order(order, fields, run_id=run_id, book=book, store=store)
+    others = sorted(leaving - {order.order.client_id for order in ended})
     if others:
-        happened = event_of(
+        left = event_of(
             IncidentKind.CLIENT_LEFT,
-            parts.book.latest,
+            book.latest,
             client_id=others[0] if len(others) == 1 else None,
             is_incident=True,
             **({"clients": others} if len(others) > 1 else {}),
             **fields,
         )
-        await parts.store.add_events(parts.run.run_id, [happened])
+        await store.add_events(run_id, [left])
     # Whoever has registered meanwhile is back.
-    await _take_out(
-        parts, {one for one in leaving - expected if parts.sessions.away_s(one) is not None}
-    )
+    gone = {client for client in leaving - expected if sessions.away_s(client) is not None}
+    await _take_out(gone, run_id=run_id, sessions=sessions, store=store)
 
 
-async def end_order(parts: Parts, order: OpenOrder, **fields: object) -> None:
+async def end_order(
+    order: OpenOrder,
+    fields: Mapping[str, object],
+    *,
+    run_id: str,
+    book: OrderBook,
+    store: AsyncStore,
+) -> None:
     """End an open order whose client has left; `fields` belong to the event."""
-    happened = event_of(
+    left = event_of(
         IncidentKind.CLIENT_LEFT,
-        parts.book.latest,
+        book.latest,
         client_id=order.order.client_id,
         is_incident=True,
         **fields,
     )
     order_id = order.order.order_id
-    was_open = await parts.store.abandon_order(parts.run.run_id, order_id, happened)
+    was_open = await store.abandon_order(run_id, order_id, left)
     pass_by(FailPoint.ORDER_ABANDONED)
     if was_open:
-        parts.book.forget(order_id)
+        book.forget(order_id)
 
 
-async def stop_expecting(parts: Parts, order: OpenOrder, away_s: float) -> None:
+async def stop_expecting(
+    order: OpenOrder,
+    away_s: float,
+    *,
+    run_id: str,
+    sessions: Sessions,
+    book: OrderBook,
+    store: AsyncStore,
+) -> None:
     """End an order whose client said that it would be back, and isn't."""
-    await _take_out(parts, {order.order.client_id})
-    await end_order(parts, order, reason="did not come back", away_s=away_s)
+    await _take_out({order.order.client_id}, run_id=run_id, sessions=sessions, store=store)
+    fields = {"reason": "did not come back", "away_s": away_s}
+    await end_order(order, fields, run_id=run_id, book=book, store=store)
 
 
-async def _take_out(parts: Parts, client_ids: Collection[int]) -> None:
-    changed, ended = parts.sessions.leave(client_ids)
+async def _take_out(
+    client_ids: Collection[int], *, run_id: str, sessions: Sessions, store: AsyncStore
+) -> None:
+    changed, ended = sessions.leave(client_ids)
     for session in changed:
-        await parts.store.save_session(parts.run.run_id, session)
+        await store.save_session(run_id, session)
     for session_id in ended:
-        await parts.store.remove_session(session_id)
+        await store.remove_session(session_id)

@@ -9,11 +9,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from fedserver.aggregation import run_compression
 from fedserver.departures import leave
 from fedserver.diagnoses import diagnosis_fields
+from fedserver.disk import DiskWatch
+from fedserver.downloads import Downloads
 from fedserver.events import event_of
 from fedserver.intake import Intake
-from fedserver.parts import Parts
+from fedserver.orderbook import OrderBook
 from fedserver.records import Event, OrderRecord, Session, json_number
 from fedserver.rounds import OrderState
+from fedserver.run_context import RunContext
+from fedserver.sessions import Sessions
+from fedserver.store import AsyncStore
 from shared.diagnosis import Origin
 from shared.errors import (
     FederationError,
@@ -57,9 +62,24 @@ _GOING_ON = (OrderState.OPEN, OrderState.STORED)
 class Desk:
     """Answers clients. Every method may be called again with the same arguments."""
 
-    def __init__(self, parts: Parts, intake: Intake) -> None:
-        self._parts = parts
+    def __init__(
+        self,
+        context: RunContext,
+        *,
+        sessions: Sessions,
+        book: OrderBook,
+        store: AsyncStore,
+        intake: Intake,
+        downloads: Downloads,
+        disk: DiskWatch,
+    ) -> None:
+        self._context = context
+        self._sessions = sessions
+        self._book = book
+        self._store = store
         self._intake = intake
+        self._downloads = downloads
+        self._disk = disk
         self._run_end: RunEnd | None = None
         self._is_stopping = False
         self._told: set[str] = set()
@@ -71,50 +91,50 @@ class Desk:
             WrongSettings: the client insists on another task.
             InvalidInput, ClientIdTaken, StateDirCopied: see `Sessions.register`.
         """
-        settings = self._parts.settings
+        settings = self._context.settings
         if registration.task and registration.task != settings.task:
             raise WrongSettings(
                 f"this run's task is {settings.task!r}, the client insists on "
                 f"{registration.task!r}; start it with --task {settings.task}, or the server"
                 f" with --task {registration.task}"
             )
-        has_live_holder = self._parts.sessions.has_live_holder
+        has_live_holder = self._sessions.has_live_holder
         was_live = any(map(has_live_holder, registration.client_ids))
         try:
-            session, replaced = self._parts.sessions.register(registration)
+            session, replaced = self._sessions.register(registration)
         except StateDirCopied:
             # Only what ended a session is an incident: the other process is told the same.
             if was_live and not any(map(has_live_holder, registration.client_ids)):
                 await self._note_copy(registration.client_ids)
             raise
         for session_id in replaced:
-            await self._parts.store.remove_session(session_id)
-        await self._parts.store.save_session(self._parts.run.run_id, session)
+            await self._store.remove_session(session_id)
+        await self._store.save_session(self._context.run_id, session)
         return SessionInfo(
             session_id=session.session_id,
-            run_id=self._parts.run.run_id,
+            run_id=self._context.run_id,
             task=settings.task,
             partitioning=settings.partitioning,
             max_wait_s=_MAX_WAIT_S,
             lease_s=settings.lease,
             total_rounds=settings.rounds,
             compression=self._compression_for(registration),
-            entry_kinds=self._parts.kinds,
+            entry_kinds=self._context.kinds,
         )
 
     async def _note_copy(self, client_ids: Sequence[int]) -> None:
         happened = event_of(
             IncidentKind.STATE_DIR_COPIED,
-            self._parts.book.latest,
+            self._book.latest,
             client_id=client_ids[0] if len(client_ids) == 1 else None,
             is_incident=True,
             **({"clients": sorted(client_ids)} if len(client_ids) > 1 else {}),
         )
-        await self._parts.store.add_events(self._parts.run.run_id, [happened])
+        await self._store.add_events(self._context.run_id, [happened])
 
     def _compression_for(self, registration: Registration) -> Compression:
         """Return how a client is to compress: not at all if it can't, its updates are as good."""
-        compression = run_compression(self._parts.run.settings)
+        compression = run_compression(self._context.run.settings)
         if compression.encoding in (Encoding.STATE_DICT, *registration.capabilities):
             return compression
         logger.info(
@@ -132,29 +152,29 @@ class Desk:
         """
         # A parked client is a live one: the lease is renewed at both ends of the wait, so the wait
         # must be shorter than it.
-        deadline = time.monotonic() + min(wait_s, _MAX_WAIT_S, self._parts.settings.lease / 2)
+        deadline = time.monotonic() + min(wait_s, _MAX_WAIT_S, self._context.settings.lease / 2)
         while True:
-            session = self._parts.sessions.touch(session_id)
+            session = self._sessions.touch(session_id)
             if self._is_stopping:
                 raise ServerUnreachable("the server is stopping; it goes on when started again")
             if self._run_end is not None:
                 self._told.add(session_id)
                 return Work(state=WorkState.FINISHED, run_end=self._run_end)
-            client_ids = self._parts.sessions.ids_here(session)
-            if (order := self._parts.book.open_order_of(client_ids)) is not None:
-                return Work(state=WorkState.ORDER, order=self._parts.book.hand_out(order))
+            client_ids = self._sessions.ids_here(session)
+            if (order := self._book.open_order_of(client_ids)) is not None:
+                return Work(state=WorkState.ORDER, order=self._book.hand_out(order))
             remaining_s = deadline - time.monotonic()
-            if remaining_s <= 0 or not await self._parts.book.work_changed.wait(remaining_s):
-                self._parts.sessions.touch(session_id)
+            if remaining_s <= 0 or not await self._book.work_changed.wait(remaining_s):
+                self._sessions.touch(session_id)
                 return Work(state=WorkState.WAIT, waiting=self._waiting())
 
     def _waiting(self) -> Waiting:
         """Return why there is no order yet."""
-        current, here = self._parts.book.current, self._parts.book.clients_here
+        current, here = self._book.current, self._book.clients_here
         if current is not None:
             return Waiting(round_number=current.record.round_number)
         if here is not None:
-            needed = self._parts.settings.clients_needed
+            needed = self._context.settings.clients_needed
             return Waiting(clients_here=here, clients_needed=needed)
         return Waiting()
 
@@ -167,19 +187,19 @@ class Desk:
         write: Callable[[bytes], Awaitable[None]],
     ) -> None:
         """Write a blob's framed chunks; each one that leaves is progress of the session's order."""
-        session = self._parts.sessions.touch(session_id)
+        session = self._sessions.touch(session_id)
 
         def note(note_for_order: Callable[[str], None]) -> None:
-            self._parts.sessions.touch(session_id)
-            if (order := self._parts.book.open_order_of(session.client_ids)) is not None:
+            self._sessions.touch(session_id)
+            if (order := self._book.open_order_of(session.client_ids)) is not None:
                 note_for_order(order.order.order_id)
 
-        await self._parts.downloads.send(
+        await self._downloads.send(
             digest,
             offset=offset,
             write=write,
-            on_progress=functools.partial(note, self._parts.book.note_bytes),
-            on_waiting=functools.partial(note, self._parts.book.note_waiting),
+            on_progress=functools.partial(note, self._book.note_bytes),
+            on_waiting=functools.partial(note, self._book.note_waiting),
         )
 
     async def committed_bytes(
@@ -217,30 +237,28 @@ class Desk:
         Raises:
             InvalidInput: a diagnosis names what the task's model doesn't have; nothing is noted.
         """
-        if not incidents and not gave_up and (found := self._parts.book.find(order_id)) is not None:
+        if not incidents and not gave_up and (found := self._book.find(order_id)) is not None:
             # The way of nearly all reports: nothing to ask the store for.
-            self._examine_holder(
-                self._parts.sessions.touch(session_id), found.order.client_id, order_id
-            )
-            self._parts.book.advance(order_id, counters)
+            self._examine_holder(self._sessions.touch(session_id), found.order.client_id, order_id)
+            self._book.advance(order_id, counters)
             return None if found.state in _GOING_ON else await self._order_end(order_id)
         for _, incident in incidents:
             if incident.diagnosis is not None:
                 self._examine_names(incident.diagnosis.origin)
         record = await self._find_order(session_id, order_id)
-        self._parts.book.advance(order_id, counters)
+        self._book.advance(order_id, counters)
         for sequence, incident in incidents:
             happened = _incident_event(
                 incident,
-                self._parts.kinds,
-                place=self._parts.book.happens_in(record),
+                self._context.kinds,
+                place=self._book.happens_in(record),
                 client_id=record.client_id,
             )
-            await self._parts.store.add_events(
+            await self._store.add_events(
                 record.run_id, [happened], report_key=f"{order_id}#{sequence}"
             )
         if gave_up:
-            round_number, attempt = self._parts.book.happens_in(record)
+            round_number, attempt = self._book.happens_in(record)
             happened = Event(
                 kind="order-given-up",
                 at=time.time(),
@@ -248,10 +266,10 @@ class Desk:
                 attempt=attempt,
                 client_id=record.client_id,
             )
-            was_open = await self._parts.store.abandon_order(record.run_id, order_id, happened)
+            was_open = await self._store.abandon_order(record.run_id, order_id, happened)
             pass_by(FailPoint.ORDER_ABANDONED)
             if was_open:
-                self._parts.book.settle(order_id, OrderState.ABANDONED)
+                self._book.settle(order_id, OrderState.ABANDONED)
         return await self._order_end(order_id)
 
     async def answer_for(self, call: str, error: Exception) -> FederationError:
@@ -263,9 +281,9 @@ class Desk:
             error = exhaustion(error) or error
         if isinstance(error, FederationError) and error.status != FederationError.status:
             if isinstance(error, OutOfSpace):
-                await self._parts.disk.note_failure(call, error)
+                await self._disk.note_failure(call, error)
             return error
-        await self._parts.disk.note_failure(call, error)
+        await self._disk.note_failure(call, error)
         return FederationError(
             f"the server failed in {call} in a way that it doesn't foresee; its log says more, and "
             "the call may be repeated later"
@@ -277,46 +295,55 @@ class Desk:
         Raises:
             UnknownSession: they have left already, or register in another run.
         """
-        await leave(self._parts, self._parts.sessions.touch(session_id), said)
+        await leave(
+            self._sessions.touch(session_id),
+            said,
+            run_id=self._context.run_id,
+            require_all=self._context.settings.require_all,
+            sessions=self._sessions,
+            book=self._book,
+            store=self._store,
+        )
 
     async def finish(self, run_end: RunEnd) -> None:
         """Tell every live client how the run ended; returns when they know or time is up."""
         self._run_end = run_end
-        self._parts.book.work_changed.notify()
-        deadline = time.monotonic() + self._parts.settings.farewell
-        while self._parts.sessions.live_sessions() - self._told and time.monotonic() < deadline:
+        self._book.work_changed.notify()
+        deadline = time.monotonic() + self._context.settings.farewell
+        while self._sessions.live_sessions() - self._told and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
     def stop(self) -> None:
         """Send parked calls away: the server is about to end."""
         self._is_stopping = True
-        self._parts.book.work_changed.notify()
+        self._book.work_changed.notify()
 
     async def _find_order(self, session_id: str, order_id: str) -> OrderRecord:
-        session = self._parts.sessions.touch(session_id)
-        record = self._parts.book.open_record(order_id)
+        session = self._sessions.touch(session_id)
+        record = self._book.open_record(order_id)
         if record is None:
-            record = await self._parts.store.find_order(order_id)
+            record = await self._store.find_order(order_id)
         self._examine_holder(session, record.client_id, order_id)
         return record
 
     async def _order_end(self, order_id: str) -> OrderEnd | None:
-        return await self._parts.store.find_order_end(order_id)
+        return await self._store.find_order_end(order_id)
 
     def _examine_holder(self, session: Session, client_id: int, order_id: str) -> None:
         if client_id not in session.client_ids:
             raise NotFound(f"order {order_id!r} isn't one of this session's")
 
     def _examine_names(self, origin: Origin) -> None:
-        if origin.module not in self._parts.modules:
+        task = self._context.settings.task
+        if origin.module not in self._context.modules:
             raise InvalidInput(
-                f"a diagnosis names a module that the model of task {self._parts.settings.task!r} "
+                f"a diagnosis names a module that the model of task {task!r} "
                 "doesn't have; both sides need the same version of the task"
             )
-        if origin.tensor and origin.tensor not in self._parts.kinds:
+        if origin.tensor and origin.tensor not in self._context.kinds:
             raise InvalidInput(
                 "a diagnosis names a tensor that isn't in the state_dict of task "
-                f"{self._parts.settings.task!r}; both sides need the same version of the task"
+                f"{task!r}; both sides need the same version of the task"
             )
 
 

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from fedserver.alarm import find_alarm
+from fedserver.checkpoints import Checkpoints
 from fedserver.events import event_of
-from fedserver.parts import Parts
+from fedserver.orderbook import OrderBook
 from fedserver.records import Round
 from fedserver.rounds import Phase
+from fedserver.store import AsyncStore
+from fedserver.workers import Workers
 from shared.codec import load_state_into
 from shared.data import make_loader
 from shared.errors import InvalidInput
@@ -114,9 +117,23 @@ class Evaluator:
 class Evaluations:
     """Evaluates models beside the round that collects; at most one evaluation is behind."""
 
-    def __init__(self, parts: Parts, evaluator: Evaluator, *, raises_alarms: bool = True) -> None:
-        self._parts = parts
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        *,
+        max_rollbacks: int,
+        raises_alarms: bool,
+        store: AsyncStore,
+        checkpoints: Checkpoints,
+        book: OrderBook,
+        workers: Workers,
+    ) -> None:
+        self._max_rollbacks = max_rollbacks
         self._raises_alarms = raises_alarms
+        self._store = store
+        self._checkpoints = checkpoints
+        self._book = book
+        self._workers = workers
         self._evaluator = evaluator
         self._evaluating: asyncio.Task[None] | None = None
         self.has_alarm = False
@@ -136,8 +153,8 @@ class Evaluations:
 
     async def _evaluate(self, evaluated: Round, digest: str) -> None:
         try:
-            found = await self._parts.workers.on_disk(
-                self._evaluator.evaluate, self._parts.checkpoints.path(digest)
+            found = await self._workers.on_disk(
+                self._evaluator.evaluate, self._checkpoints.path(digest)
             )
         except EvaluationStopped:
             return
@@ -153,10 +170,12 @@ class Evaluations:
                 "class_accuracy": class_accuracies(found.confusion),
                 "confusion": found.confusion.tolist(),
             }
-        before = await self._parts.store.good_evaluations(evaluated.run_id)
+        before = await self._store.good_evaluations(evaluated.run_id)
         alarm = find_alarm(fields | by_class, before) if self._raises_alarms else None
         reason = None if alarm is None else alarm.reason
-        if alarm is not None and not await may_be_repeated(self._parts, evaluated):
+        if alarm is not None and not await may_be_repeated(
+            evaluated, store=self._store, max_rollbacks=self._max_rollbacks
+        ):
             reason = f"{alarm.reason}; it stands, --max-rollbacks allows no more repetitions"
         happened = event_of(
             "evaluated" if alarm is None else IncidentKind.EVALUATION_COLLAPSED,
@@ -165,7 +184,7 @@ class Evaluations:
             reason=reason,
             **fields,
         )
-        await self._parts.store.record_evaluation(
+        await self._store.record_evaluation(
             evaluated,
             fields | by_class,
             happened,
@@ -174,13 +193,13 @@ class Evaluations:
         if alarm is not None:
             pass_by(FailPoint.ALARM_RECORDED)
             self.has_alarm = True
-            self._parts.book.round_changed.notify()
+            self._book.round_changed.notify()
 
 
-async def may_be_repeated(parts: Parts, bad: Round) -> bool:
-    """Whether a round may be rolled back and repeated once more because its model is bad."""
-    phases = await parts.store.phases_of(bad.run_id, bad.round_number)
-    return phases.count(Phase.ROLLED_BACK) < parts.settings.max_rollbacks
+async def may_be_repeated(bad: Round, *, store: AsyncStore, max_rollbacks: int) -> bool:
+    """Return whether a round may be repeated once more because its model is bad."""
+    phases = await store.phases_of(bad.run_id, bad.round_number)
+    return phases.count(Phase.ROLLED_BACK) < max_rollbacks
 
 
 def class_accuracies(confusion: torch.Tensor) -> list[float | None]:

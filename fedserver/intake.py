@@ -20,13 +20,16 @@ from fedserver.admission import (
 )
 from fedserver.aggregation import compression_of, update_file
 from fedserver.fairness import NewestStreams, Places
-from fedserver.orderbook import OpenRound
-from fedserver.parts import Parts
+from fedserver.orderbook import OpenRound, OrderBook
+from fedserver.quarantine import QuarantineFolder
 from fedserver.records import Event, OrderRecord, Refusal
 from fedserver.retention import evict_updates
 from fedserver.rounds import OrderEvent, OrderState
-from fedserver.spool import UpdateStream
+from fedserver.run_context import RunContext
+from fedserver.spool import Spool, UpdateStream
+from fedserver.store import AsyncStore
 from fedserver.strategies.step import control_layout
+from fedserver.workers import Workers
 from shared.errors import (
     CorruptPayload,
     InvalidInput,
@@ -71,19 +74,33 @@ class _OrderEnded(Exception):
 class Intake:
     """Takes updates in; one for the whole server."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._places = Places(parts.settings.max_uploads)
+    def __init__(
+        self,
+        context: RunContext,
+        *,
+        book: OrderBook,
+        store: AsyncStore,
+        spool: Spool,
+        quarantine: QuarantineFolder,
+        workers: Workers,
+    ) -> None:
+        self._context = context
+        self._book = book
+        self._store = store
+        self._spool = spool
+        self._quarantine = quarantine
+        self._workers = workers
+        self._places = Places(context.settings.max_uploads)
         self._newest = NewestStreams(1)
         # A stream nothing comes from gives its place to others; the client resumes it.
-        self._idle_s = parts.settings.stall_after
+        self._idle_s = context.settings.stall_after
         self._bytes_since_tidying = 0
 
     def committed_bytes(self, record: OrderRecord, digest: str) -> tuple[int, bool]:
         """Return how much of a payload has arrived and whether its update is recorded."""
         if record.digest == digest:
             return 0, True
-        return self._parts.spool.committed_bytes(record.order_id, digest), False
+        return self._spool.committed_bytes(record.order_id, digest), False
 
     async def receive(
         self,
@@ -106,7 +123,7 @@ class Intake:
         """
         if record.state is not OrderState.OPEN:
             return await self._answer_ended(record, update)
-        order = self._parts.book.find(update.order_id)
+        order = self._book.find(update.order_id)
         if order is None:
             return await self._answer_ended_meanwhile(update)
         try:
@@ -139,22 +156,22 @@ class Intake:
 
         def note_waiting() -> None:
             self._examine_open(order_id)
-            self._parts.book.note_waiting(order_id)
+            self._book.note_waiting(order_id)
 
         async with self._places.hold(every_s=self._idle_s / 4, while_waiting=note_waiting):
             self._examine_open(order_id)
             yield
 
     def _examine_open(self, order_id: str) -> None:
-        if self._parts.book.open_record(order_id) is None:
+        if self._book.open_record(order_id) is None:
             raise _OrderEnded
 
     @asynccontextmanager
     async def _stream(self, update: ClientUpdate, *, offset: int) -> AsyncIterator[UpdateStream]:
         """Hold the open file of an update; see `Spool.open_stream`."""
-        on_disk = self._parts.workers.on_disk
+        on_disk = self._workers.on_disk
         opened = ExitStack()
-        stream = self._parts.spool.open_stream(update.order_id, update.digest, offset=offset)
+        stream = self._spool.open_stream(update.order_id, update.digest, offset=offset)
         opening = asyncio.ensure_future(on_disk(opened.enter_context, stream))
         try:
             yield await asyncio.shield(opening)
@@ -181,8 +198,8 @@ class Intake:
                             f"order {update.order_id}: the stream holds more than the "
                             f"{update.size_bytes} bytes that its header says"
                         )
-                    await self._parts.workers.on_disk(stream.append, chunk)
-                    self._parts.book.note_bytes(update.order_id)
+                    await self._workers.on_disk(stream.append, chunk)
+                    self._book.note_bytes(update.order_id)
                     is_enough = stream.offset - counted >= self._idle_s * _LEAST_BYTES_PER_S
                     if is_enough or not self._places.are_wanted:
                         patience.reschedule(clock() + self._idle_s)
@@ -202,7 +219,7 @@ class Intake:
     async def _accept(
         self, record: OrderRecord, update: ClientUpdate, stream: UpdateStream, given_in: OpenRound
     ) -> UploadAnswer:
-        settled = await self._parts.workers.on_disk(self._settle_bytes, update, stream, given_in)
+        settled = await self._workers.on_disk(self._settle_bytes, update, stream, given_in)
         if isinstance(settled, Refusal):
             return await self._end(
                 record, update, OrderEvent.REFUSE, refusal=settled, stream=stream
@@ -210,7 +227,7 @@ class Intake:
         self._bytes_since_tidying += update.size_bytes
         if self._bytes_since_tidying > _TIDYING_BYTES:
             self._bytes_since_tidying = 0
-            await self._parts.workers.on_disk(return_free_pages)
+            await self._workers.on_disk(return_free_pages)
         pass_by(FailPoint.UPDATE_DURABLE)
         return await self._end(record, update, OrderEvent.STORE, stream=stream, delta_norm=settled)
 
@@ -219,14 +236,14 @@ class Intake:
     ) -> float | Refusal:
         """Return the norm of a good update's delta, durable by then, or why it isn't one."""
         if stream.digest() != update.digest:
-            self._parts.spool.discard(stream)
+            self._spool.discard(stream)
             raise CorruptPayload(
                 f"order {update.order_id}: the bytes don't match digest {update.digest}; "
                 "they were dropped, send the payload again from byte 0"
             )
         examined = self._examine(update, stream, given_in)
         if not isinstance(examined, Refusal):
-            self._parts.spool.make_durable(stream)
+            self._spool.make_durable(stream)
         return examined
 
     def _examine(
@@ -238,21 +255,21 @@ class Intake:
             received = update_file(
                 stream.path,
                 base=given_in.base.file,
-                kinds=self._parts.kinds,
-                compression=compression_of(self._parts.run.settings, update.encoding),
+                kinds=self._context.kinds,
+                compression=compression_of(self._context.run.settings, update.encoding),
                 sections=[(one.name, one.size_bytes) for one in update.sections],
                 num_examples=update.num_examples,
             )
             if CONTROL_SECTION in received.others:
                 examine_control(
                     received.others[CONTROL_SECTION],
-                    expected=control_layout(given_in.base.file.layout, self._parts.kinds),
+                    expected=control_layout(given_in.base.file.layout, self._context.kinds),
                     limits=given_in.limits,
                 )
             return examine_content(
                 received,
                 base=given_in.base.file,
-                kinds=self._parts.kinds,
+                kinds=self._context.kinds,
                 limits=given_in.limits,
             )
         except UpdateRefused as error:
@@ -300,7 +317,7 @@ class Intake:
 
         if order_event is not OrderEvent.STORE:
             update = _without_names_of_its_own(update)
-        open_order = self._parts.book.find(update.order_id)
+        open_order = self._book.find(update.order_id)
         handed_out_at = None if open_order is None else open_order.handed_out_at
         answered_s = (
             None
@@ -308,8 +325,8 @@ class Intake:
             else time.monotonic() - open_order.handed_out_s
         )
         while True:
-            collecting = self._parts.book.current
-            state, is_recorded = await self._parts.store.end_order(
+            collecting = self._book.current
+            state, is_recorded = await self._store.end_order(
                 record.run_id,
                 update,
                 order_event,
@@ -319,19 +336,19 @@ class Intake:
                 kept_bytes=0 if stream is None else stream.offset,
                 handed_out_at=handed_out_at,
                 answered_s=answered_s,
-                buffer_size=self._parts.strategy.buffer_size,
+                buffer_size=self._context.strategy.buffer_size,
             )
             if state is not OrderState.OPEN:
                 break
             # The buffer is full: this one belongs into the next, which opens in a moment. It isn't
             # the client that is slow.
-            self._parts.book.note_waiting(update.order_id)
-            if self._parts.book.current is collecting:
-                await self._parts.book.work_changed.wait(self._idle_s / 4)
+            self._book.note_waiting(update.order_id)
+            if self._book.current is collecting:
+                await self._book.work_changed.wait(self._idle_s / 4)
         pass_by(FailPoint.UPDATE_RECORDED)
-        self._parts.book.settle(update.order_id, state)
+        self._book.settle(update.order_id, state)
         if not is_recorded:
-            record = await self._parts.store.find_order(update.order_id)
+            record = await self._store.find_order(update.order_id)
             if record.digest == update.digest and record.state not in _GOOD:
                 # An older stream of the same bytes was recorded; this one holds their file.
                 await self._hold(update, stream)
@@ -343,23 +360,23 @@ class Intake:
         return UploadAnswer(receipt=_ANSWERS[state], reason=refusal.reason if refusal else "")
 
     async def _late_answer(self, update: ClientUpdate) -> UploadAnswer:
-        order_end = await self._parts.store.find_order_end(update.order_id)
+        order_end = await self._store.find_order_end(update.order_id)
         return UploadAnswer(receipt=Receipt.LATE, order_end=order_end)
 
     async def _hold(self, update: ClientUpdate, stream: UpdateStream | None) -> None:
         """Move the bytes of an update that is kept out into the quarantine."""
         if stream is None:
             return
-        quarantine, on_disk = self._parts.quarantine, self._parts.workers.on_disk
+        quarantine, on_disk = self._quarantine, self._workers.on_disk
         path = quarantine.path(update.order_id, update.digest)
         # A newer stream that has taken the file over does it, or the end of the round.
         with suppress(StreamFenced):
-            await on_disk(self._parts.spool.hand_over, stream, path)
-        await evict_updates(self._parts)
+            await on_disk(self._spool.hand_over, stream, path)
+        await evict_updates(store=self._store, quarantine=quarantine, workers=self._workers)
 
     async def _answer_ended_meanwhile(self, update: ClientUpdate) -> UploadAnswer:
         """Answer a stream whose order isn't open in the book any more, as the store has it."""
-        record = await self._parts.store.find_order(update.order_id)
+        record = await self._store.find_order(update.order_id)
         if record.state is OrderState.OPEN:
             raise ServerUnreachable(f"order {update.order_id}: the round is changing; try again")
         return await self._answer_ended(record, update)
@@ -390,7 +407,7 @@ class Intake:
             is_incident=True,
             fields={"first": record.digest, "second": update.digest},
         )
-        await self._parts.store.add_events(
+        await self._store.add_events(
             record.run_id, [happened], report_key=f"{update.order_id}=contradicted"
         )
 

@@ -1,25 +1,33 @@
 """An attempt at a round is opened: once there are clients enough, recorded, then handed out."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
-from fedserver.checkpoints import GlobalModel
+from fedserver.checkpoints import Checkpoints, GlobalModel
+from fedserver.disk import DiskWatch
+from fedserver.downloads import Downloads
 from fedserver.events import event_of
 from fedserver.numbers import numbers_text
-from fedserver.orderbook import OpenRound
-from fedserver.parts import Parts
+from fedserver.orderbook import OpenRound, OrderBook
 from fedserver.planning import (
+    Clients,
     admission_limits,
     idle_clients,
-    participation,
     plan_more,
     plan_round,
+    rests_on_past,
     stale_before,
     work_orders,
 )
-from fedserver.records import Adjustments, Event, Round
+from fedserver.records import Adjustments, Event, Round, Standing
 from fedserver.rollback import first_model
 from fedserver.rounds import OrderState, Phase
+from fedserver.run_context import RunContext
+from fedserver.sampling import Participation
+from fedserver.sessions import Sessions
+from fedserver.store import AsyncStore
+from fedserver.workers import Workers
 from shared.failpoints import FailPoint, pass_by
 from shared.tasks import Task
 from shared.types import WorkOrder
@@ -30,10 +38,30 @@ logger = logging.getLogger(__name__)
 class Opener:
     """Opens attempts and hands their orders out; knows which order of each client counted last."""
 
-    def __init__(self, parts: Parts, task: Task, *, tick_s: float) -> None:
-        self._parts = parts
+    def __init__(
+        self,
+        context: RunContext,
+        task: Task,
+        *,
+        tick_s: float,
+        sessions: Sessions,
+        book: OrderBook,
+        store: AsyncStore,
+        checkpoints: Checkpoints,
+        downloads: Downloads,
+        disk: DiskWatch,
+        workers: Workers,
+    ) -> None:
+        self._context = context
         self._task = task
         self._tick_s = tick_s
+        self._sessions = sessions
+        self._book = book
+        self._store = store
+        self._checkpoints = checkpoints
+        self._downloads = downloads
+        self._disk = disk
+        self._workers = workers
         self.last_counted: dict[int, str] = {}
 
     async def look_back(self) -> None:
@@ -42,9 +70,9 @@ class Opener:
         In an asynchronous run a client gets an order before it is known whether its last one
         counts: a stored one is as good.
         """
-        self.last_counted = await self._parts.store.last_counted_orders(
-            self._parts.run.run_id,
-            stored_too=self._parts.strategy.buffer_size > 0,
+        self.last_counted = await self._store.last_counted_orders(
+            self._context.run_id,
+            stored_too=self._context.is_asynchronous,
         )
 
     async def open_next(
@@ -53,7 +81,13 @@ class Opener:
         """Open the attempt that follows one that has ended, and return it with its base."""
         adjustments = ended.adjustments_after
         if adjustments.num_redraws > ended.adjustments.num_redraws:
-            base = await first_model(self._parts, self._task, num_redraws=adjustments.num_redraws)
+            base = await first_model(
+                self._task,
+                self._context.settings,
+                num_redraws=adjustments.num_redraws,
+                checkpoints=self._checkpoints,
+                workers=self._workers,
+            )
         number = ended.round_number + (ended.phase is Phase.DONE)
         return await self.open(number, base, adjustments, attempt=attempt), base
 
@@ -62,38 +96,80 @@ class Opener:
     ) -> Round:
         """Wait until there are clients enough, then open the round."""
         said: set[int] | None = None
-        run_id = self._parts.run.run_id
         while True:
-            await self._parts.disk.tell()
-            standings = await self._parts.store.standings(run_id)
-            planned = plan_round(
-                *(self._parts, round_number),
+            await self._disk.tell()
+            planned = await self.plan(
+                round_number,
                 attempt=attempt,
                 base=base,
                 adjustments=adjustments,
-                standings=standings,
-                past=await participation(self._parts),
+                standings=await self._store.standings(self._context.run_id),
             )
             if planned is not None:
                 break
-            here = self._parts.sessions.ready_clients(only_live=True)
-            needed = self._parts.settings.clients_needed
-            self._parts.book.clients_here = len(here) if len(here) < needed else None
-            if here != said and not self._parts.disk.is_low():
+            here = self._sessions.ready_clients(only_live=True)
+            needed = self._context.settings.clients_needed
+            self._book.clients_here = len(here) if len(here) < needed else None
+            if here != said and not self._disk.is_low():
                 gone = f"; gone: client {numbers_text(said - here)}" if said and said - here else ""
                 logger.info("waiting for clients: %d of %d are here%s", len(here), needed, gone)
                 said = here
-            await self._parts.sessions.changed.wait(self._tick_s)
-        self._parts.book.clients_here = None
+            await self._sessions.changed.wait(self._tick_s)
+        self._book.clients_here = None
         happened = opened_event(planned)
-        await self._parts.store.open_round(
+        await self._store.open_round(
             planned,
             happened,
-            stale_before=stale_before(self._parts.settings, round_number),
+            stale_before=stale_before(self._context.settings, round_number),
         )
         pass_by(FailPoint.ROUND_OPENED)
         await self.hand_out(planned, base)
         return planned
+
+    async def plan(
+        self,
+        round_number: int,
+        *,
+        attempt: int,
+        base: GlobalModel,
+        adjustments: Adjustments,
+        standings: Mapping[int, Standing],
+    ) -> Round | None:
+        """Return the round to open, or None while there are too few clients or too little disk."""
+        past = await self._past()
+        if self._disk.is_low():
+            return None
+        return plan_round(
+            self._context,
+            round_number,
+            attempt=attempt,
+            base=base,
+            adjustments=adjustments,
+            clients=self._clients(
+                standings, past, only_live=not self._context.settings.require_all
+            ),
+        )
+
+    def _clients(
+        self,
+        standings: Mapping[int, Standing],
+        past: Mapping[int, Participation],
+        *,
+        only_live: bool = True,
+    ) -> Clients:
+        """Return who may be asked now: clients come and go while the store is awaited."""
+        return Clients(
+            ready=self._sessions.ready_clients(only_live=only_live),
+            num_examples=self._sessions.data_sizes(),
+            orders=self._book.orders(),
+            standings=standings,
+            past=past,
+        )
+
+    async def _past(self) -> Mapping[int, Participation]:
+        if not rests_on_past(self._context.settings):
+            return {}
+        return await self._store.participation(self._context.run_id)
 
     async def hand_out(self, opened: Round, base: GlobalModel) -> None:
         """Give the orders of a round that is recorded to those who ask.
@@ -102,13 +178,15 @@ class Opener:
             StorageDamaged: a model that orders of earlier rounds began with isn't what was written.
             NotFound: it is gone.
         """
-        is_asynchronous = self._parts.strategy.buffer_size > 0
+        is_asynchronous = self._context.is_asynchronous
         carried_over = await self._carried_over(opened) if is_asynchronous else []
-        self._parts.downloads.publish(base.digest)
-        self._parts.book.open_round(
+        self._downloads.publish(base.digest)
+        self._book.open_round(
             opened,
             base=base,
-            limits=admission_limits(self._parts.settings, opened, strategy=self._parts.strategy),
+            limits=admission_limits(
+                self._context.settings, opened, strategy=self._context.strategy
+            ),
             orders=self._work_orders(opened, base),
             carried_over=carried_over,
         )
@@ -118,55 +196,59 @@ class Opener:
 
         Returns whether its buffer can still be filled: somebody is at work, or may come.
         """
-        parts, book = self._parts, self._parts.book
+        book = self._book
         assert book.current is not None
-        most = parts.settings.concurrency
+        most = self._context.settings.concurrency
         # Again and again, since somebody may have become idle meanwhile.
         while not most or len(book.open_orders()) < most:
-            if not idle_clients(parts):
+            here = self._sessions.ready_clients(only_live=True)
+            if self._disk.is_low() or not idle_clients(here, book.orders()):
                 break
             record, base = book.current.record, book.current.base
-            standings = await parts.store.standings(record.run_id)
-            past = await participation(parts)
-            more = plan_more(parts, standings=standings, past=past)
+            standings = await self._store.standings(record.run_id)
+            past = await self._past()
+            if self._disk.is_low():
+                break
+            more = plan_more(self._context, record, self._clients(standings, past))
             if not more:
                 break
-            await parts.store.add_orders(record, more)
+            await self._store.add_orders(record, more)
             self.note_stored()
             book.add_orders(
                 replace(record, orders=(*record.orders, *more)),
                 self._work_orders(replace(record, orders=more), base),
             )
-        is_anybody_here = bool(parts.sessions.ready_clients(only_live=True))
-        return bool(book.open_orders()) or not is_anybody_here or parts.disk.is_low()
+        is_anybody_here = bool(self._sessions.ready_clients(only_live=True))
+        return bool(book.open_orders()) or not is_anybody_here or self._disk.is_low()
 
     def note_stored(self) -> None:
         """Take over from the order book whose orders were stored in an asynchronous round."""
-        for one in self._parts.book.orders():
+        for one in self._book.orders():
             if one.state is OrderState.STORED:
                 self.last_counted[one.order.client_id] = one.order.order_id
 
     def _work_orders(self, opened: Round, base: GlobalModel) -> list[WorkOrder]:
         return work_orders(
-            *(self._parts.settings, opened, base, self.last_counted),
-            local=self._parts.strategy.local,
+            *(self._context.settings, opened, base, self.last_counted),
+            local=self._context.strategy.local,
         )
 
     async def _carried_over(self, opened: Round) -> list[tuple[OpenRound, list[WorkOrder]]]:
-        parts = self._parts
         known = {
             (one.given_in.record.round_number, one.given_in.record.attempt): one.given_in
-            for one in parts.book.orders()
+            for one in self._book.orders()
         }
         found = []
-        for record in await parts.store.carried_over(opened):
+        for record in await self._store.carried_over(opened):
             given_in = known.get((record.round_number, record.attempt))
             if given_in is None:
-                base = await parts.workers.on_disk(parts.checkpoints.load, record.base_digest)
+                base = await self._workers.on_disk(self._checkpoints.load, record.base_digest)
                 given_in = OpenRound(
                     record=record,
                     base=base,
-                    limits=admission_limits(parts.settings, record, strategy=parts.strategy),
+                    limits=admission_limits(
+                        self._context.settings, record, strategy=self._context.strategy
+                    ),
                     # Nobody asks how long ago: only the round that collects has a deadline.
                     opened_at=0.0,
                 )

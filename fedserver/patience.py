@@ -25,10 +25,11 @@ from enum import StrEnum
 
 from fedserver.departures import end_order, stop_expecting
 from fedserver.events import event_of
-from fedserver.orderbook import OpenOrder
-from fedserver.parts import Parts
+from fedserver.orderbook import OpenOrder, OrderBook
 from fedserver.rounds import OrderState
+from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
+from fedserver.store import AsyncStore
 from shared.failpoints import FailPoint, pass_by
 from shared.types import IncidentKind, WorkOrder
 
@@ -157,74 +158,81 @@ def work_of(order: WorkOrder, *, num_examples: int) -> Work:
     )
 
 
-async def give_up_orders(parts: Parts) -> None:
+async def give_up_orders(
+    settings: ServerSettings,
+    *,
+    run_id: str,
+    sessions: Sessions,
+    book: OrderBook,
+    store: AsyncStore,
+) -> None:
     """End the open orders whose clients are late, lost, or have left."""
-    book, sessions, settings = parts.book, parts.sessions, parts.settings
     patience = patience_of(settings)
     busy = {
-        sessions.holder_of(one.order.client_id)
-        for one in book.open_orders()
-        if one.handed_out_at is not None
+        sessions.holder_of(order.order.client_id)
+        for order in book.open_orders()
+        if order.handed_out_at is not None
     }
     for order in book.open_orders():
         client_id = order.order.client_id
         if (holder := sessions.holder_of(client_id)) is None:
-            await end_order(parts, order, reason="not here any more")
+            fields = {"reason": "not here any more"}
+            await end_order(order, fields, run_id=run_id, book=book, store=store)
             continue
         if settings.require_all:
             continue
         if (away_s := sessions.away_s(client_id)) is not None:
             if away_s > settings.lease:
-                await stop_expecting(parts, order, away_s)
+                await stop_expecting(
+                    order, away_s, run_id=run_id, sessions=sessions, book=book, store=store
+                )
             continue
         if order.handed_out_at is None and holder in busy:
             book.note_waiting(order.order.order_id)
-        if (why := _lateness_of(parts, order, patience)) is not None:
-            await _abandon(parts, order, why)
+        if (why := _lateness_of(order, patience, sessions=sessions, book=book)) is not None:
+            await _abandon(order, why, run_id=run_id, book=book, store=store)
 
 
-def _lateness_of(parts: Parts, order: OpenOrder, patience: Patience) -> Lateness | None:
+def _lateness_of(
+    order: OpenOrder, patience: Patience, *, sessions: Sessions, book: OrderBook
+) -> Lateness | None:
     client_id = order.order.client_id
-    idle_s = parts.book.idle_s(order)
+    idle_s = book.idle_s(order)
     if order.handed_out_at is None:
         return find_loss(
-            is_session_live=parts.sessions.has_live_holder(client_id),
+            is_session_live=sessions.has_live_holder(client_id),
             waiting_s=idle_s,
             patience=patience,
         )
     return find_lateness(
         Progress(
-            silent_s=min(idle_s, parts.sessions.silent_s(client_id)),
+            silent_s=min(idle_s, sessions.silent_s(client_id)),
             idle_s=idle_s,
-            total_s=parts.book.total_s(order),
+            total_s=book.total_s(order),
             longest_step_s=order.longest_step_s,
         ),
-        work_of(order.order, num_examples=parts.sessions.num_examples_of(client_id)),
+        work_of(order.order, num_examples=sessions.num_examples_of(client_id)),
         patience,
     )
 
 
-async def _abandon(parts: Parts, order: OpenOrder, why: Lateness) -> None:
+async def _abandon(
+    order: OpenOrder, why: Lateness, *, run_id: str, book: OrderBook, store: AsyncStore
+) -> None:
     """End an order without an update, suspend its client, and record why."""
-    current = parts.book.current
-    assert current is not None
+    assert book.current is not None
     is_lost = why in (Lateness.GONE, Lateness.NEVER_PULLED)
-    happened = event_of(
+    given_up = event_of(
         IncidentKind.CLIENT_LOST if is_lost else IncidentKind.CLIENT_STALLED,
-        current.record,
+        book.current.record,
         client_id=order.order.client_id,
         is_incident=True,
         why=why,
-        idle_s=parts.book.idle_s(order),
-        **({"total_s": parts.book.total_s(order)} if why is Lateness.TOO_LONG else {}),
+        idle_s=book.idle_s(order),
+        **({"total_s": book.total_s(order)} if why is Lateness.TOO_LONG else {}),
     )
     order_id = order.order.order_id
-    was_open = await parts.store.abandon_order(
-        parts.run.run_id,
-        order_id,
-        happened,
-        strikes=True,
-    )
+    was_open = await store.abandon_order(run_id, order_id, given_up, strikes=True)
     pass_by(FailPoint.ORDER_ABANDONED)
     if was_open:
-        parts.book.settle(order_id, OrderState.ABANDONED)
+        book.settle(order_id, OrderState.ABANDONED)

@@ -3,15 +3,16 @@
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fedserver.adjustments import adjusted
 from fedserver.admission import AdmissionLimits
 from fedserver.aggregation import run_compression
 from fedserver.checkpoints import GlobalModel
-from fedserver.parts import Parts
+from fedserver.orderbook import OpenOrder
 from fedserver.records import Adjustments, Exclusion, Order, Round, Standing
 from fedserver.rounds import OrderState, Phase
+from fedserver.run_context import RunContext
 from fedserver.sampling import (
     RESTS_ON_THE_PAST,
     Candidate,
@@ -26,48 +27,56 @@ from shared.seeds import derive_seed
 from shared.types import CONTROL_SECTION, MODEL_SECTION, Section, WorkOrder
 
 
-async def participation(parts: Parts) -> Mapping[int, Participation]:
-    """Return what clients have done so far, where the cohort is chosen by it; else nothing."""
-    if parts.settings.cohort not in RESTS_ON_THE_PAST:
-        return {}
-    return await parts.store.participation(parts.run.run_id)
+@dataclass(frozen=True, kw_only=True)
+class Clients:
+    """What a cohort is chosen by: who is here at this moment, and what is known of them.
+
+    `num_examples` holds the size of each client's data, `orders` those of the round that collects;
+    `past` may be empty where the cohort doesn't rest on it (see `rests_on_past`).
+    """
+
+    ready: Set[int]
+    num_examples: Mapping[int, int]
+    orders: Sequence[OpenOrder]
+    standings: Mapping[int, Standing]
+    past: Mapping[int, Participation]
+
+
+def rests_on_past(settings: ServerSettings) -> bool:
+    """Return whether cohorts are chosen by what clients have done so far."""
+    return settings.cohort in RESTS_ON_THE_PAST
 
 
 def plan_round(
-    parts: Parts,
+    context: RunContext,
     round_number: int,
     *,
     attempt: int,
     base: GlobalModel,
     adjustments: Adjustments,
-    standings: Mapping[int, Standing],
-    past: Mapping[int, Participation],
+    clients: Clients,
 ) -> Round | None:
-    """Return the round to open, or None while there are too few clients or too little disk."""
-    settings = parts.settings
-    candidates = parts.sessions.ready_clients(only_live=not settings.require_all)
-    if len(candidates) < settings.clients_needed or parts.disk.is_low():
+    """Return the round to open, or None while there are too few clients."""
+    settings, run_id = context.settings, context.run_id
+    if len(clients.ready) < settings.clients_needed:
         return None
-    at_work = _carried_clients(parts, round_number)
+    at_work = _carried_clients(settings, clients.orders, round_number)
     eligible = eligible_clients(
-        candidates - at_work,
-        standings,
+        clients.ready - at_work,
+        clients.standings,
         round_number=round_number,
         num_needed=max(settings.min_clients, settings.updates_needed) - len(at_work),
     )
-    place = {"round_number": round_number, "attempt": attempt}
     cohort = _chosen(
-        parts,
+        settings,
         eligible,
-        size=_num_wanted(parts, len(at_work), of=len(eligible)),
-        seed=cohort_seed(settings.seed, **place),
-        past=past,
+        clients,
+        size=_num_wanted(context, len(at_work), of=len(eligible)),
+        seed=cohort_seed(settings.seed, round_number=round_number, attempt=attempt),
     )
     if settings.straggler_work == "none":
-        late = set(draw_stragglers(cohort, settings, **place))
-        cohort = tuple(one for one in cohort if one not in late) or cohort[:1]
-    run_id = parts.run.run_id
-    sizes = parts.sessions.data_sizes()
+        late = draw_stragglers(cohort, settings, round_number=round_number, attempt=attempt)
+        cohort = tuple(client_id for client_id in cohort if client_id not in late) or cohort[:1]
     return Round(
         run_id=run_id,
         round_number=round_number,
@@ -80,76 +89,71 @@ def plan_round(
         adjustments=adjustments,
         orders=tuple(
             Order(
-                order_id=_order_id(run_id, round_number, attempt, one),
-                client_id=one,
-                num_examples=sizes[one],
+                order_id=_order_id(run_id, round_number, attempt, client_id),
+                client_id=client_id,
+                num_examples=clients.num_examples[client_id],
             )
-            for one in cohort
+            for client_id in cohort
         ),
     )
 
 
-def idle_clients(parts: Parts) -> set[int]:
-    """Return whom an asynchronous round that collects may give a further order.
+def idle_clients(ready: Set[int], orders: Sequence[OpenOrder]) -> Set[int]:
+    """Return the ready clients that an asynchronous round may give another order.
 
-    They are there, not at work, and none of their orders has ended in the round without an update.
+    They aren't at work, and none of their orders has ended in the round without an update.
     """
-    if parts.disk.is_low():
-        return set()
-    busy = {
-        one.order.client_id for one in parts.book.orders() if one.state is not OrderState.STORED
+    return ready - {
+        order.order.client_id for order in orders if order.state is not OrderState.STORED
     }
-    return parts.sessions.ready_clients(only_live=True) - busy
 
 
-def plan_more(
-    parts: Parts,
-    *,
-    standings: Mapping[int, Standing],
-    past: Mapping[int, Participation],
-) -> tuple[Order, ...]:
+def plan_more(context: RunContext, collecting: Round, clients: Clients) -> tuple[Order, ...]:
     """Return the orders to give beside those at work, so that they are --concurrency.
 
-    Whom it asks is idle at this moment: clients come and go while a caller waits for the store.
     A client gets a second one in a round only where nobody is idle of whom no update is in it yet.
     """
-    assert parts.book.current is not None
-    record = parts.book.current.record
+    settings = context.settings
     eligible = eligible_clients(
-        idle_clients(parts), standings, round_number=record.round_number, num_needed=0
+        idle_clients(clients.ready, clients.orders),
+        clients.standings,
+        round_number=collecting.round_number,
+        num_needed=0,
     )
     has_given = {
-        one.order.client_id for one in parts.book.orders() if one.state is OrderState.STORED
+        order.order.client_id for order in clients.orders if order.state is OrderState.STORED
     }
-    num_open = len(parts.book.open_orders())
+    num_open = sum(order.state is OrderState.OPEN for order in clients.orders)
     chosen: list[int] = []
     for group in (eligible - has_given, eligible & has_given):
         chosen += _chosen(
-            parts,
+            settings,
             group,
-            size=_num_wanted(parts, num_open + len(chosen), of=len(group)),
+            clients,
+            size=_num_wanted(context, num_open + len(chosen), of=len(group)),
             # Of every draw another one: so many orders were given before it.
             seed=derive_seed(
-                parts.settings.seed,
+                settings.seed,
                 "refill",
-                round_number=record.round_number,
-                attempt=record.attempt,
-                client_id=len(record.orders) + len(chosen),
+                round_number=collecting.round_number,
+                attempt=collecting.attempt,
+                client_id=len(collecting.orders) + len(chosen),
             ),
-            past=past,
         )
-    num_before = Counter(one.client_id for one in record.orders)
-    sizes = parts.sessions.data_sizes()
+    num_before = Counter(order.client_id for order in collecting.orders)
     return tuple(
         Order(
             order_id=_order_id(
-                *(record.run_id, record.round_number, record.attempt, one),
-                sequence=num_before[one] + 1,
+                collecting.run_id,
+                collecting.round_number,
+                collecting.attempt,
+                client_id,
+                sequence=num_before[client_id] + 1,
             ),
-            client_id=one,
-            num_examples=sizes[one],
+            client_id=client_id,
+            num_examples=clients.num_examples[client_id],
         )
-        for one in chosen
+        for client_id in chosen
     )
 
 
@@ -158,41 +162,43 @@ def stale_before(settings: ServerSettings, round_number: int) -> int:
     return 0 if settings.max_staleness is None else round_number - settings.max_staleness
 
 
-def _carried_clients(parts: Parts, round_number: int) -> set[int]:
-    """Return the clients whose orders go on in a round that is to open."""
-    oldest = stale_before(parts.settings, round_number)
+def _carried_clients(
+    settings: ServerSettings, orders: Sequence[OpenOrder], round_number: int
+) -> set[int]:
+    """Return the clients whose open orders go on in a round that is to open."""
+    oldest = stale_before(settings, round_number)
     return {
-        one.order.client_id for one in parts.book.open_orders() if one.order.round_number >= oldest
+        order.order.client_id
+        for order in orders
+        if order.state is OrderState.OPEN and order.order.round_number >= oldest
     }
 
 
-def _num_wanted(parts: Parts, num_open: int, *, of: int) -> int:
+def _num_wanted(context: RunContext, num_open: int, *, of: int) -> int:
     """Return how many clients to ask beside those at work."""
-    settings = parts.settings
-    most = settings.concurrency if parts.strategy.buffer_size else settings.cohort_size
+    settings = context.settings
+    most = settings.concurrency if context.is_asynchronous else settings.cohort_size
     return max(0, min(of, most - num_open)) if most else of
 
 
 def _chosen(
-    parts: Parts,
-    clients: Set[int],
-    *,
-    size: int,
-    seed: int,
-    past: Mapping[int, Participation],
+    settings: ServerSettings, eligible: Set[int], clients: Clients, *, size: int, seed: int
 ) -> tuple[int, ...]:
     if not size:
         return ()
-    sizes = parts.sessions.data_sizes()
     return choose_cohort(
         [
-            Candidate(client_id=one, num_examples=sizes[one], past=past.get(one, Participation()))
-            for one in clients
+            Candidate(
+                client_id=client_id,
+                num_examples=clients.num_examples[client_id],
+                past=clients.past.get(client_id, Participation()),
+            )
+            for client_id in eligible
         ],
         size=size,
         seed=seed,
-        cohort=parts.settings.cohort,
-        num_drawn=parts.settings.cohort_candidates,
+        cohort=settings.cohort,
+        num_drawn=settings.cohort_candidates,
     )
 
 

@@ -3,28 +3,29 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedserver.disk import DiskWatch
 from fedserver.events import event_of
-from fedserver.parts import Parts
+from fedserver.orderbook import OrderBook
 from fedserver.records import StoredUpdate
 from fedserver.spool import Spool
+from fedserver.store import AsyncStore
 from shared.codec import digest_file
 from shared.types import IncidentKind
 
 
-async def note_restart(parts: Parts) -> None:
+async def note_restart(store: AsyncStore, run_id: str) -> None:
     """Record that the server was started again, if the run has begun."""
-    latest = await parts.store.latest_round(parts.run.run_id)
+    latest = await store.latest_round(run_id)
     if latest is not None:
         restarted = event_of(IncidentKind.SERVER_RESTARTED, latest, is_incident=True)
-        await parts.store.add_events(parts.run.run_id, [restarted])
+        await store.add_events(run_id, [restarted])
 
 
-async def note_absence(parts: Parts, away_s: float) -> None:
+async def note_absence(away_s: float, *, book: OrderBook, disk: DiskWatch) -> None:
     """Record that the server was away for so long, if the run has begun."""
-    latest = parts.book.latest
-    if latest is not None:
+    if (latest := book.latest) is not None:
         away = event_of(IncidentKind.SERVER_AWAY, latest, is_incident=True, away_s=away_s)
-        await parts.disk.record(away)
+        await disk.record(away)
 
 
 def damaged_updates(spool: Spool, stored: Sequence[StoredUpdate]) -> list[str]:

@@ -1,58 +1,78 @@
 """What finished rounds leave behind, and for how long it is kept."""
 
+from fedserver.checkpoints import Checkpoints
+from fedserver.downloads import Downloads
 from fedserver.events import event_of
-from fedserver.parts import Parts
+from fedserver.orderbook import OrderBook
+from fedserver.quarantine import QuarantineFolder
 from fedserver.records import HeldState
+from fedserver.run_context import RunContext
+from fedserver.spool import Spool
+from fedserver.store import AsyncStore
+from fedserver.workers import Workers
 
 
-async def drop_updates(parts: Parts, *, done_round: int) -> None:
+async def drop_updates(
+    context: RunContext,
+    *,
+    done_round: int,
+    book: OrderBook,
+    store: AsyncStore,
+    spool: Spool,
+    quarantine: QuarantineFolder,
+    workers: Workers,
+) -> None:
     """Delete the updates that `--keep-updates` lets go now that `done_round` rounds are done.
 
     What the open round needs stays, and what is arriving right now; what is held in quarantine and
     hasn't got there yet moves there first. What was never finished goes with its order. The
     database's log is shortened too.
     """
-    await parts.store.shorten_log()
-    await _fill_quarantine(parts)
-    at_work = {one.order.order_id for one in parts.book.orders()}
-    await parts.workers.on_disk(parts.spool.drop_unfinished, but=at_work)
-    if parts.settings.keep_updates == "all":
+    await store.shorten_log()
+    if held := await store.held_updates():
+        await workers.on_disk(quarantine.fill, held, spool)
+        await evict_updates(store=store, quarantine=quarantine, workers=workers)
+    at_work = {order.order.order_id for order in book.orders()}
+    await workers.on_disk(spool.drop_unfinished, but=at_work)
+    keep_updates = context.settings.keep_updates
+    if keep_updates == "all":
         return
-    kept = await parts.store.updates_to_keep(
-        parts.run.run_id,
-        since_round=done_round - parts.settings.keep_updates + 1,
-    )
-    await parts.workers.on_disk(parts.spool.drop_all_but, kept)
+    kept = await store.updates_to_keep(context.run_id, since_round=done_round - keep_updates + 1)
+    await workers.on_disk(spool.drop_all_but, kept)
 
 
-async def _fill_quarantine(parts: Parts) -> None:
-    held = await parts.store.held_updates()
-    if not held:
-        return
-    await parts.workers.on_disk(parts.quarantine.fill, held, parts.spool)
-    await evict_updates(parts)
-
-
-async def evict_updates(parts: Parts) -> None:
+async def evict_updates(
+    *, store: AsyncStore, quarantine: QuarantineFolder, workers: Workers
+) -> None:
     """Give up the oldest payloads in quarantine until the others fit into `--quarantine-bytes`."""
-    for held in parts.quarantine.excess(await parts.store.held_updates()):
+    for held in quarantine.excess(await store.held_updates()):
         event = event_of("quarantine-evicted", client_id=held.client_id, order_id=held.order_id)
-        if await parts.store.free_held(held, HeldState.EVICTED, event):
-            await parts.workers.on_disk(parts.quarantine.drop, held)
+        # Recorded first: bytes without a record are tidied away, a record without bytes misleads.
+        if await store.free_held(held, HeldState.EVICTED, event):
+            await workers.on_disk(quarantine.drop, held)
 
 
-async def drop_models(parts: Parts, *, done_round: int) -> None:
+async def drop_models(
+    context: RunContext,
+    *,
+    done_round: int,
+    store: AsyncStore,
+    checkpoints: Checkpoints,
+    downloads: Downloads,
+    workers: Workers,
+) -> None:
     """Delete the models that `--keep-rounds` lets go now that `done_round` rounds are done.
 
     The run's best model stays, models of earlier runs, and what somebody is downloading right now
     (until a later call).
     """
-    if parts.settings.keep_rounds == "all":
+    keep_rounds = context.settings.keep_rounds
+    if keep_rounds == "all":
         return
-    let_go = await parts.store.models_let_go(
-        parts.run.run_id,
-        await parts.workers.on_disk(parts.checkpoints.digests),
-        since_round=done_round - parts.settings.keep_rounds + 1,
+    let_go = await store.models_let_go(
+        context.run_id,
+        await workers.on_disk(checkpoints.digests),
+        since_round=done_round - keep_rounds + 1,
     )
-    for digest in let_go - parts.downloads.under_way():
-        await parts.workers.on_disk(parts.checkpoints.drop, digest)
+    for digest in let_go - downloads.under_way():
+        await workers.on_disk(checkpoints.drop, digest)

@@ -7,14 +7,17 @@ taken back because its evaluation says so, or because clients agree that it was 
 from dataclasses import dataclass
 
 from fedserver.adjustments import adjustment_text, after_attempt, after_bad_model
-from fedserver.checkpoints import GlobalModel
+from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.diagnoses import read_diagnosis
 from fedserver.evaluation import initial_state, may_be_repeated
 from fedserver.events import event_of
-from fedserver.parts import Parts
+from fedserver.orderbook import OrderBook
 from fedserver.records import Adjustments, Event, Round
-from fedserver.retention import drop_updates
 from fedserver.rounds import Phase
+from fedserver.run_context import RunContext
+from fedserver.settings import ServerSettings
+from fedserver.store import AsyncStore
+from fedserver.workers import Workers
 from shared.diagnosis import Cause
 from shared.failpoints import FailPoint, pass_by
 from shared.seeds import derive_seed
@@ -35,13 +38,19 @@ class Consequences:
 
 
 async def consequences_of(
-    parts: Parts, ending: Round, *, is_done: bool, is_model_bad: bool = False
+    context: RunContext,
+    ending: Round,
+    *,
+    store: AsyncStore,
+    is_done: bool,
+    is_model_bad: bool = False,
 ) -> Consequences:
     """Return what follows from the diagnoses that clients have reported when an attempt ends.
 
     `is_model_bad` says that the attempt failed because its aggregate isn't finite.
     """
-    diagnosed, updating = await parts.store.answers(ending)
+    settings = context.settings
+    diagnosed, updating = await store.answers(ending)
     reports = [(client_id, read_diagnosis(fields)) for client_id, fields in diagnosed]
     after, shared = after_attempt(
         ending.adjustments,
@@ -49,19 +58,19 @@ async def consequences_of(
         round_number=ending.round_number,
         is_done=is_done,
         num_answers=len(updating | {one for one, _ in reports}),
-        max_steps=parts.settings.max_adjustments,
+        max_steps=settings.max_adjustments,
     )
-    before = await parts.store.last_done_round(ending.run_id)
-    phases = await parts.store.phases_of(ending.run_id, ending.round_number)
+    before = await store.last_done_round(ending.run_id)
+    phases = await store.phases_of(ending.run_id, ending.round_number)
     is_base_blamed = (
         not is_done
         and Cause.RECEIVED_MODEL in {one.cause for one in shared}
         # In an asynchronous run clients weren't all sent the same one.
-        and parts.strategy.buffer_size == 0
+        and not context.is_asynchronous
         # One step back is all there is: older models may be gone.
         and Phase.ROLLED_BACK not in phases
         and before is not None
-        and await may_be_repeated(parts, before)
+        and await may_be_repeated(before, store=store, max_rollbacks=settings.max_rollbacks)
     )
     happened = [
         event_of(
@@ -80,27 +89,34 @@ async def consequences_of(
         for one in shared
     ]
     if is_model_bad:
-        after = after_bad_model(after, max_steps=parts.settings.max_adjustments)
+        after = after_bad_model(after, max_steps=settings.max_adjustments)
     return Consequences(adjustments=after, happened=happened, is_base_blamed=is_base_blamed)
 
 
-async def first_model(parts: Parts, task: Task, *, num_redraws: int) -> GlobalModel:
+async def first_model(
+    task: Task,
+    settings: ServerSettings,
+    *,
+    num_redraws: int,
+    checkpoints: Checkpoints,
+    workers: Workers,
+) -> GlobalModel:
     """Return the model that a run begins with, drawn anew so many times."""
     # The first draw's seed is as it was before there were others.
-    seed = derive_seed(parts.settings.seed, "init", attempt=num_redraws)
-    state_dict = await parts.workers.on_disk(
-        initial_state, task, seed=seed, init=parts.settings.init
-    )
-    return await parts.workers.on_disk(parts.checkpoints.save_initial, state_dict)
+    seed = derive_seed(settings.seed, "init", attempt=num_redraws)
+    state_dict = await workers.on_disk(initial_state, task, seed=seed, init=settings.init)
+    return await workers.on_disk(checkpoints.save_initial, state_dict)
 
 
-async def roll_back(parts: Parts, bad: Round, current: Round) -> tuple[Round, GlobalModel]:
-    """Take back the model that a round has made; returns the attempt to go on from, and its base.
+async def roll_back(
+    bad: Round, current: Round, *, max_adjustments: int, store: AsyncStore, book: OrderBook
+) -> None:
+    """Take back the model that a round has made.
 
     The round after it, if `current` is an attempt at it that goes on, is abandoned.
     """
     is_open = current.phase in (Phase.COLLECTING, Phase.AGGREGATING)
-    adjustments = after_bad_model(bad.adjustments, max_steps=parts.settings.max_adjustments)
+    adjustments = after_bad_model(bad.adjustments, max_steps=max_adjustments)
     happened = [
         event_of(
             IncidentKind.MODEL_ROLLED_BACK,
@@ -116,18 +132,11 @@ async def roll_back(parts: Parts, bad: Round, current: Round) -> tuple[Round, Gl
         happened.append(
             event_of(IncidentKind.ROUND_ABANDONED, current, is_incident=True, reason=reason)
         )
-    await parts.store.roll_back(
+    await store.roll_back(
         bad,
         happened,
         adjustments_after=adjustments,
         abandoned=current if is_open else None,
     )
     pass_by(FailPoint.ROLLED_BACK)
-    parts.book.abandon_round(current)
-    await drop_updates(parts, done_round=bad.round_number - 1)
-    latest = await parts.store.latest_round(bad.run_id)
-    assert latest is not None
-    base = await parts.workers.on_disk(
-        parts.checkpoints.load, bad.base_digest, state_digest=bad.base_state_digest
-    )
-    return latest, base
+    book.abandon_round(current)

@@ -26,10 +26,10 @@ from fedserver.evaluation import Evaluator
 from fedserver.events import EventBus, event_of
 from fedserver.intake import Intake
 from fedserver.orderbook import OrderBook
-from fedserver.parts import Parts
 from fedserver.quarantine import QuarantineFolder
 from fedserver.records import Run, RunState
 from fedserver.recovery import note_absence, salvageable
+from fedserver.run_context import RunContext
 from fedserver.run_settings import RUN_SETTINGS
 from fedserver.service import start_server
 from fedserver.sessions import Sessions
@@ -285,38 +285,57 @@ async def _serve(
     clock = ServingClock()
     bus, book = EventBus(), OrderBook(clock)
     recording = AsyncStore(store, workers=workers, publish=bus.publish)
-    parts = Parts(
+    context = RunContext(
         settings=settings,
         run=run,
+        strategy=prepared.strategy,
         kinds=prepared.kinds,
         ties=prepared.ties,
         modules=prepared.modules,
-        strategy=prepared.strategy,
-        store=recording,
-        spool=Spool(state_dir / "spool"),
-        quarantine=QuarantineFolder(state_dir / "quarantine", max_bytes=settings.quarantine_bytes),
-        checkpoints=checkpoints,
-        downloads=Downloads(checkpoints, workers, idle_s=settings.stall_after),
-        sessions=Sessions(
-            store.load_sessions(run.run_id),
-            lease_s=settings.lease,
-            max_num_examples=settings.max_num_examples,
-            clock=clock,
-        ),
-        book=book,
-        bus=bus,
-        workers=workers,
-        disk=DiskWatch(
-            state_dir,
-            min_free_bytes=settings.min_free_bytes,
-            run_id=run.run_id,
-            store=recording,
-            bus=bus,
-            book=book,
-        ),
     )
-    desk = Desk(parts, Intake(parts))
-    coordinator = Coordinator(parts, task=prepared.task, evaluator=prepared.evaluator)
+    sessions = Sessions(
+        store.load_sessions(run.run_id),
+        lease_s=settings.lease,
+        max_num_examples=settings.max_num_examples,
+        clock=clock,
+    )
+    spool = Spool(state_dir / "spool")
+    quarantine = QuarantineFolder(state_dir / "quarantine", max_bytes=settings.quarantine_bytes)
+    downloads = Downloads(checkpoints, workers, idle_s=settings.stall_after)
+    disk = DiskWatch(
+        state_dir,
+        min_free_bytes=settings.min_free_bytes,
+        run_id=run.run_id,
+        store=recording,
+        bus=bus,
+        book=book,
+    )
+    intake = Intake(
+        context, book=book, store=recording, spool=spool, quarantine=quarantine, workers=workers
+    )
+    desk = Desk(
+        context,
+        sessions=sessions,
+        book=book,
+        store=recording,
+        intake=intake,
+        downloads=downloads,
+        disk=disk,
+    )
+    coordinator = Coordinator(
+        context,
+        task=prepared.task,
+        evaluator=prepared.evaluator,
+        sessions=sessions,
+        book=book,
+        store=recording,
+        spool=spool,
+        quarantine=quarantine,
+        checkpoints=checkpoints,
+        downloads=downloads,
+        disk=disk,
+        workers=workers,
+    )
 
     stop = _stop_event(stop_signals)
     last_done = store.last_done_round(run.run_id)
@@ -324,12 +343,19 @@ async def _serve(
     spent_s = store.time_spent_s(run.run_id)
     server, address = await start_server(desk, host=settings.host, port=settings.port)
     print(f"fedserver listening on {address}", flush=True)
-    completing = asyncio.create_task(_complete(parts, coordinator, desk))
+    completing = asyncio.create_task(
+        _complete(
+            context, coordinator, desk, store=recording, checkpoints=checkpoints, workers=workers
+        )
+    )
     stopping = asyncio.create_task(stop.wait())
-    keeping_time = asyncio.create_task(clock.keep(functools.partial(note_absence, parts)))
+    keeping_time = asyncio.create_task(
+        clock.keep(functools.partial(note_absence, book=book, disk=disk))
+    )
     try:
         with showing_progress(
-            *(parts.bus, parts.book),
+            bus,
+            book,
             total_rounds=settings.rounds,
             num_done=0 if last_done is None else last_done.round_number,
             evaluated=evaluated,
@@ -350,7 +376,7 @@ async def _serve(
         await asyncio.wait(tasks)
     if is_complete:
         # Only now: while this takes its time nobody is served, and no clock may notice that.
-        _show_end(parts)
+        _show_end(settings)
 
 
 def _stop_event(signals: StopSignals) -> asyncio.Event:
@@ -365,36 +391,59 @@ def _stop_event(signals: StopSignals) -> asyncio.Event:
     return stop
 
 
-async def _complete(parts: Parts, coordinator: Coordinator, desk: Desk) -> None:
+async def _complete(
+    context: RunContext,
+    coordinator: Coordinator,
+    desk: Desk,
+    *,
+    store: AsyncStore,
+    checkpoints: Checkpoints,
+    workers: Workers,
+) -> None:
     try:
         digest = await coordinator.complete()
     except RunFailed:
-        _, failure = await parts.store.last_failure(parts.run.run_id)
+        _, failure = await store.last_failure(context.run_id)
         await desk.finish(RunEnd(has_failed=True, failure=failure))
         raise
     # Killed here, the run is still open: started again it exports and ends it.
-    await coordinator.with_room(functools.partial(_export, parts, digest))
+    await coordinator.with_room(
+        functools.partial(
+            _export, context, digest, store=store, checkpoints=checkpoints, workers=workers
+        )
+    )
     pass_by(FailPoint.RUN_EXPORTED)
     await coordinator.with_room(coordinator.end)
     await desk.finish(RunEnd(has_failed=False))
 
 
-async def _export(parts: Parts, last_digest: str) -> None:
+async def _export(
+    context: RunContext,
+    last_digest: str,
+    *,
+    store: AsyncStore,
+    checkpoints: Checkpoints,
+    workers: Workers,
+) -> None:
     """Write the last model, and beside it the best one if that is another."""
-    last = parts.settings.export or parts.settings.state_dir / "model.safetensors"
-    await parts.workers.on_disk(parts.checkpoints.export, last_digest, last)
-    best_digest = await parts.store.best_model(parts.run.run_id)
+    last = _exported(context.settings)
+    await workers.on_disk(checkpoints.export, last_digest, last)
+    best_digest = await store.best_model(context.run_id)
     if best_digest is not None and best_digest != last_digest:
-        await parts.workers.on_disk(parts.checkpoints.export, best_digest, _beside(last))
+        await workers.on_disk(checkpoints.export, best_digest, _beside(last))
 
 
-def _show_end(parts: Parts) -> None:
-    if parts.settings.summary and not _run_command(parts, "history", output=sys.stderr.fileno()):
+def _exported(settings: ServerSettings) -> Path:
+    """Return where the final model goes."""
+    return settings.export or settings.state_dir / "model.safetensors"
+
+
+def _show_end(settings: ServerSettings) -> None:
+    if settings.summary and not _run_command(settings, "history", output=sys.stderr.fileno()):
         logger.warning("the rounds weren't shown; the run is complete all the same")
     console = stderr_console()
-    exported = parts.settings.export or parts.settings.state_dir / "model.safetensors"
-    console.print(f"the final model is in {exported}", soft_wrap=True)
-    if not parts.settings.summary:
+    console.print(f"the final model is in {_exported(settings)}", soft_wrap=True)
+    if not settings.summary:
         return
     if importlib.util.find_spec("matplotlib") is None:
         logger.info(
@@ -402,18 +451,18 @@ def _show_end(parts: Parts) -> None:
             "python -m pip install 'fedrounds[plot]'"
         )
         return
-    curve = parts.settings.state_dir / "curve.png"
-    if _run_command(parts, "curve", "--out", str(curve), output=subprocess.DEVNULL):
+    curve = settings.state_dir / "curve.png"
+    if _run_command(settings, "curve", "--out", str(curve), output=subprocess.DEVNULL):
         console.print(f"accuracy and loss over the rounds are drawn in {curve}", soft_wrap=True)
     else:
         logger.warning("the curve wasn't drawn; the run is complete all the same")
 
 
-def _run_command(parts: Parts, name: str, *flags: str, output: int) -> bool:
+def _run_command(settings: ServerSettings, name: str, *flags: str, output: int) -> bool:
     """Run a command that inspects the state-dir, and return whether it succeeded.
 
     In a process of its own: the whole history takes more memory than serving a small model.
     """
-    command = [name, "--state-dir", str(parts.settings.state_dir), *flags]
+    command = [name, "--state-dir", str(settings.state_dir), *flags]
     done = subprocess.run([sys.executable, "-m", "fedserver", *command], stdout=output, check=False)
     return done.returncode == 0

@@ -10,11 +10,9 @@ from fedserver.downloads import Downloads
 from fedserver.events import EventBus
 from fedserver.opening import Opener
 from fedserver.orderbook import OrderBook
-from fedserver.parts import Parts
-from fedserver.quarantine import QuarantineFolder
+from fedserver.run_context import RunContext
 from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
-from fedserver.spool import Spool
 from fedserver.store import AsyncStore, Store
 from fedserver.strategies import find_strategy
 from fedserver.workers import Workers
@@ -23,8 +21,8 @@ from tests.factories import make_event, make_limits, make_order, make_registrati
 from tests.tiny_task import tiny
 
 
-def make_parts(folder: Path, workers: Workers, store: Store) -> Parts:
-    """Return what a server of an asynchronous run rests on, whose first round collects."""
+def make_opener(folder: Path, workers: Workers, store: Store) -> tuple[Opener, Sessions, OrderBook]:
+    """Return what opens the rounds of an asynchronous run whose first round collects."""
     settings = ServerSettings(
         task="tests.tiny_task:tiny", strategy="fedbuff", min_free_bytes=0, state_dir=folder
     )
@@ -37,33 +35,32 @@ def make_parts(folder: Path, workers: Workers, store: Store) -> Parts:
     opened = make_round(run.run_id, clients=(0,), base_digest=base.digest)
     store.open_round(opened, make_event("round-opened"))
     order = make_order(opened.orders[0].order_id)
-    recording = AsyncStore(store, workers=workers, publish=bus.publish)
     book.open_round(opened, base=base, limits=make_limits(), orders=[order])
-    return Parts(
+    context = RunContext(
         settings=settings,
         run=run,
         kinds=kinds,
         ties={},
         modules=set(),
         strategy=find_strategy(settings.run_settings()),
+    )
+    recording = AsyncStore(store, workers=workers, publish=bus.publish)
+    sessions = Sessions([], lease_s=60, max_num_examples=1000)
+    opener = Opener(
+        context,
+        tiny,
+        tick_s=1,
+        sessions=sessions,
+        book=book,
         store=recording,
-        spool=Spool(folder / "spool"),
-        quarantine=QuarantineFolder(folder / "quarantine", max_bytes=0),
         checkpoints=checkpoints,
         downloads=Downloads(checkpoints, workers, idle_s=60),
-        sessions=Sessions([], lease_s=60, max_num_examples=1000),
-        book=book,
-        bus=bus,
-        workers=workers,
         disk=DiskWatch(
-            folder,
-            min_free_bytes=0,
-            run_id=run.run_id,
-            store=recording,
-            bus=bus,
-            book=book,
+            folder, min_free_bytes=0, run_id=run.run_id, store=recording, bus=bus, book=book
         ),
+        workers=workers,
     )
+    return opener, sessions, book
 
 
 def test_a_client_that_comes_back_without_its_data_sizes_meanwhile_isnt_asked(
@@ -73,16 +70,16 @@ def test_a_client_that_comes_back_without_its_data_sizes_meanwhile_isnt_asked(
     workers, store = Workers(), Store(tmp_path / "federation.sqlite")
 
     async def give_more() -> set[int]:
-        parts = make_parts(tmp_path, workers, store)
-        parts.sessions.register(make_registration(1, 2, num_examples=(10, 10)))
-        parts.sessions.register(make_registration(3, instance_key="three", num_examples=(10,)))
+        opener, sessions, book = make_opener(tmp_path, workers, store)
+        sessions.register(make_registration(1, 2, num_examples=(10, 10)))
+        sessions.register(make_registration(3, instance_key="three", num_examples=(10,)))
 
         async def come_back() -> None:
-            parts.sessions.register(make_registration(1))
+            sessions.register(make_registration(1))
 
         # The second one runs when the first one waits for the first time.
-        await asyncio.gather(Opener(parts, tiny, tick_s=1).give_more(), come_back())
-        return {one.order.client_id for one in parts.book.open_orders()}
+        await asyncio.gather(opener.give_more(), come_back())
+        return {one.order.client_id for one in book.open_orders()}
 
     try:
         assert asyncio.run(give_more()) == {0, 3}

@@ -1,0 +1,36 @@
+"""What is fixed for one run; whoever works on the run gets it, and names its resources itself."""
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+
+from fedserver.records import Run
+from fedserver.settings import ServerSettings
+from fedserver.strategies.rows import Strategy
+from shared.types import EntryKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """The facts of one run.
+
+    `strategy` is what the settings name. `kinds` are of the entries of the model's state_dict,
+    `ties` name the earlier entry that an entry is the same tensor as, `modules` are the dotted
+    names of the model's modules.
+    """
+
+    settings: ServerSettings
+    run: Run
+    strategy: Strategy
+    kinds: Mapping[str, EntryKind]
+    ties: Mapping[str, str]
+    modules: Set[str]
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self.run.run_id
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether the strategy collects updates of several rounds' orders in a buffer."""
+        return self.strategy.buffer_size > 0
