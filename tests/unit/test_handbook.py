@@ -18,7 +18,8 @@ PATH = re.compile(
 NAMED = re.compile(r"`([\w./-]+\.py)` \(((?:`\w+`(?:, )?)+)\)")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+# The changelog is about the past.
+@pytest.mark.parametrize("document", [one for one in DOCUMENTS if one != "CHANGELOG.md"])
 def test_each_path_that_a_document_names_exists(document: str) -> None:
     """Written from the root of the repository, in the text or in code."""
     paths = set(PATH.findall((ROOT / document).read_text()))
