@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from fedserver.ledger import GENESIS, entry_digest
+from fedserver.phases import OrderState, Phase, RoundEvent
 from fedserver.records import Attempt, Ledger, LedgerRow
-from fedserver.rounds import OrderState, Phase, RoundEvent
 
 Entry = Mapping[str, Any]
 Key = tuple[int, int]

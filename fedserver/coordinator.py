@@ -23,13 +23,7 @@ from fedserver.numbers import numbers_text
 from fedserver.opening import Opener, opened_event
 from fedserver.orderbook import OrderBook
 from fedserver.patience import give_up_orders
-from fedserver.planning import stale_before, standings_after, updates_needed
-from fedserver.quarantine import QuarantineFolder
-from fedserver.records import NO_ADJUSTMENTS, Exclusion, Round, RunState
-from fedserver.recovery import damaged_updates, note_restart
-from fedserver.retention import drop_models, drop_updates
-from fedserver.rollback import consequences_of, first_model, roll_back
-from fedserver.rounds import (
+from fedserver.phases import (
     OrderState,
     Phase,
     RoundEvent,
@@ -37,6 +31,12 @@ from fedserver.rounds import (
     due_of_buffer,
     shortfall,
 )
+from fedserver.planning import stale_before, standings_after, updates_needed
+from fedserver.quarantine import QuarantineFolder
+from fedserver.records import NO_ADJUSTMENTS, Exclusion, Round, RunState
+from fedserver.recovery import damaged_updates, note_restart
+from fedserver.retention import drop_models, drop_updates
+from fedserver.rollback import consequences_of, first_model, roll_back
 from fedserver.run_context import RunContext
 from fedserver.screening import compared_rounds
 from fedserver.sessions import Sessions

@@ -14,8 +14,8 @@ from fedserver.downloads import Downloads
 from fedserver.events import event_of
 from fedserver.intake import Intake
 from fedserver.orderbook import OrderBook
+from fedserver.phases import OrderState
 from fedserver.records import Event, OrderRecord, Session, json_number
-from fedserver.rounds import OrderState
 from fedserver.run_context import RunContext
 from fedserver.sessions import Sessions
 from fedserver.store import AsyncStore

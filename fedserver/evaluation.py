@@ -14,8 +14,8 @@ from fedserver.alarm import find_alarm
 from fedserver.checkpoints import Checkpoints
 from fedserver.events import event_of
 from fedserver.orderbook import OrderBook
+from fedserver.phases import Phase
 from fedserver.records import Round
-from fedserver.rounds import Phase
 from fedserver.store import AsyncStore
 from fedserver.workers import Workers
 from shared.codec import load_state_into

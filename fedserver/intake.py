@@ -21,10 +21,10 @@ from fedserver.admission import (
 from fedserver.aggregation import compression_of, update_file
 from fedserver.fairness import NewestStreams, Places
 from fedserver.orderbook import OpenRound, OrderBook
+from fedserver.phases import OrderEvent, OrderState
 from fedserver.quarantine import QuarantineFolder
 from fedserver.records import Event, OrderRecord, Refusal
 from fedserver.retention import evict_updates
-from fedserver.rounds import OrderEvent, OrderState
 from fedserver.run_context import RunContext
 from fedserver.spool import Spool, UpdateStream
 from fedserver.store import AsyncStore

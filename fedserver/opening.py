@@ -10,6 +10,7 @@ from fedserver.downloads import Downloads
 from fedserver.events import event_of
 from fedserver.numbers import numbers_text
 from fedserver.orderbook import OpenRound, OrderBook
+from fedserver.phases import OrderState, Phase
 from fedserver.planning import (
     Clients,
     admission_limits,
@@ -22,7 +23,6 @@ from fedserver.planning import (
 )
 from fedserver.records import Adjustments, Event, Round, Standing
 from fedserver.rollback import first_model
-from fedserver.rounds import OrderState, Phase
 from fedserver.run_context import RunContext
 from fedserver.sampling import Participation
 from fedserver.sessions import Sessions

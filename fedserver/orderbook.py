@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 from fedserver.admission import AdmissionLimits
 from fedserver.checkpoints import GlobalModel
+from fedserver.phases import OrderState
 from fedserver.records import OrderRecord, Round
-from fedserver.rounds import OrderState
 from fedserver.signals import Signal
 from shared.types import Counters, WorkOrder
 

@@ -26,7 +26,7 @@ from enum import StrEnum
 from fedserver.departures import end_order, stop_expecting
 from fedserver.events import event_of
 from fedserver.orderbook import OpenOrder, OrderBook
-from fedserver.rounds import OrderState
+from fedserver.phases import OrderState
 from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore

@@ -10,8 +10,8 @@ from fedserver.admission import AdmissionLimits
 from fedserver.aggregation import run_compression
 from fedserver.checkpoints import GlobalModel
 from fedserver.orderbook import OpenOrder
+from fedserver.phases import OrderState, Phase
 from fedserver.records import Adjustments, Exclusion, Order, Round, Standing
-from fedserver.rounds import OrderState, Phase
 from fedserver.run_context import RunContext
 from fedserver.sampling import (
     RESTS_ON_THE_PAST,

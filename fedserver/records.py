@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from fedserver.rounds import OrderState, Phase
+from fedserver.phases import OrderState, Phase
 from shared.types import ClientUpdate
 
 

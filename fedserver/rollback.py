@@ -12,8 +12,8 @@ from fedserver.diagnoses import read_diagnosis
 from fedserver.evaluation import initial_state, may_be_repeated
 from fedserver.events import event_of
 from fedserver.orderbook import OrderBook
+from fedserver.phases import Phase
 from fedserver.records import Adjustments, Event, Round
-from fedserver.rounds import Phase
 from fedserver.run_context import RunContext
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore

@@ -26,8 +26,8 @@ from fedserver.chain import (
     whole_entries,
 )
 from fedserver.checkpoints import digest_blocks, model_path, state_path
+from fedserver.phases import OrderState
 from fedserver.records import HeldState, HeldUpdate, Ledger, Run
-from fedserver.rounds import OrderState
 from fedserver.spool import update_path
 from fedserver.store import Store
 from fedserver.strategies import find_strategy

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedserver.admission import AdmissionLimits
+from fedserver.phases import OrderEvent, OrderState, Phase
 from fedserver.records import Event, Order, Refusal, Round, Run, Session, StoredUpdate
-from fedserver.rounds import OrderEvent, OrderState, Phase
 from fedserver.store import Store
 from fedserver.strategies.blocks import StateFile
 from fedserver.strategies.rows import Lack, lacks_nothing

@@ -10,8 +10,8 @@ import torch
 from fedclient.packing import pack_update
 from fedserver.aggregation import run_compression, strategy_seed, update_file
 from fedserver.checkpoints import Checkpoints, GlobalModel
+from fedserver.phases import OrderEvent
 from fedserver.records import Round
-from fedserver.rounds import OrderEvent
 from fedserver.settings import ServerSettings
 from fedserver.spool import Spool
 from fedserver.store import Store

@@ -5,8 +5,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, insert, select, update
 
 from fedserver import ledger
+from fedserver.phases import RoundEvent
 from fedserver.records import Attempt, Ledger, LedgerRow, Round
-from fedserver.rounds import RoundEvent
 from fedserver.store import schema
 from fedserver.store.database import Database
 from fedserver.store.rows import updates_in

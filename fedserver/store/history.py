@@ -4,8 +4,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select
 
+from fedserver.phases import OrderState
 from fedserver.records import Run
-from fedserver.rounds import OrderState
 from fedserver.store import schema
 from fedserver.store.rows import measured, updates_in
 from fedserver.store.store import Store

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Table, func, insert, select
 
+from fedserver.phases import OrderEvent, OrderState, Phase
 from fedserver.records import (
     Event,
     HeldState,
@@ -17,7 +18,6 @@ from fedserver.records import (
     StoredUpdate,
     json_number,
 )
-from fedserver.rounds import OrderEvent, OrderState, Phase
 from fedserver.sampling import Participation
 from fedserver.store import schema
 from fedserver.store.database import Database

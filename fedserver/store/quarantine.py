@@ -2,8 +2,8 @@
 
 from sqlalchemy import Select, select, update
 
+from fedserver.phases import OrderState
 from fedserver.records import Event, HeldState, HeldUpdate, Standing
-from fedserver.rounds import OrderState
 from fedserver.store import schema
 from fedserver.store.database import Database
 from fedserver.store.rows import read_held, read_standing

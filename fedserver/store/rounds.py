@@ -6,8 +6,8 @@ from typing import Any
 
 from sqlalchemy import Select, func, or_, select, update
 
+from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState, Phase, RoundEvent
 from fedserver.records import NO_ADJUSTMENTS, Adjustments, Event, Exclusion, Order, Round
-from fedserver.rounds import ForbiddenTransition, OrderEvent, OrderState, Phase, RoundEvent
 from fedserver.store import schema
 from fedserver.store.book import append_entry, append_rollback, read_verdicts
 from fedserver.store.database import Database

@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Label, Row, Select, Table, select
 
+from fedserver.phases import OrderState, Phase
 from fedserver.records import (
     Adjustments,
     HeldState,
@@ -17,7 +18,6 @@ from fedserver.records import (
     Standing,
     StoredUpdate,
 )
-from fedserver.rounds import OrderState, Phase
 from fedserver.store import schema
 from shared.types import ClientUpdate, Encoding, Section
 

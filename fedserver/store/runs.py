@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import insert, select, update
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from fedserver.phases import OrderEvent, OrderState, Phase
 from fedserver.records import Event, Run, RunState, Session
-from fedserver.rounds import OrderEvent, OrderState, Phase
 from fedserver.store import schema
 from fedserver.store.database import Database
 from fedserver.store.rows import measured, read_run

@@ -17,6 +17,14 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from fedserver.phases import (
+    OrderEvent,
+    OrderState,
+    Phase,
+    RoundEvent,
+    next_order_state,
+    next_phase,
+)
 from fedserver.records import (
     Event,
     Exclusion,
@@ -25,14 +33,6 @@ from fedserver.records import (
     OrderRecord,
     Round,
     Standing,
-)
-from fedserver.rounds import (
-    OrderEvent,
-    OrderState,
-    Phase,
-    RoundEvent,
-    next_order_state,
-    next_phase,
 )
 from fedserver.standing import pause, strike
 from fedserver.store import schema

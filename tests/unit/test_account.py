@@ -9,8 +9,8 @@ import pytest
 from fedserver.__main__ import main
 from fedserver.diagnoses import diagnosis_fields
 from fedserver.events import event_of
+from fedserver.phases import OrderEvent
 from fedserver.records import Event, Round
-from fedserver.rounds import OrderEvent
 from fedserver.store import Store
 from shared.diagnosis import Cause, Remedy, RemedyKind
 from shared.types import IncidentKind, LeaveReason

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedserver.checkpoints import Checkpoints
-from fedserver.rounds import OrderState
+from fedserver.phases import OrderState
 from fedserver.spool import Spool
 from fedserver.store import Store
 from fedserver.strategies import find_strategy

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+from fedserver.phases import ForbiddenTransition
 from fedserver.records import Event
-from fedserver.rounds import ForbiddenTransition
 from fedserver.store import AsyncStore, Store
 from fedserver.workers import Workers
 from tests.factories import begin_round, make_event, make_round

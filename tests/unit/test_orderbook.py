@@ -8,7 +8,7 @@ import torch
 
 from fedserver.checkpoints import Checkpoints
 from fedserver.orderbook import OpenOrder, OrderBook
-from fedserver.rounds import OrderState
+from fedserver.phases import OrderState
 from shared.types import Counters, EntryKind
 from tests.factories import make_limits, make_order, make_round
 

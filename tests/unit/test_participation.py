@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from fedserver.phases import OrderEvent
 from fedserver.records import Run
-from fedserver.rounds import OrderEvent
 from fedserver.sampling import Participation
 from fedserver.store import Store
 from tests.factories import end_order, make_event, make_round, make_update

@@ -7,6 +7,7 @@ import pytest
 
 from fedserver.checkpoints import GlobalModel
 from fedserver.orderbook import OpenOrder, OpenRound
+from fedserver.phases import OrderState
 from fedserver.planning import (
     Clients,
     idle_clients,
@@ -16,7 +17,6 @@ from fedserver.planning import (
     updates_needed,
 )
 from fedserver.records import NO_ADJUSTMENTS, Round, Run, RunState, Standing
-from fedserver.rounds import OrderState
 from fedserver.run_context import RunContext
 from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy

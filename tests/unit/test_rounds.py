@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from fedserver.rounds import (
+from fedserver.phases import (
     ORDER_TABLE,
     ROUND_TABLE,
     ForbiddenTransition,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedserver import ledger
+from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState, Phase
 from fedserver.records import Event, HeldState, Round, Run, RunState
-from fedserver.rounds import ForbiddenTransition, OrderEvent, OrderState, Phase
 from fedserver.store import Store, read_history
 from shared.errors import NotFound
 from shared.types import OrderEnd

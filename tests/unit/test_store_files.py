@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedserver.__main__ import main
-from fedserver.rounds import OrderState
+from fedserver.phases import OrderState
 from fedserver.store import Store, read_history, schema
 from shared.errors import InvalidInput, NotFound, StorageDamaged, WrongSettings
 from tests.factories import begin_round, end_order, make_event, make_update

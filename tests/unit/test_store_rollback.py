@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedserver.chain import chain_findings, finished_rounds, row_findings, whole_entries
+from fedserver.phases import ForbiddenTransition, OrderState, Phase
 from fedserver.records import Adjustments, Round, Run
-from fedserver.rounds import ForbiddenTransition, OrderState, Phase
 from fedserver.store import Store
 from tests.factories import begin_round, make_event, make_round, store_updates
 
