@@ -14,9 +14,9 @@ from functools import partial
 from typing import TypeVar
 
 from fedserver.aggregation import reduce_updates, screen
+from fedserver.api.downloads import Downloads
 from fedserver.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
 from fedserver.disk import DiskWatch
-from fedserver.downloads import Downloads
 from fedserver.evaluation import Evaluations, Evaluator, may_be_repeated
 from fedserver.events import event_of
 from fedserver.numbers import numbers_text

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
+from fedserver.api.downloads import Downloads
 from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.disk import DiskWatch
-from fedserver.downloads import Downloads
 from fedserver.events import event_of
 from fedserver.numbers import numbers_text
 from fedserver.orderbook import OpenRound, OrderBook

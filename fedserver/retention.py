@@ -1,7 +1,7 @@
 """What finished rounds leave behind, and for how long it is kept."""
 
+from fedserver.api.downloads import Downloads
 from fedserver.checkpoints import Checkpoints
-from fedserver.downloads import Downloads
 from fedserver.events import event_of
 from fedserver.orderbook import OrderBook
 from fedserver.quarantine import QuarantineFolder

@@ -16,22 +16,22 @@ from pathlib import Path
 import torch
 
 from fedserver.aggregation import run_compression
+from fedserver.api.client_api import Desk
+from fedserver.api.downloads import Downloads
+from fedserver.api.service import start_server
+from fedserver.api.uploads import Intake
 from fedserver.checkpoints import Checkpoints
 from fedserver.clock import ServingClock
 from fedserver.coordinator import Coordinator
-from fedserver.desk import Desk
 from fedserver.disk import DiskWatch
-from fedserver.downloads import Downloads
 from fedserver.evaluation import Evaluator
 from fedserver.events import EventBus, event_of
-from fedserver.intake import Intake
 from fedserver.orderbook import OrderBook
 from fedserver.quarantine import QuarantineFolder
 from fedserver.records import Run, RunState
 from fedserver.recovery import note_absence, salvageable
 from fedserver.run_context import RunContext
 from fedserver.run_settings import RUN_SETTINGS
-from fedserver.service import start_server
 from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings, settings_begun_with
 from fedserver.spool import Spool

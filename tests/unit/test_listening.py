@@ -10,8 +10,8 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from fedserver.desk import Desk
-from fedserver.service import start_server
+from fedserver.api.client_api import Desk
+from fedserver.api.service import start_server
 from fedserver.settings import ServerSettings
 from shared.cli import silence_grpc
 from shared.errors import InvalidInput

@@ -3,10 +3,10 @@
 import asyncio
 from pathlib import Path
 
+from fedserver.api.downloads import Downloads
 from fedserver.checkpoints import Checkpoints
 from fedserver.clock import ServingClock
 from fedserver.disk import DiskWatch
-from fedserver.downloads import Downloads
 from fedserver.events import EventBus
 from fedserver.opening import Opener
 from fedserver.orderbook import OrderBook

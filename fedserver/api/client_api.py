@@ -7,12 +7,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
 from fedserver.aggregation import run_compression
+from fedserver.api.downloads import Downloads
+from fedserver.api.uploads import Intake
 from fedserver.departures import leave
 from fedserver.diagnoses import diagnosis_fields
 from fedserver.disk import DiskWatch
-from fedserver.downloads import Downloads
 from fedserver.events import event_of
-from fedserver.intake import Intake
 from fedserver.orderbook import OrderBook
 from fedserver.phases import OrderState
 from fedserver.records import Event, OrderRecord, Session, json_number

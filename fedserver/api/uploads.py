@@ -19,7 +19,7 @@ from fedserver.admission import (
     examine_section_digests,
 )
 from fedserver.aggregation import compression_of, update_file
-from fedserver.fairness import NewestStreams, Places
+from fedserver.api.flow_control import NewestStreams, Places
 from fedserver.orderbook import OpenRound, OrderBook
 from fedserver.phases import OrderEvent, OrderState
 from fedserver.quarantine import QuarantineFolder

@@ -16,8 +16,8 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from fedserver.desk import Desk
-from fedserver.fairness import NewestStreams, first_message
+from fedserver.api.client_api import Desk
+from fedserver.api.flow_control import NewestStreams, first_message
 from fedserver.messages import (
     ENTRY_KINDS,
     compression_message,

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from fedserver.api.flow_control import Places
 from fedserver.checkpoints import Checkpoints
-from fedserver.fairness import Places
 from fedserver.workers import Workers
 from shared.chunks import CHUNK_BYTES, frame_download
 from shared.errors import NotFound, ServerUnreachable, WrongOffset
