@@ -16,6 +16,7 @@ from typing import TypeVar
 from fedserver.aggregation import reduce_updates, screen
 from fedserver.api.downloads import Downloads
 from fedserver.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
+from fedserver.clients.sessions import Sessions
 from fedserver.disk import DiskWatch
 from fedserver.evaluation import Evaluations, Evaluator, may_be_repeated
 from fedserver.events import event_of
@@ -39,7 +40,6 @@ from fedserver.retention import drop_models, drop_updates
 from fedserver.rollback import consequences_of, first_model, roll_back
 from fedserver.run_context import RunContext
 from fedserver.screening import compared_rounds
-from fedserver.sessions import Sessions
 from fedserver.spool import Spool
 from fedserver.spread import client_events, summarise_clients
 from fedserver.store import AsyncStore

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from fedserver.api.downloads import Downloads
 from fedserver.checkpoints import Checkpoints, GlobalModel
+from fedserver.clients.sampling import Participation
+from fedserver.clients.sessions import Sessions
 from fedserver.disk import DiskWatch
 from fedserver.events import event_of
 from fedserver.numbers import numbers_text
@@ -24,8 +26,6 @@ from fedserver.planning import (
 from fedserver.records import Adjustments, Event, Round, Standing
 from fedserver.rollback import first_model
 from fedserver.run_context import RunContext
-from fedserver.sampling import Participation
-from fedserver.sessions import Sessions
 from fedserver.store import AsyncStore
 from fedserver.workers import Workers
 from shared.failpoints import FailPoint, pass_by

@@ -23,11 +23,11 @@ client waits for the server itself, such as a place for its upload, is left out 
 from dataclasses import dataclass
 from enum import StrEnum
 
-from fedserver.departures import end_order, stop_expecting
+from fedserver.clients.departures import end_order, stop_expecting
+from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
 from fedserver.orderbook import OpenOrder, OrderBook
 from fedserver.phases import OrderState
-from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
 from shared.failpoints import FailPoint, pass_by

@@ -9,19 +9,19 @@ from fedserver.adjustments import adjusted
 from fedserver.admission import AdmissionLimits
 from fedserver.aggregation import run_compression
 from fedserver.checkpoints import GlobalModel
-from fedserver.orderbook import OpenOrder
-from fedserver.phases import OrderState, Phase
-from fedserver.records import Adjustments, Exclusion, Order, Round, Standing
-from fedserver.run_context import RunContext
-from fedserver.sampling import (
+from fedserver.clients.sampling import (
     RESTS_ON_THE_PAST,
     Candidate,
     Participation,
     choose_cohort,
     cohort_seed,
 )
+from fedserver.clients.suspension import eligible_clients, pause
+from fedserver.orderbook import OpenOrder
+from fedserver.phases import OrderState, Phase
+from fedserver.records import Adjustments, Exclusion, Order, Round, Standing
+from fedserver.run_context import RunContext
 from fedserver.settings import ServerSettings
-from fedserver.standing import eligible_clients, pause
 from fedserver.strategies.rows import Local, Strategy
 from shared.seeds import derive_seed
 from shared.types import CONTROL_SECTION, MODEL_SECTION, Section, WorkOrder

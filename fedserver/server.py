@@ -21,6 +21,7 @@ from fedserver.api.downloads import Downloads
 from fedserver.api.service import start_server
 from fedserver.api.uploads import Intake
 from fedserver.checkpoints import Checkpoints
+from fedserver.clients.sessions import Sessions
 from fedserver.clock import ServingClock
 from fedserver.coordinator import Coordinator
 from fedserver.disk import DiskWatch
@@ -32,7 +33,6 @@ from fedserver.records import Run, RunState
 from fedserver.recovery import note_absence, salvageable
 from fedserver.run_context import RunContext
 from fedserver.run_settings import RUN_SETTINGS
-from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings, settings_begun_with
 from fedserver.spool import Spool
 from fedserver.store import AsyncStore, Store

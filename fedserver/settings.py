@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from fedserver.clients.sampling import CohortName
 from fedserver.run_settings import (
     BEFORE_THEY_WERE_RECORDED,
     CHANGEABLE_SETTINGS,
     RUN_SETTINGS,
 )
-from fedserver.sampling import CohortName
 from shared.cli import Settings
 from shared.types import (
     AugmentationName,

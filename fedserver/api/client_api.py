@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from fedserver.aggregation import run_compression
 from fedserver.api.downloads import Downloads
 from fedserver.api.uploads import Intake
-from fedserver.departures import leave
+from fedserver.clients.departures import leave
+from fedserver.clients.sessions import Sessions
 from fedserver.diagnoses import diagnosis_fields
 from fedserver.disk import DiskWatch
 from fedserver.events import event_of
@@ -17,7 +18,6 @@ from fedserver.orderbook import OrderBook
 from fedserver.phases import OrderState
 from fedserver.records import Event, OrderRecord, Session, json_number
 from fedserver.run_context import RunContext
-from fedserver.sessions import Sessions
 from fedserver.store import AsyncStore
 from shared.diagnosis import Origin
 from shared.errors import (
@@ -290,7 +290,7 @@ class Desk:
         )
 
     async def leave(self, session_id: str, said: Leave) -> None:
-        """Let clients of a session go; see `fedserver.departures`.
+        """Let clients of a session go; see `fedserver.clients.departures`.
 
         Raises:
             UnknownSession: they have left already, or register in another run.

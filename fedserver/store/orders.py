@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Table, func, insert, select
 
+from fedserver.clients.sampling import Participation
 from fedserver.phases import OrderEvent, OrderState, Phase
 from fedserver.records import (
     Event,
@@ -18,7 +19,6 @@ from fedserver.records import (
     StoredUpdate,
     json_number,
 )
-from fedserver.sampling import Participation
 from fedserver.store import schema
 from fedserver.store.database import Database
 from fedserver.store.rows import read_stored, updates_in, updates_of

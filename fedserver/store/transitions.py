@@ -17,6 +17,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from fedserver.clients.suspension import pause, strike
 from fedserver.phases import (
     OrderEvent,
     OrderState,
@@ -34,7 +35,6 @@ from fedserver.records import (
     Round,
     Standing,
 )
-from fedserver.standing import pause, strike
 from fedserver.store import schema
 from fedserver.store.database import RECORDED
 from fedserver.store.rows import read_standing
@@ -220,7 +220,7 @@ def strike_client(
 ) -> Event:
     """Suspend a client that gave cause; returns the event with the round it comes back in.
 
-    `suspend` says for how long, by its standing so far: see fedserver.standing.
+    `suspend` says for how long, by its standing so far: see fedserver.clients.suspension.
     """
     table = schema.standings
     row = connection.execute(

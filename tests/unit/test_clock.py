@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from fedserver import clock
+from fedserver.clients.sessions import Sessions
 from fedserver.clock import ServingClock
-from fedserver.sessions import Sessions
 from tests.factories import make_registration
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from fedserver.api.downloads import Downloads
 from fedserver.checkpoints import Checkpoints
+from fedserver.clients.sessions import Sessions
 from fedserver.clock import ServingClock
 from fedserver.disk import DiskWatch
 from fedserver.events import EventBus
 from fedserver.opening import Opener
 from fedserver.orderbook import OrderBook
 from fedserver.run_context import RunContext
-from fedserver.sessions import Sessions
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore, Store
 from fedserver.strategies import find_strategy

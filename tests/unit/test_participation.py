@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from fedserver.clients.sampling import Participation
 from fedserver.phases import OrderEvent
 from fedserver.records import Run
-from fedserver.sampling import Participation
 from fedserver.store import Store
 from tests.factories import end_order, make_event, make_round, make_update
 

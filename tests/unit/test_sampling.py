@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedserver.sampling import Candidate, CohortName, Participation, choose_cohort
+from fedserver.clients.sampling import Candidate, CohortName, Participation, choose_cohort
 
 COHORTS: Sequence[CohortName] = get_args(CohortName)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedserver.sessions import Sessions
+from fedserver.clients.sessions import Sessions
 from shared.errors import ClientIdTaken, InvalidInput, StateDirCopied, UnknownSession
 from shared.types import Registration
 from tests.factories import make_registration, make_session

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from fedserver.__main__ import main
 from fedserver.client_report import client_table, draw_clients
+from fedserver.clients.sampling import cohort_seed
 from fedserver.records import Run
 from fedserver.report import draw_curve
-from fedserver.sampling import cohort_seed
 from fedserver.spread import client_events, summarise_clients, told_of_models
 from fedserver.store import Store, read_history
 from shared.types import ClientUpdate

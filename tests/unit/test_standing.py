@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedserver.clients.suspension import MAX_SPAN, eligible_clients, pause, strike
 from fedserver.records import Standing
-from fedserver.standing import MAX_SPAN, eligible_clients, pause, strike
 
 
 def make_standing(client_id: int, suspended_until: int) -> Standing:

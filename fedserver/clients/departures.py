@@ -6,10 +6,10 @@ it did what a client should do. See Leave in federation.proto.
 
 from collections.abc import Collection, Mapping
 
+from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
 from fedserver.orderbook import OpenOrder, OrderBook
 from fedserver.records import Session
-from fedserver.sessions import Sessions
 from fedserver.store import AsyncStore
 from shared.failpoints import FailPoint, pass_by
 from shared.types import IncidentKind, Leave, LeaveReason
