@@ -26,8 +26,8 @@ from fedserver.admission import examine_content, examine_control, examine_header
 from fedserver.aggregation import compression_of, run_compression, screen, update_file
 from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.phases import Phase
-from fedserver.planning import admission_limits, work_orders
 from fedserver.records import Adjustments, Order, Round, StoredUpdate
+from fedserver.rounds.planning import admission_limits, work_orders
 from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort, StateFile

@@ -7,7 +7,6 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedserver.adjustments import adjustment_text
 from fedserver.clients.sampling import cohort_seed
 from fedserver.diagnosis_report import NUM_SHOWN_WHOLE, diagnosed, diagnosis_account
 from fedserver.numbers import numbers_text
@@ -21,6 +20,7 @@ from fedserver.report import (
     phase_text,
     share_text,
 )
+from fedserver.rounds.adjustments import adjustment_text
 from fedserver.spread import spread_text
 from shared.times import to_the_second
 from shared.types import IncidentKind, LeaveReason

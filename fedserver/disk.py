@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fedserver.events import EventBus, event_of
-from fedserver.orderbook import OrderBook
 from fedserver.records import Event
+from fedserver.rounds.open_orders import OrderBook
 from fedserver.store import AsyncStore
 from shared.errors import FederationError, OutOfFiles, OutOfSpace
 from shared.foreign_text import printable

@@ -13,9 +13,9 @@ from torch import nn
 from fedserver.alarm import find_alarm
 from fedserver.checkpoints import Checkpoints
 from fedserver.events import event_of
-from fedserver.orderbook import OrderBook
 from fedserver.phases import Phase
 from fedserver.records import Round
+from fedserver.rounds.open_orders import OrderBook
 from fedserver.store import AsyncStore
 from fedserver.workers import Workers
 from shared.codec import load_state_into

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from fedserver.disk import DiskWatch
 from fedserver.events import event_of
-from fedserver.orderbook import OrderBook
 from fedserver.records import StoredUpdate
+from fedserver.rounds.open_orders import OrderBook
 from fedserver.spool import Spool
 from fedserver.store import AsyncStore
 from shared.codec import digest_file

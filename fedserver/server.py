@@ -23,14 +23,14 @@ from fedserver.api.uploads import Intake
 from fedserver.checkpoints import Checkpoints
 from fedserver.clients.sessions import Sessions
 from fedserver.clock import ServingClock
-from fedserver.coordinator import Coordinator
 from fedserver.disk import DiskWatch
 from fedserver.evaluation import Evaluator
 from fedserver.events import EventBus, event_of
-from fedserver.orderbook import OrderBook
 from fedserver.quarantine import QuarantineFolder
 from fedserver.records import Run, RunState
 from fedserver.recovery import note_absence, salvageable
+from fedserver.rounds.coordinator import Coordinator
+from fedserver.rounds.open_orders import OrderBook
 from fedserver.run_context import RunContext
 from fedserver.run_settings import RUN_SETTINGS
 from fedserver.settings import ServerSettings, settings_begun_with

@@ -17,9 +17,9 @@ from rich.text import Text
 
 from fedserver.account import incident_text
 from fedserver.events import EventBus, log_event
-from fedserver.orderbook import OpenOrder, OrderBook
 from fedserver.phases import OrderState
 from fedserver.records import Event
+from fedserver.rounds.open_orders import OpenOrder, OrderBook
 from shared.cli import stderr_console
 from shared.times import length_text
 from shared.types import IncidentKind

@@ -20,7 +20,7 @@ from fedclient.state import ClientStates
 from fedclient.training import train_order
 from fedserver.aggregation import compression_of, run_compression, update_file
 from fedserver.checkpoints import Checkpoints, GlobalModel
-from fedserver.planning import work_orders
+from fedserver.rounds.planning import work_orders
 from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort, StateFile

@@ -14,9 +14,9 @@ from fedserver.clients.sessions import Sessions
 from fedserver.diagnoses import diagnosis_fields
 from fedserver.disk import DiskWatch
 from fedserver.events import event_of
-from fedserver.orderbook import OrderBook
 from fedserver.phases import OrderState
 from fedserver.records import Event, OrderRecord, Session, json_number
+from fedserver.rounds.open_orders import OrderBook
 from fedserver.run_context import RunContext
 from fedserver.store import AsyncStore
 from shared.diagnosis import Origin

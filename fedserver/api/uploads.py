@@ -20,11 +20,11 @@ from fedserver.admission import (
 )
 from fedserver.aggregation import compression_of, update_file
 from fedserver.api.flow_control import NewestStreams, Places
-from fedserver.orderbook import OpenRound, OrderBook
 from fedserver.phases import OrderEvent, OrderState
 from fedserver.quarantine import QuarantineFolder
 from fedserver.records import Event, OrderRecord, Refusal
 from fedserver.retention import evict_updates
+from fedserver.rounds.open_orders import OpenRound, OrderBook
 from fedserver.run_context import RunContext
 from fedserver.spool import Spool, UpdateStream
 from fedserver.store import AsyncStore

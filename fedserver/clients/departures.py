@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
-from fedserver.orderbook import OpenOrder, OrderBook
 from fedserver.records import Session
+from fedserver.rounds.open_orders import OpenOrder, OrderBook
 from fedserver.store import AsyncStore
 from shared.failpoints import FailPoint, pass_by
 from shared.types import IncidentKind, Leave, LeaveReason

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from fedserver.adjustments import (
+from fedserver.records import NO_ADJUSTMENTS, Adjustments
+from fedserver.rounds.adjustments import (
     Reports,
     adjusted,
     adjustment_text,
     after_attempt,
     after_bad_model,
 )
-from fedserver.records import NO_ADJUSTMENTS, Adjustments
 from shared.diagnosis import Cause, Diagnosis, Experiment, ExperimentName, Remedy, RemedyKind
 from shared.types import TrainingConfig
 from tests.factories import make_diagnosis

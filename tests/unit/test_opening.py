@@ -9,8 +9,8 @@ from fedserver.clients.sessions import Sessions
 from fedserver.clock import ServingClock
 from fedserver.disk import DiskWatch
 from fedserver.events import EventBus
-from fedserver.opening import Opener
-from fedserver.orderbook import OrderBook
+from fedserver.rounds.open_orders import OrderBook
+from fedserver.rounds.opening import Opener
 from fedserver.run_context import RunContext
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore, Store

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fedserver.checkpoints import Checkpoints
-from fedserver.orderbook import OpenOrder, OrderBook
 from fedserver.phases import OrderState
+from fedserver.rounds.open_orders import OpenOrder, OrderBook
 from shared.types import Counters, EntryKind
 from tests.factories import make_limits, make_order, make_round
 

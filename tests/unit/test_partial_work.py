@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedserver.admission import examine_header
-from fedserver.planning import draw_stragglers
+from fedserver.rounds.planning import draw_stragglers
 from fedserver.settings import ServerSettings
 from shared.codec import decode_state
 from tests.factories import make_limits

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedserver.patience import (
+from fedserver.rounds.stalls import (
     Lateness,
     Patience,
     Progress,

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from fedserver.checkpoints import GlobalModel
-from fedserver.orderbook import OpenOrder, OpenRound
 from fedserver.phases import OrderState
-from fedserver.planning import (
+from fedserver.records import NO_ADJUSTMENTS, Round, Run, RunState, Standing
+from fedserver.rounds.open_orders import OpenOrder, OpenRound
+from fedserver.rounds.planning import (
     Clients,
     idle_clients,
     plan_more,
@@ -16,7 +17,6 @@ from fedserver.planning import (
     stale_before,
     updates_needed,
 )
-from fedserver.records import NO_ADJUSTMENTS, Round, Run, RunState, Standing
 from fedserver.run_context import RunContext
 from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy

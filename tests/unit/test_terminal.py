@@ -10,10 +10,10 @@ from rich.console import Console
 
 from fedserver.checkpoints import Checkpoints
 from fedserver.diagnoses import diagnosis_fields
-from fedserver.orderbook import OrderBook
 from fedserver.phases import OrderState
 from fedserver.records import Event
 from fedserver.report import draw_curve
+from fedserver.rounds.open_orders import OrderBook
 from fedserver.spread import client_events, summarise_clients
 from fedserver.terminal import LiveView
 from shared.types import Counters, EntryKind

@@ -21,9 +21,6 @@ from fedserver.disk import DiskWatch
 from fedserver.evaluation import Evaluations, Evaluator, may_be_repeated
 from fedserver.events import event_of
 from fedserver.numbers import numbers_text
-from fedserver.opening import Opener, opened_event
-from fedserver.orderbook import OrderBook
-from fedserver.patience import give_up_orders
 from fedserver.phases import (
     OrderState,
     Phase,
@@ -32,12 +29,15 @@ from fedserver.phases import (
     due_of_buffer,
     shortfall,
 )
-from fedserver.planning import stale_before, standings_after, updates_needed
 from fedserver.quarantine import QuarantineFolder
 from fedserver.records import NO_ADJUSTMENTS, Exclusion, Round, RunState
 from fedserver.recovery import damaged_updates, note_restart
 from fedserver.retention import drop_models, drop_updates
-from fedserver.rollback import consequences_of, first_model, roll_back
+from fedserver.rounds.open_orders import OrderBook
+from fedserver.rounds.opening import Opener, opened_event
+from fedserver.rounds.planning import stale_before, standings_after, updates_needed
+from fedserver.rounds.rollback import consequences_of, first_model, roll_back
+from fedserver.rounds.stalls import give_up_orders
 from fedserver.run_context import RunContext
 from fedserver.screening import compared_rounds
 from fedserver.spool import Spool

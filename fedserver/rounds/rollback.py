@@ -1,19 +1,20 @@
 """What follows from what went wrong: the next attempt's adjustments, and the way back.
 
-The decisions are in fedserver.adjustments and fedserver.alarm; here they meet the store. A model is
-taken back because its evaluation says so, or because clients agree that it was bad when it came.
+The decisions are in fedserver.rounds.adjustments and fedserver.alarm; here they meet the store. A
+model is taken back because its evaluation says so, or because clients agree that it was bad when it
+came.
 """
 
 from dataclasses import dataclass
 
-from fedserver.adjustments import adjustment_text, after_attempt, after_bad_model
 from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.diagnoses import read_diagnosis
 from fedserver.evaluation import initial_state, may_be_repeated
 from fedserver.events import event_of
-from fedserver.orderbook import OrderBook
 from fedserver.phases import Phase
 from fedserver.records import Adjustments, Event, Round
+from fedserver.rounds.adjustments import adjustment_text, after_attempt, after_bad_model
+from fedserver.rounds.open_orders import OrderBook
 from fedserver.run_context import RunContext
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore

@@ -23,7 +23,7 @@ class OpenOrder:
     `given_in` is the attempt that asks for it: the one that collects, or in an asynchronous run an
     earlier one. `handed_out_at` is the time of day at which it was first pulled, `began_at` the
     same moment by the clock. `stepped_at` is when the client last finished a step (see
-    fedserver.patience), `longest_step_s` the longest time between two of them, None before the
+    fedserver.rounds.stalls), `longest_step_s` the longest time between two of them, None before the
     second.
     """
 

@@ -26,8 +26,8 @@ from enum import StrEnum
 from fedserver.clients.departures import end_order, stop_expecting
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
-from fedserver.orderbook import OpenOrder, OrderBook
 from fedserver.phases import OrderState
+from fedserver.rounds.open_orders import OpenOrder, OrderBook
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
 from shared.failpoints import FailPoint, pass_by

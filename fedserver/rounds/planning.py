@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from fedserver.adjustments import adjusted
 from fedserver.admission import AdmissionLimits
 from fedserver.aggregation import run_compression
 from fedserver.checkpoints import GlobalModel
@@ -17,9 +16,10 @@ from fedserver.clients.sampling import (
     cohort_seed,
 )
 from fedserver.clients.suspension import eligible_clients, pause
-from fedserver.orderbook import OpenOrder
 from fedserver.phases import OrderState, Phase
 from fedserver.records import Adjustments, Exclusion, Order, Round, Standing
+from fedserver.rounds.adjustments import adjusted
+from fedserver.rounds.open_orders import OpenOrder
 from fedserver.run_context import RunContext
 from fedserver.settings import ServerSettings
 from fedserver.strategies.rows import Local, Strategy

@@ -11,9 +11,10 @@ from fedserver.clients.sessions import Sessions
 from fedserver.disk import DiskWatch
 from fedserver.events import event_of
 from fedserver.numbers import numbers_text
-from fedserver.orderbook import OpenRound, OrderBook
 from fedserver.phases import OrderState, Phase
-from fedserver.planning import (
+from fedserver.records import Adjustments, Event, Round, Standing
+from fedserver.rounds.open_orders import OpenRound, OrderBook
+from fedserver.rounds.planning import (
     Clients,
     admission_limits,
     idle_clients,
@@ -23,8 +24,7 @@ from fedserver.planning import (
     stale_before,
     work_orders,
 )
-from fedserver.records import Adjustments, Event, Round, Standing
-from fedserver.rollback import first_model
+from fedserver.rounds.rollback import first_model
 from fedserver.run_context import RunContext
 from fedserver.store import AsyncStore
 from fedserver.workers import Workers

@@ -1,0 +1,1 @@
+"""From opening to the next model."""
