@@ -22,7 +22,6 @@ from torch.utils.data import TensorDataset
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientState
 from fedclient.training import NothingLearned, train_order
-from fedserver.admission import examine_content, examine_control, examine_header
 from fedserver.aggregation import compression_of, run_compression, screen, update_file
 from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.phases import Phase
@@ -32,6 +31,7 @@ from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.step import control_layout, next_blocks, state_layout
+from fedserver.updates.admission import examine_content, examine_control, examine_header
 from shared.codec import decode_state
 from shared.data import load_images
 from shared.diagnosis import DoctorSettings

@@ -5,17 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedserver.admission import HEADER_SLACK_BYTES
 from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.events import event_of
 from fedserver.records import Event, Exclusion, Refusal, Round, StoredUpdate, json_number
 from fedserver.run_context import RunContext
-from fedserver.screening import Before, Outlier, outliers
-from fedserver.spool import Spool
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.buffers import Bounded
 from fedserver.strategies.packed import locate_packed
 from fedserver.strategies.step import next_blocks, state_layout
+from fedserver.updates.admission import HEADER_SLACK_BYTES
+from fedserver.updates.screening import Before, Outlier, outliers
+from fedserver.updates.spool import Spool
 from shared.codec import read_layout
 from shared.payloads import read_payload
 from shared.seeds import derive_seed
@@ -38,7 +38,7 @@ def screen(
     base: GlobalModel,
     trusted: Collection[int],
 ) -> list[Exclusion]:
-    """Return the updates of a closed round that are too long (see fedserver.screening).
+    """Return the updates of a closed round that are too long (see fedserver.updates.screening).
 
     A function of what is recorded: `before` holds the updates that counted in earlier rounds (see
     `compared_rounds`), `settings` are the run's, `base` is the model that the round began with.

@@ -7,8 +7,8 @@ from fedserver.disk import DiskWatch
 from fedserver.events import event_of
 from fedserver.records import StoredUpdate
 from fedserver.rounds.open_orders import OrderBook
-from fedserver.spool import Spool
 from fedserver.store import AsyncStore
+from fedserver.updates.spool import Spool
 from shared.codec import digest_file
 from shared.types import IncidentKind
 

@@ -3,12 +3,12 @@
 from fedserver.api.downloads import Downloads
 from fedserver.checkpoints import Checkpoints
 from fedserver.events import event_of
-from fedserver.quarantine import QuarantineFolder
 from fedserver.records import HeldState
 from fedserver.rounds.open_orders import OrderBook
 from fedserver.run_context import RunContext
-from fedserver.spool import Spool
 from fedserver.store import AsyncStore
+from fedserver.updates.quarantine import QuarantineFolder
+from fedserver.updates.spool import Spool
 from fedserver.workers import Workers
 
 

@@ -26,7 +26,6 @@ from fedserver.clock import ServingClock
 from fedserver.disk import DiskWatch
 from fedserver.evaluation import Evaluator
 from fedserver.events import EventBus, event_of
-from fedserver.quarantine import QuarantineFolder
 from fedserver.records import Run, RunState
 from fedserver.recovery import note_absence, salvageable
 from fedserver.rounds.coordinator import Coordinator
@@ -34,12 +33,13 @@ from fedserver.rounds.open_orders import OrderBook
 from fedserver.run_context import RunContext
 from fedserver.run_settings import RUN_SETTINGS
 from fedserver.settings import ServerSettings, settings_begun_with
-from fedserver.spool import Spool
 from fedserver.store import AsyncStore, Store
 from fedserver.strategies import find_strategy
 from fedserver.strategies.local_rules import examine_model
 from fedserver.strategies.rows import Strategy
 from fedserver.terminal import showing_progress
+from fedserver.updates.quarantine import QuarantineFolder
+from fedserver.updates.spool import Spool
 from fedserver.workers import Workers
 from shared.cli import stderr_console
 from shared.compression import Shape, packed_shapes

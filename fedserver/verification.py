@@ -28,12 +28,12 @@ from fedserver.chain import (
 from fedserver.checkpoints import digest_blocks, model_path, state_path
 from fedserver.phases import OrderState
 from fedserver.records import HeldState, HeldUpdate, Ledger, Run
-from fedserver.spool import update_path
 from fedserver.store import Store
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.rows import UnfitCohort
 from fedserver.strategies.step import next_blocks, state_layout
+from fedserver.updates.spool import update_path
 from shared.codec import digest_file, read_layout
 from shared.errors import InvalidInput, NotFound, StorageDamaged
 from shared.tasks import build_model, find_task, kinds_of

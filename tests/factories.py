@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedserver.admission import AdmissionLimits
 from fedserver.phases import OrderEvent, OrderState, Phase
 from fedserver.records import Event, Order, Refusal, Round, Run, Session, StoredUpdate
 from fedserver.store import Store
 from fedserver.strategies.blocks import StateFile
 from fedserver.strategies.rows import Lack, lacks_nothing
+from fedserver.updates.admission import AdmissionLimits
 from shared.codec import digest_bytes, encode_state, read_layout
 from shared.diagnosis import (
     Cause,

@@ -13,11 +13,11 @@ from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.phases import OrderEvent
 from fedserver.records import Round
 from fedserver.settings import ServerSettings
-from fedserver.spool import Spool
 from fedserver.store import Store
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks, state_layout
+from fedserver.updates.spool import Spool
 from fedserver.verification import verify
 from shared.codec import decode_state, encode_state
 from shared.weights import entry_kinds

@@ -11,24 +11,24 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
-from fedserver.admission import (
+from fedserver.aggregation import compression_of, update_file
+from fedserver.api.flow_control import NewestStreams, Places
+from fedserver.phases import OrderEvent, OrderState
+from fedserver.records import Event, OrderRecord, Refusal
+from fedserver.retention import evict_updates
+from fedserver.rounds.open_orders import OpenRound, OrderBook
+from fedserver.run_context import RunContext
+from fedserver.store import AsyncStore
+from fedserver.strategies.step import control_layout
+from fedserver.updates.admission import (
     UpdateRefused,
     examine_content,
     examine_control,
     examine_header,
     examine_section_digests,
 )
-from fedserver.aggregation import compression_of, update_file
-from fedserver.api.flow_control import NewestStreams, Places
-from fedserver.phases import OrderEvent, OrderState
-from fedserver.quarantine import QuarantineFolder
-from fedserver.records import Event, OrderRecord, Refusal
-from fedserver.retention import evict_updates
-from fedserver.rounds.open_orders import OpenRound, OrderBook
-from fedserver.run_context import RunContext
-from fedserver.spool import Spool, UpdateStream
-from fedserver.store import AsyncStore
-from fedserver.strategies.step import control_layout
+from fedserver.updates.quarantine import QuarantineFolder
+from fedserver.updates.spool import Spool, UpdateStream
 from fedserver.workers import Workers
 from shared.errors import (
     CorruptPayload,

@@ -29,7 +29,6 @@ from fedserver.phases import (
     due_of_buffer,
     shortfall,
 )
-from fedserver.quarantine import QuarantineFolder
 from fedserver.records import NO_ADJUSTMENTS, Exclusion, Round, RunState
 from fedserver.recovery import damaged_updates, note_restart
 from fedserver.retention import drop_models, drop_updates
@@ -39,11 +38,12 @@ from fedserver.rounds.planning import stale_before, standings_after, updates_nee
 from fedserver.rounds.rollback import consequences_of, first_model, roll_back
 from fedserver.rounds.stalls import give_up_orders
 from fedserver.run_context import RunContext
-from fedserver.screening import compared_rounds
-from fedserver.spool import Spool
 from fedserver.spread import client_events, summarise_clients
 from fedserver.store import AsyncStore
 from fedserver.strategies.rows import UnfitCohort
+from fedserver.updates.quarantine import QuarantineFolder
+from fedserver.updates.screening import compared_rounds
+from fedserver.updates.spool import Spool
 from fedserver.workers import Workers
 from shared.errors import OutOfSpace, RunFailed, StorageDamaged
 from shared.failpoints import FailPoint, pass_by

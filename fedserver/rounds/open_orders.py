@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from fedserver.admission import AdmissionLimits
 from fedserver.checkpoints import GlobalModel
 from fedserver.phases import OrderState
 from fedserver.records import OrderRecord, Round
 from fedserver.signals import Signal
+from fedserver.updates.admission import AdmissionLimits
 from shared.types import Counters, WorkOrder
 
 

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from fedserver.admission import AdmissionLimits
 from fedserver.aggregation import run_compression
 from fedserver.checkpoints import GlobalModel
 from fedserver.clients.sampling import (
@@ -23,6 +22,7 @@ from fedserver.rounds.open_orders import OpenOrder
 from fedserver.run_context import RunContext
 from fedserver.settings import ServerSettings
 from fedserver.strategies.rows import Local, Strategy
+from fedserver.updates.admission import AdmissionLimits
 from shared.seeds import derive_seed
 from shared.types import CONTROL_SECTION, MODEL_SECTION, Section, WorkOrder
 

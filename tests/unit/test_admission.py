@@ -9,10 +9,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from fedserver.admission import MAX_WEIGHT, UpdateRefused, examine_content, examine_header
 from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import BLOCK_ELEMENTS, StateFile
+from fedserver.updates.admission import MAX_WEIGHT, UpdateRefused, examine_content, examine_header
 from shared.codec import decode_state
 from shared.types import MODEL_SECTION, ClientUpdate, EntryKind, Section
 from shared.weights import entry_kinds

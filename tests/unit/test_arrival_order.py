@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fedserver.checkpoints import Checkpoints
 from fedserver.phases import OrderState
-from fedserver.spool import Spool
 from fedserver.store import Store
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks
+from fedserver.updates.spool import Spool
 from shared.codec import digest_bytes, encode_state
 from shared.types import EntryKind
 from tests.factories import begin_round, end_order, make_update, write_state
@@ -39,7 +39,7 @@ import sys
 from pathlib import Path
 import torch
 from fedserver.checkpoints import Checkpoints
-from fedserver.spool import Spool
+from fedserver.updates.spool import Spool
 from fedserver.store import Store
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort, StateFile

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedserver.checkpoints import Checkpoints
-from fedserver.spool import Spool
+from fedserver.updates.spool import Spool
 from shared.files import replace_file
 from shared.types import EntryKind
 

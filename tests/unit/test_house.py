@@ -146,7 +146,7 @@ def test_listeners_are_imported_by_the_composition_root_alone() -> None:
             "fedserver/api/uploads.py",
         ),
         *("fedserver/api/service.py", "fedserver/store/", "fedserver/strategies/"),
-        *("fedserver/phases.py", "fedserver/admission.py", "fedserver/spool.py"),
+        *("fedserver/phases.py", "fedserver/updates/admission.py", "fedserver/updates/spool.py"),
     )
     assert (
         breaches(

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedserver.admission import examine_header
 from fedserver.rounds.planning import draw_stragglers
 from fedserver.settings import ServerSettings
+from fedserver.updates.admission import examine_header
 from shared.codec import decode_state
 from tests.factories import make_limits
 from tests.small_federation import SmallFederation, examples_of, small

@@ -14,8 +14,8 @@ from benchmarks.small_federations import Attack, Federation, Judged, Simulation
 from fedserver.aggregation import screen
 from fedserver.checkpoints import GlobalModel
 from fedserver.records import Adjustments, Exclusion, StoredUpdate
-from fedserver.screening import MAX_GROWTH, compared_rounds, outliers, travel_of
 from fedserver.strategies.blocks import StateFile
+from fedserver.updates.screening import MAX_GROWTH, compared_rounds, outliers, travel_of
 from shared.codec import Layout
 from tests.factories import make_round, make_update
 

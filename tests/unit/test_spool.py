@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedserver.spool import Spool
+from fedserver.updates.spool import Spool
 from shared.errors import InvalidInput, OutOfSpace, StreamFenced, WrongOffset
 
 ORDER, DIGEST = "run1-r1-a1-c0-s1", "ab" * 32

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedserver.records import HeldState, HeldUpdate
-from fedserver.spool import Spool, update_path
+from fedserver.updates.spool import Spool, update_path
 
 
 class QuarantineFolder:
