@@ -23,7 +23,7 @@ import torch
 from rich.progress import track
 
 from benchmarks.federation import machine_line, peak_memory_mb, write_section
-from fedserver.checkpoints import Checkpoints
+from fedserver.models.checkpoints import Checkpoints
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.step import next_blocks, state_layout

@@ -22,8 +22,8 @@ from torch.utils.data import TensorDataset
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientState
 from fedclient.training import NothingLearned, train_order
-from fedserver.aggregation import compression_of, run_compression, screen, update_file
-from fedserver.checkpoints import Checkpoints, GlobalModel
+from fedserver.models.aggregation import compression_of, run_compression, screen, update_file
+from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.phases import Phase
 from fedserver.records import Adjustments, Order, Round, StoredUpdate
 from fedserver.rounds.planning import admission_limits, work_orders

@@ -1,8 +1,8 @@
 """What finished rounds leave behind, and for how long it is kept."""
 
 from fedserver.api.downloads import Downloads
-from fedserver.checkpoints import Checkpoints
 from fedserver.events import event_of
+from fedserver.models.checkpoints import Checkpoints
 from fedserver.records import HeldState
 from fedserver.rounds.open_orders import OrderBook
 from fedserver.run_context import RunContext

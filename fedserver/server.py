@@ -15,17 +15,18 @@ from pathlib import Path
 
 import torch
 
-from fedserver.aggregation import run_compression
 from fedserver.api.client_api import Desk
 from fedserver.api.downloads import Downloads
 from fedserver.api.service import start_server
 from fedserver.api.uploads import Intake
-from fedserver.checkpoints import Checkpoints
 from fedserver.clients.sessions import Sessions
 from fedserver.clock import ServingClock
 from fedserver.disk import DiskWatch
-from fedserver.evaluation import Evaluator
 from fedserver.events import EventBus, event_of
+from fedserver.models.aggregation import run_compression
+from fedserver.models.checkpoints import Checkpoints
+from fedserver.models.evaluation import Evaluator
+from fedserver.monitoring.terminal import showing_progress
 from fedserver.records import Run, RunState
 from fedserver.recovery import note_absence, salvageable
 from fedserver.rounds.coordinator import Coordinator
@@ -37,7 +38,6 @@ from fedserver.store import AsyncStore, Store
 from fedserver.strategies import find_strategy
 from fedserver.strategies.local_rules import examine_model
 from fedserver.strategies.rows import Strategy
-from fedserver.terminal import showing_progress
 from fedserver.updates.quarantine import QuarantineFolder
 from fedserver.updates.spool import Spool
 from fedserver.workers import Workers

@@ -18,8 +18,8 @@ from torch.utils.data import TensorDataset
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientStates
 from fedclient.training import train_order
-from fedserver.aggregation import compression_of, run_compression, update_file
-from fedserver.checkpoints import Checkpoints, GlobalModel
+from fedserver.models.aggregation import compression_of, run_compression, update_file
+from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.rounds.planning import work_orders
 from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from fedclient.packing import pack_update
-from fedserver.aggregation import run_compression, strategy_seed, update_file
-from fedserver.checkpoints import Checkpoints, GlobalModel
+from fedserver.models.aggregation import run_compression, strategy_seed, update_file
+from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.phases import OrderEvent
 from fedserver.records import Round
 from fedserver.settings import ServerSettings
@@ -18,7 +18,7 @@ from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks, state_layout
 from fedserver.updates.spool import Spool
-from fedserver.verification import verify
+from fedserver.verification.verify import verify
 from shared.codec import decode_state, encode_state
 from shared.weights import entry_kinds
 from tests.factories import end_order, make_event, make_round, make_update

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
-from fedserver.aggregation import run_compression
 from fedserver.api.downloads import Downloads
 from fedserver.api.uploads import Intake
 from fedserver.clients.departures import leave
@@ -14,6 +13,7 @@ from fedserver.clients.sessions import Sessions
 from fedserver.diagnoses import diagnosis_fields
 from fedserver.disk import DiskWatch
 from fedserver.events import event_of
+from fedserver.models.aggregation import run_compression
 from fedserver.phases import OrderState
 from fedserver.records import Event, OrderRecord, Session, json_number
 from fedserver.rounds.open_orders import OrderBook

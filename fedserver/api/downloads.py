@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fedserver.api.flow_control import Places
-from fedserver.checkpoints import Checkpoints
+from fedserver.models.checkpoints import Checkpoints
 from fedserver.workers import Workers
 from shared.chunks import CHUNK_BYTES, frame_download
 from shared.errors import NotFound, ServerUnreachable, WrongOffset

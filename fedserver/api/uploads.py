@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
-from fedserver.aggregation import compression_of, update_file
 from fedserver.api.flow_control import NewestStreams, Places
+from fedserver.models.aggregation import compression_of, update_file
 from fedserver.phases import OrderEvent, OrderState
 from fedserver.records import Event, OrderRecord, Refusal
 from fedserver.retention import evict_updates

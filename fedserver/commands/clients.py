@@ -6,10 +6,10 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
-from fedserver.client_report import client_table, draw_clients
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
+from fedserver.models.client_metrics import spread_text, told_of_models
 from fedserver.numbers import numbers_text
-from fedserver.spread import spread_text, told_of_models
+from fedserver.reporting.client_report import client_table, draw_clients
 from fedserver.store import read_history, read_rounds
 from shared.cli import parse
 from shared.errors import NotFound

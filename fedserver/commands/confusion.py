@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.numbers import numbers_text
-from fedserver.report import class_table, draw_confusion
+from fedserver.reporting.tables import class_table, draw_confusion
 from fedserver.store import read_history, read_rounds
 from shared.cli import parse
 from shared.errors import NotFound

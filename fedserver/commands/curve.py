@@ -6,8 +6,8 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
-from fedserver.report import draw_curve
-from fedserver.spread import told_of_models
+from fedserver.models.client_metrics import told_of_models
+from fedserver.reporting.tables import draw_curve
 from fedserver.store import read_rounds
 from shared.cli import parse
 from shared.errors import NotFound

@@ -7,7 +7,7 @@ from pydantic_settings import SettingsConfigDict
 
 from fedserver.commands.inspection import InspectionSettings, opened_run
 from fedserver.numbers import numbers_text
-from fedserver.report import best_round, models_by_round
+from fedserver.reporting.tables import best_round, models_by_round
 from fedserver.store import read_rounds
 from shared.cli import parse
 from shared.errors import InvalidInput, NotFound

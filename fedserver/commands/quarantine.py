@@ -16,7 +16,7 @@ from rich.console import Console
 from fedserver.commands.inspection import InspectionSettings, opened_run
 from fedserver.events import event_of
 from fedserver.records import HeldState, HeldUpdate, Run
-from fedserver.report import held_table
+from fedserver.reporting.tables import held_table
 from fedserver.store import Store
 from fedserver.updates.spool import update_path
 from shared.cli import USAGE_EXIT_CODE, parse

@@ -6,7 +6,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from fedserver.commands.inspection import InspectionSettings, opened_run
-from fedserver.verification import verify
+from fedserver.verification.verify import verify
 from shared.cli import parse
 from shared.errors import StorageDamaged
 

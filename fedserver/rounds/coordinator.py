@@ -13,13 +13,14 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import TypeVar
 
-from fedserver.aggregation import reduce_updates, screen
 from fedserver.api.downloads import Downloads
-from fedserver.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
 from fedserver.clients.sessions import Sessions
 from fedserver.disk import DiskWatch
-from fedserver.evaluation import Evaluations, Evaluator, may_be_repeated
 from fedserver.events import event_of
+from fedserver.models.aggregation import reduce_updates, screen
+from fedserver.models.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
+from fedserver.models.client_metrics import client_events, summarise_clients
+from fedserver.models.evaluation import Evaluations, Evaluator, may_be_repeated
 from fedserver.numbers import numbers_text
 from fedserver.phases import (
     OrderState,
@@ -38,7 +39,6 @@ from fedserver.rounds.planning import stale_before, standings_after, updates_nee
 from fedserver.rounds.rollback import consequences_of, first_model, roll_back
 from fedserver.rounds.stalls import give_up_orders
 from fedserver.run_context import RunContext
-from fedserver.spread import client_events, summarise_clients
 from fedserver.store import AsyncStore
 from fedserver.strategies.rows import UnfitCohort
 from fedserver.updates.quarantine import QuarantineFolder

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from fedserver.checkpoints import GlobalModel
+from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState
 from fedserver.records import OrderRecord, Round
 from fedserver.signals import Signal

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fedserver.api.downloads import Downloads
-from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.clients.sampling import Participation
 from fedserver.clients.sessions import Sessions
 from fedserver.disk import DiskWatch
 from fedserver.events import event_of
+from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.numbers import numbers_text
 from fedserver.phases import OrderState, Phase
 from fedserver.records import Adjustments, Event, Round, Standing

@@ -5,8 +5,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from fedserver.aggregation import run_compression
-from fedserver.checkpoints import GlobalModel
 from fedserver.clients.sampling import (
     RESTS_ON_THE_PAST,
     Candidate,
@@ -15,6 +13,8 @@ from fedserver.clients.sampling import (
     cohort_seed,
 )
 from fedserver.clients.suspension import eligible_clients, pause
+from fedserver.models.aggregation import run_compression
+from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState, Phase
 from fedserver.records import Adjustments, Exclusion, Order, Round, Standing
 from fedserver.rounds.adjustments import adjusted

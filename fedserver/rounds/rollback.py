@@ -1,16 +1,16 @@
 """What follows from what went wrong: the next attempt's adjustments, and the way back.
 
-The decisions are in fedserver.rounds.adjustments and fedserver.alarm; here they meet the store. A
-model is taken back because its evaluation says so, or because clients agree that it was bad when it
-came.
+The decisions are in fedserver.rounds.adjustments and fedserver.models.regression; here they meet
+the store. A model is taken back because its evaluation says so, or because clients agree that it
+was bad when it came.
 """
 
 from dataclasses import dataclass
 
-from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.diagnoses import read_diagnosis
-from fedserver.evaluation import initial_state, may_be_repeated
 from fedserver.events import event_of
+from fedserver.models.checkpoints import Checkpoints, GlobalModel
+from fedserver.models.evaluation import initial_state, may_be_repeated
 from fedserver.phases import Phase
 from fedserver.records import Adjustments, Event, Round
 from fedserver.rounds.adjustments import adjustment_text, after_attempt, after_bad_model

@@ -26,8 +26,9 @@ def read_history(
     that count: ratio, of the bytes sent to those of whole ones, and error, the mean of what the
     clients say was lost), base_digest, base_bytes, model_digest (None until DONE), evaluation (of
     the round's model: accuracy, loss, the task's metrics, class_accuracy, confusion; None until
-    known), client_evaluation (of its base by its clients, if asked; see fedserver.spread),
-    started_at, closed_at, finished_at (ISO 8601, UTC, or None), collected_s from opening to close,
+    known), client_evaluation (of its base by its clients, if asked; see
+    fedserver.models.client_metrics), started_at, closed_at, finished_at (ISO 8601, UTC, or None),
+    collected_s from opening to close,
     took_s from opening to end (seconds of the run's clock, not differences of those times; None
     while it isn't known), orders (each order_id, client,
     state, handed_out_at, ended_at), incidents (each kind, at, client, what belongs to the kind; the

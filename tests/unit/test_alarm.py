@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fedserver.alarm import find_alarm
+from fedserver.models.regression import find_alarm
 from shared.diagnosis import Symptom
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedserver.checkpoints import Checkpoints
+from fedserver.models.checkpoints import Checkpoints
 from fedserver.phases import OrderState
 from fedserver.store import Store
 from fedserver.strategies import find_strategy
@@ -38,7 +38,7 @@ AGGREGATE = """
 import sys
 from pathlib import Path
 import torch
-from fedserver.checkpoints import Checkpoints
+from fedserver.models.checkpoints import Checkpoints
 from fedserver.updates.spool import Spool
 from fedserver.store import Store
 from fedserver.strategies import find_strategy

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedclient.packing import RESIDUAL, pack_update
 from fedclient.state import ClientStates
-from fedserver.aggregation import update_file
+from fedserver.models.aggregation import update_file
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Block, BlockReader, Cohort, StateFile, blocks_of
 from fedserver.strategies.step import next_blocks

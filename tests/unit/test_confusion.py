@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedserver.evaluation import class_accuracies
+from fedserver.models.evaluation import class_accuracies
 from shared.evaluation import evaluate
 
 

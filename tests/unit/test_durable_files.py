@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedserver.checkpoints import Checkpoints
+from fedserver.models.checkpoints import Checkpoints
 from fedserver.updates.spool import Spool
 from shared.files import replace_file
 from shared.types import EntryKind

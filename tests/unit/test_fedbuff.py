@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedserver.checkpoints import Checkpoints
+from fedserver.models.checkpoints import Checkpoints
 from fedserver.server import run_server
 from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy

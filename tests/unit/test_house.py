@@ -138,7 +138,7 @@ def test_strategies_and_rounds_depend_on_next_to_nothing() -> None:
 
 def test_listeners_are_imported_by_the_composition_root_alone() -> None:
     """Take the live view away and nothing else changes: nobody who works knows who listens."""
-    assert breaches(outside("fedserver/server.py"), "fedserver.terminal") == []
+    assert breaches(outside("fedserver/server.py"), "fedserver.monitoring.terminal") == []
     working = under(
         *(
             "fedserver/rounds/coordinator.py",
@@ -151,8 +151,8 @@ def test_listeners_are_imported_by_the_composition_root_alone() -> None:
     assert (
         breaches(
             working,
-            "fedserver.report",
-            "fedserver.diagnosis_report",
+            "fedserver.reporting.tables",
+            "fedserver.reporting.diagnosis_report",
             "fedserver.commands",
             "rich",
             "matplotlib",
@@ -166,7 +166,7 @@ def test_the_lines_above_are_drawn_where_something_is() -> None:
     assert breaches(["fedserver/api/service.py"], "grpc")
     assert breaches(["fedclient/connection.py"], "grpc")
     assert breaches(under("fedserver/store/"), "sqlalchemy")
-    assert breaches(["fedserver/server.py"], "fedserver.terminal")
+    assert breaches(["fedserver/server.py"], "fedserver.monitoring.terminal")
     assert len(under("fedserver/strategies/")) >= 3
     assert len(PRODUCT) > 40
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedserver.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
+from fedserver.models.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
 from fedserver.strategies import blocks, find_strategy
 from fedserver.strategies.blocks import Cohort, blocks_of
 from fedserver.strategies.step import next_blocks

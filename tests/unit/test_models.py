@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedserver.evaluation import initial_state
+from fedserver.models.evaluation import initial_state
 from shared.errors import InvalidInput
 from shared.models import INITIALISATIONS, CharGRU, SimpleCNN, TabularMLP, initialise
 from shared.tasks import find_task

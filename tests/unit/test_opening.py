@@ -4,11 +4,11 @@ import asyncio
 from pathlib import Path
 
 from fedserver.api.downloads import Downloads
-from fedserver.checkpoints import Checkpoints
 from fedserver.clients.sessions import Sessions
 from fedserver.clock import ServingClock
 from fedserver.disk import DiskWatch
 from fedserver.events import EventBus
+from fedserver.models.checkpoints import Checkpoints
 from fedserver.rounds.open_orders import OrderBook
 from fedserver.rounds.opening import Opener
 from fedserver.run_context import RunContext

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedserver.checkpoints import Checkpoints
+from fedserver.models.checkpoints import Checkpoints
 from fedserver.phases import OrderState
 from fedserver.rounds.open_orders import OpenOrder, OrderBook
 from shared.types import Counters, EntryKind

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedserver.aggregation import update_file
+from fedserver.models.aggregation import update_file
 from fedserver.strategies.blocks import Block, BlockReader
 from fedserver.updates.admission import UpdateRefused, examine_control, examine_header
 from shared.codec import digest_file, read_layout

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedserver.checkpoints import GlobalModel
+from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState
 from fedserver.records import NO_ADJUSTMENTS, Round, Run, RunState, Standing
 from fedserver.rounds.open_orders import OpenOrder, OpenRound

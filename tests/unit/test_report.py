@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from fedserver.numbers import numbers_text
-from fedserver.report import class_table, share_text
+from fedserver.reporting.tables import class_table, share_text
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.small_federations import Attack, Federation, Judged, Simulation
-from fedserver.aggregation import screen
-from fedserver.checkpoints import GlobalModel
+from fedserver.models.aggregation import screen
+from fedserver.models.checkpoints import GlobalModel
 from fedserver.records import Adjustments, Exclusion, StoredUpdate
 from fedserver.strategies.blocks import StateFile
 from fedserver.updates.screening import MAX_GROWTH, compared_rounds, outliers, travel_of

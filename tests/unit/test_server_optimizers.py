@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedserver.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
+from fedserver.models.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks, state_layout

@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from fedserver.api.downloads import Downloads
-from fedserver.checkpoints import Checkpoints
+from fedserver.models.checkpoints import Checkpoints
 from fedserver.workers import Workers
 from shared.chunks import unframe_download
 from shared.types import EntryKind

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedserver.__main__ import main
-from fedserver.client_report import client_table, draw_clients
 from fedserver.clients.sampling import cohort_seed
+from fedserver.models.client_metrics import client_events, summarise_clients, told_of_models
 from fedserver.records import Run
-from fedserver.report import draw_curve
-from fedserver.spread import client_events, summarise_clients, told_of_models
+from fedserver.reporting.client_report import client_table, draw_clients
+from fedserver.reporting.tables import draw_curve
 from fedserver.store import Store, read_history
 from shared.types import ClientUpdate
 from tests.factories import end_order, make_event, make_round, make_update

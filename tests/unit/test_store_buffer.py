@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fedserver.chain import chain_findings, row_findings
 from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState
 from fedserver.records import Order, Refusal, Round, Run, RunState
 from fedserver.store import Store, read_history
+from fedserver.verification.chain import chain_findings, row_findings
 from tests.factories import begin_round, make_event, make_round, make_update
 
 K = 2

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from fedserver.chain import chain_findings, finished_rounds, row_findings, whole_entries
 from fedserver.phases import ForbiddenTransition, OrderState, Phase
 from fedserver.records import Adjustments, Round, Run
 from fedserver.store import Store
+from fedserver.verification.chain import (
+    chain_findings,
+    finished_rounds,
+    row_findings,
+    whole_entries,
+)
 from tests.factories import begin_round, make_event, make_round, store_updates
 
 FIRST, BAD, GOOD, LAST = ("11" * 32, "22" * 32, "33" * 32, "44" * 32)

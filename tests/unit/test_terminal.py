@@ -8,14 +8,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedserver.checkpoints import Checkpoints
 from fedserver.diagnoses import diagnosis_fields
+from fedserver.models.checkpoints import Checkpoints
+from fedserver.models.client_metrics import client_events, summarise_clients
+from fedserver.monitoring.terminal import LiveView
 from fedserver.phases import OrderState
 from fedserver.records import Event
-from fedserver.report import draw_curve
+from fedserver.reporting.tables import draw_curve
 from fedserver.rounds.open_orders import OrderBook
-from fedserver.spread import client_events, summarise_clients
-from fedserver.terminal import LiveView
 from shared.types import Counters, EntryKind
 from tests.factories import (
     make_diagnosis,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from fedclient.connection import _order
-from fedserver.evaluation import Evaluator
 from fedserver.messages import order_message
+from fedserver.models.evaluation import Evaluator
 from fedserver.run_settings import RUN_SETTINGS
 from fedserver.settings import ServerSettings, TrainingSettings
 from shared.data.augmentation import AUGMENTATIONS

@@ -8,7 +8,7 @@ import pytest
 
 from fedserver.ledger import entry_digest
 from fedserver.store import Store
-from fedserver.verification import verify
+from fedserver.verification.verify import verify
 from shared.errors import InvalidInput, NotFound
 from tests.state_dir import BAD_CLIENT, BAD_ROUND, NUM_ROUNDS, StateDir, write_state_dir
 

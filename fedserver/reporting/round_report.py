@@ -8,10 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fedserver.clients.sampling import cohort_seed
-from fedserver.diagnosis_report import NUM_SHOWN_WHOLE, diagnosed, diagnosis_account
+from fedserver.models.client_metrics import spread_text
 from fedserver.numbers import numbers_text
 from fedserver.records import Adjustments, Standing
-from fedserver.report import (
+from fedserver.reporting.diagnosis_report import NUM_SHOWN_WHOLE, diagnosed, diagnosis_account
+from fedserver.reporting.tables import (
     Column,
     History,
     fact_table,
@@ -21,7 +22,6 @@ from fedserver.report import (
     share_text,
 )
 from fedserver.rounds.adjustments import adjustment_text
-from fedserver.spread import spread_text
 from shared.times import to_the_second
 from shared.types import IncidentKind, LeaveReason
 

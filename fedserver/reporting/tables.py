@@ -10,8 +10,8 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from fedserver.models.client_metrics import told_of_models
 from fedserver.records import HeldUpdate
-from fedserver.spread import told_of_models
 
 History = Sequence[Mapping[str, Any]]
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedserver.alarm import find_alarm
-from fedserver.checkpoints import Checkpoints
 from fedserver.events import event_of
+from fedserver.models.checkpoints import Checkpoints
+from fedserver.models.regression import find_alarm
 from fedserver.phases import Phase
 from fedserver.records import Round
 from fedserver.rounds.open_orders import OrderBook

@@ -15,10 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedserver.account import incident_text
 from fedserver.events import EventBus, log_event
 from fedserver.phases import OrderState
 from fedserver.records import Event
+from fedserver.reporting.round_report import incident_text
 from fedserver.rounds.open_orders import OpenOrder, OrderBook
 from shared.cli import stderr_console
 from shared.times import length_text

@@ -15,17 +15,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from fedserver.aggregation import compression_of, strategy_seed, update_file
-from fedserver.chain import (
-    Entry,
-    chain_findings,
-    every_entry,
-    finished_rounds,
-    place,
-    row_findings,
-    whole_entries,
-)
-from fedserver.checkpoints import digest_blocks, model_path, state_path
+from fedserver.models.aggregation import compression_of, strategy_seed, update_file
+from fedserver.models.checkpoints import digest_blocks, model_path, state_path
 from fedserver.phases import OrderState
 from fedserver.records import HeldState, HeldUpdate, Ledger, Run
 from fedserver.store import Store
@@ -34,6 +25,15 @@ from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.rows import UnfitCohort
 from fedserver.strategies.step import next_blocks, state_layout
 from fedserver.updates.spool import update_path
+from fedserver.verification.chain import (
+    Entry,
+    chain_findings,
+    every_entry,
+    finished_rounds,
+    place,
+    row_findings,
+    whole_entries,
+)
 from shared.codec import digest_file, read_layout
 from shared.errors import InvalidInput, NotFound, StorageDamaged
 from shared.tasks import build_model, find_task, kinds_of

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedserver.checkpoints import Checkpoints, GlobalModel
 from fedserver.events import event_of
+from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.records import Event, Exclusion, Refusal, Round, StoredUpdate, json_number
 from fedserver.run_context import RunContext
 from fedserver.strategies.blocks import Cohort, StateFile

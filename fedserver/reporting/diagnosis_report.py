@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from fedserver.diagnoses import read_diagnosis
-from fedserver.report import Column, fact_table, fitting_table
+from fedserver.reporting.tables import Column, fact_table, fitting_table
 from shared.diagnosis import Diagnosis
 from shared.diagnosis_text import (
     EXPERIMENT_HEADINGS,

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fedserver.report import Column, fitting_table, number_text
+from fedserver.reporting.tables import Column, fitting_table, number_text
 
 _MAX_CLIENTS_LABELLED = 40
 

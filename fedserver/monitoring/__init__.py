@@ -1,0 +1,1 @@
+"""Live listeners of a run's events."""

@@ -1,0 +1,1 @@
+"""A run after the fact: words, tables, pictures."""
