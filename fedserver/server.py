@@ -21,14 +21,14 @@ from fedserver.api.service import start_server
 from fedserver.api.uploads import Intake
 from fedserver.clients.sessions import Sessions
 from fedserver.clock import ServingClock
-from fedserver.disk import DiskWatch
 from fedserver.events import EventBus, event_of
+from fedserver.housekeeping.disk import DiskWatch
+from fedserver.housekeeping.recovery import note_absence, salvageable
 from fedserver.models.aggregation import run_compression
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.models.evaluation import Evaluator
 from fedserver.monitoring.terminal import showing_progress
 from fedserver.records import Run, RunState
-from fedserver.recovery import note_absence, salvageable
 from fedserver.rounds.coordinator import Coordinator
 from fedserver.rounds.open_orders import OrderBook
 from fedserver.run_context import RunContext

@@ -11,8 +11,8 @@ from fedserver.api.uploads import Intake
 from fedserver.clients.departures import leave
 from fedserver.clients.sessions import Sessions
 from fedserver.diagnoses import diagnosis_fields
-from fedserver.disk import DiskWatch
 from fedserver.events import event_of
+from fedserver.housekeeping.disk import DiskWatch
 from fedserver.models.aggregation import run_compression
 from fedserver.phases import OrderState
 from fedserver.records import Event, OrderRecord, Session, json_number

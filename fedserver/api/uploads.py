@@ -12,10 +12,10 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
 from fedserver.api.flow_control import NewestStreams, Places
+from fedserver.housekeeping.retention import evict_updates
 from fedserver.models.aggregation import compression_of, update_file
 from fedserver.phases import OrderEvent, OrderState
 from fedserver.records import Event, OrderRecord, Refusal
-from fedserver.retention import evict_updates
 from fedserver.rounds.open_orders import OpenRound, OrderBook
 from fedserver.run_context import RunContext
 from fedserver.store import AsyncStore

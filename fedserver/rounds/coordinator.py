@@ -15,8 +15,10 @@ from typing import TypeVar
 
 from fedserver.api.downloads import Downloads
 from fedserver.clients.sessions import Sessions
-from fedserver.disk import DiskWatch
 from fedserver.events import event_of
+from fedserver.housekeeping.disk import DiskWatch
+from fedserver.housekeeping.recovery import damaged_updates, note_restart
+from fedserver.housekeeping.retention import drop_models, drop_updates
 from fedserver.models.aggregation import reduce_updates, screen
 from fedserver.models.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
 from fedserver.models.client_metrics import client_events, summarise_clients
@@ -31,8 +33,6 @@ from fedserver.phases import (
     shortfall,
 )
 from fedserver.records import NO_ADJUSTMENTS, Exclusion, Round, RunState
-from fedserver.recovery import damaged_updates, note_restart
-from fedserver.retention import drop_models, drop_updates
 from fedserver.rounds.open_orders import OrderBook
 from fedserver.rounds.opening import Opener, opened_event
 from fedserver.rounds.planning import stale_before, standings_after, updates_needed

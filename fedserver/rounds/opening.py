@@ -7,8 +7,8 @@ from dataclasses import replace
 from fedserver.api.downloads import Downloads
 from fedserver.clients.sampling import Participation
 from fedserver.clients.sessions import Sessions
-from fedserver.disk import DiskWatch
 from fedserver.events import event_of
+from fedserver.housekeeping.disk import DiskWatch
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.numbers import numbers_text
 from fedserver.phases import OrderState, Phase

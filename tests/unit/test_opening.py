@@ -6,8 +6,8 @@ from pathlib import Path
 from fedserver.api.downloads import Downloads
 from fedserver.clients.sessions import Sessions
 from fedserver.clock import ServingClock
-from fedserver.disk import DiskWatch
 from fedserver.events import EventBus
+from fedserver.housekeeping.disk import DiskWatch
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.rounds.open_orders import OrderBook
 from fedserver.rounds.opening import Opener

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedserver.disk import DiskWatch
 from fedserver.events import event_of
+from fedserver.housekeeping.disk import DiskWatch
 from fedserver.records import StoredUpdate
 from fedserver.rounds.open_orders import OrderBook
 from fedserver.store import AsyncStore

@@ -1,0 +1,1 @@
+"""Room on the disk, what is kept, what a restart finds."""
