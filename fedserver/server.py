@@ -20,7 +20,6 @@ from fedserver.api.downloads import Downloads
 from fedserver.api.service import start_server
 from fedserver.api.uploads import Intake
 from fedserver.clients.sessions import Sessions
-from fedserver.clock import ServingClock
 from fedserver.events import EventBus, event_of
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.housekeeping.recovery import note_absence, salvageable
@@ -33,6 +32,7 @@ from fedserver.rounds.coordinator import Coordinator
 from fedserver.rounds.open_orders import OrderBook
 from fedserver.run_context import RunContext
 from fedserver.run_settings import RUN_SETTINGS
+from fedserver.runtime import ServingClock, Threads
 from fedserver.settings import ServerSettings, settings_begun_with
 from fedserver.store import AsyncStore, Store
 from fedserver.strategies import find_strategy
@@ -40,7 +40,6 @@ from fedserver.strategies.local_rules import examine_model
 from fedserver.strategies.rows import Strategy
 from fedserver.updates.quarantine import QuarantineFolder
 from fedserver.updates.spool import Spool
-from fedserver.workers import Workers
 from shared.cli import stderr_console
 from shared.compression import Shape, packed_shapes
 from shared.data import examine_scheme
@@ -99,7 +98,7 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
             store.examine()
         except StorageDamaged as error:
             raise StorageDamaged(f"{error}; {salvageable(state_dir / 'models')}") from error
-        workers = Workers()
+        threads = Threads()
         try:
             run = _open_run(store, settings)
             as_begun = settings.going_on_with(run.settings)
@@ -107,11 +106,11 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
                 with interrupting():
                     prepared = _prepare(as_begun)
             serving = _serve(
-                *(as_begun, prepared), run=run, store=store, workers=workers, stop_signals=signals
+                *(as_begun, prepared), run=run, store=store, threads=threads, stop_signals=signals
             )
             asyncio.run(serving)
         finally:
-            workers.close()
+            threads.close()
             store.close()
 
 
@@ -277,14 +276,14 @@ async def _serve(
     *,
     run: Run,
     store: Store,
-    workers: Workers,
+    threads: Threads,
     stop_signals: StopSignals,
 ) -> None:
     state_dir = settings.state_dir
     checkpoints = Checkpoints(state_dir / "models", prepared.kinds)
     clock = ServingClock()
     bus, book = EventBus(), OrderBook(clock)
-    recording = AsyncStore(store, workers=workers, publish=bus.publish)
+    recording = AsyncStore(store, threads=threads, publish=bus.publish)
     context = RunContext(
         settings=settings,
         run=run,
@@ -301,7 +300,7 @@ async def _serve(
     )
     spool = Spool(state_dir / "spool")
     quarantine = QuarantineFolder(state_dir / "quarantine", max_bytes=settings.quarantine_bytes)
-    downloads = Downloads(checkpoints, workers, idle_s=settings.stall_after)
+    downloads = Downloads(checkpoints, threads, idle_s=settings.stall_after)
     disk = DiskWatch(
         state_dir,
         min_free_bytes=settings.min_free_bytes,
@@ -311,7 +310,7 @@ async def _serve(
         book=book,
     )
     intake = Intake(
-        context, book=book, store=recording, spool=spool, quarantine=quarantine, workers=workers
+        context, book=book, store=recording, spool=spool, quarantine=quarantine, threads=threads
     )
     desk = Desk(
         context,
@@ -334,7 +333,7 @@ async def _serve(
         checkpoints=checkpoints,
         downloads=downloads,
         disk=disk,
-        workers=workers,
+        threads=threads,
     )
 
     stop = _stop_event(stop_signals)
@@ -345,7 +344,7 @@ async def _serve(
     print(f"fedserver listening on {address}", flush=True)
     completing = asyncio.create_task(
         _complete(
-            context, coordinator, desk, store=recording, checkpoints=checkpoints, workers=workers
+            context, coordinator, desk, store=recording, checkpoints=checkpoints, threads=threads
         )
     )
     stopping = asyncio.create_task(stop.wait())
@@ -398,7 +397,7 @@ async def _complete(
     *,
     store: AsyncStore,
     checkpoints: Checkpoints,
-    workers: Workers,
+    threads: Threads,
 ) -> None:
     try:
         digest = await coordinator.complete()
@@ -409,7 +408,7 @@ async def _complete(
     # Killed here, the run is still open: started again it exports and ends it.
     await coordinator.with_room(
         functools.partial(
-            _export, context, digest, store=store, checkpoints=checkpoints, workers=workers
+            _export, context, digest, store=store, checkpoints=checkpoints, threads=threads
         )
     )
     pass_by(FailPoint.RUN_EXPORTED)
@@ -423,14 +422,14 @@ async def _export(
     *,
     store: AsyncStore,
     checkpoints: Checkpoints,
-    workers: Workers,
+    threads: Threads,
 ) -> None:
     """Write the last model, and beside it the best one if that is another."""
     last = _exported(context.settings)
-    await workers.on_disk(checkpoints.export, last_digest, last)
+    await threads.on_disk(checkpoints.export, last_digest, last)
     best_digest = await store.best_model(context.run_id)
     if best_digest is not None and best_digest != last_digest:
-        await workers.on_disk(checkpoints.export, best_digest, _beside(last))
+        await threads.on_disk(checkpoints.export, best_digest, _beside(last))
 
 
 def _exported(settings: ServerSettings) -> Path:

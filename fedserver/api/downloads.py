@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedserver.api.flow_control import Places
 from fedserver.models.checkpoints import Checkpoints
-from fedserver.workers import Workers
+from fedserver.runtime import Threads
 from shared.chunks import CHUNK_BYTES, frame_download
 from shared.errors import NotFound, ServerUnreachable, WrongOffset
 
@@ -21,9 +21,9 @@ _MAX_CHUNKS_UNDER_WAY = 32
 class Downloads:
     """Serves blobs by digest, in bounded memory; keeps the framed chunks of one of them."""
 
-    def __init__(self, checkpoints: Checkpoints, workers: Workers, *, idle_s: float) -> None:
+    def __init__(self, checkpoints: Checkpoints, threads: Threads, *, idle_s: float) -> None:
         self._checkpoints = checkpoints
-        self._workers = workers
+        self._threads = threads
         self._idle_s = idle_s
         # gRPC copies what it is given to write: without a bound, a chunk for every slow client.
         self._places = Places(_MAX_CHUNKS_UNDER_WAY)
@@ -90,11 +90,11 @@ class Downloads:
     async def _framed(self, path: Path, digest: str, begin: int, end: int) -> bytes:
         """Return a chunk; of the model in force it is read once, whoever asks meanwhile."""
         if digest != self._digest or begin % CHUNK_BYTES:
-            return await self._workers.on_disk(_read_framed, path, begin, end)
+            return await self._threads.on_disk(_read_framed, path, begin, end)
         chunks = self._chunks
         if begin not in chunks:
             chunks[begin] = asyncio.ensure_future(
-                self._workers.on_disk(_read_framed, path, begin, end)
+                self._threads.on_disk(_read_framed, path, begin, end)
             )
 
             def drop_if_failed(read: asyncio.Future[bytes]) -> None:

@@ -18,6 +18,7 @@ from fedserver.phases import OrderEvent, OrderState
 from fedserver.records import Event, OrderRecord, Refusal
 from fedserver.rounds.open_orders import OpenRound, OrderBook
 from fedserver.run_context import RunContext
+from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
 from fedserver.strategies.step import control_layout
 from fedserver.updates.admission import (
@@ -29,7 +30,6 @@ from fedserver.updates.admission import (
 )
 from fedserver.updates.quarantine import QuarantineFolder
 from fedserver.updates.spool import Spool, UpdateStream
-from fedserver.workers import Workers
 from shared.errors import (
     CorruptPayload,
     InvalidInput,
@@ -82,14 +82,14 @@ class Intake:
         store: AsyncStore,
         spool: Spool,
         quarantine: QuarantineFolder,
-        workers: Workers,
+        threads: Threads,
     ) -> None:
         self._context = context
         self._book = book
         self._store = store
         self._spool = spool
         self._quarantine = quarantine
-        self._workers = workers
+        self._threads = threads
         self._places = Places(context.settings.max_uploads)
         self._newest = NewestStreams(1)
         # A stream nothing comes from gives its place to others; the client resumes it.
@@ -169,7 +169,7 @@ class Intake:
     @asynccontextmanager
     async def _stream(self, update: ClientUpdate, *, offset: int) -> AsyncIterator[UpdateStream]:
         """Hold the open file of an update; see `Spool.open_stream`."""
-        on_disk = self._workers.on_disk
+        on_disk = self._threads.on_disk
         opened = ExitStack()
         stream = self._spool.open_stream(update.order_id, update.digest, offset=offset)
         opening = asyncio.ensure_future(on_disk(opened.enter_context, stream))
@@ -198,7 +198,7 @@ class Intake:
                             f"order {update.order_id}: the stream holds more than the "
                             f"{update.size_bytes} bytes that its header says"
                         )
-                    await self._workers.on_disk(stream.append, chunk)
+                    await self._threads.on_disk(stream.append, chunk)
                     self._book.note_bytes(update.order_id)
                     is_enough = stream.offset - counted >= self._idle_s * _LEAST_BYTES_PER_S
                     if is_enough or not self._places.are_wanted:
@@ -219,7 +219,7 @@ class Intake:
     async def _accept(
         self, record: OrderRecord, update: ClientUpdate, stream: UpdateStream, given_in: OpenRound
     ) -> UploadAnswer:
-        settled = await self._workers.on_disk(self._settle_bytes, update, stream, given_in)
+        settled = await self._threads.on_disk(self._settle_bytes, update, stream, given_in)
         if isinstance(settled, Refusal):
             return await self._end(
                 record, update, OrderEvent.REFUSE, refusal=settled, stream=stream
@@ -227,7 +227,7 @@ class Intake:
         self._bytes_since_tidying += update.size_bytes
         if self._bytes_since_tidying > _TIDYING_BYTES:
             self._bytes_since_tidying = 0
-            await self._workers.on_disk(return_free_pages)
+            await self._threads.on_disk(return_free_pages)
         pass_by(FailPoint.UPDATE_DURABLE)
         return await self._end(record, update, OrderEvent.STORE, stream=stream, delta_norm=settled)
 
@@ -367,12 +367,12 @@ class Intake:
         """Move the bytes of an update that is kept out into the quarantine."""
         if stream is None:
             return
-        quarantine, on_disk = self._quarantine, self._workers.on_disk
+        quarantine, on_disk = self._quarantine, self._threads.on_disk
         path = quarantine.path(update.order_id, update.digest)
         # A newer stream that has taken the file over does it, or the end of the round.
         with suppress(StreamFenced):
             await on_disk(self._spool.hand_over, stream, path)
-        await evict_updates(store=self._store, quarantine=quarantine, workers=self._workers)
+        await evict_updates(store=self._store, quarantine=quarantine, threads=self._threads)
 
     async def _answer_ended_meanwhile(self, update: ClientUpdate) -> UploadAnswer:
         """Answer a stream whose order isn't open in the book any more, as the store has it."""

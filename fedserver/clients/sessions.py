@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fedserver.records import Session
-from fedserver.signals import Signal
+from fedserver.runtime import Broadcast
 from shared.errors import ClientIdTaken, InvalidInput, StateDirCopied, UnknownSession
 from shared.types import Registration
 
@@ -38,7 +38,7 @@ class Sessions:
         max_num_examples: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.changed = Signal()
+        self.changed = Broadcast()
         self._lease_s = lease_s
         self._max_num_examples = max_num_examples
         self._clock = clock

@@ -6,10 +6,10 @@ from fedserver.models.checkpoints import Checkpoints
 from fedserver.records import HeldState
 from fedserver.rounds.open_orders import OrderBook
 from fedserver.run_context import RunContext
+from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
 from fedserver.updates.quarantine import QuarantineFolder
 from fedserver.updates.spool import Spool
-from fedserver.workers import Workers
 
 
 async def drop_updates(
@@ -20,7 +20,7 @@ async def drop_updates(
     store: AsyncStore,
     spool: Spool,
     quarantine: QuarantineFolder,
-    workers: Workers,
+    threads: Threads,
 ) -> None:
     """Delete the updates that `--keep-updates` lets go now that `done_round` rounds are done.
 
@@ -30,26 +30,26 @@ async def drop_updates(
     """
     await store.shorten_log()
     if held := await store.held_updates():
-        await workers.on_disk(quarantine.fill, held, spool)
-        await evict_updates(store=store, quarantine=quarantine, workers=workers)
+        await threads.on_disk(quarantine.fill, held, spool)
+        await evict_updates(store=store, quarantine=quarantine, threads=threads)
     at_work = {order.order.order_id for order in book.orders()}
-    await workers.on_disk(spool.drop_unfinished, but=at_work)
+    await threads.on_disk(spool.drop_unfinished, but=at_work)
     keep_updates = context.settings.keep_updates
     if keep_updates == "all":
         return
     kept = await store.updates_to_keep(context.run_id, since_round=done_round - keep_updates + 1)
-    await workers.on_disk(spool.drop_all_but, kept)
+    await threads.on_disk(spool.drop_all_but, kept)
 
 
 async def evict_updates(
-    *, store: AsyncStore, quarantine: QuarantineFolder, workers: Workers
+    *, store: AsyncStore, quarantine: QuarantineFolder, threads: Threads
 ) -> None:
     """Give up the oldest payloads in quarantine until the others fit into `--quarantine-bytes`."""
     for held in quarantine.excess(await store.held_updates()):
         event = event_of("quarantine-evicted", client_id=held.client_id, order_id=held.order_id)
         # Recorded first: bytes without a record are tidied away, a record without bytes misleads.
         if await store.free_held(held, HeldState.EVICTED, event):
-            await workers.on_disk(quarantine.drop, held)
+            await threads.on_disk(quarantine.drop, held)
 
 
 async def drop_models(
@@ -59,7 +59,7 @@ async def drop_models(
     store: AsyncStore,
     checkpoints: Checkpoints,
     downloads: Downloads,
-    workers: Workers,
+    threads: Threads,
 ) -> None:
     """Delete the models that `--keep-rounds` lets go now that `done_round` rounds are done.
 
@@ -71,8 +71,8 @@ async def drop_models(
         return
     let_go = await store.models_let_go(
         context.run_id,
-        await workers.on_disk(checkpoints.digests),
+        await threads.on_disk(checkpoints.digests),
         since_round=done_round - keep_rounds + 1,
     )
     for digest in let_go - downloads.under_way():
-        await workers.on_disk(checkpoints.drop, digest)
+        await threads.on_disk(checkpoints.drop, digest)

@@ -16,8 +16,8 @@ from fedserver.models.regression import find_alarm
 from fedserver.phases import Phase
 from fedserver.records import Round
 from fedserver.rounds.open_orders import OrderBook
+from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
-from fedserver.workers import Workers
 from shared.codec import load_state_into
 from shared.data import make_loader
 from shared.errors import InvalidInput
@@ -126,14 +126,14 @@ class Evaluations:
         store: AsyncStore,
         checkpoints: Checkpoints,
         book: OrderBook,
-        workers: Workers,
+        threads: Threads,
     ) -> None:
         self._max_rollbacks = max_rollbacks
         self._raises_alarms = raises_alarms
         self._store = store
         self._checkpoints = checkpoints
         self._book = book
-        self._workers = workers
+        self._threads = threads
         self._evaluator = evaluator
         self._evaluating: asyncio.Task[None] | None = None
         self.has_alarm = False
@@ -153,7 +153,7 @@ class Evaluations:
 
     async def _evaluate(self, evaluated: Round, digest: str) -> None:
         try:
-            found = await self._workers.on_disk(
+            found = await self._threads.on_disk(
                 self._evaluator.evaluate, self._checkpoints.path(digest)
             )
         except EvaluationStopped:

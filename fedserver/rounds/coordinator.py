@@ -39,12 +39,12 @@ from fedserver.rounds.planning import stale_before, standings_after, updates_nee
 from fedserver.rounds.rollback import consequences_of, first_model, roll_back
 from fedserver.rounds.stalls import give_up_orders
 from fedserver.run_context import RunContext
+from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
 from fedserver.strategies.rows import UnfitCohort
 from fedserver.updates.quarantine import QuarantineFolder
 from fedserver.updates.screening import compared_rounds
 from fedserver.updates.spool import Spool
-from fedserver.workers import Workers
 from shared.errors import OutOfSpace, RunFailed, StorageDamaged
 from shared.failpoints import FailPoint, pass_by
 from shared.files import unusable
@@ -73,7 +73,7 @@ class Coordinator:
         checkpoints: Checkpoints,
         downloads: Downloads,
         disk: DiskWatch,
-        workers: Workers,
+        threads: Threads,
     ) -> None:
         settings = context.settings
         self._context = context
@@ -86,7 +86,7 @@ class Coordinator:
         self._checkpoints = checkpoints
         self._downloads = downloads
         self._disk = disk
-        self._workers = workers
+        self._threads = threads
         is_used = not (context.strategy.is_personal or EntryKind.LOCAL in context.kinds.values())
         self._evaluations = Evaluations(
             evaluator,
@@ -95,7 +95,7 @@ class Coordinator:
             store=store,
             checkpoints=checkpoints,
             book=book,
-            workers=workers,
+            threads=threads,
         )
         shortest_s = min(settings.stall_after, settings.first_step, settings.lease)
         self._tick_s = min(_MAX_TICK_S, shortest_s / 4)
@@ -109,7 +109,7 @@ class Coordinator:
             checkpoints=checkpoints,
             downloads=downloads,
             disk=disk,
-            workers=workers,
+            threads=threads,
         )
 
     async def complete(self) -> str:
@@ -199,7 +199,7 @@ class Coordinator:
         )
         await self._drop_updates(done_round=bad.round_number - 1)
         latest = await self._latest()
-        base = await self._workers.on_disk(
+        base = await self._threads.on_disk(
             self._checkpoints.load, bad.base_digest, state_digest=bad.base_state_digest
         )
         await self._opener.look_back()
@@ -211,7 +211,7 @@ class Coordinator:
         Raises:
             StorageDamaged: the base model, or an update acknowledged, isn't what was written.
         """
-        on_disk = self._workers.on_disk
+        on_disk = self._threads.on_disk
         store, run_id = self._store, self._context.run_id
         latest = await store.latest_round(run_id)
         await self._opener.look_back()
@@ -226,7 +226,7 @@ class Coordinator:
                 self._context.settings,
                 num_redraws=0,
                 checkpoints=self._checkpoints,
-                workers=self._workers,
+                threads=self._threads,
             )
             return await self._opener.open(1, base, NO_ADJUSTMENTS), base
         digest, state_digest = latest.base_digest, latest.base_state_digest
@@ -363,7 +363,7 @@ class Coordinator:
     async def _aggregate(self, current: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
         """Make the next global model and open the round after it."""
         settings, store, run_id = self._context.settings, self._store, current.run_id
-        on_disk = self._workers.on_disk
+        on_disk = self._threads.on_disk
         # Nothing is to rest on a model that turns out to be bad.
         await self._evaluations.done()
         if self._evaluations.has_alarm:
@@ -508,7 +508,7 @@ class Coordinator:
             store=self._store,
             spool=self._spool,
             quarantine=self._quarantine,
-            workers=self._workers,
+            threads=self._threads,
         )
 
     async def _drop_models(self, *, done_round: int) -> None:
@@ -518,7 +518,7 @@ class Coordinator:
             store=self._store,
             checkpoints=self._checkpoints,
             downloads=self._downloads,
-            workers=self._workers,
+            threads=self._threads,
         )
 
     async def _fail_run(self, current: Round) -> None:

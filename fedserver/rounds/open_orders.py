@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState
 from fedserver.records import OrderRecord, Round
-from fedserver.signals import Signal
+from fedserver.runtime import Broadcast
 from fedserver.updates.admission import AdmissionLimits
 from shared.types import Counters, WorkOrder
 
@@ -56,8 +56,8 @@ class OrderBook:
     """What is asked of whom right now."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.work_changed = Signal()
-        self.round_changed = Signal()
+        self.work_changed = Broadcast()
+        self.round_changed = Broadcast()
         self.current: OpenRound | None = None
         self.latest: Round | None = None
         self.clients_here: int | None = None

@@ -26,8 +26,8 @@ from fedserver.rounds.planning import (
 )
 from fedserver.rounds.rollback import first_model
 from fedserver.run_context import RunContext
+from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
-from fedserver.workers import Workers
 from shared.failpoints import FailPoint, pass_by
 from shared.tasks import Task
 from shared.types import WorkOrder
@@ -50,7 +50,7 @@ class Opener:
         checkpoints: Checkpoints,
         downloads: Downloads,
         disk: DiskWatch,
-        workers: Workers,
+        threads: Threads,
     ) -> None:
         self._context = context
         self._task = task
@@ -61,7 +61,7 @@ class Opener:
         self._checkpoints = checkpoints
         self._downloads = downloads
         self._disk = disk
-        self._workers = workers
+        self._threads = threads
         self.last_counted: dict[int, str] = {}
 
     async def look_back(self) -> None:
@@ -86,7 +86,7 @@ class Opener:
                 self._context.settings,
                 num_redraws=adjustments.num_redraws,
                 checkpoints=self._checkpoints,
-                workers=self._workers,
+                threads=self._threads,
             )
         number = ended.round_number + (ended.phase is Phase.DONE)
         return await self.open(number, base, adjustments, attempt=attempt), base
@@ -242,7 +242,7 @@ class Opener:
         for record in await self._store.carried_over(opened):
             given_in = known.get((record.round_number, record.attempt))
             if given_in is None:
-                base = await self._workers.on_disk(self._checkpoints.load, record.base_digest)
+                base = await self._threads.on_disk(self._checkpoints.load, record.base_digest)
                 given_in = OpenRound(
                     record=record,
                     base=base,

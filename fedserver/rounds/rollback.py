@@ -16,9 +16,9 @@ from fedserver.records import Adjustments, Event, Round
 from fedserver.rounds.adjustments import adjustment_text, after_attempt, after_bad_model
 from fedserver.rounds.open_orders import OrderBook
 from fedserver.run_context import RunContext
+from fedserver.runtime import Threads
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
-from fedserver.workers import Workers
 from shared.diagnosis import Cause
 from shared.failpoints import FailPoint, pass_by
 from shared.seeds import derive_seed
@@ -100,13 +100,13 @@ async def first_model(
     *,
     num_redraws: int,
     checkpoints: Checkpoints,
-    workers: Workers,
+    threads: Threads,
 ) -> GlobalModel:
     """Return the model that a run begins with, drawn anew so many times."""
     # The first draw's seed is as it was before there were others.
     seed = derive_seed(settings.seed, "init", attempt=num_redraws)
-    state_dict = await workers.on_disk(initial_state, task, seed=seed, init=settings.init)
-    return await workers.on_disk(checkpoints.save_initial, state_dict)
+    state_dict = await threads.on_disk(initial_state, task, seed=seed, init=settings.init)
+    return await threads.on_disk(checkpoints.save_initial, state_dict)
 
 
 async def roll_back(

@@ -16,8 +16,8 @@ An order that nobody has pulled is lost with the lease of its client's session, 
 `first_step_s` however alive that session is. It doesn't age while its session works on another
 order: one process may serve many clients in turn.
 
-Times are of a monotonic clock that stands still while the server is away (fedserver.clock). What a
-client waits for the server itself, such as a place for its upload, is left out of all of them.
+Times are of a monotonic clock that stands still while the server is away (fedserver.runtime). What
+a client waits for the server itself, such as a place for its upload, is left out of all of them.
 """
 
 from dataclasses import dataclass

@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from fedserver.records import Event
+from fedserver.runtime import Threads
 from fedserver.store.store import Store
-from fedserver.workers import Workers
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,9 +30,9 @@ class AsyncStore:
     Each method has the arguments, the result and the errors of the store's method of that name.
     """
 
-    def __init__(self, store: Store, *, workers: Workers, publish: Callable[[Event], None]) -> None:
+    def __init__(self, store: Store, *, threads: Threads, publish: Callable[[Event], None]) -> None:
         self._store = store
-        self._workers = workers
+        self._threads = threads
         self._publish = publish
 
     end_run = _awaited(Store.end_run)
@@ -81,10 +81,10 @@ class AsyncStore:
         Raises:
             OutOfSpace: nothing can be written yet.
         """
-        await self._workers.in_store(self._record(partial(self._store.add_events, run_id, events)))
+        await self._threads.in_store(self._record(partial(self._store.add_events, run_id, events)))
 
     async def _call(self, call: Callable[[], R]) -> R:
-        result, recorded = await self._workers.in_store(self._record(call))
+        result, recorded = await self._threads.in_store(self._record(call))
         for event in recorded:
             self._publish(event)
         return result

@@ -9,8 +9,8 @@ import pytest
 
 from fedserver.phases import ForbiddenTransition
 from fedserver.records import Event
+from fedserver.runtime import Threads
 from fedserver.store import AsyncStore, Store
-from fedserver.workers import Workers
 from tests.factories import begin_round, make_event, make_round
 
 T = TypeVar("T")
@@ -24,15 +24,15 @@ class Scene:
         self.run, self.opened = begin_round(self.store)
         self.store.take_recorded()
         self.published: list[str] = []
-        self.workers = Workers()
-        self.awaited = AsyncStore(self.store, workers=self.workers, publish=self._hear)
+        self.threads = Threads()
+        self.awaited = AsyncStore(self.store, threads=self.threads, publish=self._hear)
 
     def _hear(self, event: Event) -> None:
         self.published.append(event.kind)
 
     def close(self) -> None:
         """End the threads and give the connections back."""
-        self.workers.close()
+        self.threads.close()
         self.store.close()
 
 

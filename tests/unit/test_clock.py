@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from fedserver import clock
+from fedserver import runtime
 from fedserver.clients.sessions import Sessions
-from fedserver.clock import ServingClock
+from fedserver.runtime import ServingClock
 from tests.factories import make_registration
 
 
@@ -49,7 +49,7 @@ def test_a_lease_outlives_the_servers_absence() -> None:
 
 def test_an_absence_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever keeps the clock hears how long the server was away."""
-    monkeypatch.setattr(clock, "_TICK_S", 0)
+    monkeypatch.setattr(runtime, "_TICK_S", 0)
     time = Time()
     serving = ServingClock(time)
     told: list[float] = []

@@ -137,10 +137,17 @@ def test_strategies_and_phases_depend_on_next_to_nothing() -> None:
     assert breaches(["fedserver/phases.py"], *OURS, but=("shared.errors",)) == []
 
 
-WORKING = tuple(
-    f"fedserver/{name}"
-    for name in ("api/", "clients/", "housekeeping/", "models/", "rounds/", "store/", "strategies/")
-) + ("fedserver/updates/", "fedserver/phases.py")
+WORKING = (
+    "fedserver/api/",
+    "fedserver/clients/",
+    "fedserver/housekeeping/",
+    "fedserver/models/",
+    "fedserver/phases.py",
+    "fedserver/rounds/",
+    "fedserver/store/",
+    "fedserver/strategies/",
+    "fedserver/updates/",
+)
 
 
 def test_who_works_knows_nobody_who_watches() -> None:

@@ -5,23 +5,22 @@ from pathlib import Path
 
 from fedserver.api.downloads import Downloads
 from fedserver.clients.sessions import Sessions
-from fedserver.clock import ServingClock
 from fedserver.events import EventBus
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.rounds.open_orders import OrderBook
 from fedserver.rounds.opening import Opener
 from fedserver.run_context import RunContext
+from fedserver.runtime import ServingClock, Threads
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore, Store
 from fedserver.strategies import find_strategy
-from fedserver.workers import Workers
 from shared.weights import entry_kinds
 from tests.factories import make_event, make_limits, make_order, make_registration, make_round
 from tests.tiny_task import tiny
 
 
-def make_opener(folder: Path, workers: Workers, store: Store) -> tuple[Opener, Sessions, OrderBook]:
+def make_opener(folder: Path, threads: Threads, store: Store) -> tuple[Opener, Sessions, OrderBook]:
     """Return what opens the rounds of an asynchronous run whose first round collects."""
     settings = ServerSettings(
         task="tests.tiny_task:tiny", strategy="fedbuff", min_free_bytes=0, state_dir=folder
@@ -44,7 +43,7 @@ def make_opener(folder: Path, workers: Workers, store: Store) -> tuple[Opener, S
         modules=set(),
         strategy=find_strategy(settings.run_settings()),
     )
-    recording = AsyncStore(store, workers=workers, publish=bus.publish)
+    recording = AsyncStore(store, threads=threads, publish=bus.publish)
     sessions = Sessions([], lease_s=60, max_num_examples=1000)
     opener = Opener(
         context,
@@ -54,11 +53,11 @@ def make_opener(folder: Path, workers: Workers, store: Store) -> tuple[Opener, S
         book=book,
         store=recording,
         checkpoints=checkpoints,
-        downloads=Downloads(checkpoints, workers, idle_s=60),
+        downloads=Downloads(checkpoints, threads, idle_s=60),
         disk=DiskWatch(
             folder, min_free_bytes=0, run_id=run.run_id, store=recording, bus=bus, book=book
         ),
-        workers=workers,
+        threads=threads,
     )
     return opener, sessions, book
 
@@ -67,10 +66,10 @@ def test_a_client_that_comes_back_without_its_data_sizes_meanwhile_isnt_asked(
     tmp_path: Path,
 ) -> None:
     """While the store is asked, a process that served two clients is there again with one."""
-    workers, store = Workers(), Store(tmp_path / "federation.sqlite")
+    threads, store = Threads(), Store(tmp_path / "federation.sqlite")
 
     async def give_more() -> set[int]:
-        opener, sessions, book = make_opener(tmp_path, workers, store)
+        opener, sessions, book = make_opener(tmp_path, threads, store)
         sessions.register(make_registration(1, 2, num_examples=(10, 10)))
         sessions.register(make_registration(3, instance_key="three", num_examples=(10,)))
 
@@ -84,5 +83,5 @@ def test_a_client_that_comes_back_without_its_data_sizes_meanwhile_isnt_asked(
     try:
         assert asyncio.run(give_more()) == {0, 3}
     finally:
-        workers.close()
+        threads.close()
         store.close()

@@ -9,7 +9,7 @@ import torch
 
 from fedserver.api.downloads import Downloads
 from fedserver.models.checkpoints import Checkpoints
-from fedserver.workers import Workers
+from fedserver.runtime import Threads
 from shared.chunks import unframe_download
 from shared.types import EntryKind
 
@@ -17,7 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class CountingWorkers(Workers):
+class CountingThreads(Threads):
     """Counts what goes to the disk threads."""
 
     num_calls = 0
@@ -32,10 +32,10 @@ def test_a_chunk_is_read_once_for_all_who_ask_meanwhile(tmp_path: Path) -> None:
     """Also if the one who asked first hangs up."""
     checkpoints = Checkpoints(tmp_path, {"w": EntryKind.PARAMETER})
     model = checkpoints.save_initial({"w": torch.arange(300_000.0)})  # two chunks
-    workers = CountingWorkers()
+    threads = CountingThreads()
 
     async def download_all() -> list[bytes]:
-        downloads = Downloads(checkpoints, workers, idle_s=60.0)
+        downloads = Downloads(checkpoints, threads, idle_s=60.0)
         downloads.publish(model.digest)
 
         async def download() -> bytes:
@@ -59,6 +59,6 @@ def test_a_chunk_is_read_once_for_all_who_ask_meanwhile(tmp_path: Path) -> None:
         return await asyncio.gather(*others)
 
     received = asyncio.run(download_all())
-    workers.close()
+    threads.close()
     assert received == [checkpoints.path(model.digest).read_bytes()] * 4
-    assert workers.num_calls == 2
+    assert threads.num_calls == 2
