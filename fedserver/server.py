@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from fedserver.api.client_api import Desk
+from fedserver.api.client_api import ClientApi
 from fedserver.api.downloads import Downloads
 from fedserver.api.service import start_server
-from fedserver.api.uploads import Intake
+from fedserver.api.uploads import Uploads
 from fedserver.clients.sessions import Sessions
 from fedserver.events import EventBus, event_of
 from fedserver.housekeeping.disk import DiskWatch
@@ -29,7 +29,7 @@ from fedserver.models.evaluation import Evaluator
 from fedserver.monitoring.terminal import showing_progress
 from fedserver.records import Run, RunState
 from fedserver.rounds.coordinator import Coordinator
-from fedserver.rounds.open_orders import OrderBook
+from fedserver.rounds.open_orders import OpenOrders
 from fedserver.run_context import RunContext
 from fedserver.run_settings import RUN_SETTINGS
 from fedserver.runtime import ServingClock, Threads
@@ -282,7 +282,7 @@ async def _serve(
     state_dir = settings.state_dir
     checkpoints = Checkpoints(state_dir / "models", prepared.kinds)
     clock = ServingClock()
-    bus, book = EventBus(), OrderBook(clock)
+    bus, open_orders = EventBus(), OpenOrders(clock)
     recording = AsyncStore(store, threads=threads, publish=bus.publish)
     context = RunContext(
         settings=settings,
@@ -307,17 +307,22 @@ async def _serve(
         run_id=run.run_id,
         store=recording,
         bus=bus,
-        book=book,
+        open_orders=open_orders,
     )
-    intake = Intake(
-        context, book=book, store=recording, spool=spool, quarantine=quarantine, threads=threads
+    uploads = Uploads(
+        context,
+        open_orders=open_orders,
+        store=recording,
+        spool=spool,
+        quarantine=quarantine,
+        threads=threads,
     )
-    desk = Desk(
+    client_api = ClientApi(
         context,
         sessions=sessions,
-        book=book,
+        open_orders=open_orders,
         store=recording,
-        intake=intake,
+        uploads=uploads,
         downloads=downloads,
         disk=disk,
     )
@@ -326,7 +331,7 @@ async def _serve(
         task=prepared.task,
         evaluator=prepared.evaluator,
         sessions=sessions,
-        book=book,
+        open_orders=open_orders,
         store=recording,
         spool=spool,
         quarantine=quarantine,
@@ -340,21 +345,26 @@ async def _serve(
     last_done = store.last_done_round(run.run_id)
     evaluated = store.good_evaluations(run.run_id)
     spent_s = store.time_spent_s(run.run_id)
-    server, address = await start_server(desk, host=settings.host, port=settings.port)
+    server, address = await start_server(client_api, host=settings.host, port=settings.port)
     print(f"fedserver listening on {address}", flush=True)
     completing = asyncio.create_task(
         _complete(
-            context, coordinator, desk, store=recording, checkpoints=checkpoints, threads=threads
+            context,
+            coordinator,
+            client_api,
+            store=recording,
+            checkpoints=checkpoints,
+            threads=threads,
         )
     )
     stopping = asyncio.create_task(stop.wait())
     keeping_time = asyncio.create_task(
-        clock.keep(functools.partial(note_absence, book=book, disk=disk))
+        clock.keep(functools.partial(note_absence, open_orders=open_orders, disk=disk))
     )
     try:
         with showing_progress(
             bus,
-            book,
+            open_orders,
             total_rounds=settings.rounds,
             num_done=0 if last_done is None else last_done.round_number,
             evaluated=evaluated,
@@ -366,7 +376,7 @@ async def _serve(
         else:
             logger.info("stopping; the same command goes on with %s", run.run_id)
     finally:
-        desk.stop()
+        client_api.stop()
         prepared.evaluator.stop()
         await server.stop(_GRACE_S)
         tasks = {completing, stopping, keeping_time}
@@ -393,7 +403,7 @@ def _stop_event(signals: StopSignals) -> asyncio.Event:
 async def _complete(
     context: RunContext,
     coordinator: Coordinator,
-    desk: Desk,
+    client_api: ClientApi,
     *,
     store: AsyncStore,
     checkpoints: Checkpoints,
@@ -403,7 +413,7 @@ async def _complete(
         digest = await coordinator.complete()
     except RunFailed:
         _, failure = await store.last_failure(context.run_id)
-        await desk.finish(RunEnd(has_failed=True, failure=failure))
+        await client_api.finish(RunEnd(has_failed=True, failure=failure))
         raise
     # Killed here, the run is still open: started again it exports and ends it.
     await coordinator.with_room(
@@ -413,7 +423,7 @@ async def _complete(
     )
     pass_by(FailPoint.RUN_EXPORTED)
     await coordinator.with_room(coordinator.end)
-    await desk.finish(RunEnd(has_failed=False))
+    await client_api.finish(RunEnd(has_failed=False))
 
 
 async def _export(

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
 from fedserver.api.downloads import Downloads
-from fedserver.api.uploads import Intake
+from fedserver.api.uploads import Uploads
 from fedserver.clients.departures import leave
 from fedserver.clients.sessions import Sessions
 from fedserver.diagnoses import diagnosis_fields
@@ -16,7 +16,7 @@ from fedserver.housekeeping.disk import DiskWatch
 from fedserver.models.aggregation import run_compression
 from fedserver.phases import OrderState
 from fedserver.records import Event, OrderRecord, Session, json_number
-from fedserver.rounds.open_orders import OrderBook
+from fedserver.rounds.open_orders import OpenOrders
 from fedserver.run_context import RunContext
 from fedserver.store import AsyncStore
 from shared.diagnosis import Origin
@@ -59,7 +59,7 @@ _MAX_WAIT_S = 20.0
 _GOING_ON = (OrderState.OPEN, OrderState.STORED)
 
 
-class Desk:
+class ClientApi:
     """Answers clients. Every method may be called again with the same arguments."""
 
     def __init__(
@@ -67,17 +67,17 @@ class Desk:
         context: RunContext,
         *,
         sessions: Sessions,
-        book: OrderBook,
+        open_orders: OpenOrders,
         store: AsyncStore,
-        intake: Intake,
+        uploads: Uploads,
         downloads: Downloads,
         disk: DiskWatch,
     ) -> None:
         self._context = context
         self._sessions = sessions
-        self._book = book
+        self._open_orders = open_orders
         self._store = store
-        self._intake = intake
+        self._uploads = uploads
         self._downloads = downloads
         self._disk = disk
         self._run_end: RunEnd | None = None
@@ -125,7 +125,7 @@ class Desk:
     async def _note_copy(self, client_ids: Sequence[int]) -> None:
         happened = event_of(
             IncidentKind.STATE_DIR_COPIED,
-            self._book.latest,
+            self._open_orders.latest,
             client_id=client_ids[0] if len(client_ids) == 1 else None,
             is_incident=True,
             **({"clients": sorted(client_ids)} if len(client_ids) > 1 else {}),
@@ -161,16 +161,16 @@ class Desk:
                 self._told.add(session_id)
                 return Work(state=WorkState.FINISHED, run_end=self._run_end)
             client_ids = self._sessions.ids_here(session)
-            if (order := self._book.open_order_of(client_ids)) is not None:
-                return Work(state=WorkState.ORDER, order=self._book.hand_out(order))
+            if (order := self._open_orders.open_order_of(client_ids)) is not None:
+                return Work(state=WorkState.ORDER, order=self._open_orders.hand_out(order))
             remaining_s = deadline - time.monotonic()
-            if remaining_s <= 0 or not await self._book.work_changed.wait(remaining_s):
+            if remaining_s <= 0 or not await self._open_orders.work_changed.wait(remaining_s):
                 self._sessions.touch(session_id)
                 return Work(state=WorkState.WAIT, waiting=self._waiting())
 
     def _waiting(self) -> Waiting:
         """Return why there is no order yet."""
-        current, here = self._book.current, self._book.clients_here
+        current, here = self._open_orders.current, self._open_orders.clients_here
         if current is not None:
             return Waiting(round_number=current.record.round_number)
         if here is not None:
@@ -191,15 +191,15 @@ class Desk:
 
         def note(note_for_order: Callable[[str], None]) -> None:
             self._sessions.touch(session_id)
-            if (order := self._book.open_order_of(session.client_ids)) is not None:
+            if (order := self._open_orders.open_order_of(session.client_ids)) is not None:
                 note_for_order(order.order.order_id)
 
         await self._downloads.send(
             digest,
             offset=offset,
             write=write,
-            on_progress=functools.partial(note, self._book.note_bytes),
-            on_waiting=functools.partial(note, self._book.note_waiting),
+            on_progress=functools.partial(note, self._open_orders.note_bytes),
+            on_waiting=functools.partial(note, self._open_orders.note_waiting),
         )
 
     async def committed_bytes(
@@ -207,7 +207,7 @@ class Desk:
     ) -> tuple[int, bool]:
         """Return how many bytes of a payload are committed, and whether its update is recorded."""
         record = await self._find_order(session_id, order_id)
-        return self._intake.committed_bytes(record, digest)
+        return self._uploads.committed_bytes(record, digest)
 
     async def upload(
         self,
@@ -217,9 +217,9 @@ class Desk:
         *,
         offset: int,
     ) -> UploadAnswer:
-        """Take an update in; see `Intake.receive`."""
+        """Take an update in; see `Uploads.receive`."""
         record = await self._find_order(session_id, update.order_id)
-        return await self._intake.receive(record, update, chunks, offset=offset)
+        return await self._uploads.receive(record, update, chunks, offset=offset)
 
     async def report_progress(
         self,
@@ -237,28 +237,32 @@ class Desk:
         Raises:
             InvalidInput: a diagnosis names what the task's model doesn't have; nothing is noted.
         """
-        if not incidents and not gave_up and (found := self._book.find(order_id)) is not None:
+        if (
+            not incidents
+            and not gave_up
+            and (found := self._open_orders.find(order_id)) is not None
+        ):
             # The way of nearly all reports: nothing to ask the store for.
             self._examine_holder(self._sessions.touch(session_id), found.order.client_id, order_id)
-            self._book.advance(order_id, counters)
+            self._open_orders.advance(order_id, counters)
             return None if found.state in _GOING_ON else await self._order_end(order_id)
         for _, incident in incidents:
             if incident.diagnosis is not None:
                 self._examine_names(incident.diagnosis.origin)
         record = await self._find_order(session_id, order_id)
-        self._book.advance(order_id, counters)
+        self._open_orders.advance(order_id, counters)
         for sequence, incident in incidents:
             happened = _incident_event(
                 incident,
                 self._context.kinds,
-                place=self._book.happens_in(record),
+                place=self._open_orders.happens_in(record),
                 client_id=record.client_id,
             )
             await self._store.add_events(
                 record.run_id, [happened], report_key=f"{order_id}#{sequence}"
             )
         if gave_up:
-            round_number, attempt = self._book.happens_in(record)
+            round_number, attempt = self._open_orders.happens_in(record)
             happened = Event(
                 kind="order-given-up",
                 at=time.time(),
@@ -269,7 +273,7 @@ class Desk:
             was_open = await self._store.abandon_order(record.run_id, order_id, happened)
             pass_by(FailPoint.ORDER_ABANDONED)
             if was_open:
-                self._book.settle(order_id, OrderState.ABANDONED)
+                self._open_orders.settle(order_id, OrderState.ABANDONED)
         return await self._order_end(order_id)
 
     async def answer_for(self, call: str, error: Exception) -> FederationError:
@@ -301,14 +305,14 @@ class Desk:
             run_id=self._context.run_id,
             require_all=self._context.settings.require_all,
             sessions=self._sessions,
-            book=self._book,
+            open_orders=self._open_orders,
             store=self._store,
         )
 
     async def finish(self, run_end: RunEnd) -> None:
         """Tell every live client how the run ended; returns when they know or time is up."""
         self._run_end = run_end
-        self._book.work_changed.notify()
+        self._open_orders.work_changed.notify()
         deadline = time.monotonic() + self._context.settings.farewell
         while self._sessions.live_sessions() - self._told and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -316,11 +320,11 @@ class Desk:
     def stop(self) -> None:
         """Send parked calls away: the server is about to end."""
         self._is_stopping = True
-        self._book.work_changed.notify()
+        self._open_orders.work_changed.notify()
 
     async def _find_order(self, session_id: str, order_id: str) -> OrderRecord:
         session = self._sessions.touch(session_id)
-        record = self._book.open_record(order_id)
+        record = self._open_orders.open_record(order_id)
         if record is None:
             record = await self._store.find_order(order_id)
         self._examine_holder(session, record.client_id, order_id)

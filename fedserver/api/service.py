@@ -1,7 +1,7 @@
 """The servicer: protobuf and gRPC stop here.
 
-Translates each call to one of the desk, and the domain's errors to gRPC statuses. The two calls
-that carry payloads are served as raw bytes (see shared.chunks), the others as messages.
+Translates each call to one of the client API, and the domain's errors to gRPC statuses. The two
+calls that carry payloads are served as raw bytes (see shared.chunks), the others as messages.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from fedserver.api.client_api import Desk
+from fedserver.api.client_api import ClientApi
 from fedserver.api.flow_control import NewestStreams, first_message
 from fedserver.messages import (
     ENTRY_KINDS,
@@ -109,14 +109,14 @@ _ORDER_ENDS = {
 class Servicer:
     """The calls of fed.v1.FederationService."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, client_api: ClientApi) -> None:
+        self._client_api = client_api
         # A client downloads one blob at a time; what broke off without a word may still hang here.
         self._downloads = NewestStreams(2)
 
     async def register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
         """See federation.proto."""
-        info = await self._desk.register(
+        info = await self._client_api.register(
             Registration(
                 client_ids=tuple(request.client_ids),
                 instance_key=request.instance_key,
@@ -146,7 +146,7 @@ class Servicer:
 
     async def pull_work(self, request: pb.PullWorkRequest) -> pb.PullWorkResponse:
         """See federation.proto."""
-        work = await self._desk.pull_work(request.session_id, wait_s=seconds_of(request.wait))
+        work = await self._client_api.pull_work(request.session_id, wait_s=seconds_of(request.wait))
         response = pb.PullWorkResponse(
             state=_STATES[work.state],
             order=None if work.order is None else order_message(work.order),
@@ -168,7 +168,7 @@ class Servicer:
 
     async def query_upload(self, request: pb.QueryUploadRequest) -> pb.QueryUploadResponse:
         """See federation.proto."""
-        committed_bytes, is_complete = await self._desk.committed_bytes(
+        committed_bytes, is_complete = await self._client_api.committed_bytes(
             request.session_id, request.order_id, digest_of(request.digest)
         )
         return pb.QueryUploadResponse(committed_bytes=committed_bytes, complete=is_complete)
@@ -176,7 +176,7 @@ class Servicer:
     async def report_progress(self, request: pb.ReportProgressRequest) -> pb.ReportProgressResponse:
         """See federation.proto."""
         told = request.counters
-        order_end = await self._desk.report_progress(
+        order_end = await self._client_api.report_progress(
             request.session_id,
             request.order_id,
             counters=Counters(
@@ -204,7 +204,7 @@ class Servicer:
                 f"there is no reason {request.reason} to leave; say LEAVE_REASON_STOPPED or "
                 "another one of federation.proto's"
             )
-        await self._desk.leave(
+        await self._client_api.leave(
             request.session_id,
             Leave(
                 reason=_LEAVE_REASONS[request.reason],
@@ -223,7 +223,9 @@ class Servicer:
         wanted = _parse(pb.DownloadBlobRequest, request)
         session_id, digest = wanted.session_id, digest_of(wanted.digest)
         async with self._downloads.join(session_id, what="download of this session"):
-            await self._desk.download(session_id, digest, offset=wanted.offset, write=context.write)
+            await self._client_api.download(
+                session_id, digest, offset=wanted.offset, write=context.write
+            )
 
     async def upload_update(self, messages: AsyncIterator[bytes], context: Context) -> bytes:
         """See federation.proto; reads raw messages."""
@@ -234,7 +236,7 @@ class Servicer:
             )
         header = _parse(pb.UploadUpdateRequest, first).header
         update = update_of(header)
-        answer = await self._desk.upload(
+        answer = await self._client_api.upload(
             header.session_id, update, _upload_chunks(messages), offset=header.offset
         )
         response = pb.UploadUpdateResponse(receipt=_RECEIPTS[answer.receipt], reason=answer.reason)
@@ -292,13 +294,13 @@ class Servicer:
                 # The connection ended a moment before gRPC would have cancelled this call for it.
                 raise asyncio.CancelledError from None
             except Exception as error:
-                await _abort(context, await self._desk.answer_for(name, error))
+                await _abort(context, await self._client_api.answer_for(name, error))
 
         return serve
 
 
-async def start_server(desk: Desk, *, host: str, port: int) -> tuple[aio.Server, str]:
-    """Serve the desk, standard health checking and reflection.
+async def start_server(client_api: ClientApi, *, host: str, port: int) -> tuple[aio.Server, str]:
+    """Serve the client API, standard health checking and reflection.
 
     Returns:
         The server, and its address, host:port, as a client would write it.
@@ -307,7 +309,7 @@ async def start_server(desk: Desk, *, host: str, port: int) -> tuple[aio.Server,
         InvalidInput: the address can't be listened on.
     """
     server = aio.server(options=OPTIONS)
-    server.add_generic_rpc_handlers((Servicer(desk).handlers(),))
+    server.add_generic_rpc_handlers((Servicer(client_api).handlers(),))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     for name in ("", SERVICE_NAME):

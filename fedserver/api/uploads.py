@@ -16,7 +16,7 @@ from fedserver.housekeeping.retention import evict_updates
 from fedserver.models.aggregation import compression_of, update_file
 from fedserver.phases import OrderEvent, OrderState
 from fedserver.records import Event, OrderRecord, Refusal
-from fedserver.rounds.open_orders import OpenRound, OrderBook
+from fedserver.rounds.open_orders import OpenOrders, OpenRound
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
@@ -71,21 +71,21 @@ class _OrderEnded(Exception):
     """The order of a stream has ended: the rest of its bytes isn't wanted."""
 
 
-class Intake:
+class Uploads:
     """Takes updates in; one for the whole server."""
 
     def __init__(
         self,
         context: RunContext,
         *,
-        book: OrderBook,
+        open_orders: OpenOrders,
         store: AsyncStore,
         spool: Spool,
         quarantine: QuarantineFolder,
         threads: Threads,
     ) -> None:
         self._context = context
-        self._book = book
+        self._open_orders = open_orders
         self._store = store
         self._spool = spool
         self._quarantine = quarantine
@@ -123,7 +123,7 @@ class Intake:
         """
         if record.state is not OrderState.OPEN:
             return await self._answer_ended(record, update)
-        order = self._book.find(update.order_id)
+        order = self._open_orders.find(update.order_id)
         if order is None:
             return await self._answer_ended_meanwhile(update)
         try:
@@ -156,14 +156,14 @@ class Intake:
 
         def note_waiting() -> None:
             self._examine_open(order_id)
-            self._book.note_waiting(order_id)
+            self._open_orders.note_waiting(order_id)
 
         async with self._places.hold(every_s=self._idle_s / 4, while_waiting=note_waiting):
             self._examine_open(order_id)
             yield
 
     def _examine_open(self, order_id: str) -> None:
-        if self._book.open_record(order_id) is None:
+        if self._open_orders.open_record(order_id) is None:
             raise _OrderEnded
 
     @asynccontextmanager
@@ -199,7 +199,7 @@ class Intake:
                             f"{update.size_bytes} bytes that its header says"
                         )
                     await self._threads.on_disk(stream.append, chunk)
-                    self._book.note_bytes(update.order_id)
+                    self._open_orders.note_bytes(update.order_id)
                     is_enough = stream.offset - counted >= self._idle_s * _LEAST_BYTES_PER_S
                     if is_enough or not self._places.are_wanted:
                         patience.reschedule(clock() + self._idle_s)
@@ -317,7 +317,7 @@ class Intake:
 
         if order_event is not OrderEvent.STORE:
             update = _without_names_of_its_own(update)
-        open_order = self._book.find(update.order_id)
+        open_order = self._open_orders.find(update.order_id)
         handed_out_at = None if open_order is None else open_order.handed_out_at
         answered_s = (
             None
@@ -325,7 +325,7 @@ class Intake:
             else time.monotonic() - open_order.handed_out_s
         )
         while True:
-            collecting = self._book.current
+            collecting = self._open_orders.current
             state, is_recorded = await self._store.end_order(
                 record.run_id,
                 update,
@@ -342,11 +342,11 @@ class Intake:
                 break
             # The buffer is full: this one belongs into the next, which opens in a moment. It isn't
             # the client that is slow.
-            self._book.note_waiting(update.order_id)
-            if self._book.current is collecting:
-                await self._book.work_changed.wait(self._idle_s / 4)
+            self._open_orders.note_waiting(update.order_id)
+            if self._open_orders.current is collecting:
+                await self._open_orders.work_changed.wait(self._idle_s / 4)
         pass_by(FailPoint.UPDATE_RECORDED)
-        self._book.settle(update.order_id, state)
+        self._open_orders.settle(update.order_id, state)
         if not is_recorded:
             record = await self._store.find_order(update.order_id)
             if record.digest == update.digest and record.state not in _GOOD:
@@ -375,7 +375,7 @@ class Intake:
         await evict_updates(store=self._store, quarantine=quarantine, threads=self._threads)
 
     async def _answer_ended_meanwhile(self, update: ClientUpdate) -> UploadAnswer:
-        """Answer a stream whose order isn't open in the book any more, as the store has it."""
+        """Answer a stream whose order isn't open in memory any more, as the store has it."""
         record = await self._store.find_order(update.order_id)
         if record.state is OrderState.OPEN:
             raise ServerUnreachable(f"order {update.order_id}: the round is changing; try again")

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
 from fedserver.records import Session
-from fedserver.rounds.open_orders import OpenOrder, OrderBook
+from fedserver.rounds.open_orders import OpenOrder, OpenOrders
 from fedserver.store import AsyncStore
 from shared.failpoints import FailPoint, pass_by
 from shared.types import IncidentKind, Leave, LeaveReason
@@ -22,7 +22,7 @@ async def leave(
     run_id: str,
     require_all: bool,
     sessions: Sessions,
-    book: OrderBook,
+    open_orders: OpenOrders,
     store: AsyncStore,
 ) -> None:
     """Let clients of a session go: end their open orders, but for those that are still awaited.
@@ -34,7 +34,7 @@ async def leave(
     if said.client_ids:
         leaving &= set(said.client_ids)
     waits_for_ever = require_all and (said.coming_back or said.reason is LeaveReason.STOPPED)
-    orders = [order for order in book.open_orders() if order.order.client_id in leaving]
+    orders = [order for order in open_orders.list_open() if order.order.client_id in leaving]
     awaited = [
         order
         for order in orders
@@ -46,12 +46,12 @@ async def leave(
     ended = [order for order in orders if order not in awaited]
     fields = {"reason": said.reason, **({"coming_back": True} if said.coming_back else {})}
     for order in ended:
-        await end_order(order, fields, run_id=run_id, book=book, store=store)
+        await end_order(order, fields, run_id=run_id, open_orders=open_orders, store=store)
     others = sorted(leaving - {order.order.client_id for order in ended})
     if others:
         left = event_of(
             IncidentKind.CLIENT_LEFT,
-            book.latest,
+            open_orders.latest,
             client_id=others[0] if len(others) == 1 else None,
             is_incident=True,
             **({"clients": others} if len(others) > 1 else {}),
@@ -68,13 +68,13 @@ async def end_order(
     fields: Mapping[str, object],
     *,
     run_id: str,
-    book: OrderBook,
+    open_orders: OpenOrders,
     store: AsyncStore,
 ) -> None:
     """End an open order whose client has left; `fields` belong to the event."""
     left = event_of(
         IncidentKind.CLIENT_LEFT,
-        book.latest,
+        open_orders.latest,
         client_id=order.order.client_id,
         is_incident=True,
         **fields,
@@ -83,7 +83,7 @@ async def end_order(
     was_open = await store.abandon_order(run_id, order_id, left)
     pass_by(FailPoint.ORDER_ABANDONED)
     if was_open:
-        book.forget(order_id)
+        open_orders.forget(order_id)
 
 
 async def stop_expecting(
@@ -92,13 +92,13 @@ async def stop_expecting(
     *,
     run_id: str,
     sessions: Sessions,
-    book: OrderBook,
+    open_orders: OpenOrders,
     store: AsyncStore,
 ) -> None:
     """End an order whose client said that it would be back, and isn't."""
     await _take_out({order.order.client_id}, run_id=run_id, sessions=sessions, store=store)
     fields = {"reason": "did not come back", "away_s": away_s}
-    await end_order(order, fields, run_id=run_id, book=book, store=store)
+    await end_order(order, fields, run_id=run_id, open_orders=open_orders, store=store)
 
 
 async def _take_out(

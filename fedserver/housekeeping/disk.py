@@ -12,7 +12,7 @@ from typing import Any
 
 from fedserver.events import EventBus, event_of
 from fedserver.records import Event
-from fedserver.rounds.open_orders import OrderBook
+from fedserver.rounds.open_orders import OpenOrders
 from fedserver.store import AsyncStore
 from shared.errors import FederationError, OutOfFiles, OutOfSpace
 from shared.foreign_text import printable
@@ -34,14 +34,14 @@ class DiskWatch:
         run_id: str,
         store: AsyncStore,
         bus: EventBus,
-        book: OrderBook,
+        open_orders: OpenOrders,
     ) -> None:
         self._folder = folder
         self._min_free_bytes = min_free_bytes
         self._run_id = run_id
         self._store = store
         self._bus = bus
-        self._book = book
+        self._open_orders = open_orders
         self._was_low = False
         self._noted_at: dict[str, float] = {}
         self._unrecorded: list[Event] = []
@@ -58,7 +58,7 @@ class DiskWatch:
             await self.record(
                 event_of(
                     IncidentKind.DISK_LOW if is_low else "disk-recovered",
-                    self._book.latest,
+                    self._open_orders.latest,
                     is_incident=is_low,
                     free_bytes=self._free_bytes(),
                     min_free_bytes=self._min_free_bytes,
@@ -87,12 +87,12 @@ class DiskWatch:
             logger.warning("%s failed: %s; it is tried again", what, error)
         else:
             logger.error("%s failed in a way that isn't foreseen", what, exc_info=error)
-        await self.record(event_of(kind, self._book.latest, is_incident=True, **fields))
+        await self.record(event_of(kind, self._open_orders.latest, is_incident=True, **fields))
 
     async def note_end(self, what: str, error: FederationError) -> None:
         """Record that the server ends because `what` failed with this error."""
         fields = _failure(what, error)
-        latest = self._book.latest
+        latest = self._open_orders.latest
         await self.record(event_of(IncidentKind.SERVER_FAILED, latest, is_incident=True, **fields))
 
     async def record(self, happened: Event) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from fedserver.events import event_of
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.records import StoredUpdate
-from fedserver.rounds.open_orders import OrderBook
+from fedserver.rounds.open_orders import OpenOrders
 from fedserver.store import AsyncStore
 from fedserver.updates.spool import Spool
 from shared.codec import digest_file
@@ -21,9 +21,9 @@ async def note_restart(store: AsyncStore, run_id: str) -> None:
         await store.add_events(run_id, [restarted])
 
 
-async def note_absence(away_s: float, *, book: OrderBook, disk: DiskWatch) -> None:
+async def note_absence(away_s: float, *, open_orders: OpenOrders, disk: DiskWatch) -> None:
     """Record that the server was away for so long, if the run has begun."""
-    if (latest := book.latest) is not None:
+    if (latest := open_orders.latest) is not None:
         away = event_of(IncidentKind.SERVER_AWAY, latest, is_incident=True, away_s=away_s)
         await disk.record(away)
 

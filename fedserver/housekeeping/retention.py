@@ -4,7 +4,7 @@ from fedserver.api.downloads import Downloads
 from fedserver.events import event_of
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.records import HeldState
-from fedserver.rounds.open_orders import OrderBook
+from fedserver.rounds.open_orders import OpenOrders
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
@@ -16,7 +16,7 @@ async def drop_updates(
     context: RunContext,
     *,
     done_round: int,
-    book: OrderBook,
+    open_orders: OpenOrders,
     store: AsyncStore,
     spool: Spool,
     quarantine: QuarantineFolder,
@@ -32,7 +32,7 @@ async def drop_updates(
     if held := await store.held_updates():
         await threads.on_disk(quarantine.fill, held, spool)
         await evict_updates(store=store, quarantine=quarantine, threads=threads)
-    at_work = {order.order.order_id for order in book.orders()}
+    at_work = {order.order.order_id for order in open_orders.list_all()}
     await threads.on_disk(spool.drop_unfinished, but=at_work)
     keep_updates = context.settings.keep_updates
     if keep_updates == "all":

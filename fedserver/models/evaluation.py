@@ -15,7 +15,7 @@ from fedserver.models.checkpoints import Checkpoints
 from fedserver.models.regression import find_alarm
 from fedserver.phases import Phase
 from fedserver.records import Round
-from fedserver.rounds.open_orders import OrderBook
+from fedserver.rounds.open_orders import OpenOrders
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
 from shared.codec import load_state_into
@@ -125,14 +125,14 @@ class Evaluations:
         raises_alarms: bool,
         store: AsyncStore,
         checkpoints: Checkpoints,
-        book: OrderBook,
+        open_orders: OpenOrders,
         threads: Threads,
     ) -> None:
         self._max_rollbacks = max_rollbacks
         self._raises_alarms = raises_alarms
         self._store = store
         self._checkpoints = checkpoints
-        self._book = book
+        self._open_orders = open_orders
         self._threads = threads
         self._evaluator = evaluator
         self._evaluating: asyncio.Task[None] | None = None
@@ -193,7 +193,7 @@ class Evaluations:
         if alarm is not None:
             pass_by(FailPoint.ALARM_RECORDED)
             self.has_alarm = True
-            self._book.round_changed.notify()
+            self._open_orders.round_changed.notify()
 
 
 async def may_be_repeated(bad: Round, *, store: AsyncStore, max_rollbacks: int) -> bool:

@@ -1,6 +1,6 @@
 """What a person sees while a run goes on: a live view in a terminal, log lines otherwise.
 
-A listener of events that also looks at the order book, twice a second, to show who is how far.
+A listener of events that also looks at the open orders, twice a second, to show who is how far.
 """
 
 import time
@@ -19,7 +19,7 @@ from fedserver.events import EventBus, log_event
 from fedserver.phases import OrderState
 from fedserver.records import Event
 from fedserver.reporting.round_report import incident_text
-from fedserver.rounds.open_orders import OpenOrder, OrderBook
+from fedserver.rounds.open_orders import OpenOrder, OpenOrders
 from shared.cli import stderr_console
 from shared.times import length_text
 from shared.types import IncidentKind
@@ -33,7 +33,7 @@ _NUM_ROUNDS_TIMED = 10
 @contextmanager
 def showing_progress(
     bus: EventBus,
-    book: OrderBook,
+    open_orders: OpenOrders,
     *,
     total_rounds: int,
     num_done: int,
@@ -51,7 +51,7 @@ def showing_progress(
         yield
         return
     view = LiveView(
-        book,
+        open_orders,
         total_rounds=total_rounds,
         num_done=num_done,
         evaluated=evaluated,
@@ -69,7 +69,7 @@ class LiveView:
 
     def __init__(
         self,
-        book: OrderBook,
+        open_orders: OpenOrders,
         *,
         total_rounds: int,
         num_done: int = 0,
@@ -77,7 +77,7 @@ class LiveView:
         spent_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._book = book
+        self._open_orders = open_orders
         self._clock = clock
         self._spent_s = spent_s
         # Of the rounds done lately; those before the server's start count as one of their mean.
@@ -124,22 +124,22 @@ class LiveView:
                     f"std {told['std']:.2%} after round {told['of_round']}"
                 )
             )
-        orders = self._book.orders()
+        orders = self._open_orders.list_all()
         if orders:
             lines.append(_client_table(orders))
         lines.extend(Text(f"! {line}", style="yellow") for line in self._incidents)
         return Group(*lines)
 
     def _headline(self) -> Text:
-        current = self._book.current
+        current = self._open_orders.current
         if current is None:
             return Text(f"{self._num_done} of {self._total_rounds} rounds done", style="bold")
-        states = self._book.states()
+        states = self._open_orders.states()
         num_stored = sum(state is OrderState.STORED for state in states)
         attempt = current.record.attempt
         again = "" if attempt == 1 else f", attempt {attempt}"
         number = current.record.round_number
-        carried = sum(one.order.round_number < number for one in self._book.orders())
+        carried = sum(one.order.round_number < number for one in self._open_orders.list_all())
         return Text(
             f"round {number} of {self._total_rounds}{again}: {num_stored} of {len(states)} updates"
             + (f", {carried} of orders from earlier rounds" if carried else ""),
@@ -160,7 +160,7 @@ class LiveView:
     def _time_line(self) -> Text:
         """Return how long the rounds have taken so far, and how long the others may take."""
         now = self._clock()
-        if self._began_at is None and self._book.current is not None:
+        if self._began_at is None and self._open_orders.current is not None:
             # The round that goes on was opened before the server's start.
             self._began_at = now
         here_s = 0.0 if self._began_at is None else now - self._began_at

@@ -33,7 +33,7 @@ from fedserver.phases import (
     shortfall,
 )
 from fedserver.records import NO_ADJUSTMENTS, Exclusion, Round, RunState
-from fedserver.rounds.open_orders import OrderBook
+from fedserver.rounds.open_orders import OpenOrders
 from fedserver.rounds.opening import Opener, opened_event
 from fedserver.rounds.planning import stale_before, standings_after, updates_needed
 from fedserver.rounds.rollback import consequences_of, first_model, roll_back
@@ -66,7 +66,7 @@ class Coordinator:
         task: Task,
         evaluator: Evaluator,
         sessions: Sessions,
-        book: OrderBook,
+        open_orders: OpenOrders,
         store: AsyncStore,
         spool: Spool,
         quarantine: QuarantineFolder,
@@ -79,7 +79,7 @@ class Coordinator:
         self._context = context
         self._task = task
         self._sessions = sessions
-        self._book = book
+        self._open_orders = open_orders
         self._store = store
         self._spool = spool
         self._quarantine = quarantine
@@ -94,7 +94,7 @@ class Coordinator:
             raises_alarms=is_used,
             store=store,
             checkpoints=checkpoints,
-            book=book,
+            open_orders=open_orders,
             threads=threads,
         )
         shortest_s = min(settings.stall_after, settings.first_step, settings.lease)
@@ -104,7 +104,7 @@ class Coordinator:
             task,
             tick_s=self._tick_s,
             sessions=sessions,
-            book=book,
+            open_orders=open_orders,
             store=store,
             checkpoints=checkpoints,
             downloads=downloads,
@@ -150,7 +150,7 @@ class Coordinator:
             RunState.FINISHED,
             event_of("run-finished"),
         )
-        self._book.close_round()
+        self._open_orders.close_round()
 
     # ---- steps
 
@@ -195,7 +195,7 @@ class Coordinator:
             current,
             max_adjustments=self._context.settings.max_adjustments,
             store=self._store,
-            book=self._book,
+            open_orders=self._open_orders,
         )
         await self._drop_updates(done_round=bad.round_number - 1)
         latest = await self._latest()
@@ -285,7 +285,7 @@ class Coordinator:
                     self._context.settings,
                     run_id=self._context.run_id,
                     sessions=self._sessions,
-                    book=self._book,
+                    open_orders=self._open_orders,
                     store=self._store,
                 )
             if self._context.is_asynchronous:
@@ -304,33 +304,33 @@ class Coordinator:
                 break
             if due is RoundEvent.FAIL:
                 return await self._fail_for_want_of_updates(current, reason)
-            await self._book.round_changed.wait(self._tick_s)
+            await self._open_orders.round_changed.wait(self._tick_s)
         if self._context.is_asynchronous:
             self._opener.note_stored()
-        self._book.close_round(carries_over=self._context.is_asynchronous)
+        self._open_orders.close_round(carries_over=self._context.is_asynchronous)
         return await self._latest()
 
     def _due(self, current: Round) -> tuple[RoundEvent | None, str]:
         """Return what is to happen to a round that collects, and why where it fails."""
-        settings, states = self._context.settings, self._book.states()
+        settings, states = self._context.settings, self._open_orders.states()
         needed, deadline_s = updates_needed(settings, current), settings.round_deadline
         due = due_event(
             states,
             min_updates=needed,
             closes_early=settings.over_select > 1,
-            is_overdue=deadline_s is not None and self._book.age_s() > deadline_s,
+            is_overdue=deadline_s is not None and self._open_orders.age_s() > deadline_s,
         )
         return due, shortfall(states, needed) if due is RoundEvent.FAIL else ""
 
     async def _due_of_buffer(self) -> tuple[RoundEvent | None, str]:
         """Give further orders if the buffer isn't full; return what is to happen, and why."""
-        size, book = self._context.strategy.buffer_size, self._book
+        size, open_orders = self._context.strategy.buffer_size, self._open_orders
         # Once it is full, they are better given with the model that comes out of it.
-        due = due_of_buffer(book.states(), buffer_size=size, can_go_on=True)
+        due = due_of_buffer(open_orders.states(), buffer_size=size, can_go_on=True)
         if due is None:
             can_go_on = await self._opener.give_more()
-            due = due_of_buffer(book.states(), buffer_size=size, can_go_on=can_go_on)
-        num_stored = sum(state is OrderState.STORED for state in book.states())
+            due = due_of_buffer(open_orders.states(), buffer_size=size, can_go_on=can_go_on)
+        num_stored = sum(state is OrderState.STORED for state in open_orders.states())
         return due, (
             f"{num_stored} of {size} updates are there, nobody is at work, and whoever is here "
             "has given up or sits out"
@@ -342,7 +342,7 @@ class Coordinator:
         They are why if there would be enough updates without them. An asynchronous round asks
         further clients as long as it can, so in one any refusal is.
         """
-        orders, states = self._book.orders(), self._book.states()
+        orders, states = self._open_orders.list_all(), self._open_orders.states()
         refused = {
             one.order.client_id: one.order.order_id
             for one in orders
@@ -493,7 +493,7 @@ class Coordinator:
             is_base_blamed=follows.is_base_blamed,
         )
         pass_by(FailPoint.ROUND_FAILED)
-        self._book.abandon_round(current)
+        self._open_orders.abandon_round(current)
         if self._context.is_asynchronous:
             await self._opener.look_back()
         self._evaluations.has_alarm |= follows.is_base_blamed
@@ -504,7 +504,7 @@ class Coordinator:
         await drop_updates(
             self._context,
             done_round=done_round,
-            book=self._book,
+            open_orders=self._open_orders,
             store=self._store,
             spool=self._spool,
             quarantine=self._quarantine,

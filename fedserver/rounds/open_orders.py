@@ -18,7 +18,7 @@ from shared.types import Counters, WorkOrder
 
 @dataclass
 class OpenOrder:
-    """An order and how far its client is; times of the book's clock, but for `handed_out_at`.
+    """An order and how far its client is; times are of `OpenOrders`' clock, but `handed_out_at`.
 
     `given_in` is the attempt that asks for it: the one that collects, or in an asynchronous run an
     earlier one. `handed_out_at` is the time of day at which it was first pulled, `began_at` the
@@ -52,7 +52,7 @@ class OpenRound:
     opened_at: float
 
 
-class OrderBook:
+class OpenOrders:
     """What is asked of whom right now."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -112,7 +112,7 @@ class OrderBook:
     def close_round(self, *, carries_over: bool = False) -> None:
         """Give no further orders; those that are open end with it, or are carried over."""
         self.current = None
-        self._keep([one for one in self.open_orders() if carries_over])
+        self._keep([one for one in self.list_open() if carries_over])
 
     def abandon_round(self, abandoned: Round) -> None:
         """End an attempt and the orders it has given; those that it didn't give go on."""
@@ -121,7 +121,7 @@ class OrderBook:
         self._keep(
             [
                 one
-                for one in self.open_orders()
+                for one in self.list_open()
                 if (one.order.round_number, one.order.attempt) != ended
             ]
         )
@@ -238,11 +238,11 @@ class OrderBook:
         if found.stepped_at is not None:
             found.stepped_at += waited_s
 
-    def orders(self) -> list[OpenOrder]:
+    def list_all(self) -> list[OpenOrder]:
         """Return the orders at work, and those that ended in the round that collects."""
         return list(self._orders.values())
 
-    def open_orders(self) -> list[OpenOrder]:
+    def list_open(self) -> list[OpenOrder]:
         """Return the orders without an end."""
         return [one for one in self._orders.values() if one.state is OrderState.OPEN]
 

@@ -13,7 +13,7 @@ from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.numbers import numbers_text
 from fedserver.phases import OrderState, Phase
 from fedserver.records import Adjustments, Event, Round, Standing
-from fedserver.rounds.open_orders import OpenRound, OrderBook
+from fedserver.rounds.open_orders import OpenOrders, OpenRound
 from fedserver.rounds.planning import (
     Clients,
     admission_limits,
@@ -45,7 +45,7 @@ class Opener:
         *,
         tick_s: float,
         sessions: Sessions,
-        book: OrderBook,
+        open_orders: OpenOrders,
         store: AsyncStore,
         checkpoints: Checkpoints,
         downloads: Downloads,
@@ -56,7 +56,7 @@ class Opener:
         self._task = task
         self._tick_s = tick_s
         self._sessions = sessions
-        self._book = book
+        self._open_orders = open_orders
         self._store = store
         self._checkpoints = checkpoints
         self._downloads = downloads
@@ -109,13 +109,13 @@ class Opener:
                 break
             here = self._sessions.ready_clients(only_live=True)
             needed = self._context.settings.clients_needed
-            self._book.clients_here = len(here) if len(here) < needed else None
+            self._open_orders.clients_here = len(here) if len(here) < needed else None
             if here != said and not self._disk.is_low():
                 gone = f"; gone: client {numbers_text(said - here)}" if said and said - here else ""
                 logger.info("waiting for clients: %d of %d are here%s", len(here), needed, gone)
                 said = here
             await self._sessions.changed.wait(self._tick_s)
-        self._book.clients_here = None
+        self._open_orders.clients_here = None
         happened = opened_event(planned)
         await self._store.open_round(
             planned,
@@ -161,7 +161,7 @@ class Opener:
         return Clients(
             ready=self._sessions.ready_clients(only_live=only_live),
             num_examples=self._sessions.data_sizes(),
-            orders=self._book.orders(),
+            orders=self._open_orders.list_all(),
             standings=standings,
             past=past,
         )
@@ -181,7 +181,7 @@ class Opener:
         is_asynchronous = self._context.is_asynchronous
         carried_over = await self._carried_over(opened) if is_asynchronous else []
         self._downloads.publish(base.digest)
-        self._book.open_round(
+        self._open_orders.open_round(
             opened,
             base=base,
             limits=admission_limits(
@@ -196,15 +196,15 @@ class Opener:
 
         Returns whether its buffer can still be filled: somebody is at work, or may come.
         """
-        book = self._book
-        assert book.current is not None
+        open_orders = self._open_orders
+        assert open_orders.current is not None
         most = self._context.settings.concurrency
         # Again and again, since somebody may have become idle meanwhile.
-        while not most or len(book.open_orders()) < most:
+        while not most or len(open_orders.list_open()) < most:
             here = self._sessions.ready_clients(only_live=True)
-            if self._disk.is_low() or not idle_clients(here, book.orders()):
+            if self._disk.is_low() or not idle_clients(here, open_orders.list_all()):
                 break
-            record, base = book.current.record, book.current.base
+            record, base = open_orders.current.record, open_orders.current.base
             standings = await self._store.standings(record.run_id)
             past = await self._past()
             if self._disk.is_low():
@@ -214,16 +214,16 @@ class Opener:
                 break
             await self._store.add_orders(record, more)
             self.note_stored()
-            book.add_orders(
+            open_orders.add_orders(
                 replace(record, orders=(*record.orders, *more)),
                 self._work_orders(replace(record, orders=more), base),
             )
         is_anybody_here = bool(self._sessions.ready_clients(only_live=True))
-        return bool(book.open_orders()) or not is_anybody_here or self._disk.is_low()
+        return bool(open_orders.list_open()) or not is_anybody_here or self._disk.is_low()
 
     def note_stored(self) -> None:
-        """Take over from the order book whose orders were stored in an asynchronous round."""
-        for one in self._book.orders():
+        """Take over from the open orders whose updates were stored in an asynchronous round."""
+        for one in self._open_orders.list_all():
             if one.state is OrderState.STORED:
                 self.last_counted[one.order.client_id] = one.order.order_id
 
@@ -236,7 +236,7 @@ class Opener:
     async def _carried_over(self, opened: Round) -> list[tuple[OpenRound, list[WorkOrder]]]:
         known = {
             (one.given_in.record.round_number, one.given_in.record.attempt): one.given_in
-            for one in self._book.orders()
+            for one in self._open_orders.list_all()
         }
         found = []
         for record in await self._store.carried_over(opened):

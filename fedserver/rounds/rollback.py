@@ -14,7 +14,7 @@ from fedserver.models.evaluation import initial_state, may_be_repeated
 from fedserver.phases import Phase
 from fedserver.records import Adjustments, Event, Round
 from fedserver.rounds.adjustments import adjustment_text, after_attempt, after_bad_model
-from fedserver.rounds.open_orders import OrderBook
+from fedserver.rounds.open_orders import OpenOrders
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.settings import ServerSettings
@@ -110,7 +110,7 @@ async def first_model(
 
 
 async def roll_back(
-    bad: Round, current: Round, *, max_adjustments: int, store: AsyncStore, book: OrderBook
+    bad: Round, current: Round, *, max_adjustments: int, store: AsyncStore, open_orders: OpenOrders
 ) -> None:
     """Take back the model that a round has made.
 
@@ -140,4 +140,4 @@ async def roll_back(
         abandoned=current if is_open else None,
     )
     pass_by(FailPoint.ROLLED_BACK)
-    book.abandon_round(current)
+    open_orders.abandon_round(current)

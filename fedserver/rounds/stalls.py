@@ -27,7 +27,7 @@ from fedserver.clients.departures import end_order, stop_expecting
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
 from fedserver.phases import OrderState
-from fedserver.rounds.open_orders import OpenOrder, OrderBook
+from fedserver.rounds.open_orders import OpenOrder, OpenOrders
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
 from shared.failpoints import FailPoint, pass_by
@@ -163,41 +163,48 @@ async def give_up_orders(
     *,
     run_id: str,
     sessions: Sessions,
-    book: OrderBook,
+    open_orders: OpenOrders,
     store: AsyncStore,
 ) -> None:
     """End the open orders whose clients are late, lost, or have left."""
     patience = patience_of(settings)
     busy = {
         sessions.holder_of(order.order.client_id)
-        for order in book.open_orders()
+        for order in open_orders.list_open()
         if order.handed_out_at is not None
     }
-    for order in book.open_orders():
+    for order in open_orders.list_open():
         client_id = order.order.client_id
         if (holder := sessions.holder_of(client_id)) is None:
             fields = {"reason": "not here any more"}
-            await end_order(order, fields, run_id=run_id, book=book, store=store)
+            await end_order(order, fields, run_id=run_id, open_orders=open_orders, store=store)
             continue
         if settings.require_all:
             continue
         if (away_s := sessions.away_s(client_id)) is not None:
             if away_s > settings.lease:
                 await stop_expecting(
-                    order, away_s, run_id=run_id, sessions=sessions, book=book, store=store
+                    order,
+                    away_s,
+                    run_id=run_id,
+                    sessions=sessions,
+                    open_orders=open_orders,
+                    store=store,
                 )
             continue
         if order.handed_out_at is None and holder in busy:
-            book.note_waiting(order.order.order_id)
-        if (why := _lateness_of(order, patience, sessions=sessions, book=book)) is not None:
-            await _abandon(order, why, run_id=run_id, book=book, store=store)
+            open_orders.note_waiting(order.order.order_id)
+        if (
+            why := _lateness_of(order, patience, sessions=sessions, open_orders=open_orders)
+        ) is not None:
+            await _abandon(order, why, run_id=run_id, open_orders=open_orders, store=store)
 
 
 def _lateness_of(
-    order: OpenOrder, patience: Patience, *, sessions: Sessions, book: OrderBook
+    order: OpenOrder, patience: Patience, *, sessions: Sessions, open_orders: OpenOrders
 ) -> Lateness | None:
     client_id = order.order.client_id
-    idle_s = book.idle_s(order)
+    idle_s = open_orders.idle_s(order)
     if order.handed_out_at is None:
         return find_loss(
             is_session_live=sessions.has_live_holder(client_id),
@@ -208,7 +215,7 @@ def _lateness_of(
         Progress(
             silent_s=min(idle_s, sessions.silent_s(client_id)),
             idle_s=idle_s,
-            total_s=book.total_s(order),
+            total_s=open_orders.total_s(order),
             longest_step_s=order.longest_step_s,
         ),
         work_of(order.order, num_examples=sessions.num_examples_of(client_id)),
@@ -217,22 +224,22 @@ def _lateness_of(
 
 
 async def _abandon(
-    order: OpenOrder, why: Lateness, *, run_id: str, book: OrderBook, store: AsyncStore
+    order: OpenOrder, why: Lateness, *, run_id: str, open_orders: OpenOrders, store: AsyncStore
 ) -> None:
     """End an order without an update, suspend its client, and record why."""
-    assert book.current is not None
+    assert open_orders.current is not None
     is_lost = why in (Lateness.GONE, Lateness.NEVER_PULLED)
     given_up = event_of(
         IncidentKind.CLIENT_LOST if is_lost else IncidentKind.CLIENT_STALLED,
-        book.current.record,
+        open_orders.current.record,
         client_id=order.order.client_id,
         is_incident=True,
         why=why,
-        idle_s=book.idle_s(order),
-        **({"total_s": book.total_s(order)} if why is Lateness.TOO_LONG else {}),
+        idle_s=open_orders.idle_s(order),
+        **({"total_s": open_orders.total_s(order)} if why is Lateness.TOO_LONG else {}),
     )
     order_id = order.order.order_id
     was_open = await store.abandon_order(run_id, order_id, given_up, strikes=True)
     pass_by(FailPoint.ORDER_ABANDONED)
     if was_open:
-        book.settle(order_id, OrderState.ABANDONED)
+        open_orders.settle(order_id, OrderState.ABANDONED)

@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from fedserver.api.client_api import Desk
+from fedserver.api.client_api import ClientApi
 from fedserver.api.service import start_server
 from fedserver.settings import ServerSettings
 from shared.cli import silence_grpc
@@ -28,7 +28,7 @@ def _has_ipv6() -> bool:
 def _refusal(host: str, port: int = 0) -> str:
     """Return the sentence for an address that can't be listened on."""
     with pytest.raises(InvalidInput) as error:
-        asyncio.run(start_server(cast(Desk, None), host=host, port=port))
+        asyncio.run(start_server(cast(ClientApi, None), host=host, port=port))
     return str(error.value)
 
 
@@ -39,7 +39,7 @@ def test_an_ipv6_address_is_printed_as_a_client_writes_it(written: str) -> None:
 
     async def reach() -> str:
         host = ServerSettings(host=written).host
-        server, address = await start_server(cast(Desk, None), host=host, port=0)
+        server, address = await start_server(cast(ClientApi, None), host=host, port=0)
         async with grpc.aio.insecure_channel(address) as channel:
             answer = await HealthStub(channel).Check(  # type: ignore[attr-defined]
                 health_pb2.HealthCheckRequest()

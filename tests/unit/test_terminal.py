@@ -15,7 +15,7 @@ from fedserver.monitoring.terminal import LiveView
 from fedserver.phases import OrderState
 from fedserver.records import Event
 from fedserver.reporting.tables import draw_curve
-from fedserver.rounds.open_orders import OrderBook
+from fedserver.rounds.open_orders import OpenOrders
 from shared.types import Counters, EntryKind
 from tests.factories import (
     make_diagnosis,
@@ -32,18 +32,18 @@ PIXELS_AT = 16
 
 
 @pytest.fixture
-def book(tmp_path: Path) -> OrderBook:
-    """Give a book with round 1 open for clients 0 and 1."""
+def open_orders(tmp_path: Path) -> OpenOrders:
+    """Give the open orders of round 1 for clients 0 and 1."""
     opened = make_round()
     base = Checkpoints(tmp_path, {"w": EntryKind.PARAMETER}).save_initial({"w": torch.zeros(1)})
-    book = OrderBook()
-    book.open_round(
+    open_orders = OpenOrders()
+    open_orders.open_round(
         opened,
         base=base,
         limits=make_limits(),
         orders=[make_order(one.order_id, client_id=one.client_id) for one in opened.orders],
     )
-    return book
+    return open_orders
 
 
 def shown(view: LiveView) -> list[str]:
@@ -60,19 +60,19 @@ def evaluated(round_number: int, accuracy: float) -> Event:
     return replace(happened, fields={"accuracy": accuracy, "loss": 1.0})
 
 
-def test_the_view_tells_round_clients_and_accuracy(book: OrderBook) -> None:
+def test_the_view_tells_round_clients_and_accuracy(open_orders: OpenOrders) -> None:
     """One client trains, the other's update is stored; round 2 was better than round 3."""
-    view = LiveView(book, total_rounds=10)
-    order = book.open_order_of([0])
+    view = LiveView(open_orders, total_rounds=10)
+    order = open_orders.open_order_of([0])
     assert order is not None
-    book.hand_out(order)
+    open_orders.hand_out(order)
     counters = Counters(
         batches=7, batches_total=20, evaluation_batches=2, evaluation_batches_total=4
     )
-    book.advance(order.order.order_id, counters)
-    other = book.open_order_of([1])
+    open_orders.advance(order.order.order_id, counters)
+    other = open_orders.open_order_of([1])
     assert other is not None
-    book.settle(other.order.order_id, OrderState.STORED)
+    open_orders.settle(other.order.order_id, OrderState.STORED)
     view.hear(evaluated(2, 0.75))
     view.hear(evaluated(3, 0.5))
     said = [make_update(metrics={"global_accuracy": one}) for one in (0.25, 0.75)]
@@ -90,10 +90,10 @@ def test_the_view_tells_round_clients_and_accuracy(book: OrderBook) -> None:
     assert (lines[4].count(BAR), lines[5].count(BAR)) == (10, 30)
 
 
-def test_the_view_tells_how_long_the_run_takes(book: OrderBook) -> None:
+def test_the_view_tells_how_long_the_run_takes(open_orders: OpenOrders) -> None:
     """Rounds of 60 and 90 s: the other 8 take 75 s each, of the third 30 s have passed."""
     now = [0.0]
-    view = LiveView(book, total_rounds=10, clock=lambda: now[0])
+    view = LiveView(open_orders, total_rounds=10, clock=lambda: now[0])
     now[0] = 1000.0
     for kind, number, at in (
         ("round-opened", 1, 1000.0),
@@ -111,29 +111,31 @@ def test_the_view_tells_how_long_the_run_takes(book: OrderBook) -> None:
     assert shown(view)[1] == "elapsed 6 min 40 s, about 8 min 45 s left"
 
 
-def test_a_server_that_was_started_again_tells_of_the_time_before(book: OrderBook) -> None:
+def test_a_server_that_was_started_again_tells_of_the_time_before(open_orders: OpenOrders) -> None:
     """4 rounds took 400 s; of the fifth, which goes on, 20 s have passed since the restart."""
     now = [0.0]
-    view = LiveView(book, total_rounds=10, num_done=4, spent_s=400.0, clock=lambda: now[0])
+    view = LiveView(open_orders, total_rounds=10, num_done=4, spent_s=400.0, clock=lambda: now[0])
     shown(view)
     now[0] = 20.0
     assert shown(view)[1] == "elapsed 7 min, about 10 min left"
 
 
-def test_an_upload_is_shown_by_its_bytes(book: OrderBook) -> None:
-    view = LiveView(book, total_rounds=10)
-    order = book.open_order_of([0])
+def test_an_upload_is_shown_by_its_bytes(open_orders: OpenOrders) -> None:
+    view = LiveView(open_orders, total_rounds=10)
+    order = open_orders.open_order_of([0])
     assert order is not None
     assert any("client 0" in line and "not heard from yet" in line for line in shown(view))
-    book.hand_out(order)
+    open_orders.hand_out(order)
     assert any("client 0" in line and "getting ready" in line for line in shown(view))
-    book.advance(order.order.order_id, Counters(batches=20, batches_total=20, bytes_sent=2_500_000))
+    open_orders.advance(
+        order.order.order_id, Counters(batches=20, batches_total=20, bytes_sent=2_500_000)
+    )
     assert any("uploading, 2.5 MB sent" in line for line in shown(view))
 
 
-def test_the_newest_incidents_stay_in_view(book: OrderBook) -> None:
+def test_the_newest_incidents_stay_in_view(open_orders: OpenOrders) -> None:
     """Five of seven, each on one line, until others push them out."""
-    view = LiveView(book, total_rounds=10)
+    view = LiveView(open_orders, total_rounds=10)
     for number in range(7):
         happened = make_event("client-stalled", round_number=number)
         view.hear(replace(happened, is_incident=True, client_id=4))
@@ -143,10 +145,10 @@ def test_the_newest_incidents_stay_in_view(book: OrderBook) -> None:
     ]
 
 
-def test_between_rounds_the_view_counts_those_that_are_done(book: OrderBook) -> None:
-    view = LiveView(book, total_rounds=3)
+def test_between_rounds_the_view_counts_those_that_are_done(open_orders: OpenOrders) -> None:
+    view = LiveView(open_orders, total_rounds=3)
     view.hear(make_event("round-done", round_number=1))
-    book.close_round()
+    open_orders.close_round()
     assert shown(view)[0] == "1 of 3 rounds done"
     assert shown(view)[2] == "no accuracy yet"
     view.hear(make_event("round-done", round_number=2))
@@ -155,22 +157,22 @@ def test_between_rounds_the_view_counts_those_that_are_done(book: OrderBook) -> 
     assert shown(view)[0] == "1 of 3 rounds done"
 
 
-def test_a_run_that_goes_on_knows_its_best_round(book: OrderBook) -> None:
+def test_a_run_that_goes_on_knows_its_best_round(open_orders: OpenOrders) -> None:
     """After a restart: the best of all its rounds, not of those since."""
     past: list[dict[str, float | None]] = [
         {"round": 1, "accuracy": 0.75, "loss": 1.0},
         {"round": 2, "accuracy": None, "loss": None},
     ]
-    view = LiveView(book, total_rounds=5, num_done=3, evaluated=past)
+    view = LiveView(open_orders, total_rounds=5, num_done=3, evaluated=past)
     assert shown(view)[2].rstrip() == "accuracy 75.00% after round 1, best 75.00% after 1"
     view.hear(evaluated(3, 0.5))
     assert shown(view)[2].rstrip() == "accuracy 50.00% after round 3, best 75.00% after 1"
-    book.close_round()
+    open_orders.close_round()
     assert shown(view)[0] == "3 of 5 rounds done"
 
 
-def test_a_diagnosis_is_told_in_its_sentence_the_moment_it_comes(book: OrderBook) -> None:
-    view = LiveView(book, total_rounds=3)
+def test_a_diagnosis_is_told_in_its_sentence_the_moment_it_comes(open_orders: OpenOrders) -> None:
+    view = LiveView(open_orders, total_rounds=3)
     happened = make_event("training-diagnosed", round_number=2)
     fields = {"step": 17, **diagnosis_fields(make_diagnosis())}
     view.hear(replace(happened, is_incident=True, client_id=3, fields=fields))
