@@ -35,7 +35,7 @@ from shared.errors import (
     WrongOffset,
     WrongSettings,
 )
-from shared.failpoints import FailPoint, pass_by
+from shared.failpoints import FailPoint, failpoint
 from shared.stop_signals import interrupting
 from shared.training import incident_of
 from shared.types import (
@@ -117,7 +117,7 @@ class OrderWorker:
                 f"the server's order {order.order_id} is for client {order.client_id}, whom this "
                 "process doesn't serve"
             )
-        pass_by(FailPoint.ORDER_PULLED)
+        failpoint(FailPoint.ORDER_PULLED)
         update = self._outbox.find(order.order_id)
         is_new = update is None
         reporter = ProgressReporter(functools.partial(self._report, order), stop=self._stop)
@@ -172,7 +172,7 @@ class OrderWorker:
         )
         state = self._state_in_force(states, order, progress)
         sections = {one.name: self._fetch(one, progress) for one in order.sections}
-        pass_by(FailPoint.MODEL_FETCHED)
+        failpoint(FailPoint.MODEL_FETCHED)
 
         def tell(diagnosis: Diagnosis) -> None:
             logger.warning("client %d, round %d: %s", *_place(order), verdict(diagnosis))
@@ -197,10 +197,10 @@ class OrderWorker:
                 compression=self._session.info.compression,
                 entry_kinds=self._session.info.entry_kinds,
             )
-        pass_by(FailPoint.TRAINED)
+        failpoint(FailPoint.TRAINED)
         states.keep(order.order_id, next_state, follows=order.last_counted_order_id)
         self._outbox.put(update)
-        pass_by(FailPoint.UPDATE_KEPT)
+        failpoint(FailPoint.UPDATE_KEPT)
         return update
 
     def _state_in_force(
@@ -264,7 +264,7 @@ class OrderWorker:
                     return answer
 
         answer = self._session.call(send, how_far=lambda: offset)
-        pass_by(FailPoint.RECEIPT_GIVEN)
+        failpoint(FailPoint.RECEIPT_GIVEN)
         self._outbox.drop(update.order_id)
         is_this_clients_doing = answer is None or answer.receipt not in _GOOD_RECEIPTS
         if answer is not None and answer.order_end in _UNNEEDED:

@@ -44,7 +44,7 @@ from shared.cli import stderr_console
 from shared.compression import Shape, packed_shapes
 from shared.data import examine_scheme
 from shared.errors import InvalidInput, RunFailed, StorageDamaged, WrongSettings
-from shared.failpoints import FailPoint, pass_by
+from shared.failpoints import FailPoint, failpoint
 from shared.files import locked_folder, raise_file_limit
 from shared.memory import keep_one_heap
 from shared.stop_signals import StopSignals, interrupting
@@ -421,7 +421,7 @@ async def _complete(
             _export, context, digest, store=store, checkpoints=checkpoints, threads=threads
         )
     )
-    pass_by(FailPoint.RUN_EXPORTED)
+    failpoint(FailPoint.RUN_EXPORTED)
     await coordinator.with_room(coordinator.end)
     await client_api.finish(RunEnd(has_failed=False))
 

@@ -1,4 +1,4 @@
-"""Places where a test can kill or halt this process; off unless the environment arms one.
+"""Slots where a test can kill or halt this process; off unless the environment arms one.
 
 `FED_FAIL_POINT=round-closed:kill:2` ends the process, as kill -9 does, the second time it comes to
 that place; `halt` stops it (SIGSTOP) until somebody sends SIGCONT.
@@ -60,7 +60,7 @@ _action, _, _times = _rest.partition(":")
 _passes_left = int(_times or "1")
 
 
-def pass_by(place: FailPoint) -> None:
+def failpoint(place: FailPoint) -> None:
     """Let happen what is armed for this place."""
     global _passes_left  # noqa: PLW0603
     if place == _place:

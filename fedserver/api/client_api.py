@@ -29,7 +29,7 @@ from shared.errors import (
     StateDirCopied,
     WrongSettings,
 )
-from shared.failpoints import FailPoint, pass_by
+from shared.failpoints import FailPoint, failpoint
 from shared.files import exhaustion
 from shared.types import (
     INCIDENT_NUMBERS,
@@ -271,7 +271,7 @@ class ClientApi:
                 client_id=record.client_id,
             )
             was_open = await self._store.abandon_order(record.run_id, order_id, happened)
-            pass_by(FailPoint.ORDER_ABANDONED)
+            failpoint(FailPoint.ORDER_ABANDONED)
             if was_open:
                 self._open_orders.settle(order_id, OrderState.ABANDONED)
         return await self._order_end(order_id)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from fedserver.api.flow_control import Places
+from fedserver.api.flow_control import Slots
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.runtime import Threads
 from shared.chunks import CHUNK_BYTES, frame_download
@@ -26,7 +26,7 @@ class Downloads:
         self._threads = threads
         self._idle_s = idle_s
         # gRPC copies what it is given to write: without a bound, a chunk for every slow client.
-        self._places = Places(_MAX_CHUNKS_UNDER_WAY)
+        self._slots = Slots(_MAX_CHUNKS_UNDER_WAY)
         self._under_way: Counter[str] = Counter()
         self._digest = ""
         self._chunks: dict[int, asyncio.Future[bytes]] = {}
@@ -71,7 +71,7 @@ class Downloads:
         try:
             while offset < size_bytes:
                 end = min(offset - offset % CHUNK_BYTES + CHUNK_BYTES, size_bytes)
-                async with self._places.hold(every_s=self._idle_s / 4, while_waiting=on_waiting):
+                async with self._slots.hold(every_s=self._idle_s / 4, while_waiting=on_waiting):
                     on_waiting()
                     framed = await self._framed(path, digest, offset, end)
                     try:

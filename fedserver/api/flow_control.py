@@ -29,7 +29,7 @@ async def first_message(messages: AsyncIterator[bytes]) -> bytes:
         ) from None
 
 
-class Places:
+class Slots:
     """So many go on at a time; the others wait."""
 
     def __init__(self, num_places: int) -> None:
@@ -66,7 +66,7 @@ class Places:
                 self._num_free += 1
 
 
-class NewestStreams:
+class StreamFence:
     """Of the streams with one key the newest go on, so many of them; they end the older ones."""
 
     def __init__(self, num_kept: int) -> None:

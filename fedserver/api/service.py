@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fedserver.api.client_api import ClientApi
-from fedserver.api.flow_control import NewestStreams, first_message
+from fedserver.api.flow_control import StreamFence, first_message
 from fedserver.messages import (
     ENTRY_KINDS,
     compression_message,
@@ -112,7 +112,7 @@ class Servicer:
     def __init__(self, client_api: ClientApi) -> None:
         self._client_api = client_api
         # A client downloads one blob at a time; what broke off without a word may still hang here.
-        self._downloads = NewestStreams(2)
+        self._downloads = StreamFence(2)
 
     async def register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
         """See federation.proto."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
-from fedserver.api.flow_control import NewestStreams, Places
+from fedserver.api.flow_control import Slots, StreamFence
 from fedserver.housekeeping.retention import evict_updates
 from fedserver.models.aggregation import compression_of, update_file
 from fedserver.phases import OrderEvent, OrderState
@@ -36,7 +36,7 @@ from shared.errors import (
     ServerUnreachable,
     StreamFenced,
 )
-from shared.failpoints import FailPoint, pass_by
+from shared.failpoints import FailPoint, failpoint
 from shared.memory import return_free_pages
 from shared.types import (
     CONTROL_SECTION,
@@ -90,8 +90,8 @@ class Uploads:
         self._spool = spool
         self._quarantine = quarantine
         self._threads = threads
-        self._places = Places(context.settings.max_uploads)
-        self._newest = NewestStreams(1)
+        self._slots = Slots(context.settings.max_uploads)
+        self._newest = StreamFence(1)
         # A stream nothing comes from gives its place to others; the client resumes it.
         self._idle_s = context.settings.stall_after
         self._bytes_since_tidying = 0
@@ -158,7 +158,7 @@ class Uploads:
             self._examine_open(order_id)
             self._open_orders.note_waiting(order_id)
 
-        async with self._places.hold(every_s=self._idle_s / 4, while_waiting=note_waiting):
+        async with self._slots.hold(every_s=self._idle_s / 4, while_waiting=note_waiting):
             self._examine_open(order_id)
             yield
 
@@ -201,7 +201,7 @@ class Uploads:
                     await self._threads.on_disk(stream.append, chunk)
                     self._open_orders.note_bytes(update.order_id)
                     is_enough = stream.offset - counted >= self._idle_s * _LEAST_BYTES_PER_S
-                    if is_enough or not self._places.are_wanted:
+                    if is_enough or not self._slots.are_wanted:
                         patience.reschedule(clock() + self._idle_s)
                         counted = stream.offset
         except TimeoutError:
@@ -228,7 +228,7 @@ class Uploads:
         if self._bytes_since_tidying > _TIDYING_BYTES:
             self._bytes_since_tidying = 0
             await self._threads.on_disk(return_free_pages)
-        pass_by(FailPoint.UPDATE_DURABLE)
+        failpoint(FailPoint.UPDATE_DURABLE)
         return await self._end(record, update, OrderEvent.STORE, stream=stream, delta_norm=settled)
 
     def _settle_bytes(
@@ -345,7 +345,7 @@ class Uploads:
             self._open_orders.note_waiting(update.order_id)
             if self._open_orders.current is collecting:
                 await self._open_orders.work_changed.wait(self._idle_s / 4)
-        pass_by(FailPoint.UPDATE_RECORDED)
+        failpoint(FailPoint.UPDATE_RECORDED)
         self._open_orders.settle(update.order_id, state)
         if not is_recorded:
             record = await self._store.find_order(update.order_id)

@@ -11,7 +11,7 @@ from fedserver.events import event_of
 from fedserver.records import Session
 from fedserver.rounds.open_orders import OpenOrder, OpenOrders
 from fedserver.store import AsyncStore
-from shared.failpoints import FailPoint, pass_by
+from shared.failpoints import FailPoint, failpoint
 from shared.types import IncidentKind, Leave, LeaveReason
 
 
@@ -81,7 +81,7 @@ async def end_order(
     )
     order_id = order.order.order_id
     was_open = await store.abandon_order(run_id, order_id, left)
-    pass_by(FailPoint.ORDER_ABANDONED)
+    failpoint(FailPoint.ORDER_ABANDONED)
     if was_open:
         open_orders.forget(order_id)
 

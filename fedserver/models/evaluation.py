@@ -12,7 +12,7 @@ from torch import nn
 
 from fedserver.events import event_of
 from fedserver.models.checkpoints import Checkpoints
-from fedserver.models.regression import find_alarm
+from fedserver.models.regression import detect_regression
 from fedserver.phases import Phase
 from fedserver.records import Round
 from fedserver.rounds.open_orders import OpenOrders
@@ -22,7 +22,7 @@ from shared.codec import load_state_into
 from shared.data import make_loader
 from shared.errors import InvalidInput
 from shared.evaluation import Batches, Evaluation, evaluate
-from shared.failpoints import FailPoint, pass_by
+from shared.failpoints import FailPoint, failpoint
 from shared.models import initialise
 from shared.own_code import naming_task_errors
 from shared.tasks import Task, build_model, examine_examples
@@ -158,7 +158,7 @@ class Evaluations:
             )
         except EvaluationStopped:
             return
-        pass_by(FailPoint.EVALUATED)
+        failpoint(FailPoint.EVALUATED)
         numbers = {"accuracy": found.accuracy, "loss": found.loss, **found.metrics}
         # JSON has no NaN.
         fields: dict[str, Any] = {
@@ -171,7 +171,7 @@ class Evaluations:
                 "confusion": found.confusion.tolist(),
             }
         before = await self._store.good_evaluations(evaluated.run_id)
-        alarm = find_alarm(fields | by_class, before) if self._raises_alarms else None
+        alarm = detect_regression(fields | by_class, before) if self._raises_alarms else None
         reason = None if alarm is None else alarm.reason
         if alarm is not None and not await may_be_repeated(
             evaluated, store=self._store, max_rollbacks=self._max_rollbacks
@@ -191,7 +191,7 @@ class Evaluations:
             alarm=None if alarm is None else alarm.symptom,
         )
         if alarm is not None:
-            pass_by(FailPoint.ALARM_RECORDED)
+            failpoint(FailPoint.ALARM_RECORDED)
             self.has_alarm = True
             self._open_orders.round_changed.notify()
 

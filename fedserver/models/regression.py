@@ -38,7 +38,7 @@ class Alarm:
     reason: str
 
 
-def find_alarm(evaluation: Evaluation, before: Sequence[Evaluation]) -> Alarm | None:
+def detect_regression(evaluation: Evaluation, before: Sequence[Evaluation]) -> Alarm | None:
     """Return what is wrong with a model that was evaluated so, None if nothing is.
 
     `before` are the evaluations of the run's good models, oldest first. Evaluations are as the

@@ -36,7 +36,7 @@ from fedserver.records import NO_ADJUSTMENTS, Exclusion, Round, RunState
 from fedserver.rounds.open_orders import OpenOrders
 from fedserver.rounds.opening import Opener, opened_event
 from fedserver.rounds.planning import stale_before, standings_after, updates_needed
-from fedserver.rounds.rollback import consequences_of, first_model, roll_back
+from fedserver.rounds.rollback import decide_after, first_model, roll_back
 from fedserver.rounds.stalls import give_up_orders
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
@@ -46,7 +46,7 @@ from fedserver.updates.quarantine import QuarantineFolder
 from fedserver.updates.screening import compared_rounds
 from fedserver.updates.spool import Spool
 from shared.errors import OutOfSpace, RunFailed, StorageDamaged
-from shared.failpoints import FailPoint, pass_by
+from shared.failpoints import FailPoint, failpoint
 from shared.files import unusable
 from shared.tasks import Task
 from shared.types import EntryKind, IncidentKind, RunFailure
@@ -294,13 +294,13 @@ class Coordinator:
                 due, reason = self._due(current)
             if due is RoundEvent.CLOSE:
                 happened = event_of("round-closed", current)
-                pass_by(FailPoint.ROUND_CLOSING)
+                failpoint(FailPoint.ROUND_CLOSING)
                 await self._store.close_round(
                     current,
                     happened,
                     carries_over=self._context.is_asynchronous,
                 )
-                pass_by(FailPoint.ROUND_CLOSED)
+                failpoint(FailPoint.ROUND_CLOSED)
                 break
             if due is RoundEvent.FAIL:
                 return await self._fail_for_want_of_updates(current, reason)
@@ -413,11 +413,11 @@ class Coordinator:
                 is_model_bad=is_bad,
             )
             return failed, base
-        pass_by(FailPoint.MODEL_WRITTEN)
+        failpoint(FailPoint.MODEL_WRITTEN)
         if not self._context.is_asynchronous:
             counted_last = {one.client_id: one.update.order_id for one in counted}
             self._opener.last_counted.update(counted_last)
-        follows = await consequences_of(self._context, current, store=store, is_done=True)
+        decision = await decide_after(self._context, current, store=store, is_done=True)
         following = None
         if current.round_number < settings.rounds:
             standings = await store.standings(run_id)
@@ -425,7 +425,7 @@ class Coordinator:
                 current.round_number + 1,
                 attempt=1 + len(await store.phases_of(run_id, current.round_number + 1)),
                 base=model,
-                adjustments=follows.adjustments,
+                adjustments=decision.adjustments,
                 standings=standings_after(
                     standings,
                     current,
@@ -440,7 +440,7 @@ class Coordinator:
             *client_events(current, told),
             *bounded,
             event_of("round-done", current, updates=len(counted), model=model.digest),
-            *follows.happened,
+            *decision.events,
         ]
         if following is not None:
             happened.append(opened_event(following))
@@ -448,14 +448,14 @@ class Coordinator:
             current,
             model_digest=model.digest,
             state_digest=model.state_digest,
-            adjustments_after=follows.adjustments,
+            adjustments_after=decision.adjustments,
             exclusions=exclusions,
             client_evaluation=told,
             next_round=following,
             stale_before=stale_before(settings, current.round_number + 1),
             happened=happened,
         )
-        pass_by(FailPoint.ROUND_DONE)
+        failpoint(FailPoint.ROUND_DONE)
         if self._context.is_asynchronous and exclusions:
             # They were taken to count when they were stored.
             await self._opener.look_back()
@@ -475,7 +475,7 @@ class Coordinator:
         exclusions: Sequence[Exclusion] = (),
         is_model_bad: bool = False,
     ) -> Round:
-        follows = await consequences_of(
+        decision = await decide_after(
             self._context,
             current,
             store=self._store,
@@ -487,16 +487,16 @@ class Coordinator:
         )
         await self._store.fail_round(
             current,
-            [happened, *follows.happened],
-            adjustments_after=follows.adjustments,
+            [happened, *decision.events],
+            adjustments_after=decision.adjustments,
             exclusions=exclusions,
-            is_base_blamed=follows.is_base_blamed,
+            is_base_blamed=decision.is_base_blamed,
         )
-        pass_by(FailPoint.ROUND_FAILED)
+        failpoint(FailPoint.ROUND_FAILED)
         self._open_orders.abandon_round(current)
         if self._context.is_asynchronous:
             await self._opener.look_back()
-        self._evaluations.has_alarm |= follows.is_base_blamed
+        self._evaluations.has_alarm |= decision.is_base_blamed
         await self._drop_updates(done_round=current.round_number - 1)
         return await self._latest()
 

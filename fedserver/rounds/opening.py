@@ -28,7 +28,7 @@ from fedserver.rounds.rollback import first_model
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
-from shared.failpoints import FailPoint, pass_by
+from shared.failpoints import FailPoint, failpoint
 from shared.tasks import Task
 from shared.types import WorkOrder
 
@@ -122,7 +122,7 @@ class Opener:
             happened,
             stale_before=stale_before(self._context.settings, round_number),
         )
-        pass_by(FailPoint.ROUND_OPENED)
+        failpoint(FailPoint.ROUND_OPENED)
         await self.hand_out(planned, base)
         return planned
 

@@ -1,4 +1,4 @@
-"""What follows from what went wrong: the next attempt's adjustments, and the way back.
+"""Decisions after what went wrong: the next attempt's adjustments, and the way back.
 
 The decisions are in fedserver.rounds.adjustments and fedserver.models.regression; here they meet
 the store. A model is taken back because its evaluation says so, or because clients agree that it
@@ -20,33 +20,33 @@ from fedserver.runtime import Threads
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
 from shared.diagnosis import Cause
-from shared.failpoints import FailPoint, pass_by
+from shared.failpoints import FailPoint, failpoint
 from shared.seeds import derive_seed
 from shared.tasks import Task
 from shared.types import IncidentKind
 
 
 @dataclass(frozen=True, kw_only=True)
-class Consequences:
-    """What follows from an attempt: the adjustments after it, and what to record of them.
+class Decision:
+    """What is decided when an attempt has ended: the adjustments after it, and the events.
 
     `is_base_blamed` says that its clients agree on the model they were sent being bad.
     """
 
     adjustments: Adjustments
-    happened: list[Event]
+    events: list[Event]
     is_base_blamed: bool = False
 
 
-async def consequences_of(
+async def decide_after(
     context: RunContext,
     ending: Round,
     *,
     store: AsyncStore,
     is_done: bool,
     is_model_bad: bool = False,
-) -> Consequences:
-    """Return what follows from the diagnoses that clients have reported when an attempt ends.
+) -> Decision:
+    """Return what the diagnoses lead to that clients have reported when an attempt ends.
 
     `is_model_bad` says that the attempt failed because its aggregate isn't finite.
     """
@@ -73,7 +73,7 @@ async def consequences_of(
         and before is not None
         and await may_be_repeated(before, store=store, max_rollbacks=settings.max_rollbacks)
     )
-    happened = [
+    events = [
         event_of(
             IncidentKind.CAUSE_SHARED,
             ending,
@@ -91,7 +91,7 @@ async def consequences_of(
     ]
     if is_model_bad:
         after = after_bad_model(after, max_steps=settings.max_adjustments)
-    return Consequences(adjustments=after, happened=happened, is_base_blamed=is_base_blamed)
+    return Decision(adjustments=after, events=events, is_base_blamed=is_base_blamed)
 
 
 async def first_model(
@@ -118,7 +118,7 @@ async def roll_back(
     """
     is_open = current.phase in (Phase.COLLECTING, Phase.AGGREGATING)
     adjustments = after_bad_model(bad.adjustments, max_steps=max_adjustments)
-    happened = [
+    events = [
         event_of(
             IncidentKind.MODEL_ROLLED_BACK,
             bad,
@@ -130,14 +130,14 @@ async def roll_back(
     ]
     if is_open:
         reason = f"the model it began with was rolled back, round {bad.round_number} is repeated"
-        happened.append(
+        events.append(
             event_of(IncidentKind.ROUND_ABANDONED, current, is_incident=True, reason=reason)
         )
     await store.roll_back(
         bad,
-        happened,
+        events,
         adjustments_after=adjustments,
         abandoned=current if is_open else None,
     )
-    pass_by(FailPoint.ROLLED_BACK)
+    failpoint(FailPoint.ROLLED_BACK)
     open_orders.abandon_round(current)

@@ -30,7 +30,7 @@ from fedserver.phases import OrderState
 from fedserver.rounds.open_orders import OpenOrder, OpenOrders
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
-from shared.failpoints import FailPoint, pass_by
+from shared.failpoints import FailPoint, failpoint
 from shared.types import IncidentKind, WorkOrder
 
 _STEP_MULTIPLE = 10
@@ -240,6 +240,6 @@ async def _abandon(
     )
     order_id = order.order.order_id
     was_open = await store.abandon_order(run_id, order_id, given_up, strikes=True)
-    pass_by(FailPoint.ORDER_ABANDONED)
+    failpoint(FailPoint.ORDER_ABANDONED)
     if was_open:
         open_orders.settle(order_id, OrderState.ABANDONED)

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from fedserver.store import schema
 from fedserver.store.engine import open_engine, stored_revision
 from shared.errors import StorageDamaged
-from shared.failpoints import FailPoint, pass_by
+from shared.failpoints import FailPoint, failpoint
 from shared.files import naming_full_disk, sync_folder
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def _migrate(path: Path, *, keeps_copy: bool) -> None:
                     f"(the first is in table {broken[0][0]}); nothing was changed: restore it from "
                     "a copy, or start with another --state-dir"
                 )
-            pass_by(FailPoint.UPGRADE_MADE)
+            failpoint(FailPoint.UPGRADE_MADE)
     finally:
         engine.dispose()
     if keeps_copy:

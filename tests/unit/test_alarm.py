@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fedserver.models.regression import find_alarm
+from fedserver.models.regression import detect_regression
 from shared.diagnosis import Symptom
 
 
@@ -23,7 +23,7 @@ def losses(*values: float) -> list[dict[str, Any]]:
 
 def test_a_loss_that_is_no_number_is_an_alarm_from_the_first_round_on() -> None:
     """It needs no history."""
-    alarm = find_alarm(evaluation(None), [])
+    alarm = detect_regression(evaluation(None), [])
     assert alarm is not None
     assert alarm.symptom is Symptom.NON_FINITE_LOSS
 
@@ -45,8 +45,8 @@ def test_a_loss_that_is_no_number_is_an_alarm_from_the_first_round_on() -> None:
 )
 def test_a_loss_far_above_all_before_is_an_alarm(before: list[float], bound: float) -> None:
     """Up to the bound it is none, above it is one."""
-    assert find_alarm(evaluation(bound * 0.999), losses(*before)) is None
-    alarm = find_alarm(evaluation(bound * 1.001), losses(*before))
+    assert detect_regression(evaluation(bound * 0.999), losses(*before)) is None
+    alarm = detect_regression(evaluation(bound * 1.001), losses(*before))
     assert alarm is not None
     assert alarm.symptom is Symptom.LOSS_EXPLOSION
     assert f"at most {max(before):.4g}" in alarm.reason
@@ -54,7 +54,7 @@ def test_a_loss_far_above_all_before_is_an_alarm(before: list[float], bound: flo
 
 def test_the_first_finite_loss_is_no_alarm_whatever_it_is() -> None:
     """There is nothing to compare it with."""
-    assert find_alarm(evaluation(1e9), []) is None
+    assert detect_regression(evaluation(1e9), []) is None
 
 
 # Three classes with 40, 30 and 30 examples; the last column is for answers that name none.
@@ -82,8 +82,8 @@ def test_one_class_for_everything_is_an_alarm_after_a_better_model(
     confusion: list[list[int]], reached: float, is_alarm: bool
 ) -> None:
     """Judged by the classes that are there, and by what the run had reached."""
-    alarm = find_alarm(evaluation(confusion=confusion), [evaluation(accuracy=reached)])
+    alarm = detect_regression(evaluation(confusion=confusion), [evaluation(accuracy=reached)])
     assert (alarm is not None) == is_alarm
     if alarm is not None:
         assert alarm.symptom is Symptom.COLLAPSE
-    assert find_alarm(evaluation(confusion=confusion), []) is None
+    assert detect_regression(evaluation(confusion=confusion), []) is None
