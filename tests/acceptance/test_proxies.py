@@ -15,7 +15,7 @@ from tests.processes import Scene, fixed_port, wait_until
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 
-pytestmark = pytest.mark.skipif(NGINX is None, reason="no nginx here: apt-get install nginx")
+pytestmark = pytest.mark.skipif(NGINX is None, reason="no nginx here: scripts/setup-full nginx")
 
 CONFIGURATION = """
 daemon off;

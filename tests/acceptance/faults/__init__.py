@@ -1,4 +1,4 @@
 """Faults from outside, one a test: signals, a network that breaks, full disks, calls out of order.
 
-Plain `pytest` runs a quick part; `FED_FAULTS=all` runs everything (see scripts/faults).
+Plain `pytest` runs a part; the full suite (see tests.tiers) and scripts/faults run everything.
 """

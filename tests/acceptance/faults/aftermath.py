@@ -9,15 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.processes import Scene
 
 History = list[dict[str, Any]]
-
-IS_FULL = os.environ.get("FED_FAULTS") == "all"
-FULL = pytest.mark.skipif(not IS_FULL, reason="of the whole suite: FED_FAULTS=all, scripts/faults")
-"""Marks what plain `pytest` leaves out."""
 
 REPORT_VARIABLE = "FED_FAULTS_REPORT"
 """Names the file that every fault's row is added to, one JSON object a line."""

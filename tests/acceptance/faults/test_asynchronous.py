@@ -10,9 +10,10 @@ import pytest
 
 from shared.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS
-from tests.acceptance.faults.aftermath import FULL, conclude, now
+from tests.acceptance.faults.aftermath import conclude, now
 from tests.acceptance.federation import expect_clean_exits, start_client, start_server
 from tests.processes import Scene, fixed_port
+from tests.tiers import FULL
 
 NUM_ROUNDS = 6
 BUFFER_SIZE = 2

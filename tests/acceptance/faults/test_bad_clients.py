@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.acceptance.faults.aftermath import FULL, conclude, digests, now
+from tests.acceptance.faults.aftermath import conclude, digests, now
 from tests.acceptance.federation import (
     expect_clean_exits,
     incident_kinds,
@@ -11,6 +11,7 @@ from tests.acceptance.federation import (
     verdicts,
 )
 from tests.processes import Scene
+from tests.tiers import FULL
 
 pytestmark = [FULL, pytest.mark.timeout(900)]
 

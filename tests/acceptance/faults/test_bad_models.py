@@ -12,11 +12,12 @@ import pytest
 
 from shared.failpoints import VARIABLE, FailPoint
 from shared.pb import federation_pb2 as pb
-from tests.acceptance.faults.aftermath import FULL, conclude, now
+from tests.acceptance.faults.aftermath import conclude, now
 from tests.acceptance.faults.test_calls import say_farewell
 from tests.acceptance.federation import start_server
 from tests.integration.peer import OpenRound, Peer, State, changed, open_round, payload_of
 from tests.processes import Scene, Server, fixed_port, wait_until
+from tests.tiers import FULL
 
 BAD_MODEL_PLACES = {
     FailPoint.EVALUATED: 2,

@@ -11,7 +11,6 @@ import grpc
 
 from shared.pb import federation_pb2 as pb
 from tests.acceptance.faults.aftermath import (
-    FULL,
     History,
     conclude,
     expect_same_models,
@@ -20,6 +19,7 @@ from tests.acceptance.faults.aftermath import (
 from tests.acceptance.federation import expect_clean_exits, incident_kinds, start_server
 from tests.integration.peer import OpenRound, Peer, changed, expect_status, open_round, payload_of
 from tests.processes import Scene, Server
+from tests.tiers import FULL
 
 CLIENTS = (0, 1, 2)
 NUM_ROUNDS = 3

@@ -13,10 +13,11 @@ import pytest
 
 from shared.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS, Undisturbed, run_flags
-from tests.acceptance.faults.aftermath import FULL, conclude, expect_same_models, now
+from tests.acceptance.faults.aftermath import conclude, expect_same_models, now
 from tests.acceptance.faults.test_fail_points import SERVER_PLACES
 from tests.acceptance.federation import BIG, expect_clean_exits, start_client, start_server
 from tests.processes import Process, Scene, fixed_port, wait_until
+from tests.tiers import FULL
 
 DISK_BYTES = 300 << 20
 MIB = 1 << 20

@@ -14,7 +14,7 @@ import pytest
 
 from shared.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS, NUM_ROUNDS, Undisturbed, run_flags
-from tests.acceptance.faults.aftermath import FULL, conclude, expect_same_models, now
+from tests.acceptance.faults.aftermath import conclude, expect_same_models, now
 from tests.acceptance.faults.test_bad_models import BAD_MODEL_PLACES
 from tests.acceptance.faults.test_other_ends import OTHER_PLACES
 from tests.acceptance.federation import (
@@ -26,6 +26,7 @@ from tests.acceptance.federation import (
     verdicts,
 )
 from tests.processes import Process, Scene, fixed_port, wait_until
+from tests.tiers import FULL
 
 VICTIM = 1
 

@@ -16,11 +16,12 @@ import pytest
 
 from shared.failpoints import VARIABLE, FailPoint
 from shared.pb import federation_pb2 as pb
-from tests.acceptance.faults.aftermath import FULL, conclude, now
+from tests.acceptance.faults.aftermath import conclude, now
 from tests.acceptance.faults.test_calls import say_farewell
 from tests.acceptance.federation import incident_kinds, start_server, verdicts
 from tests.integration.peer import OpenRound, Peer, changed, open_round, payload_of
 from tests.processes import Scene, Server, fixed_port, wait_until
+from tests.tiers import FULL
 
 OTHER_PLACES = (FailPoint.ORDER_ABANDONED, FailPoint.ROUND_FAILED)
 """Where an undisturbed run never comes by."""

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.faults.aftermath import (
-    FULL,
     History,
     conclude,
     expect_same_models,
@@ -22,6 +21,7 @@ from tests.acceptance.faults.aftermath import (
 from tests.acceptance.federation import BIG, expect_clean_exits, start_client, start_server
 from tests.faulty_wire import End, Way, wire_to
 from tests.processes import Process, Scene, Server, fixed_port, wait_until
+from tests.tiers import FULL
 
 WIDTH = os.environ.get("FED_FAULTS_WIDTH", "3900")
 SIZE_BYTES = 4 * int(WIDTH) ** 2

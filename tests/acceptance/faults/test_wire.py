@@ -8,7 +8,7 @@ import pytest
 
 from shared.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS, Undisturbed, run_flags
-from tests.acceptance.faults.aftermath import FULL, conclude, expect_same_models, now
+from tests.acceptance.faults.aftermath import conclude, expect_same_models, now
 from tests.acceptance.federation import (
     BIG,
     TINY,
@@ -19,6 +19,7 @@ from tests.acceptance.federation import (
 )
 from tests.faulty_wire import PIECE_BYTES, End, FaultyWire, Way, wire_to
 from tests.processes import Process, Scene, Server, wait_until
+from tests.tiers import FULL
 
 VICTIM = 0
 SIZE_BYTES = 27_000_000
