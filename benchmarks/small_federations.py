@@ -22,16 +22,18 @@ from torch.utils.data import TensorDataset
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientState
 from fedclient.training import NothingLearned, train_order
-from fedserver.models.aggregation import compression_of, run_compression, screen, update_file
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.phases import Phase
 from fedserver.records import Adjustments, Order, Round, StoredUpdate
 from fedserver.rounds.planning import admission_limits, work_orders
+from fedserver.run_settings import compression_of, run_compression
 from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.step import control_layout, next_blocks, state_layout
 from fedserver.updates.admission import examine_content, examine_control, examine_header
+from fedserver.updates.payload import update_file
+from fedserver.updates.screening import screen
 from shared.codec import decode_state
 from shared.data import load_images
 from shared.diagnosis import DoctorSettings
@@ -487,7 +489,7 @@ class Simulation:
             stored,
             before=self.counted,
             settings=self.run_settings,
-            base=self.model,
+            model_norm=self.model.parameter_norm,
             trusted=(),
         )
         return {one.order_id for one in exclusions}

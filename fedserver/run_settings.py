@@ -1,7 +1,11 @@
-"""Which settings are recorded with a run, and what they mean in runs of earlier software."""
+"""Which settings are recorded with a run; compression and seeds that follow from them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+from shared.seeds import derive_seed
+from shared.types import NO_COMPRESSION, Compression, Encoding
 
 RUN_SETTINGS = (
     "task",
@@ -58,3 +62,27 @@ CHANGEABLE_SETTINGS = ("keep_rounds",)
 
 BEFORE_THEY_WERE_RECORDED: Mapping[str, Any] = {"keep_rounds": "all"}
 """What a run of earlier software does, where that isn't what the setting's default says today."""
+
+
+def compression_of(settings: Mapping[str, Any], encoding: Encoding | str) -> Compression:
+    """Return how an update of a run with these settings was compressed that has this encoding."""
+    return replace(run_compression(settings), encoding=Encoding(encoding))
+
+
+def run_compression(settings: Mapping[str, Any]) -> Compression:
+    """Return how a run asks its clients to compress updates."""
+    name = settings.get("compression", "none")
+    if name == "none":
+        return NO_COMPRESSION
+    return Compression(
+        encoding=Encoding(name),
+        block_size=settings["compression_block"],
+        fraction=settings["compression_fraction"],
+    )
+
+
+def strategy_seed(settings: Mapping[str, Any], round_number: int, attempt: int) -> int:
+    """Return the seed of what a strategy draws in an attempt at a round."""
+    return derive_seed(
+        settings.get("seed", 0), "strategy", round_number=round_number, attempt=attempt
+    )

@@ -5,12 +5,8 @@ import contextlib
 import functools
 import importlib.util
 import logging
-import math
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,10 +19,9 @@ from fedserver.clients.sessions import Sessions
 from fedserver.events import EventBus, event_of
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.housekeeping.recovery import note_absence, salvageable
-from fedserver.models.aggregation import run_compression
 from fedserver.models.checkpoints import Checkpoints
-from fedserver.models.evaluation import Evaluator
 from fedserver.monitoring.terminal import showing_progress
+from fedserver.preflight import Prepared, best_beside, expect_database, prepare, validate_export
 from fedserver.records import Run, RunState
 from fedserver.rounds.coordinator import Coordinator
 from fedserver.rounds.open_orders import OpenOrders
@@ -35,38 +30,19 @@ from fedserver.run_settings import RUN_SETTINGS
 from fedserver.runtime import ServingClock, Threads
 from fedserver.settings import ServerSettings, settings_begun_with
 from fedserver.store import AsyncStore, Store
-from fedserver.strategies import find_strategy
-from fedserver.strategies.local_rules import examine_model
-from fedserver.strategies.rows import Strategy
 from fedserver.updates.quarantine import QuarantineFolder
 from fedserver.updates.spool import Spool
 from shared.cli import stderr_console
-from shared.compression import Shape, packed_shapes
-from shared.data import examine_scheme
-from shared.errors import InvalidInput, RunFailed, StorageDamaged, WrongSettings
+from shared.errors import RunFailed, StorageDamaged, WrongSettings
 from shared.failpoints import FailPoint, failpoint
 from shared.files import locked_folder, raise_file_limit
 from shared.memory import keep_one_heap
 from shared.stop_signals import StopSignals, interrupting
-from shared.tasks import Task, build_model, find_task, kinds_of
-from shared.types import Encoding, EntryKind, RunEnd
-from shared.weights import examine_first_values, tied_entries
+from shared.types import RunEnd
 
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """What the settings name, examined before a run begins or goes on with it."""
-
-    task: Task
-    strategy: Strategy
-    kinds: Mapping[str, EntryKind]
-    ties: Mapping[str, str]
-    modules: Set[str]
-    evaluator: Evaluator
 
 
 def run_server(settings: ServerSettings) -> None:
@@ -87,13 +63,13 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
     raise_file_limit()
     torch.set_num_threads(settings.threads)
     if settings.export is not None:
-        _examine_export(settings.export)
+        validate_export(settings.export)
     # All that a wrong setting can break comes before a run is begun with it.
     with interrupting():
-        prepared = _prepare(settings)
+        prepared = prepare(settings)
     with locked_folder(settings.state_dir) as state_dir:
         try:
-            _expect_database(state_dir)
+            expect_database(state_dir)
             store = Store(state_dir / "federation.sqlite", upgrades=True)
             store.examine()
         except StorageDamaged as error:
@@ -104,7 +80,7 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
             as_begun = settings.going_on_with(run.settings)
             if as_begun != settings:
                 with interrupting():
-                    prepared = _prepare(as_begun)
+                    prepared = prepare(as_begun)
             serving = _serve(
                 *(as_begun, prepared), run=run, store=store, threads=threads, stop_signals=signals
             )
@@ -112,138 +88,6 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
         finally:
             threads.close()
             store.close()
-
-
-def _prepare(settings: ServerSettings) -> _Prepared:
-    """Return what the settings name.
-
-    Raises:
-        InvalidInput: a setting can't be what it is.
-        OwnCodeFailed: the task's own code raised an error.
-    """
-    task = find_task(settings.task)
-    strategy = _examine_strategy(settings)
-    examine_scheme(settings.partition, settings.partitioning.parameters)
-    model = build_model(task)
-    kinds = kinds_of(task, model)
-    examine_first_values(model, kinds, task=task.name)
-    examine_model(strategy.local, model, kinds)
-    _examine_compression(settings, model, kinds)
-    evaluator = Evaluator(task, model, data_root=settings.data_root)
-    evaluator.try_batch()
-    return _Prepared(
-        task=task,
-        strategy=strategy,
-        kinds=kinds,
-        ties=tied_entries(model),
-        modules={name for name, _ in model.named_modules()},
-        evaluator=evaluator,
-    )
-
-
-def _examine_export(path: Path) -> None:
-    """Refuse a place for the final model that can't be written to, before days of training."""
-    if not path.absolute().parent.is_dir():
-        raise InvalidInput(f"--export {path}: there is no such folder; make it first")
-    for one in (path, _beside(path)):
-        if one.is_dir():
-            raise InvalidInput(
-                f"--export {path}: {one} is a folder; name a file, such as "
-                f"{path / 'model.safetensors'}"
-            )
-    try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
-            pass
-    except OSError as error:
-        raise InvalidInput(
-            f"--export {path}: nothing can be written in its folder ({error.strerror}); "
-            "choose another one"
-        ) from error
-
-
-def _beside(last: Path) -> Path:
-    """Return where the best model goes if it isn't the last."""
-    return last.with_stem(f"{last.stem}-best")
-
-
-def _examine_strategy(settings: ServerSettings) -> Strategy:
-    strategy = find_strategy(settings.run_settings())
-    if strategy.buffer_size:
-        _examine_asynchrony(settings, strategy)
-        return strategy
-    if settings.concurrency or settings.max_staleness is not None:
-        raise InvalidInput(
-            "--concurrency and --max-staleness are of asynchronous strategies alone; add "
-            "--strategy fedbuff, or leave them out"
-        )
-    if settings.updates_needed < strategy.min_updates:
-        raise InvalidInput(
-            f"strategy {strategy.name} needs at least {strategy.min_updates} updates in a round, "
-            f"but {settings.updates_needed} are enough to close one; raise --min-updates (or "
-            "--min-clients)"
-        )
-    if strategy.min_updates > 1 and settings.straggler_work == "none":
-        raise InvalidInput(
-            f"strategy {strategy.name} needs at least {strategy.min_updates} updates in a round, "
-            "and --straggler-work none leaves clients out after a round's have been chosen; leave "
-            "it away, or take another strategy"
-        )
-    return strategy
-
-
-def _examine_asynchrony(settings: ServerSettings, strategy: Strategy) -> None:
-    for flag, is_given, instead in (
-        ("--clients-per-round", settings.clients_per_round, "say how many work with --concurrency"),
-        ("--min-updates", settings.min_updates, "say how many it is with buffer_size"),
-        ("--require-all", settings.require_all, "every order's update is waited for anyway"),
-        ("--stragglers", settings.stragglers, "its slow clients are slow by themselves"),
-        ("--round-deadline", settings.round_deadline is not None, "nobody waits for a slow client"),
-    ):
-        if is_given:
-            raise InvalidInput(
-                f"strategy {strategy.name} is asynchronous, a round is {strategy.buffer_size} "
-                f"updates whoever they come from: leave out {flag}, {instead}"
-            )
-
-
-def _examine_compression(
-    settings: ServerSettings, model: torch.nn.Module, kinds: Mapping[str, EntryKind]
-) -> None:
-    """Refuse what would make updates larger: more than the model is never admitted."""
-    compression = run_compression(settings.run_settings())
-    if compression.encoding is Encoding.STATE_DICT:
-        return
-    shapes: dict[str, Shape] = {
-        name: (one.dtype, tuple(one.shape))
-        for name, one in model.state_dict().items()
-        if kinds[name] is EntryKind.PARAMETER
-    }
-    packed, whole = (
-        sum(math.prod(shape) * dtype.itemsize for dtype, shape in one.values())
-        for one in (packed_shapes(shapes, compression), shapes)
-    )
-    if packed >= whole:
-        raise InvalidInput(
-            f"--compression {settings.compression} makes {packed} bytes of the {whole} of this "
-            "model's parameters; choose another one, or none"
-        )
-
-
-def _expect_database(state_dir: Path) -> None:
-    """Refuse a folder with models or updates of a run whose database is gone.
-
-    Raises:
-        StorageDamaged: it is.
-    """
-    database = state_dir / "federation.sqlite"
-    folders = [state_dir / name for name in ("models", "spool")]
-    if not database.exists() and any(
-        folder.is_dir() and any(folder.iterdir()) for folder in folders
-    ):
-        raise StorageDamaged(
-            f"{database} is gone, but what a run has left is there: put the database back, or "
-            "start with another --state-dir"
-        )
 
 
 def _open_run(store: Store, settings: ServerSettings) -> Run:
@@ -272,7 +116,7 @@ def _open_run(store: Store, settings: ServerSettings) -> Run:
 
 async def _serve(
     settings: ServerSettings,
-    prepared: _Prepared,
+    prepared: Prepared,
     *,
     run: Run,
     store: Store,
@@ -439,7 +283,7 @@ async def _export(
     await threads.on_disk(checkpoints.export, last_digest, last)
     best_digest = await store.best_model(context.run_id)
     if best_digest is not None and best_digest != last_digest:
-        await threads.on_disk(checkpoints.export, best_digest, _beside(last))
+        await threads.on_disk(checkpoints.export, best_digest, best_beside(last))
 
 
 def _exported(settings: ServerSettings) -> Path:

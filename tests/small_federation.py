@@ -18,13 +18,14 @@ from torch.utils.data import TensorDataset
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientStates
 from fedclient.training import train_order
-from fedserver.models.aggregation import compression_of, run_compression, update_file
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.rounds.planning import work_orders
+from fedserver.run_settings import compression_of, run_compression
 from fedserver.settings import ServerSettings
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.step import next_blocks, state_layout
+from fedserver.updates.payload import update_file
 from shared.codec import decode_state
 from shared.diagnosis import Diagnosis, DoctorSettings
 from shared.tasks import Task, build_model, kinds_of

@@ -8,15 +8,16 @@ from typing import Literal
 import torch
 
 from fedclient.packing import pack_update
-from fedserver.models.aggregation import run_compression, strategy_seed, update_file
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.phases import OrderEvent
 from fedserver.records import Round
+from fedserver.run_settings import run_compression, strategy_seed
 from fedserver.settings import ServerSettings
 from fedserver.store import Store
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort
 from fedserver.strategies.step import next_blocks, state_layout
+from fedserver.updates.payload import update_file
 from fedserver.updates.spool import Spool
 from fedserver.verification.verify import verify
 from shared.codec import decode_state, encode_state

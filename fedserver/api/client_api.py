@@ -13,11 +13,11 @@ from fedserver.clients.sessions import Sessions
 from fedserver.diagnoses import diagnosis_fields
 from fedserver.events import event_of
 from fedserver.housekeeping.disk import DiskWatch
-from fedserver.models.aggregation import run_compression
 from fedserver.phases import OrderState
 from fedserver.records import Event, OrderRecord, Session, json_number
 from fedserver.rounds.open_orders import OpenOrders
 from fedserver.run_context import RunContext
+from fedserver.run_settings import run_compression
 from fedserver.store import AsyncStore
 from shared.diagnosis import Origin
 from shared.errors import (

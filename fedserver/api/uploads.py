@@ -13,11 +13,11 @@ from dataclasses import replace
 
 from fedserver.api.flow_control import Slots, StreamFence
 from fedserver.housekeeping.retention import evict_updates
-from fedserver.models.aggregation import compression_of, update_file
 from fedserver.phases import OrderEvent, OrderState
 from fedserver.records import Event, OrderRecord, Refusal
 from fedserver.rounds.open_orders import OpenOrders, OpenRound
 from fedserver.run_context import RunContext
+from fedserver.run_settings import compression_of
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
 from fedserver.strategies.step import control_layout
@@ -28,6 +28,7 @@ from fedserver.updates.admission import (
     examine_header,
     examine_section_digests,
 )
+from fedserver.updates.payload import update_file
 from fedserver.updates.quarantine import QuarantineFolder
 from fedserver.updates.spool import Spool, UpdateStream
 from shared.errors import (

@@ -19,7 +19,7 @@ from fedserver.events import event_of
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.housekeeping.recovery import damaged_updates, note_restart
 from fedserver.housekeeping.retention import drop_models, drop_updates
-from fedserver.models.aggregation import reduce_updates, screen
+from fedserver.models.aggregation import reduce_updates
 from fedserver.models.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
 from fedserver.models.client_metrics import client_events, summarise_clients
 from fedserver.models.evaluation import Evaluations, Evaluator, may_be_repeated
@@ -43,7 +43,7 @@ from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
 from fedserver.strategies.rows import UnfitCohort
 from fedserver.updates.quarantine import QuarantineFolder
-from fedserver.updates.screening import compared_rounds
+from fedserver.updates.screening import compared_rounds, screen
 from fedserver.updates.spool import Spool
 from shared.errors import OutOfSpace, RunFailed, StorageDamaged
 from shared.failpoints import FailPoint, failpoint
@@ -376,7 +376,7 @@ class Coordinator:
                 run_id, compared_rounds(current.round_number, stored)
             ),
             settings=self._context.run.settings,
-            base=base,
+            model_norm=base.parameter_norm,
             trusted=await store.trusted_clients(run_id),
         )
         excluded = {one.order_id for one in exclusions}

@@ -13,13 +13,13 @@ from fedserver.clients.sampling import (
     cohort_seed,
 )
 from fedserver.clients.suspension import eligible_clients, pause
-from fedserver.models.aggregation import run_compression
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState, Phase
 from fedserver.records import Adjustments, Exclusion, Order, Round, Standing
 from fedserver.rounds.adjustments import adjusted
 from fedserver.rounds.open_orders import OpenOrder
 from fedserver.run_context import RunContext
+from fedserver.run_settings import run_compression
 from fedserver.settings import ServerSettings
 from fedserver.strategies.rows import Local, Strategy
 from fedserver.updates.admission import AdmissionLimits

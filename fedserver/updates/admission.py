@@ -15,6 +15,7 @@ from fedserver.records import Refusal, json_number
 from fedserver.strategies.blocks import BlockReader, StateFile, blocks_of
 from fedserver.strategies.packed import examine_packed
 from fedserver.strategies.rows import Lack, lacks_nothing
+from fedserver.updates.payload import HEADER_SLACK_BYTES
 from shared.codec import Entry, Layout, digest_file
 from shared.errors import InvalidInput
 from shared.types import (
@@ -30,9 +31,6 @@ from shared.types import (
 
 MAX_WEIGHT = 2**29 - 1
 """Above, num_examples * float32 isn't exact in float64 any more (see strategies.means)."""
-
-HEADER_SLACK_BYTES = 1 << 20
-"""How much longer than the model's an update's header may be: spaces, remarks, other names."""
 
 _MAX_TENSORS_NAMED = 20
 _MAX_REASON_CHARACTERS = 1000

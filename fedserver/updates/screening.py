@@ -34,14 +34,16 @@ the same.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedserver.records import StoredUpdate
+from fedserver.events import event_of
+from fedserver.records import Exclusion, Refusal, Round, StoredUpdate
+from shared.types import IncidentKind
 
 MIN_OTHERS = 3
 """A median of fewer than three clients may be a bad one's own value."""
@@ -75,6 +77,65 @@ class Outlier:
 
 Before = Mapping[int, Sequence[StoredUpdate]]
 """By round, the updates that counted in it."""
+
+
+def screen(
+    closed: Round,
+    stored: Sequence[StoredUpdate],
+    *,
+    before: Before,
+    settings: Mapping[str, Any],
+    model_norm: float,
+    trusted: Collection[int],
+) -> list[Exclusion]:
+    """Return the updates of a closed round that are too long; see this module.
+
+    A function of what is recorded: `before` holds the updates that counted in earlier rounds (see
+    `compared_rounds`), `settings` are the run's, `model_norm` is that of the model it began with.
+    `trusted` clients are never excluded, and a band of width 0 excludes nobody.
+    """
+    width = settings["norm_band"] * closed.adjustments.norm_band_factor
+    if not width:
+        return []
+    found = outliers(
+        stored,
+        before,
+        round_number=closed.round_number,
+        settings=settings,
+        width=width,
+        model_norm=model_norm,
+    )
+    return [_exclusion(closed, one) for one in found if one.update.client_id not in trusted]
+
+
+def _exclusion(closed: Round, found: Outlier) -> Exclusion:
+    """Return the exclusion of an outlier, with the numbers that show it."""
+    evidence = {
+        "norm": found.norm,
+        "bound": found.bound,
+        "typical": found.typical,
+        "width": found.width,
+        "compared": found.num_compared,
+    }
+    reason = (
+        f"the update is {found.norm:.6g} away from the global model (L2 norm); for this client's "
+        f"work {found.typical:.6g} is usual (by {found.num_compared} updates of others), and at "
+        f"most {found.width:.3g} times that is admitted, which is {found.bound:.6g}"
+    )
+    client_id = found.update.client_id
+    return Exclusion(
+        order_id=found.update.update.order_id,
+        client_id=client_id,
+        refusal=Refusal(reason=reason, evidence={"kind": "norm-band", **evidence}),
+        kept_bytes=found.update.update.size_bytes,
+        happened=event_of(
+            IncidentKind.UPDATE_EXCLUDED,
+            closed,
+            client_id=client_id,
+            is_incident=True,
+            **evidence,
+        ),
+    )
 
 
 def compared_rounds(round_number: int, updates: Sequence[StoredUpdate]) -> list[int]:

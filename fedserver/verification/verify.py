@@ -15,15 +15,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from fedserver.models.aggregation import compression_of, strategy_seed, update_file
 from fedserver.models.checkpoints import digest_blocks, model_path, state_path
 from fedserver.phases import OrderState
 from fedserver.records import HeldState, HeldUpdate, Ledger, Run
+from fedserver.run_settings import compression_of, strategy_seed
 from fedserver.store import Store
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Cohort, StateFile
 from fedserver.strategies.rows import UnfitCohort
 from fedserver.strategies.step import next_blocks, state_layout
+from fedserver.updates.payload import update_file
 from fedserver.updates.spool import update_path
 from fedserver.verification.chain import (
     Entry,

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fedclient.packing import RESIDUAL, pack_update
 from fedclient.state import ClientStates
-from fedserver.models.aggregation import update_file
 from fedserver.strategies import find_strategy
 from fedserver.strategies.blocks import Block, BlockReader, Cohort, StateFile, blocks_of
 from fedserver.strategies.step import next_blocks
 from fedserver.updates.admission import examine_content
+from fedserver.updates.payload import update_file
 from shared.codec import decode_state, encode_state
 from shared.compression import CHUNK_ELEMENTS
 from shared.errors import InvalidInput

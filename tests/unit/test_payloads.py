@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedserver.models.aggregation import update_file
 from fedserver.strategies.blocks import Block, BlockReader
 from fedserver.updates.admission import UpdateRefused, examine_control, examine_header
+from fedserver.updates.payload import update_file
 from shared.codec import digest_file, read_layout
 from shared.errors import InvalidInput
 from shared.payloads import read_payload, write_payload

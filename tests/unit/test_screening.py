@@ -11,12 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.small_federations import Attack, Federation, Judged, Simulation
-from fedserver.models.aggregation import screen
-from fedserver.models.checkpoints import GlobalModel
 from fedserver.records import Adjustments, Exclusion, StoredUpdate
-from fedserver.strategies.blocks import StateFile
-from fedserver.updates.screening import MAX_GROWTH, compared_rounds, outliers, travel_of
-from shared.codec import Layout
+from fedserver.updates.screening import MAX_GROWTH, compared_rounds, outliers, screen, travel_of
 from tests.factories import make_round, make_update
 
 SETTINGS = {
@@ -56,15 +52,16 @@ def excluded(
     factor: float = 1.0,
 ) -> list[Exclusion]:
     """Return what the screening of a round excludes."""
-    layout = Layout(header=b"", entries={}, size_bytes=0)
-    base = GlobalModel(
-        digest="", file=StateFile(path=Path(), layout=layout), parameter_norm=model_norm
-    )
     closed = replace(
         make_round(round_number=round_number), adjustments=Adjustments(norm_band_factor=factor)
     )
     return screen(
-        closed, updates, before=before or {}, settings=settings, base=base, trusted=trusted
+        closed,
+        updates,
+        before=before or {},
+        settings=settings,
+        model_norm=model_norm,
+        trusted=trusted,
     )
 
 
