@@ -39,10 +39,7 @@ from shared.cli import silence_grpc
 
 ROOT = Path(__file__).resolve().parent.parent
 
-_READ_AT_START = (
-    *(failpoints.VARIABLE, "HOME"),
-    *("PYTHON", "LD_", "MALLOC_", "OMP_", "MKL_", "TORCH", "CUDA"),
-)
+_READ_AT_START = (*("HOME", "PYTHON", "LD_", "MALLOC_", "OMP_", "MKL_", "TORCH", "CUDA"),)
 """How the variables begin that a forked process would find read already."""
 _AT_START = dict(os.environ)
 _MAX_REQUEST_BYTES = 1 << 17
@@ -212,6 +209,8 @@ def _become(request: Mapping[str, Any], outputs: Sequence[int]) -> None:
         os.close(output)
     os.environ.clear()
     os.environ.update(request["environment"])
+    # The one module of ours that reads the environment when it is imported.
+    importlib.reload(failpoints)
     module, *arguments = request["argv"]
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
