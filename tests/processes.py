@@ -39,7 +39,7 @@ def start_module(
 ) -> "WarmProcess | subprocess.Popen[str]":
     """Start `python -m WORDS`, warm if it can be; a server shows no summary at the end."""
     complete = {**os.environ, "FEDSERVER_SUMMARY": "false", **environment}
-    if warm_start.is_possible(complete):
+    if warm_start.is_possible(environment):
         return WarmProcess(words, environment=complete)
     return start_program([sys.executable, "-u", "-m", *words], environment=complete, folder=ROOT)
 

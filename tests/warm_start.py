@@ -39,24 +39,21 @@ from shared.cli import silence_grpc
 
 ROOT = Path(__file__).resolve().parent.parent
 
-_READ_AT_START = (*("HOME", "PYTHON", "LD_", "MALLOC_", "OMP_", "MKL_", "TORCH", "CUDA"),)
+_READ_AT_START = ("HOME", "PYTHON", "LD_", "MALLOC_", "OMP_", "MKL_", "TORCH", "CUDA")
 """How the variables begin that a forked process would find read already."""
-_AT_START = dict(os.environ)
+
 _MAX_REQUEST_BYTES = 1 << 17
 _GENEROUS_S = 240.0
 
 
-def is_possible(environment: Mapping[str, str]) -> bool:
-    """Return whether a process with this environment can be forked; pidfds are Linux's own."""
-    is_asked_for = environment.get("FED_COLD_START", "0") == "0"
+def is_possible(given: Mapping[str, str]) -> bool:
+    """Return whether a process can be forked that is `given` these variables of its own."""
+    is_cold = {**os.environ, **given}.get("FED_COLD_START", "0") != "0"
     return (
+        # pidfds are Linux's own.
         sys.platform == "linux"
-        and is_asked_for
-        and all(
-            environment.get(name) == _AT_START.get(name)
-            for name in environment.keys() | _AT_START.keys()
-            if name.startswith(_READ_AT_START)
-        )
+        and not is_cold
+        and not any(name.startswith(_READ_AT_START) for name in given)
     )
 
 
