@@ -211,7 +211,7 @@ def test_a_repeated_round_has_half_the_band() -> None:
 def test_the_short_way_excludes_whom_the_plain_rule_does(
     norms: list[float], registered: list[int], past: list[float]
 ) -> None:
-    """Against the rule written out, without the shortcut; and at most half are ever excluded."""
+    """Against the rule written out, without the shortcut; beside each other at most half are."""
     updates = [
         stored(number, norm, registered=size, num_steps=10_000)
         for number, (norm, size) in enumerate(zip(norms, registered, strict=False))
@@ -236,7 +236,9 @@ def test_the_short_way_excludes_whom_the_plain_rule_does(
             expected.append(one.client_id)
     found = outliers(updates, history, round_number=2, settings=SETTINGS, width=10, model_norm=0.0)
     assert [one.update.client_id for one in found] == expected
-    assert 2 * len(found) <= len(updates)
+    # What earlier rounds allow may be less than every update of a small round.
+    beside = outliers(updates, {}, round_number=2, settings=SETTINGS, width=10, model_norm=0.0)
+    assert 2 * len(beside) <= len(updates)
 
 
 def played(
