@@ -6,6 +6,7 @@ calls that carry payloads are served as raw bytes (see shared.chunks), the other
 
 import asyncio
 import errno
+import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NoReturn, TypeVar
@@ -299,6 +300,14 @@ class Servicer:
         return serve
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a log record of gRPC's says more than that a client has hung up.
+
+    Of an answer that couldn't be sent any more gRPC logs an error, with a traceback.
+    """
+    return not record.getMessage().startswith("ExecuteBatchError raised in core")
+
+
 async def start_server(client_api: ClientApi, *, host: str, port: int) -> tuple[aio.Server, str]:
     """Serve the client API, standard health checking and reflection.
 
@@ -308,6 +317,7 @@ async def start_server(client_api: ClientApi, *, host: str, port: int) -> tuple[
     Raises:
         InvalidInput: the address can't be listened on.
     """
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     server = aio.server(options=OPTIONS)
     server.add_generic_rpc_handlers((Servicer(client_api).handlers(),))
     health_servicer = health.aio.HealthServicer()

@@ -1,6 +1,7 @@
 """Where a server listens: the address as it is written, printed and refused."""
 
 import asyncio
+import logging
 import os
 import socket
 from typing import cast
@@ -73,3 +74,20 @@ def test_grpc_speaks_only_to_who_asks_it_to(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("GRPC_VERBOSITY")
     silence_grpc()
     assert os.environ["GRPC_VERBOSITY"] == "NONE"
+
+
+def test_a_client_that_hangs_up_before_its_answer_is_no_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of that gRPC logs a traceback, in these words; its other errors are shown."""
+
+    async def serve() -> None:
+        server, _ = await start_server(cast(ClientApi, None), host="127.0.0.1", port=0)
+        await server.stop(None)
+
+    asyncio.run(serve())
+    hung_up = "ExecuteBatchError raised in core by servicer method"
+    log = logging.getLogger("grpc._cython.cygrpc")
+    log.error("%s [%s]", hung_up, "/fed.v1.FederationService/ReportProgress")
+    log.error("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]

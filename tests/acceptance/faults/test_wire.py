@@ -237,6 +237,7 @@ NOTICED_S = 45
 """30 s, and half as much again for a busy machine; without the pings' own timeout it takes 60 s."""
 
 
+@FULL
 def test_connections_that_go_silent_are_left_within_30_s(
     scene: Scene, undisturbed: Undisturbed
 ) -> None:
