@@ -86,6 +86,10 @@ def test_stopped_in_the_middle_of_an_upload_both_sides_end_and_go_on(scene: Scen
     server = server_again()
     expect_clean_exits(server, client)
     assert verdicts(scene.history()) == [(1, 0, "COUNTED")]
+    # The tests' servers are started with --no-summary.
+    assert server.count_lines("the final model is in") == 1
+    assert server.count_lines("counted +accuracy") == 0
+    assert not (scene.folder / "server" / "curve.png").exists()
 
 
 def test_a_server_that_waits_for_clients_stops_too(scene: Scene) -> None:
@@ -113,3 +117,4 @@ def test_the_end_is_shown_when_nobody_is_served_any_more(scene: Scene) -> None:
         socket.create_connection((host, int(port)))
     showing[0].resume()
     expect_clean_exits(server, client)
+    assert server.count_lines("counted +accuracy") == 1
