@@ -23,13 +23,13 @@ import torch
 from rich.progress import track
 
 from benchmarks.federation import machine_line, peak_memory_mb, write_section
+from fedrounds.memory import keep_one_heap
+from fedrounds.strategies.blocks import Cohort, StateFile
+from fedrounds.strategies.registry import find_strategy
+from fedrounds.strategies.server_step import next_blocks, state_layout
+from fedrounds.tensors.codec import read_layout, write_state
+from fedrounds.types import EntryKind
 from fedserver.models.checkpoints import Checkpoints
-from fedserver.strategies import find_strategy
-from fedserver.strategies.blocks import Cohort, StateFile
-from fedserver.strategies.step import next_blocks, state_layout
-from shared.codec import read_layout, write_state
-from shared.memory import keep_one_heap
-from shared.types import EntryKind
 
 MB = 1_000_000
 _PIECE_BYTES = 1 << 20

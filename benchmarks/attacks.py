@@ -26,17 +26,17 @@ from torch.utils.data import TensorDataset
 from benchmarks.federation import machine_line, write_section
 from benchmarks.paper_report import PAGE, RESULTS
 from benchmarks.paper_tasks import two_nn
-from fedserver.strategies import find_strategy
-from fedserver.strategies.blocks import Cohort, StateFile
-from fedserver.strategies.rows import Strategy
-from fedserver.strategies.step import next_blocks
-from shared.codec import read_layout, write_state
-from shared.data import make_loader
-from shared.evaluation import evaluate
-from shared.seeds import derive_seed
-from shared.tasks import DataRequest, Partition
-from shared.training import train_model
-from shared.types import EntryKind
+from fedrounds.data import make_loader
+from fedrounds.seeds import derive_seed
+from fedrounds.strategies.blocks import Cohort, StateFile
+from fedrounds.strategies.components import Strategy
+from fedrounds.strategies.registry import find_strategy
+from fedrounds.strategies.server_step import next_blocks
+from fedrounds.tasks.task import DataRequest, Partition
+from fedrounds.tensors.codec import read_layout, write_state
+from fedrounds.training.evaluation import evaluate
+from fedrounds.training.loop import train_model
+from fedrounds.types import EntryKind
 
 NUM_CLIENTS, NUM_ATTACKERS = 20, 4
 _NUM_PARTITIONS = 100

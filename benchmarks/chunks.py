@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 from blake3 import blake3
 
-from shared.chunks import CHUNK_BYTES, frame_upload, unframe_upload
-from shared.pb import federation_pb2 as pb
+from fedrounds.wire.framing import CHUNK_BYTES, frame_upload, unframe_upload
+from fedrounds.wire.pb import federation_pb2 as pb
 
 NUM_CHUNKS = 64
 NUM_TURNS = 15

@@ -18,9 +18,10 @@ from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 
 from benchmarks.federation import machine_line, started, write_section
-from shared.codec import decode_state
-from shared.diagnosis import Cause
-from shared.tasks import DataRequest, Examples, Task, find_task
+from fedrounds.diagnosis.values import Cause
+from fedrounds.tasks.builtin import find_task
+from fedrounds.tasks.task import DataRequest, Examples, Task
+from fedrounds.tensors.codec import decode_state
 
 NUM_CLIENTS = 10
 BAD_CLIENTS = (2, 5, 8)

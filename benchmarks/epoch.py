@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from benchmarks.federation import machine_line, write_section
-from shared.data import load_images, make_loader, to_dataset
-from shared.models import SimpleCNN
-from shared.training import StepProgress, train_model
+from fedrounds.data import load_images, make_loader, to_dataset
+from fedrounds.tasks.models import SimpleCNN
+from fedrounds.training.loop import StepProgress, train_model
 
 _LR = 0.01
 _MOMENTUM = 0.9

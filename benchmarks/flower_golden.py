@@ -1,6 +1,6 @@
-"""What Flower makes of a few updates: golden values for tests/unit/test_flower_golden.py.
+"""What Flower makes of a few updates: golden values that a test of the strategies compares with.
 
-    python benchmarks/flower_golden.py > tests/unit/flower_golden.json
+    python benchmarks/flower_golden.py > tests/unit/strategies/flower_golden.json
 
 Run it with the Python of an environment that holds Flower (`pip install flwr==1.42.0`): it can't
 stand beside this project, since it wants protobuf below 7. Nothing of this project is imported.

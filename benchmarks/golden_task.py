@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from shared.tasks import DataRequest, Task
+from fedrounds.tasks.task import DataRequest, Task
 
 NUM_FEATURES = 12
 NUM_CLASSES = 4

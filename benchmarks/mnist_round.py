@@ -22,10 +22,11 @@ def run_worker(index: int, num_partitions: int, data_root: Path) -> None:
     """Train one partition for each line on standard input."""
     import torch  # noqa: PLC0415
 
-    from shared.data import make_loader  # noqa: PLC0415
-    from shared.tasks import DataRequest, Partition, find_task  # noqa: PLC0415
-    from shared.training import train_model  # noqa: PLC0415
-    from shared.types import TrainingConfig  # noqa: PLC0415
+    from fedrounds.data import make_loader  # noqa: PLC0415
+    from fedrounds.tasks.builtin import find_task  # noqa: PLC0415
+    from fedrounds.tasks.task import DataRequest, Partition  # noqa: PLC0415
+    from fedrounds.training.loop import train_model  # noqa: PLC0415
+    from fedrounds.types import TrainingConfig  # noqa: PLC0415
 
     torch.set_num_threads(1)
     config = TrainingConfig()

@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from shared.data import load_images, to_dataset
-from shared.errors import InvalidInput
-from shared.seeds import derive_seed
-from shared.tasks import DataRequest, Examples, find_task
+from fedrounds.data import load_images, to_dataset
+from fedrounds.errors import InvalidInput
+from fedrounds.seeds import derive_seed
+from fedrounds.tasks.builtin import find_task
+from fedrounds.tasks.task import DataRequest, Examples
 
 _MNIST = find_task("mnist")
 _NUM_FEDPROX_CLIENTS = 1000

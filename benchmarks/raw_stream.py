@@ -19,7 +19,7 @@ import grpc
 from grpc import aio
 
 from benchmarks.federation import processor_s
-from shared.chunks import CHUNK_BYTES
+from fedrounds.wire.framing import CHUNK_BYTES
 
 _SERVICE = "raw.Stream"
 

@@ -22,27 +22,27 @@ from torch.utils.data import TensorDataset
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientState
 from fedclient.training import NothingLearned, train_order
+from fedrounds.data import load_images
+from fedrounds.diagnosis.values import DoctorSettings
+from fedrounds.doctor import TrainingHalted
+from fedrounds.seeds import derive_seed
+from fedrounds.strategies.blocks import Cohort, StateFile
+from fedrounds.strategies.registry import find_strategy
+from fedrounds.strategies.server_step import control_layout, next_blocks, state_layout
+from fedrounds.tasks.task import Task
+from fedrounds.tensors.codec import decode_state
+from fedrounds.tensors.entries import entry_kinds
+from fedrounds.tensors.payloads import write_payload
+from fedrounds.types import CONTROL_SECTION, MODEL_SECTION, ClientUpdate, EntryKind, WorkOrder
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.phases import Phase
 from fedserver.records import Adjustments, Order, Round, StoredUpdate
 from fedserver.rounds.planning import admission_limits, work_orders
 from fedserver.run_settings import compression_of, run_compression
 from fedserver.settings import ServerSettings
-from fedserver.strategies import find_strategy
-from fedserver.strategies.blocks import Cohort, StateFile
-from fedserver.strategies.step import control_layout, next_blocks, state_layout
 from fedserver.updates.admission import examine_content, examine_control, examine_header
 from fedserver.updates.payload import update_file
 from fedserver.updates.screening import screen
-from shared.codec import decode_state
-from shared.data import load_images
-from shared.diagnosis import DoctorSettings
-from shared.doctor import TrainingHalted
-from shared.payloads import write_payload
-from shared.seeds import derive_seed
-from shared.tasks import Task
-from shared.types import CONTROL_SECTION, MODEL_SECTION, ClientUpdate, EntryKind, WorkOrder
-from shared.weights import entry_kinds
 
 State = Mapping[str, Tensor]
 

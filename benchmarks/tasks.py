@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from shared.tasks import Task
+from fedrounds.tasks.task import Task
 
 _TENSOR_ELEMENTS = 1_000_000
 

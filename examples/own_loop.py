@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from shared.diagnosis_text import experiment_rows, facts, verdict  # noqa: E402
-from shared.doctor import Doctor  # noqa: E402
+from fedrounds.diagnosis.text import experiment_rows, facts, verdict  # noqa: E402
+from fedrounds.doctor import Doctor  # noqa: E402
 
 FAILED_READINGS = (17, 404, 777)
 EPOCHS = 3

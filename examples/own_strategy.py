@@ -4,16 +4,14 @@
     python -m fedserver --strategy nnm+examples.own_strategy:midmean+fedadam
 
 A row is a function whose parameters are given by name and have defaults; it returns one of the
-kinds in fedserver/strategies/rows.py. What a row computes must depend on nothing but its arguments,
-or `verify` can't compute it again.
+kinds in fedrounds.strategies. What a row computes must depend on nothing but its arguments, or
+`verify` can't compute it again.
 """
 
 import math
 
-from fedserver.strategies.blocks import Cohort
-from fedserver.strategies.means import Weights, mean_by
-from fedserver.strategies.rows import Matrix, Mean, Rule
-from shared.errors import InvalidInput
+from fedrounds.errors import InvalidInput
+from fedrounds.strategies import Cohort, Matrix, Mean, Rule, Weights, mean_by
 
 
 def by_root(*, power: float = 0.5) -> Mean:

@@ -20,8 +20,8 @@ from google.protobuf import text_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from shared.pb import federation_pb2 as pb
-from shared.pb.federation_pb2_grpc import FederationServiceStub
+from fedrounds.wire.pb import federation_pb2 as pb
+from fedrounds.wire.pb.federation_pb2_grpc import FederationServiceStub
 
 _CHUNK_BYTES = 1 << 20
 

@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from shared.tasks import DataRequest, Examples, Partition, Task, find_task  # noqa: E402
+from fedrounds.tasks.builtin import find_task  # noqa: E402
+from fedrounds.tasks.task import DataRequest, Examples, Partition, Task  # noqa: E402
 
 NUM_CLIENTS = 3
 BAD_CLIENT = 1

@@ -12,17 +12,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+try:
+    import fedrounds.cli  # noqa: F401
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"fedclient: {error.name} isn't installed; run scripts/setup in the clone, then "
+        ".venv/bin/python -m fedclient; or install the project with pip"
+    )
+
 from fedclient.settings import ClientSettings
-from shared.cli import log_to_stderr, parse, print_error, silence_grpc
-from shared.errors import FederationError, NoAnswer
-from shared.memory import importing_what_stays, keep_freed_memory
-from shared.own_code import in_one_line, show_error
-from shared.stop_signals import StopSignals, interrupting
-from shared.task_names import examine_task_name
+from fedrounds.cli import log_to_stderr, parse, print_error, silence_grpc
+from fedrounds.errors import FederationError, NoAnswer
+from fedrounds.memory import importing_what_stays, keep_freed_memory
+from fedrounds.plugins import in_one_line, show_error
+from fedrounds.stop_signals import StopSignals, interrupting
+from fedrounds.tasks.names import examine_task_name
 
 if TYPE_CHECKING:
+    from fedclient.client_data import Holdings
     from fedclient.connection import Connection
-    from fedclient.holdings import Holdings
     from fedclient.session import Patience
 
 # Run as a module this one is called __main__, which the log level isn't set for.
@@ -76,7 +84,7 @@ def _run(settings: ClientSettings, signals: StopSignals) -> None:
     from fedclient.progress import Stopped  # noqa: PLC0415
     from fedclient.session import Patience  # noqa: PLC0415
     from fedclient.terminal import Screen, showing  # noqa: PLC0415
-    from shared.files import locked_folder, raise_file_limit, unusable  # noqa: PLC0415
+    from fedrounds.files import locked_folder, raise_file_limit, unusable  # noqa: PLC0415
 
     keep_freed_memory()
     raise_file_limit()
@@ -150,13 +158,18 @@ def _prepare(settings: ClientSettings) -> "Holdings":
     with importing_what_stays():
         import torch  # noqa: PLC0415
 
+        from fedclient.client_data import Holdings  # noqa: PLC0415
         from fedclient.devices import find_device  # noqa: PLC0415
-        from fedclient.holdings import Holdings  # noqa: PLC0415
 
     torch.set_num_threads(settings.threads)
     find_device(settings.device)
     return Holdings(settings)
 
 
+def command() -> int:
+    """Run the console script of this name."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command())

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from shared.codec import digest_file
-from shared.errors import CorruptPayload
-from shared.files import naming_full_disk
-from shared.types import Section
+from fedrounds.errors import CorruptPayload
+from fedrounds.files import naming_full_disk
+from fedrounds.tensors.codec import digest_file
+from fedrounds.types import Section
 
 _NUM_KEPT = 2
 _READ_BYTES = 1 << 20

@@ -16,9 +16,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from fedclient.routes import Proxy, Route
-from shared.chunks import CHUNK_BYTES, frame_upload, unframe_download
-from shared.diagnosis_wire import diagnosis_message
-from shared.errors import (
+from fedrounds.errors import (
     ClientIdTaken,
     CorruptPayload,
     FederationError,
@@ -32,10 +30,8 @@ from shared.errors import (
     WrongOffset,
     WrongSettings,
 )
-from shared.foreign_text import printable
-from shared.pb import federation_pb2 as pb
-from shared.pb.federation_pb2_grpc import FederationServiceStub
-from shared.types import (
+from fedrounds.escaping import printable
+from fedrounds.types import (
     NO_COMPRESSION,
     ClientUpdate,
     Compression,
@@ -63,7 +59,11 @@ from shared.types import (
     WorkOrder,
     WorkState,
 )
-from shared.wire_limits import examine_limits
+from fedrounds.wire.diagnosis import diagnosis_message
+from fedrounds.wire.framing import CHUNK_BYTES, frame_upload, unframe_download
+from fedrounds.wire.limits import examine_limits
+from fedrounds.wire.pb import federation_pb2 as pb
+from fedrounds.wire.pb.federation_pb2_grpc import FederationServiceStub
 
 Answer = TypeVar("Answer", pb.RegisterResponse, pb.PullWorkResponse)
 
@@ -202,7 +202,7 @@ class Connection:
         self._channel = _open_channel(route)
         self._stub = FederationServiceStub(self._channel)
         service = f"/{pb.DESCRIPTOR.services_by_name['FederationService'].full_name}"
-        # The two calls with payloads pass raw bytes (see shared.chunks).
+        # The two calls with payloads pass raw bytes (see fedrounds.wire.framing).
         self._download = self._channel.unary_stream(
             f"{service}/DownloadBlob",
             request_serializer=pb.DownloadBlobRequest.SerializeToString,

@@ -2,7 +2,7 @@
 
 import torch
 
-from shared.errors import InvalidInput
+from fedrounds.errors import InvalidInput
 
 
 def find_device(name: str) -> torch.device:

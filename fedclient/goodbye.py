@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from fedclient.connection import Connection
 from fedclient.routes import Route
 from fedclient.session import ServerSession
-from shared.errors import FederationError
-from shared.types import Leave, LeaveReason
+from fedrounds.errors import FederationError
+from fedrounds.types import Leave, LeaveReason
 
 logger = logging.getLogger(__name__)
 

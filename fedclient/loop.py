@@ -11,17 +11,17 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from fedclient.client_data import Holdings
 from fedclient.connection import Connection
 from fedclient.goodbye import Goodbye
-from fedclient.holdings import Holdings
 from fedclient.orders import OrderWorker
 from fedclient.progress import Stopped
 from fedclient.session import Patience, ServerSession
 from fedclient.settings import ClientSettings
 from fedclient.terminal import Screen
-from shared.errors import FederationError, NoAnswer, OwnCodeFailed, RunFailed, TaskFailed
-from shared.files import replace_file
-from shared.types import LeaveReason, RunEnd, RunFailure, SessionInfo, Waiting, Work
+from fedrounds.errors import FederationError, NoAnswer, OwnCodeFailed, RunFailed, TaskFailed
+from fedrounds.files import replace_file
+from fedrounds.types import LeaveReason, RunEnd, RunFailure, SessionInfo, Waiting, Work
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fedclient.cache import BlobCache
+from fedclient.client_data import Holdings
 from fedclient.devices import find_device
-from fedclient.holdings import Holdings
 from fedclient.outbox import Outbox
 from fedclient.progress import OrderAbandoned, ProgressReporter, Stopped
 from fedclient.session import FIRST_PAUSE_S, LONGEST_PAUSE_S, ServerSession
@@ -21,11 +21,10 @@ from fedclient.settings import ClientSettings
 from fedclient.state import ClientState, ClientStates, StateLost
 from fedclient.terminal import Screen
 from fedclient.training import NothingLearned, train_order
-from shared.determinism import repeatable
-from shared.diagnosis import Diagnosis
-from shared.diagnosis_text import verdict
-from shared.doctor import TrainingHalted
-from shared.errors import (
+from fedrounds.diagnosis.text import verdict
+from fedrounds.diagnosis.values import Diagnosis
+from fedrounds.doctor import TrainingHalted
+from fedrounds.errors import (
     CorruptPayload,
     InvalidInput,
     NotFound,
@@ -35,10 +34,11 @@ from shared.errors import (
     WrongOffset,
     WrongSettings,
 )
-from shared.failpoints import FailPoint, failpoint
-from shared.stop_signals import interrupting
-from shared.training import incident_of
-from shared.types import (
+from fedrounds.failpoints import FailPoint, failpoint
+from fedrounds.stop_signals import interrupting
+from fedrounds.training.determinism import repeatable
+from fedrounds.training.loop import incident_of
+from fedrounds.types import (
     CONTROL_SECTION,
     MODEL_SECTION,
     ClientUpdate,

@@ -8,9 +8,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from shared.codec import digest_file
-from shared.files import replace_file
-from shared.types import ClientUpdate, Section
+from fedrounds.files import replace_file
+from fedrounds.tensors.codec import digest_file
+from fedrounds.types import ClientUpdate, Section
 
 
 class Outbox:

@@ -8,8 +8,8 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from shared.errors import FederationError, InvalidInput
-from shared.types import MAX_INCIDENTS, Counters, Incident, OrderEnd
+from fedrounds.errors import FederationError, InvalidInput
+from fedrounds.types import MAX_INCIDENTS, Counters, Incident, OrderEnd
 
 logger = logging.getLogger(__name__)
 

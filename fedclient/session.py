@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from fedclient.connection import Connection
 from fedclient.progress import Stopped
-from shared import __version__
-from shared.errors import (
+from fedrounds import __version__
+from fedrounds.errors import (
     FederationError,
     InvalidInput,
     NoAnswer,
@@ -25,7 +25,7 @@ from shared.errors import (
     ServerUnreachable,
     UnknownSession,
 )
-from shared.types import Encoding, Leave, LeaveReason, Registration, SessionInfo
+from fedrounds.types import Encoding, Leave, LeaveReason, Registration, SessionInfo
 
 logger = logging.getLogger(__name__)
 

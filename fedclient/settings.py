@@ -10,9 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from fedclient.routes import Route, choose_route, read_proxy
-from shared.cli import Settings
-from shared.diagnosis import Cause, DoctorSettings, RemedyPolicy
-from shared.types import MAX_CLIENT_ID, MAX_CLIENT_IDS
+from fedrounds.cli import Settings
+from fedrounds.diagnosis.values import Cause, DoctorSettings, RemedyPolicy
+from fedrounds.types import MAX_CLIENT_ID, MAX_CLIENT_IDS
 
 _MAX_NAME_LENGTH = 100
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shared.codec import decode_state, digest_bytes, encode_state
-from shared.doctor.easing import Convalescence
-from shared.errors import InvalidInput
-from shared.files import replace_file
+from fedrounds.doctor.remedy_decay import Convalescence
+from fedrounds.errors import InvalidInput
+from fedrounds.files import replace_file
+from fedrounds.tensors.codec import decode_state, digest_bytes, encode_state
 
 Tensors = Mapping[str, Tensor]
 

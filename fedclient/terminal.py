@@ -19,8 +19,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 
 from fedclient.progress import ProgressReporter
-from shared.cli import stderr_console
-from shared.types import WorkOrder
+from fedrounds.cli import stderr_console
+from fedrounds.types import WorkOrder
 
 logger = logging.getLogger(__name__)
 

@@ -10,24 +10,30 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedclient.local_rules import NOTHING, Start, Trained, begin_rule
-from fedclient.packing import RESIDUAL, pack_update
+from fedclient.client_algorithms import NOTHING, Start, Trained, begin_rule
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientState, Tensors
-from shared.codec import decode_state, digest_file, load_state_into
-from shared.corrections import Correction
-from shared.data import AugmentedBatches, make_loader, set_aside
-from shared.data.loaders import NumberedLoader
-from shared.diagnosis import Diagnosis, DoctorSettings
-from shared.diagnosis_text import verdict
-from shared.doctor import TrainingHalted
-from shared.errors import FederationError, InvalidInput, WrongSettings
-from shared.evaluation import evaluate
-from shared.payloads import write_payload
-from shared.seeds import derive_seed
-from shared.tasks import Examples, Task, build_model, kinds_of
-from shared.training import EpochReport, StepProgress, TrainingReport, TrainingResult, train_model
-from shared.types import (
+from fedclient.update_encoding import RESIDUAL, pack_update
+from fedrounds.data import AugmentedBatches, make_loader, set_aside
+from fedrounds.data.loaders import NumberedLoader
+from fedrounds.diagnosis.text import verdict
+from fedrounds.diagnosis.values import Diagnosis, DoctorSettings
+from fedrounds.doctor import TrainingHalted
+from fedrounds.errors import FederationError, InvalidInput, WrongSettings
+from fedrounds.seeds import derive_seed
+from fedrounds.tasks.task import Examples, Task, build_model, kinds_of
+from fedrounds.tensors.codec import decode_state, digest_file, load_state_into
+from fedrounds.tensors.payloads import write_payload
+from fedrounds.training.corrections import Correction
+from fedrounds.training.evaluation import evaluate
+from fedrounds.training.loop import (
+    EpochReport,
+    StepProgress,
+    TrainingReport,
+    TrainingResult,
+    train_model,
+)
+from fedrounds.types import (
     MAX_METRIC,
     MODEL_SECTION,
     NO_COMPRESSION,

@@ -3,11 +3,19 @@
 import importlib
 import sys
 
+try:
+    import fedrounds.cli  # noqa: F401
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"fedserver: {error.name} isn't installed; run scripts/setup in the clone, then "
+        ".venv/bin/python -m fedserver; or install the project with pip"
+    )
+
+from fedrounds.cli import log_to_stderr, parse, print_error, silence_grpc
+from fedrounds.errors import FederationError
+from fedrounds.memory import importing_what_stays
+from fedrounds.tasks.names import examine_task_name
 from fedserver.settings import ServerSettings
-from shared.cli import log_to_stderr, parse, print_error, silence_grpc
-from shared.errors import FederationError
-from shared.memory import importing_what_stays
-from shared.task_names import examine_task_name
 
 COMMANDS = (
     *("history", "export", "curve", "confusion", "clients", "quarantine", "show"),
@@ -55,5 +63,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def command() -> int:
+    """Run the console script of this name."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command())

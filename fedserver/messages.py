@@ -4,10 +4,8 @@ from dataclasses import asdict
 
 from google.protobuf.duration_pb2 import Duration
 
-from shared.diagnosis_wire import diagnosis_of
-from shared.errors import InvalidInput
-from shared.pb import federation_pb2 as pb
-from shared.types import (
+from fedrounds.errors import InvalidInput
+from fedrounds.types import (
     ClientUpdate,
     Compression,
     Encoding,
@@ -17,6 +15,8 @@ from shared.types import (
     Section,
     WorkOrder,
 )
+from fedrounds.wire.diagnosis import diagnosis_of
+from fedrounds.wire.pb import federation_pb2 as pb
 
 _ENCODINGS = {
     pb.ENCODING_STATE_DICT: Encoding.STATE_DICT,

@@ -27,7 +27,7 @@ they have become too stale, or the run ends without them.
 from collections.abc import Collection, Mapping
 from enum import StrEnum
 
-from shared.errors import FederationError
+from fedrounds.errors import FederationError
 
 
 class Phase(StrEnum):

@@ -12,18 +12,19 @@ from pathlib import Path
 
 import torch
 
+from fedrounds.data import examine_scheme
+from fedrounds.errors import InvalidInput, StorageDamaged
+from fedrounds.strategies.components import Strategy
+from fedrounds.strategies.local_rules import examine_model
+from fedrounds.strategies.registry import find_strategy
+from fedrounds.tasks.builtin import find_task
+from fedrounds.tasks.task import Task, build_model, kinds_of
+from fedrounds.tensors.compression import Shape, packed_shapes
+from fedrounds.tensors.entries import examine_first_values, tied_entries
+from fedrounds.types import Encoding, EntryKind
 from fedserver.models.evaluation import Evaluator
 from fedserver.run_settings import run_compression
 from fedserver.settings import ServerSettings
-from fedserver.strategies import find_strategy
-from fedserver.strategies.local_rules import examine_model
-from fedserver.strategies.rows import Strategy
-from shared.compression import Shape, packed_shapes
-from shared.data import examine_scheme
-from shared.errors import InvalidInput, StorageDamaged
-from shared.tasks import Task, build_model, find_task, kinds_of
-from shared.types import Encoding, EntryKind
-from shared.weights import examine_first_values, tied_entries
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from fedrounds.types import ClientUpdate
 from fedserver.phases import OrderState, Phase
-from shared.types import ClientUpdate
 
 
 def json_number(value: float) -> float | str:

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
+from fedrounds.strategies.components import Strategy
+from fedrounds.types import EntryKind
 from fedserver.records import Run
 from fedserver.settings import ServerSettings
-from fedserver.strategies.rows import Strategy
-from shared.types import EntryKind
 
 
 @dataclass(frozen=True, kw_only=True)

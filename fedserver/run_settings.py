@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from shared.seeds import derive_seed
-from shared.types import NO_COMPRESSION, Compression, Encoding
+from fedrounds.seeds import derive_seed
+from fedrounds.types import NO_COMPRESSION, Compression, Encoding
 
 RUN_SETTINGS = (
     "task",

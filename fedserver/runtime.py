@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from shared.files import exhaustion
+from fedrounds.files import exhaustion
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -11,6 +11,13 @@ from pathlib import Path
 
 import torch
 
+from fedrounds.cli import stderr_console
+from fedrounds.errors import RunFailed, StorageDamaged, WrongSettings
+from fedrounds.failpoints import FailPoint, failpoint
+from fedrounds.files import locked_folder, raise_file_limit
+from fedrounds.memory import keep_one_heap
+from fedrounds.stop_signals import StopSignals, interrupting
+from fedrounds.types import RunEnd
 from fedserver.api.client_api import ClientApi
 from fedserver.api.downloads import Downloads
 from fedserver.api.service import start_server
@@ -32,13 +39,6 @@ from fedserver.settings import ServerSettings, settings_begun_with
 from fedserver.store import AsyncStore, Store
 from fedserver.updates.quarantine import QuarantineFolder
 from fedserver.updates.spool import Spool
-from shared.cli import stderr_console
-from shared.errors import RunFailed, StorageDamaged, WrongSettings
-from shared.failpoints import FailPoint, failpoint
-from shared.files import locked_folder, raise_file_limit
-from shared.memory import keep_one_heap
-from shared.stop_signals import StopSignals, interrupting
-from shared.types import RunEnd
 
 logger = logging.getLogger(__name__)
 

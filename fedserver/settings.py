@@ -9,14 +9,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from fedserver.clients.sampling import CohortName
-from fedserver.run_settings import (
-    BEFORE_THEY_WERE_RECORDED,
-    CHANGEABLE_SETTINGS,
-    RUN_SETTINGS,
-)
-from shared.cli import Settings
-from shared.types import (
+from fedrounds.cli import Settings
+from fedrounds.types import (
     AugmentationName,
     InitialisationName,
     OptimizerName,
@@ -24,6 +18,12 @@ from shared.types import (
     Schedule,
     ScheduleName,
     TrainingConfig,
+)
+from fedserver.clients.sampling import CohortName
+from fedserver.run_settings import (
+    BEFORE_THEY_WERE_RECORDED,
+    CHANGEABLE_SETTINGS,
+    RUN_SETTINGS,
 )
 
 _TRAINING = TrainingConfig()

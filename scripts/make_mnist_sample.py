@@ -1,4 +1,4 @@
-"""Make shared/data/mnist_sample.npz from the full MNIST.
+"""Make shared/fedrounds/data/mnist_sample.npz from the full MNIST.
 
     python -m scripts.make_mnist_sample DATA_ROOT
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.data.datasets import SAMPLE_PATH, Split, load_images
+from fedrounds.data.datasets import SAMPLE_PATH, Split, load_images
 
 SEED = 20261122
 NUM_PER_CLASS: dict[Split, int] = {"train": 1000, "test": 200}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shared.tasks import Task
+from fedrounds.tasks.task import Task
 from tests.tiny_task import NUM_CLASSES, NUM_FEATURES, tiny
 
 WIDTH = 6

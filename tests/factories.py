@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedserver.phases import OrderEvent, OrderState, Phase
-from fedserver.records import Event, Order, Refusal, Round, Run, Session, StoredUpdate
-from fedserver.store import Store
-from fedserver.strategies.blocks import StateFile
-from fedserver.strategies.rows import Lack, lacks_nothing
-from fedserver.updates.admission import AdmissionLimits
-from shared.codec import digest_bytes, encode_state, read_layout
-from shared.diagnosis import (
+from fedrounds.diagnosis.values import (
     Cause,
     Diagnosis,
     Experiment,
@@ -30,7 +23,10 @@ from shared.diagnosis import (
     Symptom,
     TrendPoint,
 )
-from shared.types import (
+from fedrounds.strategies.blocks import StateFile
+from fedrounds.strategies.components import Lack, lacks_nothing
+from fedrounds.tensors.codec import digest_bytes, encode_state, read_layout
+from fedrounds.types import (
     MODEL_SECTION,
     NO_COMPRESSION,
     ClientUpdate,
@@ -42,6 +38,10 @@ from shared.types import (
     TrainingConfig,
     WorkOrder,
 )
+from fedserver.phases import OrderEvent, OrderState, Phase
+from fedserver.records import Event, Order, Refusal, Round, Run, Session, StoredUpdate
+from fedserver.store import Store
+from fedserver.updates.admission import AdmissionLimits
 
 State = Mapping[str, Tensor]
 

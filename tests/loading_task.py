@@ -26,7 +26,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shared.tasks import DataRequest, Examples
+from fedrounds.tasks.task import DataRequest, Examples
 from tests.tiny_task import tiny
 
 _SECONDS = float(os.environ.get("LOADING_S", "0"))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from shared.tasks import DataRequest, Examples, Task
+from fedrounds.tasks.task import DataRequest, Examples, Task
 from tests.tiny_task import tiny
 
 SECRET = "patient 4711"

@@ -18,19 +18,19 @@ from torch.utils.data import TensorDataset
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientStates
 from fedclient.training import train_order
+from fedrounds.diagnosis.values import Diagnosis, DoctorSettings
+from fedrounds.strategies.blocks import Cohort, StateFile
+from fedrounds.strategies.registry import find_strategy
+from fedrounds.strategies.server_step import next_blocks, state_layout
+from fedrounds.tasks.task import Task, build_model, kinds_of
+from fedrounds.tensors.codec import decode_state
+from fedrounds.tensors.entries import tied_entries
+from fedrounds.types import CONTROL_SECTION, ClientUpdate, WorkOrder
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.rounds.planning import work_orders
 from fedserver.run_settings import compression_of, run_compression
 from fedserver.settings import ServerSettings
-from fedserver.strategies import find_strategy
-from fedserver.strategies.blocks import Cohort, StateFile
-from fedserver.strategies.step import next_blocks, state_layout
 from fedserver.updates.payload import update_file
-from shared.codec import decode_state
-from shared.diagnosis import Diagnosis, DoctorSettings
-from shared.tasks import Task, build_model, kinds_of
-from shared.types import CONTROL_SECTION, ClientUpdate, WorkOrder
-from shared.weights import tied_entries
 from tests.factories import make_round
 
 NUM_FEATURES = 4

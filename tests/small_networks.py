@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.diagnosis import Origin
-from shared.doctor.batches import Batch
-from shared.doctor.locate import Found
+from fedrounds.diagnosis.values import Origin
+from fedrounds.doctor.batches import Batch
+from fedrounds.doctor.locate import Found
 
 Forward = Callable[[Tensor], Tensor]
 

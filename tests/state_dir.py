@@ -7,21 +7,21 @@ from typing import Literal
 
 import torch
 
-from fedclient.packing import pack_update
+from fedclient.update_encoding import pack_update
+from fedrounds.strategies.blocks import Cohort
+from fedrounds.strategies.registry import find_strategy
+from fedrounds.strategies.server_step import next_blocks, state_layout
+from fedrounds.tensors.codec import decode_state, encode_state
+from fedrounds.tensors.entries import entry_kinds
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.phases import OrderEvent
 from fedserver.records import Round
 from fedserver.run_settings import run_compression, strategy_seed
 from fedserver.settings import ServerSettings
 from fedserver.store import Store
-from fedserver.strategies import find_strategy
-from fedserver.strategies.blocks import Cohort
-from fedserver.strategies.step import next_blocks, state_layout
 from fedserver.updates.payload import update_file
 from fedserver.updates.spool import Spool
 from fedserver.verification.verify import verify
-from shared.codec import decode_state, encode_state
-from shared.weights import entry_kinds
 from tests.factories import end_order, make_event, make_round, make_update
 from tests.tiny_task import tiny
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from shared.tasks import DataRequest, Examples, Task
+from fedrounds.tasks.task import DataRequest, Examples, Task
 
 NUM_FEATURES = 8
 NUM_CLASSES = 3

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedserver.strategies import find_strategy
-from fedserver.strategies.blocks import Cohort
-from fedserver.strategies.step import next_blocks
-from shared.types import EntryKind
+from fedrounds.strategies.blocks import Cohort
+from fedrounds.strategies.registry import find_strategy
+from fedrounds.strategies.server_step import next_blocks
+from fedrounds.types import EntryKind
 from tests.factories import State, write_state
 
 Vectors = npt.NDArray[np.float64]

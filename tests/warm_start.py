@@ -34,8 +34,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from shared import failpoints
-from shared.cli import silence_grpc
+from fedrounds import failpoints
+from fedrounds.cli import silence_grpc
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -159,7 +159,7 @@ def _import_all() -> None:
     """Import the service's modules, as quietly as the service does."""
     verbosity = os.environ.get("GRPC_VERBOSITY")
     silence_grpc()
-    for package in ("shared", "fedserver", "fedclient"):
+    for package in ("fedrounds", "fedserver", "fedclient"):
         found = importlib.import_module(package)
         for module in pkgutil.walk_packages(found.__path__, f"{package}."):
             if not module.name.endswith("__main__") and ".migrations." not in module.name:

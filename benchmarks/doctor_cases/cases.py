@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.doctor_cases.training import DRAW, Fault, Task, Training, begin
-from shared.diagnosis import Cause, StepPhase
+from fedrounds.diagnosis.values import Cause, StepPhase
 
 TOLERANCE = 0.005
 """How far below the healthy twin's score a cured training may end."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.doctor_cases.training import Data
-from shared.data import load_images, to_dataset
+from fedrounds.data import load_images, to_dataset
 
 NUM_TEST = 1000
 VOCABULARY = 40

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from benchmarks.doctor_cases.cases import TOLERANCE, Case, Healthy
 from benchmarks.doctor_cases.plain import PlainRun, train_plainly
 from benchmarks.doctor_cases.training import begin
-from shared.diagnosis import Cause
+from fedrounds.diagnosis.values import Cause
 
 _HARM = 0.02
 

@@ -23,7 +23,7 @@ from benchmarks.doctor_cases.healthy_data import (
 )
 from benchmarks.doctor_cases.nets import PlainMLP, Wrapped
 from benchmarks.doctor_cases.training import Batch, Data, Task
-from shared.models import CharGRU
+from fedrounds.tasks.models import CharGRU
 
 
 def one_sided_clients() -> list[HealthyRow]:

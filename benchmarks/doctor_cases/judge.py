@@ -16,8 +16,8 @@ from benchmarks.doctor_cases.plain import (
     train_plainly,
 )
 from benchmarks.doctor_cases.training import Training
-from shared.diagnosis import Cause, Diagnosis, SuspectSample
-from shared.doctor import Doctor, DoctorSettings, TrainingHalted
+from fedrounds.diagnosis.values import Cause, Diagnosis, SuspectSample
+from fedrounds.doctor import Doctor, DoctorSettings, TrainingHalted
 
 _WITH_SAMPLES = frozenset({Cause.BAD_DATA, Cause.BAD_LABEL})
 _NO_CLAIM = frozenset({Cause.UNKNOWN, Cause.NOT_REPRODUCIBLE})

@@ -18,7 +18,7 @@ from benchmarks.doctor_cases import tasks
 from benchmarks.doctor_cases.plain import loss_of
 from benchmarks.doctor_cases.training import Step, Task, Training, begin
 from benchmarks.epoch import median_interval
-from shared.doctor import Doctor, DoctorSettings
+from fedrounds.doctor import Doctor, DoctorSettings
 
 _WAYS = ("bare", "armed", "unarmed", "anomaly")
 

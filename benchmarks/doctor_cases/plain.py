@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from benchmarks.doctor_cases.training import Batch, Training
-from shared.diagnosis import StepPhase
+from fedrounds.diagnosis.values import StepPhase
 
 MAX_HALVINGS = 8
 

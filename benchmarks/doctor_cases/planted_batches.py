@@ -15,7 +15,7 @@ from benchmarks.doctor_cases.cases import (
 )
 from benchmarks.doctor_cases.nets import SmallCNN, Wrapped
 from benchmarks.doctor_cases.training import Batch, Fault, Task
-from shared.diagnosis import Cause, StepPhase
+from fedrounds.diagnosis.values import Cause, StepPhase
 
 _LABEL = frozenset({Cause.BAD_LABEL})
 _DEGENERATE = frozenset({Cause.DEGENERATE_BATCH})

@@ -20,7 +20,7 @@ from benchmarks.doctor_cases.cases import (
     plant_samples,
 )
 from benchmarks.doctor_cases.training import Batch, Data, Fault, Task
-from shared.diagnosis import Cause, StepPhase
+from fedrounds.diagnosis.values import Cause, StepPhase
 
 _DATA = frozenset({Cause.BAD_DATA})
 _INPUT = frozenset({StepPhase.INPUT})

@@ -15,7 +15,7 @@ from benchmarks.doctor_cases import data, tasks
 from benchmarks.doctor_cases.cases import Case, Expected, Outcome, drawing, log_uniform
 from benchmarks.doctor_cases.nets import Wrapped
 from benchmarks.doctor_cases.training import Batch, Fault, Task
-from shared.diagnosis import Cause
+from fedrounds.diagnosis.values import Cause
 
 _RATE = frozenset({Cause.LEARNING_RATE})
 _EXPLODING = frozenset({Cause.EXPLODING_GRADIENT})

@@ -12,7 +12,7 @@ from benchmarks.doctor_cases import data, tasks
 from benchmarks.doctor_cases.cases import Case, Expected, Outcome
 from benchmarks.doctor_cases.nets import PlainMLP, Wrapped
 from benchmarks.doctor_cases.training import Batch, Fault, Task
-from shared.diagnosis import Cause, StepPhase
+from fedrounds.diagnosis.values import Cause, StepPhase
 
 _LOSS = frozenset({StepPhase.LOSS})
 _BACKWARD = frozenset({StepPhase.BACKWARD})

@@ -15,7 +15,7 @@ from benchmarks.doctor_cases import tasks
 from benchmarks.doctor_cases.cases import Case, Expected, Outcome
 from benchmarks.doctor_cases.nets import SmallCNN, Wrapped
 from benchmarks.doctor_cases.training import Fault, Task
-from shared.diagnosis import Cause, StepPhase
+from fedrounds.diagnosis.values import Cause, StepPhase
 
 _INITIAL = frozenset({Cause.BAD_INITIALISATION})
 _RECEIVED = frozenset({Cause.RECEIVED_MODEL})

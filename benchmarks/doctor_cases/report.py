@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from benchmarks.doctor_cases.cases import Outcome
 from benchmarks.doctor_cases.judge import HealthyJudgement, Judgement
 from benchmarks.doctor_cases.overhead import Overhead
-from shared.diagnosis import Cause
+from fedrounds.diagnosis.values import Cause
 
 
 def planted_table(judged: list[Judgement]) -> str:

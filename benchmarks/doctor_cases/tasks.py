@@ -19,7 +19,7 @@ from benchmarks.doctor_cases.nets import (
     Twins,
 )
 from benchmarks.doctor_cases.training import Batch, Data, Task
-from shared.models import SimpleCNN, TabularMLP
+from fedrounds.tasks.models import SimpleCNN, TabularMLP
 
 Outcome = tuple[Tensor, Tensor]
 """A loss and the outputs it was made of."""

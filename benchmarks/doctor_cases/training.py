@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from shared.seeds import derive_seed
+from fedrounds.seeds import derive_seed
 
 DRAW: ContextVar[int] = ContextVar("DRAW", default=0)
 """Which draw of all that is random is in force: 0 is the one that docs/doctor.md tells of."""

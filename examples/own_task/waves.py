@@ -5,7 +5,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from shared.tasks import DataRequest, Task, need_root
+from fedrounds.tasks.builtin import need_root
+from fedrounds.tasks.task import DataRequest, Task
 
 
 def build_model() -> nn.Module:

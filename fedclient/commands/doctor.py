@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from fedclient.checkup import (
+from fedclient.devices import find_device
+from fedclient.preflight import (
     FirstSteps,
     Mark,
     Observation,
@@ -22,13 +23,9 @@ from fedclient.checkup import (
     examine_weights,
     take_first_steps,
 )
-from fedclient.devices import find_device
 from fedclient.settings import ComputeSettings, DataSettings, SharesSettings
-from shared.cli import parse
-from shared.codec import load_state_into
-from shared.determinism import repeatable
-from shared.diagnosis import Diagnosis
-from shared.diagnosis_text import (
+from fedrounds.cli import parse
+from fedrounds.diagnosis.text import (
     EXPERIMENT_HEADINGS,
     TREND_HEADINGS,
     Rows,
@@ -37,11 +34,15 @@ from shared.diagnosis_text import (
     trend_rows,
     verdict,
 )
-from shared.errors import InvalidInput
-from shared.own_code import naming_task_errors, show_error
-from shared.seeds import derive_seed
-from shared.tasks import DataRequest, Examples, Partition, Task, build_model, find_task
-from shared.types import OptimizerName, TrainingConfig
+from fedrounds.diagnosis.values import Diagnosis
+from fedrounds.errors import InvalidInput
+from fedrounds.plugins import naming_task_errors, show_error
+from fedrounds.seeds import derive_seed
+from fedrounds.tasks.builtin import find_task
+from fedrounds.tasks.task import DataRequest, Examples, Partition, Task, build_model
+from fedrounds.tensors.codec import load_state_into
+from fedrounds.training.determinism import repeatable
+from fedrounds.types import OptimizerName, TrainingConfig
 
 _TRAINING = TrainingConfig()
 _NUM_TREND = 4

@@ -14,10 +14,11 @@ from rich.table import Table
 from torch.utils.data import TensorDataset
 
 from fedclient.settings import SharesSettings
-from shared.cli import parse
-from shared.data import examine_scheme, partition_indices
-from shared.errors import InvalidInput
-from shared.tasks import DataRequest, Examples, Partition, Task, find_task
+from fedrounds.cli import parse
+from fedrounds.data import examine_scheme, partition_indices
+from fedrounds.errors import InvalidInput
+from fedrounds.tasks.builtin import find_task
+from fedrounds.tasks.task import DataRequest, Examples, Partition, Task
 
 _FEW_LABELS = 10
 

@@ -6,21 +6,9 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
-from fedserver.api.downloads import Downloads
-from fedserver.api.uploads import Uploads
-from fedserver.clients.departures import leave
-from fedserver.clients.sessions import Sessions
-from fedserver.diagnoses import diagnosis_fields
-from fedserver.events import event_of
-from fedserver.housekeeping.disk import DiskWatch
-from fedserver.phases import OrderState
-from fedserver.records import Event, OrderRecord, Session, json_number
-from fedserver.rounds.open_orders import OpenOrders
-from fedserver.run_context import RunContext
-from fedserver.run_settings import run_compression
-from fedserver.store import AsyncStore
-from shared.diagnosis import Origin
-from shared.errors import (
+from fedrounds.diagnosis.as_json import diagnosis_fields
+from fedrounds.diagnosis.values import Origin
+from fedrounds.errors import (
     FederationError,
     InvalidInput,
     NotFound,
@@ -29,9 +17,9 @@ from shared.errors import (
     StateDirCopied,
     WrongSettings,
 )
-from shared.failpoints import FailPoint, failpoint
-from shared.files import exhaustion
-from shared.types import (
+from fedrounds.failpoints import FailPoint, failpoint
+from fedrounds.files import exhaustion
+from fedrounds.types import (
     INCIDENT_NUMBERS,
     NO_COMPRESSION,
     ClientUpdate,
@@ -51,6 +39,18 @@ from shared.types import (
     Work,
     WorkState,
 )
+from fedserver.api.downloads import Downloads
+from fedserver.api.uploads import Uploads
+from fedserver.clients.departures import leave
+from fedserver.clients.sessions import Sessions
+from fedserver.events import event_of
+from fedserver.housekeeping.disk import DiskWatch
+from fedserver.phases import OrderState
+from fedserver.records import Event, OrderRecord, Session, json_number
+from fedserver.rounds.open_orders import OpenOrders
+from fedserver.run_context import RunContext
+from fedserver.run_settings import run_compression
+from fedserver.store import AsyncStore
 
 logger = logging.getLogger(__name__)
 

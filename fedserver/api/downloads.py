@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from fedrounds.errors import NotFound, ServerUnreachable, WrongOffset
+from fedrounds.wire.framing import CHUNK_BYTES, frame_download
 from fedserver.api.flow_control import Slots
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.runtime import Threads
-from shared.chunks import CHUNK_BYTES, frame_download
-from shared.errors import NotFound, ServerUnreachable, WrongOffset
 
 _MAX_CHUNKS_UNDER_WAY = 32
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
-from shared.errors import ServerUnreachable, StreamFenced
+from fedrounds.errors import ServerUnreachable, StreamFenced
 
 _FIRST_MESSAGE_S = 5.0
 """A client has its first message ready when it calls; until then nobody knows whose call it is."""

@@ -1,7 +1,8 @@
 """The servicer: protobuf and gRPC stop here.
 
 Translates each call to one of the client API, and the domain's errors to gRPC statuses. The two
-calls that carry payloads are served as raw bytes (see shared.chunks), the others as messages.
+calls that carry payloads are served as raw bytes (see fedrounds.wire.framing), the others as
+messages.
 """
 
 import asyncio
@@ -17,6 +18,21 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from fedrounds.errors import FederationError, InvalidInput
+from fedrounds.escaping import MAX_CHARACTERS, printable
+from fedrounds.types import (
+    Counters,
+    Leave,
+    LeaveReason,
+    OrderEnd,
+    Receipt,
+    Registration,
+    RunFailure,
+    WorkState,
+)
+from fedrounds.wire.framing import unframe_upload
+from fedrounds.wire.limits import examine_limits
+from fedrounds.wire.pb import federation_pb2 as pb
 from fedserver.api.client_api import ClientApi
 from fedserver.api.flow_control import StreamFence, first_message
 from fedserver.messages import (
@@ -29,21 +45,6 @@ from fedserver.messages import (
     seconds_of,
     update_of,
 )
-from shared.chunks import unframe_upload
-from shared.errors import FederationError, InvalidInput
-from shared.foreign_text import MAX_CHARACTERS, printable
-from shared.pb import federation_pb2 as pb
-from shared.types import (
-    Counters,
-    Leave,
-    LeaveReason,
-    OrderEnd,
-    Receipt,
-    Registration,
-    RunFailure,
-    WorkState,
-)
-from shared.wire_limits import examine_limits
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FederationService"].full_name
 

@@ -11,6 +11,25 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
+from fedrounds.errors import (
+    CorruptPayload,
+    InvalidInput,
+    ServerUnreachable,
+    StreamFenced,
+)
+from fedrounds.failpoints import FailPoint, failpoint
+from fedrounds.memory import return_free_pages
+from fedrounds.strategies.server_step import control_layout
+from fedrounds.types import (
+    CONTROL_SECTION,
+    METRIC_NAMES,
+    MODEL_SECTION,
+    ClientUpdate,
+    IncidentKind,
+    OrderEnd,
+    Receipt,
+    UploadAnswer,
+)
 from fedserver.api.flow_control import Slots, StreamFence
 from fedserver.housekeeping.retention import evict_updates
 from fedserver.phases import OrderEvent, OrderState
@@ -20,7 +39,6 @@ from fedserver.run_context import RunContext
 from fedserver.run_settings import compression_of
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
-from fedserver.strategies.step import control_layout
 from fedserver.updates.admission import (
     UpdateRefused,
     examine_content,
@@ -31,24 +49,6 @@ from fedserver.updates.admission import (
 from fedserver.updates.payload import update_file
 from fedserver.updates.quarantine import QuarantineFolder
 from fedserver.updates.spool import Spool, UpdateStream
-from shared.errors import (
-    CorruptPayload,
-    InvalidInput,
-    ServerUnreachable,
-    StreamFenced,
-)
-from shared.failpoints import FailPoint, failpoint
-from shared.memory import return_free_pages
-from shared.types import (
-    CONTROL_SECTION,
-    METRIC_NAMES,
-    MODEL_SECTION,
-    ClientUpdate,
-    IncidentKind,
-    OrderEnd,
-    Receipt,
-    UploadAnswer,
-)
 
 _ANSWERS = {
     OrderState.STORED: Receipt.STORED,

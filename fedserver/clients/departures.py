@@ -6,13 +6,13 @@ it did what a client should do. See Leave in federation.proto.
 
 from collections.abc import Collection, Mapping
 
+from fedrounds.failpoints import FailPoint, failpoint
+from fedrounds.types import IncidentKind, Leave, LeaveReason
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
 from fedserver.records import Session
 from fedserver.rounds.open_orders import OpenOrder, OpenOrders
 from fedserver.store import AsyncStore
-from shared.failpoints import FailPoint, failpoint
-from shared.types import IncidentKind, Leave, LeaveReason
 
 
 async def leave(

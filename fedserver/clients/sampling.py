@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.seeds import derive_seed
+from fedrounds.seeds import derive_seed
 
 CohortName = Literal["uniform", "data-size", "round-robin", "power-of-choice", "availability"]
 

@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from fedrounds.errors import ClientIdTaken, InvalidInput, StateDirCopied, UnknownSession
+from fedrounds.types import Registration
 from fedserver.records import Session
 from fedserver.runtime import Broadcast
-from shared.errors import ClientIdTaken, InvalidInput, StateDirCopied, UnknownSession
-from shared.types import Registration
 
 _MAX_TURNS = 2
 """How often one process may take a session over, unless copies of its state-dir are in use.

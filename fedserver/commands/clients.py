@@ -6,13 +6,13 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
+from fedrounds.cli import parse
+from fedrounds.errors import NotFound
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.models.client_metrics import spread_text, told_of_models
 from fedserver.numbers import numbers_text
 from fedserver.reporting.client_report import client_table, draw_clients
 from fedserver.store import read_history, read_rounds
-from shared.cli import parse
-from shared.errors import NotFound
 
 
 class ClientsSettings(InspectionSettings):

@@ -6,12 +6,12 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
+from fedrounds.cli import parse
+from fedrounds.errors import NotFound
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.numbers import numbers_text
 from fedserver.reporting.tables import class_table, draw_confusion
 from fedserver.store import read_history, read_rounds
-from shared.cli import parse
-from shared.errors import NotFound
 
 
 class ConfusionSettings(InspectionSettings):

@@ -5,12 +5,12 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from fedrounds.cli import parse
+from fedrounds.errors import NotFound
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.models.client_metrics import told_of_models
 from fedserver.reporting.tables import draw_curve
 from fedserver.store import read_rounds
-from shared.cli import parse
-from shared.errors import NotFound
 
 
 class CurveSettings(InspectionSettings):

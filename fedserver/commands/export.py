@@ -5,13 +5,13 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from fedrounds.cli import parse
+from fedrounds.errors import InvalidInput, NotFound
+from fedrounds.files import replace_file
 from fedserver.commands.inspection import InspectionSettings, opened_run
 from fedserver.numbers import numbers_text
 from fedserver.reporting.tables import best_round, models_by_round
 from fedserver.store import read_rounds
-from shared.cli import parse
-from shared.errors import InvalidInput, NotFound
-from shared.files import replace_file
 
 
 class ExportSettings(InspectionSettings):

@@ -6,11 +6,11 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
+from fedrounds.cli import parse
 from fedserver.commands.inspection import InspectionSettings, opened_run
 from fedserver.reporting.round_report import incident_lines
 from fedserver.reporting.tables import round_table
 from fedserver.store import read_history
-from shared.cli import parse
 
 
 class HistorySettings(InspectionSettings):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import Field
 
+from fedrounds.cli import Settings
+from fedrounds.errors import InvalidInput, NotFound
 from fedserver.records import Run
 from fedserver.store import Store
-from shared.cli import Settings
-from shared.errors import InvalidInput, NotFound
 
 
 class InspectionSettings(Settings):

@@ -13,14 +13,14 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
+from fedrounds.cli import USAGE_EXIT_CODE, parse
+from fedrounds.errors import InvalidInput
 from fedserver.commands.inspection import InspectionSettings, opened_run
 from fedserver.events import event_of
 from fedserver.records import HeldState, HeldUpdate, Run
 from fedserver.reporting.tables import held_table
 from fedserver.store import Store
 from fedserver.updates.spool import update_path
-from shared.cli import USAGE_EXIT_CODE, parse
-from shared.errors import InvalidInput
 
 
 class QuarantineSettings(InspectionSettings):

@@ -10,13 +10,13 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
+from fedrounds.cli import parse
+from fedrounds.errors import NotFound
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.numbers import numbers_text
 from fedserver.reporting.diagnosis_report import diagnosed, draw_diagnosis
 from fedserver.reporting.round_report import round_account
 from fedserver.store import read_history
-from shared.cli import parse
-from shared.errors import NotFound
 
 
 class ShowSettings(InspectionSettings):

@@ -8,9 +8,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedserver.strategies import ROWS, Row, parameters_of
-from fedserver.strategies.rows import Local, Mixing, ServerOptimizer
-from shared.cli import Settings, parse
+from fedrounds.cli import Settings, parse
+from fedrounds.strategies.components import Local, Mixing, ServerOptimizer
+from fedrounds.strategies.registry import ROWS, Row, parameters_of
 
 
 class StrategiesSettings(Settings):

@@ -5,10 +5,10 @@ from itertools import pairwise
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from fedrounds.cli import parse
+from fedrounds.errors import StorageDamaged
 from fedserver.commands.inspection import InspectionSettings, opened_run
 from fedserver.verification.verify import verify
-from shared.cli import parse
-from shared.errors import StorageDamaged
 
 
 class VerifySettings(InspectionSettings):

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fedrounds.errors import FederationError, OutOfFiles, OutOfSpace
+from fedrounds.escaping import printable
+from fedrounds.types import IncidentKind
 from fedserver.events import EventBus, event_of
 from fedserver.records import Event
 from fedserver.rounds.open_orders import OpenOrders
 from fedserver.store import AsyncStore
-from shared.errors import FederationError, OutOfFiles, OutOfSpace
-from shared.foreign_text import printable
-from shared.types import IncidentKind
 
 logger = logging.getLogger(__name__)
 

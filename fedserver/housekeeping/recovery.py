@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedrounds.tensors.codec import digest_file
+from fedrounds.types import IncidentKind
 from fedserver.events import event_of
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.records import StoredUpdate
 from fedserver.rounds.open_orders import OpenOrders
 from fedserver.store import AsyncStore
 from fedserver.updates.spool import Spool
-from shared.codec import digest_file
-from shared.types import IncidentKind
 
 
 async def note_restart(store: AsyncStore, run_id: str) -> None:

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 
+from fedrounds.strategies.blocks import Cohort
+from fedrounds.strategies.buffers import Bounded
+from fedrounds.strategies.server_step import next_blocks, state_layout
+from fedrounds.types import IncidentKind
 from fedserver.events import event_of
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.records import Event, Round, StoredUpdate, json_number
 from fedserver.run_context import RunContext
 from fedserver.run_settings import compression_of, strategy_seed
-from fedserver.strategies.blocks import Cohort
-from fedserver.strategies.buffers import Bounded
-from fedserver.strategies.step import next_blocks, state_layout
 from fedserver.updates.payload import update_file
 from fedserver.updates.spool import Spool
-from shared.types import IncidentKind
 
 
 def reduce_updates(

@@ -14,17 +14,17 @@ from typing import Self
 import torch
 from blake3 import blake3
 
-from fedserver.strategies.blocks import Block, BlockReader, NextBlock, StateFile, blocks_of
-from shared.codec import Layout, digest_file, read_layout, write_state
-from shared.errors import FederationError, NotFound, StorageDamaged
-from shared.files import (
+from fedrounds.errors import FederationError, NotFound, StorageDamaged
+from fedrounds.files import (
     WRITE_BACK_BYTES,
     begin_write_back,
     naming_full_disk,
     sync_file,
     sync_folder,
 )
-from shared.types import EntryKind
+from fedrounds.strategies.blocks import Block, BlockReader, NextBlock, StateFile, blocks_of
+from fedrounds.tensors.codec import Layout, digest_file, read_layout, write_state
+from fedrounds.types import EntryKind
 
 
 class NonFiniteAggregate(FederationError):

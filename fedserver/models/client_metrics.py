@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedrounds.types import ClientUpdate
 from fedserver.events import event_of
 from fedserver.records import Event, Round
-from shared.types import ClientUpdate
 
 
 def summarise_clients(

@@ -10,6 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedrounds.data import make_loader
+from fedrounds.errors import InvalidInput
+from fedrounds.failpoints import FailPoint, failpoint
+from fedrounds.plugins import naming_task_errors
+from fedrounds.tasks.models import initialise
+from fedrounds.tasks.task import Task, build_model, examine_examples
+from fedrounds.tensors.codec import load_state_into
+from fedrounds.training.evaluation import Batches, Evaluation, evaluate
+from fedrounds.training.trial import keeping_random_streams
+from fedrounds.types import IncidentKind
 from fedserver.events import event_of
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.models.regression import detect_regression
@@ -18,16 +28,6 @@ from fedserver.records import Round
 from fedserver.rounds.open_orders import OpenOrders
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
-from shared.codec import load_state_into
-from shared.data import make_loader
-from shared.errors import InvalidInput
-from shared.evaluation import Batches, Evaluation, evaluate
-from shared.failpoints import FailPoint, failpoint
-from shared.models import initialise
-from shared.own_code import naming_task_errors
-from shared.tasks import Task, build_model, examine_examples
-from shared.trial import keeping_random_streams
-from shared.types import IncidentKind
 
 _BATCH_SIZE = 256
 _MAX_CLASSES = 100
@@ -205,7 +205,7 @@ async def may_be_repeated(bad: Round, *, store: AsyncStore, max_rollbacks: int) 
 def class_accuracies(confusion: torch.Tensor) -> list[float | None]:
     """Return for each class the share of its targets that were answered right; None without any.
 
-    `confusion` is that of `shared.evaluation.Evaluation`.
+    `confusion` is that of `fedrounds.training.evaluation.Evaluation`.
     """
     return [
         int(row[number]) / int(row.sum()) if row.any() else None
@@ -216,7 +216,8 @@ def class_accuracies(confusion: torch.Tensor) -> list[float | None]:
 def initial_state(task: Task, *, seed: int, init: str = "default") -> dict[str, torch.Tensor]:
     """Return the weights a run begins with, a function of the task, `seed` and `init`.
 
-    `init` is a name in shared.models.INITIALISATIONS, or "default": as the task draws them.
+    `init` is a name in fedrounds.tasks.models.INITIALISATIONS; "default" leaves the weights to the
+    task.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shared.diagnosis import Symptom
+from fedrounds.diagnosis.values import Symptom
 
 _NUM_COMPARED = 10
 _WIDTH = 10.0

@@ -15,14 +15,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedrounds.cli import stderr_console
+from fedrounds.times import length_text
+from fedrounds.types import IncidentKind
 from fedserver.events import EventBus, log_event
 from fedserver.phases import OrderState
 from fedserver.records import Event
 from fedserver.reporting.round_report import incident_text
 from fedserver.rounds.open_orders import OpenOrder, OpenOrders
-from shared.cli import stderr_console
-from shared.times import length_text
-from shared.types import IncidentKind
 
 _NUM_CLIENTS_SHOWN = 20
 _NUM_INCIDENTS_SHOWN = 5

@@ -8,10 +8,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from fedserver.diagnoses import read_diagnosis
-from fedserver.reporting.tables import Column, fact_table, fitting_table
-from shared.diagnosis import Diagnosis
-from shared.diagnosis_text import (
+from fedrounds.diagnosis.as_json import read_diagnosis
+from fedrounds.diagnosis.text import (
     EXPERIMENT_HEADINGS,
     TREND_HEADINGS,
     Rows,
@@ -20,6 +18,8 @@ from shared.diagnosis_text import (
     trend_rows,
     verdict,
 )
+from fedrounds.diagnosis.values import Diagnosis
+from fedserver.reporting.tables import Column, fact_table, fitting_table
 
 NUM_SHOWN_WHOLE = 3
 """Of a round's diagnoses; the others are told in a sentence each, as all incidents are."""

@@ -7,6 +7,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedrounds.times import to_the_second
+from fedrounds.types import IncidentKind, LeaveReason
 from fedserver.clients.sampling import cohort_seed
 from fedserver.models.client_metrics import spread_text
 from fedserver.numbers import numbers_text
@@ -22,8 +24,6 @@ from fedserver.reporting.tables import (
     share_text,
 )
 from fedserver.rounds.adjustments import adjustment_text
-from shared.times import to_the_second
-from shared.types import IncidentKind, LeaveReason
 
 Values = Mapping[str, Any]
 

@@ -16,9 +16,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fedrounds.diagnosis.values import Cause, Diagnosis, Experiment, ExperimentName, RemedyKind
+from fedrounds.types import TrainingConfig
 from fedserver.records import Adjustments
-from shared.diagnosis import Cause, Diagnosis, Experiment, ExperimentName, RemedyKind
-from shared.types import TrainingConfig
 
 MIN_AGREEING = 2
 MIN_SHARE = 1 / 3

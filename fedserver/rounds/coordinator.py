@@ -13,6 +13,12 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import TypeVar
 
+from fedrounds.errors import OutOfSpace, RunFailed, StorageDamaged
+from fedrounds.failpoints import FailPoint, failpoint
+from fedrounds.files import unusable
+from fedrounds.strategies.components import UnfitCohort
+from fedrounds.tasks.task import Task
+from fedrounds.types import EntryKind, IncidentKind, RunFailure
 from fedserver.api.downloads import Downloads
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
@@ -41,15 +47,9 @@ from fedserver.rounds.stalls import give_up_orders
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
-from fedserver.strategies.rows import UnfitCohort
 from fedserver.updates.quarantine import QuarantineFolder
 from fedserver.updates.screening import compared_rounds, screen
 from fedserver.updates.spool import Spool
-from shared.errors import OutOfSpace, RunFailed, StorageDamaged
-from shared.failpoints import FailPoint, failpoint
-from shared.files import unusable
-from shared.tasks import Task
-from shared.types import EntryKind, IncidentKind, RunFailure
 
 T = TypeVar("T")
 

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+from fedrounds.types import Counters, WorkOrder
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState
 from fedserver.records import OrderRecord, Round
 from fedserver.runtime import Broadcast
 from fedserver.updates.admission import AdmissionLimits
-from shared.types import Counters, WorkOrder
 
 
 @dataclass

@@ -4,6 +4,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
+from fedrounds.failpoints import FailPoint, failpoint
+from fedrounds.tasks.task import Task
+from fedrounds.types import WorkOrder
 from fedserver.api.downloads import Downloads
 from fedserver.clients.sampling import Participation
 from fedserver.clients.sessions import Sessions
@@ -28,9 +31,6 @@ from fedserver.rounds.rollback import first_model
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
-from shared.failpoints import FailPoint, failpoint
-from shared.tasks import Task
-from shared.types import WorkOrder
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
+from fedrounds.seeds import derive_seed
+from fedrounds.strategies.components import Local, Strategy
+from fedrounds.types import CONTROL_SECTION, MODEL_SECTION, Section, WorkOrder
 from fedserver.clients.sampling import (
     RESTS_ON_THE_PAST,
     Candidate,
@@ -21,10 +24,7 @@ from fedserver.rounds.open_orders import OpenOrder
 from fedserver.run_context import RunContext
 from fedserver.run_settings import run_compression
 from fedserver.settings import ServerSettings
-from fedserver.strategies.rows import Local, Strategy
 from fedserver.updates.admission import AdmissionLimits
-from shared.seeds import derive_seed
-from shared.types import CONTROL_SECTION, MODEL_SECTION, Section, WorkOrder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,12 @@ was bad when it came.
 
 from dataclasses import dataclass
 
-from fedserver.diagnoses import read_diagnosis
+from fedrounds.diagnosis.as_json import read_diagnosis
+from fedrounds.diagnosis.values import Cause
+from fedrounds.failpoints import FailPoint, failpoint
+from fedrounds.seeds import derive_seed
+from fedrounds.tasks.task import Task
+from fedrounds.types import IncidentKind
 from fedserver.events import event_of
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.models.evaluation import initial_state, may_be_repeated
@@ -19,11 +24,6 @@ from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
-from shared.diagnosis import Cause
-from shared.failpoints import FailPoint, failpoint
-from shared.seeds import derive_seed
-from shared.tasks import Task
-from shared.types import IncidentKind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,8 @@ a client waits for the server itself, such as a place for its upload, is left ou
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fedrounds.failpoints import FailPoint, failpoint
+from fedrounds.types import IncidentKind, WorkOrder
 from fedserver.clients.departures import end_order, stop_expecting
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
@@ -30,8 +32,6 @@ from fedserver.phases import OrderState
 from fedserver.rounds.open_orders import OpenOrder, OpenOrders
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
-from shared.failpoints import FailPoint, failpoint
-from shared.types import IncidentKind, WorkOrder
 
 _STEP_MULTIPLE = 10
 """How many times longer than its longest step so far a client may take for one."""

@@ -9,10 +9,7 @@ from tempfile import TemporaryDirectory
 from sqlalchemy import Connection
 from sqlalchemy.exc import DatabaseError, NoResultFound
 
-from fedserver.records import Event
-from fedserver.store import schema
-from fedserver.store.engine import BUSY_TIMEOUT_S, open_engine, stored_revision
-from shared.errors import (
+from fedrounds.errors import (
     FederationError,
     InvalidInput,
     NotFound,
@@ -20,7 +17,10 @@ from shared.errors import (
     StorageDamaged,
     WrongSettings,
 )
-from shared.files import out_of_files
+from fedrounds.files import out_of_files
+from fedserver.records import Event
+from fedserver.store import schema
+from fedserver.store.engine import BUSY_TIMEOUT_S, open_engine, stored_revision
 
 RECORDED = "recorded"
 """Where a connection's `info` holds the list of the events that its transaction records."""

@@ -4,13 +4,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select
 
+from fedrounds.times import iso_time
+from fedrounds.types import Encoding
 from fedserver.phases import OrderState
 from fedserver.records import Run
 from fedserver.store import schema
 from fedserver.store.rows import measured, updates_in
 from fedserver.store.store import Store
-from shared.times import iso_time
-from shared.types import Encoding
 
 
 def read_history(

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Table, func, insert, select
 
+from fedrounds.types import ClientUpdate, IncidentKind, OrderEnd, RunFailure
 from fedserver.clients.sampling import Participation
 from fedserver.phases import OrderEvent, OrderState, Phase
 from fedserver.records import (
@@ -31,7 +32,6 @@ from fedserver.store.transitions import (
     move_order,
     strike_client,
 )
-from shared.types import ClientUpdate, IncidentKind, OrderEnd, RunFailure
 
 
 class Orders(Database):

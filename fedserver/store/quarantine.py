@@ -2,13 +2,13 @@
 
 from sqlalchemy import Select, select, update
 
+from fedrounds.errors import NotFound
 from fedserver.phases import OrderState
 from fedserver.records import Event, HeldState, HeldUpdate, Standing
 from fedserver.store import schema
 from fedserver.store.database import Database
 from fedserver.store.rows import read_held, read_standing
 from fedserver.store.transitions import add_events, forgive_clients
-from shared.errors import NotFound
 
 
 class Quarantine(Database):

@@ -6,11 +6,12 @@ from typing import Any
 
 from sqlalchemy import Select, func, or_, select, update
 
+from fedrounds.diagnosis.values import Cause
 from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState, Phase, RoundEvent
 from fedserver.records import NO_ADJUSTMENTS, Adjustments, Event, Exclusion, Order, Round
 from fedserver.store import schema
-from fedserver.store.book import append_entry, append_rollback, read_verdicts
 from fedserver.store.database import Database
+from fedserver.store.ledger import append_entry, append_rollback, read_verdicts
 from fedserver.store.rows import measured, read_round, same_attempt
 from fedserver.store.run_clock import read_clock
 from fedserver.store.transitions import (
@@ -26,7 +27,6 @@ from fedserver.store.transitions import (
     move_orders,
     move_round,
 )
-from shared.diagnosis import Cause
 
 
 class Rounds(Database):

@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Label, Row, Select, Table, select
 
+from fedrounds.types import ClientUpdate, Encoding, Section
 from fedserver.phases import OrderState, Phase
 from fedserver.records import (
     Adjustments,
@@ -19,7 +20,6 @@ from fedserver.records import (
     StoredUpdate,
 )
 from fedserver.store import schema
-from shared.types import ClientUpdate, Encoding, Section
 
 
 def same_attempt(orders: Table, rounds: Table) -> ColumnElement[bool]:

@@ -1,6 +1,6 @@
 """The coordinator's memory: runs, sessions, rounds, orders, updates, quarantine, events, ledger."""
 
-from fedserver.store.book import Book
+from fedserver.store.ledger import Book
 from fedserver.store.orders import Orders
 from fedserver.store.quarantine import Quarantine
 from fedserver.store.rounds import Rounds

@@ -17,6 +17,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from fedrounds.errors import NotFound
+from fedrounds.types import IncidentKind, OrderEnd
 from fedserver.clients.suspension import pause, strike
 from fedserver.phases import (
     OrderEvent,
@@ -39,8 +41,6 @@ from fedserver.store import schema
 from fedserver.store.database import RECORDED
 from fedserver.store.rows import read_standing
 from fedserver.store.run_clock import read_clock
-from shared.errors import NotFound
-from shared.types import IncidentKind, OrderEnd
 
 # Made once: putting a statement together takes longer than running it.
 _FIND_ORDER = (

@@ -14,11 +14,11 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection
 
+from fedrounds.errors import StorageDamaged
+from fedrounds.failpoints import FailPoint, failpoint
+from fedrounds.files import naming_full_disk, sync_folder
 from fedserver.store import schema
 from fedserver.store.engine import open_engine, stored_revision
-from shared.errors import StorageDamaged
-from shared.failpoints import FailPoint, failpoint
-from shared.files import naming_full_disk, sync_folder
 
 logger = logging.getLogger(__name__)
 

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import torch
 
-from fedserver.records import Refusal, json_number
-from fedserver.strategies.blocks import BlockReader, StateFile, blocks_of
-from fedserver.strategies.packed import examine_packed
-from fedserver.strategies.rows import Lack, lacks_nothing
-from fedserver.updates.payload import HEADER_SLACK_BYTES
-from shared.codec import Entry, Layout, digest_file
-from shared.errors import InvalidInput
-from shared.types import (
+from fedrounds.errors import InvalidInput
+from fedrounds.strategies.blocks import BlockReader, StateFile, blocks_of
+from fedrounds.strategies.components import Lack, lacks_nothing
+from fedrounds.strategies.compressed import examine_packed
+from fedrounds.tensors.codec import Entry, Layout, digest_file
+from fedrounds.types import (
     MAX_METRIC,
     METRIC_NAMES,
     MODEL_SECTION,
@@ -28,6 +26,8 @@ from shared.types import (
     Encoding,
     EntryKind,
 )
+from fedserver.records import Refusal, json_number
+from fedserver.updates.payload import HEADER_SLACK_BYTES
 
 MAX_WEIGHT = 2**29 - 1
 """Above, num_examples * float32 isn't exact in float64 any more (see strategies.means)."""

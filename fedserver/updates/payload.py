@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedserver.strategies.blocks import StateFile
-from fedserver.strategies.packed import locate_packed
-from shared.codec import read_layout
-from shared.payloads import read_payload
-from shared.types import MODEL_SECTION, Compression, Encoding, EntryKind
+from fedrounds.strategies.blocks import StateFile
+from fedrounds.strategies.compressed import locate_packed
+from fedrounds.tensors.codec import read_layout
+from fedrounds.tensors.payloads import read_payload
+from fedrounds.types import MODEL_SECTION, Compression, Encoding, EntryKind
 
 HEADER_SLACK_BYTES = 1 << 20
 """How much longer than the model's an update's header may be: spaces, remarks, other names."""

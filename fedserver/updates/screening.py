@@ -41,9 +41,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedrounds.types import IncidentKind
 from fedserver.events import event_of
 from fedserver.records import Exclusion, Refusal, Round, StoredUpdate
-from shared.types import IncidentKind
 
 MIN_OTHERS = 3
 """A median of fewer than three clients may be a bad one's own value."""

@@ -15,15 +15,15 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from shared.codec import digest_file
-from shared.errors import InvalidInput, StreamFenced, WrongOffset
-from shared.files import (
+from fedrounds.errors import InvalidInput, StreamFenced, WrongOffset
+from fedrounds.files import (
     WRITE_BACK_BYTES,
     begin_write_back,
     naming_full_disk,
     sync_file,
     sync_folder,
 )
+from fedrounds.tensors.codec import digest_file
 
 
 def update_path(folder: Path, order_id: str, digest: str) -> Path:

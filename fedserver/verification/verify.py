@@ -15,15 +15,21 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from fedrounds.errors import InvalidInput, NotFound, StorageDamaged
+from fedrounds.strategies.blocks import Cohort, StateFile
+from fedrounds.strategies.components import UnfitCohort
+from fedrounds.strategies.registry import find_strategy
+from fedrounds.strategies.server_step import next_blocks, state_layout
+from fedrounds.tasks.builtin import find_task
+from fedrounds.tasks.task import build_model, kinds_of
+from fedrounds.tensors.codec import digest_file, read_layout
+from fedrounds.tensors.entries import tied_entries
+from fedrounds.types import MODEL_SECTION, Encoding, EntryKind
 from fedserver.models.checkpoints import digest_blocks, model_path, state_path
 from fedserver.phases import OrderState
 from fedserver.records import HeldState, HeldUpdate, Ledger, Run
 from fedserver.run_settings import compression_of, strategy_seed
 from fedserver.store import Store
-from fedserver.strategies import find_strategy
-from fedserver.strategies.blocks import Cohort, StateFile
-from fedserver.strategies.rows import UnfitCohort
-from fedserver.strategies.step import next_blocks, state_layout
 from fedserver.updates.payload import update_file
 from fedserver.updates.spool import update_path
 from fedserver.verification.chain import (
@@ -35,11 +41,6 @@ from fedserver.verification.chain import (
     row_findings,
     whole_entries,
 )
-from shared.codec import digest_file, read_layout
-from shared.errors import InvalidInput, NotFound, StorageDamaged
-from shared.tasks import build_model, find_task, kinds_of
-from shared.types import MODEL_SECTION, Encoding, EntryKind
-from shared.weights import tied_entries
 
 
 class State(StrEnum):

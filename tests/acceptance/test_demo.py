@@ -22,7 +22,8 @@ def clone(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "pyproject.toml", copy)
     python = copy / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    packages = shlex.quote(str(copy / "shared"))
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     # What scripts/setup leaves when it has installed the project as pyproject.toml is now.
     checksum = subprocess.run(

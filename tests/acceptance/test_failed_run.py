@@ -2,7 +2,7 @@
 
 import torch
 
-from shared.pb import federation_pb2 as pb
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.acceptance.federation import start_client, start_server
 from tests.integration.peer import Peer, changed, payload_of
 from tests.processes import Scene

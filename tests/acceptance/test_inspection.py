@@ -3,7 +3,7 @@
 import signal
 from pathlib import Path
 
-from shared.codec import decode_state, digest_bytes
+from fedrounds.tensors.codec import decode_state, digest_bytes
 from tests.acceptance.federation import expect_clean_exits, start_client, start_server
 from tests.processes import Process, Scene, Server
 from tests.tiny_task import tiny

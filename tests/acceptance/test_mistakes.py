@@ -8,8 +8,8 @@ from contextlib import closing
 
 import pytest
 
+from fedrounds.failpoints import VARIABLE, FailPoint
 from fedserver.store.schema import REVISION
-from shared.failpoints import VARIABLE, FailPoint
 from tests.acceptance.federation import (
     BIG,
     expect_clean_exits,

@@ -8,8 +8,8 @@ import pytest
 
 from fedclient.connection import Connection
 from fedclient.routes import Route
-from shared.errors import ProxyRefused, ServerUnreachable
-from shared.types import Registration
+from fedrounds.errors import ProxyRefused, ServerUnreachable
+from fedrounds.types import Registration
 from tests.acceptance.federation import start_client, start_server
 from tests.processes import Scene, fixed_port, wait_until
 

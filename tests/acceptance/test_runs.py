@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.codec import decode_state, digest_file
+from fedrounds.tensors.codec import decode_state, digest_file
 from tests.acceptance.conftest import CLIENTS, NUM_ROUNDS, Undisturbed, run_flags
 from tests.acceptance.federation import (
     TINY,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from shared.files import locked_folder
-from shared.pb import federation_pb2 as pb
+from fedrounds.files import locked_folder
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.acceptance.federation import (
     TINY,
     expect_clean_exits,
@@ -128,7 +128,7 @@ def test_a_task_without_a_model_begins_no_run(scene: Scene) -> None:
     """What is wrong with a task is told before anything is written for it."""
     lines = (
         "from torch.nn.functional import cross_entropy",
-        "from shared.tasks import Task",
+        "from fedrounds.tasks.task import Task",
         "train = lambda request: None",
         "test = lambda data_root: None",
         "task = Task(name='own', build_model=dict, load_train=train, load_test=test,",

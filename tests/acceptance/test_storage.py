@@ -8,9 +8,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from shared.codec import digest_bytes, digest_file
-from shared.failpoints import VARIABLE, FailPoint
-from shared.pb import federation_pb2 as pb
+from fedrounds.failpoints import VARIABLE, FailPoint
+from fedrounds.tensors.codec import digest_bytes, digest_file
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.acceptance.federation import (
     BIG,
     NO_CLOCK,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shared.failpoints import VARIABLE, FailPoint
+from fedrounds.failpoints import VARIABLE, FailPoint
 from tests.acceptance.federation import (
     NO_CLOCK,
     expect_clean_exits,

@@ -13,9 +13,9 @@ import torch
 from google.protobuf.duration_pb2 import Duration
 from torch import Tensor
 
-from shared.codec import decode_state, digest_bytes, encode_state
-from shared.pb import federation_pb2 as pb
-from shared.pb.federation_pb2_grpc import FederationServiceStub
+from fedrounds.tensors.codec import decode_state, digest_bytes, encode_state
+from fedrounds.wire.pb import federation_pb2 as pb
+from fedrounds.wire.pb.federation_pb2_grpc import FederationServiceStub
 from tests.processes import GENEROUS_S, wait_until
 
 State = dict[str, Tensor]

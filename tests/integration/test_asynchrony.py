@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from shared.codec import decode_state
-from shared.pb import federation_pb2 as pb
-from shared.types import EntryKind
-from shared.weights import entry_kinds
+from fedrounds.tensors.codec import decode_state
+from fedrounds.tensors.entries import entry_kinds
+from fedrounds.types import EntryKind
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.integration.peer import Peer, State, changed, entry_of, payload_of
 from tests.processes import Scene, Server, fixed_port, wait_until
 from tests.tiny_task import tiny

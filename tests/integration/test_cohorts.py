@@ -1,6 +1,6 @@
 """A cohort chosen by what clients have done: round after round, as the server hands out orders."""
 
-from shared.pb import federation_pb2 as pb
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.integration.peer import Peer, payload_of
 from tests.processes import Scene, wait_until
 

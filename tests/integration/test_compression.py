@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fedclient.packing import pack_update
-from shared.codec import decode_state, encode_state
-from shared.pb import federation_pb2 as pb
-from shared.types import Compression, Encoding
-from shared.weights import entry_kinds
+from fedclient.update_encoding import pack_update
+from fedrounds.tensors.codec import decode_state, encode_state
+from fedrounds.tensors.entries import entry_kinds
+from fedrounds.types import Compression, Encoding
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.integration.peer import OpenRound, Peer, changed, open_round, payload_of
 from tests.processes import Scene
 from tests.tiny_task import tiny

@@ -8,11 +8,11 @@ from typing import Any
 import grpc
 import pytest
 
-from fedserver.diagnoses import read_diagnosis
-from shared.diagnosis import Diagnosis, Remedy, RemedyKind
-from shared.diagnosis_text import verdict
-from shared.diagnosis_wire import diagnosis_message
-from shared.pb import federation_pb2 as pb
+from fedrounds.diagnosis.as_json import read_diagnosis
+from fedrounds.diagnosis.text import verdict
+from fedrounds.diagnosis.values import Diagnosis, Remedy, RemedyKind
+from fedrounds.wire.diagnosis import diagnosis_message
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.factories import make_diagnosis
 from tests.integration.conftest import History
 from tests.integration.peer import OpenRound, entry_of, expect_status

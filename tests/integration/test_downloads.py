@@ -3,8 +3,8 @@
 import grpc
 import pytest
 
-from shared.codec import digest_bytes
-from shared.pb import federation_pb2 as pb
+from fedrounds.tensors.codec import digest_bytes
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.acceptance.federation import BIG
 from tests.integration.peer import OpenRound, Peer, expect_status, open_round
 from tests.processes import GENEROUS_S, Scene, wait_until

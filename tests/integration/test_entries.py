@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from shared.codec import decode_state
-from shared.pb import federation_pb2 as pb
+from fedrounds.tensors.codec import decode_state
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.entry_tasks import Whole
 from tests.integration.peer import Peer, State, changed, open_round, payload_of
 from tests.processes import Scene

@@ -17,9 +17,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.codec import digest_bytes
-from shared.diagnosis_wire import diagnosis_message
-from shared.pb import federation_pb2 as pb
+from fedrounds.tensors.codec import digest_bytes
+from fedrounds.wire.diagnosis import diagnosis_message
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.factories import make_diagnosis
 from tests.integration.conftest import MAX_NUM_EXAMPLES
 from tests.integration.peer import Peer

@@ -11,8 +11,8 @@ from functools import partial
 import grpc
 import psutil
 
-from shared.failpoints import VARIABLE, FailPoint
-from shared.pb import federation_pb2 as pb
+from fedrounds.failpoints import VARIABLE, FailPoint
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.integration.peer import OpenRound, Peer, changed, expect_status, open_round, payload_of
 from tests.processes import Scene, Server, wait_until
 

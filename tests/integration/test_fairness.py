@@ -8,8 +8,8 @@ from typing import cast
 
 import grpc
 
-from shared.codec import digest_bytes
-from shared.pb import federation_pb2 as pb
+from fedrounds.tensors.codec import digest_bytes
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.acceptance.federation import BIG
 from tests.integration.peer import (
     OpenRound,

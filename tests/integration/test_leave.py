@@ -11,9 +11,9 @@ from fedclient.connection import Connection
 from fedclient.goodbye import Goodbye
 from fedclient.routes import choose_route
 from fedclient.session import Patience, ServerSession
-from shared.errors import NoAnswer, OutOfSpace, ServerUnreachable, UnknownSession
-from shared.pb import federation_pb2 as pb
-from shared.types import Leave, LeaveReason
+from fedrounds.errors import NoAnswer, OutOfSpace, ServerUnreachable, UnknownSession
+from fedrounds.types import Leave, LeaveReason
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.integration.peer import (
     OpenRound,
     Peer,

@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from shared.chunks import CHUNK_BYTES
-from shared.codec import digest_bytes
-from shared.pb import federation_pb2 as pb
+from fedrounds.tensors.codec import digest_bytes
+from fedrounds.wire.framing import CHUNK_BYTES
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.integration.peer import Peer, changed, is_finite, open_round, payload_of
 from tests.processes import Scene
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from shared.codec import digest_bytes
-from shared.pb import federation_pb2 as pb
+from fedrounds.tensors.codec import digest_bytes
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.integration.conftest import History
 from tests.integration.peer import (
     OpenRound,

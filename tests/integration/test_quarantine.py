@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fedrounds.tensors.codec import digest_bytes
+from fedrounds.wire.pb import federation_pb2 as pb
 from fedserver.records import HeldState, HeldUpdate
 from fedserver.store import Store
-from shared.codec import digest_bytes
-from shared.pb import federation_pb2 as pb
 from tests.integration.peer import OpenRound, Peer, changed, entry_of, open_round, payload_of
 from tests.processes import Scene, Server
 

@@ -17,7 +17,7 @@ from fedclient.connection import Connection
 from fedclient.progress import Stopped
 from fedclient.routes import choose_route
 from fedclient.session import Patience
-from shared.errors import ServerUnreachable
+from fedrounds.errors import ServerUnreachable
 from tests.processes import Scene, Server, fixed_port
 
 TASK = "tests.tiny_task:tiny"

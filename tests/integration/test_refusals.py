@@ -9,11 +9,11 @@ import grpc
 import pytest
 import torch
 
-from shared.codec import digest_bytes
-from shared.payloads import write_payload
-from shared.pb import federation_pb2 as pb
-from shared.types import EntryKind
-from shared.weights import entry_kinds
+from fedrounds.tensors.codec import digest_bytes
+from fedrounds.tensors.entries import entry_kinds
+from fedrounds.tensors.payloads import write_payload
+from fedrounds.types import EntryKind
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.integration.conftest import MAX_NUM_EXAMPLES, History
 from tests.integration.peer import (
     OpenRound,

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
-from shared.diagnosis import Cause, Experiment, ExperimentName, Remedy, RemedyKind
-from shared.diagnosis_wire import diagnosis_message
-from shared.pb import federation_pb2 as pb
+from fedrounds.diagnosis.values import Cause, Experiment, ExperimentName, Remedy, RemedyKind
+from fedrounds.wire.diagnosis import diagnosis_message
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.factories import make_diagnosis
 from tests.integration.peer import OpenRound, Peer, State, changed, entry_of, open_round, payload_of
 from tests.processes import Scene, Server

@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from shared.pb import federation_pb2 as pb
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.integration.peer import OpenRound, Peer, expect_status, open_round, payload_of
 from tests.processes import GENEROUS_S, Server
 

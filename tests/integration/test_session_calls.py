@@ -9,8 +9,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from fedclient.connection import Connection
 from fedclient.routes import Route
-from shared.pb import federation_pb2 as pb
-from shared.types import Registration
+from fedrounds.types import Registration
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.integration.conftest import MAX_NUM_EXAMPLES, History
 from tests.integration.peer import (
     OpenRound,

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from fedserver.strategies.blocks import Cohort
-from fedserver.strategies.means import Weights, mean_by
-from fedserver.strategies.rows import Mean, UnfitCohort
-from shared.pb import federation_pb2 as pb
+from fedrounds.strategies.blocks import Cohort
+from fedrounds.strategies.components import Mean, UnfitCohort
+from fedrounds.strategies.means import Weights, mean_by
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.integration.peer import Peer, changed, entry_of, open_round, payload_of
 from tests.processes import Scene
 

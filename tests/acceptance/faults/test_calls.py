@@ -9,7 +9,7 @@ from typing import cast
 
 import grpc
 
-from shared.pb import federation_pb2 as pb
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.acceptance.faults.aftermath import (
     History,
     conclude,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.failpoints import VARIABLE, FailPoint
+from fedrounds.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS, Undisturbed, run_flags
 from tests.acceptance.faults.aftermath import conclude, expect_same_models, now
 from tests.acceptance.faults.test_fail_points import SERVER_PLACES

@@ -1,4 +1,4 @@
-"""Kill -9 and SIGSTOP of either side at every place of the data's path (shared/failpoints.py).
+"""Kill -9 and SIGSTOP of either side at every fail point of the data's path.
 
 The environment arms the place in one process; nothing else knows that a fault is coming. Each test
 shows from outside that the fault struck where it was meant to, then starts the same command again
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from shared.failpoints import VARIABLE, FailPoint
+from fedrounds.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS, NUM_ROUNDS, Undisturbed, run_flags
 from tests.acceptance.faults.aftermath import conclude, expect_same_models, now
 from tests.acceptance.faults.test_bad_models import BAD_MODEL_PLACES

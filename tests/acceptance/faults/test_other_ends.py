@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 import pytest
 
-from shared.failpoints import VARIABLE, FailPoint
-from shared.pb import federation_pb2 as pb
+from fedrounds.failpoints import VARIABLE, FailPoint
+from fedrounds.wire.pb import federation_pb2 as pb
 from tests.acceptance.faults.aftermath import conclude, now
 from tests.acceptance.faults.test_calls import say_farewell
 from tests.acceptance.federation import incident_kinds, start_server, verdicts

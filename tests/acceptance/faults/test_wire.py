@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from shared.failpoints import VARIABLE, FailPoint
+from fedrounds.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS, Undisturbed, run_flags
 from tests.acceptance.faults.aftermath import conclude, expect_same_models, now
 from tests.acceptance.federation import (

@@ -1,0 +1,186 @@
+"""What a client process learns from: the run's task, and the examples of each of its clients.
+
+Many clients in one process hold shares of one data set. Where the task says what a partitioning
+goes by, that set is read once and a share is cut out of it when its client's turn comes; otherwise
+the task is asked for the share, and the last few are kept.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Subset, TensorDataset
+
+from fedclient.devices import find_device
+from fedclient.settings import ClientSettings
+from fedrounds.data import partition_indices
+from fedrounds.errors import FederationError, InvalidInput, WrongSettings
+from fedrounds.plugins import naming_task_errors
+from fedrounds.stop_signals import interrupting
+from fedrounds.tasks.builtin import find_task
+from fedrounds.tasks.task import DataRequest, Examples, Partition, Task, examine_examples
+from fedrounds.training.determinism import repeatable
+from fedrounds.training.trial import try_training_step
+from fedrounds.types import Partitioning, SessionInfo
+
+logger = logging.getLogger(__name__)
+
+_NUM_SHARES_KEPT = 8
+_NUM_CLIENTS_TRIED = 3
+
+
+class Holdings:
+    """The task and the examples of a run, once `load` has read them.
+
+    Raises:
+        InvalidInput: the task that the settings insist on can't be had.
+    """
+
+    def __init__(self, settings: ClientSettings) -> None:
+        if settings.task is not None:
+            # What is wrong with it is told now: a server may be long in coming.
+            with interrupting():
+                find_task(settings.task)
+        self._settings = settings
+        self._loaded_run_id = ""
+        self._task: Task | None = None
+        self._examples_of: Callable[[int], Examples] | None = None
+        self._num_examples: tuple[int, ...] = ()
+
+    @property
+    def task(self) -> Task:
+        """The run's task."""
+        assert self._task is not None
+        return self._task
+
+    def examples_of(self, client_id: int) -> Examples:
+        """Return one client's examples."""
+        assert self._examples_of is not None
+        return self._examples_of(client_id)
+
+    def load(self, session: SessionInfo) -> tuple[int, ...]:
+        """Return how many examples each client has in a run; reads them once a run.
+
+        The data may have changed since the last run, so each run reads them anew.
+
+        Raises:
+            WrongSettings: the run's task is somebody's own code, and nobody here said to run it.
+            OwnCodeFailed: the task goes wrong where it reads the data or in a trial step.
+            FederationError: the task or its data can't be had, or not so many shares of it.
+        """
+        if self._loaded_run_id == session.run_id:
+            return self._num_examples
+        # The last run's examples are let go first: there may not be room for both.
+        self._loaded_run_id, self._examples_of = "", None
+        if ":" in session.task and self._settings.task is None:
+            raise WrongSettings(
+                f"the run's task {session.task!r} is code of somebody's own; if you trust it and "
+                f"have it here, start with --task {session.task}"
+            )
+        if self._settings.task not in (None, session.task):
+            raise WrongSettings(
+                f"the run's task is {session.task!r}, but --task insists on "
+                f"{self._settings.task!r}; ask for the server that runs it, or leave --task out"
+            )
+        with interrupting():
+            self._task = find_task(session.task)
+            with naming_task_errors(f"task {session.task!r}: loading the data"):
+                self._examples_of = _share_reader(self._task, session.partitioning, self._settings)
+                self._num_examples = tuple(map(self._examine, self._settings.client_ids))
+            self._try_step()
+        self._loaded_run_id = session.run_id
+        return self._num_examples
+
+    def _try_step(self) -> None:
+        """Take a trial step on the examples of a client with many; one client can't stop others.
+
+        Where it fails for the three clients that have most, it is the task that fails.
+        """
+        sizes = zip(self._num_examples, self._settings.client_ids, strict=True)
+        candidates = [client_id for size, client_id in sorted(sizes, reverse=True) if size > 0]
+        device = find_device(self._settings.device)
+        failure: FederationError | None = None
+        for client_id in candidates[:_NUM_CLIENTS_TRIED]:
+            try:
+                with repeatable(num_threads=self._settings.threads):
+                    try_training_step(self.task, self.examples_of(client_id), device=device)
+            except FederationError as error:
+                failure = failure or error
+            else:
+                return
+        if failure is not None:
+            raise failure
+
+    def _examine(self, client_id: int) -> int:
+        """Return how many examples a client has; warn of those that will stop its training."""
+        examples = self.examples_of(client_id)
+        if not len(examples):  # type: ignore[arg-type]  # Dataset itself declares no length
+            return 0
+        if bad := examine_examples(self.task, examples):
+            logger.warning(
+                "client %d: %d examples hold a NaN or an infinity, the first is number %d (from "
+                "0); training will stop where it meets one",
+                *(client_id, len(bad), bad[0]),
+            )
+        return len(examples)  # type: ignore[arg-type]  # Dataset itself declares no length
+
+
+def _share_reader(
+    task: Task, dealt: Partitioning, settings: ClientSettings
+) -> Callable[[int], Examples]:
+    """Return what gives the examples of each of the clients."""
+    root, client_ids = settings.data_root, settings.client_ids
+    if settings.source == "local":
+        return functools.cache(lambda _: task.load_train(DataRequest(data_root=root)))
+    if (beyond := max(client_ids)) >= dealt.num_partitions:
+        raise InvalidInput(
+            f"client {beyond}: partition {beyond} of {dealt.num_partitions} doesn't exist; "
+            f"partitions count from 0 to {dealt.num_partitions - 1}. Leave that id out, or start "
+            f"the server with --num-partitions {beyond + 1}"
+        )
+    if len(client_ids) > 1 and task.load_labels is not None:
+        # One partition is the whole set in its own order, which load_labels goes by.
+        whole = task.load_train(
+            DataRequest(
+                data_root=root, partition=Partition(num_partitions=1, index=0, seed=dealt.seed)
+            )
+        )
+        labels = task.load_labels(root)
+        num_examples = len(whole)  # type: ignore[arg-type]  # Dataset itself declares no length
+        if num_examples != len(labels):
+            raise InvalidInput(
+                f"task {task.name!r}: load_labels gives {len(labels)} labels, but load_train "
+                f"{num_examples} examples for one partition; each example needs one label"
+            )
+        shares = partition_indices(
+            labels,
+            scheme=dealt.scheme,
+            num_partitions=dealt.num_partitions,
+            seed=dealt.seed,
+            parameters=dealt.parameters,
+        )
+        return lambda client_id: _cut(whole, shares[client_id])
+
+    @functools.lru_cache(maxsize=_NUM_SHARES_KEPT)
+    def load(client_id: int) -> Examples:
+        partition = Partition(
+            scheme=dealt.scheme,
+            num_partitions=dealt.num_partitions,
+            index=client_id,
+            seed=dealt.seed,
+            parameters=dealt.parameters,
+        )
+        return task.load_train(DataRequest(data_root=root, partition=partition))
+
+    return load
+
+
+def _cut(whole: Examples, share: NDArray[np.int64]) -> Examples:
+    """Return the examples of a share; of tensors a copy, which is batched at once."""
+    if isinstance(whole, TensorDataset):
+        chosen = torch.from_numpy(share)
+        return TensorDataset(*(tensor[chosen] for tensor in whole.tensors))
+    return Subset(whole, share.tolist())

@@ -1,0 +1,1 @@
+"""What the doctor says: values, their words, their JSON."""

@@ -1,0 +1,38 @@
+"""Diagnoses as the store keeps them: a part of their incident, in JSON."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from fedrounds.diagnosis.text import verdict
+from fedrounds.diagnosis.values import Diagnosis
+
+_ADAPTER = TypeAdapter(Diagnosis)
+
+
+def diagnosis_fields(diagnosis: Diagnosis | None) -> dict[str, Any]:
+    """Return what an incident's fields hold of its diagnosis: the verdict in words, and all of it.
+
+    Numbers that aren't finite are held by their names; JSON has none.
+    """
+    if diagnosis is None:
+        return {}
+    return {"verdict": verdict(diagnosis), "diagnosis": _plain(asdict(diagnosis))}
+
+
+def read_diagnosis(fields: Mapping[str, Any]) -> Diagnosis:
+    """Return the diagnosis that the fields of an incident of this kind hold."""
+    return _ADAPTER.validate_python(fields["diagnosis"])
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,15 @@
+"""The doctor of a training: notices a number that isn't finite, finds its cause, and cures it."""
+
+from fedrounds.diagnosis.values import DoctorSettings
+from fedrounds.doctor.doctor import Doctor
+from fedrounds.doctor.reports import StepReport, TrainingHalted
+from fedrounds.doctor.stepping import UNTREATED, Treatment
+
+__all__ = [
+    "UNTREATED",
+    "Doctor",
+    "DoctorSettings",
+    "StepReport",
+    "TrainingHalted",
+    "Treatment",
+]

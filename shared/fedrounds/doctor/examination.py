@@ -1,0 +1,322 @@
+"""Finding out why a training went wrong, by taking its steps again with one thing changed.
+
+The verdict is the most specific cause whose removal alone heals it, in this order:
+
+1. `not-reproducible`: the same steps give other bits; where only the optimizer's state was changed
+   from outside, `optimizer-state`.
+2. `bad-label`, `bad-data`: samples with something odd about them, without which the step goes well.
+3. `degenerate-batch`: a batch of one sample, of none, or of one sample many times, that goes well
+   when joined with another.
+4. `precision`: the bad value came up in 16 bits, and in float32 all goes well.
+5. `loss-function`: the bad value came up in the loss from outputs of an ordinary size, and the
+   guarded loss goes well.
+6. `bad-initialisation`, `received-model`: weights at the start unlike any usual ones, or answers
+   beyond chance from the start, and the same steps go well from usual ones.
+7. `optimizer-state`: the bad value came up in the optimizer's step, or its state is beyond what the
+   gradients explain, and without its history all goes well.
+8. `exploding-gradient`, `learning-rate`: clipping, or a lower rate, heals. Where both do, it is the
+   gradient if that is as steep where the lower rate leads, and the rate otherwise.
+9. `unknown`.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from fedrounds.diagnosis.values import (
+    MAX_SAMPLES,
+    MAX_TREND,
+    Cause,
+    ExperimentName,
+    Oddity,
+    Origin,
+    StepPhase,
+    SuspectSample,
+)
+from fedrounds.doctor import interventions
+from fedrounds.doctor.anomalies import (
+    has_odd_optimizer_state,
+    unusual_entries,
+)
+from fedrounds.doctor.batches import (
+    IGNORED_LABEL,
+    Batch,
+    batch_size,
+    blurred,
+    inputs_of,
+    joined,
+    labels_of,
+    largest_input,
+    take,
+)
+from fedrounds.doctor.determinism import contradiction, largest_norm
+from fedrounds.doctor.evidence import Evidence
+from fedrounds.doctor.findings import Case, Finding
+from fedrounds.doctor.history import (
+    device_of,
+    restore_snapshot,
+    take_snapshot,
+)
+from fedrounds.doctor.monitor import symptom_of
+from fedrounds.doctor.samples import failing_samples, oddities
+
+_MAX_TRIES = 64
+_SMALL_SHARE = 0.25
+_NO_WORSE = 1.25
+_MOST = 0.5
+_ROOM = 4.0
+"""Inputs may be so many times as large as healthy ones before they count as outliers."""
+_LONGEST_RESTART = 48
+_AT_ONCE = 2
+_NARROW = ("float16", "bfloat16")
+
+
+def _without_odd_ones(batch: Batch) -> Batch:
+    """Return a batch without samples that did no harm by chance: they aren't what is usual."""
+    odd = oddities(batch, num_classes=None, healthy=())
+    kept = [position for position in range(batch_size(batch)) if position not in odd]
+    return take(batch, kept) if odd and kept else batch
+
+
+def examine(case: Case) -> Finding | None:
+    """Find the cause; None if the suspicion was none. The subject's state is used up."""
+    return _Examination(case).find()
+
+
+class _Examination(Evidence):
+    """Looks for one cause after another."""
+
+    def find(self) -> Finding | None:
+        if not self._case.is_tried:
+            self._before = self._start = take_snapshot(self._subject, step=self._noticed.step - 1)
+            if self._step_goes_well(self._bad.batch):
+                return None
+            self._locate()
+            self._note(ExperimentName.UNCHANGED, is_healed=False)
+        else:
+            live = take_snapshot(self._subject, step=self._noticed.step)
+            course = self._course = self._replay.run(self._start, self._noticed.step)
+            if (cause := contradiction(self._case, course, live)) is not None:
+                self._note(ExperimentName.UNCHANGED, is_healed=True)
+                if cause is Cause.OPTIMIZER_STATE:
+                    self._origin = Origin(phase=StepPhase.OPTIMIZER)
+                return self._finding(cause)
+            if not course.failed_at and self._replay.is_sane() and not self._has_spoilt(course):
+                return None
+            self._failed = self._bad = self._recorded(course.failed_at or self._noticed.step)
+            if self._failed is not self._noticed and not course.steps[-1].taken.is_finite:
+                # It was noticed by what came of it.
+                self._symptom = symptom_of(course.steps[-1].taken)
+            self._before = course.before
+            self._locate()
+            self._note(ExperimentName.UNCHANGED, is_healed=False)
+            if not (self._is_loss_suspect() and self._guarded_step_goes_well()):
+                self._find_onset()
+        if self._mixes_dtypes:
+            # Wider numbers would heal it, since all of them are of one dtype then; but the dtypes
+            # are a mistake of the task's code, and no number is at fault.
+            return self._finding(Cause.UNKNOWN)
+        for look in (
+            self._look_at_samples,
+            self._look_at_batch,
+            self._look_at_precision,
+            self._look_at_loss,
+            self._look_at_start,
+            self._look_at_optimizer,
+            self._look_at_rates,
+        ):
+            cause = look()
+            if cause is not None:
+                self._add_contributing(cause)
+                return self._finding(cause)
+        self._try_step(ExperimentName.WITHOUT_BATCH, change=interventions.skipping(self._bad.step))
+        return self._finding(Cause.UNKNOWN)
+
+    def _look_at_samples(self) -> Cause | None:
+        bad, num_classes = self._bad, self._subject.num_classes
+        count = batch_size(bad.batch)
+        healthy = [_without_odd_ones(one) for one in self._healthy_batches()]
+        odd = oddities(bad.batch, num_classes=num_classes, healthy=healthy)
+        is_on_cpu = device_of(self._subject).type == "cpu"
+        wrong = [one for one in odd.values() if one.oddity is Oddity.LABEL_OUT_OF_RANGE]
+        others = [one for one in range(count) if one not in odd]
+        if wrong and not is_on_cpu:
+            # A label out of range ends a CUDA process for good: it is never tried.
+            positions: tuple[int, ...] = tuple(one.position for one in wrong)
+        elif len(odd) == 1 and others and self._step_goes_well(take(bad.batch, others)):
+            # The whole batch fails and the rest doesn't: there is no smaller set.
+            positions = tuple(odd)
+        else:
+            positions = failing_samples(
+                bad.batch,
+                lambda part: not self._step_goes_well(part),
+                suspects=list(odd),
+                max_tries=_MAX_TRIES if odd else _MAX_TRIES // 4,
+            )
+        is_whole = count > 0 and len(odd) >= _MOST * count
+        if is_whole:
+            positions = tuple(range(count))
+        if not positions:
+            return None
+        rest = [one for one in range(count) if one not in positions]
+        is_healed = not rest or self._step_goes_well(take(bad.batch, rest))
+        self._note(ExperimentName.WITHOUT_SAMPLES, is_healed=is_healed, value=len(positions))
+        is_label_error = isinstance(bad.taken.error, IndexError) and (
+            self._origin.phase is StepPhase.LOSS
+        )
+        unseen = Oddity.LABEL_OUT_OF_RANGE if is_label_error else Oddity.NONE
+        if is_whole:
+            # What makes most samples odd doesn't spare the others.
+            unseen = next(iter(odd.values())).oddity
+        suspects = [odd.get(one, SuspectSample(position=one, oddity=unseen)) for one in positions]
+        kinds = {one.oddity for one in suspects}
+        if not is_healed or (kinds == {Oddity.NONE} and len(suspects) > _SMALL_SHARE * count):
+            return None
+        self._num_samples = len(suspects)
+        self._samples = tuple(
+            replace(one, index=self._index_of(one.position)) for one in suspects[:MAX_SAMPLES]
+        )
+        usual = [one for one in rest if one not in odd]
+        good = [*([take(bad.batch, usual)] if usual else []), *healthy]
+        self._max_input = _ROOM * largest_input(*good) or math.inf
+        if Oddity.LABEL_OUT_OF_RANGE in kinds:
+            return Cause.BAD_LABEL
+        if kinds == {Oddity.NONE}:
+            # Nothing to be seen; but an error that only these samples raise is theirs.
+            return None if bad.taken.error is None else Cause.BAD_DATA
+        limit = self._max_input
+        self._try_step(
+            ExperimentName.INPUTS_SANITISED,
+            change=interventions.sanitising(limit),
+            value=limit,
+        )
+        return Cause.BAD_DATA
+
+    def _look_at_batch(self) -> Cause | None:
+        batch = self._bad.batch
+        healthy = self._healthy_batches()
+        if batch_size(batch) == 0:
+            step = self._bad.step
+            is_healed = self._try_step(
+                ExperimentName.WITHOUT_BATCH, change=interventions.skipping(step)
+            )
+            return Cause.DEGENERATE_BATCH if is_healed else None
+        inputs = inputs_of(batch)
+        is_same = bool(inputs) and all(bool((one == one[:1]).all()) for one in inputs)
+        labels = labels_of(batch)
+        is_unlabelled = labels is not None and bool((labels == IGNORED_LABEL).all())
+        is_degenerate = batch_size(batch) == 1 or is_same or is_unlabelled
+        if not is_degenerate:
+            return None
+        try:
+            larger = joined(batch, healthy[-1] if healthy else blurred(batch))
+        except RuntimeError:
+            return None
+        if self._try_step(ExperimentName.LARGER_BATCH, batch=larger):
+            return Cause.DEGENERATE_BATCH
+        return None
+
+    def _look_at_start(self) -> Cause | None:
+        start, fresh_state = self._tape.snapshots[0], self._case.fresh_state
+        if start.step != 0:
+            return None
+        fresh = fresh_state()
+        restore_snapshot(self._subject, start)
+        is_initial = self._case.is_initial
+        is_unusual = bool(unusual_entries(self._subject.model, start, fresh, is_initial=is_initial))
+        is_sane = has_odd_optimizer_state(start, largest_norm=1.0) or self._replay.is_sane()
+        # A trained model's weights may be large and good; a broken one shows at once.
+        is_late = not is_initial and self._bad.step > _AT_ONCE
+        if is_sane and (is_late or not is_unusual):
+            return None
+        interventions.load_weights(self._subject, fresh)
+        restarted = self._courses.run(
+            ExperimentName.FRESH_INITIALISATION,
+            start,
+            min(self._noticed.step, _LONGEST_RESTART),
+            prepare=lambda: interventions.load_weights(self._subject, fresh),
+            highest=_NO_WORSE * self._replay.probe_loss(),
+        )
+        if restarted is None:
+            return None
+        return Cause.BAD_INITIALISATION if is_initial else Cause.RECEIVED_MODEL
+
+    def _look_at_precision(self) -> Cause | None:
+        parameters = list(self._subject.model.parameters())
+        has_narrow = any(one.dtype in (torch.float16, torch.bfloat16) for one in parameters)
+        if self._origin.dtype not in _NARROW and not has_narrow:
+            return None
+        is_healed = self._try_step(
+            ExperimentName.FLOAT32,
+            change=interventions.widening(),
+            prepare=lambda: interventions.widen(self._subject),
+        )
+        return Cause.PRECISION if is_healed else None
+
+    def _look_at_optimizer(self) -> Cause | None:
+        is_suspect = self._origin.phase is StepPhase.OPTIMIZER and self._origin.num_nan > 0
+        if not is_suspect and not has_odd_optimizer_state(
+            self._before, largest_norm=largest_norm(self._tape, before=self._bad.step)
+        ):
+            return None
+        is_healed = self._try_step(
+            ExperimentName.FRESH_OPTIMIZER,
+            prepare=lambda: interventions.forget_history(self._subject),
+        )
+        return Cause.OPTIMIZER_STATE if is_healed else None
+
+    def _look_at_loss(self) -> Cause | None:
+        if self._bad.treatment.guards:
+            # Where a guarded number was moved no gradient is left: that is the loss's fault still.
+            is_at_fault = not self._step_is_finite(interventions.unguarding_loss())
+            if is_at_fault:
+                self._note(ExperimentName.GUARDED_LOSS, is_healed=False)
+            return Cause.LOSS_FUNCTION if is_at_fault else None
+        if not self._is_loss_suspect():
+            return None
+        is_healed = self._guarded_step_goes_well()
+        self._note(ExperimentName.GUARDED_LOSS, is_healed=is_healed)
+        return Cause.LOSS_FUNCTION if is_healed else None
+
+    def _look_at_rates(self) -> Cause | None:
+        found = self._courses.look_at_rates(
+            self._start, until=self._noticed.step, usual_norm=self._case.usual_norm
+        )
+        if found is None:
+            return None
+        cause, self._start = found
+        return cause
+
+    def _add_contributing(self, cause: Cause) -> None:
+        """Try what is cheap besides: would it have helped, too?"""
+        if cause in (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.UNKNOWN):
+            return
+        clip = self._case.usual_norm or 1.0
+        self._try_step(
+            ExperimentName.CLIPPED_GRADIENT, change=interventions.clipping(clip), value=clip
+        )
+        self._try_step(ExperimentName.LOWER_RATE, change=interventions.slowing(0.1), value=0.1)
+
+    def _finding(self, cause: Cause) -> Finding:
+        steps = self._course.steps if self._course is not None else ()
+        return Finding(
+            symptom=self._symptom,
+            cause=cause,
+            bad_step=self._bad if cause in _OF_THE_BATCH else self._failed,
+            origin=self._origin,
+            samples=self._samples if cause not in _OF_ALL_SAMPLES else (),
+            num_samples=self._num_samples if cause not in _OF_ALL_SAMPLES else 0,
+            max_input=self._max_input,
+            experiments=tuple(self._experiments),
+            trend=tuple(one.point for one in steps[-MAX_TREND:]),
+            return_to=self._start if cause in _FROM_EARLIER else self._before,
+            num_replayed_steps=self._replay.num_steps,
+        )
+
+
+_OF_THE_BATCH = (Cause.BAD_DATA, Cause.BAD_LABEL, Cause.DEGENERATE_BATCH, Cause.UNKNOWN)
+"""Reported with the step that harmed the model, others with the one where a bad value came up."""
+_OF_ALL_SAMPLES = (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.OPTIMIZER_STATE)
+"""That some samples show it more than others says nothing against these."""
+_FROM_EARLIER = (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.NOT_REPRODUCIBLE)

@@ -1,0 +1,89 @@
+"""What an examination begins with, and what it comes to."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedrounds.diagnosis.values import (
+    Cause,
+    Experiment,
+    ExperimentName,
+    Origin,
+    SuspectSample,
+    Symptom,
+    TrendPoint,
+)
+from fedrounds.doctor.history import Recorded, Snapshot, Tape
+from fedrounds.doctor.stepping import Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A training in which `symptom` was noticed in the newest step of its tape.
+
+    `is_tried` is False where that step was better not taken; `level` is the loss it began with,
+    `usual_norm` the median gradient norm of its healthy steps; `fresh_state` gives usual initial
+    weights by name, `on_replay` is told of every step repeated.
+    """
+
+    subject: Subject
+    tape: Tape
+    symptom: Symptom
+    is_tried: bool
+    level: float
+    usual_norm: float | None
+    is_initial: bool
+    fresh_state: Callable[[], Mapping[str, Tensor]]
+    on_replay: Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What the examination came to.
+
+    `symptom` is what its bad step shows, if that isn't the step in which something was noticed;
+    `return_to` is the last good state.
+    """
+
+    symptom: Symptom
+    cause: Cause
+    bad_step: Recorded
+    origin: Origin
+    samples: tuple[SuspectSample, ...] = ()
+    num_samples: int = 0
+    max_input: float = math.inf
+    experiments: tuple[Experiment, ...] = ()
+    trend: tuple[TrendPoint, ...] = ()
+    return_to: Snapshot
+    num_replayed_steps: int = 0
+
+    def healing(self, name: ExperimentName) -> Experiment | None:
+        """Return the last experiment of that name that healed, if one did."""
+        healed = [one for one in self.experiments if one.name is name and one.is_healed]
+        return healed[-1] if healed else None
+
+    @property
+    def contributing(self) -> tuple[ExperimentName, ...]:
+        """What else healed it, though the cause is another; nothing where none is claimed."""
+        if self.cause is Cause.UNKNOWN:
+            return ()
+        healed = [one.name for one in self.experiments if one.is_healed]
+        return tuple(one for one in dict.fromkeys(healed) if one is not PROOFS.get(self.cause))
+
+
+PROOFS: Mapping[Cause, ExperimentName] = {
+    Cause.BAD_LABEL: ExperimentName.WITHOUT_SAMPLES,
+    Cause.BAD_DATA: ExperimentName.WITHOUT_SAMPLES,
+    Cause.DEGENERATE_BATCH: ExperimentName.LARGER_BATCH,
+    Cause.RECEIVED_MODEL: ExperimentName.FRESH_INITIALISATION,
+    Cause.BAD_INITIALISATION: ExperimentName.FRESH_INITIALISATION,
+    Cause.PRECISION: ExperimentName.FLOAT32,
+    Cause.OPTIMIZER_STATE: ExperimentName.FRESH_OPTIMIZER,
+    Cause.LOSS_FUNCTION: ExperimentName.GUARDED_LOSS,
+    Cause.EXPLODING_GRADIENT: ExperimentName.CLIPPED_GRADIENT,
+    Cause.LEARNING_RATE: ExperimentName.LOWER_RATE,
+    Cause.NOT_REPRODUCIBLE: ExperimentName.UNCHANGED,
+}
+"""The experiment that proves a cause."""

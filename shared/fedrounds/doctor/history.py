@@ -1,0 +1,297 @@
+"""What is kept of a training so that it can go back: states, and the batches between them."""
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedrounds.diagnosis.values import Symptom
+from fedrounds.doctor.batches import Batch
+from fedrounds.doctor.monitor import INTERVAL
+from fedrounds.doctor.stepping import Subject, Taken, Treatment
+
+_MAX_AGE = 128
+
+
+class RandomState(NamedTuple):
+    """Where torch's global generators are, so that dropout repeats."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> "RandomState":
+        """Return it as it is at this moment; `device` is the model's."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(cpu=torch.default_generator.get_state(), cuda=cuda)
+
+    def restore(self, device: torch.device) -> None:
+        """Put the generators where they were."""
+        torch.default_generator.set_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A training's state after `step` steps, 0 before the first: copies of all that a step reads.
+
+    Random states are not in it: those are recorded with each step.
+    """
+
+    step: int
+    tensors: list[Tensor]
+    optimizer_state: list[dict[str, Any]]
+    groups: list[dict[str, Any]]
+    scheduler_state: dict[str, Any] | None
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """What the copies take."""
+        state = (one for entry in self.optimizer_state for one in entry.values())
+        return sum(one.nbytes for one in (*self.tensors, *state) if isinstance(one, Tensor))
+
+
+def entries_of(subject: Subject) -> list[Tensor]:
+    """Return the model's own parameters and buffers, not copies, each once."""
+    # In the order of model.parameters() and model.buffers(), which go through the modules slowly.
+    modules = list(subject.model.modules())
+    parameters = (one for module in modules for one in module._parameters.values())
+    buffers = (one for module in modules for one in module._buffers.values())
+    return list(dict.fromkeys(one for one in (*parameters, *buffers) if one is not None))
+
+
+def device_of(subject: Subject) -> torch.device:
+    """Return where the model is; the processor if it has no tensors."""
+    return next((one.device for one in entries_of(subject)), torch.device("cpu"))
+
+
+def take_snapshot(subject: Subject, *, step: int, spare: Snapshot | None = None) -> Snapshot:
+    """Copy the state that a training has now, into the memory of a state that nobody needs."""
+    optimizer = subject.optimizer
+    learned = [one for group in optimizer.param_groups for one in group["params"]]
+    # New memory costs more than the copying.
+    rooms = iter(() if spare is None else spare.tensors)
+    states = iter(() if spare is None else spare.optimizer_state)
+    return Snapshot(
+        step=step,
+        tensors=[_copy(one, next(rooms, None)) for one in entries_of(subject)],
+        optimizer_state=[
+            _copied(optimizer.state.get(one, {}), next(states, {})) for one in learned
+        ],
+        groups=[
+            {key: _copy(value) for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ],
+        scheduler_state=None if subject.scheduler is None else subject.scheduler.state_dict(),
+    )
+
+
+def restore_snapshot(subject: Subject, snapshot: Snapshot) -> None:
+    """Put a training back where it was, bit for bit."""
+    with torch.no_grad():
+        for entry, kept in zip(entries_of(subject), snapshot.tensors, strict=True):
+            if entry.dtype == kept.dtype:
+                entry.copy_(kept)
+            else:
+                entry.data = kept.clone()
+    optimizer = subject.optimizer
+    learned = [one for group in optimizer.param_groups for one in group["params"]]
+    optimizer.state.clear()
+    for parameter, state in zip(learned, snapshot.optimizer_state, strict=True):
+        if state:
+            optimizer.state[parameter] = _copied(state)
+    restore_schedule(subject, snapshot)
+    optimizer.zero_grad()
+
+
+def restore_schedule(subject: Subject, snapshot: Snapshot) -> None:
+    """Put the learning rate and what changes it back where they were."""
+    for group, saved in zip(subject.optimizer.param_groups, snapshot.groups, strict=True):
+        group.update({key: _copy(value) for key, value in saved.items()})
+    if subject.scheduler is not None and snapshot.scheduler_state is not None:
+        subject.scheduler.load_state_dict(snapshot.scheduler_state)
+
+
+def infinite_buffers(model: nn.Module) -> frozenset[str]:
+    """Return the names of the buffers that hold infinities but no NaN, such as a mask of -inf.
+
+    Before the first step that is what the model is meant to be. Running statistics don't count:
+    nobody means those to be infinite.
+    """
+    return frozenset(
+        name
+        for name, one in model.named_buffers()
+        if not name.endswith(("running_mean", "running_var"))
+        and bool(one.isinf().any())
+        and not bool(one.isnan().any())
+    )
+
+
+def is_finite(subject: Subject) -> bool:
+    """Whether parameters, buffers and the optimizer's state are, but for `subject.infinite`."""
+    infinite = (
+        {id(one) for name, one in subject.model.named_buffers() if name in subject.infinite}
+        if subject.infinite
+        else set()
+    )
+    tensors = [
+        one for one in entries_of(subject) if one.is_floating_point() and id(one) not in infinite
+    ]
+    for state in subject.optimizer.state.values():
+        for one in state.values():
+            if isinstance(one, Tensor) and one.ndim > 0 and one.is_floating_point():
+                tensors.append(one)
+    return are_finite(tensors)
+
+
+@torch.no_grad()
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether floating-point tensors have no NaN and no infinity; one wait for the device."""
+    norms = torch._foreach_norm([one for one in tensors if one.numel() > 0])
+    # The norm screens; where it isn't finite a number is bad or the norm itself overflows.
+    if len({one.device for one in norms}) == 1:
+        total = float(torch.stack(norms).sum())
+    else:
+        total = sum(float(one) for one in norms)
+    return math.isfinite(total) or all(bool(one.isfinite().all()) for one in tensors)
+
+
+def first_bad_entry(subject: Subject) -> str | None:
+    """Return the name of the first parameter or buffer that isn't finite, None if all are."""
+    named = [*subject.model.named_parameters(), *subject.model.named_buffers()]
+    return next(
+        (
+            name
+            for name, one in named
+            if name not in subject.infinite and not bool(one.isfinite().all())
+        ),
+        None,
+    )
+
+
+def symptom_of_state(subject: Subject) -> tuple[Symptom, str]:
+    """Return what isn't finite about a state that isn't, and the entry's name if it is one."""
+    name = first_bad_entry(subject)
+    if name is None:
+        return Symptom.NON_FINITE_OPTIMIZER_STATE, ""
+    parameters = dict(subject.model.named_parameters())
+    symptom = Symptom.NON_FINITE_PARAMETER if name in parameters else Symptom.NON_FINITE_BUFFER
+    return symptom, name
+
+
+def first_bad_gradient(subject: Subject) -> str | None:
+    """Return the name of the first parameter whose gradient isn't finite, None if all are."""
+    named = subject.model.named_parameters()
+    return next(
+        (name for name, one in named if one.grad is not None and not one.grad.isfinite().all()),
+        None,
+    )
+
+
+class Recorded(NamedTuple):
+    """A step as it was taken: enough to take it again. `num_bytes` is what the batch takes."""
+
+    # One is made in every step, and this costs a third of a frozen dataclass.
+    step: int
+    epoch: int
+    batch_number: int
+    batch: Batch
+    indices: Sequence[int] | None
+    random_state: RandomState
+    treatment: Treatment
+    taken: Taken
+    num_bytes: int
+
+
+class Tape:
+    """Owns the states kept and the steps since the oldest of them, within a byte limit.
+
+    States get rarer with age: each is at least half its own age older than the next, and none is
+    older than 128 steps. At least one state stays, whatever the limit.
+    """
+
+    def __init__(self, *, memory_bytes: int) -> None:
+        self._memory_bytes = memory_bytes
+        self._num_bytes = self._state_bytes = 0
+        self.snapshots: list[Snapshot] = []
+        self.steps: deque[Recorded] = deque()
+
+    def is_snapshot_due(self, step: int) -> bool:
+        """Whether a state is to be kept after `step` steps.
+
+        So few are repeated at most to come to a bad one.
+        """
+        since = step - self.snapshots[-1].step
+        return since >= INTERVAL or self._num_bytes > self._memory_bytes
+
+    def make_room(self, step: int) -> Snapshot | None:
+        """Drop the states that aren't needed beside one after `step` steps; returns one of them."""
+        kept: list[Snapshot] = []
+        dropped = None
+        newer = step
+        for older in reversed(self.snapshots):
+            age = step - older.step
+            if age <= _MAX_AGE and newer - older.step >= (age - INTERVAL) / 2:
+                kept.append(older)
+                newer = older.step
+            else:
+                dropped = older
+        self._set_snapshots(kept[::-1])
+        return dropped
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Keep a state, and drop what age and limit don't allow."""
+        self.make_room(snapshot.step)
+        self._set_snapshots([*self.snapshots, snapshot])
+        while len(self.snapshots) > 1 and self._num_bytes > self._memory_bytes:
+            self._set_snapshots(self.snapshots[1:])
+
+    def record(self, recorded: Recorded) -> None:
+        """Keep a step."""
+        self.steps.append(recorded)
+        self._num_bytes += recorded.num_bytes
+
+    def rewind(self, step: int) -> None:
+        """Forget the states and steps after `step`."""
+        self._set_snapshots([one for one in self.snapshots if one.step <= step])
+        while self.steps and self.steps[-1].step > step:
+            self._num_bytes -= self.steps.pop().num_bytes
+
+    def between(self, after: int, until: int) -> list[Recorded]:
+        """Return the steps after one and until another, which is among them."""
+        return [one for one in self.steps if after < one.step <= until]
+
+    def _set_snapshots(self, snapshots: list[Snapshot]) -> None:
+        """Keep these states, and drop the steps that none of them leads to."""
+        self._num_bytes += sum(one.num_bytes for one in snapshots) - self._state_bytes
+        self._state_bytes = sum(one.num_bytes for one in snapshots)
+        self.snapshots = snapshots
+        oldest = snapshots[0].step if snapshots else math.inf
+        while self.steps and self.steps[0].step <= oldest:
+            self._num_bytes -= self.steps.popleft().num_bytes
+
+
+def _copy(value: Any, room: Any = None) -> Any:  # noqa: ANN401  # optimizers keep anything
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(room, Tensor) and _is_alike(value, room):
+        return room.copy_(value.detach())
+    return value.detach().clone()
+
+
+def _is_alike(one: Tensor, other: Tensor) -> bool:
+    is_same_kind = one.dtype == other.dtype and one.device == other.device
+    return is_same_kind and one.shape == other.shape and one.stride() == other.stride()
+
+
+def _copied(
+    state: dict[str, Any], room: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    return {key: _copy(value, room.get(key)) for key, value in state.items()}

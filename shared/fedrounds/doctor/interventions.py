@@ -1,0 +1,96 @@
+"""What experiments and remedies change about a training, one thing at a time."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedrounds.doctor.batches import Batch, map_tensors
+from fedrounds.doctor.history import entries_of
+from fedrounds.doctor.replay import Change
+from fedrounds.doctor.stepping import NARROW, Subject
+
+_USUAL_EPS = 1e-8
+
+
+def slowing(factor: float) -> Change:
+    """Multiply the learning rate."""
+    return lambda one: replace(one, rate_factor=one.rate_factor * factor)
+
+
+def clipping(norm: float) -> Change:
+    """Clip gradients at a global L2 norm."""
+    return lambda one: replace(one, clip_norm=min(norm, one.clip_norm or norm))
+
+
+def skipping(step: int) -> Change:
+    """Leave a step's batch out."""
+    return lambda one: replace(one, skips=one.skips | {step})
+
+
+def sanitising(max_input: float) -> Change:
+    """Put inputs right instead of leaving samples out."""
+    return lambda one: replace(one, sanitises=True, max_input=min(max_input, one.max_input))
+
+
+def guarding_loss() -> Change:
+    """Compute the loss where it is defined."""
+    return lambda one: replace(one, guards=True)
+
+
+def unguarding_loss() -> Change:
+    """Compute the loss as it is written."""
+    return lambda one: replace(one, guards=False)
+
+
+def widening() -> Change:
+    """Compute in float32 what is computed in fewer bits; the subject is to be widened, too."""
+    return lambda one: replace(one, widens=True)
+
+
+def widen(subject: Subject) -> None:
+    """Make parameters, buffers and the optimizer's state float32 where they are narrower."""
+    _convert(subject, lambda one: one.float() if one.dtype in NARROW else one)
+
+
+def double(subject: Subject) -> None:
+    """Make parameters, buffers and the optimizer's state float64."""
+    _convert(subject, _doubled)
+
+
+def doubled(batch: Batch) -> Batch:
+    """Return a batch with its floating-point tensors in float64."""
+    return map_tensors(batch, _doubled)
+
+
+def forget_history(subject: Subject) -> None:
+    """Empty the optimizer's state, and give it the usual smallest denominator."""
+    subject.optimizer.state.clear()
+    for group in subject.optimizer.param_groups:
+        if "eps" in group:
+            group["eps"] = max(group["eps"], _USUAL_EPS)
+
+
+def load_weights(subject: Subject, weights: Mapping[str, Tensor]) -> None:
+    """Give the model other weights, and the optimizer no history."""
+    forget_history(subject)
+    named = dict(subject.model.named_parameters()) | dict(subject.model.named_buffers())
+    with torch.no_grad():
+        for name, tensor in named.items():
+            if name in weights:
+                tensor.copy_(weights[name])
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _convert(subject: Subject, change: Callable[[Tensor], Tensor]) -> None:
+    for entry in entries_of(subject):
+        entry.data = change(entry.data)
+        entry.grad = None
+    for state in subject.optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim > 0:
+                state[key] = change(value)

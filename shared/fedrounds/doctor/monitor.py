@@ -1,0 +1,245 @@
+"""Noticing that a training goes wrong, from numbers that a step has at hand anyway.
+
+What isn't finite is certain. Losses that jump and answers that are all the same are suspicions: the
+replay decides whether the model is harmed.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedrounds.diagnosis.values import StepPhase, Symptom
+from fedrounds.doctor.batches import Batch, are_out_of_range, inputs_of, labels_of
+from fedrounds.doctor.stepping import Taken
+
+EXPLOSION = 5.0
+"""A loss of so many times its usual level is suspicious."""
+INTERVAL = 8
+"""Steps between two looks at what needs no look at every step."""
+_NUM_FIRST = 5
+_NUM_KEPT = 64
+_BAND = 20.0
+"""Robust standard deviations around the median of the last losses."""
+_CHANCE = 30.0
+"""A cross-entropy of so many times that of guessing is no way to begin."""
+_NUM_DEAD = 3
+_NUM_WATCHED = 16
+"""For so many steps the gradient is measured in each, to know what is usual."""
+_COLLAPSE_STEPS = 16
+_COLLAPSE_SAMPLES = 128
+_MAX_SHARE = 0.9
+"""Where one class has a larger share of the labels, answering it always is what was learned."""
+_NOT_FITTED = 0.1
+"""Gradients of zero are what to expect where the loss is below this share of its first level."""
+
+
+class _Seen(NamedTuple):
+    step: int
+    loss: float
+    grad_norm: float | None
+    is_dead: bool
+
+
+class Watch:
+    """Knows the losses and gradient norms of the last steps, and what is usual for them."""
+
+    def __init__(self, *, num_classes: int | None) -> None:
+        self.num_classes = num_classes
+        self._first: list[_Seen] = []
+        self._seen: deque[_Seen] = deque(maxlen=_NUM_KEPT)
+        self._answers: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=_COLLAPSE_STEPS)
+        self._accuracies: deque[float] = deque(maxlen=_COLLAPSE_STEPS)
+        self._ceiling = math.inf
+
+    @property
+    def first_level(self) -> float:
+        """The loss of the first step, which no update can have spoilt; nan before it.
+
+        Where first steps had no gradient, nor was there an update: the largest one up to the first
+        that had.
+        """
+        level = math.nan
+        for one in self._first:
+            level = level if abs(one.loss) <= abs(level) else one.loss
+            if one.grad_norm != 0:
+                break
+        return level
+
+    @property
+    def usual_norm(self) -> float | None:
+        """The median gradient norm of the last steps, None where there are hardly any."""
+        norms = [one.grad_norm for one in self._seen if one.grad_norm is not None]
+        return median(norms) if len(norms) >= _NUM_FIRST else None
+
+    def needs_measure(self, step: int) -> bool:
+        """Whether the gradient of a step is to be measured.
+
+        Now and then is enough: one that isn't finite shows in the steps after it at the latest,
+        and a replay finds the step it came up in.
+        """
+        is_usual_known = step > _NUM_WATCHED and step % INTERVAL != 0
+        return not is_usual_known or (bool(self._seen) and self._seen[-1].is_dead)
+
+    def examine_batch(self, batch: Batch) -> Symptom | None:
+        """Look for what is wrong with a batch itself."""
+        if not all(bool(one.isfinite().all()) for one in inputs_of(batch)):
+            return Symptom.NON_FINITE_INPUT
+        return self.examine_labels(batch)
+
+    def examine_labels(self, batch: Batch) -> Symptom | None:
+        """Look whether a batch's labels are classes."""
+        labels = labels_of(batch)
+        if self.num_classes is None or labels is None:
+            return None
+        is_wrong = bool(are_out_of_range(labels, self.num_classes).any())
+        return Symptom.LABEL_OUT_OF_RANGE if is_wrong else None
+
+    def examine_step(self, taken: Taken, *, step: int) -> Symptom | None:
+        """Look at a step that was taken; what is well is remembered."""
+        if taken.error is not None:
+            return Symptom.STEP_FAILED
+        if not taken.is_taken:
+            return None
+        if not taken.is_finite:
+            return symptom_of(taken)
+        has_exploded = self._has_exploded(taken)
+        seen = _Seen(step, taken.loss, taken.grad_norm, taken.has_dead_weights)
+        self._seen.append(seen)
+        if len(self._first) < _NUM_FIRST:
+            self._first.append(seen)
+        if len(self._first) < _NUM_FIRST or step % INTERVAL == 0:
+            self._ceiling = self._find_ceiling()
+        if taken.outputs is not None and taken.labels is not None:
+            self._answers.append((step, taken.outputs, taken.labels))
+        if has_exploded:
+            return Symptom.LOSS_EXPLOSION
+        return Symptom.DEAD_NETWORK if self._is_dead() else None
+
+    def examine_answers(self) -> Symptom | None:
+        """Look at the answers of the last steps together; called now and then."""
+        if not self._answers:
+            return None
+        _, newest, labels = self._answers[-1]
+        if labels.numel() == 0 or not _fit(newest, labels):
+            return None
+        answers = newest.argmax(dim=1)
+        self._accuracies.append((answers == labels).sum().item() / labels.numel())
+        if not bool((answers == answers.flatten()[0]).all()):
+            return None
+        return self._examine_one_answer()
+
+    def _examine_one_answer(self) -> Symptom | None:
+        """Look whether one class is the answer to everything, as it is in the newest batch."""
+        pairs = [(found, labels) for _, found, labels in self._answers if _fit(found, labels)]
+        labels = torch.cat([one.flatten() for _, one in pairs])
+        known = labels[labels >= 0].long()
+        if len(pairs) < _COLLAPSE_STEPS or len(known) < _COLLAPSE_SAMPLES:
+            return None
+        share = float(known.bincount().max()) / len(known)
+        if share > _MAX_SHARE:
+            return None
+        answers = torch.cat([outputs.argmax(dim=1).flatten() for outputs, _ in pairs])
+        window = list(self._accuracies)[:-2]
+        has_learned = len(window) > 1 and sum(window) / len(window) >= share + 0.2
+        is_one_answer = has_learned and not bool((answers != answers[0]).any())
+        is_mute = all(are_constant(outputs) for outputs, _ in pairs)
+        return Symptom.COLLAPSE if is_one_answer or is_mute else None
+
+    def rewind(self, step: int) -> None:
+        """Forget what was seen after `step`."""
+        self._first = [one for one in self._first if one.step <= step]
+        self._seen = deque((one for one in self._seen if one.step <= step), maxlen=_NUM_KEPT)
+        self._answers = deque(
+            (one for one in self._answers if one[0] <= step), maxlen=_COLLAPSE_STEPS
+        )
+
+    def _has_exploded(self, taken: Taken) -> bool:
+        if len(self._first) < _NUM_FIRST and is_beyond_chance(
+            taken.outputs, taken.labels, self.num_classes
+        ):
+            return True
+        if taken.loss <= self._ceiling:
+            return False
+        self._ceiling = self._find_ceiling()
+        return taken.loss > self._ceiling
+
+    def _find_ceiling(self) -> float:
+        """Return the loss above which there is a suspicion; infinite before the first update."""
+        if len(self._first) < _NUM_FIRST and all(one.grad_norm == 0 for one in self._first):
+            return math.inf
+        losses = [one.loss for one in self._seen]
+        usual = median(losses)
+        deviation = median(abs(one - usual) for one in losses) * 1.4826
+        level = max(abs(self.first_level), abs(usual))
+        band = abs(usual) + _BAND * deviation
+        # Far below its first level a jump counts by what is usual by now.
+        settled = max(EXPLOSION * abs(usual), band)
+        is_settled = len(losses) >= _NUM_FIRST and settled < abs(self.first_level)
+        return abs(self.first_level) if is_settled else max(EXPLOSION * level, band)
+
+    def _is_dead(self) -> bool:
+        if not self._seen[-1].is_dead:
+            return False
+        last = list(self._seen)[-_NUM_DEAD:]
+        floor = _NOT_FITTED * abs(self.first_level)
+        return len(last) == _NUM_DEAD and all(one.is_dead and one.loss > floor for one in last)
+
+
+def _fit(outputs: Tensor, labels: Tensor) -> bool:
+    """Whether the outputs [n, classes, ...] answer the labels [n, ...] with two classes or more."""
+    is_wide = outputs.ndim >= 2 and outputs.shape[1] >= 2
+    return is_wide and outputs.shape[:1] + outputs.shape[2:] == labels.shape
+
+
+def classes_of(outputs: Tensor | None, labels: Tensor | None) -> int | None:
+    """Return how many classes a batch's outputs tell of, None if that can't be said."""
+    if outputs is None or labels is None or labels.numel() == 0 or not _fit(outputs, labels):
+        return None
+    num_classes = outputs.shape[1]
+    return None if bool(are_out_of_range(labels, num_classes).any()) else num_classes
+
+
+def symptom_of(taken: Taken) -> Symptom:
+    """Return what a step shows whose loss or gradient isn't finite."""
+    if math.isfinite(taken.loss):
+        return Symptom.NON_FINITE_GRADIENT
+    outputs = taken.outputs
+    has_bad_output = outputs is not None and not bool(outputs.isfinite().all())
+    return Symptom.NON_FINITE_FORWARD if has_bad_output else Symptom.NON_FINITE_LOSS
+
+
+def are_constant(outputs: Tensor) -> bool:
+    """Whether the outputs [n, ...] are the same for every sample, but for rounding."""
+    if len(outputs) < 2 or outputs.ndim < 2 or outputs.shape[1] < 2:
+        return False
+    if not bool(outputs.isfinite().all()):
+        return False
+    spread = (outputs - outputs[:1]).abs().max()
+    return float(spread) <= 1e-4 * max(float(outputs.abs().max()), 1e-30)
+
+
+def is_beyond_chance(
+    outputs: Tensor | None, labels: Tensor | None, num_classes: int | None
+) -> bool:
+    """Whether the outputs are confidently wrong beyond all measure, whatever the loss is."""
+    if num_classes is None or num_classes < 2 or outputs is None or labels is None:
+        return False
+    if not _fit(outputs, labels) or outputs.shape[1] != num_classes:
+        return False
+    found = float(functional.cross_entropy(outputs.float(), labels.long()))
+    return found > _CHANCE * math.log(num_classes)
+
+
+PHASES: Mapping[Symptom, StepPhase] = {
+    Symptom.NON_FINITE_LOSS: StepPhase.LOSS,
+    Symptom.NON_FINITE_GRADIENT: StepPhase.BACKWARD,
+    Symptom.NON_FINITE_OPTIMIZER_STATE: StepPhase.OPTIMIZER,
+    Symptom.NON_FINITE_PARAMETER: StepPhase.OPTIMIZER,
+}
+"""Where to look first for what made a number bad; elsewhere in the forward pass."""

@@ -1,0 +1,328 @@
+"""Taking recorded steps again, unchanged or with one thing changed, and judging what they lead to.
+
+A replay leaves the subject in the state it came to; whoever diagnoses puts it back.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedrounds.diagnosis.values import TrendPoint
+from fedrounds.doctor.batches import Batch, batch_size, labels_of, take
+from fedrounds.doctor.history import (
+    RandomState,
+    Recorded,
+    Snapshot,
+    Tape,
+    device_of,
+    is_finite,
+    restore_schedule,
+    restore_snapshot,
+    take_snapshot,
+)
+from fedrounds.doctor.monitor import EXPLOSION, are_constant, is_beyond_chance
+from fedrounds.doctor.samples import oddities
+from fedrounds.doctor.stepping import STEP_ERRORS, UNTREATED, Subject, Taken, Treatment, take_step
+
+_HEALED = 1.25
+"""The loss after an experiment is at most so many times the usual one, or nothing is healed."""
+_FORGOTTEN = 10.0
+_KNOWN = 0.8
+"""A loss of this share of the first one, where it was a tenth of that, is knowledge lost."""
+_FITTED = 0.1
+_PROBE_SAMPLES = 32
+_PROBE_BATCHES = 8
+
+Change = Callable[[Treatment], Treatment]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A step of a replay: how it went, and the largest absolute parameter after it."""
+
+    step: int
+    taken: Taken
+    largest_weight: float
+
+    @property
+    def point(self) -> TrendPoint:
+        """The numbers of it that a report shows."""
+        return TrendPoint(
+            step=self.step,
+            loss=self.taken.loss,
+            grad_norm=self.taken.grad_norm or 0.0,
+            largest_weight=self.largest_weight,
+            lr=self.taken.lr,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """A replay: its steps up to the one that failed, if one did; `failed_at` is 0 otherwise.
+
+    `before` is the state before the last step taken.
+    """
+
+    steps: tuple[Traced, ...]
+    failed_at: int
+    before: Snapshot
+
+    @property
+    def last_loss(self) -> float:
+        """The loss it came to, nan if there is none."""
+        return self.steps[-1].taken.loss if self.steps else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Batches that went well, and the loss each had then: what the model knew.
+
+    `level` is the loss the training began with.
+    """
+
+    batches: tuple[Batch, ...]
+    labels: Tensor | None
+    usual: float
+    level: float
+
+
+class Replay:
+    """Owns nothing: works on a subject and the tape of its training."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        tape: Tape,
+        *,
+        level: float,
+        needs_gradient: bool,
+        on_replay: Callable[[], None],
+    ) -> None:
+        self.subject = subject
+        self.tape = tape
+        self.num_steps = 0
+        self.allowed = math.inf
+        self._needs_gradient = needs_gradient
+        self._on_replay = on_replay
+        self._level = level
+        self.probe = self._choose_probe()
+
+    def run(
+        self,
+        start: Snapshot,
+        until: int,
+        *,
+        change: Change = lambda treatment: treatment,
+        prepare: Callable[[], None] | None = None,
+        convert: Callable[[Batch], Batch] = lambda batch: batch,
+        is_watched: bool = False,
+        num_times: int = 1,
+    ) -> Course:
+        """Take the steps from a state until one again; stops where a step fails.
+
+        Args:
+            start: the state to begin with.
+            until: the last step to take.
+            change: what is done otherwise.
+            prepare: called once the state is there, to change it.
+            convert: makes another batch of each recorded one.
+            is_watched: a step after which the model isn't sane fails, too.
+            num_times: how often all of them are taken, one pass after the other.
+        """
+        restore_snapshot(self.subject, start)
+        if prepare is not None:
+            prepare()
+        traced: list[Traced] = []
+        before = start
+        for number, recorded in enumerate(self.tape.between(start.step, until) * num_times):
+            if number and recorded.step == start.step + 1:
+                restore_schedule(self.subject, start)
+            before = take_snapshot(self.subject, step=recorded.step - 1)
+            one = self._take(recorded, convert(recorded.batch), change(recorded.treatment))
+            traced.append(one)
+            has_failed = not one.taken.is_finite or not is_finite(self.subject)
+            if has_failed or (is_watched and not self.is_sane()):
+                return Course(steps=tuple(traced), failed_at=recorded.step, before=before)
+        return Course(steps=tuple(traced), failed_at=0, before=before)
+
+    def goes_well(
+        self,
+        before: Snapshot,
+        recorded: Recorded,
+        batch: Batch,
+        *,
+        change: Change = lambda treatment: treatment,
+        prepare: Callable[[], None] | None = None,
+    ) -> bool:
+        """Whether one step on this batch, from the state before it, leaves a sane model."""
+        treatment = change(recorded.treatment)
+        least = 0.0
+        if treatment.guards:
+            # Where the loss as it is written is 0, the guarded one needn't be.
+            restore_snapshot(self.subject, before)
+            least = self.probe_loss(treatment)
+        taken = self.take(before, recorded, batch, change=change, prepare=prepare)
+        return taken.is_finite and self.is_sane(treatment, least=least)
+
+    def take(
+        self,
+        before: Snapshot,
+        recorded: Recorded,
+        batch: Batch | None = None,
+        *,
+        change: Change = lambda treatment: treatment,
+        prepare: Callable[[], None] | None = None,
+    ) -> Taken:
+        """Take one step once more, from the state before it, on its own batch or another."""
+        restore_snapshot(self.subject, before)
+        if prepare is not None:
+            prepare()
+        recorded.random_state.restore(device_of(self.subject))
+        self.count_step()
+        given = recorded.batch if batch is None else batch
+        return take_step(self.subject, given, change(recorded.treatment), step=recorded.step)
+
+    def count_step(self) -> None:
+        """Count a step that is taken once more, and tell."""
+        self.num_steps += 1
+        self._on_replay()
+
+    def is_sane(
+        self, treatment: Treatment = UNTREATED, *, is_strict: bool = False, least: float = 0.0
+    ) -> bool:
+        """Whether the model, as it is now, still knows what the probe's batches taught it.
+
+        The same batches are compared with themselves: their loss is finite, not many times what it
+        was when they were learned from, no worse than at the very beginning, and at most `allowed`.
+        It is computed as `treatment` says; a loss of `least` is nothing special then. The strict
+        form is for experiments. Model and random streams are left as they are.
+        """
+        if not is_finite(self.subject):
+            return False
+        if self.probe is None:
+            return True
+        level, usual = max(abs(self.probe.level), least), max(abs(self.probe.usual), least)
+        losses, outputs, has_gradient = self._look(self.probe.batches, treatment)
+        found = sum(losses) / len(losses)
+        is_fitted = found <= _FITTED * level
+        limit = max(_HEALED * usual, level / 2) if is_strict else EXPLOSION * max(level, usual)
+        has_exploded = not found <= min(limit, self.allowed) or is_beyond_chance(
+            outputs, self.probe.labels, self.subject.num_classes
+        )
+        has_forgotten = found > _KNOWN * level and found > _FORGOTTEN * usual
+        is_dead = not has_gradient and not is_fitted
+        is_mute = outputs is not None and not is_fitted and are_constant(outputs)
+        return not (has_exploded or has_forgotten or is_dead or is_mute)
+
+    def probe_loss(self, treatment: Treatment = UNTREATED) -> float:
+        """Return the mean loss of the probe's batches as the model is now; nan without a probe."""
+        if self.probe is None:
+            return math.nan
+        losses, _, _ = self._look(self.probe.batches, treatment)
+        return sum(losses) / len(losses)
+
+    def _look(
+        self, batches: Sequence[Batch], treatment: Treatment = UNTREATED
+    ) -> tuple[list[float], Tensor | None, bool]:
+        """Return the losses and outputs, and whether any weight has a gradient.
+
+        The gradient is looked at only where a lack of it was noticed: it costs as much again.
+        """
+        subject = self.subject
+        buffers = [one.detach().clone() for one in subject.model.buffers()]
+        random_state = RandomState.now(device_of(subject))
+        losses: list[float] = []
+        answers: list[Tensor] = []
+        has_gradient = not self._needs_gradient
+        try:
+            for batch in batches:
+                with torch.set_grad_enabled(self._needs_gradient):
+                    loss, outputs = subject.loss_of(batch, treatment)
+                losses.append(float(loss.detach()))
+                if outputs is not None:
+                    answers.append(outputs.detach().float())
+                if self._needs_gradient:
+                    subject.optimizer.zero_grad()
+                    loss.backward()  # type: ignore[no-untyped-call]  # unannotated in torch
+                    has_gradient |= has_live_weights(subject)
+        except STEP_ERRORS:
+            losses.append(math.nan)
+        finally:
+            subject.optimizer.zero_grad()
+            random_state.restore(device_of(subject))
+            with torch.no_grad():
+                for buffer, kept in zip(subject.model.buffers(), buffers, strict=True):
+                    buffer.copy_(kept)
+        is_alike = len({one.shape[1:] for one in answers}) == 1
+        return losses, torch.cat(answers) if is_alike else None, has_gradient
+
+    def _take(self, recorded: Recorded, batch: Batch, treatment: Treatment) -> Traced:
+        recorded.random_state.restore(device_of(self.subject))
+        self.count_step()
+        taken = take_step(self.subject, batch, treatment, step=recorded.step)
+        parameters = (one.detach() for one in self.subject.model.parameters() if one.numel() > 0)
+        return Traced(
+            step=recorded.step,
+            taken=taken.without_tensors(),
+            largest_weight=max((float(one.abs().max()) for one in parameters), default=0.0),
+        )
+
+    def _choose_probe(self) -> Probe | None:
+        """Choose early batches whose loss was nothing special, without samples that look odd."""
+        steps = [
+            one
+            for one in list(self.tape.steps)[:-1]
+            if one.taken.is_taken and one.taken.is_finite and batch_size(one.batch)
+        ]
+        early = sorted(abs(one.taken.loss) for one in steps[:16])
+        bound = 3 * early[len(early) // 2] if early else math.inf
+        chosen: list[Batch] = []
+        losses: list[float] = []
+        num = 0
+        for one in steps:
+            if num >= _PROBE_SAMPLES or len(chosen) == _PROBE_BATCHES:
+                break
+            if abs(one.taken.loss) <= bound and not self._odd_positions(one.batch):
+                chosen.append(one.batch)
+                losses.append(one.taken.loss)
+                num += batch_size(one.batch)
+        level = self._level
+        if not chosen:
+            chosen = self._cleaned()
+            if not chosen:
+                return None
+            restore_snapshot(self.subject, self.tape.snapshots[0])
+            losses, _, _ = self._look(chosen)
+            if not all(math.isfinite(one) for one in losses):
+                return None
+            level = max(abs(one) for one in losses)
+        labels = [found for one in chosen if (found := labels_of(one)) is not None]
+        is_alike = len({one.shape[1:] for one in labels}) == 1
+        return Probe(
+            batches=tuple(chosen),
+            labels=torch.cat(labels) if is_alike else None,
+            usual=sum(losses) / len(losses),
+            level=level,
+        )
+
+    def _cleaned(self) -> list[Batch]:
+        """Return the oldest batches without the samples that look odd."""
+        cleaned: list[Batch] = []
+        for one in list(self.tape.steps)[:2]:
+            odd = self._odd_positions(one.batch)
+            good = [number for number in range(batch_size(one.batch)) if number not in odd]
+            if good:
+                cleaned.append(take(one.batch, good))
+        return cleaned[:1]
+
+    def _odd_positions(self, batch: Batch) -> set[int]:
+        return set(oddities(batch, num_classes=self.subject.num_classes, healthy=()))
+
+
+def has_live_weights(subject: Subject) -> bool:
+    """Whether any weight has a gradient other than zero, or no weight has one at all."""
+    gradients = [one.grad for one in subject.learning if one.ndim > 1 and one.grad is not None]
+    return not gradients or any(bool(one.any()) for one in gradients)

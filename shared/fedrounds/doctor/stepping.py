@@ -1,0 +1,327 @@
+"""One training step, under whatever treatment is in force: the same code live and in a replay."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.overrides import TorchFunctionMode
+
+from fedrounds.diagnosis.values import Oddity
+from fedrounds.doctor.batches import (
+    Batch,
+    are_out_of_range,
+    batch_size,
+    inputs_of,
+    labels_among,
+    labels_of,
+    map_tensors,
+    rows_of,
+    take,
+    tensors_of,
+)
+from fedrounds.doctor.guarded import guarding
+
+ComputeLoss = Callable[[nn.Module, Batch], Tensor | tuple[Tensor, Tensor]]
+
+STEP_ERRORS = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError)
+"""What a step that can't be taken raises, PyTorch's own and that of a model's checks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Treatment:
+    """What is done otherwise than the training says; the default is nothing.
+
+    `rate_factor` multiplies the learning rate, which is at most `max_rate` then; over
+    `warmup_steps` steps from `warmup_from` on it grows evenly to that. `clip_norm` is the largest
+    global L2 norm of a gradient, beside the training's own. Samples with one of the oddities in
+    `drops` are left out; an input is an outlier here if its absolute value is above `max_input`.
+    With `sanitises`, such inputs are put right instead. Batches of fewer than `min_batch_size`
+    samples, and the steps in `skips`, are left out. With `guards` the loss is computed by
+    fedrounds.doctor.guarded, with `widens` everything narrower is computed in float32.
+    """
+
+    rate_factor: float = 1.0
+    max_rate: float = math.inf
+    warmup_steps: int = 0
+    warmup_from: int = 0
+    clip_norm: float | None = None
+    drops: frozenset[Oddity] = frozenset()
+    sanitises: bool = False
+    max_input: float = math.inf
+    min_batch_size: int = 0
+    skips: frozenset[int] = frozenset()
+    guards: bool = False
+    widens: bool = False
+
+    @property
+    def keeps_rate(self) -> bool:
+        """Whether the learning rate is the training's own."""
+        return self.rate_factor == 1 and self.max_rate == math.inf and self.warmup_steps == 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the loss is computed as it is written."""
+        return not (self.guards or self.widens)
+
+    def rate(self, lr: float, *, step: int) -> float:
+        """Return the learning rate of a step, where the training's own is `lr`."""
+        done = step - self.warmup_from
+        factor = self.rate_factor
+        if 0 <= done < self.warmup_steps:
+            factor *= (done + 1) / (self.warmup_steps + 1)
+        return min(lr * factor, self.max_rate)
+
+
+UNTREATED = Treatment()
+NARROW = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is trained, and how; `infinite` buffers are meant to hold infinities."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    compute_loss: ComputeLoss
+    scheduler: LRScheduler | None = None
+    clip_norm: float | None = None
+    num_classes: int | None = None
+    learning: list[nn.Parameter] = field(default_factory=list)
+    infinite: frozenset[str] = frozenset()
+
+    def loss_of(self, batch: Batch, treatment: Treatment) -> tuple[Tensor, Tensor | None]:
+        """Return the loss of a batch, with its graph, and the outputs if there are any."""
+        if treatment.is_plain:
+            found = self.compute_loss(self.model, batch)
+        else:
+            with treated(treatment):
+                found = self.compute_loss(self.model, batch)
+        return found if isinstance(found, tuple) else (found, None)
+
+
+class Taken(NamedTuple):
+    """How a step went; `is_taken` is False where nothing was left of the batch to learn from.
+
+    `grad_norm` is the global L2 norm before clipping, None where it wasn't measured;
+    `has_dead_weights` whether it was, there are gradients of weights (parameters of two or more
+    dimensions) and all of them are exactly zero. `error` is what forward, loss or backward raised.
+    Where the loss isn't finite, or the gradient is known not to be, the optimizer's step was not
+    made.
+    """
+
+    # One is made in every step, and this costs a third of a frozen dataclass.
+    loss: float = math.nan
+    grad_norm: float | None = None
+    lr: float = 0.0
+    batch_size: int = 0
+    outputs: Tensor | None = None
+    labels: Tensor | None = None
+    targets: Tensor | None = None
+    has_dead_weights: bool = False
+    is_taken: bool = True
+    error: Exception | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it went well as far as loss and gradient tell."""
+        if not self.is_taken:
+            return True
+        if self.error is not None or not math.isfinite(self.loss):
+            return False
+        return self.grad_norm is None or math.isfinite(self.grad_norm)
+
+    def without_tensors(self) -> "Taken":
+        """Return the numbers alone, which take no memory to speak of."""
+        return self._replace(outputs=None, labels=None, targets=None)
+
+
+def take_step(
+    subject: Subject, batch: Batch, treatment: Treatment, *, step: int, is_measured: bool = True
+) -> Taken:
+    """Take one step: forward, backward, clipping, the optimizer's step and the scheduler's.
+
+    Unless `is_measured`, the gradient is looked at only where it is clipped: one that isn't finite
+    is learned from then, and shows in what comes after.
+    """
+    lr = treatment.rate(float(subject.optimizer.param_groups[0]["lr"]), step=step)
+    kept = prepared(batch, treatment, num_classes=subject.num_classes)
+    if kept is None or step in treatment.skips:
+        if subject.scheduler is not None:
+            subject.scheduler.step()
+        return Taken(lr=lr, is_taken=False)
+    size = batch_size(kept)
+    subject.optimizer.zero_grad()
+    try:
+        loss, outputs = subject.loss_of(kept, treatment)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    except STEP_ERRORS as error:
+        return Taken(lr=lr, batch_size=size, error=error)
+    tensors = tensors_of(kept)
+    grad_norm, has_dead_weights = None, False
+    if is_measured or _limit(subject, treatment) is not None:
+        loss_value, grad_norm, has_dead_weights = _measure(subject, loss.detach())
+    else:
+        loss_value = loss.item()
+    taken = Taken(
+        loss=loss_value,
+        grad_norm=grad_norm,
+        lr=lr,
+        batch_size=size,
+        outputs=None if outputs is None else outputs.detach(),
+        labels=labels_among(tensors, size),
+        targets=tensors[-1],
+        has_dead_weights=has_dead_weights,
+    )
+    if taken.is_finite:
+        descend(subject, treatment, step=step, grad_norm=grad_norm)
+        if subject.scheduler is not None:
+            subject.scheduler.step()
+    return taken
+
+
+def descend(
+    subject: Subject, treatment: Treatment, *, step: int, grad_norm: float | None = None
+) -> None:
+    """Clip the gradients that are there and take the optimizer's step.
+
+    `grad_norm` is their norm, where it is known.
+    """
+    limit = _limit(subject, treatment)
+    if limit is not None:
+        gradients = [one.grad for one in subject.learning if one.grad is not None]
+        if grad_norm is None:
+            grad_norm = _total([float(one) for one in torch._foreach_norm(gradients)], gradients)
+        if grad_norm > limit:
+            torch._foreach_mul_(gradients, limit / grad_norm)
+    if treatment.keeps_rate:
+        subject.optimizer.step()
+        return
+    groups = subject.optimizer.param_groups
+    before = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = treatment.rate(group["lr"], step=step)
+    try:
+        subject.optimizer.step()
+    finally:
+        for group, lr in zip(groups, before, strict=True):
+            group["lr"] = lr
+
+
+def _limit(subject: Subject, treatment: Treatment) -> float | None:
+    """Return the largest norm that a gradient may have, None if it may have any."""
+    if subject.clip_norm is None or treatment.clip_norm is None:
+        return subject.clip_norm if treatment.clip_norm is None else treatment.clip_norm
+    return min(subject.clip_norm, treatment.clip_norm)
+
+
+def _measure(subject: Subject, loss: Tensor) -> tuple[float, float, bool]:
+    """Return the loss, the gradient's norm, and whether the weights have one and it is zero."""
+    learned = [one for one in subject.learning if one.grad is not None]
+    gradients = [one.grad for one in learned if one.grad is not None]
+    value, norms = _numbers(loss, gradients)
+    weights = [norm for one, norm in zip(learned, norms, strict=True) if one.ndim > 1]
+    return value, _total(norms, gradients), bool(weights) and not any(weights)
+
+
+def _numbers(loss: Tensor, gradients: list[Tensor]) -> tuple[float, list[float]]:
+    """Return the loss and each gradient's L2 norm with one wait for the device."""
+    if not gradients:
+        return loss.item(), []
+    norms = torch._foreach_norm(gradients)
+    if all(one.dtype == loss.dtype and one.device == loss.device for one in norms):
+        *values, last = torch.stack([*norms, loss]).tolist()
+        return last, values
+    return loss.item(), [one.item() for one in norms]
+
+
+def _total(norms: list[float], gradients: list[Tensor]) -> float:
+    """Return the norm of all, also where the squares don't fit the gradients' own type."""
+    total = math.hypot(*norms)
+    if math.isfinite(total) or not all(bool(one.isfinite().all()) for one in gradients):
+        return total if not math.isnan(total) else math.nan
+    return math.hypot(*(float(one.double().norm()) for one in gradients))
+
+
+@contextmanager
+def treated(treatment: Treatment) -> Iterator[None]:
+    """Compute losses and their gradients as a treatment says."""
+    with ExitStack() as stack:
+        if treatment.guards:
+            stack.enter_context(guarding())
+        if treatment.widens:
+            stack.enter_context(_Widened())
+        yield
+
+
+class _Widened(TorchFunctionMode):
+    """No autocast, and no conversion to a type of 16 bits."""
+
+    def __torch_function__(  # torch's own signature
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401  # whatever the function gives
+        named = dict(kwargs or {})
+        if func in (torch.Tensor.half, torch.Tensor.bfloat16):
+            return args[0]
+        if func is torch.Tensor.to:
+            args = tuple(torch.float32 if one in NARROW else one for one in args)
+        if named.get("dtype") in NARROW:
+            named["dtype"] = torch.float32
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return func(*args, **named)
+
+
+def prepared(batch: Batch, treatment: Treatment, *, num_classes: int | None) -> Batch | None:
+    """Return what a treatment leaves of a batch, None where that is nothing to learn from."""
+    if treatment.widens:
+        batch = map_tensors(batch, lambda one: one.float() if one.dtype in NARROW else one)
+    if treatment.sanitises:
+        batch = map_tensors(batch, lambda one: sanitised(one, treatment.max_input))
+    if treatment.drops:
+        odd = odd_samples(batch, treatment, num_classes=num_classes)
+        if bool(odd.all()):
+            return None
+        if bool(odd.any()):
+            batch = take(batch, (~odd).nonzero().flatten().tolist())
+    is_enough = treatment.min_batch_size == 0 or batch_size(batch) >= treatment.min_batch_size
+    return batch if is_enough else None
+
+
+def sanitised(tensor: Tensor, max_input: float) -> Tensor:
+    """Return floats with zero for what isn't finite, and nothing larger than `max_input`."""
+    if not tensor.is_floating_point():
+        return tensor
+    clean = torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor))
+    return clean if math.isinf(max_input) else clean.clamp(-max_input, max_input)
+
+
+def odd_samples(batch: Batch, treatment: Treatment, *, num_classes: int | None) -> Tensor:
+    """Return for each sample whether a treatment leaves it out, bool [n]."""
+    odd = torch.zeros(batch_size(batch), dtype=torch.bool)
+    for one in inputs_of(batch):
+        flat = rows_of(one.detach())
+        if flat.shape[1] == 0:
+            continue
+        if Oddity.NAN in treatment.drops:
+            odd |= flat.isnan().any(dim=1).cpu()
+        if Oddity.INFINITY in treatment.drops:
+            odd |= flat.isinf().any(dim=1).cpu()
+        if Oddity.OUTLIER in treatment.drops:
+            largest = flat.nan_to_num(nan=0.0).abs().amax(dim=1)
+            odd |= (largest > treatment.max_input).cpu()
+        if Oddity.EMPTY in treatment.drops:
+            odd |= (flat == 0).all(dim=1).cpu()
+    labels = labels_of(batch)
+    if Oddity.LABEL_OUT_OF_RANGE in treatment.drops and labels is not None and num_classes:
+        wrong = rows_of(are_out_of_range(labels, num_classes))
+        odd |= wrong.any(dim=1).cpu()
+    return odd

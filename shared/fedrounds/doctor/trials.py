@@ -1,0 +1,172 @@
+"""Experiments over several steps: from a good state to where it went wrong, with one thing changed.
+
+Lowering the rate and clipping the gradient are compared here. Where both heal, the gradient is to
+blame if it is as steep where the lower rate leads: then it isn't the rate that led there.
+"""
+
+import math
+from collections.abc import Callable
+
+from fedrounds.diagnosis.values import Cause, Experiment, ExperimentName
+from fedrounds.doctor import interventions
+from fedrounds.doctor.batches import Batch
+from fedrounds.doctor.history import Snapshot, restore_snapshot
+from fedrounds.doctor.replay import Change, Course, Replay
+from fedrounds.doctor.stepping import UNTREATED
+
+_RATE_FACTORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)
+_JUMP = 10.0
+_STEEP = 30.0
+_NUM_LASTING = 24
+"""By so many steps at least a rate is judged beside others, each a third of the one before."""
+_FURTHER = 0.9
+_LOWER = 3.0
+_NUM_LOWER = 8
+
+
+class Courses:
+    """Runs them on a replay, and writes them down in `experiments`."""
+
+    def __init__(self, replay: Replay, experiments: list[Experiment]) -> None:
+        self._replay = replay
+        self._experiments = experiments
+        self._has_stepped = False
+
+    def run(
+        self,
+        name: ExperimentName,
+        start: Snapshot,
+        until: int,
+        *,
+        change: Change = lambda one: one,
+        prepare: Callable[[], None] | None = None,
+        convert: Callable[[Batch], Batch] = lambda one: one,
+        value: float = 0.0,
+        highest: float | None = None,
+    ) -> Course | None:
+        """Take the steps since a state again; returns how that went if it went well.
+
+        That is a sane model, or with `highest` a probe's loss of at most that (nan: any).
+        """
+        course = self._replay.run(start, until, change=change, prepare=prepare, convert=convert)
+        self._has_stepped = bool(course.steps) and course.steps[-1].taken.is_finite
+        treatment = change(UNTREATED)
+        is_healed = not course.failed_at and (
+            self._replay.is_sane(treatment, is_strict=True)
+            if highest is None
+            else math.isnan(highest) or self._replay.probe_loss() <= highest
+        )
+        self._experiments.append(
+            Experiment(
+                name=name,
+                is_healed=is_healed,
+                value=value,
+                loss=course.last_loss,
+                failed_at_step=0 if is_healed else course.failed_at or until,
+            )
+        )
+        return course if is_healed else None
+
+    def look_at_rates(
+        self, newest: Snapshot, *, until: int, usual_norm: float | None
+    ) -> tuple[Cause, Snapshot] | None:
+        """Return whether rate, gradient or precision is to blame, and the state to go back to."""
+        clip = usual_norm or 1.0
+        starts = self._good_starts(newest)
+        restore_snapshot(self._replay.subject, starts[-1])
+        hopeless = None if self._replay.is_sane() else starts[-1]
+        for start in starts:
+            clipped = self.run(
+                ExperimentName.CLIPPED_GRADIENT,
+                start,
+                until,
+                change=interventions.clipping(clip),
+                value=clip,
+            )
+            # Where the start itself is bad, no rate helps.
+            slow = self._slow_enough(start, until) if start is not hopeless else None
+            if clipped is not None and (slow is None or _is_steep(slow, usual_norm)):
+                return Cause.EXPLODING_GRADIENT, start
+            if slow is not None:
+                return Cause.LEARNING_RATE, start
+        subject = self._replay.subject
+        widened = self.run(
+            ExperimentName.FLOAT64,
+            starts[-1],
+            until,
+            prepare=lambda: interventions.double(subject),
+            convert=interventions.doubled,
+        )
+        return None if widened is None else (Cause.PRECISION, starts[-1])
+
+    def _slow_enough(self, start: Snapshot, until: int) -> Course | None:
+        """Lower the rate until it heals, and on as long as that leads further."""
+        for factor in _RATE_FACTORS:
+            slow = self._at_rate(factor, start, until)
+            if slow is not None:
+                best = self._best_rate(factor, start, until)
+                better = None if best == factor else self._at_rate(best, start, until)
+                return better or slow
+            if self._experiments[-1].failed_at_step == start.step + 1 and not self._has_stepped:
+                # It fails before the rate has any say.
+                return None
+        return None
+
+    def _at_rate(self, factor: float, start: Snapshot, until: int) -> Course | None:
+        return self.run(
+            ExperimentName.LOWER_RATE,
+            start,
+            until,
+            change=interventions.slowing(factor),
+            value=factor,
+        )
+
+    def _best_rate(self, factor: float, start: Snapshot, until: int) -> float:
+        """Return the rate that leads furthest, from one that heals on downwards.
+
+        A few steps hardly show whether a rate lasts: they are repeated.
+        """
+        num_times = -(-_NUM_LASTING // (until - start.step))
+
+        def reached(factor: float, *, num_times: int = num_times) -> float:
+            course = self._replay.run(
+                start, until, change=interventions.slowing(factor), num_times=num_times
+            )
+            return math.inf if course.failed_at else self._replay.probe_loss()
+
+        healing = factor
+        restore_snapshot(self._replay.subject, start)
+        begun = self._replay.probe_loss()
+        least, lower = reached(factor), reached(factor / 10)
+        once = reached(factor, num_times=1), reached(factor / 10, num_times=1)
+        if lower < least or once[1] < _FURTHER * once[0]:
+            factor, least = factor / 10, lower
+        for _ in range(_NUM_LOWER):
+            lower = reached(factor / _LOWER)
+            if not (lower < least or math.isinf(least)):
+                break
+            factor, least = factor / _LOWER, lower
+        # Where no rate leads below the start, the lowest looks best because it hardly moves.
+        return factor if least < begun else healing
+
+    def _good_starts(self, newest: Snapshot) -> list[Snapshot]:
+        """Return the newest state that is good beyond doubt, and the oldest."""
+        snapshots = self._replay.tape.snapshots
+        for snapshot in reversed(snapshots[1:]):
+            if snapshot.step > newest.step:
+                continue
+            restore_snapshot(self._replay.subject, snapshot)
+            if self._replay.is_sane(is_strict=True):
+                return [snapshot, snapshots[0]]
+        return snapshots[:1]
+
+
+def _is_steep(slow: Course, usual_norm: float | None) -> bool:
+    """Whether the gradient is far steeper than usual on the way that a lower rate takes.
+
+    Without earlier steps to compare with, steep is a gradient thirty times the loss, and thirty.
+    """
+    steepest = max(one.taken.grad_norm or 0.0 for one in slow.steps)
+    if usual_norm is not None:
+        return steepest > _JUMP * usual_norm
+    return steepest > _STEEP * max(1.0, abs(slow.steps[0].taken.loss))

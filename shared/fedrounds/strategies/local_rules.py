@@ -1,0 +1,180 @@
+"""What clients do otherwise than plain training, and what belongs to it at the server.
+
+How clients do it, fedclient.client_algorithms says. A rule's server part is explicit state like a
+server optimizer's: a file beside each model, verified and rolled back with it.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedrounds.errors import InvalidInput
+from fedrounds.strategies.components import Local, ServerOptimizer, UnfitCohort
+from fedrounds.tensors.entries import norm_entries
+from fedrounds.types import EntryKind, LocalRule
+
+
+def fedprox(*, mu: float = 0.01) -> Local:
+    """Clients stay near the global model (Li et al. 2020, algorithm 2).
+
+    "Federated Optimization in Heterogeneous Networks": a client minimises its loss plus
+    mu / 2 * |w - w_global|^2, and may stop early (--work-deadline, --stragglers). The paper weighs
+    all updates of a cohort the same: uniform+fedprox with --cohort data-size.
+
+    Args:
+        mu: how much it pulls; 0 is fedavg. The paper tries 0.001, 0.01, 0.1 and 1.
+    """
+    if not 0 <= mu < math.inf:
+        raise InvalidInput(f"mu is {mu:g}; it must be 0 or more")
+    return Local(
+        rule=LocalRule(name="fedprox", parameters={"mu": mu}),
+        not_behind={
+            "fednova": "it divides by how far plain local steps reach, and fedprox's pull makes "
+            "them reach less far the more of them there are"
+        },
+    )
+
+
+def scaffold(*, server_lr: float = 1.0, num_clients: int = 0, settings: Mapping[str, Any]) -> Local:
+    """Control variates take the drift out of clients' gradients (Karimireddy et al. 2020).
+
+    "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", algorithm 1 with option II:
+    a client adds c - c_i to each gradient, and c_i becomes c_i - c + (x - y_i) / (K lr), what its
+    own gradients were on the way. The model moves by server_lr times the mean delta, c by
+    |S| / num_clients times the mean change of c_i. The paper is for plain SGD; with momentum or a
+    schedule K lr is what a gradient that stays the same would have moved y_i by, so that c_i is a
+    mean of gradients still.
+
+    Args:
+        server_lr: the paper's eta_g.
+        num_clients: the paper's N, all there are; 0: --num-partitions.
+        settings: the run's; the local optimizer must be SGD.
+    """
+    if settings.get("optimizer", "sgd") != "sgd":
+        raise InvalidInput(
+            "strategy scaffold corrects the gradients of local SGD, but --optimizer is "
+            f"{settings['optimizer']}, which would take them apart; give --optimizer sgd"
+        )
+    _examine_positive("server_lr", server_lr)
+    share = _share_of(num_clients, settings, what="scaffold")
+
+    def step(delta: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
+        return server_lr * delta, control
+
+    return Local(
+        rule=LocalRule(name="scaffold"),
+        server_optimizer=lambda _: ServerOptimizer(initial=(0.0,), step=step),
+        control_share=share,
+        needs_whole_model=True,
+        only_behind=frozenset({"fedavg", "uniform"}),
+    )
+
+
+def feddyn(*, alpha: float = 0.01, num_clients: int = 0, settings: Mapping[str, Any]) -> Local:
+    """Each client's own regulariser makes their minima agree (Acar et al. 2021, algorithm 1).
+
+    "Federated Learning Based on Dynamic Regularization": a client minimises its loss minus
+    <g_k, w> plus alpha / 2 * |w - w_global|^2, and g_k becomes g_k - alpha (w_k - w_global). At the
+    server h becomes h - alpha / num_clients * (the sum of the deltas), the mean of all clients' g_k
+    as long as all count the same, and the model is the mean of the w_k minus h / alpha.
+
+    Args:
+        alpha: the paper's alpha; it tries 0.001, 0.01, 0.03 and 0.1.
+        num_clients: the paper's m, all there are; 0: --num-partitions.
+        settings: the run's.
+    """
+    _examine_positive("alpha", alpha)
+    share = _share_of(num_clients, settings, what="feddyn")
+
+    def optimizer(num_updates: int) -> ServerOptimizer:
+        part = share(num_updates)
+
+        def step(delta: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+            h = moments - alpha * part * delta[:, None]
+            return delta - h[:, 0] / alpha, h
+
+        return ServerOptimizer(initial=(0.0,), step=step)
+
+    return Local(
+        rule=LocalRule(name="feddyn", parameters={"alpha": alpha}),
+        server_optimizer=optimizer,
+        needs_whole_model=True,
+        only_behind=frozenset({"uniform"}),
+    )
+
+
+def fedbn() -> Local:
+    """Each client keeps its normalisation layers to itself (Li et al. 2021, algorithm 1).
+
+    "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization". Batch, instance,
+    group and layer norms with all their entries are the client's own: never sent, never averaged;
+    the global model has those it began with. How good the models are that clients use, their metric
+    personal_accuracy says, on their own examples; the server's evaluation can't, so that it raises
+    no alarm.
+    """
+    return Local(rule=LocalRule(name="fedbn"), is_personal=True, needs_norms=True)
+
+
+def ditto(*, strength: float = 0.1) -> Local:
+    """Each client has a model of its own beside the global one (Li et al. 2021, algorithm 1).
+
+    "Ditto: Fair and Robust Federated Learning Through Personalization": after its share in the
+    global model it trains its own for as many epochs, pulled towards the global model that came by
+    strength / 2 * |v - w_global|^2. It begins as the first global model that the client is sent and
+    never leaves it; metric personal_accuracy says how good it is on the client's own examples.
+
+    Args:
+        strength: the paper's lambda, which tries 0.05, 0.1, 0.2 and 1, 2.
+    """
+    _examine_positive("strength", strength)
+    return Local(rule=LocalRule(name="ditto", parameters={"strength": strength}))
+
+
+def examine_model(local: Local | None, model: nn.Module, kinds: Mapping[str, EntryKind]) -> None:
+    """Make sure that a task's model, with entries of these kinds, is one for a rule.
+
+    Raises:
+        InvalidInput: it isn't.
+    """
+    if local is not None and local.needs_norms and not norm_entries(model):
+        raise InvalidInput(
+            f"strategy {local.rule.name} keeps normalisation layers at the clients, but the "
+            "task's model has none; with another strategy nothing is lost"
+        )
+    if local is not None and local.needs_whole_model:
+        parameters = (name for name, one in model.named_parameters() if one.is_floating_point())
+        if left_out := [name for name in parameters if kinds[name] is not EntryKind.PARAMETER]:
+            raise InvalidInput(
+                f"strategy {local.rule.name} corrects the gradient of each parameter by what the "
+                f"server knows of it, but the task declares parameter {left_out[0]!r} "
+                f"{kinds[left_out[0]]}; take another strategy, or let the server aggregate it"
+            )
+
+
+def _share_of(
+    num_clients: int, settings: Mapping[str, Any], *, what: str
+) -> Callable[[int], float]:
+    """Return what says which share of all clients so many are."""
+    total = num_clients or int(settings.get("num_partitions", 0))
+    if total < 1:
+        raise InvalidInput(
+            f"strategy {what} must know how many clients there are in all; give "
+            "--strategy-parameters num_clients=..."
+        )
+
+    def share(num_updates: int) -> float:
+        if num_updates > total:
+            raise UnfitCohort(
+                f"{what} was told that there are {total} clients in all, but {num_updates} sent "
+                "updates; give --strategy-parameters num_clients=..."
+            )
+        return num_updates / total
+
+    return share
+
+
+def _examine_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise InvalidInput(f"{name} is {value:g}; it must be above 0")

@@ -1,0 +1,215 @@
+"""Means over a cohort: each update has a weight, which may rest on what its client says of it.
+
+Whoever lies about it has as much weight as the server admits. Rules that don't trust the cohort are
+in fedrounds.strategies.robust.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedrounds.errors import InvalidInput
+from fedrounds.strategies.blocks import (
+    BLOCK_ELEMENTS,
+    Aggregator,
+    Block,
+    BlockFunction,
+    BlockReader,
+    Cohort,
+)
+from fedrounds.strategies.components import Lack, Mean, UnfitCohort, lacks_nothing
+from fedrounds.strategies.geometry import squared_norms
+from fedrounds.types import EntryKind
+
+# Where the derivative of F^q is taken for a loss that is less: at 0 it is infinite if q is below 1.
+_LEAST_LOSS = 1e-10
+# Beyond any honest loss's, and far enough from float64's end for sums of products.
+_MAX_POWER = 1e150
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The next parameters are (of_base * base + sum of_updates[i] * updates[i]) / total."""
+
+    of_updates: Sequence[float]
+    total: float
+    of_base: float = 0.0
+
+
+def fedavg() -> Mean:
+    """Mean weighted by num_examples (McMahan et al. 2017, algorithm 1).
+
+    "Communication-Efficient Learning of Deep Networks from Decentralized Data".
+    """
+    return Mean(aggregator=mean_by(_by_num_examples))
+
+
+def qfedavg(*, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, Any]) -> Mean:
+    """Clients on whose data the model is bad count more (Li et al. 2020, algorithm 2).
+
+    "Fair Resource Allocation in Federated Learning". With F_k the loss of the global model on
+    client k's examples and d_k its delta, the model moves by sum_k F_k^q L d_k / sum_k h_k, where
+    h_k = q F_k^(q-1) L^2 |d_k|^2 + L F_k^q: the paper's update with its Delta w_k = -L d_k. All
+    clients count the same otherwise.
+
+    Args:
+        q: 0 is the plain mean; the larger, the more even the clients' losses.
+        lipschitz: the paper's L; 0: 1 / --lr, as the paper has it. A schedule or an adjustment of
+            the rate doesn't change it.
+        settings: the run's; clients must tell the loss (--evaluate-on-clients).
+    """
+    if not 0 <= q < math.inf or not 0 <= lipschitz < math.inf:
+        raise InvalidInput(f"q is {q:g}, lipschitz {lipschitz:g}; neither may be below 0")
+    if not settings.get("evaluate_on_clients"):
+        raise InvalidInput(
+            "strategy qfedavg needs the loss of the global model on each client's data; add "
+            "--evaluate-on-clients"
+        )
+    smoothness = lipschitz or 1 / float(settings["lr"])
+
+    def powers(loss: float) -> tuple[float, float]:
+        """Return F^q and its derivative."""
+        return loss**q, q * (max(loss, _LEAST_LOSS) if q < 1 else loss) ** (q - 1)
+
+    def lacks(_: int, loss: float | None) -> str:
+        if loss is None or not 0 <= loss < math.inf:
+            return (
+                "qfedavg needs each client's loss of the global model, finite and not below 0; "
+                f"this update came with {loss}"
+            )
+        try:
+            if max(powers(loss)) < _MAX_POWER:
+                return ""
+        except (OverflowError, ZeroDivisionError):
+            pass
+        return f"qfedavg with q {q:g} has no weight for a loss of the global model of {loss:g}"
+
+    def weigh(cohort: Cohort) -> Weights:
+        norms = squared_norms(cohort).tolist()
+        moves, steps = [], []
+        try:
+            for update, norm in zip(cohort.updates, norms, strict=True):
+                assert update.global_loss is not None
+                power, slope = powers(update.global_loss)
+                moves.append(power * smoothness)
+                steps.append(slope * smoothness**2 * norm + moves[-1])
+            total, of_updates = math.fsum(steps), math.fsum(moves)
+        except OverflowError:
+            total = math.inf
+        if not total < math.inf:
+            raise UnfitCohort(
+                f"qfedavg's weights, with q {q:g} and L {smoothness:g}, are beyond what float64 "
+                "holds; give a smaller q or lipschitz"
+            )
+        if total == 0:
+            # Nobody has a loss, so nobody asks for a move.
+            return Weights(moves, 1.0, of_base=1.0)
+        return Weights(moves, total, of_base=total - of_updates)
+
+    return Mean(aggregator=mean_by(weigh, lacks), lacks=lacks)
+
+
+def fednova(*, settings: Mapping[str, Any]) -> Mean:
+    """Deltas divided by how far their local steps reach (Wang et al. 2020).
+
+    "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", equation
+    7: the model moves by (sum_k p_k a_k) * sum_k p_k d_k / a_k with p_k the share of the examples.
+    a_k is the number of local steps for plain SGD, and with momentum rho the L1 norm that the paper
+    gives in section 4: (s - rho (1 - rho^s) / (1 - rho)) / (1 - rho) for s steps. Every step counts
+    as one: what a schedule or a client's doctor makes of the rate within a round isn't seen.
+
+    Args:
+        settings: the run's; the local optimizer must be SGD, its momentum is --momentum.
+    """
+    if settings.get("optimizer", "sgd") != "sgd":
+        raise InvalidInput(
+            f"strategy fednova is defined for local SGD, but --optimizer is "
+            f"{settings['optimizer']}; give --optimizer sgd or another strategy"
+        )
+    momentum = float(settings.get("momentum", 0.0))
+
+    def lacks(num_steps: int, _: float | None) -> str:
+        if num_steps >= 1:
+            return ""
+        return f"fednova divides by the local steps, but this update has {num_steps}"
+
+    def weigh(cohort: Cohort) -> Weights:
+        total = sum(update.num_examples for update in cohort.updates)
+        reaches = [_reach(update.num_steps, momentum) for update in cohort.updates]
+        shares = [update.num_examples / total for update in cohort.updates]
+        mean_reach = math.fsum(p * a for p, a in zip(shares, reaches, strict=True))
+        moves = [mean_reach * p / a for p, a in zip(shares, reaches, strict=True)]
+        return Weights(moves, 1.0, of_base=1 - math.fsum(moves))
+
+    return Mean(aggregator=mean_by(weigh, lacks), lacks=lacks)
+
+
+def weighted_sum(
+    cohort: Cohort, weights: Weights, *, reader: BlockReader, accumulator: torch.Tensor
+) -> BlockFunction:
+    """Return what computes a weighted mean's blocks, in `accumulator`.
+
+    Exact in order: weight * value is summed in float64 in the order of `updates` and divided once.
+    Weights that are integers below 2^29 make products with float32 and narrower that are exact (29
+    + 24 bits fit in 53), so fused and unfused arithmetic agree; other products are multiplied and
+    added in two roundings for the same reason. Thus the bytes depend on nothing but the arguments.
+    """
+    terms = [(cohort.base, weights.of_base), *zip(cohort.updates, weights.of_updates, strict=True)]
+    terms = [(file, weight) for file, weight in terms if weight != 0]
+
+    def compute(block: Block) -> torch.Tensor:
+        # Minus zero is the sum's neutral element; from plus zero on, a mean of -0.0 were +0.0.
+        mean = accumulator[: block.count].fill_(-0.0)
+        for file, weight in terms:
+            values = reader.read(file, block)
+            if isinstance(weight, int) and values.dtype is not torch.float64:
+                mean.add_(values, alpha=weight)
+            else:
+                mean.add_(values.double().mul_(weight))
+        return mean.div_(weights.total)
+
+    return compute
+
+
+def mean_by(weigh: Callable[[Cohort], Weights], lacks: Lack = lacks_nothing) -> Aggregator:
+    """Return the aggregator that gives parameters the weights of `weigh`, buffers num_examples.
+
+    `weigh` is called once a round, on the whole cohort, and may raise UnfitCohort. It never sees an
+    update of which `lacks` says something: that raises UnfitCohort too.
+    """
+
+    def prepare(cohort: Cohort) -> Callable[[], BlockFunction]:
+        for update in cohort.updates:
+            if lack := lacks(update.num_steps, update.global_loss):
+                raise UnfitCohort(f"{lack} ({update.path.name})")
+        of_buffers = _by_num_examples(cohort)
+        of_parameters = of_buffers if weigh is _by_num_examples else weigh(cohort)
+
+        def begin() -> BlockFunction:
+            reader, accumulator = BlockReader(), torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)
+            parameters, buffers = (
+                weighted_sum(cohort, weights, reader=reader, accumulator=accumulator)
+                for weights in (of_parameters, of_buffers)
+            )
+
+            def compute(block: Block) -> torch.Tensor:
+                is_parameter = cohort.kinds[block.name] is EntryKind.PARAMETER
+                return parameters(block) if is_parameter else buffers(block)
+
+            return compute
+
+        return begin
+
+    return prepare
+
+
+def _by_num_examples(cohort: Cohort) -> Weights:
+    weights = [update.num_examples for update in cohort.updates]
+    return Weights(weights, sum(weights))
+
+
+def _reach(num_steps: int, momentum: float) -> float:
+    return (num_steps - momentum * (1 - momentum**num_steps) / (1 - momentum)) / (1 - momentum)

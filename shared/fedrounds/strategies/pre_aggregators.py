@@ -1,0 +1,82 @@
+"""Steps before a robust rule, which make updates more alike: for clients whose data differ."""
+
+import math
+import random
+
+import numpy as np
+
+from fedrounds.errors import InvalidInput
+from fedrounds.strategies.components import Matrix, Mixing, Step
+from fedrounds.strategies.robust import within
+
+
+def clip(*, radius: float = 0.0) -> Mixing:
+    """Every delta is shortened to a norm (Sun et al. 2019, norm thresholding).
+
+    "Can You Really Backdoor Federated Learning?"
+
+    Args:
+        radius: the norm; 0: the cohort's median norm, which is ours, since a number that fits one
+            model fits no other.
+    """
+    if not 0 <= radius < math.inf:
+        raise InvalidInput(f"radius is {radius:g}; it must be 0 (the median norm) or a norm")
+
+    def apply(squared: Matrix, _: int) -> Matrix:
+        norms = np.sqrt(squared[0, 1:])
+        shares = within(radius or float(np.median(norms)), norms)
+        return np.column_stack([1 - shares, np.diag(shares)])
+
+    return Mixing(step=Step(apply=apply), min_updates=lambda needed: needed, bounds_updates=True)
+
+
+def nnm(*, f: int = 1) -> Mixing:
+    """Every update becomes the mean of its n - f nearest, itself included (Allouah et al. 2023).
+
+    "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", algorithm 2. Among
+    equally near ones the smaller client id wins.
+
+    Args:
+        f: bad updates to bear; it takes 2 f + 1 updates.
+    """
+    if f < 0:
+        raise InvalidInput(f"f is {f}; it must be a number of bad updates from 0 on")
+
+    def apply(squared: Matrix, _: int) -> Matrix:
+        among = squared[1:, 1:].copy()
+        num_kept = len(among) - f
+        # Itself before others that are equal to it.
+        np.fill_diagonal(among, -1.0)
+        nearest = np.argsort(among, axis=1, kind="stable")[:, :num_kept]
+        coefficients = np.zeros((len(among), len(squared)))
+        np.put_along_axis(coefficients, nearest + 1, 1 / num_kept, axis=1)
+        return coefficients
+
+    return Mixing(step=Step(apply=apply), min_updates=lambda needed: max(needed, 2 * f + 1))
+
+
+def bucketing(*, size: int = 2) -> Mixing:
+    """Updates are dealt at random into buckets, whose means go on (Karimireddy et al. 2022).
+
+    "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", algorithm 1. f bad updates
+    spoil up to f buckets. The draw is of the run's seed and the attempt at the round.
+
+    Args:
+        size: updates in a bucket, the paper's s; the last one may have fewer.
+    """
+    if size < 1:
+        raise InvalidInput(f"size is {size}; a bucket must have at least 1 update")
+
+    def apply(squared: Matrix, seed: int) -> Matrix:
+        num_updates = len(squared) - 1
+        order = random.Random(seed).sample(range(num_updates), num_updates)
+        buckets = [order[begin : begin + size] for begin in range(0, num_updates, size)]
+        coefficients = np.zeros((len(buckets), len(squared)))
+        for row, bucket in zip(coefficients, buckets, strict=True):
+            row[np.array(bucket) + 1] = 1 / len(bucket)
+        return coefficients
+
+    return Mixing(
+        step=Step(apply=apply, needs_distances=False),
+        min_updates=lambda needed: size * (needed - 1) + 1,
+    )

@@ -1,0 +1,204 @@
+"""What is learned: a Task is a model, its data and its loss, found by name.
+
+Built in are `mnist-sample` (bundled, needs no network), `mnist`, `fashion-mnist`, `text` and
+`tabular`. Your own lives in your own module, is found by `package.module:attribute`, and is the
+same object on the server (which builds the model and holds the test set) and on every client:
+
+    my_task = Task(
+        name="my-task",
+        build_model=lambda: nn.Linear(20, 2),
+        load_train=lambda request: MyDataset(request.data_root),
+        load_test=lambda data_root: None,
+        loss=F.cross_entropy,
+    )
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from fedrounds.data import partition_indices
+from fedrounds.errors import InvalidInput
+from fedrounds.tensors.entries import DECLARABLE, entry_kinds, examine_entries, unfold_expanded
+from fedrounds.training.evaluation import Loss
+from fedrounds.types import EntryKind
+
+Examples = Dataset[tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """Share `index` (from 0) of a data set cut into `num_partitions`.
+
+    All clients of a run must agree on everything but `index`; then their shares are disjoint.
+    `parameters` are the scheme's own (see fedrounds.data.partitioners), such as alpha.
+    """
+
+    scheme: str = "iid"
+    num_partitions: int = 10
+    index: int
+    seed: int
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.num_partitions:
+            raise InvalidInput(
+                f"partition {self.index} of {self.num_partitions} doesn't exist; partitions "
+                f"count from 0 to {self.num_partitions - 1}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRequest:
+    """Which examples are one client's own.
+
+    With a `partition`: that share of a public data set, for experiments. Without (`local`):
+    everything under `data_root` is this client's, and nothing is ever downloaded. The bundled
+    `mnist-sample` has no data root, so none of it is a client's own.
+    """
+
+    data_root: Path | None = None
+    partition: Partition | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A model, its data and its loss.
+
+    `build_model` draws initial weights from torch's global generator, which the caller seeds.
+    `load_train` gives one client's private examples, `load_test` the server's held-out set or
+    None if there is none; both are map-style data sets of (input, target). `loss` takes
+    (outputs, targets) of a batch to its mean, a scalar tensor; the outputs are all that the model
+    returns (see fedrounds.training.evaluation.main_output).
+
+    The rest has defaults. `metrics` are what the server measures on the held-out set besides
+    accuracy and loss: by name, each like `loss`. `num_classes` says that targets are whole
+    numbers from 0 to below it; `finite_inputs` that a NaN or an infinity in an input is a
+    mistake. Both are checked where the data is read (see `examine_examples`). `load_labels` gives
+    what a partitioning of the examples under a data root goes by, int64 [n] from 0, in the order in
+    which `load_train` gives them for one partition: `python -m fedclient partitions` counts it
+    (without it the targets of each share), and a process that serves many clients cuts their shares
+    by it, out of a data set read once. `entries` says how entries of the model's state_dict are
+    aggregated that the usual table (see fedrounds.tensors.entries) would treat otherwise: a pattern
+    of names to "keep", "max", "mean" or "local".
+    """
+
+    name: str
+    build_model: Callable[[], nn.Module]
+    load_train: Callable[[DataRequest], Examples]
+    load_test: Callable[[Path | None], Examples | None]
+    loss: Loss
+    metrics: Mapping[str, Loss] = field(default_factory=dict)
+    num_classes: int | None = None
+    finite_inputs: bool = True
+    load_labels: Callable[[Path | None], NDArray[np.int64]] | None = None
+    entries: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for pattern, kind in self.entries.items():
+            if kind not in DECLARABLE:
+                raise InvalidInput(
+                    f"task {self.name!r}: entries {pattern!r} can't be declared {kind!r}; declare "
+                    f"one of {', '.join(DECLARABLE)}"
+                )
+        for name in self.metrics:
+            if not name.isidentifier() or name in _TAKEN_METRIC_NAMES:
+                raise InvalidInput(
+                    f"task {self.name!r}: a metric can't be called {name!r}; give it a name of "
+                    f"letters, digits and _ that isn't one of {', '.join(_TAKEN_METRIC_NAMES)}"
+                )
+
+
+def build_model(task: Task) -> nn.Module:
+    """Return the task's model with new initial weights, fit to be sent, aggregated and loaded.
+
+    Raises:
+        InvalidInput: it isn't a torch.nn.Module, or one of its tensors can't be sent.
+    """
+    model = task.build_model()
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(
+            f"task {task.name!r}: build_model returned a {type(model).__name__}, not a "
+            "torch.nn.Module"
+        )
+    try:
+        examine_entries(model)
+    except InvalidInput as error:
+        raise InvalidInput(f"task {task.name!r}: {error}") from error
+    unfold_expanded(model)
+    return model
+
+
+def kinds_of(task: Task, model: nn.Module) -> dict[str, EntryKind]:
+    """Return how each entry of the task's model is aggregated.
+
+    Raises:
+        InvalidInput: what the task declares of entries doesn't fit the model.
+    """
+    try:
+        return entry_kinds(model, task.entries)
+    except InvalidInput as error:
+        raise InvalidInput(f"task {task.name!r}: {error}") from error
+
+
+def examine_examples(task: Task, examples: Examples) -> list[int]:
+    """Look for what the task says examples can't be; only tensors are looked at, others can't be.
+
+    Returns:
+        The examples, from 0, whose inputs hold a NaN or an infinity though the task says they
+        don't: training stops at the first of them, and says in which step.
+
+    Raises:
+        InvalidInput: a target is no class of the task, or an example isn't (input, target).
+    """
+    if not isinstance(examples, TensorDataset):
+        return []
+    if len(examples.tensors) != 2:
+        raise InvalidInput(
+            f"task {task.name!r}: an example is (input, target), but the data set has "
+            f"{len(examples.tensors)} tensors"
+        )
+    inputs, targets = examples.tensors
+    if task.num_classes is not None and len(targets) > 0:
+        outside = _any_in_each((targets < 0) | (targets >= task.num_classes))
+        if outside.any():
+            first = int(outside.nonzero()[0])
+            raise InvalidInput(
+                f"task {task.name!r}: example {first} (from 0) has the label "
+                f"{targets[first].tolist()}; labels go from 0 to {task.num_classes - 1}"
+            )
+    # The sum is a screen a hundred times cheaper than looking at each number.
+    if not (task.finite_inputs and inputs.is_floating_point()) or math.isfinite(inputs.sum()):
+        return []
+    bad: list[int] = _any_in_each(~inputs.isfinite()).nonzero().flatten().tolist()
+    return bad
+
+
+def _any_in_each(is_so: Tensor) -> Tensor:
+    """Return for each example [n] whether any of its entries [n, ...] is true."""
+    return is_so.reshape(len(is_so), -1).any(dim=1)
+
+
+def choose_indices(labels: NDArray[np.int64], partition: Partition) -> NDArray[np.int64]:
+    """Return the sorted indices into `labels` [n] that are this partition's, int64.
+
+    Raises:
+        InvalidInput: the scheme is unknown or can't cut these labels so.
+    """
+    shares = partition_indices(
+        labels,
+        scheme=partition.scheme,
+        num_partitions=partition.num_partitions,
+        seed=partition.seed,
+        parameters=partition.parameters,
+    )
+    return shares[partition.index]
+
+
+_TAKEN_METRIC_NAMES = ("accuracy", "loss", "kind", "of", "client_id", "is_incident")

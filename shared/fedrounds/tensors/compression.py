@@ -1,0 +1,294 @@
+"""Client updates made smaller, at a price in exactness: what a delta is sent as, and back again.
+
+Compressed is the delta, local minus global, of the parameters alone. Whatever else a state_dict
+holds travels whole: counters can't be rounded, BatchNorm's running statistics are few and would
+become impossible (a variance below 0) by an error that a weight doesn't feel.
+
+- FLOAT16, BFLOAT16: cast; what is beyond the type's range becomes its largest number.
+- INT8: blocks of `block_size` values share a scale, the block's largest magnitude over 127, and
+  each value becomes a whole multiple of it, rounded at random so that its mean is the value itself
+  (stochastic rounding: Alistarh et al. 2017, QSGD, with the largest magnitude as norm).
+- TOP_K: the share `fraction` of all coordinates, those largest in magnitude, are sent as they are,
+  the others not at all. ||x - C(x)||^2 <= (1 - k/d) ||x||^2; what is left out is to be added to
+  the next delta (error feedback: Stich et al. 2018, "Sparsified SGD with Memory"; Karimireddy et
+  al. 2019), which is the caller's business.
+
+A compressed delta is a mapping of tensors again, of shapes that follow from the delta's and the
+parameters of the compression: see `packed_shapes`. Nothing here knows a file or a wire.
+"""
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from fedrounds.seeds import derive_seed
+from fedrounds.tensors.rounding import rounded
+from fedrounds.types import Compression, Encoding
+
+CHUNK_ELEMENTS = 1 << 16
+"""TOP_K counts coordinates in chunks of so many: an index within one takes two bytes."""
+
+Shape = tuple[torch.dtype, tuple[int, ...]]
+"""A tensor's dtype and dimensions."""
+
+CASTS: Mapping[Encoding, torch.dtype] = {
+    Encoding.FLOAT16: torch.float16,
+    Encoding.BFLOAT16: torch.bfloat16,
+}
+VALUES, OFFSETS, COUNTS = "values", "offsets", "counts"
+_LEVELS = 127
+# A float32 with bits to spare: rounded up, its 127th part is still finite when it is multiplied.
+_LARGEST = 2.0**127
+_SLICE_ELEMENTS = 1 << 20
+
+
+def delta_key(name: str) -> str:
+    """Return under which name a parameter's numbers stand; TOP_K has all of them in VALUES."""
+    return f"delta/{name}"
+
+
+def scales_key(name: str) -> str:
+    """Return under which name the scales of a parameter's blocks stand, under INT8."""
+    return f"scales/{name}"
+
+
+def whole_key(name: str) -> str:
+    """Return under which name an entry stands that isn't compressed."""
+    return f"whole/{name}"
+
+
+def delta_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return in which precision the delta of an entry of this dtype is computed."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def delta_of(local: Tensor, base: Tensor) -> Tensor:
+    """Return local minus base."""
+    dtype = delta_dtype(base.dtype)
+    return local.to(dtype) - base.to(dtype)
+
+
+def restored(base: Tensor, delta: Tensor) -> Tensor:
+    """Return what a client has that changed `base` by `delta`, rounded once to the base's dtype."""
+    if base.dtype is torch.float32:
+        return base + delta.float()
+    # Of numbers of float32 and narrower that are worth adding, float64 holds the exact sum.
+    return rounded(base.double() + delta.double(), base.dtype)
+
+
+def num_kept(num_elements: int, fraction: float) -> int:
+    """Return how many of so many coordinates TOP_K sends: the share, rounded up."""
+    return min(num_elements, math.ceil(fraction * num_elements))
+
+
+def first_coordinates(shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Return where each parameter begins in the vector of all of them, which is in name order."""
+    firsts, position = {}, 0
+    for name in sorted(shapes):
+        firsts[name] = position
+        position += math.prod(shapes[name][1])
+    return firsts
+
+
+def packed_shapes(shapes: Mapping[str, Shape], compression: Compression) -> dict[str, Shape]:
+    """Return the tensors that the delta of parameters of these shapes is compressed to.
+
+    Casts: `delta/NAME` of NAME's shape. INT8: `delta/NAME` and `scales/NAME`, float32 [num_blocks],
+    blocks being counted in the flattened tensor. TOP_K, over all parameters flattened one after
+    another in name order, k coordinates in ascending order: `values` [k], `offsets` uint8 [k, 2],
+    the coordinate's place in its chunk of CHUNK_ELEMENTS (low byte first), and `counts` int32
+    [num_chunks], how many of a chunk are there.
+    """
+    encoding = compression.encoding
+    if encoding in CASTS:
+        return {delta_key(name): (CASTS[encoding], shape) for name, (_, shape) in shapes.items()}
+    if encoding is Encoding.INT8:
+        packed: dict[str, Shape] = {}
+        for name, (_, shape) in shapes.items():
+            num_blocks = -(-math.prod(shape) // compression.block_size)
+            packed[delta_key(name)] = (torch.int8, shape)
+            packed[scales_key(name)] = (torch.float32, (num_blocks,))
+        return packed
+    assert encoding is Encoding.TOP_K
+    num_elements = sum(math.prod(shape) for _, shape in shapes.values())
+    kept = num_kept(num_elements, compression.fraction)
+    return {
+        VALUES: (_widest(dtype for dtype, _ in shapes.values()), (kept,)),
+        OFFSETS: (torch.uint8, (kept, 2)),
+        COUNTS: (torch.int32, (-(-num_elements // CHUNK_ELEMENTS),)),
+    }
+
+
+def compress(
+    delta: Mapping[str, Tensor], compression: Compression, *, seed: int
+) -> dict[str, Tensor]:
+    """Return what the delta of some parameters is sent as (see `packed_shapes`).
+
+    A function of its arguments: what is rounded at random is drawn anew from `seed`.
+    """
+    encoding = compression.encoding
+    if encoding in CASTS:
+        return {delta_key(name): cast(one, CASTS[encoding]) for name, one in delta.items()}
+    if encoding is Encoding.INT8:
+        packed = {}
+        for name in sorted(delta):
+            flat = delta[name].reshape(-1).contiguous()
+            # Drawn by content: tied weights, the same numbers under two names, stay the same.
+            stream = derive_seed(seed, f"rounding {zlib.crc32(flat.numpy().data)}")
+            generator = torch.Generator().manual_seed(stream)
+            values, scales = quantise(flat, compression.block_size, generator=generator)
+            packed[delta_key(name)] = values.view(delta[name].shape)
+            packed[scales_key(name)] = scales
+        return packed
+    assert encoding is Encoding.TOP_K
+    vector = _vector(delta)
+    chosen = largest(vector, num_kept(len(vector), compression.fraction))
+    within = chosen % CHUNK_ELEMENTS
+    counts = torch.bincount(chosen // CHUNK_ELEMENTS, minlength=-(-len(vector) // CHUNK_ELEMENTS))
+    return {
+        VALUES: vector[chosen],
+        OFFSETS: torch.stack([within % 256, within // 256], dim=1).to(torch.uint8),
+        COUNTS: counts.to(torch.int32),
+    }
+
+
+def decompress(
+    packed: Mapping[str, Tensor], shapes: Mapping[str, Shape], compression: Compression
+) -> dict[str, Tensor]:
+    """Return the delta that is received where `packed` is sent, as `delta_dtype` says."""
+    if compression.encoding is Encoding.TOP_K:
+        num_elements = sum(math.prod(shape) for _, shape in shapes.values())
+        vector = spread(
+            *(packed[VALUES], packed[OFFSETS], packed[COUNTS]), begin=0, count=num_elements
+        )
+        firsts = first_coordinates(shapes)
+        flat = {
+            name: vector[firsts[name] : firsts[name] + math.prod(shape)]
+            for name, (_, shape) in shapes.items()
+        }
+    elif compression.encoding is Encoding.INT8:
+        flat = {
+            name: dequantise(
+                packed[delta_key(name)].reshape(-1),
+                packed[scales_key(name)],
+                begin=0,
+                block_size=compression.block_size,
+            )
+            for name in shapes
+        }
+    else:
+        flat = {name: packed[delta_key(name)].reshape(-1) for name in shapes}
+    return {
+        name: flat[name].to(delta_dtype(dtype)).view(shape)
+        for name, (dtype, shape) in shapes.items()
+    }
+
+
+def relative_error(delta: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> float:
+    """Return ||received - delta|| / ||delta|| over all parameters, 0 for a delta of zeros."""
+    norm = _norm(delta.values())
+    if norm == math.inf:
+        # Squares of 1e300 are more than float64 holds.
+        small = {name: one.double() / 2.0**600 for name, one in delta.items()}
+        return relative_error(small, {name: received[name].double() / 2.0**600 for name in small})
+    return _norm(received[name] - one for name, one in delta.items()) / norm if norm else 0.0
+
+
+def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values in a narrower type; what is beyond its range becomes its largest number."""
+    largest_number = torch.finfo(dtype).max
+    return values.clamp(-largest_number, largest_number).to(dtype)
+
+
+def quantise(
+    values: Tensor, block_size: int, *, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return [count] values as int8 [count], and the scales of their blocks, float32 [num_blocks].
+
+    The mean of scale * int8 over the generator's draws is the value, within 2^-46 of a scale.
+    What is beyond float32's range becomes about its largest number.
+    """
+    count = len(values)
+    num_blocks = -(-count // block_size)
+    rounded = torch.empty(count, dtype=torch.int8)
+    scales = torch.empty(num_blocks, dtype=torch.float32)
+    at_a_time = max(1, _SLICE_ELEMENTS // block_size)
+    for first in range(0, num_blocks, at_a_time):
+        last = min(num_blocks, first + at_a_time)
+        begin, end = first * block_size, min(count, last * block_size)
+        rows = torch.zeros((last - first) * block_size, dtype=torch.float64)
+        rows[: end - begin] = values[begin:end]
+        rows = rows.view(last - first, block_size)
+        # So that a scale times 127 is finite in float32.
+        rows.clamp_(-_LARGEST, _LARGEST)
+        largest_of = rows.abs().amax(dim=1)
+        scale = (largest_of / _LEVELS).float()
+        # Rounded down, the largest value would lie beyond the last level and lose its mean.
+        too_small = scale.double() * _LEVELS < largest_of
+        scale = torch.where(too_small, torch.nextafter(scale, torch.tensor(torch.inf)), scale)
+        scales[first:last] = scale
+        rows /= torch.where(scale > 0, scale, 1.0).double()[:, None]
+        rows += torch.rand(rows.shape, dtype=torch.float64, generator=generator)
+        # 127 and nearly 1 can make 128.
+        rows.floor_().clamp_(max=_LEVELS)
+        rounded[begin:end] = rows.view(-1)[: end - begin].to(torch.int8)
+    return rounded, scales
+
+
+def dequantise(values: Tensor, scales: Tensor, *, begin: int, block_size: int) -> Tensor:
+    """Return scale * value, float32 [count], of coordinates [begin, begin + count) of a tensor.
+
+    `scales` are those of the blocks that these coordinates lie in, the first one's first.
+    """
+    lead = begin % block_size
+    rows = torch.empty(len(scales), block_size)
+    flat = rows.view(-1)[lead : lead + len(values)]
+    flat.copy_(values)
+    rows.mul_(scales[:, None])
+    return flat
+
+
+def largest(vector: Tensor, count: int) -> Tensor:
+    """Return which `count` elements are largest in magnitude, ascending; of equals the first."""
+    magnitudes = vector.abs()
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64)
+    threshold = magnitudes.kthvalue(len(vector) - count + 1).values
+    above = magnitudes > threshold
+    tied = torch.nonzero(magnitudes == threshold).view(-1)
+    above[tied[: count - int(above.sum())]] = True
+    return torch.nonzero(above).view(-1)
+
+
+def spread(values: Tensor, offsets: Tensor, counts: Tensor, *, begin: int, count: int) -> Tensor:
+    """Return coordinates [begin, begin + count) of the vector that TOP_K sends, 0 where it is not.
+
+    `counts` are of the chunks from the one on that holds `begin`; `values` and `offsets` are what
+    these chunks hold.
+    """
+    vector = torch.zeros(count, dtype=values.dtype)
+    chunks = torch.repeat_interleave(torch.arange(len(counts)), counts.long())
+    places = offsets[:, 0].long() + 256 * offsets[:, 1].long()
+    places += chunks * CHUNK_ELEMENTS - begin % CHUNK_ELEMENTS
+    inside = (places >= 0) & (places < count)
+    vector[places[inside]] = values[inside]
+    return vector
+
+
+def _vector(delta: Mapping[str, Tensor]) -> Tensor:
+    """Return all parameters flattened one after another in name order."""
+    dtype = _widest(one.dtype for one in delta.values())
+    parts = [delta[name].reshape(-1).to(dtype) for name in sorted(delta)]
+    return torch.cat([torch.empty(0, dtype=dtype), *parts])
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.hypot(*(float(vector_norm(one, dtype=torch.float64)) for one in tensors))
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return torch.float64 if torch.float64 in set(dtypes) else torch.float32

@@ -1,0 +1,149 @@
+"""Measuring a model on examples it isn't trained on. Pure PyTorch, like fedrounds.training.loop."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedrounds.errors import InvalidInput
+
+Batches = Iterable[tuple[Tensor, ...] | list[Tensor]]
+Loss = Callable[[Any, Tensor], Tensor]
+"""(what the model returns, targets) to the mean loss of a batch."""
+
+_MAIN_NAMES = ("logits", "out", "main")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Accuracy in 0..1 and mean loss over `num_examples`; the loss of a broken model is nan.
+
+    `metrics` are the means of those asked for, by name. `confusion`, if asked for, is int64
+    [num_classes, num_classes + 1]: row the true class, column the one that was answered, each entry
+    a number of targets; the last column holds the answers that name no class (a nan, say).
+    """
+
+    accuracy: float
+    loss: float
+    num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    confusion: Tensor | None = None
+
+
+def evaluate(
+    model: nn.Module,
+    dataloader: Batches,
+    loss: Loss = F.cross_entropy,
+    device: str | torch.device = "cpu",
+    *,
+    metrics: Mapping[str, Loss] = MappingProxyType({}),
+    num_classes: int | None = None,
+) -> Evaluation:
+    """Measure `model` on all batches, in evaluation mode; its own modes are restored after.
+
+    Batches, outputs and `loss` are those of `train_model`; each of `metrics` is like `loss`. With
+    `num_classes`, which bounds the targets, a confusion matrix is counted too. An output with a
+    nan is never correct: argmax would call it class 0, and a model full of nan would score the
+    share of that class.
+
+    Raises:
+        InvalidInput: no examples, or outputs that don't fit the targets.
+    """
+    means: list[Tensor] = []
+    sizes: list[int] = []
+    num_correct = torch.zeros((), dtype=torch.int64, device=device)
+    num_targets = 0
+    confusion = (
+        None
+        if num_classes is None
+        else torch.zeros(num_classes, num_classes + 1, dtype=torch.int64, device=device)
+    )
+    model.to(device)
+    with _evaluation_mode(model), torch.no_grad():
+        for batch_inputs, batch_targets in dataloader:
+            inputs, targets = batch_inputs.to(device), batch_targets.to(device)
+            outputs = model(inputs)
+            mean_loss = loss(outputs, targets)
+            others = [one(outputs, targets).to(mean_loss) for one in metrics.values()]
+            means.append(torch.stack([mean_loss, *others]))
+            sizes.append(len(targets))
+            answers = main_output(outputs)
+            num_correct += count_correct(answers, targets)
+            num_targets += targets.numel()
+            if confusion is not None:
+                confusion += _count_answers(answers, targets, len(confusion))
+    num_examples = sum(sizes)
+    if num_examples == 0:
+        raise InvalidInput("there are no examples to evaluate the model on")
+    # Read only now, so that the device never waits for this side.
+    weights = torch.tensor(sizes, dtype=torch.float64) / num_examples
+    found_loss, *found_metrics = (weights @ torch.stack(means).cpu().double()).tolist()
+    return Evaluation(
+        accuracy=num_correct.item() / num_targets,
+        loss=found_loss,
+        num_examples=num_examples,
+        metrics=dict(zip(metrics, found_metrics, strict=True)),
+        confusion=None if confusion is None else confusion.cpu(),
+    )
+
+
+def main_output(outputs: object) -> Tensor:
+    """Return the tensor that answers the targets among what a model returns.
+
+    Of a dictionary it is the entry "logits", "out" or "main", the first of these that is there, or
+    else the first value; of a tuple or a list, named or not, the first item. Both may be nested.
+
+    Raises:
+        InvalidInput: there is no tensor in that place.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping) and outputs:
+        name = next((one for one in _MAIN_NAMES if one in outputs), next(iter(outputs)))
+        return main_output(outputs[name])
+    if isinstance(outputs, tuple | list) and outputs:
+        return main_output(outputs[0])
+    raise InvalidInput(
+        f"the model returns a {type(outputs).__name__}; it must return a tensor, or a tuple or "
+        "dictionary whose first item or entry 'logits', 'out' or 'main' is one"
+    )
+
+
+def count_correct(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the number of right answers, a scalar int64 tensor on the outputs' device.
+
+    Raises:
+        InvalidInput: outputs and targets don't fit each other.
+    """
+    if outputs.ndim < 2 or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
+        raise InvalidInput(
+            f"outputs {tuple(outputs.shape)} don't fit targets {tuple(targets.shape)}: outputs "
+            f"must have the classes in dimension 1, targets be class numbers without it"
+        )
+    return ((outputs.argmax(dim=1) == targets) & ~outputs.isnan().any(dim=1)).sum()
+
+
+def _count_answers(outputs: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """Return the confusion matrix of a batch, [num_classes, num_classes + 1]."""
+    # A model may have more outputs than there are classes.
+    answers = outputs.argmax(dim=1).clamp(max=num_classes)
+    answers[outputs.isnan().any(dim=1)] = num_classes
+    width = num_classes + 1
+    pairs = (targets * width + answers).flatten()
+    return pairs.bincount(minlength=num_classes * width).reshape(num_classes, width)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training

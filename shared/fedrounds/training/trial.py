@@ -1,0 +1,88 @@
+"""A trial step: whether a task's model, loss and data fit each other, before a run begins.
+
+It leaves no trace: the model is one of its own, and every random stream goes on from where it was.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import numpy as np
+import torch
+
+from fedrounds.data import make_loader
+from fedrounds.data.loaders import NumberedLoader
+from fedrounds.diagnosis.values import DoctorSettings
+from fedrounds.doctor import TrainingHalted
+from fedrounds.plugins import naming_task_errors
+from fedrounds.tasks.task import Examples, Task
+from fedrounds.training.evaluation import count_correct
+from fedrounds.training.loop import train_model
+
+_NUM_EXAMPLES = 8
+_NUM_FOR_THE_DOCTOR = 64
+
+
+def try_training_step(task: Task, examples: Examples, *, device: torch.device) -> None:
+    """Compute the loss, gradient and accuracy of the task's model on its first 8 examples.
+
+    Where that raises an error the doctor looks at a step on more of them: what it would cure, or
+    report, in a run is no reason not to join. Numbers that aren't finite aren't either, nor is a
+    device that is full, since the batches of a run may be smaller.
+
+    Raises:
+        OwnCodeFailed: the step raised an error, which is the cause.
+        InvalidInput: an example isn't (input, target), or the outputs don't fit the targets.
+    """
+    num_examples = len(examples)  # type: ignore[arg-type]  # Dataset itself declares no length
+    few, more = (min(size, num_examples) for size in (_NUM_EXAMPLES, _NUM_FOR_THE_DOCTOR))
+    with keeping_random_streams(device):
+        if not _goes_well(task, _first(few, examples), device):
+            # The error is raised again here, unless the doctor deals with it.
+            _step_with_doctor(task, _first(more, examples), device)
+
+
+def _first(num: int, examples: Examples) -> NumberedLoader:
+    """Return the first examples as one batch."""
+    return make_loader(examples, batch_size=num, shuffle=False, numbers=list(range(num)))
+
+
+def _goes_well(task: Task, batches: NumberedLoader, device: torch.device) -> bool:
+    try:
+        inputs, targets = (one.to(device) for one in next(iter(batches)))
+        model = task.build_model().to(device).train()
+        outputs = model(inputs)
+        task.loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            count_correct(outputs, targets)
+    except torch.OutOfMemoryError:
+        return True
+    except Exception:
+        return False
+    return True
+
+
+def _step_with_doctor(task: Task, batches: NumberedLoader, device: torch.device) -> None:
+    what = f"task {task.name!r}: a trial step before the run"
+    with suppress(TrainingHalted), naming_task_errors(what):
+        train_model(
+            task.build_model(),
+            batches,
+            epochs=1,
+            device=device,
+            loss=task.loss,
+            doctor=DoctorSettings(),
+            num_classes=task.num_classes,
+        )
+
+
+@contextmanager
+def keeping_random_streams(device: torch.device) -> Iterator[None]:
+    """Let every global random stream go on after this block as if the block hadn't been there."""
+    pythons, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(pythons)
+        np.random.set_state(numpys)

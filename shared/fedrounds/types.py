@@ -1,0 +1,467 @@
+"""The values both sides speak of. Frozen, without behaviour that knows a wire or a database."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+from fedrounds.diagnosis.values import Diagnosis
+
+OptimizerName = Literal["sgd", "adam", "adamw"]
+ScheduleName = Literal["constant", "step", "cosine"]
+AugmentationName = Literal["none", "shift"]
+InitialisationName = Literal[
+    "default",
+    "kaiming_uniform",
+    "kaiming_normal",
+    "xavier_uniform",
+    "xavier_normal",
+    "orthogonal",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How the step size changes over `total_epochs` epochs (0: this training's own).
+
+    This training begins at `first_epoch` of them, from 0. Over the first `warmup_epochs` the step
+    size grows evenly from nearly nothing to lr. After them it stays ("constant"), is multiplied
+    by `decay` every `decay_epochs` epochs, counted from the very first ("step"), or falls to 0
+    along half a cosine ("cosine").
+    """
+
+    name: str = "constant"
+    warmup_epochs: float = 0.0
+    decay_epochs: int = 10
+    decay: float = 0.1
+    first_epoch: int = 0
+    total_epochs: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRule:
+    """What a client does otherwise than plain training, by name, with the rule's numbers."""
+
+    name: str
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a client trains in one round; sent with every order.
+
+    `lr` is the step size, `clip_norm` the largest global L2 norm of a gradient (None: no clipping),
+    `augmentation` what is done at random to the inputs of each batch. With a `work_deadline_s`
+    training ends after the step at which so many seconds are over: what was done is the update.
+    """
+
+    epochs: int = 2
+    batch_size: int = 32
+    optimizer: str = "sgd"
+    lr: float = 0.03
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+    augmentation: str = "none"
+    local_rule: LocalRule | None = None
+    work_deadline_s: float | None = None
+
+
+class IncidentKind(StrEnum):
+    """What can go wrong in a run, by its name on the wire and in the history."""
+
+    NON_FINITE_LOSS = "non-finite-loss"
+    NON_FINITE_GRADIENT = "non-finite-gradient"
+    NON_FINITE_PARAMETER = "non-finite-parameter"
+    TRAINING_FAILED = "training-failed"
+    TRAINING_DIAGNOSED = "training-diagnosed"
+    """Training went wrong; the diagnosis says why, and whether it was cured and went on."""
+    UPDATE_REFUSED = "update-refused"
+    UPDATE_CONTRADICTED = "update-contradicted"
+    UPDATE_EXCLUDED = "update-excluded"
+    BUFFER_BOUNDED = "buffer-bounded"
+    """An update counts, but a buffer of it lay so far from its cohort's that it was bounded."""
+    UPDATE_LATE = "update-late"
+    ORDER_STALE = "order-stale"
+    """More rounds have gone on without its update than an asynchronous run waits for."""
+    CLIENT_STALLED = "client-stalled"
+    CLIENT_LOST = "client-lost"
+    CLIENT_LEFT = "client-left"
+    CLIENT_STATE_LOST = "client-state-lost"
+    STATE_DIR_COPIED = "state-dir-copied"
+    """Two processes use copies of one client's state-dir at the same time; both are refused."""
+    ROUND_FAILED = "round-failed"
+    SERVER_RESTARTED = "server-restarted"
+    SERVER_AWAY = "server-away"
+    """It was stopped, or starved, and came back; nobody's time ran meanwhile."""
+    DISK_LOW = "disk-low"
+    DISK_FULL = "disk-full"
+    OUT_OF_FILES = "out-of-files"
+    """The server can't open another file."""
+    SERVER_FAILED = "server-failed"
+    """A call or a step of the round loop failed in a way that the server doesn't foresee."""
+    EVALUATION_COLLAPSED = "evaluation-collapsed"
+    """Something is wrong with the new global model: its loss, or that it answers one class only."""
+    MODEL_ROLLED_BACK = "model-rolled-back"
+    ROUND_ABANDONED = "round-abandoned"
+    CAUSE_SHARED = "cause-shared"
+    """Several clients report the same cause in a round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incident:
+    """Something that went wrong, with the numbers that show it.
+
+    `step` counts optimizer steps of the order from 1; `tensor` is a declared entry of the
+    model's state_dict; `detail` holds numbers only, so that no private text can travel in it. A
+    `diagnosis` belongs to TRAINING_DIAGNOSED and to nothing else.
+    """
+
+    kind: IncidentKind
+    step: int | None = None
+    epoch: int | None = None
+    tensor: str | None = None
+    detail: Mapping[str, float] = field(default_factory=dict)
+    diagnosis: Diagnosis | None = None
+
+
+class Encoding(StrEnum):
+    """How the bytes of an update say what its client has learned.
+
+    STATE_DICT is the whole updated state_dict; the others are the delta, compressed: see
+    fedrounds.tensors.compression.
+    """
+
+    STATE_DICT = "state-dict"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    TOP_K = "top-k"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """How updates are compressed; STATE_DICT: not at all.
+
+    `block_size` is how many values share a scale under INT8, `fraction` the share of the
+    coordinates that TOP_K sends.
+    """
+
+    encoding: Encoding = Encoding.STATE_DICT
+    block_size: int = 256
+    fraction: float = 0.05
+
+
+NO_COMPRESSION = Compression()
+
+MAX_CLIENT_ID = 2**53
+MAX_CLIENT_IDS = 10_000
+"""How many client ids one process, and so one session, may serve."""
+
+MODEL_SECTION = "model"
+"""The payload section that holds a whole state_dict."""
+
+CONTROL_SECTION = "control"
+"""SCAFFOLD's control variates: to a client the server's, of each parameter's shape with a dimension
+of 1 more at the end (absent: all are 0); from a client by how much its own change."""
+
+
+class EntryKind(StrEnum):
+    """How an entry of a state_dict is aggregated.
+
+    PARAMETER is aggregated by the strategy, and a server optimizer moves it. MEAN is averaged. MAX
+    is the elementwise maximum of the global model and the updates. KEEP stays as it is in the
+    global model. LOCAL belongs to each client: it is never sent, and the global model keeps its
+    first value.
+    """
+
+    PARAMETER = "parameter"
+    MEAN = "mean"
+    MAX = "max"
+    KEEP = "keep"
+    LOCAL = "local"
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether the strategy's aggregator computes the entry's next value."""
+        return self in (EntryKind.PARAMETER, EntryKind.MEAN)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the entry's value in the global model never changes."""
+        return self in (EntryKind.KEEP, EntryKind.LOCAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A named part of a payload: one safetensors file of `size_bytes` bytes."""
+
+    name: str
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partitioning:
+    """How a simulation deals one data set out over `num_partitions` clients."""
+
+    scheme: str
+    num_partitions: int
+    seed: int
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registration:
+    """What a client says of itself; `num_examples` is empty until it has read its data.
+
+    `capabilities` name the encodings it can send beside the whole state_dict. `process_key` is the
+    random text of this process; empty: a client that doesn't send any.
+    """
+
+    client_ids: tuple[int, ...]
+    instance_key: str
+    software_version: str
+    task: str = ""
+    num_examples: tuple[int, ...] = ()
+    capabilities: tuple[str, ...] = ()
+    process_key: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionInfo:
+    """What the server answers a registration; durations in seconds.
+
+    `entry_kinds` say how each entry of the model's state_dict is aggregated; empty: not told.
+    """
+
+    session_id: str
+    run_id: str
+    task: str
+    partitioning: Partitioning
+    max_wait_s: float
+    lease_s: float
+    total_rounds: int
+    compression: Compression = NO_COMPRESSION
+    entry_kinds: Mapping[str, EntryKind] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkOrder:
+    """One piece of work for one client; ends exactly once.
+
+    With `evaluate` the client also says how good the global model is on its own examples: on the
+    share `holdout` of them that it never trains on, or on all where that is 0.
+    """
+
+    order_id: str
+    client_id: int
+    round_number: int
+    attempt: int
+    sections: tuple[Section, ...]
+    training: TrainingConfig
+    seed: int
+    last_counted_order_id: str = ""
+    evaluate: bool = False
+    holdout: float = 0.0
+
+
+class WorkState(StrEnum):
+    """What a pull for work may answer."""
+
+    ORDER = "order"
+    WAIT = "wait"
+    FINISHED = "finished"
+
+
+class RunFailure(StrEnum):
+    """Why the last attempt at the round that ended a run failed."""
+
+    TOO_FEW_UPDATES = "too-few-updates"
+    TOO_MANY_EXCLUDED = "too-many-excluded"
+    NOT_AGGREGATED = "not-aggregated"
+    UPDATES_DAMAGED = "updates-damaged"
+    UPDATES_REFUSED = "updates-refused"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnd:
+    """How a run ended; `failure` is why, where `has_failed` and the server says so."""
+
+    has_failed: bool
+    failure: RunFailure | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """Why there is no order yet.
+
+    `round_number` is the round that collects updates, from 1. Where too few clients are there to
+    open the next round, `clients_here` are and it needs `clients_needed`. Whatever isn't so is 0.
+    """
+
+    round_number: int = 0
+    clients_here: int = 0
+    clients_needed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The answer to a pull for work.
+
+    `order` is set if `state` is ORDER, `run_end` if it is FINISHED, `waiting` if it is WAIT and the
+    server says why.
+    """
+
+    state: WorkState
+    order: WorkOrder | None = None
+    run_end: RunEnd | None = None
+    waiting: Waiting | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientUpdate:
+    """What a client says of the payload it sends for an order.
+
+    `num_examples` is the update's weight in the mean, `num_steps` counts optimizer steps; the
+    payload is the sections' bytes one after another and `digest` its content's name.
+    """
+
+    order_id: str
+    digest: str
+    size_bytes: int
+    sections: tuple[Section, ...]
+    num_examples: int
+    num_steps: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    encoding: Encoding = Encoding.STATE_DICT
+
+
+class Receipt(StrEnum):
+    """The server's final word on an upload."""
+
+    STORED = "stored"
+    DUPLICATE = "duplicate"
+    REFUSED = "refused"
+    LATE = "late"
+
+
+class LeaveReason(StrEnum):
+    """Why a client leaves a run before its end."""
+
+    STOPPED = "stopped"
+    """Somebody stopped its process."""
+    GAVE_UP = "gave-up"
+    """It can't do what the run asks for."""
+    TASK_FAILED = "task-failed"
+    """The task's own code failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leave:
+    """What a client says when it leaves: see Leave in federation.proto.
+
+    `client_ids` is empty where all of the session's leave.
+    """
+
+    reason: LeaveReason
+    client_ids: tuple[int, ...] = ()
+    coming_back: bool = False
+    kept_order_ids: tuple[str, ...] = ()
+
+
+class OrderEnd(StrEnum):
+    """How an order ended without an update that counts."""
+
+    ROUND_CLOSED = "round-closed"
+    """The round closed without the update, or went on too far without it: it was late."""
+    ATTEMPT_FAILED = "attempt-failed"
+    """The attempt failed for a reason that isn't this client's; the round is tried again."""
+    GIVEN_UP = "given-up"
+    """The client gave the order up or left, or the server lost it."""
+    TAKEN_BACK = "taken-back"
+    """The model that the order began with was taken back."""
+    OTHER = "other"
+    """The order had ended with an update, or the server doesn't say how."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadAnswer:
+    """A receipt.
+
+    `reason` says what is wrong where it is REFUSED, `order_end` how the order had ended where it is
+    LATE.
+    """
+
+    receipt: Receipt
+    reason: str = ""
+    order_end: OrderEnd | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counters:
+    """How far a client is with an order; each number only ever grows.
+
+    `batches` counts training steps and batches on which a model is evaluated; `evaluation_batches`
+    counts the latter alone.
+    """
+
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    batches: int = 0
+    batches_total: int = 0
+    replays: int = 0
+    evaluation_batches: int = 0
+    evaluation_batches_total: int = 0
+
+    @property
+    def steps(self) -> int:
+        """The number of training steps done."""
+        return max(0, self.batches - self.evaluation_batches)
+
+    @property
+    def steps_total(self) -> int:
+        """The number of training steps that the order takes; 0: not known yet."""
+        return max(0, self.batches_total - self.evaluation_batches_total)
+
+    @property
+    def work(self) -> str:
+        """Which step or batch of an evaluation was done last, in words; empty before the first."""
+        if not self.batches:
+            return ""
+        if not self.steps:
+            done, total = self.evaluation_batches, self.evaluation_batches_total
+            return f"evaluating, batch {done} of {total}"
+        return f"step {self.steps} of {self.steps_total}"
+
+
+MAX_INCIDENTS = 64
+"""Incidents that one order may have; they are numbered from 1."""
+
+INCIDENT_NUMBERS = frozenset({"lr", "batch", "loss", *(f"grad_norm_{age}" for age in range(5))})
+"""The numbers an incident may carry; `fedrounds.training.loop.NonFiniteError` explains them."""
+
+MAX_METRIC = 1e30
+"""The largest absolute value of a metric that an update may carry: beyond it a sum over clients
+could overflow. A client leaves such a metric out."""
+
+METRIC_NAMES = frozenset(
+    {
+        "accuracy",
+        "loss",
+        "train_s",
+        "global_accuracy",
+        "global_loss",
+        "global_examples",
+        "personal_accuracy",
+        "personal_loss",
+        "personal_examples",
+        "compression_error",
+    }
+)
+"""The metrics an update may carry: share of right answers and mean loss over the last local epoch,
+seconds of training; if the order asks, how good the global model was before it trained in this
+round, and on how many examples (see WorkOrder); the same, after it, of a model that a local rule
+leaves to the client alone; and of a compressed update the L2 norm of what was lost over that of
+what was to be sent."""

@@ -1,0 +1,220 @@
+"""A diagnosis as its message and back: both sides need both ways to be the same.
+
+Besides the two ends of the wire this is the one module that knows the protocol's messages: said
+once, the forty names and fields can't come apart. What is read here keeps the limits of
+fedrounds.wire.limits; whether modules and tensors are the model's, only the server can tell.
+"""
+
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Protocol, TypeVar
+
+from fedrounds.diagnosis.values import (
+    DIAGNOSIS_NUMBERS,
+    Cause,
+    Diagnosis,
+    Experiment,
+    ExperimentName,
+    Oddity,
+    Origin,
+    Remedy,
+    RemedyKind,
+    StepPhase,
+    SuspectSample,
+    Symptom,
+    TrendPoint,
+)
+from fedrounds.errors import InvalidInput
+from fedrounds.wire.limits import examine_limits
+from fedrounds.wire.pb import federation_pb2 as pb
+
+_OPERATION = re.compile(r"[a-z0-9_]{0,64}")
+_DTYPE = re.compile(r"[a-z0-9_]{0,16}")
+
+E = TypeVar("E", bound=StrEnum)
+N = TypeVar("N", bound=int)
+N_co = TypeVar("N_co", bound=int, covariant=True)
+
+
+class _Numbers(Protocol[N_co]):
+    """What protobuf makes of an enum."""
+
+    def Value(self, name: str) -> N_co:  # noqa: N802
+        """Return the number of a name."""
+
+
+def _numbers_of(ours: type[E], theirs: _Numbers[N]) -> dict[E, N]:
+    """Return the number of each member: the message's enum has the same names with a prefix."""
+    prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", ours.__name__).upper()
+    return {one: theirs.Value(f"{prefix}_{one.name}") for one in ours}
+
+
+_SYMPTOMS = _numbers_of(Symptom, pb.Symptom)
+_CAUSES = _numbers_of(Cause, pb.Cause)
+_PHASES = _numbers_of(StepPhase, pb.StepPhase)
+_ODDITIES = _numbers_of(Oddity, pb.Oddity)
+_EXPERIMENTS = _numbers_of(ExperimentName, pb.ExperimentName)
+_REMEDIES = _numbers_of(RemedyKind, pb.RemedyKind)
+
+
+def diagnosis_message(diagnosis: Diagnosis) -> pb.Diagnosis:
+    """Return the message of a diagnosis."""
+    assert diagnosis.detail.keys() <= DIAGNOSIS_NUMBERS, sorted(diagnosis.detail)
+    origin, remedy = diagnosis.origin, diagnosis.remedy
+    return pb.Diagnosis(
+        symptom=_SYMPTOMS[diagnosis.symptom],
+        cause=_CAUSES[diagnosis.cause],
+        step=diagnosis.step,
+        noticed_at_step=diagnosis.noticed_at_step,
+        epoch=diagnosis.epoch,
+        batch=diagnosis.batch,
+        batch_size=diagnosis.batch_size,
+        lr=diagnosis.lr,
+        origin=pb.Origin(
+            phase=_PHASES[origin.phase],
+            module=origin.module,
+            operation=origin.operation,
+            tensor=origin.tensor,
+            dtype=origin.dtype,
+            shape=origin.shape,
+            num_nan=origin.num_nan,
+            num_inf=origin.num_inf,
+            first_index=origin.first_index,
+        ),
+        samples=[
+            pb.SuspectSample(
+                position=one.position,
+                index=one.index,
+                oddity=_ODDITIES[one.oddity],
+                value=one.value,
+            )
+            for one in diagnosis.samples
+        ],
+        num_samples=diagnosis.num_samples,
+        experiments=[
+            pb.Experiment(
+                name=_EXPERIMENTS[one.name],
+                healed=one.is_healed,
+                value=one.value,
+                loss=one.loss,
+                failed_at_step=one.failed_at_step,
+            )
+            for one in diagnosis.experiments
+        ],
+        contributing=[_EXPERIMENTS[one] for one in diagnosis.contributing],
+        trend=[
+            pb.TrendPoint(
+                step=one.step,
+                loss=one.loss,
+                grad_norm=one.grad_norm,
+                largest_weight=one.largest_weight,
+                lr=one.lr,
+            )
+            for one in diagnosis.trend
+        ],
+        remedy=pb.Remedy(
+            kind=_REMEDIES[remedy.kind],
+            value=remedy.value,
+            oddity=_ODDITIES[remedy.oddity],
+            working=remedy.is_working,
+        ),
+        returned_to_step=diagnosis.returned_to_step,
+        num_replayed_steps=diagnosis.num_replayed_steps,
+        seconds=diagnosis.seconds,
+        detail=diagnosis.detail,
+    )
+
+
+def diagnosis_of(message: pb.Diagnosis) -> Diagnosis:
+    """Return the diagnosis that a message holds.
+
+    Raises:
+        InvalidInput: a field is outside its limit, or a name isn't a declared one.
+    """
+    examine_limits(message)
+    _examine_names(message)
+    return Diagnosis(
+        symptom=_member(_SYMPTOMS, message.symptom),
+        cause=_member(_CAUSES, message.cause),
+        step=message.step,
+        noticed_at_step=message.noticed_at_step,
+        epoch=message.epoch,
+        batch=message.batch,
+        batch_size=message.batch_size,
+        lr=message.lr,
+        origin=Origin(
+            phase=_member(_PHASES, message.origin.phase),
+            module=message.origin.module,
+            operation=message.origin.operation,
+            tensor=message.origin.tensor,
+            dtype=message.origin.dtype,
+            shape=tuple(message.origin.shape),
+            num_nan=message.origin.num_nan,
+            num_inf=message.origin.num_inf,
+            first_index=tuple(message.origin.first_index),
+        ),
+        samples=tuple(
+            SuspectSample(
+                position=one.position,
+                index=one.index,
+                oddity=_member(_ODDITIES, one.oddity),
+                value=one.value,
+            )
+            for one in message.samples
+        ),
+        num_samples=message.num_samples,
+        experiments=tuple(
+            Experiment(
+                name=_member(_EXPERIMENTS, one.name),
+                is_healed=one.healed,
+                value=one.value,
+                loss=one.loss,
+                failed_at_step=one.failed_at_step,
+            )
+            for one in message.experiments
+        ),
+        contributing=tuple(_member(_EXPERIMENTS, one) for one in message.contributing),
+        trend=tuple(
+            TrendPoint(
+                step=one.step,
+                loss=one.loss,
+                grad_norm=one.grad_norm,
+                largest_weight=one.largest_weight,
+                lr=one.lr,
+            )
+            for one in message.trend
+        ),
+        remedy=Remedy(
+            kind=_member(_REMEDIES, message.remedy.kind),
+            value=message.remedy.value,
+            oddity=_member(_ODDITIES, message.remedy.oddity),
+            is_working=message.remedy.working,
+        ),
+        returned_to_step=message.returned_to_step,
+        num_replayed_steps=message.num_replayed_steps,
+        seconds=message.seconds,
+        detail=dict(message.detail),
+    )
+
+
+def _member(numbers: Mapping[E, int], number: int) -> E:
+    for one, known in numbers.items():
+        if known == number:
+            return one
+    kind = type(next(iter(numbers))).__name__
+    raise InvalidInput(f"a diagnosis holds {kind} {number}, which there isn't")
+
+
+def _examine_names(message: pb.Diagnosis) -> None:
+    for what, pattern, text in (
+        ("operation", _OPERATION, message.origin.operation),
+        ("dtype", _DTYPE, message.origin.dtype),
+    ):
+        if not pattern.fullmatch(text):
+            raise InvalidInput(f"a diagnosis names no {what} of torch; only its names are taken")
+    if message.detail.keys() - DIAGNOSIS_NUMBERS:
+        raise InvalidInput(
+            "a diagnosis's detail holds a name that isn't declared; taken are "
+            f"{', '.join(sorted(DIAGNOSIS_NUMBERS))}"
+        )

@@ -1,0 +1,381 @@
+"""The doctor names step and cause of planted faults, cures them, and leaves health alone."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedrounds.diagnosis.values import (
+    Cause,
+    Diagnosis,
+    ExperimentName,
+    Oddity,
+    RemedyKind,
+    RemedyPolicy,
+    StepPhase,
+    Symptom,
+)
+from fedrounds.doctor import Doctor, DoctorSettings, TrainingHalted
+from fedrounds.doctor.batches import Batch
+
+NUM_STEPS = 48
+MARK = 7.0
+"""An input that the batches hold by no chance."""
+Spoil = Callable[[int, Tensor, Tensor], None]
+
+
+def make_model(seed: int = 0) -> nn.Sequential:
+    """Return a perceptron of eight features and three classes."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 3))
+
+
+def make_batches(num: int = NUM_STEPS, *, size: int = 16) -> list[tuple[Tensor, Tensor]]:
+    """Return batches whose classes a line can tell apart."""
+    generator = torch.Generator().manual_seed(1)
+    separating = torch.randn(8, 3, generator=generator)
+    inputs = torch.randn(num, size, 8, generator=generator)
+    return [(one, (one @ separating).argmax(1)) for one in inputs]
+
+
+def compute_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy and the outputs."""
+    assert isinstance(batch, tuple)
+    outputs = model(batch[0])
+    return F.cross_entropy(outputs, batch[1]), outputs
+
+
+class Trained:
+    """A training under the doctor, with the losses of its steps."""
+
+    def __init__(
+        self,
+        *,
+        spoil: Spoil = lambda step, inputs, labels: None,
+        lr: float = 0.1,
+        settings: DoctorSettings | None = None,
+        model: nn.Module | None = None,
+        loss: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] = compute_loss,
+        is_initial: bool = True,
+        on_diagnosis: Callable[[Diagnosis], None] = lambda _: None,
+    ) -> None:
+        self.model = make_model() if model is None else model
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9)
+        self.doctor = Doctor(
+            self.model,
+            self.optimizer,
+            loss,
+            settings=settings,
+            num_classes=3,
+            is_initial=is_initial,
+            on_diagnosis=on_diagnosis,
+        )
+        self.losses: list[float] = []
+        torch.manual_seed(7)
+        for step, (inputs, labels) in enumerate(make_batches(), start=1):
+            spoil(step, inputs, labels)
+            numbers = range(100 * step, 100 * step + len(inputs))
+            report = self.doctor.step((inputs, labels), indices=numbers)
+            self.losses.append(report.loss)
+        self.doctor.finish()
+
+    @property
+    def diagnosis(self) -> Diagnosis:
+        """The only one."""
+        (only,) = self.doctor.diagnoses
+        return only
+
+    def weights(self) -> list[Tensor]:
+        """Return the trained parameters."""
+        return [one.detach().clone() for one in self.model.parameters()]
+
+
+def plain_weights() -> list[Tensor]:
+    """Return what a plain loop learns from the same batches."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch.manual_seed(7)
+    for batch in make_batches():
+        optimizer.zero_grad()
+        compute_loss(model, batch)[0].backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return [one.detach() for one in model.parameters()]
+
+
+@pytest.mark.parametrize("is_armed", [True, False])
+def test_a_healthy_training_is_bit_for_bit_that_of_a_plain_loop(is_armed: bool) -> None:
+    trained = Trained(settings=DoctorSettings(is_armed=is_armed))
+    assert trained.doctor.diagnoses == []
+    for mine, plain in zip(trained.weights(), plain_weights(), strict=True):
+        assert torch.equal(mine, plain)
+
+
+def spoil_input(value: float, *, at_step: int = 20, position: int = 5) -> Spoil:
+    """Put a value into one input of one sample."""
+
+    def spoil(step: int, inputs: Tensor, labels: Tensor) -> None:
+        if step == at_step:
+            inputs[position, 3] = value
+
+    return spoil
+
+
+def test_a_bad_sample_that_did_no_harm_before_makes_the_next_one_no_less_odd() -> None:
+    """The first has the label that torch's loss passes over, so nothing is learned from it."""
+
+    def spoil(step: int, inputs: Tensor, labels: Tensor) -> None:
+        if step == 18:
+            inputs[2, 3] = 1e20
+            labels[2] = -100
+        if step == 22:
+            # Whatever the answer is, it is wrong for two of the three.
+            inputs[4:7, 3] = 1e20
+            labels[4:7] = torch.arange(3)
+
+    found = Trained(spoil=spoil).diagnosis
+    assert (found.cause, found.step) == (Cause.BAD_DATA, 22)
+    assert {one.oddity for one in found.samples} == {Oddity.OUTLIER}
+    assert found.remedy.kind is RemedyKind.DROP_SAMPLES
+
+
+@pytest.mark.parametrize(
+    ("value", "oddity"),
+    [
+        (math.nan, Oddity.NAN),
+        (math.inf, Oddity.INFINITY),
+        (-1e20, Oddity.OUTLIER),
+        (-1e7, Oddity.OUTLIER),
+    ],
+)
+def test_a_bad_sample_is_named_left_out_and_training_goes_on(value: float, oddity: Oddity) -> None:
+    trained = Trained(spoil=spoil_input(value))
+    found = trained.diagnosis
+    assert (found.cause, found.step, found.batch) == (Cause.BAD_DATA, 20, 20)
+    assert [(one.position, one.index, one.oddity) for one in found.samples] == [(5, 2005, oddity)]
+    assert found.remedy.kind is RemedyKind.DROP_SAMPLES
+    assert found.remedy.is_working
+    outcomes = {one.name: one.is_healed for one in found.experiments}
+    assert outcomes[ExperimentName.UNCHANGED] is False
+    assert outcomes[ExperimentName.WITHOUT_SAMPLES] is True
+    assert max(trained.losses[30:]) < trained.losses[0]
+    assert all(bool(one.isfinite().all()) for one in trained.weights())
+
+
+def test_a_lower_rate_or_clipping_that_also_heals_is_only_contributing() -> None:
+    """An input of -1e7 is bad data, though the step also goes well when its gradient is clipped."""
+    found = Trained(spoil=spoil_input(-1e7)).diagnosis
+    assert found.cause is Cause.BAD_DATA
+    assert ExperimentName.CLIPPED_GRADIENT in found.contributing
+
+
+def test_a_label_out_of_range_is_found_before_it_does_harm() -> None:
+    def spoil(step: int, inputs: Tensor, labels: Tensor) -> None:
+        if step in (9, 30):
+            labels[2] = 3
+
+    found = Trained(spoil=spoil).diagnosis
+    assert (found.symptom, found.cause) == (Symptom.LABEL_OUT_OF_RANGE, Cause.BAD_LABEL)
+    assert [(one.position, one.oddity) for one in found.samples] == [(2, Oddity.LABEL_OUT_OF_RANGE)]
+
+
+@pytest.mark.parametrize("lr", [30.0, 1e6])
+def test_a_rate_that_is_too_high_is_lowered(lr: float) -> None:
+    trained = Trained(lr=lr)
+    assert {one.cause for one in trained.doctor.diagnoses} == {Cause.LEARNING_RATE}
+    assert trained.doctor.diagnoses[0].remedy.kind is RemedyKind.LOWER_RATE
+    # From the last good state on it learns: the last ten losses are below that of guessing.
+    assert sum(trained.losses[-10:]) / 10 < math.log(3)
+
+
+def test_weights_that_nobody_initialises_so_are_named_and_not_cured() -> None:
+    """A client may not draw other weights than it was given: it stops and says so."""
+    for is_initial, cause in ((True, Cause.BAD_INITIALISATION), (False, Cause.RECEIVED_MODEL)):
+        model = make_model()
+        with torch.no_grad():
+            for one in model.parameters():
+                one.mul_(1000)
+        with pytest.raises(TrainingHalted) as caught:
+            Trained(model=model, is_initial=is_initial)
+        assert caught.value.diagnosis.cause is cause
+        assert caught.value.diagnosis.remedy.kind is RemedyKind.NONE
+
+
+def test_a_loss_that_isnt_defined_everywhere_is_guarded() -> None:
+    """log(softmax) is -inf where the softmax is 0; its stable form is the cross-entropy.
+
+    Targets that the outputs are told to be far from: a gap of 120 makes the softmax 0 in float32.
+    """
+
+    def naive(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert isinstance(batch, tuple)
+        outputs = model(batch[0])
+        # Where the first input is large the true class is pushed far down.
+        far = (batch[0][:, 0] > 2).float()[:, None]
+        outputs = outputs - 120 * far * F.one_hot(batch[1], 3)
+        chosen = outputs.softmax(1).gather(1, batch[1][:, None])
+        return -chosen.log().mean(), outputs
+
+    trained = Trained(loss=naive, lr=1e-4)
+    found = trained.doctor.diagnoses[0]
+    assert (found.cause, found.origin.phase) == (Cause.LOSS_FUNCTION, StepPhase.LOSS)
+    assert found.origin.operation == "log"
+    assert found.remedy.kind is RemedyKind.GUARD_LOSS
+    assert math.isfinite(trained.losses[-1])
+
+
+def test_a_gradient_that_nobody_measured_is_placed_in_its_step() -> None:
+    """At step 21 the root of 0 has the value 0 and an infinite slope; step 22 shows it."""
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        found, outputs = compute_loss(model, batch)
+        assert isinstance(batch, tuple)
+        if batch[0][0, 0] == MARK:
+            found = found + (outputs - outputs.detach()).sqrt().mean()
+        return found, outputs
+
+    found = Trained(spoil=mark(21), loss=loss).diagnosis
+    assert (found.step, found.noticed_at_step) == (21, 22)
+    assert (found.symptom, found.cause) == (Symptom.NON_FINITE_GRADIENT, Cause.LOSS_FUNCTION)
+    assert found.origin.phase is StepPhase.BACKWARD
+
+
+def test_a_guarded_loss_without_a_gradient_is_the_losss_fault_still() -> None:
+    """The logarithm of a negative number: guarded it is finite, and the same for all weights."""
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert isinstance(batch, tuple)
+        outputs = model(batch[0])
+        return 20 + torch.log(-outputs.abs().sum()), outputs
+
+    diagnoses: list[Diagnosis] = []
+    with pytest.raises(TrainingHalted):
+        Trained(loss=loss, on_diagnosis=diagnoses.append)
+    assert [one.symptom for one in diagnoses] == [Symptom.NON_FINITE_LOSS, Symptom.DEAD_NETWORK]
+    assert {one.cause for one in diagnoses} == {Cause.LOSS_FUNCTION}
+    assert [one.remedy.kind for one in diagnoses] == [RemedyKind.GUARD_LOSS, RemedyKind.NONE]
+
+
+def test_a_few_more_bad_batches_of_a_known_kind_are_no_new_remedies() -> None:
+    """One step in twenty: after 4, 24 and 44 there were three, and at step 46 that is too many."""
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert isinstance(batch, tuple)
+        if bool((batch[0] == MARK).any()):
+            raise ValueError("not in the table")
+        return compute_loss(model, batch)
+
+    one_remedy = DoctorSettings(max_remedies=1)
+    trained = Trained(spoil=mark(4, 24, 44), loss=loss, settings=one_remedy)
+    assert [one.step for one in trained.doctor.diagnoses] == [4, 24, 44]
+    assert {one.cause for one in trained.doctor.diagnoses} == {Cause.BAD_DATA}
+    with pytest.raises(TrainingHalted, match="at step 46 "):
+        Trained(spoil=mark(4, 24, 44, 46), loss=loss, settings=one_remedy)
+
+
+def mark(*steps: int) -> Spoil:
+    """Return what marks the first sample of some steps."""
+
+    def spoil(step: int, inputs: Tensor, _: Tensor) -> None:
+        if step in steps:
+            inputs[0, 0] = MARK
+
+    return spoil
+
+
+def test_a_momentum_changed_from_outside_is_the_optimizers_state() -> None:
+    holder: list[torch.optim.Optimizer] = []
+
+    def spoil(step: int, inputs: Tensor, labels: Tensor) -> None:
+        if step == 20:
+            for state in holder[0].state.values():
+                state["momentum_buffer"].fill_(math.nan)
+
+    class Watched(torch.optim.SGD):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+            holder.append(self)
+
+    original, torch.optim.SGD = torch.optim.SGD, Watched  # type: ignore[misc]
+    try:
+        found = Trained(spoil=spoil).diagnosis
+    finally:
+        torch.optim.SGD = original  # type: ignore[misc]
+    assert found.cause is Cause.OPTIMIZER_STATE
+    assert found.remedy.is_working
+
+
+def test_what_doesnt_repeat_is_said_to_and_no_cause_is_claimed() -> None:
+    """The loss is NaN the 20th time it is computed, and never again."""
+    calls = iter(range(1, 10_000))
+
+    def fickle(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss, outputs = compute_loss(model, batch)
+        return (loss * math.nan if next(calls) == 20 else loss), outputs
+
+    found = Trained(loss=fickle).diagnosis
+    assert found.cause is Cause.NOT_REPRODUCIBLE
+    assert found.remedy.kind is RemedyKind.REPEAT
+
+
+def test_a_policy_decides_what_may_be_done() -> None:
+    report = DoctorSettings(policies={Cause.BAD_DATA: RemedyPolicy.REPORT})
+    with pytest.raises(TrainingHalted, match=r"non-finite-input at step 20.*bad-data"):
+        Trained(spoil=spoil_input(math.nan), settings=report)
+    skipped = Trained(
+        spoil=spoil_input(math.nan), settings=DoctorSettings(default_policy=RemedyPolicy.SKIP)
+    )
+    assert skipped.diagnosis.remedy.kind is RemedyKind.SKIP_BATCH
+    with pytest.raises(TrainingHalted):
+        Trained(spoil=spoil_input(math.nan), settings=DoctorSettings(max_remedies=0))
+
+
+def test_disarmed_it_stops_at_the_first_number_that_isnt_finite() -> None:
+    with pytest.raises(TrainingHalted) as caught:
+        Trained(spoil=spoil_input(math.nan), settings=DoctorSettings(is_armed=False))
+    assert caught.value.diagnosis.step == 20
+    assert caught.value.diagnosis.experiments == ()
+
+
+def test_a_mistake_in_the_models_code_stays_the_error_it_is() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(7, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            outputs: Tensor = self.layer(inputs)
+            return outputs
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Trained(model=Broken())
+
+
+def test_an_error_that_a_step_raised_at_random_comes_with_the_halt() -> None:
+    """An error that doesn't repeat ends training, and whoever catches that sees the error too."""
+    calls = 0
+
+    def failing(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls > 5 and calls % 3 == 0:
+            raise RuntimeError("the sensor is away")
+        return compute_loss(model, batch)
+
+    with pytest.raises(TrainingHalted) as caught:
+        Trained(loss=failing)
+    assert str(caught.value.__cause__) == "the sensor is away"
+    assert "loss" not in str(caught.value)
+
+
+def test_a_cured_training_repeats_bit_for_bit() -> None:
+    first, again = (Trained(spoil=spoil_input(-1e20)) for _ in range(2))
+    for one, other in zip(first.weights(), again.weights(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_little_memory_keeps_one_state_and_still_finds_the_cause() -> None:
+    settings = DoctorSettings(memory_bytes=0)
+    assert Trained(spoil=spoil_input(math.nan), settings=settings).diagnosis.cause is Cause.BAD_DATA

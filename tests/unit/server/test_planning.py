@@ -1,0 +1,196 @@
+"""Whom a round asks: who is here, isn't suspended, isn't at work; so many as the settings say."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pytest
+
+from fedrounds.strategies.registry import find_strategy
+from fedserver.models.checkpoints import GlobalModel
+from fedserver.phases import OrderState
+from fedserver.records import NO_ADJUSTMENTS, Round, Run, RunState, Standing
+from fedserver.rounds.open_orders import OpenOrder, OpenRound
+from fedserver.rounds.planning import (
+    Clients,
+    idle_clients,
+    plan_more,
+    plan_round,
+    stale_before,
+    updates_needed,
+)
+from fedserver.run_context import RunContext
+from fedserver.settings import ServerSettings
+from tests.factories import TinyNet, make_limits, make_order, make_round, write_state
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> GlobalModel:
+    """Give a model that rounds begin with."""
+    file = write_state(tmp_path, TinyNet().state_dict())
+    return GlobalModel(digest="ab" * 32, file=file, parameter_norm=3.0)
+
+
+def make_context(**settings: object) -> RunContext:
+    """Return the facts of a run with these settings."""
+    chosen = ServerSettings.model_validate({"task": "tests.tiny_task:tiny", **settings})
+    recorded = chosen.run_settings()
+    return RunContext(
+        settings=chosen,
+        run=Run(run_id="run1", number=1, settings=recorded, state=RunState.OPEN),
+        strategy=find_strategy(recorded),
+        kinds={},
+        ties={},
+        modules=set(),
+    )
+
+
+def make_clients(
+    ready: Iterable[int],
+    *,
+    orders: Iterable[OpenOrder] = (),
+    standings: Mapping[int, Standing] | None = None,
+) -> Clients:
+    """Return clients that are here, client N with 10 + N examples."""
+    here = set(ready)
+    return Clients(
+        ready=here,
+        num_examples={client_id: 10 + client_id for client_id in here},
+        orders=list(orders),
+        standings=standings or {},
+        past={},
+    )
+
+
+def suspended(client_id: int, *, until: int) -> dict[int, Standing]:
+    """Return the standing of a client that sits out."""
+    return {
+        client_id: Standing(client_id=client_id, strikes=1, suspended_until=until, reason="test")
+    }
+
+
+def make_open_order(base: GlobalModel, client_id: int, state: OrderState) -> OpenOrder:
+    """Return a client's order of round 1."""
+    given_in = OpenRound(record=make_round(), base=base, limits=make_limits(), opened_at=0)
+    order = make_order(f"run1-r1-a1-c{client_id}-s1", client_id=client_id)
+    return OpenOrder(order=order, given_in=given_in, state=state, advanced_at=0)
+
+
+def plan(
+    context: RunContext, base: GlobalModel, clients: Clients, *, round_number: int = 1
+) -> Round | None:
+    """Return the first attempt at a round."""
+    return plan_round(
+        context, round_number, attempt=1, base=base, adjustments=NO_ADJUSTMENTS, clients=clients
+    )
+
+
+def asked(planned: Round | None) -> list[int]:
+    """Return whom a round asks."""
+    assert planned is not None
+    return [order.client_id for order in planned.orders]
+
+
+def test_all_that_are_here_are_asked_each_with_the_size_of_its_data(base: GlobalModel) -> None:
+    """Without a cohort's size; order ids say run, round, attempt and client."""
+    planned = plan(make_context(min_clients=2), base, make_clients({0, 2}))
+    assert planned is not None
+    assert [(order.order_id, order.num_examples) for order in planned.orders] == [
+        ("run1-r1-a1-c0-s1", 10),
+        ("run1-r1-a1-c2-s1", 12),
+    ]
+
+
+def test_no_round_opens_while_there_are_too_few_clients(base: GlobalModel) -> None:
+    """--min-clients says how many are needed."""
+    context = make_context(min_clients=3)
+    assert plan(context, base, make_clients({0, 1})) is None
+    assert asked(plan(context, base, make_clients({0, 1, 2}))) == [0, 1, 2]
+
+
+def test_suspended_clients_sit_out_unless_the_round_could_not_come(base: GlobalModel) -> None:
+    """Client 1 is back in round 5, or where it is needed."""
+    standings = suspended(1, until=5)
+    clients = make_clients({0, 1, 2}, standings=standings)
+    assert asked(plan(make_context(min_clients=2), base, clients, round_number=4)) == [0, 2]
+    assert asked(plan(make_context(min_clients=2), base, clients, round_number=5)) == [0, 1, 2]
+    assert asked(plan(make_context(min_clients=3), base, clients, round_number=4)) == [0, 1, 2]
+
+
+def test_a_cohort_of_a_size_is_drawn_by_the_seed(base: GlobalModel) -> None:
+    """The same again for the same seed, another for another round."""
+    context = make_context(min_clients=2, clients_per_round=4, seed=7)
+    clients = make_clients(range(40))
+    cohorts = [asked(plan(context, base, clients, round_number=one)) for one in (1, 1, 2, 3)]
+    assert [len(cohort) for cohort in cohorts] == [4] * 4
+    assert cohorts[0] == cohorts[1]
+    assert len({tuple(cohort) for cohort in cohorts}) == 3
+
+
+def test_the_bound_of_a_delta_grows_with_the_model_unless_it_is_given(base: GlobalModel) -> None:
+    """100 * (1 + norm of the global model), as the help says."""
+    planned = [
+        plan(make_context(min_clients=1, **given), base, make_clients({0}))
+        for given in ({}, {"max_delta_norm": 2.5})
+    ]
+    assert [one and one.max_delta_norm for one in planned] == [400.0, 2.5]
+
+
+def test_an_asynchronous_round_leaves_those_at_work_alone(base: GlobalModel) -> None:
+    """Their orders go on; they fill --concurrency."""
+    context = make_context(strategy="fedbuff", min_clients=1, concurrency=3)
+    orders = [make_open_order(base, 0, OrderState.OPEN)]
+    cohort = asked(plan(context, base, make_clients(range(5), orders=orders), round_number=2))
+    assert len(cohort) == 2
+    assert 0 not in cohort
+
+
+def test_an_order_that_is_too_stale_is_not_one_at_work(base: GlobalModel) -> None:
+    """With --max-staleness 0 an order of round 1 is over when round 2 opens."""
+    context = make_context(strategy="fedbuff", min_clients=1, max_staleness=0)
+    orders = [make_open_order(base, 0, OrderState.OPEN)]
+    clients = make_clients(range(2), orders=orders)
+    assert asked(plan(context, base, clients, round_number=2)) == [0, 1]
+    assert asked(plan(context, base, clients, round_number=1)) == [1]
+    assert stale_before(context.settings, 5) == 5
+
+
+def test_idle_are_those_without_an_order_or_with_a_stored_update(base: GlobalModel) -> None:
+    """Who has given up or was refused sits the round out."""
+    states = [OrderState.OPEN, OrderState.STORED, OrderState.ABANDONED, OrderState.REFUSED]
+    orders = [make_open_order(base, client_id, state) for client_id, state in enumerate(states)]
+    assert idle_clients({0, 1, 2, 3, 4}, orders) == {1, 4}
+
+
+def test_further_orders_go_first_to_those_without_an_update_in_the_round(
+    base: GlobalModel,
+) -> None:
+    """One more fits beside the one at work: client 2's; then client 0's second one."""
+    orders = [
+        make_open_order(base, 0, OrderState.STORED),
+        make_open_order(base, 1, OrderState.OPEN),
+    ]
+    clients = make_clients({0, 1, 2}, orders=orders)
+    collecting = make_round(clients=(0, 1))
+
+    def more(concurrency: int) -> list[str]:
+        context = make_context(strategy="fedbuff", min_clients=1, concurrency=concurrency)
+        return [order.order_id for order in plan_more(context, collecting, clients)]
+
+    assert more(1) == []
+    assert more(2) == ["run1-r1-a1-c2-s1"]
+    assert more(3) == ["run1-r1-a1-c2-s1", "run1-r1-a1-c0-s2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({"min_clients": 2}, 2),
+        ({"min_clients": 1, "min_updates": 2}, 2),
+        ({"min_clients": 1, "min_updates": 9}, 3),
+        ({"min_clients": 1, "min_updates": 2, "require_all": True}, 3),
+    ],
+)
+def test_how_many_updates_close_a_round_of_three(settings: dict[str, object], needed: int) -> None:
+    """As --min-updates or --min-clients says, of those that were asked; or all of them."""
+    context = make_context(**settings)
+    assert updates_needed(context.settings, make_round(clients=(0, 1, 2))) == needed

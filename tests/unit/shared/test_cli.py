@@ -1,0 +1,281 @@
+"""Settings: who has the last word, where a value came from, and what a mistake is told."""
+
+from pathlib import Path
+
+import pytest
+
+from fedclient.__main__ import COMMANDS as CLIENT_COMMANDS
+from fedclient.commands.doctor import CheckupSettings
+from fedclient.settings import ClientSettings
+from fedrounds.cli import parse
+from fedserver.__main__ import COMMANDS as SERVER_COMMANDS
+from fedserver.commands.history import HistorySettings
+from fedserver.settings import ServerSettings
+
+
+def _refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Return the sentence that settings end with; a mistake in them is exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        parse(ServerSettings, list(argv))
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def _toml(folder: Path, text: str) -> str:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_flag_beats_the_environment_and_that_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of three settings is given one place more than the one before."""
+    config = _toml(tmp_path, "rounds = 3\nlr = 0.3\nepochs = 3\n")
+    monkeypatch.setenv("FEDSERVER_LR", "0.2")
+    monkeypatch.setenv("FEDSERVER_EPOCHS", "2")
+    settings = parse(ServerSettings, ["--config", config, "--epochs", "1"])
+    assert (settings.rounds, settings.lr, settings.epochs) == (3, 0.2, 1)
+
+
+def test_a_command_without_a_prefix_takes_nothing_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Names as short as these are in many an environment, and mean something else there."""
+    for name in ("ID", "SEED", "LR", "TASK", "STEPS"):
+        monkeypatch.setenv(name, "7")
+    assert parse(CheckupSettings, []) == CheckupSettings()
+    assert CheckupSettings().id == 0
+
+
+def test_print_config_says_where_each_value_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it prints is TOML again: given as a file it makes the same settings."""
+    config = _toml(tmp_path, "rounds = 3\n")
+    monkeypatch.setenv("FEDSERVER_LR", "0.2")
+    argv = ["--config", config, "--epochs", "1"]
+    with pytest.raises(SystemExit) as ended:
+        parse(ServerSettings, [*argv, "--print-config"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    lines = dict(line.split(" = ", 1) for line in printed.splitlines() if " = " in line)
+    assert lines["rounds"] == f"3  # {config}"
+    assert lines["lr"] == "0.2  # environment (FEDSERVER_LR)"
+    assert lines["epochs"] == "1  # flag"
+    assert lines["port"] == "50051  # default"
+    given = parse(ServerSettings, argv)
+    monkeypatch.delenv("FEDSERVER_LR")
+    again = parse(ServerSettings, ["--config", _toml(tmp_path, printed)])
+    assert again.model_dump(exclude={"config"}) == given.model_dump(exclude={"config"})
+
+
+def test_print_config_calls_a_setting_what_its_flag_is_called(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(HistorySettings, ["--json", "--print-config"])
+    assert "json = true  # flag" in capsys.readouterr().out.splitlines()
+
+
+def test_an_unknown_setting_is_told_the_nearest_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no flag --epoch; did you mean --epochs?" in _refusal(capsys, "--epoch", "3")
+    assert "no command rounds; settings are given as --name" in _refusal(capsys, "rounds", "3")
+    config = _toml(tmp_path, "learning_rate = 1\nepochss = 3\n")
+    told = _refusal(capsys, "--config", config)
+    assert f"in {config} there is no setting 'epochss'; did you mean 'epochs'?" in told
+    assert "there is no setting 'learning_rate'" in told
+
+
+def test_an_unknown_variable_with_the_prefix_is_told_the_nearest_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other side's variables, and everybody else's, are none of its business."""
+    monkeypatch.setenv("FEDCLIENT_ROUND", "3")
+    monkeypatch.setenv("fedserver_epochs", "4")
+    assert parse(ServerSettings, []).epochs == 4
+    monkeypatch.setenv("FEDSERVER_ROUND", "3")
+    told = _refusal(capsys)
+    assert "FEDSERVER_ROUND, which is no setting; did you mean FEDSERVER_ROUNDS?" in told
+
+
+def test_the_settings_file_is_named_by_a_flag_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flag comes first; a file that names another one would be passed over, so it can't."""
+    monkeypatch.setenv("FEDSERVER_CONFIG", _toml(tmp_path, "rounds = 3\n"))
+    assert parse(ServerSettings, []).rounds == 3
+    (tmp_path / "flag").mkdir()
+    by_flag = _toml(tmp_path / "flag", "rounds = 4\n")
+    assert parse(ServerSettings, ["--config", by_flag]).rounds == 4
+    for name in ("config = 'other.toml'", "print_config = true"):
+        by_flag = _toml(tmp_path / "flag", name)
+        told = _refusal(capsys, "--config", by_flag)
+        assert f"can't stand in a settings file, as in {by_flag}; give --" in told
+    assert "--config: expected one argument" in _refusal(capsys, "--config")
+
+
+def test_a_flag_takes_back_what_a_file_switched_on(tmp_path: Path) -> None:
+    config = _toml(tmp_path, "require_all = true\ngive_up_damaged = true\n")
+    settings = parse(ServerSettings, ["--config", config, "--no-require-all"])
+    assert (settings.require_all, settings.give_up_damaged) == (False, True)
+
+
+def test_a_value_that_cant_be_is_told_with_its_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it stands."""
+    assert "--rounds is '0'" in _refusal(capsys, "--rounds", "0")
+    assert "--lr is 'fast'" in _refusal(capsys, "--lr", "fast")
+    assert "--lr is 'nan'" in _refusal(capsys, "--lr", "nan")
+    assert "can't be read" in _refusal(capsys, "--config", str(tmp_path / "none.toml"))
+    assert "is not TOML" in _refusal(capsys, "--config", _toml(tmp_path, "rounds: 3"))
+    config = _toml(tmp_path, "rounds = 'x'")
+    told = _refusal(capsys, "--config", config)
+    assert f"in {config}, rounds is 'x': input should be" in told
+    monkeypatch.setenv("FEDSERVER_PORT", "high")
+    told = _refusal(capsys)
+    assert "FEDSERVER_PORT is 'high': input should be" in told
+    assert "--" not in told
+    told = _refusal(capsys, "--log-level", "loud")
+    assert "--log-level is 'loud': input should be 'DEBUG', 'INFO', 'WARNING' or 'ERROR'" in told
+
+
+def test_the_word_none_can_be_chosen_where_it_is_one_of_the_words() -> None:
+    """Elsewhere it takes a setting back, as --data-root none does."""
+    settings = parse(
+        ServerSettings,
+        [
+            *("--stragglers", "0.5", "--straggler-work", "none", "--augment", "none"),
+            *("--data-root", "none"),
+        ],
+    )
+    assert (settings.straggler_work, settings.augment) == ("none", "none")
+    assert settings.data_root is None
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        *("localhost", "localhost:port", ":50051", "there:0", "a:70000", "http://host:50051"),
+        *("host:1:2", "my host:50051", " host:50051", "host:50051 ", "::1:50051", "[::1]", "[]:1"),
+    ],
+)
+def test_a_client_never_waits_for_a_server_nowhere(
+    server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What can't be an address is told at the start."""
+    with pytest.raises(SystemExit):
+        parse(ClientSettings, ["--id", "1", "--server", server])
+    assert f"--server is '{server}': write it as host:port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("server", ["localhost:1", "10.0.0.7:65535", "[::1]:50051", "a-b.c:80"])
+def test_an_address_that_can_be_one_is_taken(server: str) -> None:
+    assert parse(ClientSettings, ["--id", "1", "--server", server]).server == server
+
+
+@pytest.mark.parametrize(
+    ("argv", "client_ids", "folder"),
+    [
+        (["--id", "3"], (3,), "state/client-3"),
+        (["--ids", "0-3"], (0, 1, 2, 3), "state/clients-0-3"),
+        (["--ids", "7, 0-1,3"], (7, 0, 1, 3), "state/clients-7,0-1,3"),
+        (["--ids", "5", "--state-dir", "mine"], (5,), "mine"),
+    ],
+)
+def test_a_client_process_is_one_client_or_many(
+    argv: list[str], client_ids: tuple[int, ...], folder: str
+) -> None:
+    settings = parse(ClientSettings, argv)
+    assert (settings.client_ids, settings.folder) == (client_ids, Path(folder))
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "--id 3 for one client, or --ids 0-99 for many"),
+        (["--id", "3", "--ids", "0-4"], "many, not both"),
+        (["--ids", "0-4,3"], "names client 3 twice"),
+        (["--ids", "4-0"], "'4-0': write it as 0-99"),
+        (["--ids", "0-"], "'0-': write it as 0-99"),
+        (["--ids", "0-10000"], "at most 10000 clients"),
+        (["--ids", f"{2**53 + 1}"], "ids go up to 2"),
+        (["--ids", ",".join(map(str, range(60)))], "give --state-dir"),
+        (["--ids", "0-4", "--source", "local"], "one process with --id for each"),
+    ],
+)
+def test_which_clients_a_process_is_must_be_clear(
+    argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(ClientSettings, argv)
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_misspelt_command_is_told_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(ClientSettings, ["partition"], commands=["partitions"])
+    assert "no command partition; did you mean partitions?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings_class", [ServerSettings, ClientSettings])
+def test_help_lists_every_setting_with_its_default(
+    settings_class: type[ServerSettings | ClientSettings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In groups, and with a description each."""
+    with pytest.raises(SystemExit) as ended:
+        parse(settings_class, ["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    missing = [
+        name
+        for name, field in settings_class.model_fields.items()
+        if f"--{name.replace('_', '-')}" not in shown or not field.description
+    ]
+    assert missing == []
+    assert "(default: cpu)" in shown if settings_class is ClientSettings else "(default: 10)"
+
+
+@pytest.mark.parametrize(
+    ("settings_class", "commands"),
+    [(ServerSettings, SERVER_COMMANDS), (ClientSettings, CLIENT_COMMANDS)],
+)
+def test_help_names_every_command(
+    settings_class: type[ServerSettings | ClientSettings],
+    commands: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(settings_class, ["--help"])
+    shown = capsys.readouterr().out
+    assert [name for name in commands if f"`{name}`" not in shown] == []
+    assert "dict[" not in shown
+
+
+def test_a_strategys_parameters_are_one_flag_or_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers by name, the same from either; a word isn't one."""
+    config = _toml(tmp_path, 'strategy = "krum"\n[strategy_parameters]\nf = 2\nserver_lr = 0.5\n')
+    expected = {"f": 2.0, "server_lr": 0.5}
+    assert parse(ServerSettings, ["--config", config]).strategy_parameters == expected
+    given = parse(ServerSettings, ["--strategy-parameters", "f=2,server_lr=0.5"])
+    assert given.strategy_parameters == expected
+    assert given.run_settings()["strategy_parameters"] == expected
+    refused = _refusal(capsys, "--strategy-parameters", "f=two")
+    assert "f is 'two': input should be a valid number" in refused
+
+
+def test_parameters_that_arent_pairs_are_told_how_they_are_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a flag, and in the environment, where they are JSON."""
+    refused = _refusal(capsys, "--strategy-parameters", "f")
+    assert "--strategy-parameters can't be read; write it as name=value,name=value" in refused
+    monkeypatch.setenv("FEDSERVER_STRATEGY_PARAMETERS", "f=2")
+    refused = _refusal(capsys)
+    assert "FEDSERVER_STRATEGY_PARAMETERS can't be read; write it as JSON" in refused

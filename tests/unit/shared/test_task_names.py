@@ -1,0 +1,78 @@
+"""A task's or device's mistyped name is refused at once: before torch and before any connection."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedclient.settings import ClientSettings
+from fedrounds.cli import parse
+from fedrounds.errors import InvalidInput
+from fedrounds.tasks.builtin import find_task
+from fedrounds.tasks.names import BUILT_IN_TASKS, examine_task_name
+
+WITHOUT_TORCH = """
+import importlib, sys
+side, *argv = sys.argv[1:]
+code = importlib.import_module(f"{side}.__main__").main(argv)
+heavy = sorted({"torch", "numpy", "grpc"} & sys.modules.keys())
+print(f"exit code {code}, imported {heavy}", file=sys.stderr)
+"""
+
+
+def test_the_built_in_names_are_those_of_the_tasks() -> None:
+    assert [find_task(name).name for name in BUILT_IN_TASKS] == list(BUILT_IN_TASKS)
+
+
+@pytest.mark.parametrize(
+    "side", [["fedserver"], ["fedclient", "--id", "0"]], ids=lambda one: one[0]
+)
+def test_a_mistyped_task_is_refused_before_torch_is_imported(
+    side: list[str], tmp_path: Path
+) -> None:
+    """And before there is a state-dir or anything about a connection."""
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *side, "--task", "no_such_module:task"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    sentence, last = ended.stderr.splitlines()
+    assert sentence.startswith(f"{side[0]}: task 'no_such_module:task': importing no_such_module")
+    assert last == "exit code 1, imported []"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_of_ones_own_is_looked_for_without_running_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package is imported only where its folder doesn't hold the module."""
+    ours = tmp_path / "our_package"
+    ours.mkdir()
+    (ours / "__init__.py").write_text("raise RuntimeError('ran')\n")
+    (ours / "mine.py").write_text("raise RuntimeError('ran')\n")
+    theirs = tmp_path / "their_package"
+    (theirs / "hidden").mkdir(parents=True)
+    (theirs / "__init__.py").write_text("__path__.append(__path__[0] + '/hidden')\n")
+    (theirs / "hidden" / "deep.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    examine_task_name("our_package.mine:task")
+    assert "our_package" not in sys.modules
+    examine_task_name("their_package.deep:task")
+    for name in ("their_package.missing", "json.decoder.missing", "no_such_module.mine"):
+        with pytest.raises(InvalidInput, match=f"importing {name} failed .there is no module"):
+            examine_task_name(f"{name}:task")
+
+
+@pytest.mark.parametrize("name", ["gpu", "CPU", "cuda:", "cuda:-1", "cuda 0"])
+def test_what_is_no_devices_name_is_refused_with_the_settings(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(ClientSettings, ["--id", "0", "--device", name])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert f"--device is {name!r}: write it as cpu, auto, cuda, cuda:1 or mps" in told

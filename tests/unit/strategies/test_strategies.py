@@ -1,0 +1,165 @@
+"""The table of strategies: rows by name, put together, and refused where they make no sense."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedrounds.errors import InvalidInput
+from fedrounds.strategies.components import Rule
+from fedrounds.strategies.registry import ROWS, find_strategy, parameters_of
+from fedserver.commands.strategies import run
+
+SETTINGS = {
+    "lr": 0.1,
+    "num_partitions": 10,
+    "momentum": 0.5,
+    "optimizer": "sgd",
+    "evaluate_on_clients": True,
+}
+
+
+def find(strategy: str, parameters: dict[str, float] | None = None, **changed: Any) -> Any:  # noqa: ANN401
+    """Return the strategy that a run's settings name."""
+    return find_strategy(
+        SETTINGS | {"strategy": strategy, "strategy_parameters": parameters or {}} | changed
+    )
+
+
+def last(*, place: int = -1, of_many: bool = True) -> Rule:
+    """One of each place's values, by rank: a row of somebody's own."""
+    assert of_many
+    return Rule(reduce=lambda ascending: ascending[:, place].astype("float64"))
+
+
+def picky(*, needed: float) -> Rule:
+    """A row whose parameter has no default."""
+    return Rule(reduce=lambda ascending: ascending[:, 0] * needed)
+
+
+def bare(*, place=-1, share=0.5):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """A row without annotations, as people write them."""
+    return last(place=place) if share == 0.5 else picky(needed=share)
+
+
+def quoted(*, place: "int" = -1, needed: "float" = 0.5) -> "Rule":
+    """A row whose annotations are text, as `from __future__ import annotations` makes them."""
+    return last(place=place) if needed == 0.5 else picky(needed=needed)
+
+
+def wrong() -> int:
+    """No row at all."""
+    return 3
+
+
+THIS = "tests.unit.strategies.test_strategies"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_stands_by_itself_and_names_its_paper(name: str) -> None:
+    """With its defaults alone it is a strategy; its docstring says what it is and whose."""
+    mixes_alone = name in ("nnm", "bucketing")
+    assert find(f"{name}+krum" if mixes_alone else name).name.startswith(name)
+    told = inspect.getdoc(ROWS[name]) or ""
+    assert "et al." in told or "El Mhamdi" in told or name == "uniform"
+    for key in parameters_of(ROWS[name]):
+        assert f"    {key}: " in told, f"{key} isn't told of"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nnm+krum+fedadam",
+        "median+fedyogi",
+        "bucketing+nnm+krum",
+        "clip",
+        "nnm+clip",
+        "fednova+fedavgm",
+    ],
+)
+def test_rows_are_put_together(name: str) -> None:
+    """Steps, an aggregator, a server optimizer; a step's default aggregator is uniform."""
+    found = find(name, {"f": 2.0} if "nnm" in name else {})
+    assert (found.server_optimizer is not None) == ("fed" in name.rpartition("+")[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "words"),
+    [
+        ("fedavgg", {}, "no strategy 'fedavgg'; did you mean 'fedavg'?"),
+        ("nnm+", {}, "no strategy ''"),
+        ("krum", {"ff": 1}, "krum has no parameter 'ff'; did you mean 'f'?"),
+        ("fedavg", {"f": 1}, r"no parameter 'f' \(it has: none\)"),
+        ("krum", {"f": 1.5}, "f of strategy krum is 1.5; it must be a whole number"),
+        ("fedavgm", {"nesterov": 2}, "nesterov of strategy fedavgm is 2; it must be 0 or 1"),
+        ("krum", {"f": -1}, "f is -1; it must be a number of bad updates"),
+        ("trimmed-mean", {"trim": 0.5}, "below 0.5"),
+        ("fedadam", {"beta1": 1}, "beta1 is 1; it must be from 0 to below 1"),
+        ("krum+median", {}, "more than one aggregator; name one"),
+        ("fedadam+fedyogi", {}, "more than one server optimizer; name one"),
+        ("krum+nnm", {}, "steps such as nnm come first"),
+        ("fedadam+krum", {}, "then one aggregator, then a server optimizer"),
+        ("nnm+fedavg", {}, "nobody's update, so a mean can't weigh it"),
+        ("clip+fednova", {}, "use uniform or a robust rule instead"),
+        ("nnm", {}, r"out of nnm can still be bad; .* such as nnm\+krum or nnm\+median"),
+        ("nnm+bucketing+fedadam", {}, "out of bucketing can still be bad"),
+        ("no.such:row", {}, "importing no.such failed"),
+        ("nosuch", {}, r"there is no strategy 'nosuch'\. There are: fedavg, "),
+        (".x:row", {}, "'.x' is no module's name"),
+        (f"{THIS}:missing", {}, "has no missing"),
+        (f"{THIS}:THIS", {}, "is a str; name a function"),
+        (f"{THIS}:wrong", {}, "gives a int; its function must return a Mean"),
+        (f"{THIS}:picky", {}, "needs its parameter 'needed'"),
+    ],
+)
+def test_what_makes_no_sense_is_a_sentence(
+    name: str, parameters: dict[str, float], words: str
+) -> None:
+    """It says what is wrong and what to type."""
+    with pytest.raises(InvalidInput, match=words):
+        find(name, parameters)
+
+
+def test_a_row_whose_module_goes_wrong_is_told_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An AttributeError of the module's own isn't taken for a row that is missing."""
+    (tmp_path / "bad_rows.py").write_text("import math\nmath.tua\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = r"importing bad_rows raised AttributeError: .*'tua'.* \(bad_rows.py, line 2\)"
+    with pytest.raises(InvalidInput, match=told):
+        find("bad_rows:row", {})
+
+
+def test_what_a_row_rests_on_must_be_set() -> None:
+    """q-FedAvg needs the clients' losses, FedNova local SGD."""
+    with pytest.raises(InvalidInput, match="add --evaluate-on-clients"):
+        find("qfedavg", evaluate_on_clients=False)
+    with pytest.raises(InvalidInput, match="give --optimizer sgd"):
+        find("fednova", optimizer="adam")
+
+
+def test_a_row_of_ones_own_is_named_by_its_module() -> None:
+    """With its parameters, alone or beside rows of the table."""
+    found = find(f"nnm+{THIS}:last+fedadam", {"place": 0, "of_many": 1, "f": 2, "tau": 0.1})
+    assert found.min_updates == 5
+    with pytest.raises(InvalidInput, match="did you mean 'place'"):
+        find(f"{THIS}:last", {"plaec": 0})
+    assert find(f"{THIS}:bare", {"share": 0.25})
+    assert find(f"{THIS}:quoted", {"needed": 0.25, "place": 0})
+    with pytest.raises(InvalidInput, match=r"place of strategy .* must be a whole number"):
+        find(f"{THIS}:quoted", {"place": 0.5})
+
+
+def test_the_command_tells_of_every_row_and_parameter(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each by its name, a line and its defaults."""
+    run([])
+    told = " ".join(capsys.readouterr().out.split())
+    for name, row in ROWS.items():
+        assert f" {name}: " in told
+        assert " ".join((inspect.getdoc(row) or "").splitlines()[0].split()) in told
+    assert "trim: share of the values dropped at either end, rounded down. [0.2]" in told
+    assert "tau: how much the step adapts: the less, the more. [0.001]" in told
