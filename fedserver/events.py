@@ -1,4 +1,4 @@
-"""What happened, told to whoever listens: the log, a terminal, a dashboard.
+"""Events, and the bus that passes them to listeners: the log, a terminal, a dashboard.
 
 An event is in the store before it is published here; listeners change nothing.
 """
@@ -7,7 +7,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from fedserver.records import Event, Round
+from fedrounds.types import IncidentKind, OrderEnd
+from fedserver.phases import OrderState
+from fedserver.records import Arrival, Event, Round
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ class EventBus:
         self._listeners.append(listener)
 
     def publish(self, event: Event) -> None:
-        """Tell every listener."""
+        """Pass an event to every listener."""
         for listener in self._listeners:
             listener(event)
 
@@ -46,6 +48,45 @@ def event_of(
         attempt=None if of is None else of.attempt,
         client_id=client_id,
         is_incident=is_incident,
+        fields=fields,
+    )
+
+
+_NOT_NEEDED = (OrderEnd.ATTEMPT_FAILED, OrderEnd.TAKEN_BACK)
+
+
+def update_event(
+    arrival: Arrival,
+    state: OrderState,
+    *,
+    order_end: OrderEnd | None,
+    client_id: int,
+    round_key: tuple[int, int],
+    at: float,
+) -> Event:
+    """Return the event of an update that has come in, in the round and attempt it came into.
+
+    `state` is the state of its order afterwards, `order_end` how the order ended if no update of it
+    counts.
+    """
+    fields: dict[str, object] = {}
+    if order_end in _NOT_NEEDED:
+        # The attempt ended first. The client was in time: no incident.
+        kind, fields = "update-unneeded", {"reason": order_end}
+    elif state is OrderState.STORED:
+        kind, fields = "update-stored", {"num_examples": arrival.update.num_examples}
+        fields |= dict(sorted(arrival.update.metrics.items()))
+    else:
+        is_refused = state is OrderState.REFUSED
+        kind = IncidentKind.UPDATE_REFUSED if is_refused else IncidentKind.UPDATE_LATE
+        fields = {"reason": None if arrival.refusal is None else arrival.refusal.reason}
+    return Event(
+        kind=str(kind),
+        at=at,
+        round_number=round_key[0],
+        attempt=round_key[1],
+        client_id=client_id,
+        is_incident=kind in (IncidentKind.UPDATE_REFUSED, IncidentKind.UPDATE_LATE),
         fields=fields,
     )
 

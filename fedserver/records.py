@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from fedrounds.types import ClientUpdate
-from fedserver.phases import OrderState, Phase
+from fedserver.phases import OrderEvent, OrderState, Phase
 
 
 def json_number(value: float) -> float | str:
@@ -170,6 +170,24 @@ class Refusal:
 
     reason: str
     evidence: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """An update that has come in, and the event that it is for its order: STORE, REFUSE or MISS.
+
+    `refusal` belongs to REFUSE, and `delta_norm` (the L2 norm of local minus global) to STORE.
+    `kept_bytes` is how much of its payload has arrived. `handed_out_at` is the time at which its
+    order was first pulled, `answered_s` how many seconds later it came; None where it isn't known.
+    """
+
+    update: ClientUpdate
+    order_event: OrderEvent
+    refusal: Refusal | None = None
+    delta_norm: float | None = None
+    kept_bytes: int = 0
+    handed_out_at: float | None = None
+    answered_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,14 +32,13 @@ from fedrounds.types import (
     ClientUpdate,
     Compression,
     Encoding,
-    OrderEnd,
     Registration,
     Section,
     TrainingConfig,
     WorkOrder,
 )
 from fedserver.phases import OrderEvent, OrderState, Phase
-from fedserver.records import Event, Order, Refusal, Round, Run, Session, StoredUpdate
+from fedserver.records import Arrival, Event, Order, Refusal, Round, Run, Session, StoredUpdate
 from fedserver.store import Store
 from fedserver.updates.admission import AdmissionLimits
 
@@ -215,19 +214,16 @@ def end_order(
     kept_bytes: int = 0,
 ) -> tuple[OrderState, bool]:
     """Apply an event to an order with the update it rests on; see `Store.end_order`."""
-
-    def describe(state: OrderState, _: OrderEnd | None) -> Event:
-        return make_event(f"update-{state.lower()}")
-
     refusal = None if reason is None else Refusal(reason=reason, evidence={"kind": "test"})
     return store.end_order(
         run.run_id,
-        update,
-        order_event,
-        describe,
-        refusal=refusal,
-        delta_norm=1.0,
-        kept_bytes=kept_bytes,
+        Arrival(
+            update=update,
+            order_event=order_event,
+            refusal=refusal,
+            delta_norm=1.0,
+            kept_bytes=kept_bytes,
+        ),
     )
 
 

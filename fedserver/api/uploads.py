@@ -26,14 +26,13 @@ from fedrounds.types import (
     MODEL_SECTION,
     ClientUpdate,
     IncidentKind,
-    OrderEnd,
     Receipt,
     UploadAnswer,
 )
 from fedserver.api.flow_control import Slots, StreamFence
 from fedserver.housekeeping.retention import evict_updates
 from fedserver.phases import OrderEvent, OrderState
-from fedserver.records import Event, OrderRecord, Refusal
+from fedserver.records import Arrival, Event, OrderRecord, Refusal
 from fedserver.rounds.open_orders import OpenOrders, OpenRound
 from fedserver.run_context import RunContext
 from fedserver.run_settings import compression_of
@@ -56,8 +55,6 @@ _ANSWERS = {
     OrderState.LATE: Receipt.LATE,
     OrderState.ABANDONED: Receipt.LATE,
 }
-
-_UNNEEDED = (OrderEnd.ATTEMPT_FAILED, OrderEnd.TAKEN_BACK)
 
 _GOOD = (OrderState.STORED, OrderState.COUNTED)
 
@@ -289,33 +286,6 @@ class Uploads:
         delta_norm: float | None = None,
     ) -> UploadAnswer:
         """Record how an order ended; what isn't stored goes into quarantine with its bytes."""
-
-        def describe(state: OrderState, order_end: OrderEnd | None) -> Event:
-            is_good = state is OrderState.STORED
-            kind = {
-                OrderState.STORED: "update-stored",
-                OrderState.REFUSED: IncidentKind.UPDATE_REFUSED.value,
-            }.get(state, IncidentKind.UPDATE_LATE.value)
-            if order_end in _UNNEEDED:
-                # Its client is in time: nothing went wrong on its side.
-                return Event(
-                    kind="update-unneeded",
-                    at=time.time(),
-                    client_id=record.client_id,
-                    fields={"reason": order_end},
-                )
-            good_fields = {
-                "num_examples": update.num_examples,
-                **dict(sorted(update.metrics.items())),
-            }
-            return Event(
-                kind=kind,
-                at=time.time(),
-                client_id=record.client_id,
-                is_incident=not is_good,
-                fields=good_fields if is_good else {"reason": refusal and refusal.reason},
-            )
-
         if order_event is not OrderEvent.STORE:
             update = _without_names_of_its_own(update)
         open_order = self._open_orders.find(update.order_id)
@@ -325,19 +295,19 @@ class Uploads:
             if open_order is None or handed_out_at is None
             else time.monotonic() - open_order.handed_out_s
         )
+        arrival = Arrival(
+            update=update,
+            order_event=order_event,
+            refusal=refusal,
+            delta_norm=delta_norm,
+            kept_bytes=0 if stream is None else stream.offset,
+            handed_out_at=handed_out_at,
+            answered_s=answered_s,
+        )
         while True:
             collecting = self._open_orders.current
             state, is_recorded = await self._store.end_order(
-                record.run_id,
-                update,
-                order_event,
-                describe,
-                refusal=refusal,
-                delta_norm=delta_norm,
-                kept_bytes=0 if stream is None else stream.offset,
-                handed_out_at=handed_out_at,
-                answered_s=answered_s,
-                buffer_size=self._context.strategy.buffer_size,
+                record.run_id, arrival, buffer_size=self._context.strategy.buffer_size
             )
             if state is not OrderState.OPEN:
                 break

@@ -1,21 +1,22 @@
 """Orders, the updates they end with, and events."""
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict
 from itertools import takewhile
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Table, func, insert, select
 
-from fedrounds.types import ClientUpdate, IncidentKind, OrderEnd, RunFailure
+from fedrounds.types import IncidentKind, OrderEnd, RunFailure
 from fedserver.clients.sampling import Participation
+from fedserver.events import update_event
 from fedserver.phases import OrderEvent, OrderState, Phase
 from fedserver.records import (
+    Arrival,
     Event,
     HeldState,
     OrderRecord,
-    Refusal,
     Round,
     StoredUpdate,
     json_number,
@@ -130,86 +131,83 @@ class Orders(Database):
         }
 
     def end_order(
-        self,
-        run_id: str,
-        received: ClientUpdate,
-        order_event: OrderEvent,
-        describe: Callable[[OrderState, OrderEnd | None], Event],
-        *,
-        refusal: Refusal | None = None,
-        delta_norm: float | None = None,
-        kept_bytes: int = 0,
-        handed_out_at: float | None = None,
-        answered_s: float | None = None,
-        buffer_size: int = 0,
+        self, run_id: str, arrival: Arrival, *, buffer_size: int = 0
     ) -> tuple[OrderState, bool]:
         """Apply STORE, REFUSE or MISS with the update it rests on, if the order is still open.
 
-        Returns the state the order is in afterwards and whether this call recorded the update, with
-        the event that `describe` makes, placed in the round that the update came into.
-        Where the order had ended before, it stays as it is: a first update that came too late is
-        put on record, and anything else changes nothing and is no event.
+        Returns the state of the order afterwards, and whether this call recorded the update. The
+        event (see `update_event`) is of the round that the update came into. Where the order had
+        ended before, it stays as it is: a first update that came too late is put on record, and
+        anything else changes nothing and is no event.
 
         With a `buffer_size` the update comes into whichever round collects, if so many aren't
         stored in it yet; without one the order stays OPEN and nothing is changed.
 
-        `answered_s` is how many seconds after its order was handed out the update came.
-
         An update that ends REFUSED is in quarantine from then on and its client suspended; one that
-        came too late is in quarantine if `kept_bytes` of it have arrived.
+        came too late is in quarantine if bytes of it have arrived.
         """
+        received, order_event, refusal = arrival.update, arrival.order_event, arrival.refusal
         with self.writing() as connection:
             order = find_order(connection, received.order_id)
             state = order.state
             if order.digest is not None:
                 return state, False
             at = time.time()
-            came_into: tuple[int, int] | None = order.round_number, order.attempt
+            round_key: tuple[int, int] | None = order.round_number, order.attempt
             if state is OrderState.OPEN:
                 if buffer_size:
-                    came_into = _buffer(connection, run_id, order_event, buffer_size)
-                if came_into is None:
+                    round_key = _buffer(connection, run_id, order_event, buffer_size)
+                if round_key is None:
                     return state, False
                 state = move_order(
                     connection,
                     received.order_id,
                     state,
                     order_event,
-                    handed_out_at=handed_out_at,
+                    handed_out_at=arrival.handed_out_at,
                     ended_at=None if order_event is OrderEvent.STORE else at,
                 )
             metrics = {name: json_number(value) for name, value in received.metrics.items()}
-            assert came_into is not None
+            assert round_key is not None
             values = asdict(received) | {
-                "round": came_into[0],
-                "attempt": came_into[1],
+                "round": round_key[0],
+                "attempt": round_key[1],
                 "metrics": metrics,
-                "delta_norm": delta_norm,
+                "delta_norm": arrival.delta_norm,
                 "received_at": at,
                 "received_s": read_clock(connection, run_id),
-                "answered_s": answered_s,
+                "answered_s": arrival.answered_s,
                 "reason": refusal.reason if refusal else None,
             }
             connection.execute(insert(schema.updates), values)
-            if state is OrderState.REFUSED or (kept_bytes and state is not OrderState.STORED):
-                evidence = refusal.evidence if refusal else {"kind": "stale"}
+            is_kept = arrival.kept_bytes > 0 and state is not OrderState.STORED
+            if state is OrderState.REFUSED or is_kept:
                 hold_update(
-                    connection, run_id, received.order_id, evidence, kept_bytes=kept_bytes, at=at
+                    connection,
+                    run_id,
+                    received.order_id,
+                    refusal.evidence if refusal else {"kind": "stale"},
+                    kept_bytes=arrival.kept_bytes,
+                    at=at,
                 )
-            order_end = find_order_end(connection, received.order_id)
-            happened = replace(
-                describe(state, order_end), round_number=came_into[0], attempt=came_into[1]
+            event = update_event(
+                arrival,
+                state,
+                order_end=find_order_end(connection, received.order_id),
+                client_id=order.client_id,
+                round_key=round_key,
+                at=at,
             )
             if state is OrderState.REFUSED:
                 assert refusal is not None
-                happened = strike_client(
+                event = strike_client(
                     connection,
                     run_id,
-                    happened,
+                    event,
                     client_id=order.client_id,
                     reason=refusal.reason,
                 )
-            add_events(connection, run_id, [happened])
+            add_events(connection, run_id, [event])
             return state, True
 
     def abandon_order(

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import StatementError
 
 from fedrounds.errors import NotFound
-from fedrounds.types import OrderEnd
 from fedserver import ledger
 from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState, Phase
-from fedserver.records import Event, HeldState, Round, Run, RunState
+from fedserver.records import Arrival, Event, HeldState, Refusal, Round, Run, RunState
 from fedserver.store import Store, read_history
 from tests.factories import (
     DIGEST,
@@ -256,15 +256,16 @@ def test_a_failure_amid_finishing_leaves_nothing_half_done(
 
 
 def test_a_failure_amid_recording_leaves_the_order_open(store: Store, path: Path) -> None:
-    """If the event can't be made, neither is the order ended nor the update on record."""
+    """If the evidence can't be written, neither is the order ended nor the update on record."""
     run, opened = begin_round(store)
     before = dump(path)
-
-    def fail(_: OrderState, __: OrderEnd | None) -> Event:
-        raise RuntimeError("cut off")
-
-    with pytest.raises(RuntimeError, match="cut off"):
-        store.end_order(run.run_id, make_update(opened.orders[0].order_id), OrderEvent.STORE, fail)
+    arrival = Arrival(
+        update=make_update(opened.orders[0].order_id),
+        order_event=OrderEvent.REFUSE,
+        refusal=Refusal(reason="bad", evidence={"kind": object()}),
+    )
+    with pytest.raises(StatementError, match="not JSON serializable"):
+        store.end_order(run.run_id, arrival)
     assert dump(path) == before
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState
-from fedserver.records import Order, Refusal, Round, Run, RunState
+from fedserver.records import Arrival, Order, Refusal, Round, Run, RunState
 from fedserver.store import Store, read_history
 from fedserver.verification.chain import chain_findings, row_findings
 from tests.factories import begin_round, make_event, make_round, make_update
@@ -27,10 +27,11 @@ class Asynchronous:
         """Let the update of an order arrive; returns the order's state afterwards."""
         state, _ = self.store.end_order(
             self.run.run_id,
-            make_update(order_id, payload=order_id.encode()),
-            order_event,
-            lambda state, _: make_event(f"update-{state.lower()}"),
-            delta_norm=1.0,
+            Arrival(
+                update=make_update(order_id, payload=order_id.encode()),
+                order_event=order_event,
+                delta_norm=1.0,
+            ),
             buffer_size=K,
         )
         return state
@@ -194,10 +195,11 @@ def test_a_refused_update_is_told_of_the_round_that_it_came_into(
     asynchronous.store.take_recorded()
     state, is_recorded = asynchronous.store.end_order(
         asynchronous.run.run_id,
-        make_update(two),
-        OrderEvent.REFUSE,
-        lambda state, _: make_event(f"update-{state.lower()}"),
-        refusal=Refusal(reason="bad", evidence={"kind": "test"}),
+        Arrival(
+            update=make_update(two),
+            order_event=OrderEvent.REFUSE,
+            refusal=Refusal(reason="bad", evidence={"kind": "test"}),
+        ),
         buffer_size=K,
     )
     assert (state, is_recorded) == (OrderState.REFUSED, True)
