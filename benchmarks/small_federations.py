@@ -278,7 +278,7 @@ class Simulation:
         orders = work_orders(
             *(self.settings, opened, self.model),
             {client: order_id for client, (order_id, _) in self.states.items()},
-            local=self.strategy.local,
+            algorithm=self.strategy.client_algorithm,
         )
         self.at_work += [Given(order=one, base=self.model, given_in=opened) for one in orders]
         trained = [(one, update) for one in self._arriving() if (update := self._train(one))]

@@ -11,10 +11,17 @@ kinds in fedrounds.strategies. What a row computes must depend on nothing but it
 import math
 
 from fedrounds.errors import InvalidInput
-from fedrounds.strategies import Cohort, Matrix, Mean, Rule, Weights, mean_by
+from fedrounds.strategies import (
+    Cohort,
+    Matrix,
+    RobustAggregator,
+    WeightedAggregator,
+    Weights,
+    mean_by,
+)
 
 
-def by_root(*, power: float = 0.5) -> Mean:
+def by_root(*, power: float = 0.5) -> WeightedAggregator:
     """Mean weighted by num_examples^power: between the uniform mean (0) and FedAvg (1).
 
     Args:
@@ -27,10 +34,10 @@ def by_root(*, power: float = 0.5) -> Mean:
         weights = [update.num_examples**power for update in cohort.updates]
         return Weights(weights, math.fsum(weights))
 
-    return Mean(aggregator=mean_by(weigh))
+    return WeightedAggregator(aggregator=mean_by(weigh))
 
 
-def midmean(*, middle: float = 0.5) -> Rule:
+def midmean(*, middle: float = 0.5) -> RobustAggregator:
     """Mean of the middle share of each coordinate's values.
 
     Args:
@@ -45,4 +52,4 @@ def midmean(*, middle: float = 0.5) -> Rule:
         mean: Matrix = ascending[:, num_cut : num_updates - num_cut].mean(axis=1, dtype="float64")
         return mean
 
-    return Rule(reduce=reduce)
+    return RobustAggregator(reduce=reduce)

@@ -14,7 +14,7 @@ from fedclient.state import Tensors
 from fedrounds.errors import WrongSettings
 from fedrounds.tensors.entries import norm_entries
 from fedrounds.training.corrections import Correction
-from fedrounds.types import CONTROL_SECTION, LocalRule
+from fedrounds.types import CONTROL_SECTION, ClientAlgorithmConfig
 
 NOTHING: Tensors = {}
 
@@ -80,7 +80,7 @@ class Begun:
     end: Callable[[Trained], Outcome] = _send_all
 
 
-def begin_rule(rule: LocalRule | None, start: Start) -> Begun:
+def begin_rule(rule: ClientAlgorithmConfig | None, start: Start) -> Begun:
     """Begin a rule's work on an order; without a rule nothing is done otherwise.
 
     Raises:
@@ -91,15 +91,15 @@ def begin_rule(rule: LocalRule | None, start: Start) -> Begun:
         return Begun()
     if rule.name not in _RULES:
         raise WrongSettings(
-            f"the server asks for the local rule {rule.name!r}, which this client doesn't know "
-            f"(it knows: {', '.join(_RULES)}); update it"
+            f"the server asks for the client algorithm {rule.name!r}, which this client doesn't "
+            f"know (it knows: {', '.join(_RULES)}); update it"
         )
     try:
         return _RULES[rule.name](start)
     except KeyError as error:
         raise WrongSettings(
-            f"the server's local rule {rule.name!r} comes without {error}; both sides need the "
-            "same version"
+            f"the server's client algorithm {rule.name!r} comes without {error}; both sides need "
+            "the same version"
         ) from error
 
 

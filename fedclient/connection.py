@@ -33,6 +33,7 @@ from fedrounds.errors import (
 from fedrounds.escaping import printable
 from fedrounds.types import (
     NO_COMPRESSION,
+    ClientAlgorithmConfig,
     ClientUpdate,
     Compression,
     Counters,
@@ -42,7 +43,6 @@ from fedrounds.types import (
     IncidentKind,
     Leave,
     LeaveReason,
-    LocalRule,
     OrderEnd,
     Partitioning,
     Receipt,
@@ -526,8 +526,8 @@ def _order(message: pb.WorkOrder) -> WorkOrder:
             clip_norm=training.clip_norm if training.HasField("clip_norm") else None,
             schedule=_schedule(training.schedule) if training.HasField("schedule") else Schedule(),
             augmentation=training.augmentation or "none",
-            local_rule=(
-                LocalRule(
+            client_algorithm=(
+                ClientAlgorithmConfig(
                     name=training.local_rule.name, parameters=dict(training.local_rule.parameters)
                 )
                 if training.HasField("local_rule")

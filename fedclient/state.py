@@ -101,7 +101,7 @@ class ClientStates:
             self._make_room()
             raise StateLost(
                 f"what was kept with order {last_counted_order_id} is lost ({error}); "
-                "a remedy that was in force isn't any more, and a local rule begins anew"
+                "a remedy that was in force isn't any more, and a client algorithm begins anew"
             ) from error
         self._make_room(last_counted_order_id, follows)
         return state

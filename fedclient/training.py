@@ -94,7 +94,7 @@ def train_order(
         TrainingHalted: training went wrong, and may not or can't be cured.
         NothingLearned: there is nothing to send.
         WrongSettings: the task's model isn't the one the server holds, its entries are aggregated
-            otherwise than the task here says, or the order's local rule isn't known here.
+            otherwise than the task here says, or the order's client algorithm isn't known here.
         OrderAbandoned: the server wants no update any more.
     """
     model, kinds, global_values = _begin_model(
@@ -103,10 +103,10 @@ def train_order(
 
     training = order.training
     rule = begin_rule(
-        training.local_rule,
+        training.client_algorithm,
         Start(
             model=model,
-            parameters=training.local_rule.parameters if training.local_rule else {},
+            parameters=training.client_algorithm.parameters if training.client_algorithm else {},
             kept=state.tensors,
             control=NOTHING if control is None else decode_state(control.read_bytes()),
         ),

@@ -131,9 +131,10 @@ def order_message(order: WorkOrder) -> pb.WorkOrder:
             augmentation=training.augmentation,
             local_rule=(
                 None
-                if training.local_rule is None
+                if training.client_algorithm is None
                 else pb.LocalRule(
-                    name=training.local_rule.name, parameters=training.local_rule.parameters
+                    name=training.client_algorithm.name,
+                    parameters=training.client_algorithm.parameters,
                 )
             ),
             work_deadline=(

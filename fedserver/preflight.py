@@ -14,8 +14,8 @@ import torch
 
 from fedrounds.data import examine_scheme
 from fedrounds.errors import InvalidInput, StorageDamaged
+from fedrounds.strategies.client_algorithms import validate_model
 from fedrounds.strategies.components import Strategy
-from fedrounds.strategies.local_rules import examine_model
 from fedrounds.strategies.registry import find_strategy
 from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.task import Task, build_model, kinds_of
@@ -52,7 +52,7 @@ def prepare(settings: ServerSettings) -> Prepared:
     model = build_model(task)
     kinds = kinds_of(task, model)
     examine_first_values(model, kinds, task=task.name)
-    examine_model(strategy.local, model, kinds)
+    validate_model(strategy.client_algorithm, model, kinds)
     _validate_compression(settings, model, kinds)
     evaluator = Evaluator(task, model, data_root=settings.data_root)
     evaluator.try_batch()

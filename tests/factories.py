@@ -24,7 +24,7 @@ from fedrounds.diagnosis.values import (
     TrendPoint,
 )
 from fedrounds.strategies.blocks import StateFile
-from fedrounds.strategies.components import Lack, lacks_nothing
+from fedrounds.strategies.components import Requirement, no_requirement
 from fedrounds.tensors.codec import digest_bytes, encode_state, read_layout
 from fedrounds.types import (
     MODEL_SECTION,
@@ -144,7 +144,7 @@ def make_limits(
     max_delta_norm: float = 10.0,
     max_steps_per_example: int = 2,
     compression: Compression = NO_COMPRESSION,
-    lacks: Lack = lacks_nothing,
+    unmet: Requirement = no_requirement,
 ) -> AdmissionLimits:
     """Return the bounds of a round."""
     return AdmissionLimits(
@@ -152,7 +152,7 @@ def make_limits(
         max_delta_norm=max_delta_norm,
         max_steps_per_example=max_steps_per_example,
         compression=compression,
-        lacks=lacks,
+        unmet=unmet,
     )
 
 

@@ -119,7 +119,7 @@ class SmallFederation:
         opened = make_round(round_number=self.round_number, clients=clients)
         return work_orders(
             *(self.settings, opened, self.model, self._last_counted),
-            local=self.strategy.local,
+            algorithm=self.strategy.client_algorithm,
         )
 
     def train(self, order: WorkOrder, *, max_steps: int = 0) -> Sent:

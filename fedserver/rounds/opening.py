@@ -230,7 +230,7 @@ class Opener:
     def _work_orders(self, opened: Round, base: GlobalModel) -> list[WorkOrder]:
         return work_orders(
             *(self._context.settings, opened, base, self.last_counted),
-            local=self._context.strategy.local,
+            algorithm=self._context.strategy.client_algorithm,
         )
 
     async def _carried_over(self, opened: Round) -> list[tuple[OpenRound, list[WorkOrder]]]:

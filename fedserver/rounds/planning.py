@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from fedrounds.seeds import derive_seed
-from fedrounds.strategies.components import Local, Strategy
+from fedrounds.strategies.components import ClientAlgorithm, Strategy
 from fedrounds.types import CONTROL_SECTION, MODEL_SECTION, Section, WorkOrder
 from fedserver.clients.sampling import (
     RESTS_ON_THE_PAST,
@@ -219,7 +219,8 @@ def admission_limits(
     settings: ServerSettings, opened: Round, *, strategy: Strategy
 ) -> AdmissionLimits:
     """Return the bounds that were frozen when a round opened."""
-    has_control = strategy.local is not None and strategy.local.sends_control
+    algorithm = strategy.client_algorithm
+    has_control = algorithm is not None and algorithm.sends_control
     rate = settings.lr * opened.adjustments.lr_factor
     return AdmissionLimits(
         max_num_examples=settings.max_num_examples,
@@ -229,7 +230,7 @@ def admission_limits(
         sections=(MODEL_SECTION, CONTROL_SECTION) if has_control else (MODEL_SECTION,),
         # A mean gradient that were longer would lead beyond the cap in a single step.
         max_control_norm=opened.max_delta_norm / rate,
-        lacks=strategy.lacks,
+        unmet=strategy.unmet,
     )
 
 
@@ -254,19 +255,19 @@ def work_orders(
     base: GlobalModel,
     last_counted: Mapping[int, str],
     *,
-    local: Local | None,
+    algorithm: ClientAlgorithm | None,
 ) -> list[WorkOrder]:
     """Return what a round's clients are asked for; `last_counted` names each one's last order."""
     sections = [
         Section(name=MODEL_SECTION, digest=base.digest, size_bytes=base.file.layout.size_bytes)
     ]
     state = base.server_state
-    if local is not None and local.sends_control and state is not None:
+    if algorithm is not None and algorithm.sends_control and state is not None:
         size_bytes = state.file.layout.size_bytes
         sections.append(Section(name=CONTROL_SECTION, digest=state.digest, size_bytes=size_bytes))
     training = replace(
         adjusted(settings.training_in(opened.round_number), opened.adjustments),
-        local_rule=None if local is None else local.rule,
+        client_algorithm=None if algorithm is None else algorithm.config,
     )
     epochs: Mapping[int, int] = {}
     if settings.straggler_work == "partial":

@@ -145,9 +145,9 @@ def patience_of(settings: ServerSettings) -> Patience:
 def work_of(order: WorkOrder, *, num_examples: int) -> Work:
     """Return what an order asks of a client with so many examples.
 
-    A local rule may train a model of the client's own as long again, and evaluate it too.
+    A client algorithm may train a model of the client's own as long again, and evaluate it too.
     """
-    num_models = 1 if order.training.local_rule is None else 2
+    num_models = 1 if order.training.client_algorithm is None else 2
     passes = num_models * (order.training.epochs + order.evaluate)
     return Work(
         num_examples=passes * num_examples,

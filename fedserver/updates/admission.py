@@ -13,7 +13,7 @@ import torch
 
 from fedrounds.errors import InvalidInput
 from fedrounds.strategies.blocks import BlockReader, StateFile, blocks_of
-from fedrounds.strategies.components import Lack, lacks_nothing
+from fedrounds.strategies.components import Requirement, no_requirement
 from fedrounds.strategies.compressed import examine_packed
 from fedrounds.tensors.codec import Entry, Layout, digest_file
 from fedrounds.types import (
@@ -64,7 +64,7 @@ class AdmissionLimits:
     sections: tuple[str, ...] = (MODEL_SECTION,)
     max_control_norm: float = math.inf
     compression: Compression = NO_COMPRESSION
-    lacks: Lack = lacks_nothing
+    unmet: Requirement = no_requirement
 
 
 def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimits) -> None:
@@ -106,7 +106,7 @@ def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimit
                 f"metric {name!r} is {value:g}; it must lie in 1 to {limits.max_num_examples}",
                 kind="metrics",
             )
-    if lack := limits.lacks(update.num_steps, update.metrics.get("global_loss")):
+    if lack := limits.unmet(update.num_steps, update.metrics.get("global_loss")):
         raise UpdateRefused(lack, kind="lack")
     if update.encoding not in (Encoding.STATE_DICT, limits.compression.encoding):
         raise UpdateRefused(

@@ -39,8 +39,8 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalRule:
-    """What a client does otherwise than plain training, by name, with the rule's numbers."""
+class ClientAlgorithmConfig:
+    """The client algorithm that an order asks for, by name, with its numbers."""
 
     name: str
     parameters: Mapping[str, float] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class TrainingConfig:
     clip_norm: float | None = None
     schedule: Schedule = field(default_factory=Schedule)
     augmentation: str = "none"
-    local_rule: LocalRule | None = None
+    client_algorithm: ClientAlgorithmConfig | None = None
     work_deadline_s: float | None = None
 
 
@@ -460,8 +460,10 @@ METRIC_NAMES = frozenset(
         "compression_error",
     }
 )
-"""The metrics an update may carry: share of right answers and mean loss over the last local epoch,
-seconds of training; if the order asks, how good the global model was before it trained in this
-round, and on how many examples (see WorkOrder); the same, after it, of a model that a local rule
-leaves to the client alone; and of a compressed update the L2 norm of what was lost over that of
-what was to be sent."""
+"""The metrics an update may carry.
+
+accuracy, loss: share of right answers and mean loss over the last local epoch. train_s: seconds of
+training. global_*: if the order asks, how good the global model was before this training, and on
+how many examples (see WorkOrder). personal_*: the same for the client's own model after this
+training, if the client algorithm has one. compression_error: the L2 norm of what compression lost
+over that of the delta."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedrounds.strategies.blocks import Cohort
-from fedrounds.strategies.components import Mean, UnfitCohort
+from fedrounds.strategies.components import UnfitCohort, WeightedAggregator
 from fedrounds.strategies.means import Weights, mean_by
 from fedrounds.wire.pb import federation_pb2 as pb
 from tests.integration.peer import Peer, changed, entry_of, open_round, payload_of
@@ -16,7 +16,7 @@ from tests.processes import Scene
 GOOD: dict[str, Any] = {"metrics": {"loss": 0.5, "accuracy": 0.75, "global_loss": 1.5}}
 
 
-def at_most_10() -> Mean:
+def at_most_10() -> WeightedAggregator:
     """Mean of clients that have at most 10 examples each; the server imports it from here."""
 
     def weigh(cohort: Cohort) -> Weights:
@@ -25,7 +25,7 @@ def at_most_10() -> Mean:
             raise UnfitCohort(f"a client has {most} examples")
         return Weights([1] * len(cohort.updates), len(cohort.updates))
 
-    return Mean(aggregator=mean_by(weigh))
+    return WeightedAggregator(aggregator=mean_by(weigh))
 
 
 @contextmanager

@@ -1,35 +1,35 @@
-"""What the server makes of a cohort's updates, and what a strategy of your own is made of.
+"""How a cohort's updates become the next global model, and the classes for your own components.
 
-`fedrounds.strategies.registry` has the table of all strategies; examples/own_strategy.py adds two.
+`fedrounds.strategies.registry` has the table of all components; examples/own_strategy.py adds two.
 """
 
 from fedrounds.strategies.blocks import Cohort
 from fedrounds.strategies.components import (
-    Local,
+    ClientAlgorithm,
+    Component,
+    LinearMap,
     Matrix,
-    Mean,
-    Mixing,
-    Part,
-    Rule,
+    PreAggregator,
+    RobustAggregator,
     ServerOptimizer,
-    Step,
     Strategy,
     UnfitCohort,
+    WeightedAggregator,
 )
 from fedrounds.strategies.means import Weights, mean_by
 
 __all__ = [
+    "ClientAlgorithm",
     "Cohort",
-    "Local",
+    "Component",
+    "LinearMap",
     "Matrix",
-    "Mean",
-    "Mixing",
-    "Part",
-    "Rule",
+    "PreAggregator",
+    "RobustAggregator",
     "ServerOptimizer",
-    "Step",
     "Strategy",
     "UnfitCohort",
+    "WeightedAggregator",
     "Weights",
     "mean_by",
 ]

@@ -1,7 +1,7 @@
-"""What a strategy is put together from: the kinds of rows, and what a whole one is.
+"""The components of a strategy, one class for each kind, and the whole strategy.
 
-A row of the table is a function with parameters by name that returns one of these. The parameter
-`settings`, where a function has it, are the run's settings.
+A row of the table of strategies is a function with keyword parameters that returns a component.
+The parameter `settings`, where a function has it, is filled with the run's settings.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ import torch
 
 from fedrounds.errors import FederationError
 from fedrounds.strategies.blocks import Aggregator
-from fedrounds.types import LocalRule
+from fedrounds.types import ClientAlgorithmConfig
 
 Matrix = npt.NDArray[np.float64]
 
@@ -23,12 +23,13 @@ class UnfitCohort(FederationError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """A linear step from points to points, told by coefficients.
+class LinearMap:
+    """A linear map of a cohort's updates, given by its coefficients.
 
-    `apply` gets the squared L2 distances between the global model and m updates, [m + 1, m + 1]
-    with the global model first, and a seed; it returns coefficients [k, m + 1] whose rows sum to 1,
-    the k updates that come out. Where it doesn't need distances they may be all 0.
+    `apply` takes the squared L2 distances between the global model and m updates, [m + 1, m + 1]
+    with the global model first, and a seed. It returns coefficients [k, m + 1] whose rows sum to 1:
+    one row for each of the k updates that come out. If `needs_distances` is false, the distances
+    may be all 0.
     """
 
     apply: Callable[[Matrix, int], Matrix]
@@ -39,65 +40,68 @@ Reduction = Callable[[Matrix], Matrix]
 """Coordinate-wise: the updates' values ascending, [count, num_updates] -> float64 [count]."""
 
 
-Lack = Callable[[int, float | None], str]
-"""What an update lacks that its weight rests on, in a sentence; "" if nothing.
+Requirement = Callable[[int, float | None], str]
+"""Says in a sentence why a strategy can't weigh an update; "" if it can.
 
-Told its num_steps and its client's loss of the global model, None if the client told none.
+The arguments are the update's num_steps and its client's loss of the global model (None: the client
+reported none).
 """
 
 
-def lacks_nothing(_: int, __: float | None) -> str:
-    """Return that any update will do."""
+def no_requirement(_: int, __: float | None) -> str:
+    """Return "": the strategy can weigh any update."""
     return ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mean:
-    """An aggregator that weighs the updates by what their clients say of them.
+class WeightedAggregator:
+    """An aggregator that weights each update by what its client reports, such as num_examples.
 
-    One with a `buffer_size` is asynchronous: a round is a buffer of so many updates, which may have
-    begun with older models (see fedrounds.strategies.fedbuff). 0: all begin with the same one. An
-    update of which `lacks` says something is refused when it comes.
+    With a `buffer_size` above 0 it is asynchronous: a round is a buffer of that many updates, which
+    may have begun with older models (see fedrounds.strategies.fedbuff). With 0, all updates begin
+    with the same model. The server refuses an update for which `unmet` returns a sentence.
     """
 
     aggregator: Aggregator
     buffer_size: int = 0
-    lacks: Lack = lacks_nothing
+    unmet: Requirement = no_requirement
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
-    """An aggregator to which all updates count the same: `select` some, then `reduce` them.
+class RobustAggregator:
+    """An aggregator that gives every update the same weight: `select` some, then `reduce` them.
 
-    `select` leaves all as they are if it is None. Where it leaves more than one, `reduce` makes one
-    of them, and in any case of the float buffers of all. `min_updates` is how many it takes.
+    If `select` is None, all updates stay as they are. If more than one is left, `reduce` makes one
+    of them. `reduce` always applies to the float buffers of all updates. It needs `min_updates`
+    updates.
     """
 
     reduce: Reduction
-    select: Step | None = None
+    select: LinearMap | None = None
     min_updates: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixing:
-    """A step before a Rule; `min_updates` says how many it takes for that many to come out.
+class PreAggregator:
+    """A step before a RobustAggregator.
 
-    `bounds_updates`: after it no single update can do much harm, so that the plain mean follows
-    where no rule is named. After others one must be.
+    `min_updates` takes the number of updates that must come out, and returns how many must come in.
+    `bounds_updates`: after this step no single update can do much harm, so the plain mean may
+    follow and is the default. After any other, the strategy must name a robust aggregator.
     """
 
-    step: Step
+    linear_map: LinearMap
     min_updates: Callable[[int], int]
     bounds_updates: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptimizer:
-    """How the model follows the pseudo-gradient, the aggregate minus the global model.
+    """How the global model follows the pseudo-gradient: the aggregate minus the global model.
 
-    `initial` is what each moment of a parameter begins with. `step` gets the pseudo-gradient,
-    float64 [count], and the moments, float64 [count, num_moments], and returns by how much the
-    model moves and the moments after. Momenta are kept for parameters alone.
+    `initial` is the first value of each moment. `step` takes the pseudo-gradient, float64 [count],
+    and the moments, float64 [count, num_moments]. It returns the change of the model and the new
+    moments. Only parameters have moments.
     """
 
     initial: tuple[float, ...]
@@ -105,19 +109,21 @@ class ServerOptimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Local:
-    """What clients do otherwise than plain training: `rule` is sent with every order.
+class ClientAlgorithm:
+    """What clients do other than plain training; `config` is sent with every order.
 
-    `server_optimizer` is what belongs to it at the server, told how many updates count. With a
-    `control_share` clients send control variates' changes in a section of their own; their plain
-    mean, times the share that belongs to the number of updates, is added to the server state,
-    which clients get with their orders. `only_behind` names the aggregators it makes sense with;
-    without one named it is uniform then. `not_behind` names those it makes none with, and why.
-    `is_personal`: the global model alone is none that anybody uses. `needs_norms`: the task's model
-    must have normalisation layers. `needs_whole_model`: the server must aggregate each parameter.
+    `server_optimizer` takes the number of updates that count and returns the optimizer that belongs
+    to the algorithm at the server. With a `control_share`, clients send the changes of their
+    control variates in a section of their own. The server adds their plain mean, times
+    control_share(number of updates), to its state, which clients get with their orders.
+
+    `only_behind` names the aggregators that may precede it; the default aggregator is then uniform.
+    `not_behind` maps the components that may not precede it to the reason. `is_personal`: nobody
+    uses the global model alone. `needs_norms`: the task's model must have normalisation layers.
+    `needs_whole_model`: the server must aggregate every parameter.
     """
 
-    rule: LocalRule
+    config: ClientAlgorithmConfig
     server_optimizer: Callable[[int], ServerOptimizer] | None = None
     control_share: Callable[[int], float] | None = None
     only_behind: frozenset[str] | None = None
@@ -128,40 +134,43 @@ class Local:
 
     @property
     def sends_control(self) -> bool:
-        """Whether control variates go both ways beside the model."""
+        """Whether control variates travel beside the model, in both directions."""
         return self.control_share is not None
 
 
-Part = Mean | Rule | Mixing | ServerOptimizer | Local
+Component = (
+    WeightedAggregator | RobustAggregator | PreAggregator | ServerOptimizer | ClientAlgorithm
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """How clients train, and how a cohort's updates become the next global model.
+    """How clients train, and how the updates of a cohort become the next global model.
 
-    `min_updates` is the smallest cohort it makes sense for, `buffer_size` that of an asynchronous
-    one's buffer (0: it is synchronous), `lacks` says which updates it can't weigh.
+    `min_updates` is the smallest cohort it works with. `buffer_size` is the size of an asynchronous
+    strategy's buffer (0: it is synchronous). `unmet` says why it can't weigh an update.
     """
 
     name: str
     aggregator: Aggregator
     server_optimizer: ServerOptimizer | None = None
-    local: Local | None = None
+    client_algorithm: ClientAlgorithm | None = None
     min_updates: int = 1
     buffer_size: int = 0
-    lacks: Lack = lacks_nothing
+    unmet: Requirement = no_requirement
 
     @property
     def is_personal(self) -> bool:
-        """Whether the global model alone is none that anybody uses."""
-        return self.local is not None and self.local.is_personal
+        """Whether nobody uses the global model alone."""
+        return self.client_algorithm is not None and self.client_algorithm.is_personal
 
     def optimizer_for(self, num_updates: int) -> ServerOptimizer | None:
-        """Return the server optimizer of a round in which so many updates count.
+        """Return the server optimizer of a round in which `num_updates` updates count.
 
         Raises:
-            UnfitCohort: there can't be so many.
+            UnfitCohort: the client algorithm doesn't allow that many.
         """
-        if self.local is not None and self.local.server_optimizer is not None:
-            return self.local.server_optimizer(num_updates)
+        algorithm = self.client_algorithm
+        if algorithm is not None and algorithm.server_optimizer is not None:
+            return algorithm.server_optimizer(num_updates)
         return self.server_optimizer

@@ -18,7 +18,7 @@ from fedrounds.strategies.blocks import (
     Cohort,
     StateFile,
 )
-from fedrounds.strategies.components import Mean
+from fedrounds.strategies.components import WeightedAggregator
 from fedrounds.strategies.means import Weights, weighted_sum
 from fedrounds.types import EntryKind
 
@@ -27,7 +27,7 @@ MAX_BUFFER_SIZE = 100_000
 
 def fedbuff(
     *, buffer_size: int = 10, staleness_exponent: float = 0.5, by_examples: bool = False
-) -> Mean:
+) -> WeightedAggregator:
     """Asynchronous: a step whenever buffer_size updates are there (Nguyen et al. 2022).
 
     "Federated Learning with Buffered Asynchronous Aggregation", algorithm 1. With d_i the delta of
@@ -71,7 +71,7 @@ def fedbuff(
 
         return begin
 
-    return Mean(aggregator=prepare, buffer_size=buffer_size)
+    return WeightedAggregator(aggregator=prepare, buffer_size=buffer_size)
 
 
 def _factor(staleness: int, exponent: float) -> float | int:

@@ -20,7 +20,12 @@ from fedrounds.strategies.blocks import (
     BlockReader,
     Cohort,
 )
-from fedrounds.strategies.components import Lack, Mean, UnfitCohort, lacks_nothing
+from fedrounds.strategies.components import (
+    Requirement,
+    UnfitCohort,
+    WeightedAggregator,
+    no_requirement,
+)
 from fedrounds.strategies.geometry import squared_norms
 from fedrounds.types import EntryKind
 
@@ -39,15 +44,17 @@ class Weights:
     of_base: float = 0.0
 
 
-def fedavg() -> Mean:
+def fedavg() -> WeightedAggregator:
     """Mean weighted by num_examples (McMahan et al. 2017, algorithm 1).
 
     "Communication-Efficient Learning of Deep Networks from Decentralized Data".
     """
-    return Mean(aggregator=mean_by(_by_num_examples))
+    return WeightedAggregator(aggregator=mean_by(_by_num_examples))
 
 
-def qfedavg(*, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, Any]) -> Mean:
+def qfedavg(
+    *, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, Any]
+) -> WeightedAggregator:
     """Clients on whose data the model is bad count more (Li et al. 2020, algorithm 2).
 
     "Fair Resource Allocation in Federated Learning". With F_k the loss of the global model on
@@ -74,7 +81,7 @@ def qfedavg(*, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, An
         """Return F^q and its derivative."""
         return loss**q, q * (max(loss, _LEAST_LOSS) if q < 1 else loss) ** (q - 1)
 
-    def lacks(_: int, loss: float | None) -> str:
+    def unmet(_: int, loss: float | None) -> str:
         if loss is None or not 0 <= loss < math.inf:
             return (
                 "qfedavg needs each client's loss of the global model, finite and not below 0; "
@@ -109,10 +116,10 @@ def qfedavg(*, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, An
             return Weights(moves, 1.0, of_base=1.0)
         return Weights(moves, total, of_base=total - of_updates)
 
-    return Mean(aggregator=mean_by(weigh, lacks), lacks=lacks)
+    return WeightedAggregator(aggregator=mean_by(weigh, unmet), unmet=unmet)
 
 
-def fednova(*, settings: Mapping[str, Any]) -> Mean:
+def fednova(*, settings: Mapping[str, Any]) -> WeightedAggregator:
     """Deltas divided by how far their local steps reach (Wang et al. 2020).
 
     "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", equation
@@ -131,7 +138,7 @@ def fednova(*, settings: Mapping[str, Any]) -> Mean:
         )
     momentum = float(settings.get("momentum", 0.0))
 
-    def lacks(num_steps: int, _: float | None) -> str:
+    def unmet(num_steps: int, _: float | None) -> str:
         if num_steps >= 1:
             return ""
         return f"fednova divides by the local steps, but this update has {num_steps}"
@@ -144,7 +151,7 @@ def fednova(*, settings: Mapping[str, Any]) -> Mean:
         moves = [mean_reach * p / a for p, a in zip(shares, reaches, strict=True)]
         return Weights(moves, 1.0, of_base=1 - math.fsum(moves))
 
-    return Mean(aggregator=mean_by(weigh, lacks), lacks=lacks)
+    return WeightedAggregator(aggregator=mean_by(weigh, unmet), unmet=unmet)
 
 
 def weighted_sum(
@@ -174,7 +181,7 @@ def weighted_sum(
     return compute
 
 
-def mean_by(weigh: Callable[[Cohort], Weights], lacks: Lack = lacks_nothing) -> Aggregator:
+def mean_by(weigh: Callable[[Cohort], Weights], unmet: Requirement = no_requirement) -> Aggregator:
     """Return the aggregator that gives parameters the weights of `weigh`, buffers num_examples.
 
     `weigh` is called once a round, on the whole cohort, and may raise UnfitCohort. It never sees an
@@ -183,7 +190,7 @@ def mean_by(weigh: Callable[[Cohort], Weights], lacks: Lack = lacks_nothing) -> 
 
     def prepare(cohort: Cohort) -> Callable[[], BlockFunction]:
         for update in cohort.updates:
-            if lack := lacks(update.num_steps, update.global_loss):
+            if lack := unmet(update.num_steps, update.global_loss):
                 raise UnfitCohort(f"{lack} ({update.path.name})")
         of_buffers = _by_num_examples(cohort)
         of_parameters = of_buffers if weigh is _by_num_examples else weigh(cohort)

@@ -1,4 +1,4 @@
-"""Steps before a robust rule, which make updates more alike: for clients whose data differ."""
+"""Steps before a robust aggregator that make updates more alike, for clients whose data differ."""
 
 import math
 import random
@@ -6,11 +6,11 @@ import random
 import numpy as np
 
 from fedrounds.errors import InvalidInput
-from fedrounds.strategies.components import Matrix, Mixing, Step
+from fedrounds.strategies.components import LinearMap, Matrix, PreAggregator
 from fedrounds.strategies.robust import within
 
 
-def clip(*, radius: float = 0.0) -> Mixing:
+def clip(*, radius: float = 0.0) -> PreAggregator:
     """Every delta is shortened to a norm (Sun et al. 2019, norm thresholding).
 
     "Can You Really Backdoor Federated Learning?"
@@ -27,10 +27,12 @@ def clip(*, radius: float = 0.0) -> Mixing:
         shares = within(radius or float(np.median(norms)), norms)
         return np.column_stack([1 - shares, np.diag(shares)])
 
-    return Mixing(step=Step(apply=apply), min_updates=lambda needed: needed, bounds_updates=True)
+    return PreAggregator(
+        linear_map=LinearMap(apply=apply), min_updates=lambda needed: needed, bounds_updates=True
+    )
 
 
-def nnm(*, f: int = 1) -> Mixing:
+def nnm(*, f: int = 1) -> PreAggregator:
     """Every update becomes the mean of its n - f nearest, itself included (Allouah et al. 2023).
 
     "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", algorithm 2. Among
@@ -52,10 +54,12 @@ def nnm(*, f: int = 1) -> Mixing:
         np.put_along_axis(coefficients, nearest + 1, 1 / num_kept, axis=1)
         return coefficients
 
-    return Mixing(step=Step(apply=apply), min_updates=lambda needed: max(needed, 2 * f + 1))
+    return PreAggregator(
+        linear_map=LinearMap(apply=apply), min_updates=lambda needed: max(needed, 2 * f + 1)
+    )
 
 
-def bucketing(*, size: int = 2) -> Mixing:
+def bucketing(*, size: int = 2) -> PreAggregator:
     """Updates are dealt at random into buckets, whose means go on (Karimireddy et al. 2022).
 
     "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", algorithm 1. f bad updates
@@ -76,7 +80,7 @@ def bucketing(*, size: int = 2) -> Mixing:
             row[np.array(bucket) + 1] = 1 / len(bucket)
         return coefficients
 
-    return Mixing(
-        step=Step(apply=apply, needs_distances=False),
+    return PreAggregator(
+        linear_map=LinearMap(apply=apply, needs_distances=False),
         min_updates=lambda needed: size * (needed - 1) + 1,
     )

@@ -1,40 +1,41 @@
-"""What the server makes of a cohort's updates: the table of all rows, and how they are combined.
+"""The table of all components of strategies, and how a name becomes a strategy.
 
-A strategy is named by its rows: steps before a robust rule, the aggregator, a server optimizer, a
-local rule, in this order and joined by "+", such as nnm+krum or median+fedadam+fedprox. Without an
-aggregator it is fedavg, or uniform: after clip, since what comes out of a step has no num_examples,
-and before local rules of which the paper has it so.
+A strategy's name joins the names of its components by "+", in this order: pre-aggregators, one
+aggregator, a server optimizer, a client algorithm. Examples: nnm+krum, median+fedadam+fedprox. The
+default aggregator is fedavg. It is uniform after clip, since the output of a pre-aggregator has no
+num_examples, and before client algorithms whose paper weights all clients the same.
 """
 
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from fedrounds.errors import InvalidInput
 from fedrounds.plugins import import_own
 from fedrounds.strategies import (
+    client_algorithms,
     fedbuff,
-    local_rules,
     means,
     pre_aggregators,
     robust,
     server_optimizers,
 )
 from fedrounds.strategies.components import (
-    Local,
-    Mean,
-    Mixing,
-    Part,
-    Rule,
+    ClientAlgorithm,
+    Component,
+    PreAggregator,
+    RobustAggregator,
     ServerOptimizer,
     Strategy,
+    WeightedAggregator,
 )
-from fedrounds.strategies.server_step import by_rule
+from fedrounds.strategies.server_step import map_and_reduce
 
-Row = Callable[..., Part]
+Factory = Callable[..., Component]
+"""A function with keyword parameters that returns a component of a strategy."""
 
-ROWS: Mapping[str, Row] = {
+COMPONENTS: Mapping[str, Factory] = {
     "fedavg": means.fedavg,
     "uniform": robust.uniform,
     "qfedavg": means.qfedavg,
@@ -54,89 +55,92 @@ ROWS: Mapping[str, Row] = {
     "fedadagrad": server_optimizers.fedadagrad,
     "fedadam": server_optimizers.fedadam,
     "fedyogi": server_optimizers.fedyogi,
-    "fedprox": local_rules.fedprox,
-    "scaffold": local_rules.scaffold,
-    "feddyn": local_rules.feddyn,
-    "fedbn": local_rules.fedbn,
-    "ditto": local_rules.ditto,
+    "fedprox": client_algorithms.fedprox,
+    "scaffold": client_algorithms.scaffold,
+    "feddyn": client_algorithms.feddyn,
+    "fedbn": client_algorithms.fedbn,
+    "ditto": client_algorithms.ditto,
 }
 
 
 def find_strategy(settings: Mapping[str, Any]) -> Strategy:
     """Return the strategy that a run's settings name.
 
-    They are `strategy`, `strategy_parameters` (numbers by name, of all its rows together) and what
-    single rows rest on. Naming `package.module:row` imports the module, that is, runs its code.
+    The settings are `strategy`, `strategy_parameters` (numbers by name, for all its components
+    together) and those that single components need. A name `package.module:function` imports that
+    module, which runs its code.
 
     Raises:
-        InvalidInput: there is no such row or parameter, a number is out of range, or the rows make
-            no sense together.
+        InvalidInput: there is no such component or parameter, a number is out of range, or the
+            components don't go together.
     """
     name = settings["strategy"]
-    given = dict(settings.get("strategy_parameters") or {})
-    rows = [(one, _find_row(one)) for one in name.split("+")]
-    known = {key for _, row in rows for key in parameters_of(row)}
-    for key in given.keys() - known:
+    values = dict(settings.get("strategy_parameters") or {})
+    factories = [(part, _find_factory(part)) for part in name.split("+")]
+    known = {key for _, factory in factories for key in parameters_of(factory)}
+    for key in values.keys() - known:
         near = difflib.get_close_matches(key, known, n=1)
         raise InvalidInput(
             f"strategy {name} has no parameter {key!r}"
             + (f"; did you mean {near[0]!r}?" if near else "")
             + f" (it has: {', '.join(sorted(known)) or 'none'})"
         )
-    parts = [_made(one, row, given, settings) for one, row in rows]
-    return _composed(name, parts)
+    components = [_make(part, factory, values, settings) for part, factory in factories]
+    return _compose(name, components)
 
 
-def parameters_of(row: Row) -> dict[str, inspect.Parameter]:
-    """Return what can be chosen of a row, by name."""
-    parameters = inspect.signature(row, eval_str=True).parameters
-    return {key: one for key, one in parameters.items() if key != "settings"}
+def parameters_of(factory: Factory) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a component that a user may choose, by name."""
+    parameters = inspect.signature(factory, eval_str=True).parameters
+    return {key: parameter for key, parameter in parameters.items() if key != "settings"}
 
 
-def _find_row(name: str) -> Row:
-    if name in ROWS:
-        return ROWS[name]
+def _find_factory(name: str) -> Factory:
+    if name in COMPONENTS:
+        return COMPONENTS[name]
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
-        near = difflib.get_close_matches(name, ROWS, n=1)
+        near = difflib.get_close_matches(name, COMPONENTS, n=1)
         raise InvalidInput(
             f"there is no strategy {name!r}"
             + (f"; did you mean {near[0]!r}?" if near else ".")
-            + f" There are: {', '.join(ROWS)}, joined by +; one of your own is named "
-            "package.module:function. `python -m fedserver strategies` tells of each"
+            + f" There are: {', '.join(COMPONENTS)}, joined by +; one of your own is named "
+            "package.module:function. `python -m fedserver strategies` describes each"
         )
     module = import_own(f"strategy {name!r}", module_name)
     if not hasattr(module, attribute):
         raise InvalidInput(f"strategy {name!r}: {module_name} has no {attribute}")
-    found = getattr(module, attribute)
-    if not callable(found):
+    factory = getattr(module, attribute)
+    if not callable(factory):
         raise InvalidInput(
-            f"strategy {name!r} is a {type(found).__name__}; name a function that returns a row "
-            "(see fedrounds.strategies.components)"
+            f"strategy {name!r} is a {type(factory).__name__}; name a function that returns a "
+            "component (see fedrounds.strategies.components)"
         )
-    row: Row = found
-    return row
+    return cast(Factory, factory)
 
 
-def _made(name: str, row: Row, given: Mapping[str, float], settings: Mapping[str, Any]) -> Part:
-    """Call a row's function with its own of the given parameters."""
+def _make(
+    name: str, factory: Factory, values: Mapping[str, float], settings: Mapping[str, Any]
+) -> Component:
+    """Call a component's function with those of the values that are its parameters."""
     arguments: dict[str, Any] = {}
-    for key, parameter in parameters_of(row).items():
-        if key in given:
-            arguments[key] = _number(name, parameter, given[key])
+    for key, parameter in parameters_of(factory).items():
+        if key in values:
+            arguments[key] = _number(name, parameter, values[key])
         elif parameter.default is inspect.Parameter.empty:
             raise InvalidInput(
                 f"strategy {name} needs its parameter {key!r}; give --strategy-parameters {key}=..."
             )
-    if "settings" in inspect.signature(row).parameters:
+    if "settings" in inspect.signature(factory).parameters:
         arguments["settings"] = settings
-    part = row(**arguments)
-    if not isinstance(part, Part):
+    component = factory(**arguments)
+    if not isinstance(component, Component):
         raise InvalidInput(
-            f"strategy {name!r} gives a {type(part).__name__}; its function must return a Mean, "
-            "Rule, Mixing, ServerOptimizer or Local of fedrounds.strategies.components"
+            f"strategy {name!r} gives a {type(component).__name__}; its function must return a "
+            "WeightedAggregator, RobustAggregator, PreAggregator, ServerOptimizer or "
+            "ClientAlgorithm of fedrounds.strategies"
         )
-    return part
+    return component
 
 
 def _number(name: str, parameter: inspect.Parameter, value: float) -> float | int | bool:
@@ -151,77 +155,82 @@ def _number(name: str, parameter: inspect.Parameter, value: float) -> float | in
     return bool(value) if is_switch else int(value)
 
 
-def _composed(name: str, parts: list[Part]) -> Strategy:
-    """Put the rows together, if they stand in an order that makes sense."""
-    places = {Mixing: 0, ServerOptimizer: 2, Local: 3}
-    order = [places.get(type(part), 1) for part in parts]
+def _compose(name: str, components: list[Component]) -> Strategy:
+    """Return the strategy of these components.
+
+    Raises:
+        InvalidInput: their order makes no sense, or they don't go together.
+    """
+    positions = {PreAggregator: 0, ServerOptimizer: 2, ClientAlgorithm: 3}
+    order = [positions.get(type(component), 1) for component in components]
     if order != sorted(order):
         raise InvalidInput(
-            f"strategy {name}: steps such as nnm come first, then one aggregator, then a server "
-            "optimizer, then a local rule"
+            f"strategy {name}: pre-aggregators such as nnm come first, then one aggregator, then a "
+            "server optimizer, then a client algorithm"
         )
-    for kind, what in ((1, "aggregator"), (2, "server optimizer"), (3, "local rule")):
-        if order.count(kind) > 1:
-            raise InvalidInput(f"strategy {name} has more than one {what}; name one")
-    mixings = [part for part in parts if isinstance(part, Mixing)]
-    optimizer = local = None
-    named: Part | None = None
-    for part in parts:
-        if isinstance(part, Mean | Rule):
-            named = part
-        elif isinstance(part, ServerOptimizer):
-            optimizer = part
-        elif isinstance(part, Local):
-            local = part
-    counts_all_the_same = bool(mixings)
-    if local is not None:
-        counts_all_the_same |= local.only_behind is not None
-        _examine_local(name, local)
-    if mixings and named is None and not any(one.bounds_updates for one in mixings):
-        last = name.split("+")[len(mixings) - 1]
+    for position, kind in ((1, "aggregator"), (2, "server optimizer"), (3, "client algorithm")):
+        if order.count(position) > 1:
+            raise InvalidInput(f"strategy {name} has more than one {kind}; name one")
+    pre_steps = [component for component in components if isinstance(component, PreAggregator)]
+    optimizer: ServerOptimizer | None = None
+    algorithm: ClientAlgorithm | None = None
+    named: WeightedAggregator | RobustAggregator | None = None
+    for component in components:
+        if isinstance(component, WeightedAggregator | RobustAggregator):
+            named = component
+        elif isinstance(component, ServerOptimizer):
+            optimizer = component
+        elif isinstance(component, ClientAlgorithm):
+            algorithm = component
+    is_uniform = bool(pre_steps)
+    if algorithm is not None:
+        is_uniform |= algorithm.only_behind is not None
+        _validate_predecessors(name, algorithm)
+    if pre_steps and named is None and not any(step.bounds_updates for step in pre_steps):
+        last = name.split("+")[len(pre_steps) - 1]
         raise InvalidInput(
-            f"strategy {name}: what comes out of {last} can still be bad; name a rule after it "
-            f"that bears bad updates, such as {last}+krum or {last}+median"
+            f"strategy {name}: what comes out of {last} can still be bad; name a robust aggregator "
+            f"after it, such as {last}+krum or {last}+median"
         )
-    aggregator = named or (robust.uniform() if counts_all_the_same else means.fedavg())
-    if isinstance(aggregator, Mean):
-        if mixings:
+    aggregator = named or (robust.uniform() if is_uniform else means.fedavg())
+    if isinstance(aggregator, WeightedAggregator):
+        if pre_steps:
             raise InvalidInput(
-                f"strategy {name}: what comes out of a step is nobody's update, so a mean can't "
-                "weigh it by what its client says; use uniform or a robust rule instead"
+                f"strategy {name}: what comes out of a pre-aggregator is no single client's "
+                "update, so a mean can't weigh it by what its client reports; use uniform or a "
+                "robust aggregator instead"
             )
         return Strategy(
             name=name,
             aggregator=aggregator.aggregator,
             server_optimizer=optimizer,
-            local=local,
+            client_algorithm=algorithm,
             buffer_size=aggregator.buffer_size,
-            lacks=aggregator.lacks,
+            unmet=aggregator.unmet,
         )
-    assert isinstance(aggregator, Rule)
     min_updates = aggregator.min_updates
-    for one in reversed(mixings):
-        min_updates = one.min_updates(min_updates)
+    for step in reversed(pre_steps):
+        min_updates = step.min_updates(min_updates)
     return Strategy(
         name=name,
-        aggregator=by_rule([one.step for one in mixings], aggregator),
+        aggregator=map_and_reduce([step.linear_map for step in pre_steps], aggregator),
         server_optimizer=optimizer,
-        local=local,
+        client_algorithm=algorithm,
         min_updates=min_updates,
     )
 
 
-def _examine_local(name: str, local: Local) -> None:
-    """Refuse rows that a local rule, the strategy's last one, makes no sense behind."""
+def _validate_predecessors(name: str, algorithm: ClientAlgorithm) -> None:
+    """Refuse components that don't go before the client algorithm, the strategy's last part."""
     *before, last = name.split("+")
-    if local.only_behind is not None and (
-        wrong := [one for one in before if one not in local.only_behind]
+    if algorithm.only_behind is not None and (
+        wrong := [part for part in before if part not in algorithm.only_behind]
     ):
         raise InvalidInput(
             f"strategy {name}: {last} says itself what the server does with the plain mean of "
             f"the updates, so {wrong[0]} makes no sense with it; put it after "
-            f"{' or '.join(sorted(local.only_behind))} or alone"
+            f"{' or '.join(sorted(algorithm.only_behind))} or alone"
         )
-    for one in before:
-        if reason := local.not_behind.get(one):
-            raise InvalidInput(f"strategy {name}: {last} makes no sense with {one}: {reason}")
+    for part in before:
+        if reason := algorithm.not_behind.get(part):
+            raise InvalidInput(f"strategy {name}: {last} makes no sense with {part}: {reason}")

@@ -10,29 +10,29 @@ import math
 import numpy as np
 
 from fedrounds.errors import InvalidInput
-from fedrounds.strategies.components import Matrix, Rule, Step
+from fedrounds.strategies.components import LinearMap, Matrix, RobustAggregator
 
 
-def uniform() -> Rule:
+def uniform() -> RobustAggregator:
     """Plain mean: every client counts the same, however much data it has. Bears no bad update."""
 
     def average(squared: Matrix, _: int) -> Matrix:
         num_updates = len(squared) - 1
         return _combination(np.full(num_updates, 1 / num_updates))
 
-    return Rule(select=Step(apply=average, needs_distances=False), reduce=_mean)
+    return RobustAggregator(select=LinearMap(apply=average, needs_distances=False), reduce=_mean)
 
 
-def median() -> Rule:
+def median() -> RobustAggregator:
     """Coordinate-wise median (Yin et al. 2018, algorithm 1, option I).
 
     "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates". Of an even number of
     values it is the mean of the middle two.
     """
-    return Rule(reduce=_median)
+    return RobustAggregator(reduce=_median)
 
 
-def trimmed_mean(*, trim: float = 0.2) -> Rule:
+def trimmed_mean(*, trim: float = 0.2) -> RobustAggregator:
     """Coordinate-wise mean without the largest and smallest (Yin et al. 2018, option II).
 
     "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates".
@@ -50,10 +50,10 @@ def trimmed_mean(*, trim: float = 0.2) -> Rule:
         return _mean(ascending[:, num_cut : num_updates - num_cut])
 
     # With fewer nothing would be cut.
-    return Rule(reduce=reduce, min_updates=math.ceil(1 / trim))
+    return RobustAggregator(reduce=reduce, min_updates=math.ceil(1 / trim))
 
 
-def krum(*, f: int = 1) -> Rule:
+def krum(*, f: int = 1) -> RobustAggregator:
     """The update that is nearest to its nearest others (Blanchard et al. 2017).
 
     "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent": the least sum of
@@ -65,7 +65,7 @@ def krum(*, f: int = 1) -> Rule:
     return multi_krum(f=f, keep=1)
 
 
-def multi_krum(*, f: int = 1, keep: int = 0) -> Rule:
+def multi_krum(*, f: int = 1, keep: int = 0) -> RobustAggregator:
     """Mean of the best updates by Krum's score (Blanchard et al. 2017, its variant Multi-Krum).
 
     Args:
@@ -83,10 +83,12 @@ def multi_krum(*, f: int = 1, keep: int = 0) -> Rule:
         chosen[best] = 1 / len(best)
         return _combination(chosen)
 
-    return Rule(select=Step(apply=select), reduce=_median, min_updates=max(2 * f + 3, keep + f))
+    return RobustAggregator(
+        select=LinearMap(apply=select), reduce=_median, min_updates=max(2 * f + 3, keep + f)
+    )
 
 
-def geometric_median(*, nu: float = 1e-6, iterations: int = 100) -> Rule:
+def geometric_median(*, nu: float = 1e-6, iterations: int = 100) -> RobustAggregator:
     """Smoothed geometric median, by Weiszfeld's iterations (Pillutla et al. 2022, RFA).
 
     "Robust Aggregation for Federated Learning", algorithm 2, from the global model on. The paper
@@ -106,10 +108,10 @@ def geometric_median(*, nu: float = 1e-6, iterations: int = 100) -> Rule:
             centre = _combination(weights / weights.sum())[0]
         return _rows(centre)
 
-    return Rule(select=Step(apply=select), reduce=_median)
+    return RobustAggregator(select=LinearMap(apply=select), reduce=_median)
 
 
-def centered_clipping(*, radius: float = 0.0, iterations: int = 10) -> Rule:
+def centered_clipping(*, radius: float = 0.0, iterations: int = 10) -> RobustAggregator:
     """Mean of the updates, each pulled within a radius of the centre (Karimireddy et al. 2021).
 
     "Learning from History for Byzantine Robust Optimization", algorithm 2. The centre begins at the
@@ -132,10 +134,10 @@ def centered_clipping(*, radius: float = 0.0, iterations: int = 10) -> Rule:
             centre[1:] += shares
         return _rows(centre)
 
-    return Rule(select=Step(apply=select), reduce=_median)
+    return RobustAggregator(select=LinearMap(apply=select), reduce=_median)
 
 
-def bulyan(*, f: int = 1) -> Rule:
+def bulyan(*, f: int = 1) -> RobustAggregator:
     """Krum chooses n - 2 f updates; of each coordinate the middle is averaged (El Mhamdi 2018).
 
     "The Hidden Vulnerability of Distributed Learning in Byzantium". Krum's winner is taken out
@@ -160,7 +162,7 @@ def bulyan(*, f: int = 1) -> Rule:
     def reduce(ascending: Matrix) -> Matrix:
         return _mean_around_median(ascending, ascending.shape[1] - 2 * f)
 
-    return Rule(select=Step(apply=select), reduce=reduce, min_updates=4 * f + 3)
+    return RobustAggregator(select=LinearMap(apply=select), reduce=reduce, min_updates=4 * f + 3)
 
 
 def within(radius: float, distances: Matrix) -> Matrix:

@@ -25,10 +25,10 @@ from fedrounds.strategies.blocks import (
 )
 from fedrounds.strategies.buffers import Bounded, Buffers, bound_buffers
 from fedrounds.strategies.components import (
+    LinearMap,
     Matrix,
-    Rule,
+    RobustAggregator,
     ServerOptimizer,
-    Step,
     Strategy,
     UnfitCohort,
 )
@@ -140,19 +140,19 @@ def control_layout(base: Layout, kinds: Mapping[str, EntryKind]) -> Layout:
     )
 
 
-def by_rule(steps: Sequence[Step], rule: Rule) -> Aggregator:
-    """Return the aggregator that takes these steps, then the rule's own, then reduces.
+def map_and_reduce(linear_maps: Sequence[LinearMap], robust: RobustAggregator) -> Aggregator:
+    """Return the aggregator that applies these maps, then `robust`: its selection, its reduction.
 
-    Steps mix parameters only. So that a float buffer can't do what they keep a parameter from, its
-    median is taken behind them, whatever the rule.
+    The maps mix parameters only. A float buffer must not do what the maps keep a parameter from
+    doing, so behind any map the float buffers become their median, whatever `robust` is.
     """
-    all_steps = [*steps, *([rule.select] if rule.select else [])]
+    all_maps = [*linear_maps, *([robust.select] if robust.select else [])]
 
     def prepare(cohort: Cohort) -> Callable[[], BlockFunction]:
-        coefficients = _chained(all_steps, cohort)
+        coefficients = _chained(all_maps, cohort)
 
         def begin() -> BlockFunction:
-            of_buffers = _Coordinates(cohort, median() if steps else rule)
+            of_buffers = _Coordinates(cohort, median() if linear_maps else robust)
             if coefficients is None:
                 of_parameters: BlockFunction = of_buffers
             elif len(coefficients) == 1:
@@ -163,7 +163,7 @@ def by_rule(steps: Sequence[Step], rule: Rule) -> Aggregator:
                     accumulator=torch.empty(BLOCK_ELEMENTS, dtype=torch.float64),
                 )
             else:
-                of_parameters = _Coordinates(cohort, rule, coefficients)
+                of_parameters = _Coordinates(cohort, robust, coefficients)
 
             def compute(block: Block) -> torch.Tensor:
                 is_parameter = cohort.kinds[block.name] is EntryKind.PARAMETER
@@ -179,8 +179,10 @@ def by_rule(steps: Sequence[Step], rule: Rule) -> Aggregator:
 class _Coordinates:
     """A thread's coordinate-wise reduction, of the updates or of combinations of them."""
 
-    def __init__(self, cohort: Cohort, rule: Rule, coefficients: Matrix | None = None) -> None:
-        self._reduce = rule.reduce
+    def __init__(
+        self, cohort: Cohort, robust: RobustAggregator, coefficients: Matrix | None = None
+    ) -> None:
+        self._reduce = robust.reduce
         self._coefficients = None
         files = cohort.updates
         if coefficients is not None:
@@ -215,21 +217,21 @@ class _Coordinates:
         return torch.from_numpy(reduced)
 
 
-def _chained(steps: Sequence[Step], cohort: Cohort) -> Matrix | None:
-    """Return what the steps make of the updates, as coefficients of base and updates.
+def _chained(linear_maps: Sequence[LinearMap], cohort: Cohort) -> Matrix | None:
+    """Return the coefficients of base and updates that applying all maps in order gives.
 
-    [num_points, num_updates + 1]; None where there are no steps.
+    [num_points, num_updates + 1]; None if there are no maps.
     """
-    if not steps:
+    if not linear_maps:
         return None
     num_updates = len(cohort.updates)
     coefficients = np.eye(num_updates + 1)
     squared = np.zeros((num_updates + 1, num_updates + 1))
-    if any(step.needs_distances for step in steps):
+    if any(linear_map.needs_distances for linear_map in linear_maps):
         squared = squared_distances(cohort)
-    for number, step in enumerate(steps):
-        applied = step.apply(squared, cohort.seed)
-        is_last = number == len(steps) - 1
+    for number, linear_map in enumerate(linear_maps):
+        applied = linear_map.apply(squared, cohort.seed)
+        is_last = number == len(linear_maps) - 1
         if not is_last:
             squared = distances_between(squared, applied)
             # The base stays the first of the points.
@@ -289,9 +291,10 @@ def _base_of(cohort: Cohort) -> Callable[[], BlockFunction]:
 
 def _control_of(strategy: Strategy, cohort: Cohort) -> Callable[[], BlockFunction] | None:
     """Return what is added to the control variates' blocks, None where there are none."""
-    if strategy.local is None or strategy.local.control_share is None or not cohort.updates:
+    algorithm = strategy.client_algorithm
+    if algorithm is None or algorithm.control_share is None or not cohort.updates:
         return None
-    share = strategy.local.control_share(len(cohort.updates))
+    share = algorithm.control_share(len(cohort.updates))
     changes = [update.others[CONTROL_SECTION] for update in cohort.updates]
     weights = Weights([1] * len(changes), len(changes) / share)
 

@@ -1,4 +1,4 @@
-"""What a local rule adds to the gradients of a training.
+"""What a client algorithm adds to the gradients of a training.
 
 It is a function of the parameters and of constants alone, and is added in the optimizer's step,
 whoever takes it: so the doctor's replays repeat it bit for bit.

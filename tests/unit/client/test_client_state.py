@@ -128,7 +128,7 @@ def test_tensors_are_kept_with_it_and_forgotten_with_it(
     assert torch.equal(states.promoted("order-2").tensors["control"]["w"], torch.full((2,), 2 / 3))
     (path,) = tmp_path.glob("order-2.control.*")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(StateLost, match="a local rule begins anew"):
+    with pytest.raises(StateLost, match="a client algorithm begins anew"):
         states.promoted("order-2")
 
 

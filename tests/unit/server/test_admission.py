@@ -107,7 +107,7 @@ def test_a_header_that_the_strategy_cant_weigh_is_refused(
         "lr": 0.05,
         "evaluate_on_clients": True,
     }
-    limits = make_limits(lacks=find_strategy(settings).lacks)
+    limits = make_limits(unmet=find_strategy(settings).unmet)
     with pytest.raises(UpdateRefused, match=words):
         examine_header(header(base, **changed), base, limits)
     examine_header(header(base, metrics={"global_loss": 0.0}), base, limits)

@@ -13,7 +13,7 @@ from fedclient.state import ClientStates
 from fedclient.training import train_order
 from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.errors import InvalidInput, WrongSettings
-from fedrounds.strategies.local_rules import examine_model
+from fedrounds.strategies.client_algorithms import validate_model
 from fedrounds.strategies.registry import find_strategy
 from fedrounds.tasks.task import DataRequest, Task, kinds_of
 from fedrounds.tensors.codec import encode_state
@@ -58,7 +58,7 @@ def test_a_parameter_that_isnt_aggregated_is_refused(rule: str, kind: str) -> No
     strategy = find_strategy({"strategy": rule, "num_partitions": 3, "optimizer": "sgd", "lr": 0.1})
     model = task.build_model()
     with pytest.raises(InvalidInput, match=f"declares parameter 'linear.bias' {kind}; take"):
-        examine_model(strategy.local, model, kinds_of(task, model))
+        validate_model(strategy.client_algorithm, model, kinds_of(task, model))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -69,7 +69,7 @@ def test_buffers_that_are_kept_or_local_train_beside_corrected_gradients(
     task = counting(seen="local", mean="keep")
     federation = SmallFederation(tmp_path, task=task, strategy=rule, num_partitions=3)
     model = task.build_model()
-    examine_model(federation.strategy.local, model, kinds_of(task, model))
+    validate_model(federation.strategy.client_algorithm, model, kinds_of(task, model))
     before = federation.state
     for _ in range(2):
         federation.play_round((0, 1, 2))

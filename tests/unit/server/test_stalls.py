@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedrounds.types import LocalRule, Section, TrainingConfig
+from fedrounds.types import ClientAlgorithmConfig, Section, TrainingConfig
 from fedserver.rounds.stalls import (
     Lateness,
     Patience,
@@ -107,5 +107,5 @@ def test_what_an_order_asks_for() -> None:
     # It evaluates 256 examples at a time first: a step of training may take four times as long.
     assert work(evaluate=True) == Work(num_examples=40, num_bytes=1500, step_ratio=4)
     # Under Ditto another model is trained and evaluated beside the global one.
-    ditto = replace(plain, local_rule=LocalRule(name="ditto"))
+    ditto = replace(plain, client_algorithm=ClientAlgorithmConfig(name="ditto"))
     assert work(evaluate=True, training=ditto).num_examples == 80

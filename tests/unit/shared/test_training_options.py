@@ -20,8 +20,8 @@ from fedrounds.training.loop import StepProgress, incident_of, train_model
 from fedrounds.training.optimizers import OPTIMIZERS, SCHEDULES
 from fedrounds.types import (
     AugmentationName,
+    ClientAlgorithmConfig,
     InitialisationName,
-    LocalRule,
     OptimizerName,
     Schedule,
     ScheduleName,
@@ -76,7 +76,7 @@ def test_an_order_arrives_as_it_was_sent() -> None:
             total_epochs=30,
         ),
         augmentation="shift",
-        local_rule=LocalRule(name="fedprox", parameters={"mu": 0.5}),
+        client_algorithm=ClientAlgorithmConfig(name="fedprox", parameters={"mu": 0.5}),
         work_deadline_s=1.5,
     )
     for changed, default in (

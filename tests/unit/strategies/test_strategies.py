@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fedrounds.errors import InvalidInput
-from fedrounds.strategies.components import Rule
-from fedrounds.strategies.registry import ROWS, find_strategy, parameters_of
+from fedrounds.strategies.components import RobustAggregator
+from fedrounds.strategies.registry import COMPONENTS, find_strategy, parameters_of
 from fedserver.commands.strategies import run
 
 SETTINGS = {
@@ -27,15 +27,15 @@ def find(strategy: str, parameters: dict[str, float] | None = None, **changed: A
     )
 
 
-def last(*, place: int = -1, of_many: bool = True) -> Rule:
+def last(*, place: int = -1, of_many: bool = True) -> RobustAggregator:
     """One of each place's values, by rank: a row of somebody's own."""
     assert of_many
-    return Rule(reduce=lambda ascending: ascending[:, place].astype("float64"))
+    return RobustAggregator(reduce=lambda ascending: ascending[:, place].astype("float64"))
 
 
-def picky(*, needed: float) -> Rule:
+def picky(*, needed: float) -> RobustAggregator:
     """A row whose parameter has no default."""
-    return Rule(reduce=lambda ascending: ascending[:, 0] * needed)
+    return RobustAggregator(reduce=lambda ascending: ascending[:, 0] * needed)
 
 
 def bare(*, place=-1, share=0.5):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
@@ -43,8 +43,8 @@ def bare(*, place=-1, share=0.5):  # type: ignore[no-untyped-def]  # noqa: ANN00
     return last(place=place) if share == 0.5 else picky(needed=share)
 
 
-def quoted(*, place: "int" = -1, needed: "float" = 0.5) -> "Rule":
-    """A row whose annotations are text, as `from __future__ import annotations` makes them."""
+def quoted(*, place: "int" = -1, needed: "float" = 0.5) -> "RobustAggregator":
+    """Annotations that are text, as `from __future__ import annotations` makes them."""
     return last(place=place) if needed == 0.5 else picky(needed=needed)
 
 
@@ -56,14 +56,14 @@ def wrong() -> int:
 THIS = "tests.unit.strategies.test_strategies"
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", COMPONENTS)
 def test_every_row_stands_by_itself_and_names_its_paper(name: str) -> None:
     """With its defaults alone it is a strategy; its docstring says what it is and whose."""
     mixes_alone = name in ("nnm", "bucketing")
     assert find(f"{name}+krum" if mixes_alone else name).name.startswith(name)
-    told = inspect.getdoc(ROWS[name]) or ""
+    told = inspect.getdoc(COMPONENTS[name]) or ""
     assert "et al." in told or "El Mhamdi" in told or name == "uniform"
-    for key in parameters_of(ROWS[name]):
+    for key in parameters_of(COMPONENTS[name]):
         assert f"    {key}: " in told, f"{key} isn't told of"
 
 
@@ -98,10 +98,10 @@ def test_rows_are_put_together(name: str) -> None:
         ("fedadam", {"beta1": 1}, "beta1 is 1; it must be from 0 to below 1"),
         ("krum+median", {}, "more than one aggregator; name one"),
         ("fedadam+fedyogi", {}, "more than one server optimizer; name one"),
-        ("krum+nnm", {}, "steps such as nnm come first"),
+        ("krum+nnm", {}, "pre-aggregators such as nnm come first"),
         ("fedadam+krum", {}, "then one aggregator, then a server optimizer"),
-        ("nnm+fedavg", {}, "nobody's update, so a mean can't weigh it"),
-        ("clip+fednova", {}, "use uniform or a robust rule instead"),
+        ("nnm+fedavg", {}, "no single client's update, so a mean can't weigh it"),
+        ("clip+fednova", {}, "use uniform or a robust aggregator instead"),
         ("nnm", {}, r"out of nnm can still be bad; .* such as nnm\+krum or nnm\+median"),
         ("nnm+bucketing+fedadam", {}, "out of bucketing can still be bad"),
         ("no.such:row", {}, "importing no.such failed"),
@@ -109,7 +109,7 @@ def test_rows_are_put_together(name: str) -> None:
         (".x:row", {}, "'.x' is no module's name"),
         (f"{THIS}:missing", {}, "has no missing"),
         (f"{THIS}:THIS", {}, "is a str; name a function"),
-        (f"{THIS}:wrong", {}, "gives a int; its function must return a Mean"),
+        (f"{THIS}:wrong", {}, "gives a int; its function must return a WeightedAggregator"),
         (f"{THIS}:picky", {}, "needs its parameter 'needed'"),
     ],
 )
@@ -158,7 +158,7 @@ def test_the_command_tells_of_every_row_and_parameter(
     """Each by its name, a line and its defaults."""
     run([])
     told = " ".join(capsys.readouterr().out.split())
-    for name, row in ROWS.items():
+    for name, row in COMPONENTS.items():
         assert f" {name}: " in told
         assert " ".join((inspect.getdoc(row) or "").splitlines()[0].split()) in told
     assert "trim: share of the values dropped at either end, rounded down. [0.2]" in told

@@ -1,4 +1,4 @@
-"""Local rules against their papers' formulas, written out here in plain PyTorch."""
+"""Client algorithms against their papers' formulas, written out here in plain PyTorch."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from fedclient.client_algorithms import NOTHING, Start, begin_rule
 from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.errors import InvalidInput, WrongSettings
+from fedrounds.strategies.client_algorithms import validate_model
 from fedrounds.strategies.components import UnfitCohort
-from fedrounds.strategies.local_rules import examine_model
 from fedrounds.strategies.registry import find_strategy
 from fedrounds.tensors.codec import decode_state
 from fedrounds.training.corrections import Correction
 from fedrounds.training.loop import train_model
-from fedrounds.types import LocalRule
+from fedrounds.types import ClientAlgorithmConfig
 from tests.small_federation import (
     NUM_CLASSES,
     NUM_FEATURES,
@@ -284,12 +284,12 @@ def test_ditto_trains_a_model_of_its_own_beside_the_global_one(tmp_path: Path) -
 def test_fedbn_needs_norm_layers() -> None:
     """The server says so before a run is begun; so does a client."""
     strategy = find_strategy({"strategy": "fedbn"})
-    examine_model(strategy.local, normed(), {})
+    validate_model(strategy.client_algorithm, normed(), {})
     with pytest.raises(InvalidInput, match="the task's model has none"):
-        examine_model(strategy.local, nn.Linear(2, 2), {})
+        validate_model(strategy.client_algorithm, nn.Linear(2, 2), {})
     start = Start(model=nn.Linear(2, 2), parameters={}, kept={}, control=NOTHING)
     with pytest.raises(WrongSettings, match="the task's model has none"):
-        begin_rule(LocalRule(name="fedbn"), start)
+        begin_rule(ClientAlgorithmConfig(name="fedbn"), start)
 
 
 @pytest.mark.parametrize("rule", ["fedprox", "median+fedadam+fedprox"])
@@ -343,8 +343,8 @@ def test_the_doctor_s_replays_repeat_a_correction_and_it_is_added_behind_clippin
     ("name", "parameters", "words"),
     [
         ("fedprox", {"mu": -1.0}, "mu is -1; it must be 0 or more"),
-        ("fedprox+fedadam", {}, "then a local rule"),
-        ("fedprox+fedprox", {}, "more than one local rule"),
+        ("fedprox+fedadam", {}, "then a client algorithm"),
+        ("fedprox+fedprox", {}, "more than one client algorithm"),
         ("krum+scaffold", {}, "so krum makes no sense with it; put it after fedavg or uniform"),
         ("fedadam+feddyn", {}, "so fedadam makes no sense with it"),
         ("nnm+feddyn", {}, "so nnm makes no sense with it"),
@@ -370,13 +370,13 @@ def test_what_a_rule_rests_on_must_be_set() -> None:
     with pytest.raises(InvalidInput, match="num_clients="):
         find_strategy({"strategy": "feddyn"})
     strategy = find_strategy({"strategy": "feddyn", "strategy_parameters": {"num_clients": 4}})
-    with pytest.raises(UnfitCohort, match="there are 4 clients in all, but 5 sent updates"):
+    with pytest.raises(UnfitCohort, match="expects 4 clients in all, but 5 sent updates"):
         strategy.optimizer_for(5)
 
 
 def test_a_client_that_doesn_t_know_a_rule_doesn_t_train_without_it() -> None:
     start = Start(model=nn.Linear(2, 2), parameters={}, kept={}, control=NOTHING)
     with pytest.raises(WrongSettings, match="'fedfuture', which this client doesn't know"):
-        begin_rule(LocalRule(name="fedfuture"), start)
+        begin_rule(ClientAlgorithmConfig(name="fedfuture"), start)
     with pytest.raises(WrongSettings, match="comes without 'mu'"):
-        begin_rule(LocalRule(name="fedprox"), start)
+        begin_rule(ClientAlgorithmConfig(name="fedprox"), start)

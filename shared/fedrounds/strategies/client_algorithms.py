@@ -1,7 +1,8 @@
-"""What clients do otherwise than plain training, and what belongs to it at the server.
+"""Client algorithms other than plain training, with their parts at the server.
 
-How clients do it, fedclient.client_algorithms says. A rule's server part is explicit state like a
-server optimizer's: a file beside each model, verified and rolled back with it.
+fedclient.client_algorithms holds the parts at the client. The server's state of an algorithm is
+explicit, like that of a server optimizer: a file beside each model, verified and rolled back with
+it.
 """
 
 import math
@@ -11,12 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedrounds.errors import InvalidInput
-from fedrounds.strategies.components import Local, ServerOptimizer, UnfitCohort
+from fedrounds.strategies.components import ClientAlgorithm, ServerOptimizer, UnfitCohort
 from fedrounds.tensors.entries import norm_entries
-from fedrounds.types import EntryKind, LocalRule
+from fedrounds.types import ClientAlgorithmConfig, EntryKind
 
 
-def fedprox(*, mu: float = 0.01) -> Local:
+def fedprox(*, mu: float = 0.01) -> ClientAlgorithm:
     """Clients stay near the global model (Li et al. 2020, algorithm 2).
 
     "Federated Optimization in Heterogeneous Networks": a client minimises its loss plus
@@ -28,8 +29,8 @@ def fedprox(*, mu: float = 0.01) -> Local:
     """
     if not 0 <= mu < math.inf:
         raise InvalidInput(f"mu is {mu:g}; it must be 0 or more")
-    return Local(
-        rule=LocalRule(name="fedprox", parameters={"mu": mu}),
+    return ClientAlgorithm(
+        config=ClientAlgorithmConfig(name="fedprox", parameters={"mu": mu}),
         not_behind={
             "fednova": "it divides by how far plain local steps reach, and fedprox's pull makes "
             "them reach less far the more of them there are"
@@ -37,7 +38,9 @@ def fedprox(*, mu: float = 0.01) -> Local:
     )
 
 
-def scaffold(*, server_lr: float = 1.0, num_clients: int = 0, settings: Mapping[str, Any]) -> Local:
+def scaffold(
+    *, server_lr: float = 1.0, num_clients: int = 0, settings: Mapping[str, Any]
+) -> ClientAlgorithm:
     """Control variates take the drift out of clients' gradients (Karimireddy et al. 2020).
 
     "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", algorithm 1 with option II:
@@ -57,14 +60,14 @@ def scaffold(*, server_lr: float = 1.0, num_clients: int = 0, settings: Mapping[
             "strategy scaffold corrects the gradients of local SGD, but --optimizer is "
             f"{settings['optimizer']}, which would take them apart; give --optimizer sgd"
         )
-    _examine_positive("server_lr", server_lr)
+    _validate_positive("server_lr", server_lr)
     share = _share_of(num_clients, settings, what="scaffold")
 
     def step(delta: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
         return server_lr * delta, control
 
-    return Local(
-        rule=LocalRule(name="scaffold"),
+    return ClientAlgorithm(
+        config=ClientAlgorithmConfig(name="scaffold"),
         server_optimizer=lambda _: ServerOptimizer(initial=(0.0,), step=step),
         control_share=share,
         needs_whole_model=True,
@@ -72,7 +75,9 @@ def scaffold(*, server_lr: float = 1.0, num_clients: int = 0, settings: Mapping[
     )
 
 
-def feddyn(*, alpha: float = 0.01, num_clients: int = 0, settings: Mapping[str, Any]) -> Local:
+def feddyn(
+    *, alpha: float = 0.01, num_clients: int = 0, settings: Mapping[str, Any]
+) -> ClientAlgorithm:
     """Each client's own regulariser makes their minima agree (Acar et al. 2021, algorithm 1).
 
     "Federated Learning Based on Dynamic Regularization": a client minimises its loss minus
@@ -85,7 +90,7 @@ def feddyn(*, alpha: float = 0.01, num_clients: int = 0, settings: Mapping[str, 
         num_clients: the paper's m, all there are; 0: --num-partitions.
         settings: the run's.
     """
-    _examine_positive("alpha", alpha)
+    _validate_positive("alpha", alpha)
     share = _share_of(num_clients, settings, what="feddyn")
 
     def optimizer(num_updates: int) -> ServerOptimizer:
@@ -97,15 +102,15 @@ def feddyn(*, alpha: float = 0.01, num_clients: int = 0, settings: Mapping[str, 
 
         return ServerOptimizer(initial=(0.0,), step=step)
 
-    return Local(
-        rule=LocalRule(name="feddyn", parameters={"alpha": alpha}),
+    return ClientAlgorithm(
+        config=ClientAlgorithmConfig(name="feddyn", parameters={"alpha": alpha}),
         server_optimizer=optimizer,
         needs_whole_model=True,
         only_behind=frozenset({"uniform"}),
     )
 
 
-def fedbn() -> Local:
+def fedbn() -> ClientAlgorithm:
     """Each client keeps its normalisation layers to itself (Li et al. 2021, algorithm 1).
 
     "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization". Batch, instance,
@@ -114,10 +119,12 @@ def fedbn() -> Local:
     personal_accuracy says, on their own examples; the server's evaluation can't, so that it raises
     no alarm.
     """
-    return Local(rule=LocalRule(name="fedbn"), is_personal=True, needs_norms=True)
+    return ClientAlgorithm(
+        config=ClientAlgorithmConfig(name="fedbn"), is_personal=True, needs_norms=True
+    )
 
 
-def ditto(*, strength: float = 0.1) -> Local:
+def ditto(*, strength: float = 0.1) -> ClientAlgorithm:
     """Each client has a model of its own beside the global one (Li et al. 2021, algorithm 1).
 
     "Ditto: Fair and Robust Federated Learning Through Personalization": after its share in the
@@ -128,27 +135,32 @@ def ditto(*, strength: float = 0.1) -> Local:
     Args:
         strength: the paper's lambda, which tries 0.05, 0.1, 0.2 and 1, 2.
     """
-    _examine_positive("strength", strength)
-    return Local(rule=LocalRule(name="ditto", parameters={"strength": strength}))
+    _validate_positive("strength", strength)
+    return ClientAlgorithm(
+        config=ClientAlgorithmConfig(name="ditto", parameters={"strength": strength})
+    )
 
 
-def examine_model(local: Local | None, model: nn.Module, kinds: Mapping[str, EntryKind]) -> None:
-    """Make sure that a task's model, with entries of these kinds, is one for a rule.
+def validate_model(
+    algorithm: ClientAlgorithm | None, model: nn.Module, kinds: Mapping[str, EntryKind]
+) -> None:
+    """Refuse a task's model, with entries of these kinds, that a client algorithm can't train.
 
     Raises:
-        InvalidInput: it isn't.
+        InvalidInput: the model has no normalisation layers, or the server doesn't aggregate all of
+            its parameters, and the algorithm needs that.
     """
-    if local is not None and local.needs_norms and not norm_entries(model):
+    if algorithm is not None and algorithm.needs_norms and not norm_entries(model):
         raise InvalidInput(
-            f"strategy {local.rule.name} keeps normalisation layers at the clients, but the "
+            f"strategy {algorithm.config.name} keeps normalisation layers at the clients, but the "
             "task's model has none; with another strategy nothing is lost"
         )
-    if local is not None and local.needs_whole_model:
+    if algorithm is not None and algorithm.needs_whole_model:
         parameters = (name for name, one in model.named_parameters() if one.is_floating_point())
         if left_out := [name for name in parameters if kinds[name] is not EntryKind.PARAMETER]:
             raise InvalidInput(
-                f"strategy {local.rule.name} corrects the gradient of each parameter by what the "
-                f"server knows of it, but the task declares parameter {left_out[0]!r} "
+                f"strategy {algorithm.config.name} corrects the gradient of each parameter by what "
+                f"the server knows of it, but the task declares parameter {left_out[0]!r} "
                 f"{kinds[left_out[0]]}; take another strategy, or let the server aggregate it"
             )
 
@@ -156,7 +168,7 @@ def examine_model(local: Local | None, model: nn.Module, kinds: Mapping[str, Ent
 def _share_of(
     num_clients: int, settings: Mapping[str, Any], *, what: str
 ) -> Callable[[int], float]:
-    """Return what says which share of all clients so many are."""
+    """Return a function from the number of updates to their share of all clients."""
     total = num_clients or int(settings.get("num_partitions", 0))
     if total < 1:
         raise InvalidInput(
@@ -167,14 +179,14 @@ def _share_of(
     def share(num_updates: int) -> float:
         if num_updates > total:
             raise UnfitCohort(
-                f"{what} was told that there are {total} clients in all, but {num_updates} sent "
-                "updates; give --strategy-parameters num_clients=..."
+                f"{what} expects {total} clients in all, but {num_updates} sent updates; "
+                "give --strategy-parameters num_clients=..."
             )
         return num_updates / total
 
     return share
 
 
-def _examine_positive(name: str, value: float) -> None:
+def _validate_positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise InvalidInput(f"{name} is {value:g}; it must be above 0")
