@@ -1,17 +1,17 @@
-"""The calls to the server: protobuf and gRPC stop here, on the client's side.
+"""The calls to the server: gRPC stops here, on the client's side.
 
 Every method makes one call and raises the domain's errors; trying again is the loop's business.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import TypeVar, cast
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
@@ -32,36 +32,29 @@ from fedrounds.errors import (
 )
 from fedrounds.escaping import printable
 from fedrounds.types import (
-    NO_COMPRESSION,
-    ClientAlgorithmConfig,
     ClientUpdate,
-    Compression,
     Counters,
-    Encoding,
-    EntryKind,
     Incident,
-    IncidentKind,
     Leave,
-    LeaveReason,
     OrderEnd,
-    Partitioning,
-    Receipt,
     Registration,
-    RunEnd,
-    RunFailure,
-    Schedule,
-    Section,
     SessionInfo,
-    TrainingConfig,
     UploadAnswer,
-    Waiting,
     Work,
-    WorkOrder,
-    WorkState,
 )
-from fedrounds.wire.diagnosis import diagnosis_message
 from fedrounds.wire.framing import CHUNK_BYTES, frame_upload, unframe_download
 from fedrounds.wire.limits import examine_limits
+from fedrounds.wire.messages import (
+    directive_of,
+    duration_message,
+    leave_message,
+    progress_message,
+    receipt_of,
+    registration_message,
+    session_of,
+    upload_header,
+    work_of,
+)
 from fedrounds.wire.pb import federation_pb2 as pb
 from fedrounds.wire.pb.federation_pb2_grpc import FederationServiceStub
 
@@ -140,59 +133,6 @@ _HTTP_ADVICE = {
 _MAX_WAIT_S = 3600.0
 """A call isn't parked longer than that, whatever the server offers."""
 
-_STATES = {
-    pb.WORK_STATE_ORDER: WorkState.ORDER,
-    pb.WORK_STATE_WAIT: WorkState.WAIT,
-    pb.WORK_STATE_FINISHED: WorkState.FINISHED,
-}
-_FAILURES = {
-    pb.RUN_FAILURE_TOO_FEW_UPDATES: RunFailure.TOO_FEW_UPDATES,
-    pb.RUN_FAILURE_TOO_MANY_EXCLUDED: RunFailure.TOO_MANY_EXCLUDED,
-    pb.RUN_FAILURE_NOT_AGGREGATED: RunFailure.NOT_AGGREGATED,
-    pb.RUN_FAILURE_UPDATES_DAMAGED: RunFailure.UPDATES_DAMAGED,
-    pb.RUN_FAILURE_UPDATES_REFUSED: RunFailure.UPDATES_REFUSED,
-}
-_RECEIPTS = {
-    pb.RECEIPT_STORED: Receipt.STORED,
-    pb.RECEIPT_DUPLICATE: Receipt.DUPLICATE,
-    pb.RECEIPT_REFUSED: Receipt.REFUSED,
-    pb.RECEIPT_LATE: Receipt.LATE,
-}
-_LEAVE_REASONS = {
-    LeaveReason.STOPPED: pb.LEAVE_REASON_STOPPED,
-    LeaveReason.GAVE_UP: pb.LEAVE_REASON_GAVE_UP,
-    LeaveReason.TASK_FAILED: pb.LEAVE_REASON_TASK_FAILED,
-}
-_ORDER_ENDS = {
-    pb.ORDER_END_ROUND_CLOSED: OrderEnd.ROUND_CLOSED,
-    pb.ORDER_END_ATTEMPT_FAILED: OrderEnd.ATTEMPT_FAILED,
-    pb.ORDER_END_GIVEN_UP: OrderEnd.GIVEN_UP,
-    pb.ORDER_END_TAKEN_BACK: OrderEnd.TAKEN_BACK,
-}
-_ENCODINGS = {
-    Encoding.STATE_DICT: pb.ENCODING_STATE_DICT,
-    Encoding.FLOAT16: pb.ENCODING_FLOAT16,
-    Encoding.BFLOAT16: pb.ENCODING_BFLOAT16,
-    Encoding.INT8: pb.ENCODING_INT8,
-    Encoding.TOP_K: pb.ENCODING_TOP_K,
-}
-_ENCODING_NAMES = {number: encoding for encoding, number in _ENCODINGS.items()}
-_ENTRY_KINDS = {
-    pb.ENTRY_KIND_PARAMETER: EntryKind.PARAMETER,
-    pb.ENTRY_KIND_MEAN: EntryKind.MEAN,
-    pb.ENTRY_KIND_MAX: EntryKind.MAX,
-    pb.ENTRY_KIND_KEEP: EntryKind.KEEP,
-    pb.ENTRY_KIND_LOCAL: EntryKind.LOCAL,
-}
-_INCIDENT_KINDS = {
-    IncidentKind.NON_FINITE_LOSS: pb.INCIDENT_KIND_NON_FINITE_LOSS,
-    IncidentKind.NON_FINITE_GRADIENT: pb.INCIDENT_KIND_NON_FINITE_GRADIENT,
-    IncidentKind.NON_FINITE_PARAMETER: pb.INCIDENT_KIND_NON_FINITE_PARAMETER,
-    IncidentKind.TRAINING_FAILED: pb.INCIDENT_KIND_TRAINING_FAILED,
-    IncidentKind.CLIENT_STATE_LOST: pb.INCIDENT_KIND_CLIENT_STATE_LOST,
-    IncidentKind.TRAINING_DIAGNOSED: pb.INCIDENT_KIND_TRAINING_DIAGNOSED,
-}
-
 
 class Connection:
     """One channel to the server; `close` ends every call that is under way on it."""
@@ -240,65 +180,24 @@ class Connection:
         """Open a session, or take over the one this instance had."""
         with _errors_translated(self._proxy):
             answer = self._stub.Register(
-                pb.RegisterRequest(
-                    client_ids=registration.client_ids,
-                    instance_key=registration.instance_key,
-                    software_version=registration.software_version,
-                    task=registration.task,
-                    num_examples=registration.num_examples,
-                    capabilities=registration.capabilities,
-                    process_key=registration.process_key,
-                ),
-                timeout=_CALL_TIMEOUT_S,
+                registration_message(registration), timeout=_CALL_TIMEOUT_S
             )
-        _examined(answer)
-        return SessionInfo(
-            session_id=answer.session_id,
-            run_id=answer.run_id,
-            task=answer.task,
-            partitioning=Partitioning(
-                scheme=answer.partitioning.scheme,
-                num_partitions=answer.partitioning.num_partitions,
-                seed=answer.partitioning.seed,
-                parameters=dict(answer.partitioning.parameters),
-            ),
-            max_wait_s=min(answer.max_wait.ToTimedelta().total_seconds(), _MAX_WAIT_S),
-            lease_s=answer.lease.ToTimedelta().total_seconds(),
-            total_rounds=answer.total_rounds,
-            compression=_compression(answer.compression),
-            entry_kinds=_entry_kinds(answer.entry_kinds),
-        )
+        session = session_of(_examined(answer))
+        return replace(session, max_wait_s=min(session.max_wait_s, _MAX_WAIT_S))
 
-    def leave(self, session_id: str, said: Leave, *, timeout_s: float = _CALL_TIMEOUT_S) -> None:
+    def leave(self, session_id: str, leave: Leave, *, timeout_s: float = _CALL_TIMEOUT_S) -> None:
         """Leave the run with some of the session's ids, or with all of them."""
-        request = pb.LeaveRequest(
-            session_id=session_id,
-            client_ids=said.client_ids,
-            reason=_LEAVE_REASONS[said.reason],
-            coming_back=said.coming_back,
-            kept_order_ids=said.kept_order_ids,
-        )
         with _errors_translated(self._proxy):
-            self._stub.Leave(request, timeout=timeout_s)
+            self._stub.Leave(leave_message(session_id, leave), timeout=timeout_s)
 
     def pull_work(self, session_id: str, *, wait_s: float) -> Work:
         """Ask for work, parked by the server for at most `wait_s` seconds."""
-        wait = Duration()
-        wait.FromNanoseconds(int(wait_s * 1e9))
         with _errors_translated(self._proxy):
             answer = self._stub.PullWork(
-                pb.PullWorkRequest(session_id=session_id, wait=wait),
+                pb.PullWorkRequest(session_id=session_id, wait=duration_message(wait_s)),
                 timeout=wait_s + _CALL_TIMEOUT_S,
             )
-        _examined(answer)
-        if answer.state not in _STATES:
-            raise WrongSettings(f"the server answers state {answer.state}; update this client")
-        return Work(
-            state=_STATES[answer.state],
-            order=_order(answer.order) if answer.HasField("order") else None,
-            run_end=_run_end(answer) if answer.state == pb.WORK_STATE_FINISHED else None,
-            waiting=_waiting(answer.waiting) if answer.HasField("waiting") else None,
-        )
+        return work_of(_examined(answer))
 
     def download(self, session_id: str, digest: str, *, offset: int) -> Iterator[memoryview]:
         """Yield a blob's bytes from `offset` to its end."""
@@ -326,36 +225,12 @@ class Connection:
         on_sent: Callable[[int], None],
     ) -> UploadAnswer:
         """Send an update's bytes from `offset` on; `on_sent` hears of every chunk's size."""
-        header = pb.UploadUpdateRequest(
-            header=pb.UploadHeader(
-                session_id=session_id,
-                order_id=update.order_id,
-                digest=update.digest,
-                size_bytes=update.size_bytes,
-                offset=offset,
-                sections=[
-                    pb.Section(name=one.name, digest=one.digest, size_bytes=one.size_bytes)
-                    for one in update.sections
-                ],
-                encoding=_ENCODINGS[update.encoding],
-                num_examples=update.num_examples,
-                num_steps=update.num_steps,
-                metrics=update.metrics,
-            )
-        )
+        header = pb.UploadUpdateRequest(header=upload_header(session_id, update, offset=offset))
         with payload.open("rb", buffering=0) as file, _errors_translated(self._proxy):
             file.seek(offset)
             messages = _upload_messages(header.SerializeToString(), file, on_sent)
             answer = self._upload(messages)
-        if answer.receipt not in _RECEIPTS:
-            raise WrongSettings(f"the server answers receipt {answer.receipt}; update this client")
-        receipt = _RECEIPTS[answer.receipt]
-        is_late = receipt is Receipt.LATE
-        return UploadAnswer(
-            receipt=receipt,
-            reason=printable(answer.reason),
-            order_end=_ORDER_ENDS.get(answer.order_end, OrderEnd.OTHER) if is_late else None,
-        )
+        return receipt_of(answer)
 
     def report_progress(
         self,
@@ -373,36 +248,12 @@ class Connection:
         Each incident comes with its number in the order, from 1 to MAX_INCIDENTS: sent again with
         the same number, it is kept once.
         """
-        request = pb.ReportProgressRequest(
-            session_id=session_id,
-            order_id=order_id,
-            counters=pb.Counters(
-                bytes_received=counters.bytes_received,
-                bytes_sent=counters.bytes_sent,
-                batches=counters.batches,
-                batches_total=counters.batches_total,
-                replays=counters.replays,
-                evaluation_batches=counters.evaluation_batches,
-                evaluation_batches_total=counters.evaluation_batches_total,
-            ),
-            gave_up=gave_up,
+        request = progress_message(
+            session_id, order_id, counters=counters, incidents=incidents, gave_up=gave_up
         )
-        for sequence, incident in incidents:
-            message = request.incidents.add(
-                sequence=sequence,
-                kind=_INCIDENT_KINDS[incident.kind],
-                step=incident.step,
-                epoch=incident.epoch,
-                tensor=incident.tensor,
-                detail=incident.detail,
-                diagnosis=incident.diagnosis and diagnosis_message(incident.diagnosis),
-            )
-            message.at.GetCurrentTime()
         with _errors_translated(self._proxy):
             answer = self._stub.ReportProgress(request, timeout=_CALL_TIMEOUT_S)
-        if answer.directive == pb.DIRECTIVE_CONTINUE:
-            return None
-        return _ORDER_ENDS.get(answer.order_end, OrderEnd.OTHER)
+        return directive_of(answer)
 
 
 def _open_channel(route: Route) -> grpc.Channel:
@@ -488,108 +339,6 @@ def _upload_messages(
         # The answer came before all was sent; gRPC's thread may still ask for more then.
         if not file.closed:
             raise
-
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_ORDER_ID = re.compile(r"[\w-]{1,200}", re.ASCII)
-
-
-def _order(message: pb.WorkOrder) -> WorkOrder:
-    """Translate an order.
-
-    Raises:
-        WrongSettings: it names something that can't be a file's name here.
-    """
-    for digest in (one.digest for one in message.sections):
-        if not _DIGEST.fullmatch(digest):
-            raise WrongSettings(f"the server's order names {digest[:80]!r}, which is no digest")
-    for order_id in (message.order_id, message.last_counted_order_id or message.order_id):
-        if not _ORDER_ID.fullmatch(order_id):
-            raise WrongSettings(f"the server's order has the id {order_id[:80]!r}, which is none")
-    training = message.training
-    return WorkOrder(
-        order_id=message.order_id,
-        client_id=message.client_id,
-        round_number=message.round,
-        attempt=message.attempt,
-        sections=tuple(
-            Section(name=one.name, digest=one.digest, size_bytes=one.size_bytes)
-            for one in message.sections
-        ),
-        training=TrainingConfig(
-            epochs=training.epochs,
-            batch_size=training.batch_size,
-            optimizer=training.optimizer,
-            lr=training.lr,
-            momentum=training.momentum,
-            weight_decay=training.weight_decay,
-            clip_norm=training.clip_norm if training.HasField("clip_norm") else None,
-            schedule=_schedule(training.schedule) if training.HasField("schedule") else Schedule(),
-            augmentation=training.augmentation or "none",
-            client_algorithm=(
-                ClientAlgorithmConfig(
-                    name=training.local_rule.name, parameters=dict(training.local_rule.parameters)
-                )
-                if training.HasField("local_rule")
-                else None
-            ),
-            work_deadline_s=(
-                training.work_deadline.ToTimedelta().total_seconds()
-                if training.HasField("work_deadline")
-                else None
-            ),
-        ),
-        seed=message.seed,
-        last_counted_order_id=message.last_counted_order_id,
-        evaluate=message.evaluate,
-        holdout=message.holdout,
-    )
-
-
-def _run_end(answer: pb.PullWorkResponse) -> RunEnd:
-    """Return how a run ended; an older server doesn't say, and means that it is done."""
-    return RunEnd(
-        has_failed=answer.outcome == pb.RUN_OUTCOME_FAILED, failure=_FAILURES.get(answer.failure)
-    )
-
-
-def _waiting(message: pb.Waiting) -> Waiting:
-    return Waiting(
-        round_number=message.round,
-        clients_here=message.clients_here,
-        clients_needed=message.clients_needed,
-    )
-
-
-def _compression(message: pb.Compression) -> Compression:
-    if message.encoding not in _ENCODING_NAMES:
-        return NO_COMPRESSION
-    return Compression(
-        encoding=_ENCODING_NAMES[message.encoding],
-        block_size=message.block_size,
-        fraction=message.fraction,
-    )
-
-
-def _entry_kinds(message: "Mapping[str, pb.EntryKind.ValueType]") -> dict[str, EntryKind]:
-    for name, number in message.items():
-        if number not in _ENTRY_KINDS:
-            raise WrongSettings(
-                f"the server aggregates entry {name!r} in a way (number {number}) that this client "
-                "doesn't know; update it"
-            )
-    return {name: _ENTRY_KINDS[number] for name, number in message.items()}
-
-
-def _schedule(message: pb.Schedule) -> Schedule:
-    return Schedule(
-        name=message.name,
-        warmup_epochs=message.warmup_epochs,
-        decay_epochs=message.decay_epochs,
-        decay=message.decay,
-        first_epoch=message.first_epoch,
-        total_epochs=message.total_epochs,
-    )
 
 
 def _as_it_is(message: bytes) -> bytes:

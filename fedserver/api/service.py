@@ -1,4 +1,4 @@
-"""The servicer: protobuf and gRPC stop here.
+"""The servicer: gRPC stops here.
 
 Translates each call to one of the client API, and the domain's errors to gRPC statuses. The two
 calls that carry payloads are served as raw bytes (see fedrounds.wire.framing), the others as
@@ -20,31 +20,24 @@ from grpc_reflection.v1alpha import reflection
 
 from fedrounds.errors import FederationError, InvalidInput
 from fedrounds.escaping import MAX_CHARACTERS, printable
-from fedrounds.types import (
-    Counters,
-    Leave,
-    LeaveReason,
-    OrderEnd,
-    Receipt,
-    Registration,
-    RunFailure,
-    WorkState,
-)
 from fedrounds.wire.framing import unframe_upload
 from fedrounds.wire.limits import examine_limits
+from fedrounds.wire.messages import (
+    counters_of,
+    digest_of,
+    directive_message,
+    incident_of,
+    leave_of,
+    receipt_message,
+    registration_of,
+    seconds_of,
+    session_message,
+    update_of,
+    work_message,
+)
 from fedrounds.wire.pb import federation_pb2 as pb
 from fedserver.api.client_api import ClientApi
 from fedserver.api.flow_control import StreamFence, first_message
-from fedserver.messages import (
-    ENTRY_KINDS,
-    compression_message,
-    digest_of,
-    duration_of,
-    incident_of,
-    order_message,
-    seconds_of,
-    update_of,
-)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FederationService"].full_name
 
@@ -76,37 +69,6 @@ Response = TypeVar("Response", bound=Message)
 _MAX_REQUEST_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 256 << 10
 
-_STATES = {
-    WorkState.ORDER: pb.WORK_STATE_ORDER,
-    WorkState.WAIT: pb.WORK_STATE_WAIT,
-    WorkState.FINISHED: pb.WORK_STATE_FINISHED,
-}
-_FAILURES = {
-    RunFailure.TOO_FEW_UPDATES: pb.RUN_FAILURE_TOO_FEW_UPDATES,
-    RunFailure.TOO_MANY_EXCLUDED: pb.RUN_FAILURE_TOO_MANY_EXCLUDED,
-    RunFailure.NOT_AGGREGATED: pb.RUN_FAILURE_NOT_AGGREGATED,
-    RunFailure.UPDATES_DAMAGED: pb.RUN_FAILURE_UPDATES_DAMAGED,
-    RunFailure.UPDATES_REFUSED: pb.RUN_FAILURE_UPDATES_REFUSED,
-}
-_RECEIPTS = {
-    Receipt.STORED: pb.RECEIPT_STORED,
-    Receipt.DUPLICATE: pb.RECEIPT_DUPLICATE,
-    Receipt.REFUSED: pb.RECEIPT_REFUSED,
-    Receipt.LATE: pb.RECEIPT_LATE,
-}
-_LEAVE_REASONS = {
-    pb.LEAVE_REASON_STOPPED: LeaveReason.STOPPED,
-    pb.LEAVE_REASON_GAVE_UP: LeaveReason.GAVE_UP,
-    pb.LEAVE_REASON_TASK_FAILED: LeaveReason.TASK_FAILED,
-}
-_ORDER_ENDS = {
-    OrderEnd.ROUND_CLOSED: pb.ORDER_END_ROUND_CLOSED,
-    OrderEnd.ATTEMPT_FAILED: pb.ORDER_END_ATTEMPT_FAILED,
-    OrderEnd.GIVEN_UP: pb.ORDER_END_GIVEN_UP,
-    OrderEnd.TAKEN_BACK: pb.ORDER_END_TAKEN_BACK,
-    OrderEnd.OTHER: pb.ORDER_END_UNSPECIFIED,
-}
-
 
 class Servicer:
     """The calls of fed.v1.FederationService."""
@@ -118,55 +80,12 @@ class Servicer:
 
     async def register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
         """See federation.proto."""
-        info = await self._client_api.register(
-            Registration(
-                client_ids=tuple(request.client_ids),
-                instance_key=request.instance_key,
-                software_version=request.software_version,
-                task=request.task,
-                num_examples=tuple(request.num_examples),
-                capabilities=tuple(request.capabilities),
-                process_key=request.process_key,
-            )
-        )
-        return pb.RegisterResponse(
-            session_id=info.session_id,
-            run_id=info.run_id,
-            task=info.task,
-            partitioning=pb.Partitioning(
-                scheme=info.partitioning.scheme,
-                num_partitions=info.partitioning.num_partitions,
-                seed=info.partitioning.seed,
-                parameters=info.partitioning.parameters,
-            ),
-            max_wait=duration_of(info.max_wait_s),
-            lease=duration_of(info.lease_s),
-            total_rounds=info.total_rounds,
-            compression=compression_message(info.compression),
-            entry_kinds={name: ENTRY_KINDS[kind] for name, kind in info.entry_kinds.items()},
-        )
+        return session_message(await self._client_api.register(registration_of(request)))
 
     async def pull_work(self, request: pb.PullWorkRequest) -> pb.PullWorkResponse:
         """See federation.proto."""
-        work = await self._client_api.pull_work(request.session_id, wait_s=seconds_of(request.wait))
-        response = pb.PullWorkResponse(
-            state=_STATES[work.state],
-            order=None if work.order is None else order_message(work.order),
-        )
-        if (run_end := work.run_end) is not None:
-            has_failed = run_end.has_failed
-            response.outcome = pb.RUN_OUTCOME_FAILED if has_failed else pb.RUN_OUTCOME_FINISHED
-            if run_end.failure is not None:
-                response.failure = _FAILURES[run_end.failure]
-        if (waiting := work.waiting) is not None:
-            response.waiting.CopyFrom(
-                pb.Waiting(
-                    round=waiting.round_number,
-                    clients_here=waiting.clients_here,
-                    clients_needed=waiting.clients_needed,
-                )
-            )
-        return response
+        wait_s = seconds_of(request.wait)
+        return work_message(await self._client_api.pull_work(request.session_id, wait_s=wait_s))
 
     async def query_upload(self, request: pb.QueryUploadRequest) -> pb.QueryUploadResponse:
         """See federation.proto."""
@@ -177,44 +96,20 @@ class Servicer:
 
     async def report_progress(self, request: pb.ReportProgressRequest) -> pb.ReportProgressResponse:
         """See federation.proto."""
-        told = request.counters
         order_end = await self._client_api.report_progress(
             request.session_id,
             request.order_id,
-            counters=Counters(
-                bytes_received=told.bytes_received,
-                bytes_sent=told.bytes_sent,
-                batches=told.batches,
-                batches_total=told.batches_total,
-                replays=told.replays,
-                evaluation_batches=told.evaluation_batches,
-                evaluation_batches_total=told.evaluation_batches_total,
-            ),
-            incidents=[(one.sequence, incident_of(one)) for one in request.incidents],
+            counters=counters_of(request.counters),
+            incidents=[
+                (incident.sequence, incident_of(incident)) for incident in request.incidents
+            ],
             gave_up=request.gave_up,
         )
-        if order_end is None:
-            return pb.ReportProgressResponse(directive=pb.DIRECTIVE_CONTINUE)
-        return pb.ReportProgressResponse(
-            directive=pb.DIRECTIVE_ABANDON, order_end=_ORDER_ENDS[order_end]
-        )
+        return directive_message(order_end)
 
     async def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
         """See federation.proto."""
-        if request.reason not in _LEAVE_REASONS:
-            raise InvalidInput(
-                f"there is no reason {request.reason} to leave; say LEAVE_REASON_STOPPED or "
-                "another one of federation.proto's"
-            )
-        await self._client_api.leave(
-            request.session_id,
-            Leave(
-                reason=_LEAVE_REASONS[request.reason],
-                client_ids=tuple(request.client_ids),
-                coming_back=request.coming_back,
-                kept_order_ids=tuple(request.kept_order_ids),
-            ),
-        )
+        await self._client_api.leave(request.session_id, leave_of(request))
         return pb.LeaveResponse()
 
     async def download_blob(self, request: bytes, context: Context) -> None:
@@ -241,10 +136,7 @@ class Servicer:
         answer = await self._client_api.upload(
             header.session_id, update, _upload_chunks(messages), offset=header.offset
         )
-        response = pb.UploadUpdateResponse(receipt=_RECEIPTS[answer.receipt], reason=answer.reason)
-        if answer.order_end is not None:
-            response.order_end = _ORDER_ENDS[answer.order_end]
-        return response.SerializeToString()
+        return receipt_message(answer).SerializeToString()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return what a gRPC server needs to serve the calls."""

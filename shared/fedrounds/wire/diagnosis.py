@@ -1,14 +1,13 @@
 """A diagnosis as its message and back: both sides need both ways to be the same.
 
-Besides the two ends of the wire this is the one module that knows the protocol's messages: said
-once, the forty names and fields can't come apart. What is read here keeps the limits of
+Said once, the forty names and fields can't come apart. What is read here keeps the limits of
 fedrounds.wire.limits; whether modules and tensors are the model's, only the server can tell.
 """
 
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from fedrounds.diagnosis.values import (
     DIAGNOSIS_NUMBERS,
@@ -26,6 +25,7 @@ from fedrounds.diagnosis.values import (
     TrendPoint,
 )
 from fedrounds.errors import InvalidInput
+from fedrounds.wire.enums import numbers_of
 from fedrounds.wire.limits import examine_limits
 from fedrounds.wire.pb import federation_pb2 as pb
 
@@ -33,29 +33,13 @@ _OPERATION = re.compile(r"[a-z0-9_]{0,64}")
 _DTYPE = re.compile(r"[a-z0-9_]{0,16}")
 
 E = TypeVar("E", bound=StrEnum)
-N = TypeVar("N", bound=int)
-N_co = TypeVar("N_co", bound=int, covariant=True)
 
-
-class _Numbers(Protocol[N_co]):
-    """What protobuf makes of an enum."""
-
-    def Value(self, name: str) -> N_co:  # noqa: N802
-        """Return the number of a name."""
-
-
-def _numbers_of(ours: type[E], theirs: _Numbers[N]) -> dict[E, N]:
-    """Return the number of each member: the message's enum has the same names with a prefix."""
-    prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", ours.__name__).upper()
-    return {one: theirs.Value(f"{prefix}_{one.name}") for one in ours}
-
-
-_SYMPTOMS = _numbers_of(Symptom, pb.Symptom)
-_CAUSES = _numbers_of(Cause, pb.Cause)
-_PHASES = _numbers_of(StepPhase, pb.StepPhase)
-_ODDITIES = _numbers_of(Oddity, pb.Oddity)
-_EXPERIMENTS = _numbers_of(ExperimentName, pb.ExperimentName)
-_REMEDIES = _numbers_of(RemedyKind, pb.RemedyKind)
+_SYMPTOMS = numbers_of(Symptom, pb.Symptom)
+_CAUSES = numbers_of(Cause, pb.Cause)
+_PHASES = numbers_of(StepPhase, pb.StepPhase)
+_ODDITIES = numbers_of(Oddity, pb.Oddity)
+_EXPERIMENTS = numbers_of(ExperimentName, pb.ExperimentName)
+_REMEDIES = numbers_of(RemedyKind, pb.RemedyKind)
 
 
 def diagnosis_message(diagnosis: Diagnosis) -> pb.Diagnosis:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from fedclient.connection import _order
 from fedrounds.data.augmentation import AUGMENTATIONS
 from fedrounds.doctor import TrainingHalted
 from fedrounds.errors import InvalidInput
@@ -28,7 +27,7 @@ from fedrounds.types import (
     TrainingConfig,
     WorkOrder,
 )
-from fedserver.messages import order_message
+from fedrounds.wire.messages import order_message, order_of
 from fedserver.models.evaluation import Evaluator
 from fedserver.run_settings import RUN_SETTINGS
 from fedserver.settings import ServerSettings, TrainingSettings
@@ -96,7 +95,7 @@ def test_an_order_arrives_as_it_was_sent() -> None:
             last_counted_order_id="p",
             evaluate=True,
         )
-        assert _order(order_message(order)) == order
+        assert order_of(order_message(order)) == order
 
 
 def test_an_order_of_an_older_server_trains_at_one_step_size() -> None:
@@ -113,7 +112,7 @@ def test_an_order_of_an_older_server_trains_at_one_step_size() -> None:
     message = order_message(order)
     message.training.ClearField("schedule")
     message.training.ClearField("augmentation")
-    assert _order(message).training == TrainingConfig()
+    assert order_of(message).training == TrainingConfig()
 
 
 def test_rounds_share_one_schedule_or_each_begins_anew() -> None:
