@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedrounds.tasks.builtin import need_root
-from fedrounds.tasks.task import DataRequest, Task
+from fedrounds import DataRequest, Task
 
 
 def build_model() -> nn.Module:

@@ -8,10 +8,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedrounds.data import load_data
+    from fedrounds.data import load_data, make_loader
     from fedrounds.diagnosis.values import DoctorSettings
     from fedrounds.doctor import Doctor
-    from fedrounds.tasks.task import DataRequest, Task
+    from fedrounds.tasks.task import DataRequest, Partition, Task
     from fedrounds.training.evaluation import evaluate
     from fedrounds.training.loop import train_model
 
@@ -21,9 +21,11 @@ __all__ = [
     "DataRequest",
     "Doctor",
     "DoctorSettings",
+    "Partition",
     "Task",
     "evaluate",
     "load_data",
+    "make_loader",
     "train_model",
 ]
 
@@ -31,9 +33,11 @@ _HOMES = {
     "DataRequest": "fedrounds.tasks.task",
     "Doctor": "fedrounds.doctor",
     "DoctorSettings": "fedrounds.diagnosis.values",
+    "Partition": "fedrounds.tasks.task",
     "Task": "fedrounds.tasks.task",
     "evaluate": "fedrounds.training.evaluation",
     "load_data": "fedrounds.data",
+    "make_loader": "fedrounds.data",
     "train_model": "fedrounds.training.loop",
 }
 
