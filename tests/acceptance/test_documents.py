@@ -32,7 +32,7 @@ class Reader:
         port = str(fixed_port())
         self._environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'shared'}",
             "PYTHONUNBUFFERED": "1",
             "FEDSERVER_PORT": port,
             "FEDCLIENT_SERVER": f"localhost:{port}",
