@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedclient.client_algorithms import NOTHING, Start, Trained, begin_rule
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientState, Tensors
-from fedclient.update_encoding import RESIDUAL, pack_update
+from fedclient.update_encoding import RESIDUAL, encode_update
 from fedrounds.data import AugmentedBatches, make_loader, set_aside
 from fedrounds.data.loaders import NumberedLoader
 from fedrounds.diagnosis.text import verdict
@@ -217,7 +217,7 @@ def train_order(
     )
     if rule.is_personal and evaluated is not None:
         metrics |= _metrics_of(model, evaluated, task, device, progress, prefix="personal_")
-    packed = pack_update(
+    encoded = encode_update(
         {**outcome.model, **global_values},
         global_model=global_model,
         kinds=kinds,
@@ -225,7 +225,7 @@ def train_order(
         seed=derive_seed(order.seed, "compression"),
         residual=state.tensors.get(RESIDUAL, NOTHING),
     )
-    sections = write_payload(payload, {MODEL_SECTION: packed.tensors, **outcome.sections})
+    sections = write_payload(payload, {MODEL_SECTION: encoded.tensors, **outcome.sections})
     digest = sections[0].digest if len(sections) == 1 else digest_file(payload)
     if report.num_steps < num_batches:
         logger.info(
@@ -245,7 +245,7 @@ def train_order(
                 "loss": learned.loss,
                 "train_s": train_s,
                 **metrics,
-                **packed.metrics,
+                **encoded.metrics,
             }
         ),
         encoding=compression.encoding,
@@ -259,7 +259,7 @@ def train_order(
         convalescence=convalescence,
         tensors={
             **outcome.kept,
-            **packed.kept,
+            **encoded.kept,
             **_own_values(result.state_dict, names=global_values),
         },
     )

@@ -1,4 +1,4 @@
-"""What is sent of a trained model: its state_dict as it is, or the delta compressed."""
+"""How a trained model is encoded for sending: its state_dict as it is, or its delta compressed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,22 +8,28 @@ import torch
 from torch import Tensor
 
 from fedrounds.tensors.codec import load_state_into
-from fedrounds.tensors.compression import compress, decompress, delta_of, relative_error, whole_key
+from fedrounds.tensors.compression import (
+    compress,
+    decompress,
+    delta_of,
+    relative_error,
+    uncompressed_key,
+)
 from fedrounds.types import Compression, Encoding, EntryKind
 
 State = Mapping[str, Tensor]
 
 RESIDUAL = "residual"
-"""The name under which a client keeps what TOP_K left out of its updates that count."""
+"""The name under which a client keeps what TOP_K left out of its counted updates."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedUpdate:
-    """A model section's tensors, what is said of them, and what is kept if the order is counted.
+class EncodedUpdate:
+    """The tensors of a model section, with metrics, and what the client keeps if the order counts.
 
-    `metrics` hold compression_error, the L2 norm of what was lost over that of what was to be sent,
-    if something was compressed. Under TOP_K RESIDUAL is kept: what was lost, by parameter, which is
-    to be added to the next delta.
+    If the delta was compressed, `metrics` holds compression_error: the L2 norm of the error over
+    that of the delta. Under TOP_K `kept` holds RESIDUAL: what was left out, by parameter; the
+    client adds it to its next delta.
     """
 
     tensors: State
@@ -31,7 +37,7 @@ class PackedUpdate:
     kept: Mapping[str, State] = field(default_factory=dict)
 
 
-def pack_update(
+def encode_update(
     trained: State,
     *,
     global_model: Path,
@@ -39,29 +45,31 @@ def pack_update(
     compression: Compression,
     seed: int,
     residual: State,
-) -> PackedUpdate:
-    """Return what is sent of a trained model; a function of its arguments, `seed` among them.
+) -> EncodedUpdate:
+    """Return the encoding of a trained model; it depends on the arguments alone.
 
-    Only the parameters among the entries, of these `kinds`, are compressed. `residual` is what
-    earlier updates that count have left out.
+    Compresses the entries of kind PARAMETER only. `residual` is what earlier counted updates left
+    out, by parameter; it is empty except under TOP_K.
     """
     if compression.encoding is Encoding.STATE_DICT:
-        return PackedUpdate(tensors=trained)
-    base = {name: torch.empty_like(one, device="cpu") for name, one in trained.items()}
+        return EncodedUpdate(tensors=trained)
+    base = {name: torch.empty_like(tensor, device="cpu") for name, tensor in trained.items()}
     load_state_into(base, global_model)
     parameters = sorted(name for name, kind in kinds.items() if kind is EntryKind.PARAMETER)
     delta = {name: delta_of(trained[name].cpu(), base[name]) for name in parameters}
     for name, left_out in residual.items():
         delta[name] += left_out
-    packed = compress(delta, compression, seed=seed)
+    compressed = compress(delta, compression, seed=seed)
     shapes = {name: (base[name].dtype, tuple(base[name].shape)) for name in delta}
-    received = decompress(packed, shapes, compression)
-    others = {whole_key(name): one for name, one in trained.items() if name not in delta}
+    received = decompress(compressed, shapes, compression)
+    others = {
+        uncompressed_key(name): tensor for name, tensor in trained.items() if name not in delta
+    }
     kept = {}
     if compression.encoding is Encoding.TOP_K:
-        kept[RESIDUAL] = {name: one - received[name] for name, one in delta.items()}
-    return PackedUpdate(
-        tensors=packed | others,
+        kept[RESIDUAL] = {name: values - received[name] for name, values in delta.items()}
+    return EncodedUpdate(
+        tensors=compressed | others,
         metrics={"compression_error": relative_error(delta, received)},
         kept=kept,
     )

@@ -19,7 +19,7 @@ from fedrounds.strategies.components import Strategy
 from fedrounds.strategies.registry import find_strategy
 from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.task import Task, build_model, kinds_of
-from fedrounds.tensors.compression import Shape, packed_shapes
+from fedrounds.tensors.compression import Shape, compressed_shapes
 from fedrounds.tensors.entries import examine_first_values, tied_entries
 from fedrounds.types import Encoding, EntryKind
 from fedserver.models.evaluation import Evaluator
@@ -143,14 +143,14 @@ def _validate_compression(
         for name, one in model.state_dict().items()
         if kinds[name] is EntryKind.PARAMETER
     }
-    packed, whole = (
+    compressed_bytes, model_bytes = (
         sum(math.prod(shape) * dtype.itemsize for dtype, shape in one.values())
-        for one in (packed_shapes(shapes, compression), shapes)
+        for one in (compressed_shapes(shapes, compression), shapes)
     )
-    if packed >= whole:
+    if compressed_bytes >= model_bytes:
         raise InvalidInput(
-            f"--compression {settings.compression} makes {packed} bytes of the {whole} of this "
-            "model's parameters; choose another one, or none"
+            f"--compression {settings.compression} makes {compressed_bytes} bytes of the "
+            f"{model_bytes} of this model's parameters; choose another one, or none"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from fedclient.update_encoding import pack_update
+from fedclient.update_encoding import encode_update
 from fedrounds.strategies.blocks import Cohort
 from fedrounds.strategies.registry import find_strategy
 from fedrounds.strategies.server_step import next_blocks, state_layout
@@ -103,7 +103,7 @@ def write_state_dir(
             noise = torch.Generator().manual_seed(current.round_number * 10 + order.client_id)
             for name in ("0.weight", "3.weight"):
                 state[name] += torch.randn(state[name].shape, generator=noise)
-            packed = pack_update(
+            encoded = encode_update(
                 state,
                 global_model=base.file.path,
                 kinds=kinds,
@@ -111,7 +111,7 @@ def write_state_dir(
                 seed=order.client_id,
                 residual={},
             )
-            payload = encode_state(packed.tensors)
+            payload = encode_state(encoded.tensors)
             update = make_update(
                 order.order_id,
                 payload=payload,

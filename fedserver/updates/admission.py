@@ -14,7 +14,7 @@ import torch
 from fedrounds.errors import InvalidInput
 from fedrounds.strategies.blocks import BlockReader, StateFile, blocks_of
 from fedrounds.strategies.components import Requirement, no_requirement
-from fedrounds.strategies.compressed import examine_packed
+from fedrounds.strategies.compressed import validate_compressed
 from fedrounds.tensors.codec import Entry, Layout, digest_file
 from fedrounds.types import (
     MAX_METRIC,
@@ -178,8 +178,8 @@ def examine_content(
             the global model's is, a variance is negative, or the delta's norm is beyond the cap.
         InvalidInput: scales or indices of a compressed update are impossible.
     """
-    if received.packed is not None:
-        examine_packed(received.path, received.packed)
+    if received.compressed is not None:
+        validate_compressed(received.path, received.compressed)
     _examine_entries(received.layout.entries, base.layout.entries)
     received_reader, base_reader = BlockReader(), BlockReader()
     squares = 0.0

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedrounds.strategies.blocks import StateFile
-from fedrounds.strategies.compressed import locate_packed
+from fedrounds.strategies.compressed import locate_compressed
 from fedrounds.tensors.codec import read_layout
 from fedrounds.tensors.payloads import read_payload
 from fedrounds.types import MODEL_SECTION, Compression, Encoding, EntryKind
@@ -49,10 +49,10 @@ def update_file(
         base = StateFile(path=own_base, layout=read_layout(own_base))
         model = replace(model, base=base)
     if compression.encoding is not Encoding.STATE_DICT:
-        packed = locate_packed(
+        compressed = locate_compressed(
             path, model.layout, model=base.layout, kinds=kinds, compression=compression
         )
-        model = replace(model, layout=base.layout, base=base, packed=packed)
+        model = replace(model, layout=base.layout, base=base, compressed=compressed)
     return replace(
         model,
         others=files,

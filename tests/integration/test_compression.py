@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedclient.update_encoding import pack_update
+from fedclient.update_encoding import encode_update
 from fedrounds.tensors.codec import decode_state, encode_state
 from fedrounds.tensors.entries import entry_kinds
 from fedrounds.types import Compression, Encoding
@@ -79,7 +79,7 @@ def _compressed(scene: Scene, opened: OpenRound) -> tuple[bytes, dict[str, torch
         if one.is_floating_point():
             trained[name] = one + 0.1 * torch.rand(one.shape, generator=noise)
     parameters = {name for name in trained if "running" not in name and "num_" not in name}
-    packed = pack_update(
+    encoded = encode_update(
         trained,
         global_model=base,
         kinds=entry_kinds(tiny.build_model()),
@@ -87,7 +87,7 @@ def _compressed(scene: Scene, opened: OpenRound) -> tuple[bytes, dict[str, torch
         seed=1,
         residual={},
     ).tensors
-    payload = encode_state(packed)
+    payload = encode_state(encoded)
     sent = decode_state(payload)
     for name in parameters:
         values, scales = sent[f"delta/{name}"], sent[f"scales/{name}"]

@@ -18,9 +18,14 @@ from typing import TypeVar
 
 import torch
 
-from fedrounds.strategies.compressed import EntryReader, OpenFiles, PackedDelta, PackedReader
+from fedrounds.strategies.compressed import (
+    CompressedDelta,
+    CompressedReader,
+    EntryReader,
+    OpenFiles,
+)
 from fedrounds.tensors.codec import Layout
-from fedrounds.tensors.compression import restored, whole_key
+from fedrounds.tensors.compression import restored, uncompressed_key
 from fedrounds.types import EntryKind
 
 BLOCK_ELEMENTS = 64 * 1024
@@ -42,8 +47,8 @@ class StateFile:
     wasn't asked). `base` is the model that it began with where that isn't the cohort's, `staleness`
     how many steps older it is. Other files have none of them.
 
-    An update that came compressed is a `packed` delta from the model `base`, which is then there in
-    any case; its `layout` is that of the state_dict which it is read as. `replaced` entries are
+    A compressed update has a `compressed` delta from `base`, which is then always set; its `layout`
+    is that of the state_dict which it is read as. `replaced` entries are
     read from memory, flattened and of the entry's dtype (see fedrounds.strategies.buffers).
     """
 
@@ -56,7 +61,7 @@ class StateFile:
     global_loss: float | None = None
     base: "StateFile | None" = None
     staleness: int = 0
-    packed: PackedDelta | None = None
+    compressed: CompressedDelta | None = None
     replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -113,7 +118,7 @@ class BlockReader:
     def __init__(self) -> None:
         files = OpenFiles()
         self._entries, self._bases = EntryReader(files), EntryReader(files)
-        self._packed = PackedReader(files)
+        self._compressed = CompressedReader(files)
         self._base_block: tuple[Path, Block] | None = None
         self._base_values = torch.empty(0)
 
@@ -126,11 +131,11 @@ class BlockReader:
         if (values := file.replaced.get(block.name)) is not None:
             return values[block.begin : block.begin + block.count].clone()
         run = {"begin": block.begin, "count": block.count}
-        if file.packed is None:
+        if file.compressed is None:
             return self._entries.read(file.path, file.layout, block.name, offset=file.offset, **run)
-        if (whole := whole_key(block.name)) in file.packed.layout.entries:
-            return self._entries.read(file.path, file.packed.layout, whole, **run)
-        delta = self._packed.read(file.path, file.packed, block.name, **run)
+        if (whole := uncompressed_key(block.name)) in file.compressed.layout.entries:
+            return self._entries.read(file.path, file.compressed.layout, whole, **run)
+        delta = self._compressed.read(file.path, file.compressed, block.name, **run)
         return restored(self._read_base(file, block), delta)
 
     def _read_base(self, file: StateFile, block: Block) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Compressed updates on disk: what must lie in their files, and any block of their deltas.
+"""Compressed updates on disk: validates their files, and reads any block of their deltas.
 
 Every tensor's dtype and shape follows from the model and the run's compression (see
-fedrounds.tensors.compression), so no file can become larger when it is unpacked than the model is.
+fedrounds.tensors.compression), so no decompressed file can be larger than the model.
 """
 
 import math
@@ -23,27 +23,27 @@ from fedrounds.tensors.compression import (
     OFFSETS,
     VALUES,
     Shape,
+    compressed_shapes,
     delta_key,
     dequantise,
     first_coordinates,
-    packed_shapes,
     scales_key,
-    spread,
-    whole_key,
+    scatter,
+    uncompressed_key,
 )
 from fedrounds.types import Compression, Encoding, EntryKind
 
 _READ_ELEMENTS = 1 << 16
-# Of a reader of blocks; there are a few in each thread that computes.
+# For each BlockReader; each computing thread has a few of them.
 _MAX_OPEN_FILES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedDelta:
+class CompressedDelta:
     """Where a compressed update's tensors lie in its file.
 
-    Of TOP_K alone: `firsts` says where each parameter begins among the coordinates, and `before`
-    how many values are there before each chunk of them, [num_chunks + 1].
+    For TOP_K alone: `firsts` is the first coordinate of each parameter, and `before` the number of
+    values before each chunk, [num_chunks + 1].
     """
 
     compression: Compression
@@ -54,7 +54,7 @@ class PackedDelta:
 
 
 class OpenFiles:
-    """Keeps the files open that were read last, as long as it is there."""
+    """Keeps the most recently read files open, until it is deleted."""
 
     def __init__(self) -> None:
         self._open: dict[Path, FileIO] = {}
@@ -90,7 +90,7 @@ class EntryReader:
     def read(
         self, path: Path, layout: Layout, name: str, *, begin: int, count: int, offset: int = 0
     ) -> torch.Tensor:
-        """Return `count` elements of an entry from the flattened one's `begin` on, [count].
+        """Return elements [begin, begin + count) of a flattened entry.
 
         The layout's bytes begin at `offset` of the file.
 
@@ -102,8 +102,8 @@ class EntryReader:
         if len(self._buffer) < count * size:
             self._buffer = bytearray(count * size)
         view = memoryview(self._buffer)[: count * size]
-        place = offset + entry.begin + begin * size
-        num_read = os.preadv(self._files.find(path).fileno(), [view], place)
+        position = offset + entry.begin + begin * size
+        num_read = os.preadv(self._files.find(path).fileno(), [view], position)
         if num_read != len(view):
             raise StorageDamaged(f"{path} ends inside tensor {name!r}; restore it from a copy")
         if not count:
@@ -111,27 +111,27 @@ class EntryReader:
         return torch.frombuffer(self._buffer, dtype=entry.dtype, count=count)
 
 
-class PackedReader:
-    """Unpacks blocks of compressed deltas; owns the memory they are read into."""
+class CompressedReader:
+    """Reads and decompresses blocks of deltas; owns the memory they are read into."""
 
     def __init__(self, files: OpenFiles) -> None:
         self._values, self._others = EntryReader(files), EntryReader(files)
 
     def read(
-        self, path: Path, packed: PackedDelta, name: str, *, begin: int, count: int
+        self, path: Path, compressed: CompressedDelta, name: str, *, begin: int, count: int
     ) -> torch.Tensor:
-        """Return `count` elements of a parameter's delta from the flattened one's `begin` on.
+        """Return elements [begin, begin + count) of the flattened delta of a parameter.
 
         Raises:
             StorageDamaged: the file is shorter than its layout, or gone.
         """
-        layout = packed.layout
-        if packed.compression.encoding is Encoding.TOP_K:
-            first = packed.firsts[name] + begin
+        layout = compressed.layout
+        if compressed.compression.encoding is Encoding.TOP_K:
+            first = compressed.firsts[name] + begin
             chunks = slice(first // CHUNK_ELEMENTS, -(-(first + count) // CHUNK_ELEMENTS))
-            before = packed.before[chunks.start : chunks.stop + 1]
+            before = compressed.before[chunks.start : chunks.stop + 1]
             run = {"begin": int(before[0]), "count": int(before[-1] - before[0])}
-            return spread(
+            return scatter(
                 self._values.read(path, layout, VALUES, **run),
                 _pairs(self._others, path, layout, **run),
                 torch.from_numpy(np.diff(before)),
@@ -139,9 +139,9 @@ class PackedReader:
                 count=count,
             )
         values = self._values.read(path, layout, delta_key(name), begin=begin, count=count)
-        if packed.compression.encoding is not Encoding.INT8:
+        if compressed.compression.encoding is not Encoding.INT8:
             return values
-        size = packed.compression.block_size
+        size = compressed.compression.block_size
         first_block, last_block = begin // size, -(-(begin + count) // size)
         scales = self._others.read(
             path, layout, scales_key(name), begin=first_block, count=last_block - first_block
@@ -152,35 +152,35 @@ class PackedReader:
 def expected_tensors(
     model: Layout, kinds: Mapping[str, EntryKind], compression: Compression
 ) -> dict[str, Shape]:
-    """Return what a compressed update of a model holds."""
+    """Return the dtype and shape of every tensor in a compressed update of a model."""
     others = {
-        whole_key(name): (entry.dtype, entry.shape)
+        uncompressed_key(name): (entry.dtype, entry.shape)
         for name, entry in model.entries.items()
         if kinds[name] is not EntryKind.PARAMETER
     }
-    return packed_shapes(_parameters(model, kinds), compression) | others
+    return compressed_shapes(_parameters(model, kinds), compression) | others
 
 
-def locate_packed(
+def locate_compressed(
     path: Path,
     layout: Layout,
     *,
     model: Layout,
     kinds: Mapping[str, EntryKind],
     compression: Compression,
-) -> PackedDelta:
-    """Return where a compressed update's tensors lie; `layout` is of the file's first section.
+) -> CompressedDelta:
+    """Return where a compressed update's tensors lie; `layout` is that of the file's first section.
 
     Raises:
-        InvalidInput: they aren't those that an update of this model has.
+        InvalidInput: the tensors aren't those of an update of this model.
     """
     expected = expected_tensors(model, kinds, compression)
-    sent = {name: (one.dtype, one.shape) for name, one in layout.entries.items()}
+    sent = {name: (entry.dtype, entry.shape) for name, entry in layout.entries.items()}
     for name in sorted(expected.keys() | sent.keys()):
         if expected.get(name) != sent.get(name):
             raise InvalidInput(
-                f"tensor {name[:80]!r} is {_described(sent.get(name))}; an update compressed by "
-                f"{compression.encoding} has {_described(expected.get(name))} there"
+                f"tensor {name[:80]!r} is {_description(sent.get(name))}; an update compressed by "
+                f"{compression.encoding} has {_description(expected.get(name))} there"
             )
     parameters = _parameters(model, kinds)
     counts = np.zeros(0, dtype=np.int64)
@@ -194,7 +194,7 @@ def locate_packed(
                 f"{COUNTS!r} has {counts.sum()} indices in all and {counts.min()} in one chunk; "
                 f"they must count the {num_values} values that are there"
             )
-    return PackedDelta(
+    return CompressedDelta(
         compression=compression,
         layout=layout,
         firsts=first_coordinates(parameters),
@@ -203,34 +203,37 @@ def locate_packed(
     )
 
 
-def examine_packed(path: Path, packed: PackedDelta) -> None:
-    """Examine what only the way of packing gives a meaning to: scales, and indices.
+def validate_compressed(path: Path, compressed: CompressedDelta) -> None:
+    """Validate the values that compression itself adds: scales and indices.
 
     Raises:
-        InvalidInput: a scale is negative or isn't finite, or an index is out of range or isn't
-            greater than the one before.
+        InvalidInput: a scale is negative or not finite, or an index is out of range or not greater
+            than the index before it.
     """
     reader = EntryReader(OpenFiles())
-    if packed.compression.encoding is Encoding.INT8:
-        for name, entry in packed.layout.entries.items():
+    if compressed.compression.encoding is Encoding.INT8:
+        for name, entry in compressed.layout.entries.items():
             if name.startswith(scales_key("")):
-                _examine_scales(reader, path, packed.layout, name, num_scales=entry.shape[0])
-    elif packed.compression.encoding is Encoding.TOP_K:
-        for chunk, (begin, end) in enumerate(zip(packed.before, packed.before[1:], strict=False)):
+                _validate_scales(reader, path, compressed.layout, name, num_scales=entry.shape[0])
+    elif compressed.compression.encoding is Encoding.TOP_K:
+        for chunk, (begin, end) in enumerate(
+            zip(compressed.before, compressed.before[1:], strict=False)
+        ):
             run = {"begin": int(begin), "count": int(end - begin)}
-            pairs = _pairs(reader, path, packed.layout, **run).long()
-            places = pairs[:, 0] + 256 * pairs[:, 1]
-            length = min(CHUNK_ELEMENTS, packed.num_coordinates - chunk * CHUNK_ELEMENTS)
-            steps = torch.diff(places, append=torch.tensor([length]))
+            pairs = _pairs(reader, path, compressed.layout, **run).long()
+            indices = pairs[:, 0] + 256 * pairs[:, 1]
+            length = min(CHUNK_ELEMENTS, compressed.num_coordinates - chunk * CHUNK_ELEMENTS)
+            steps = torch.diff(indices, append=torch.tensor([length]))
             if bool((steps <= 0).any()):
-                at = int(torch.nonzero(steps <= 0)[0])
+                number = int(torch.nonzero(steps <= 0)[0])
                 raise InvalidInput(
-                    f"{OFFSETS!r} has {int(places[at])} as number {at} (from 0) of chunk {chunk}; "
+                    f"{OFFSETS!r} has {int(indices[number])} as number {number} (from 0) of chunk "
+                    f"{chunk}; "
                     f"a chunk's indices ascend and are below {length}"
                 )
 
 
-def _examine_scales(
+def _validate_scales(
     reader: EntryReader, path: Path, layout: Layout, name: str, *, num_scales: int
 ) -> None:
     for begin in range(0, num_scales, _READ_ELEMENTS):
@@ -238,9 +241,9 @@ def _examine_scales(
         scales = reader.read(path, layout, name, begin=begin, count=count)
         bad = torch.nonzero(~(torch.isfinite(scales) & (scales >= 0)))
         if len(bad):
-            at = int(bad[0])
+            index = int(bad[0])
             raise InvalidInput(
-                f"tensor {name[:80]!r} holds {float(scales[at])} at element {begin + at}; a scale "
+                f"tensor {name[:80]!r} holds {float(scales[index])} at element {begin + index}; a scale "
                 "is finite and not below 0"
             )
 
@@ -260,5 +263,5 @@ def _pairs(
     return read.view(count, 2)
 
 
-def _described(shape: Shape | None) -> str:
+def _description(shape: Shape | None) -> str:
     return "nothing" if shape is None else f"{shape[0]} {list(shape[1])}"

@@ -1,20 +1,20 @@
-"""Client updates made smaller, at a price in exactness: what a delta is sent as, and back again.
+"""Lossy compression of client updates: a delta to fewer bytes and back.
 
-Compressed is the delta, local minus global, of the parameters alone. Whatever else a state_dict
-holds travels whole: counters can't be rounded, BatchNorm's running statistics are few and would
-become impossible (a variance below 0) by an error that a weight doesn't feel.
+Only the delta (local minus global) of the parameters is compressed. All other entries of a
+state_dict are sent uncompressed: counters can't be rounded, and BatchNorm's running statistics are
+few; an error that a weight bears well could make a variance negative.
 
-- FLOAT16, BFLOAT16: cast; what is beyond the type's range becomes its largest number.
-- INT8: blocks of `block_size` values share a scale, the block's largest magnitude over 127, and
-  each value becomes a whole multiple of it, rounded at random so that its mean is the value itself
+- FLOAT16, BFLOAT16: a cast; a value beyond the type's range becomes its largest number.
+- INT8: blocks of `block_size` values share a scale, the block's largest magnitude over 127. Each
+  value becomes an integer multiple of it, rounded at random so that its expectation is the value
   (stochastic rounding: Alistarh et al. 2017, QSGD, with the largest magnitude as norm).
-- TOP_K: the share `fraction` of all coordinates, those largest in magnitude, are sent as they are,
-  the others not at all. ||x - C(x)||^2 <= (1 - k/d) ||x||^2; what is left out is to be added to
-  the next delta (error feedback: Stich et al. 2018, "Sparsified SGD with Memory"; Karimireddy et
-  al. 2019), which is the caller's business.
+- TOP_K: the `fraction` of all coordinates that are largest in magnitude are sent as they are, the
+  others not at all. ||x - C(x)||^2 <= (1 - k/d) ||x||^2. The caller adds what is left out to the
+  next delta (error feedback: Stich et al. 2018, "Sparsified SGD with Memory"; Karimireddy et al.
+  2019).
 
-A compressed delta is a mapping of tensors again, of shapes that follow from the delta's and the
-parameters of the compression: see `packed_shapes`. Nothing here knows a file or a wire.
+A compressed delta is again a mapping of tensors. Their shapes follow from the delta's shapes and
+the parameters of the compression: see `compressed_shapes`. This module knows no files and no wire.
 """
 
 import math
@@ -30,7 +30,7 @@ from fedrounds.tensors.rounding import rounded
 from fedrounds.types import Compression, Encoding
 
 CHUNK_ELEMENTS = 1 << 16
-"""TOP_K counts coordinates in chunks of so many: an index within one takes two bytes."""
+"""TOP_K numbers coordinates within chunks of this length: an index then takes two bytes."""
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 """A tensor's dtype and dimensions."""
@@ -47,22 +47,22 @@ _SLICE_ELEMENTS = 1 << 20
 
 
 def delta_key(name: str) -> str:
-    """Return under which name a parameter's numbers stand; TOP_K has all of them in VALUES."""
+    """Return the name of a parameter's values in an update; TOP_K has all of them in VALUES."""
     return f"delta/{name}"
 
 
 def scales_key(name: str) -> str:
-    """Return under which name the scales of a parameter's blocks stand, under INT8."""
+    """Return the name of the scales of a parameter's blocks, under INT8."""
     return f"scales/{name}"
 
 
-def whole_key(name: str) -> str:
-    """Return under which name an entry stands that isn't compressed."""
+def uncompressed_key(name: str) -> str:
+    """Return the name of an entry that isn't compressed."""
     return f"whole/{name}"
 
 
 def delta_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return in which precision the delta of an entry of this dtype is computed."""
+    """Return the dtype in which the delta of an entry of this dtype is computed."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -73,20 +73,20 @@ def delta_of(local: Tensor, base: Tensor) -> Tensor:
 
 
 def restored(base: Tensor, delta: Tensor) -> Tensor:
-    """Return what a client has that changed `base` by `delta`, rounded once to the base's dtype."""
+    """Return base plus delta, rounded once to the base's dtype."""
     if base.dtype is torch.float32:
         return base + delta.float()
-    # Of numbers of float32 and narrower that are worth adding, float64 holds the exact sum.
+    # Of numbers of float32 and narrower, float64 holds the exact sum wherever it matters.
     return rounded(base.double() + delta.double(), base.dtype)
 
 
 def num_kept(num_elements: int, fraction: float) -> int:
-    """Return how many of so many coordinates TOP_K sends: the share, rounded up."""
+    """Return the number of coordinates that TOP_K sends: the share, rounded up."""
     return min(num_elements, math.ceil(fraction * num_elements))
 
 
 def first_coordinates(shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """Return where each parameter begins in the vector of all of them, which is in name order."""
+    """Return the index at which each parameter begins in the vector of all, in name order."""
     firsts, position = {}, 0
     for name in sorted(shapes):
         firsts[name] = position
@@ -94,25 +94,25 @@ def first_coordinates(shapes: Mapping[str, Shape]) -> dict[str, int]:
     return firsts
 
 
-def packed_shapes(shapes: Mapping[str, Shape], compression: Compression) -> dict[str, Shape]:
+def compressed_shapes(shapes: Mapping[str, Shape], compression: Compression) -> dict[str, Shape]:
     """Return the tensors that the delta of parameters of these shapes is compressed to.
 
     Casts: `delta/NAME` of NAME's shape. INT8: `delta/NAME` and `scales/NAME`, float32 [num_blocks],
     blocks being counted in the flattened tensor. TOP_K, over all parameters flattened one after
     another in name order, k coordinates in ascending order: `values` [k], `offsets` uint8 [k, 2],
-    the coordinate's place in its chunk of CHUNK_ELEMENTS (low byte first), and `counts` int32
-    [num_chunks], how many of a chunk are there.
+    the coordinate's index in its chunk of CHUNK_ELEMENTS (low byte first), and `counts` int32
+    [num_chunks], the number of coordinates sent of each chunk.
     """
     encoding = compression.encoding
     if encoding in CASTS:
         return {delta_key(name): (CASTS[encoding], shape) for name, (_, shape) in shapes.items()}
     if encoding is Encoding.INT8:
-        packed: dict[str, Shape] = {}
+        compressed: dict[str, Shape] = {}
         for name, (_, shape) in shapes.items():
             num_blocks = -(-math.prod(shape) // compression.block_size)
-            packed[delta_key(name)] = (torch.int8, shape)
-            packed[scales_key(name)] = (torch.float32, (num_blocks,))
-        return packed
+            compressed[delta_key(name)] = (torch.int8, shape)
+            compressed[scales_key(name)] = (torch.float32, (num_blocks,))
+        return compressed
     assert encoding is Encoding.TOP_K
     num_elements = sum(math.prod(shape) for _, shape in shapes.values())
     kept = num_kept(num_elements, compression.fraction)
@@ -126,24 +126,24 @@ def packed_shapes(shapes: Mapping[str, Shape], compression: Compression) -> dict
 def compress(
     delta: Mapping[str, Tensor], compression: Compression, *, seed: int
 ) -> dict[str, Tensor]:
-    """Return what the delta of some parameters is sent as (see `packed_shapes`).
+    """Return the compressed delta of some parameters (see `compressed_shapes`).
 
-    A function of its arguments: what is rounded at random is drawn anew from `seed`.
+    It depends on the arguments alone: all random rounding is drawn from `seed`.
     """
     encoding = compression.encoding
     if encoding in CASTS:
-        return {delta_key(name): cast(one, CASTS[encoding]) for name, one in delta.items()}
+        return {delta_key(name): cast(values, CASTS[encoding]) for name, values in delta.items()}
     if encoding is Encoding.INT8:
-        packed = {}
+        compressed = {}
         for name in sorted(delta):
             flat = delta[name].reshape(-1).contiguous()
             # Drawn by content: tied weights, the same numbers under two names, stay the same.
             stream = derive_seed(seed, f"rounding {zlib.crc32(flat.numpy().data)}")
             generator = torch.Generator().manual_seed(stream)
             values, scales = quantise(flat, compression.block_size, generator=generator)
-            packed[delta_key(name)] = values.view(delta[name].shape)
-            packed[scales_key(name)] = scales
-        return packed
+            compressed[delta_key(name)] = values.view(delta[name].shape)
+            compressed[scales_key(name)] = scales
+        return compressed
     assert encoding is Encoding.TOP_K
     vector = _vector(delta)
     chosen = largest(vector, num_kept(len(vector), compression.fraction))
@@ -157,13 +157,15 @@ def compress(
 
 
 def decompress(
-    packed: Mapping[str, Tensor], shapes: Mapping[str, Shape], compression: Compression
+    compressed: Mapping[str, Tensor], shapes: Mapping[str, Shape], compression: Compression
 ) -> dict[str, Tensor]:
-    """Return the delta that is received where `packed` is sent, as `delta_dtype` says."""
+    """Return the delta that `compressed` stands for, in the dtypes that `delta_dtype` says."""
     if compression.encoding is Encoding.TOP_K:
         num_elements = sum(math.prod(shape) for _, shape in shapes.values())
-        vector = spread(
-            *(packed[VALUES], packed[OFFSETS], packed[COUNTS]), begin=0, count=num_elements
+        vector = scatter(
+            *(compressed[VALUES], compressed[OFFSETS], compressed[COUNTS]),
+            begin=0,
+            count=num_elements,
         )
         firsts = first_coordinates(shapes)
         flat = {
@@ -173,15 +175,15 @@ def decompress(
     elif compression.encoding is Encoding.INT8:
         flat = {
             name: dequantise(
-                packed[delta_key(name)].reshape(-1),
-                packed[scales_key(name)],
+                compressed[delta_key(name)].reshape(-1),
+                compressed[scales_key(name)],
                 begin=0,
                 block_size=compression.block_size,
             )
             for name in shapes
         }
     else:
-        flat = {name: packed[delta_key(name)].reshape(-1) for name in shapes}
+        flat = {name: compressed[delta_key(name)].reshape(-1) for name in shapes}
     return {
         name: flat[name].to(delta_dtype(dtype)).view(shape)
         for name, (dtype, shape) in shapes.items()
@@ -193,13 +195,14 @@ def relative_error(delta: Mapping[str, Tensor], received: Mapping[str, Tensor]) 
     norm = _norm(delta.values())
     if norm == math.inf:
         # Squares of 1e300 are more than float64 holds.
-        small = {name: one.double() / 2.0**600 for name, one in delta.items()}
+        small = {name: values.double() / 2.0**600 for name, values in delta.items()}
         return relative_error(small, {name: received[name].double() / 2.0**600 for name in small})
-    return _norm(received[name] - one for name, one in delta.items()) / norm if norm else 0.0
+    error = _norm(received[name] - values for name, values in delta.items())
+    return error / norm if norm else 0.0
 
 
 def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the values in a narrower type; what is beyond its range becomes its largest number."""
+    """Return the values in a narrower type; a value beyond its range becomes its largest number."""
     largest_number = torch.finfo(dtype).max
     return values.clamp(-largest_number, largest_number).to(dtype)
 
@@ -209,8 +212,8 @@ def quantise(
 ) -> tuple[Tensor, Tensor]:
     """Return [count] values as int8 [count], and the scales of their blocks, float32 [num_blocks].
 
-    The mean of scale * int8 over the generator's draws is the value, within 2^-46 of a scale.
-    What is beyond float32's range becomes about its largest number.
+    The expectation of scale * int8 over the generator's draws is the value, within 2^-46 of a scale.
+    A value beyond float32's range becomes about its largest number.
     """
     count = len(values)
     num_blocks = -(-count // block_size)
@@ -242,7 +245,7 @@ def quantise(
 def dequantise(values: Tensor, scales: Tensor, *, begin: int, block_size: int) -> Tensor:
     """Return scale * value, float32 [count], of coordinates [begin, begin + count) of a tensor.
 
-    `scales` are those of the blocks that these coordinates lie in, the first one's first.
+    `scales` holds the scales of the blocks that contain these coordinates, in order.
     """
     lead = begin % block_size
     rows = torch.empty(len(scales), block_size)
@@ -253,7 +256,7 @@ def dequantise(values: Tensor, scales: Tensor, *, begin: int, block_size: int) -
 
 
 def largest(vector: Tensor, count: int) -> Tensor:
-    """Return which `count` elements are largest in magnitude, ascending; of equals the first."""
+    """Return the indices of the `count` largest magnitudes, ascending; of equals the first."""
     magnitudes = vector.abs()
     if count == 0:
         return torch.empty(0, dtype=torch.int64)
@@ -264,30 +267,30 @@ def largest(vector: Tensor, count: int) -> Tensor:
     return torch.nonzero(above).view(-1)
 
 
-def spread(values: Tensor, offsets: Tensor, counts: Tensor, *, begin: int, count: int) -> Tensor:
-    """Return coordinates [begin, begin + count) of the vector that TOP_K sends, 0 where it is not.
+def scatter(values: Tensor, offsets: Tensor, counts: Tensor, *, begin: int, count: int) -> Tensor:
+    """Return coordinates [begin, begin + count) of the vector that TOP_K sends, 0 if not sent.
 
-    `counts` are of the chunks from the one on that holds `begin`; `values` and `offsets` are what
-    these chunks hold.
+    `counts` begins with the chunk that contains `begin`; `values` and `offsets` belong to the chunks
+    that `counts` covers.
     """
     vector = torch.zeros(count, dtype=values.dtype)
     chunks = torch.repeat_interleave(torch.arange(len(counts)), counts.long())
-    places = offsets[:, 0].long() + 256 * offsets[:, 1].long()
-    places += chunks * CHUNK_ELEMENTS - begin % CHUNK_ELEMENTS
-    inside = (places >= 0) & (places < count)
-    vector[places[inside]] = values[inside]
+    indices = offsets[:, 0].long() + 256 * offsets[:, 1].long()
+    indices += chunks * CHUNK_ELEMENTS - begin % CHUNK_ELEMENTS
+    inside = (indices >= 0) & (indices < count)
+    vector[indices[inside]] = values[inside]
     return vector
 
 
 def _vector(delta: Mapping[str, Tensor]) -> Tensor:
     """Return all parameters flattened one after another in name order."""
-    dtype = _widest(one.dtype for one in delta.values())
+    dtype = _widest(values.dtype for values in delta.values())
     parts = [delta[name].reshape(-1).to(dtype) for name in sorted(delta)]
     return torch.cat([torch.empty(0, dtype=dtype), *parts])
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.hypot(*(float(vector_norm(one, dtype=torch.float64)) for one in tensors))
+    return math.hypot(*(float(vector_norm(tensor, dtype=torch.float64)) for tensor in tensors))
 
 
 def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fedrounds.tensors.compression import (
     compress,
+    compressed_shapes,
     decompress,
     largest,
-    packed_shapes,
     quantise,
     relative_error,
     restored,
@@ -45,10 +45,10 @@ def there_and_back(
 ) -> dict[str, Tensor]:
     """Return what arrives of a delta; what is sent has the shapes that were announced."""
     shapes = {name: (one.dtype, tuple(one.shape)) for name, one in delta.items()}
-    packed = compress(delta, compression, seed=seed)
-    announced = packed_shapes(shapes, compression)
-    assert {name: (one.dtype, tuple(one.shape)) for name, one in packed.items()} == announced
-    return decompress(packed, shapes, compression)
+    compressed = compress(delta, compression, seed=seed)
+    announced = compressed_shapes(shapes, compression)
+    assert {name: (one.dtype, tuple(one.shape)) for name, one in compressed.items()} == announced
+    return decompress(compressed, shapes, compression)
 
 
 @given(vectors, st.integers(1, 16), st.integers(0, 2**32))
@@ -191,9 +191,9 @@ def test_what_is_received_of_1e300_is_finite(encoding: Encoding) -> None:
     """A float64 delta beyond float32's range: scales, values and the error are numbers."""
     compression = Compression(encoding=encoding, block_size=4, fraction=0.5)
     delta = {"w": torch.tensor([1e300, -1e300, 1.0, 0.0, 1e-300], dtype=torch.float64)}
-    packed = compress(delta, compression, seed=1)
-    assert all(bool(one.isfinite().all()) for one in packed.values())
-    received = decompress(packed, {"w": (torch.float64, (5,))}, compression)
+    compressed = compress(delta, compression, seed=1)
+    assert all(bool(one.isfinite().all()) for one in compressed.values())
+    received = decompress(compressed, {"w": (torch.float64, (5,))}, compression)
     assert bool(received["w"].isfinite().all())
     assert received["w"][0] > 0 > received["w"][1]
     lossless = encoding is Encoding.TOP_K

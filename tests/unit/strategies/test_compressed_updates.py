@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedclient.state import ClientStates
-from fedclient.update_encoding import RESIDUAL, pack_update
+from fedclient.update_encoding import RESIDUAL, encode_update
 from fedrounds.errors import InvalidInput
 from fedrounds.strategies.blocks import Block, BlockReader, Cohort, StateFile, blocks_of
 from fedrounds.strategies.registry import find_strategy
@@ -58,7 +58,7 @@ class Received:
         self.base = write_state(folder, a_state(0))
         self.trained = a_state(seed)
         self.path = folder / f"update-{seed}"
-        packed = pack_update(
+        encoded = encode_update(
             self.trained,
             global_model=self.base.path,
             kinds=KINDS,
@@ -66,8 +66,8 @@ class Received:
             seed=seed,
             residual={},
         )
-        self.error = packed.metrics["compression_error"]
-        self.path.write_bytes(encode_state(packed.tensors))
+        self.error = encoded.metrics["compression_error"]
+        self.path.write_bytes(encode_state(encoded.tensors))
 
     def open(self) -> StateFile:
         """Return it as it is read."""
@@ -92,32 +92,32 @@ class Received:
 
     def expected(self) -> dict[str, Tensor]:
         """Return the state_dict that was sent, from the payload by plain loops and NumPy."""
-        packed = {
+        compressed = {
             name: one.numpy()
             for name, one in self._payload().items()
             if one.dtype is not torch.bfloat16
         }
         base = decode_state(self.base.path.read_bytes())
-        delta = {name: self._delta(name, packed) for name in SHAPES}
+        delta = {name: self._delta(name, compressed) for name in SHAPES}
         restored = {n: base[n] + torch.from_numpy(one).view(SHAPES[n]) for n, one in delta.items()}
         return restored | {n: self.trained[n] for n in KINDS if n not in SHAPES}
 
     def _payload(self) -> dict[str, Tensor]:
         return decode_state(self.path.read_bytes())
 
-    def _delta(self, name: str, packed: dict[str, Any]) -> Any:  # noqa: ANN401
+    def _delta(self, name: str, compressed: dict[str, Any]) -> Any:  # noqa: ANN401
         size = math.prod(SHAPES[name])
         if self.compression.encoding is Encoding.INT8:
-            values = packed[f"delta/{name}"].reshape(-1)
-            scales = packed[f"scales/{name}"]
+            values = compressed[f"delta/{name}"].reshape(-1)
+            scales = compressed[f"scales/{name}"]
             found = [scales[i // 48] * np.float32(values[i]) for i in range(size)]
             return np.array(found, dtype=np.float32)
         if self.compression.encoding is Encoding.TOP_K:
             vector = np.zeros(sum(math.prod(shape) for shape in SHAPES.values()), dtype=np.float32)
             at = 0
-            for chunk, count in enumerate(packed["counts"]):
-                for low, high in packed["offsets"][at : at + count]:
-                    vector[chunk * 65536 + int(low) + 256 * int(high)] = packed["values"][at]
+            for chunk, count in enumerate(compressed["counts"]):
+                for low, high in compressed["offsets"][at : at + count]:
+                    vector[chunk * 65536 + int(low) + 256 * int(high)] = compressed["values"][at]
                     at += 1
             begin = {"a": 0, "m": 700, "z": 700 + 3 * CHUNK_ELEMENTS // 2}[name]
             return vector[begin : begin + size]
