@@ -29,7 +29,7 @@ from fedrounds.stop_signals import StopSignals, interrupting
 from fedrounds.tasks.names import examine_task_name
 
 if TYPE_CHECKING:
-    from fedclient.client_data import Holdings
+    from fedclient.client_data import ClientData
     from fedclient.connection import Connection
     from fedclient.session import Patience
 
@@ -105,7 +105,7 @@ def _run(settings: ClientSettings, signals: StopSignals) -> None:
         signals.when_asked(connection.close)
         lasting = set(threading.enumerate())
         try:
-            holdings = _prepare_while_reaching(settings, connection, patience, stop)
+            client_data = _prepare_while_reaching(settings, connection, patience, stop)
             from fedclient.loop import take_part  # noqa: PLC0415
 
             take_part(
@@ -113,7 +113,7 @@ def _run(settings: ClientSettings, signals: StopSignals) -> None:
                 state_dir=state_dir,
                 connection=connection,
                 patience=patience,
-                holdings=holdings,
+                client_data=client_data,
                 screen=screen,
                 stop=stop,
                 when_stopped=signals.when_asked,
@@ -135,7 +135,7 @@ def _run(settings: ClientSettings, signals: StopSignals) -> None:
 
 def _prepare_while_reaching(
     settings: ClientSettings, connection: "Connection", patience: "Patience", stop: threading.Event
-) -> "Holdings":
+) -> "ClientData":
     """Import torch and examine what needs it, while another thread reaches the server.
 
     torch takes seconds to import, and whether the server answers is to be known before.
@@ -143,27 +143,27 @@ def _prepare_while_reaching(
     with ThreadPoolExecutor(1, thread_name_prefix="reach") as pool:
         reached = pool.submit(patience.reach, connection)
         try:
-            holdings = _prepare(settings)
+            client_data = _prepare(settings)
             reached.result()
         except BaseException:
             # The other thread ends too.
             stop.set()
             connection.close()
             raise
-    return holdings
+    return client_data
 
 
-def _prepare(settings: ClientSettings) -> "Holdings":
+def _prepare(settings: ClientSettings) -> "ClientData":
     """Import torch; what is wrong with the device or the task is said now, without a server."""
     with importing_what_stays():
         import torch  # noqa: PLC0415
 
-        from fedclient.client_data import Holdings  # noqa: PLC0415
+        from fedclient.client_data import ClientData  # noqa: PLC0415
         from fedclient.devices import find_device  # noqa: PLC0415
 
     torch.set_num_threads(settings.threads)
     find_device(settings.device)
-    return Holdings(settings)
+    return ClientData(settings)
 
 
 def command() -> int:

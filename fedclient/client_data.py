@@ -32,7 +32,7 @@ _NUM_SHARES_KEPT = 8
 _NUM_CLIENTS_TRIED = 3
 
 
-class Holdings:
+class ClientData:
     """The task and the examples of a run, once `load` has read them.
 
     Raises:

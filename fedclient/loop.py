@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from fedclient.client_data import Holdings
+from fedclient.client_data import ClientData
 from fedclient.connection import Connection
 from fedclient.goodbye import Goodbye
 from fedclient.orders import OrderWorker
@@ -43,7 +43,7 @@ def take_part(
     state_dir: Path,
     connection: Connection,
     patience: Patience,
-    holdings: Holdings,
+    client_data: ClientData,
     screen: Screen,
     stop: threading.Event,
     when_stopped: Callable[[Callable[[], None]], None],
@@ -70,7 +70,7 @@ def take_part(
         )
         screen.wait_for("loading the data")
         screen.expect_rounds(info.total_rounds)
-        num_examples = holdings.load(info)
+        num_examples = client_data.load(info)
         logger.info("%s; waiting for the first order", _described(settings, num_examples))
         screen.wait_for("waiting for the first order")
         return num_examples
@@ -87,7 +87,7 @@ def take_part(
         settings,
         state_dir=state_dir,
         session=session,
-        holdings=holdings,
+        client_data=client_data,
         screen=screen,
         stop=stop,
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fedclient.cache import BlobCache
-from fedclient.client_data import Holdings
+from fedclient.client_data import ClientData
 from fedclient.devices import find_device
 from fedclient.outbox import Outbox
 from fedclient.progress import OrderAbandoned, ProgressReporter, Stopped
@@ -78,13 +78,13 @@ class OrderWorker:
         *,
         state_dir: Path,
         session: ServerSession,
-        holdings: Holdings,
+        client_data: ClientData,
         screen: Screen,
         stop: threading.Event,
     ) -> None:
         self._settings = settings
         self._session = session
-        self._holdings = holdings
+        self._client_data = client_data
         self._screen = screen
         self._stop = stop
         self._outbox = Outbox(state_dir / "outbox")
@@ -182,8 +182,8 @@ class OrderWorker:
         with interrupting(), repeatable(num_threads=self._settings.threads):
             update, next_state = train_order(
                 order,
-                task=self._holdings.task,
-                examples=self._holdings.examples_of(order.client_id),
+                task=self._client_data.task,
+                examples=self._client_data.examples_of(order.client_id),
                 global_model=sections[MODEL_SECTION],
                 control=sections.get(CONTROL_SECTION),
                 device=self._device,

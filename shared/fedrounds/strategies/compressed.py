@@ -243,8 +243,8 @@ def _validate_scales(
         if len(bad):
             index = int(bad[0])
             raise InvalidInput(
-                f"tensor {name[:80]!r} holds {float(scales[index])} at element {begin + index}; a scale "
-                "is finite and not below 0"
+                f"tensor {name[:80]!r} holds {float(scales[index])} at element {begin + index}; a "
+                "scale is finite and not below 0"
             )
 
 

@@ -163,7 +163,9 @@ def decompress(
     if compression.encoding is Encoding.TOP_K:
         num_elements = sum(math.prod(shape) for _, shape in shapes.values())
         vector = scatter(
-            *(compressed[VALUES], compressed[OFFSETS], compressed[COUNTS]),
+            compressed[VALUES],
+            compressed[OFFSETS],
+            compressed[COUNTS],
             begin=0,
             count=num_elements,
         )
@@ -212,8 +214,8 @@ def quantise(
 ) -> tuple[Tensor, Tensor]:
     """Return [count] values as int8 [count], and the scales of their blocks, float32 [num_blocks].
 
-    The expectation of scale * int8 over the generator's draws is the value, within 2^-46 of a scale.
-    A value beyond float32's range becomes about its largest number.
+    The expectation of scale * int8 over the generator's draws is the value, within 2^-46 of a
+    scale. A value beyond float32's range becomes about its largest number.
     """
     count = len(values)
     num_blocks = -(-count // block_size)
@@ -270,8 +272,8 @@ def largest(vector: Tensor, count: int) -> Tensor:
 def scatter(values: Tensor, offsets: Tensor, counts: Tensor, *, begin: int, count: int) -> Tensor:
     """Return coordinates [begin, begin + count) of the vector that TOP_K sends, 0 if not sent.
 
-    `counts` begins with the chunk that contains `begin`; `values` and `offsets` belong to the chunks
-    that `counts` covers.
+    `counts` begins with the chunk that contains `begin`; `values` and `offsets` belong to the
+    chunks that `counts` covers.
     """
     vector = torch.zeros(count, dtype=values.dtype)
     chunks = torch.repeat_interleave(torch.arange(len(counts)), counts.long())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from fedclient.client_data import Holdings
+from fedclient.client_data import ClientData
 from fedclient.settings import ClientSettings
 from fedrounds.cli import parse
 from fedrounds.errors import InvalidInput, OwnCodeFailed, WrongSettings
@@ -36,9 +36,9 @@ NUM_EXAMPLES = 120
 LABELS = np.arange(NUM_EXAMPLES, dtype=np.int64) % 3
 
 
-def holdings_of(*argv: str) -> Holdings:
+def client_data_of(*argv: str) -> ClientData:
     """Return what a process started with these flags learns from."""
-    return Holdings(parse(ClientSettings, list(argv)))
+    return ClientData(parse(ClientSettings, list(argv)))
 
 
 def contents(examples: Examples) -> list[Any]:
@@ -98,12 +98,12 @@ def test_each_of_many_clients_has_the_share_it_would_have_alone(
     if not has_labels:
         numbers = replace(find_task("numbers"), load_labels=None)
         monkeypatch.setattr(builtin, "_BUILT_IN", {"numbers": numbers})
-    many = holdings_of("--ids", "5,0-3")
+    many = client_data_of("--ids", "5,0-3")
     sizes = many.load(SESSION)
     assert many.load(SESSION) == sizes
     assert len(requests) == (1 if has_labels else 5)
     for client_id, size in zip((5, 0, 1, 2, 3), sizes, strict=True):
-        alone = holdings_of("--id", str(client_id))
+        alone = client_data_of("--id", str(client_id))
         assert alone.load(SESSION) == (size,)
         assert contents(many.examples_of(client_id)) == contents(alone.examples_of(client_id))
 
@@ -111,7 +111,7 @@ def test_each_of_many_clients_has_the_share_it_would_have_alone(
 def test_shares_of_images_are_the_same_bytes() -> None:
     """A share cut out of the normalised whole is the share that was normalised by itself."""
     session = replace(SESSION, task="mnist-sample")
-    many, alone = holdings_of("--ids", "0-5"), holdings_of("--id", "4")
+    many, alone = client_data_of("--ids", "0-5"), client_data_of("--id", "4")
     assert many.load(session)[4:5] == alone.load(session)
     cut, own = many.examples_of(4), alone.examples_of(4)
     assert isinstance(cut, TensorDataset)
@@ -122,7 +122,7 @@ def test_shares_of_images_are_the_same_bytes() -> None:
 
 def test_another_run_is_another_share(requests: list[DataRequest]) -> None:
     """A client that stays for the next run takes the share that run deals it."""
-    many = holdings_of("--ids", "0-1")
+    many = client_data_of("--ids", "0-1")
     many.load(SESSION)
     first = contents(many.examples_of(1))
     dealt_anew = replace(SESSION.partitioning, seed=5)
@@ -137,20 +137,20 @@ def test_each_run_reads_the_data_anew(source: str, tmp_path: Path) -> None:
     file = tmp_path / NUM_EXAMPLES_FILE
     session = replace(SESSION, task="tests.tiny_task:tiny")
     flags = ("--id", "0", "--task", session.task, "--source", source, "--data-root", str(tmp_path))
-    holdings = holdings_of(*flags)
+    client_data = client_data_of(*flags)
     file.write_text("8")
-    assert holdings.load(session) == (8,)
+    assert client_data.load(session) == (8,)
     file.write_text("24")
-    assert holdings.load(replace(session, session_id="another")) == (8,)
-    assert len(contents(holdings.examples_of(0))) == 8
-    assert holdings.load(replace(session, run_id="run-2")) == (24,)
-    assert len(contents(holdings.examples_of(0))) == 24
+    assert client_data.load(replace(session, session_id="another")) == (8,)
+    assert len(contents(client_data.examples_of(0))) == 8
+    assert client_data.load(replace(session, run_id="run-2")) == (24,)
+    assert len(contents(client_data.examples_of(0))) == 24
 
 
 def test_a_client_beyond_the_partitions_is_named(requests: list[DataRequest]) -> None:
     """Before anything is loaded, and with both ways out."""
     with pytest.raises(InvalidInput, match=r"client 7: partition 7 of 6 .* --num-partitions 8"):
-        holdings_of("--ids", "3-7").load(SESSION)
+        client_data_of("--ids", "3-7").load(SESSION)
     assert not requests
 
 
@@ -161,7 +161,7 @@ def test_labels_that_are_not_those_of_the_examples_are_told(
     numbers = replace(find_task("numbers"), load_labels=lambda _: LABELS[1:])
     monkeypatch.setattr(builtin, "_BUILT_IN", {"numbers": numbers})
     with pytest.raises(InvalidInput, match="119 labels, but load_train 120 examples"):
-        holdings_of("--ids", "0-1").load(SESSION)
+        client_data_of("--ids", "0-1").load(SESSION)
     assert len(requests) == 1
 
 
@@ -170,7 +170,7 @@ def test_a_run_of_another_task_than_the_one_insisted_on_is_refused() -> None:
     with pytest.raises(
         WrongSettings, match=r"'somebody\.elses:task', but --task insists on 'mnist"
     ):
-        holdings_of("--id", "0", "--task", "mnist-sample").load(
+        client_data_of("--id", "0", "--task", "mnist-sample").load(
             replace(SESSION, task="somebody.elses:task")
         )
 
@@ -187,9 +187,9 @@ def test_what_the_tasks_own_code_raises_is_told_before_the_data_is_registered(
 ) -> None:
     """With the error itself, for the person here."""
     task = f"tests.own_code_tasks:{name}"
-    holdings = holdings_of("--id", "0", "--task", task)
+    client_data = client_data_of("--id", "0", "--task", task)
     with pytest.raises(OwnCodeFailed, match=sentence) as caught:
-        holdings.load(replace(SESSION, task=task))
+        client_data.load(replace(SESSION, task=task))
     assert isinstance(caught.value.__cause__, RuntimeError | KeyError)
 
 
@@ -205,7 +205,7 @@ def test_many_clients_take_one_trial_step(
 
     counting = replace(find_task("numbers"), loss=count)
     monkeypatch.setattr(builtin, "_BUILT_IN", {"numbers": counting})
-    holdings = holdings_of("--ids", "0-5")
-    holdings.load(SESSION)
-    holdings.load(SESSION)
+    client_data = client_data_of("--ids", "0-5")
+    client_data.load(SESSION)
+    client_data.load(SESSION)
     assert sizes == [8]

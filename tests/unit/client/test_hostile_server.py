@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fedclient.client_data import Holdings
+from fedclient.client_data import ClientData
 from fedclient.connection import Connection
 from fedclient.loop import take_part
 from fedclient.routes import Route
@@ -136,7 +136,7 @@ def test_an_order_for_somebody_else_is_refused(tmp_path: Path) -> None:
             state_dir=tmp_path,
             connection=connection,
             patience=Patience(server=settings.server, stop=stop),
-            holdings=Holdings(settings),
+            client_data=ClientData(settings),
             screen=Screen(),
             stop=stop,
             when_stopped=lambda _: None,

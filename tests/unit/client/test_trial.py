@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from fedclient import client_data
-from fedclient.client_data import Holdings
+from fedclient.client_data import ClientData
 from fedclient.progress import ProgressReporter
 from fedclient.settings import ClientSettings
 from fedclient.state import ClientStates
@@ -201,7 +201,7 @@ def test_a_client_trains_the_same_with_and_without_it(
         torch.manual_seed(1)
         random.seed(1)
         np.random.seed(1)
-        held = Holdings(parse(ClientSettings, ["--id", "1", "--task", name]))
+        held = ClientData(parse(ClientSettings, ["--id", "1", "--task", name]))
         held.load(session)
         examples = held.examples_of(1)
         assert isinstance(examples, Noisy)
