@@ -26,7 +26,7 @@ from fedrounds.errors import FederationError, NoAnswer
 from fedrounds.memory import importing_what_stays, keep_freed_memory
 from fedrounds.plugins import in_one_line, show_error
 from fedrounds.stop_signals import StopSignals, interrupting
-from fedrounds.tasks.names import examine_task_name
+from fedrounds.tasks.names import validate_task_name
 
 if TYPE_CHECKING:
     from fedclient.client_data import ClientData
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 def _run(settings: ClientSettings, signals: StopSignals) -> None:
     if settings.task is not None:
         with interrupting():
-            examine_task_name(settings.task)
+            validate_task_name(settings.task)
     stop = threading.Event()
     signals.when_asked(lambda: logger.info("stopping"))
     signals.when_asked(stop.set)

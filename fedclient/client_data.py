@@ -21,7 +21,7 @@ from fedrounds.errors import FederationError, InvalidInput, WrongSettings
 from fedrounds.plugins import naming_task_errors
 from fedrounds.stop_signals import interrupting
 from fedrounds.tasks.builtin import find_task
-from fedrounds.tasks.task import DataRequest, Examples, Partition, Task, examine_examples
+from fedrounds.tasks.task import DataRequest, Examples, Partition, Task, inspect_examples
 from fedrounds.training.determinism import repeatable
 from fedrounds.training.trial import try_training_step
 from fedrounds.types import Partitioning, SessionInfo
@@ -89,7 +89,7 @@ class ClientData:
             self._task = find_task(session.task)
             with naming_task_errors(f"task {session.task!r}: loading the data"):
                 self._examples_of = _share_reader(self._task, session.partitioning, self._settings)
-                self._num_examples = tuple(map(self._examine, self._settings.client_ids))
+                self._num_examples = tuple(map(self._count_examples, self._settings.client_ids))
             self._try_step()
         self._loaded_run_id = session.run_id
         return self._num_examples
@@ -114,12 +114,12 @@ class ClientData:
         if failure is not None:
             raise failure
 
-    def _examine(self, client_id: int) -> int:
+    def _count_examples(self, client_id: int) -> int:
         """Return how many examples a client has; warn of those that will stop its training."""
         examples = self.examples_of(client_id)
         if not len(examples):  # type: ignore[arg-type]  # Dataset itself declares no length
             return 0
-        if bad := examine_examples(self.task, examples):
+        if bad := inspect_examples(self.task, examples):
             logger.warning(
                 "client %d: %d examples hold a NaN or an infinity, the first is number %d (from "
                 "0); training will stop where it meets one",

@@ -66,7 +66,7 @@ class Outbox:
         return whole
 
     def order_ids(self) -> list[str]:
-        """Return the orders whose updates are here; whether they are whole isn't examined."""
+        """Return the ids of the orders whose updates are here, without checking their files."""
         return sorted(path.stem for path in self._folder.glob("*.json"))
 
     def drop(self, order_id: str) -> None:

@@ -1,6 +1,6 @@
-"""A client's data, first weights and first steps, examined before it joins a run.
+"""Checks of a client's data, first weights and first steps, before it joins a run.
 
-Everything stays on this machine: what is found may name examples by number.
+Everything stays on this machine, so a check may name examples by number.
 """
 
 import itertools
@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -33,35 +34,36 @@ _OUTLIER_FACTOR = 10.0
 _USUAL_SHARE = 0.99
 _NORMAL_PER_MAD = 1.4826
 _MIN_ENTRIES = 16
-"""An input of fewer numbers may well hold one number only."""
+"""An input with fewer numbers may rightly hold the same number everywhere."""
 _NUM_LISTED = 5
 _MAX_CLASSES_LISTED = 12
 _NUM_COMPARED = 5
 
 
-class Mark(StrEnum):
-    """How well something is."""
+class Severity(StrEnum):
+    """How serious the result of a check is."""
 
-    WELL = "well"
-    ODD = "odd"
-    """Worth a look; training goes well with it."""
-    BAD = "bad"
+    OK = "ok"
+    WARNING = "warning"
+    """Worth a look; training works all the same."""
+    ERROR = "error"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Observation:
-    """One thing that was looked at, and what was found, in words."""
+class Check:
+    """One check: its subject, and its result in words."""
 
-    mark: Mark
-    what: str
-    found: str
+    severity: Severity
+    subject: str
+    result: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirstSteps:
     """How the first steps of a training went.
 
-    `diagnosis` and `error` (what the task's own code raised) are None where they went well.
+    `diagnosis` is the doctor's, `error` what the task's own code raised; both are None if all steps
+    went well.
     """
 
     num_steps: int
@@ -70,94 +72,97 @@ class FirstSteps:
     error: Exception | None = None
 
 
-def examine_data(examples: Examples, task: Task) -> list[Observation]:
-    """Look at every example: what isn't finite, what is far from all others, labels, blanks."""
-    seen = _look_through(examples)
-    observations = [
-        Observation(
-            mark=Mark.WELL,
-            what="examples",
-            found=f"{seen.num}, inputs {list(seen.input_shape)} {seen.input_dtype}{seen.extent}",
+def inspect_data(examples: Examples, task: Task) -> list[Check]:
+    """Check every example for NaN, infinity, outliers, blank inputs and labels out of range."""
+    seen = _summarise(examples)
+    if seen.num == 0:
+        return [Check(severity=Severity.ERROR, subject="examples", result="none")]
+    checks = [
+        Check(
+            severity=Severity.OK,
+            subject="examples",
+            result=f"{seen.num}, inputs {list(seen.input_shape)} {seen.input_dtype}{seen.extent}",
         )
     ]
-    if seen.num == 0:
-        return [Observation(mark=Mark.BAD, what="examples", found="none")]
-    may_be_bad = Mark.BAD if task.finite_inputs else Mark.ODD
+    non_finite = Severity.ERROR if task.finite_inputs else Severity.WARNING
     outliers = _outliers(seen.largest)
     labels = None if seen.targets.is_floating_point() else seen.targets
     wrong = torch.zeros(seen.num, dtype=torch.bool)
     if labels is not None and task.num_classes is not None:
         wrong = are_out_of_range(labels, task.num_classes).reshape(seen.num, -1).any(1)
-    for what, odd, mark, well in (
-        ("NaN", seen.num_nan > 0, may_be_bad, "none"),
-        ("infinity", seen.num_inf > 0, may_be_bad, "none"),
-        ("outliers", outliers, Mark.BAD, "none"),
-        ("blank inputs", seen.is_constant, Mark.ODD, "none"),
-        ("labels", wrong, Mark.BAD, _labels_in_words(labels, task)),
+    for subject, is_hit, severity, if_none in (
+        ("NaN", seen.num_nan > 0, non_finite, "none"),
+        ("infinity", seen.num_inf > 0, non_finite, "none"),
+        ("outliers", outliers, Severity.ERROR, "none"),
+        ("blank inputs", seen.is_constant, Severity.WARNING, "none"),
+        ("labels", wrong, Severity.ERROR, _labels_in_words(labels, task)),
     ):
-        numbers = odd.nonzero().flatten().tolist()
-        found = well if not numbers else f"{_listed(numbers)}{_BESIDES.get(what, '')}"
-        if numbers and what == "outliers":
+        numbers = is_hit.nonzero().flatten().tolist()
+        result = if_none if not numbers else _listed(numbers)
+        if numbers and subject == "outliers":
             usual = seen.largest.median().item()
-            found += f" (up to {seen.largest[odd].max().item():.4g}, usual {usual:.4g})"
-        if numbers and what == "labels":
+            result += f" (up to {seen.largest[is_hit].max().item():.4g}, usual {usual:.4g})"
+        if numbers and subject == "blank inputs":
+            result += " (all of its numbers are the same)"
+        if numbers and subject == "labels":
             assert task.num_classes is not None
-            found += f" (not from 0 to {task.num_classes - 1})"
-        observations.append(
-            Observation(mark=mark if numbers else Mark.WELL, what=what, found=found)
+            result += f" (not from 0 to {task.num_classes - 1})"
+        checks.append(
+            Check(severity=severity if numbers else Severity.OK, subject=subject, result=result)
         )
     if labels is not None and labels.numel():
-        observations.append(_histogram(labels[~wrong], task))
-    return observations
+        checks.append(_histogram(labels[~wrong], task))
+    return checks
 
 
-_BESIDES = {"blank inputs": " (all of its numbers are the same)"}
-
-
-def examine_weights(model: nn.Module, *, is_initial: bool = True) -> Observation:
-    """Compare a model's weights, first or received ones, with those that its modules draw."""
-    tensors = [one.detach() for one in (*model.parameters(), *model.buffers())]
+def inspect_weights(model: nn.Module, *, is_initial: bool = True) -> Check:
+    """Compare a model's initial or received weights with those that its modules draw."""
+    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
     start = Snapshot(step=0, tensors=tensors, optimizer_state=[], groups=[], scheduler_state=None)
-    odd = unusual_entries(model, start, usual_state(model), is_initial=is_initial)
-    num = sum(one.numel() for one in model.parameters())
-    if not odd:
-        return Observation(mark=Mark.WELL, what="weights", found=f"{num}, of usual sizes")
-    names = ", ".join(odd[:_NUM_LISTED]) + (", ..." if len(odd) > _NUM_LISTED else "")
-    return Observation(
-        mark=Mark.BAD,
-        what="weights",
-        found=f"unlike what torch draws: {names} (10 times too large or small, or all the same)",
+    unusual = unusual_entries(model, start, usual_state(model), is_initial=is_initial)
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    if not unusual:
+        result = f"{num_weights}, of usual sizes"
+        return Check(severity=Severity.OK, subject="weights", result=result)
+    names = ", ".join(unusual[:_NUM_LISTED]) + (", ..." if len(unusual) > _NUM_LISTED else "")
+    return Check(
+        severity=Severity.ERROR,
+        subject="weights",
+        result=f"unlike what torch draws: {names} (10 times too large or small, or all the same)",
     )
 
 
-def examine_answers(
+def inspect_received_model(
     model: nn.Module, examples: Examples, task: Task, device: torch.device
-) -> Observation:
-    """Say how good a received model is on a client's examples."""
+) -> Check:
+    """Evaluate a received model on a client's examples."""
     loader = make_loader(examples, batch_size=_CHUNK, shuffle=False)
-    found = evaluate(model, loader, task.loss, device)
-    is_well = math.isfinite(found.loss)
-    return Observation(
-        mark=Mark.WELL if is_well else Mark.BAD,
-        what="answers",
-        found=f"{found.accuracy:.2%} of this data right, loss {found.loss:.4g}",
+    evaluation = evaluate(model, loader, task.loss, device)
+    return Check(
+        severity=Severity.OK if math.isfinite(evaluation.loss) else Severity.ERROR,
+        subject="received model",
+        result=f"{evaluation.accuracy:.2%} of this data right, loss {evaluation.loss:.4g}",
     )
 
 
-def examine_trial(
+def inspect_trial_step(
     task: Task, examples: Examples, device: torch.device
-) -> tuple[Observation, Exception | None]:
-    """Say whether a client's examples, model and loss fit each other, and what was raised if not.
+) -> tuple[Check, Exception | None]:
+    """Check whether a client's examples, model and loss fit each other, by one training step.
 
-    It is the trial step that a client takes before it joins a run.
+    A client takes the same trial step before it joins a run.
+
+    Returns:
+        The check, and the exception that the step raised, if any.
     """
     try:
         try_training_step(task, examples, device=device)
     except FederationError as error:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        return Observation(mark=Mark.BAD, what="trial step", found=in_one_line(cause)), cause
-    found = "forward pass, loss and backward pass work"
-    return Observation(mark=Mark.WELL, what="trial step", found=found), None
+        result = in_one_line(cause)
+        return Check(severity=Severity.ERROR, subject="trial step", result=result), cause
+    result = "forward pass, loss and backward pass work"
+    return Check(severity=Severity.OK, subject="trial step", result=result), None
 
 
 def take_first_steps(
@@ -172,14 +177,14 @@ def take_first_steps(
     memory_bytes: int,
     is_initial: bool = True,
 ) -> FirstSteps:
-    """Train for some steps with the doctor, which says what goes wrong and cures nothing.
+    """Train for some steps under the doctor, which reports what goes wrong and cures nothing.
 
-    `is_initial` says whether the weights are freshly initialised rather than received.
+    `is_initial`: the weights are initial, not received.
     """
     losses: list[float] = []
 
-    def note(taken: StepProgress) -> None:
-        losses.append(taken.loss)
+    def record_loss(step: StepProgress) -> None:
+        losses.append(step.loss)
 
     diagnosis, failure = None, None
     try:
@@ -196,7 +201,7 @@ def take_first_steps(
             momentum=training.momentum,
             weight_decay=training.weight_decay,
             clip_norm=training.clip_norm,
-            on_step=note,
+            on_step=record_loss,
             doctor=DoctorSettings(default_policy=RemedyPolicy.REPORT, memory_bytes=memory_bytes),
             num_classes=task.num_classes,
             is_initial=is_initial,
@@ -204,31 +209,30 @@ def take_first_steps(
     except TrainingHalted as error:
         diagnosis = error.diagnosis
     except Exception as error:
-        # The task's own code may raise anything: the person here is shown it.
+        # The task's own code may raise anything; the command shows it.
         failure = error
     return FirstSteps(num_steps=num_steps, losses=tuple(losses), diagnosis=diagnosis, error=failure)
 
 
-def examine_steps(steps: FirstSteps) -> Observation:
-    """Say how the first steps went."""
+def inspect_first_steps(steps: FirstSteps) -> Check:
+    """Check how the first steps went."""
     if steps.diagnosis is not None:
-        found = f"{steps.diagnosis.cause} at step {steps.diagnosis.step} of {steps.num_steps}"
-        return Observation(mark=Mark.BAD, what="first steps", found=found)
+        result = f"{steps.diagnosis.cause} at step {steps.diagnosis.step} of {steps.num_steps}"
+        return Check(severity=Severity.ERROR, subject="first steps", result=result)
     if steps.error is not None:
-        found = f"step {len(steps.losses) + 1} failed with {in_one_line(steps.error)}"
-        return Observation(mark=Mark.BAD, what="first steps", found=found)
-    first, last = (
-        sum(part) / len(part)
-        for part in (steps.losses[:_NUM_COMPARED], steps.losses[-_NUM_COMPARED:])
-    )
-    found = f"{steps.num_steps}, loss {first:.4g} to {last:.4g}"
+        result = f"step {len(steps.losses) + 1} failed with {in_one_line(steps.error)}"
+        return Check(severity=Severity.ERROR, subject="first steps", result=result)
+    first = fmean(steps.losses[:_NUM_COMPARED])
+    last = fmean(steps.losses[-_NUM_COMPARED:])
+    result = f"{steps.num_steps}, loss {first:.4g} to {last:.4g}"
     if last >= first:
-        return Observation(mark=Mark.ODD, what="first steps", found=f"{found}: it doesn't fall")
-    return Observation(mark=Mark.WELL, what="first steps", found=found)
+        result += ": it doesn't fall"
+        return Check(severity=Severity.WARNING, subject="first steps", result=result)
+    return Check(severity=Severity.OK, subject="first steps", result=result)
 
 
 class _FirstBatches:
-    """So many batches as one pass, over the data again where it has fewer."""
+    """The first `num_batches` batches as one pass; it begins the data again if that has fewer."""
 
     def __init__(self, loader: NumberedLoader, num_batches: int) -> None:
         self._loader = loader
@@ -247,8 +251,8 @@ class _FirstBatches:
 
 
 @dataclass
-class _Seen:
-    """What is kept of each example, in the order of the data set; `extent` is of all inputs."""
+class _Summary:
+    """Figures of each example, in the order of the data set; `extent` describes all inputs."""
 
     num: int = 0
     input_shape: Sequence[int] = ()
@@ -261,10 +265,10 @@ class _Seen:
     targets: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
-def _look_through(examples: Examples) -> _Seen:
-    kept: list[tuple[Tensor, ...]] = []
+def _summarise(examples: Examples) -> _Summary:
+    rows_of: list[tuple[Tensor, ...]] = []
     low, high = torch.inf, -torch.inf
-    seen = _Seen()
+    seen = _Summary()
     if len(examples) == 0:  # type: ignore[arg-type]  # Dataset itself declares no length
         return seen
     for inputs, targets in make_loader(examples, batch_size=_CHUNK, shuffle=False):
@@ -272,7 +276,7 @@ def _look_through(examples: Examples) -> _Seen:
         is_finite = rows.isfinite()
         largest = torch.where(is_finite, rows.abs(), 0.0)
         is_constant = (rows == rows[:, :1]).all(1) & (rows.shape[1] >= _MIN_ENTRIES)
-        kept.append(
+        rows_of.append(
             (rows.isnan().sum(1), rows.isinf().sum(1), largest.amax(1), is_constant, targets)
         )
         if bool(is_finite.any()):
@@ -282,23 +286,23 @@ def _look_through(examples: Examples) -> _Seen:
         seen.input_dtype = str(inputs.dtype).removeprefix("torch.")
     if low <= high:
         seen.extent = f" from {low:.4g} to {high:.4g}"
-    columns = [torch.cat(column) for column in zip(*kept, strict=True)]
+    columns = [torch.cat(column) for column in zip(*rows_of, strict=True)]
     seen.num_nan, seen.num_inf, seen.largest, seen.is_constant, seen.targets = columns
     seen.num = len(seen.targets)
     return seen
 
 
 def _outliers(largest: Tensor) -> Tensor:
-    """Return which examples' largest absolute numbers are far from all others', bool [n].
+    """Return which examples' largest magnitudes are far above all others, bool [n].
 
-    20 robust standard deviations (1.4826 times the median absolute deviation, at least a tenth of
-    the median) above the median, and 10 times what 99 % of the examples stay below.
+    Far: 20 robust standard deviations (1.4826 times the median absolute deviation, at least a tenth
+    of the median) above the median, and 10 times the 99th percentile.
     """
     median = largest.median()
-    spread = _NORMAL_PER_MAD * (largest - median).abs().median()
-    spread = torch.maximum(spread, median / 10).clamp(min=torch.finfo(torch.float32).tiny)
+    deviation = _NORMAL_PER_MAD * (largest - median).abs().median()
+    deviation = torch.maximum(deviation, median / 10).clamp(min=torch.finfo(torch.float32).tiny)
     usual = largest.sort().values[int(_USUAL_SHARE * (len(largest) - 1))]
-    is_far = largest > median + _OUTLIER_DEVIATIONS * spread
+    is_far = largest > median + _OUTLIER_DEVIATIONS * deviation
     return is_far & (largest > _OUTLIER_FACTOR * usual) & (usual > 0)
 
 
@@ -310,15 +314,18 @@ def _labels_in_words(labels: Tensor | None, task: Task) -> str:
     return f"{low} to {high}{bound}"
 
 
-def _histogram(labels: Tensor, task: Task) -> Observation:
+def _histogram(labels: Tensor, task: Task) -> Check:
     counts = labels.flatten().clamp(min=0).bincount(minlength=task.num_classes or 0)
-    there = int((counts > 0).sum())
+    num_present = int((counts > 0).sum())
     if len(counts) <= _MAX_CLASSES_LISTED:
-        found = "  ".join(f"{label}: {count}" for label, count in enumerate(counts.tolist()))
+        result = "  ".join(f"{label}: {count}" for label, count in enumerate(counts.tolist()))
     else:
         share = counts.max().item() / max(1, int(counts.sum()))
-        found = f"{there} of {len(counts)}, the commonest {counts.argmax().item()} ({share:.0%})"
-    return Observation(mark=Mark.WELL if there > 1 else Mark.ODD, what="classes", found=found)
+        result = (
+            f"{num_present} of {len(counts)}, the commonest {counts.argmax().item()} ({share:.0%})"
+        )
+    severity = Severity.OK if num_present > 1 else Severity.WARNING
+    return Check(severity=severity, subject="classes", result=result)
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -135,12 +135,12 @@ class ProgressReporter:
             return None
         return (time.monotonic() - self._batches_since) / done * (total - done)
 
-    def examine(self) -> None:
-        """Return if there is a reason to go on with the order.
+    def raise_if_over(self) -> None:
+        """Raise if there is no reason to go on with the order.
 
         Raises:
-            OrderAbandoned: the server has said that there is none.
-            Stopped: the process is asked to end.
+            OrderAbandoned: the server wants no update any more.
+            Stopped: somebody asked the process to end.
         """
         if self._stop.is_set():
             raise Stopped

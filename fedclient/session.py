@@ -237,7 +237,7 @@ class ServerSession:
         if not ready:
             raise InvalidInput(
                 f"client {', '.join(map(str, empty[:10]))}: there are no examples to train on; "
-                "examine its data, or how the server deals data out (--partition)"
+                "look at its data, or how the server deals data out (--partition)"
             )
         if empty:
             logger.warning(

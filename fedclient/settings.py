@@ -56,7 +56,7 @@ class ConnectionSettings(Settings):
 
     @field_validator("server")
     @classmethod
-    def _examine_server(cls, server: str) -> str:
+    def _validate_server(cls, server: str) -> str:
         """Refuse an address at which no server can ever be, or the client would wait for it."""
         parts = re.fullmatch(r"(\[[^][/\s]+\]|[^][/:\s]+):([0-9]{1,5})", server)
         if parts is None or not 0 < int(parts[2]) < 2**16:
@@ -65,13 +65,13 @@ class ConnectionSettings(Settings):
 
     @field_validator("proxy")
     @classmethod
-    def _examine_proxy(cls, proxy: str | None) -> str | None:
+    def _validate_proxy(cls, proxy: str | None) -> str | None:
         if proxy is not None:
             read_proxy(proxy)
         return proxy
 
     @model_validator(mode="after")
-    def _examine_route(self) -> Self:
+    def _validate_route(self) -> Self:
         choose_route(self.server, proxy=self.proxy, environment=os.environ)
         return self
 
@@ -81,7 +81,7 @@ class ConnectionSettings(Settings):
         return choose_route(self.server, proxy=self.proxy, environment=os.environ)
 
     @model_validator(mode="after")
-    def _examine_ids(self) -> Self:
+    def _validate_ids(self) -> Self:
         if (self.id is None) == (self.ids is None):
             both = "" if self.id is None else ", not both"
             raise ValueError(
@@ -168,7 +168,7 @@ class ComputeSettings(Settings):
 
     @field_validator("device")
     @classmethod
-    def _examine_device(cls, device: str) -> str:
+    def _validate_device(cls, device: str) -> str:
         """Refuse what is no device's name anywhere; whether it is there only torch knows."""
         if not re.fullmatch(r"cpu|auto|mps|cuda(:[0-9]+)?", device):
             raise ValueError("write it as cpu, auto, cuda, cuda:1 or mps")
@@ -231,7 +231,7 @@ class DoctorOptions(Settings):
 class ClientSettings(DoctorOptions, ComputeSettings, DataSettings, ConnectionSettings):
     """Take part in a federated run, as one client or many; it exits with 0 when the run is done.
 
-    Also: `doctor` examines whether a client is fit to join (`doctor --help`); `partitions` shows
+    Also: `doctor` checks whether a client is ready to join (`doctor --help`); `partitions` shows
     how a simulation deals the data out.
     Stopped or killed and started again with the same state-dir, it goes on where it was.
     """
@@ -239,7 +239,7 @@ class ClientSettings(DoctorOptions, ComputeSettings, DataSettings, ConnectionSet
     model_config = SettingsConfigDict(env_prefix="FEDCLIENT_", cli_prog_name="python -m fedclient")
 
     @model_validator(mode="after")
-    def _examine_source(self) -> Self:
+    def _validate_source(self) -> Self:
         if self.ids is not None and self.source == "local":
             raise ValueError(
                 "--source local is one client's own data, and --ids are many clients; start one "

@@ -130,7 +130,7 @@ def train_order(
 
     def count_replay() -> None:
         progress.add(replays=1)
-        progress.examine()
+        progress.raise_if_over()
 
     def train(
         correction: Correction,
@@ -155,7 +155,7 @@ def train_order(
                 )
             on_step(taken)
             progress.add(steps=1, loss=taken.loss)
-            progress.examine()
+            progress.raise_if_over()
 
         return train_model(
             model,
@@ -444,7 +444,7 @@ def _metrics_of(
             yield batch
             # Counted, or a client with much data would seem to be stalled.
             progress.add(evaluation_batches=1)
-            progress.examine()
+            progress.raise_if_over()
 
     found = evaluate(model, batches(), task.loss, device)
     return {

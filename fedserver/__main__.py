@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
 from fedrounds.cli import log_to_stderr, parse, print_error, silence_grpc
 from fedrounds.errors import FederationError
 from fedrounds.memory import importing_what_stays
-from fedrounds.tasks.names import examine_task_name
+from fedrounds.tasks.names import validate_task_name
 from fedserver.settings import ServerSettings
 
 COMMANDS = (
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         settings = parse(ServerSettings, argv, commands=COMMANDS)
         log_to_stderr(settings.log_level)
         # What is wrong with its name is said now: torch takes seconds to import.
-        examine_task_name(settings.task)
+        validate_task_name(settings.task)
         with importing_what_stays():
             from fedserver.server import run_server  # noqa: PLC0415
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fedrounds.data import examine_scheme
+from fedrounds.data import validate_scheme
 from fedrounds.errors import InvalidInput, StorageDamaged
 from fedrounds.strategies.client_algorithms import validate_model
 from fedrounds.strategies.components import Strategy
@@ -20,7 +20,7 @@ from fedrounds.strategies.registry import find_strategy
 from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.task import Task, build_model, kinds_of
 from fedrounds.tensors.compression import Shape, compressed_shapes
-from fedrounds.tensors.entries import examine_first_values, tied_entries
+from fedrounds.tensors.entries import tied_entries, validate_first_values
 from fedrounds.types import Encoding, EntryKind
 from fedserver.models.evaluation import Evaluator
 from fedserver.run_settings import run_compression
@@ -48,10 +48,10 @@ def prepare(settings: ServerSettings) -> Prepared:
     """
     task = find_task(settings.task)
     strategy = _validate_strategy(settings)
-    examine_scheme(settings.partition, settings.partitioning.parameters)
+    validate_scheme(settings.partition, settings.partitioning.parameters)
     model = build_model(task)
     kinds = kinds_of(task, model)
-    examine_first_values(model, kinds, task=task.name)
+    validate_first_values(model, kinds, task=task.name)
     validate_model(strategy.client_algorithm, model, kinds)
     _validate_compression(settings, model, kinds)
     evaluator = Evaluator(task, model, data_root=settings.data_root)

@@ -1,4 +1,4 @@
-"""`python -m fedclient doctor`: whether this client is fit to join."""
+"""`python -m fedclient doctor`: checks whether this client is ready to join a run."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ from torch import nn
 
 from fedclient.devices import find_device
 from fedclient.preflight import (
+    Check,
     FirstSteps,
-    Mark,
-    Observation,
-    examine_answers,
-    examine_data,
-    examine_steps,
-    examine_trial,
-    examine_weights,
+    Severity,
+    inspect_data,
+    inspect_first_steps,
+    inspect_received_model,
+    inspect_trial_step,
+    inspect_weights,
     take_first_steps,
 )
 from fedclient.settings import ComputeSettings, DataSettings, SharesSettings
@@ -46,13 +46,13 @@ from fedrounds.types import OptimizerName, TrainingConfig
 
 _TRAINING = TrainingConfig()
 _NUM_TREND = 4
-_STYLES = {Mark.WELL: "green", Mark.ODD: "yellow", Mark.BAD: "bold red"}
+_STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
 
 
-class CheckupSettings(SharesSettings, ComputeSettings, DataSettings):
-    """Examine a client's data, first weights (or a model it was sent) and first steps.
+class DoctorCommandSettings(SharesSettings, ComputeSettings, DataSettings):
+    """Check a client's data, its initial weights (or a received model) and its first steps.
 
-    Exit code 0: it is well; 1: it isn't. Nothing leaves this machine.
+    Exit code 0: ready to train; 1: not ready. Nothing leaves this machine.
     """
 
     model_config = SettingsConfigDict(cli_prog_name="python -m fedclient doctor")
@@ -60,11 +60,11 @@ class CheckupSettings(SharesSettings, ComputeSettings, DataSettings):
     id: int = Field(default=0, ge=0, le=2**53, description="this client's number")
     model: Path | None = Field(
         default=None,
-        description="safetensors file of a model to examine instead of first weights: one that "
-        "the server holds or exported",
+        description="safetensors file of a model to check instead of initial weights: one from "
+        "the server's state-dir or its export command",
     )
-    steps: int = Field(default=50, ge=1, description="training steps that are tried")
-    batch_size: int = Field(default=_TRAINING.batch_size, ge=1, description="examples a step")
+    steps: int = Field(default=50, ge=1, description="training steps to try")
+    batch_size: int = Field(default=_TRAINING.batch_size, ge=1, description="examples in a step")
     optimizer: OptimizerName = Field(default="sgd", description="as the run's")
     lr: float = Field(default=_TRAINING.lr, gt=0, description="the run's learning rate")
     momentum: float = Field(default=_TRAINING.momentum, ge=0, lt=1, description="the run's")
@@ -73,13 +73,13 @@ class CheckupSettings(SharesSettings, ComputeSettings, DataSettings):
         default=_TRAINING.clip_norm, gt=0, description="largest L2 norm of a gradient"
     )
     doctor_bytes: int = Field(
-        default=512 * 2**20, ge=0, description="bytes of states and batches kept to go back to"
+        default=512 * 2**20, ge=0, description="bytes of memory for earlier states and batches"
     )
 
 
 def run(argv: list[str]) -> int:
-    """Print what is well and what isn't; returns the exit code."""
-    settings = parse(CheckupSettings, argv)
+    """Print the checks; returns the exit code."""
+    settings = parse(DoctorCommandSettings, argv)
     torch.set_num_threads(settings.threads)
     device = find_device(settings.device)
     task = find_task(settings.task or "mnist-sample")
@@ -106,40 +106,40 @@ def run(argv: list[str]) -> int:
     )
     with naming_task_errors(f"task {task.name!r}: load_train"):
         examples = task.load_train(DataRequest(data_root=settings.data_root, partition=partition))
-        observations = examine_data(examples, task)
+        checks = inspect_data(examples, task)
     diagnosis, failure = None, None
     with repeatable(num_threads=settings.threads):
         if len(examples):  # type: ignore[arg-type]  # Dataset itself declares no length
-            trial, failure = examine_trial(task, examples, device)
-            observations.append(trial)
+            trial, failure = inspect_trial_step(task, examples, device)
+            checks.append(trial)
             if failure is None:
-                steps = _examine_model(settings, task, examples, device, observations)
+                steps = _inspect_model(settings, task, examples, device, checks)
                 diagnosis, failure = steps.diagnosis, steps.error
-    console.print(_table(observations))
+    console.print(_table(checks))
     if diagnosis is not None:
         _print_diagnosis(console, diagnosis)
     if failure is not None:
         console.print(Text(f"\n{show_error(failure)}"), soft_wrap=True)
-    console.print(f"\n{_summary(observations)}", style="bold")
-    return 1 if any(one.mark is Mark.BAD for one in observations) else 0
+    console.print(f"\n{_summary(checks)}", style="bold")
+    return 1 if any(check.severity is Severity.ERROR for check in checks) else 0
 
 
-def _examine_model(
-    settings: CheckupSettings,
+def _inspect_model(
+    settings: DoctorCommandSettings,
     task: Task,
     examples: Examples,
     device: torch.device,
-    observations: list[Observation],
+    checks: list[Check],
 ) -> FirstSteps:
-    """Examine weights, answers and first steps; adds to `observations`."""
+    """Check weights, received model and first steps; adds to `observations`."""
     torch.manual_seed(derive_seed(settings.seed, "init"))
     model = build_model(task)
     if settings.model is not None:
         _load(model, settings.model)
     is_initial = settings.model is None
-    observations.append(examine_weights(model, is_initial=is_initial))
+    checks.append(inspect_weights(model, is_initial=is_initial))
     if not is_initial:
-        observations.append(examine_answers(model, examples, task, device))
+        checks.append(inspect_received_model(model, examples, task, device))
     steps = take_first_steps(
         model,
         examples,
@@ -158,18 +158,18 @@ def _examine_model(
         memory_bytes=settings.doctor_bytes,
         is_initial=is_initial,
     )
-    observations.append(examine_steps(steps))
+    checks.append(inspect_first_steps(steps))
     return steps
 
 
-def _summary(observations: list[Observation]) -> str:
-    bad, odd = (
-        ", ".join(one.what for one in observations if one.mark is mark)
-        for mark in (Mark.BAD, Mark.ODD)
+def _summary(checks: list[Check]) -> str:
+    errors, warnings = (
+        ", ".join(check.subject for check in checks if check.severity is severity)
+        for severity in (Severity.ERROR, Severity.WARNING)
     )
-    if bad:
-        return f"Not well: {bad}"
-    return f"It can be trained; look at what is odd: {odd}" if odd else "It is well"
+    if errors:
+        return f"Not ready to train: {errors}"
+    return f"Ready to train; look at the warnings: {warnings}" if warnings else "Ready to train"
 
 
 def _load(model: nn.Module, path: Path) -> None:
@@ -178,23 +178,24 @@ def _load(model: nn.Module, path: Path) -> None:
     except (InvalidInput, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise InvalidInput(
-            f"--model {path} can't be examined: {why}; give a safetensors file of this task's model"
+            f"--model {path} can't be loaded: {why}; give a safetensors file of this task's model"
         ) from error
 
 
-def _table(observations: list[Observation]) -> Table:
+def _table(checks: list[Check]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
-    for one in observations:
-        table.add_row(Text(one.mark.value, style=_STYLES[one.mark]), one.what, Text(one.found))
+    for check in checks:
+        severity = Text(check.severity.value, style=_STYLES[check.severity])
+        table.add_row(severity, check.subject, Text(check.result))
     return table
 
 
 def _print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
     console.print(Text(f"\n{verdict(diagnosis)}", style="bold"))
-    known = Table.grid(padding=(0, 2, 0, 0))
+    fact_table = Table.grid(padding=(0, 2, 0, 0))
     for name, value in facts(diagnosis):
-        known.add_row(name, Text(value))
-    console.print(known)
+        fact_table.add_row(name, Text(value))
+    console.print(fact_table)
     for headings, rows in (
         (EXPERIMENT_HEADINGS, experiment_rows(diagnosis)),
         (TREND_HEADINGS, trend_rows(diagnosis)[-_NUM_TREND:]),

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from fedclient.settings import SharesSettings
 from fedrounds.cli import parse
-from fedrounds.data import examine_scheme, partition_indices
+from fedrounds.data import partition_indices, validate_scheme
 from fedrounds.errors import InvalidInput
 from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.task import DataRequest, Examples, Partition, Task
@@ -73,7 +73,7 @@ def _labels_of_shares(
             parameters=parameters,
         )
         return [labels[share] for share in shares]
-    examine_scheme(settings.partition, parameters)
+    validate_scheme(settings.partition, parameters)
     found = []
     for index in range(settings.num_partitions):
         partition = Partition(

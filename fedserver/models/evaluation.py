@@ -15,7 +15,7 @@ from fedrounds.errors import InvalidInput
 from fedrounds.failpoints import FailPoint, failpoint
 from fedrounds.plugins import naming_task_errors
 from fedrounds.tasks.models import initialise
-from fedrounds.tasks.task import Task, build_model, examine_examples
+from fedrounds.tasks.task import Task, build_model, inspect_examples
 from fedrounds.tensors.codec import load_state_into
 from fedrounds.training.evaluation import Batches, Evaluation, evaluate
 from fedrounds.training.trial import keeping_random_streams
@@ -44,7 +44,7 @@ class Evaluator:
     def __init__(self, task: Task, model: nn.Module, *, data_root: Path | None) -> None:
         with naming_task_errors(f"task {task.name!r}: load_test"):
             examples = task.load_test(data_root)
-        if examples is not None and (bad := examine_examples(task, examples)):
+        if examples is not None and (bad := inspect_examples(task, examples)):
             raise InvalidInput(
                 f"task {task.name!r}: held-out example {bad[0]} (from 0) holds a NaN or an "
                 "infinity; correct the data"

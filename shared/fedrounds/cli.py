@@ -109,9 +109,9 @@ def parse(settings_class: type[S], argv: list[str], *, commands: Sequence[str] =
     parser = _Parser(settings_class, commands)
     config_file = _find_config(settings_class, argv)
     try:
-        _examine_environment(settings_class)
+        _validate_environment(settings_class)
         if config_file is not None:
-            _examine_toml(config_file)
+            _validate_toml(config_file)
         settings_class._config_file = config_file
         flags: CliSettingsSource[S] = CliSettingsSource(
             settings_class, root_parser=parser, add_argument_method=_Parser.add_setting
@@ -296,7 +296,7 @@ def _find_config(settings_class: type[Settings], argv: list[str]) -> Path | None
     return Path(path) if path else None
 
 
-def _examine_environment(settings_class: type[Settings]) -> None:
+def _validate_environment(settings_class: type[Settings]) -> None:
     given = _in_environment(settings_class)
     for name in given.keys() - settings_class.model_fields.keys():
         prefix = settings_class.model_config.get("env_prefix") or ""
@@ -305,7 +305,7 @@ def _examine_environment(settings_class: type[Settings]) -> None:
         raise InvalidInput(f"the environment has {given[name]}, which is no setting; {hint}")
 
 
-def _examine_toml(path: Path) -> None:
+def _validate_toml(path: Path) -> None:
     try:
         with path.open("rb") as file:
             given = tomllib.load(file)

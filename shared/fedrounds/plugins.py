@@ -13,7 +13,7 @@ from types import ModuleType
 from fedrounds.errors import FederationError, InvalidInput, OwnCodeFailed
 
 
-def examine_module(what: str, module_name: str) -> None:
+def validate_module(what: str, module_name: str) -> None:
     """Refuse a module that can't be imported because it isn't there; doesn't run its code.
 
     `what` is the setting that names it, such as "task 'mine:task'". Its packages are imported only
@@ -47,7 +47,7 @@ def import_own(what: str, module_name: str) -> ModuleType:
         InvalidInput: there is no such module, or its code goes wrong; the message says in which
             file and line.
     """
-    examine_module(what, module_name)
+    validate_module(what, module_name)
     try:
         return importlib.import_module(module_name)
     except ImportError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 from fedrounds.data.augmentation import AugmentedBatches
 from fedrounds.data.datasets import ImageClassificationData, load_images, to_dataset
 from fedrounds.data.loaders import NumberedLoader, make_loader, set_aside
-from fedrounds.data.partitioners import PARTITIONERS, examine_scheme, partition_indices
+from fedrounds.data.partitioners import PARTITIONERS, partition_indices, validate_scheme
 from fedrounds.seeds import derive_seed
 
 __all__ = [
@@ -13,13 +13,13 @@ __all__ = [
     "AugmentedBatches",
     "ImageClassificationData",
     "NumberedLoader",
-    "examine_scheme",
     "load_data",
     "load_images",
     "make_loader",
     "partition_indices",
     "set_aside",
     "to_dataset",
+    "validate_scheme",
 ]
 
 

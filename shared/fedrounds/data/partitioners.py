@@ -45,7 +45,7 @@ def partition_indices(
         InvalidInput: unknown scheme, a parameter out of range or not of this scheme, or a
             share would be empty.
     """
-    own = examine_scheme(scheme, parameters)
+    own = validate_scheme(scheme, parameters)
     if num_partitions < 1:
         raise InvalidInput(f"num_partitions must be at least 1, but is {num_partitions}")
     if seed < 0:
@@ -267,7 +267,7 @@ PARTITIONERS: Mapping[str, Partitioner] = MappingProxyType(
 )
 
 
-def examine_scheme(scheme: str, parameters: Mapping[str, float]) -> dict[str, float]:
+def validate_scheme(scheme: str, parameters: Mapping[str, float]) -> dict[str, float]:
     """Return a scheme's `parameters` with those that count things as int.
 
     Raises:

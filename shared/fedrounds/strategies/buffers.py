@@ -116,7 +116,7 @@ def bound_buffers(cohort: Cohort) -> Buffers:
     replaced: list[dict[str, Tensor]] = [{} for _ in cohort.updates]
     bounded: list[Bounded] = []
     for name in entries:
-        found = _examine(rows, blocks[name], num_updates=len(cohort.updates))
+        found = _inspect(rows, blocks[name], num_updates=len(cohort.updates))
         if found.is_unchanged:
             unchanged.add(name)
         elif found.is_agreed and len(cohort.updates) > 1:
@@ -148,7 +148,7 @@ class _Entry:
     shares: Sequence[float]
 
 
-def _examine(rows: RowReader, blocks: Sequence[Block], *, num_updates: int) -> _Entry:
+def _inspect(rows: RowReader, blocks: Sequence[Block], *, num_updates: int) -> _Entry:
     """Return what one entry's blocks show: who agrees, and how far each update goes."""
     is_agreed = True
     has_changed = np.zeros(num_updates, dtype=bool)

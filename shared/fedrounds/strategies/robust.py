@@ -72,7 +72,7 @@ def multi_krum(*, f: int = 1, keep: int = 0) -> RobustAggregator:
         f: bad updates to bear; it takes 2 f + 3 updates.
         keep: how many are averaged; 0: n - f, and never more.
     """
-    _examine_f(f)
+    _validate_f(f)
     if keep < 0:
         raise InvalidInput(f"keep is {keep}; it must be 0 (all but f) or a number of updates")
 
@@ -146,7 +146,7 @@ def bulyan(*, f: int = 1) -> RobustAggregator:
     Args:
         f: bad updates to bear; it takes 4 f + 3 updates.
     """
-    _examine_f(f)
+    _validate_f(f)
 
     def select(squared: Matrix, _: int) -> Matrix:
         remaining = list(range(len(squared) - 1))
@@ -224,6 +224,6 @@ def _mean_around_median(ascending: Matrix, num_kept: int) -> Matrix:
     return _mean(np.take_along_axis(ascending, begin + np.arange(num_kept), axis=1))
 
 
-def _examine_f(f: int) -> None:
+def _validate_f(f: int) -> None:
     if f < 0:
         raise InvalidInput(f"f is {f}; it must be a number of bad updates from 0 on")

@@ -28,8 +28,8 @@ def fedavgm(
         server_momentum: 0 is plain SGD.
         nesterov: 1: it moves by server_lr * (delta + server_momentum * m).
     """
-    _examine_lr(server_lr)
-    _examine_share("server_momentum", server_momentum)
+    _validate_lr(server_lr)
+    _validate_share("server_momentum", server_momentum)
 
     def step(delta: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
         momentum = moments.mul_(server_momentum).add_(delta[:, None])
@@ -103,9 +103,9 @@ def _adaptive(
     tau: float,
 ) -> ServerOptimizer:
     """Return lines 10 to 15 of algorithm 2; `next_v` gets delta^2 and v."""
-    _examine_lr(server_lr)
-    _examine_share("beta1", beta1)
-    _examine_share("beta2", beta2)
+    _validate_lr(server_lr)
+    _validate_share("beta1", beta1)
+    _validate_share("beta2", beta2)
     if not 0 < tau < math.inf:
         raise InvalidInput(f"tau is {tau:g}; it must be above 0")
 
@@ -117,11 +117,11 @@ def _adaptive(
     return ServerOptimizer(initial=(0.0, tau**2), step=step)
 
 
-def _examine_lr(server_lr: float) -> None:
+def _validate_lr(server_lr: float) -> None:
     if not 0 < server_lr < math.inf:
         raise InvalidInput(f"server_lr is {server_lr:g}; it must be above 0")
 
 
-def _examine_share(name: str, value: float) -> None:
+def _validate_share(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise InvalidInput(f"{name} is {value:g}; it must be from 0 to below 1")

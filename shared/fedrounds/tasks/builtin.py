@@ -18,7 +18,7 @@ from fedrounds.data.texts import NUM_CHARACTERS, WINDOW, load_windows
 from fedrounds.errors import DataUnavailable, InvalidInput
 from fedrounds.plugins import import_own
 from fedrounds.tasks.models import CharGRU, SimpleCNN, TabularMLP
-from fedrounds.tasks.names import examine_task_name
+from fedrounds.tasks.names import validate_task_name
 from fedrounds.tasks.task import DataRequest, Examples, Partition, Task, choose_indices
 
 
@@ -38,7 +38,7 @@ def find_task(name: str) -> Task:
         return _BUILT_IN[name]
     if name.partition(",")[0] == "tabular":
         return tabular_task(name)
-    examine_task_name(name)
+    validate_task_name(name)
     module_name, _, attribute = name.partition(":")
     module = import_own(f"task {name!r}", module_name)
     if not hasattr(module, attribute):

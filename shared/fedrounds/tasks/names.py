@@ -1,13 +1,13 @@
 """What a task may be called: known without torch, so that a typing error shows at once."""
 
 from fedrounds.errors import InvalidInput
-from fedrounds.plugins import examine_module
+from fedrounds.plugins import validate_module
 
 BUILT_IN_TASKS = ("mnist-sample", "mnist", "fashion-mnist", "text")
 """The tasks that a name without a colon stands for, beside `tabular,...`."""
 
 
-def examine_task_name(name: str) -> None:
+def validate_task_name(name: str) -> None:
     """Refuse a name that no task can have here; runs no code of a task's own module.
 
     Raises:
@@ -22,4 +22,4 @@ def examine_task_name(name: str) -> None:
             f"there is no task {name!r}; there are: {', '.join(BUILT_IN_TASKS)}, tabular; a task "
             "of your own is named package.module:attribute"
         )
-    examine_module(f"task {name!r}", module_name)
+    validate_module(f"task {name!r}", module_name)

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from fedrounds.data import partition_indices
 from fedrounds.errors import InvalidInput
-from fedrounds.tensors.entries import DECLARABLE, entry_kinds, examine_entries, unfold_expanded
+from fedrounds.tensors.entries import DECLARABLE, entry_kinds, unfold_expanded, validate_entries
 from fedrounds.training.evaluation import Loss
 from fedrounds.types import EntryKind
 
@@ -80,7 +80,7 @@ class Task:
     The rest has defaults. `metrics` are what the server measures on the held-out set besides
     accuracy and loss: by name, each like `loss`. `num_classes` says that targets are whole
     numbers from 0 to below it; `finite_inputs` that a NaN or an infinity in an input is a
-    mistake. Both are checked where the data is read (see `examine_examples`). `load_labels` gives
+    mistake. Both are checked where the data is read (see `inspect_examples`). `load_labels` gives
     what a partitioning of the examples under a data root goes by, int64 [n] from 0, in the order in
     which `load_train` gives them for one partition: `python -m fedclient partitions` counts it
     (without it the targets of each share), and a process that serves many clients cuts their shares
@@ -128,7 +128,7 @@ def build_model(task: Task) -> nn.Module:
             "torch.nn.Module"
         )
     try:
-        examine_entries(model)
+        validate_entries(model)
     except InvalidInput as error:
         raise InvalidInput(f"task {task.name!r}: {error}") from error
     unfold_expanded(model)
@@ -147,7 +147,7 @@ def kinds_of(task: Task, model: nn.Module) -> dict[str, EntryKind]:
         raise InvalidInput(f"task {task.name!r}: {error}") from error
 
 
-def examine_examples(task: Task, examples: Examples) -> list[int]:
+def inspect_examples(task: Task, examples: Examples) -> list[int]:
     """Look for what the task says examples can't be; only tensors are looked at, others can't be.
 
     Returns:

@@ -126,7 +126,7 @@ def unfold_expanded(model: nn.Module) -> None:
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
-def examine_entries(model: nn.Module) -> None:
+def validate_entries(model: nn.Module) -> None:
     """Make sure that the model's state_dict can be sent, aggregated and loaded again.
 
     Raises:
@@ -140,8 +140,8 @@ def examine_entries(model: nn.Module) -> None:
             )
     entries = model.state_dict()
     for name, value in entries.items():
-        _examine_entry(name, value)
-    _examine_aliases(model, entries)
+        _validate_entry(name, value)
+    _validate_aliases(model, entries)
     learning = [one for one in model.parameters() if one.requires_grad and one.numel()]
     if not learning:
         raise InvalidInput(
@@ -150,7 +150,7 @@ def examine_entries(model: nn.Module) -> None:
         )
 
 
-def examine_first_values(model: nn.Module, kinds: Mapping[str, EntryKind], *, task: str) -> None:
+def validate_first_values(model: nn.Module, kinds: Mapping[str, EntryKind], *, task: str) -> None:
     """Make sure that the parameters of a task's model are finite before the first training.
 
     Raises:
@@ -164,7 +164,7 @@ def examine_first_values(model: nn.Module, kinds: Mapping[str, EntryKind], *, ta
             )
 
 
-def _examine_entry(name: str, value: object) -> None:
+def _validate_entry(name: str, value: object) -> None:
     if name == "__metadata__":
         raise InvalidInput(
             "an entry is named '__metadata__', which the safetensors format reserves; rename it"
@@ -198,7 +198,7 @@ def _examine_entry(name: str, value: object) -> None:
         )
 
 
-def _examine_aliases(model: nn.Module, entries: Mapping[str, Tensor]) -> None:
+def _validate_aliases(model: nn.Module, entries: Mapping[str, Tensor]) -> None:
     """Make sure that what is loaded into the entries reaches the model."""
     owned = {
         one.untyped_storage().data_ptr()

@@ -111,7 +111,7 @@ def make_scheduler(
     Raises:
         InvalidInput: no such schedule, a number out of range, or an unknown number of steps.
     """
-    _examine(schedule, epochs=epochs)
+    _validate(schedule, epochs=epochs)
     if schedule.name == "constant" and schedule.warmup_epochs == 0:
         return None
     if steps_per_epoch is None:
@@ -125,7 +125,7 @@ def make_scheduler(
     )
 
 
-def _examine(schedule: Schedule, *, epochs: int) -> None:
+def _validate(schedule: Schedule, *, epochs: int) -> None:
     if schedule.name not in _DECAYS:
         raise InvalidInput(
             f"there is no schedule {schedule.name!r}; there are: {', '.join(SCHEDULES)}"

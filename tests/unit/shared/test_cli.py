@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedclient.__main__ import COMMANDS as CLIENT_COMMANDS
-from fedclient.commands.doctor import CheckupSettings
+from fedclient.commands.doctor import DoctorCommandSettings
 from fedclient.settings import ClientSettings
 from fedrounds.cli import parse
 from fedserver.__main__ import COMMANDS as SERVER_COMMANDS
@@ -44,8 +44,8 @@ def test_a_command_without_a_prefix_takes_nothing_from_the_environment(
     """Names as short as these are in many an environment, and mean something else there."""
     for name in ("ID", "SEED", "LR", "TASK", "STEPS"):
         monkeypatch.setenv(name, "7")
-    assert parse(CheckupSettings, []) == CheckupSettings()
-    assert CheckupSettings().id == 0
+    assert parse(DoctorCommandSettings, []) == DoctorCommandSettings()
+    assert DoctorCommandSettings().id == 0
 
 
 def test_print_config_says_where_each_value_came_from(

@@ -10,7 +10,7 @@ from fedclient.settings import ClientSettings
 from fedrounds.cli import parse
 from fedrounds.errors import InvalidInput
 from fedrounds.tasks.builtin import find_task
-from fedrounds.tasks.names import BUILT_IN_TASKS, examine_task_name
+from fedrounds.tasks.names import BUILT_IN_TASKS, validate_task_name
 
 WITHOUT_TORCH = """
 import importlib, sys
@@ -59,12 +59,12 @@ def test_a_task_of_ones_own_is_looked_for_without_running_its_code(
     (theirs / "__init__.py").write_text("__path__.append(__path__[0] + '/hidden')\n")
     (theirs / "hidden" / "deep.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    examine_task_name("our_package.mine:task")
+    validate_task_name("our_package.mine:task")
     assert "our_package" not in sys.modules
-    examine_task_name("their_package.deep:task")
+    validate_task_name("their_package.deep:task")
     for name in ("their_package.missing", "json.decoder.missing", "no_such_module.mine"):
         with pytest.raises(InvalidInput, match=f"importing {name} failed .there is no module"):
-            examine_task_name(f"{name}:task")
+            validate_task_name(f"{name}:task")
 
 
 @pytest.mark.parametrize("name", ["gpu", "CPU", "cuda:", "cuda:-1", "cuda 0"])

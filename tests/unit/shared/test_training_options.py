@@ -13,7 +13,7 @@ from fedrounds.data.augmentation import AUGMENTATIONS
 from fedrounds.doctor import TrainingHalted
 from fedrounds.errors import InvalidInput
 from fedrounds.tasks.models import INITIALISATIONS
-from fedrounds.tasks.task import Task, examine_examples
+from fedrounds.tasks.task import Task, inspect_examples
 from fedrounds.training.evaluation import evaluate
 from fedrounds.training.loop import StepProgress, incident_of, train_model
 from fedrounds.training.optimizers import OPTIMIZERS, SCHEDULES
@@ -216,16 +216,16 @@ def test_a_label_that_is_no_class_is_named() -> None:
     for bad in (2, -1):
         examples = TensorDataset(inputs, torch.tensor([0, 1, bad, bad]))
         with pytest.raises(InvalidInput, match=rf"example 2 \(from 0\) has the label {bad}; .* 1"):
-            examine_examples(make_task(num_classes=2), examples)
-        assert examine_examples(make_task(), examples) == []
+            inspect_examples(make_task(num_classes=2), examples)
+        assert inspect_examples(make_task(), examples) == []
     sequences = TensorDataset(torch.zeros(2, 4), torch.tensor([[0, 1, 1, 0], [0, 0, 7, 0]]))
     with pytest.raises(InvalidInput, match=r"example 1 .* has the label \[0, 0, 7, 0\]"):
-        examine_examples(make_task(num_classes=2), sequences)
+        inspect_examples(make_task(num_classes=2), sequences)
 
 
 def test_examples_without_targets_are_told() -> None:
     with pytest.raises(InvalidInput, match=r"is \(input, target\), but the data set has 1 tensors"):
-        examine_examples(make_task(), TensorDataset(torch.zeros(2, 4)))
+        inspect_examples(make_task(), TensorDataset(torch.zeros(2, 4)))
 
 
 def test_inputs_that_arent_finite_are_counted_where_they_shouldnt_be() -> None:
@@ -234,10 +234,10 @@ def test_inputs_that_arent_finite_are_counted_where_they_shouldnt_be() -> None:
     inputs[1, 0, 1] = math.nan
     inputs[3, 1] = torch.tensor([math.inf, -math.inf])
     examples = TensorDataset(inputs, torch.zeros(5, dtype=torch.int64))
-    assert examine_examples(make_task(), examples) == [1, 3]
-    assert examine_examples(make_task(finite_inputs=False), examples) == []
+    assert inspect_examples(make_task(), examples) == [1, 3]
+    assert inspect_examples(make_task(finite_inputs=False), examples) == []
     large = TensorDataset(torch.full((5, 2), 3e38), torch.zeros(5, dtype=torch.int64))
-    assert examine_examples(make_task(num_classes=2), large) == []
+    assert inspect_examples(make_task(num_classes=2), large) == []
 
 
 def test_a_server_doesnt_start_with_a_held_out_set_that_isnt_finite() -> None:
@@ -259,8 +259,8 @@ def test_data_of_other_kinds_is_taken_as_it_is() -> None:
         def __getitem__(self, index: int) -> tuple[Tensor, ...]:
             raise AssertionError("looked at")
 
-    assert examine_examples(make_task(num_classes=2), Own()) == []
+    assert inspect_examples(make_task(num_classes=2), Own()) == []
     whole_numbers = TensorDataset(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3).long())
-    assert examine_examples(make_task(num_classes=2), whole_numbers) == []
+    assert inspect_examples(make_task(num_classes=2), whole_numbers) == []
     nothing = TensorDataset(torch.zeros(0, 2), torch.zeros(0).long())
-    assert examine_examples(make_task(num_classes=2), nothing) == []
+    assert inspect_examples(make_task(num_classes=2), nothing) == []
