@@ -29,8 +29,3 @@ class RunContext:
     def run_id(self) -> str:
         """The run's id."""
         return self.run.run_id
-
-    @property
-    def is_asynchronous(self) -> bool:
-        """Whether the strategy collects updates of several rounds' orders in a buffer."""
-        return self.strategy.buffer_size > 0

@@ -136,8 +136,32 @@ class Evaluations:
         self._threads = threads
         self._evaluator = evaluator
         self._evaluating: asyncio.Task[None] | None = None
-        self.has_alarm = False
-        """Whether an evaluation has found a bad model since somebody last looked."""
+        self._is_model_suspect = False
+
+    @property
+    def is_model_suspect(self) -> bool:
+        """Whether the last model may be bad: `take_bad_round` says whether it is."""
+        return self._is_model_suspect
+
+    def suspect_model(self) -> None:
+        """Have the last model looked at: the store may hold that it is bad."""
+        self._is_model_suspect = True
+
+    async def take_bad_round(self, run_id: str) -> Round | None:
+        """Return the last DONE round if its model is bad and the round may be repeated.
+
+        After this no model is suspect until something new comes up.
+        """
+        if not self._is_model_suspect:
+            return None
+        self._is_model_suspect = False
+        bad = await self._store.alarmed_round(run_id)
+        if bad is None:
+            return None
+        may_repeat = await may_be_repeated(
+            bad, store=self._store, max_rollbacks=self._max_rollbacks
+        )
+        return bad if may_repeat else None
 
     async def start(self, evaluated: Round, digest: str) -> None:
         """Begin to evaluate a round's model, once the evaluation before is done."""
@@ -192,7 +216,7 @@ class Evaluations:
         )
         if alarm is not None:
             failpoint(FailPoint.ALARM_RECORDED)
-            self.has_alarm = True
+            self.suspect_model()
             self._open_orders.round_changed.notify()
 
 

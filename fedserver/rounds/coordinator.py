@@ -1,54 +1,43 @@
 """The round loop: safe to kill at any line and to start again.
 
-    choose a cohort -> collect -> close -> aggregate -> DONE and the next round, one transaction
+    open (opening) -> collect (collecting) -> close, aggregate, record as DONE (closing) -> open ...
 
-Each step rests on the phase that the store holds and can be repeated with the same result.
-Evaluation goes on beside the next round.
+Each step rests on the phase that the store holds and can be repeated with the same result. The
+transaction that records a round as DONE opens the next one. Evaluation goes on beside the next
+round.
 """
 
 import asyncio
-import math
-import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
-from fedrounds.errors import OutOfSpace, RunFailed, StorageDamaged
-from fedrounds.failpoints import FailPoint, failpoint
+from fedrounds.errors import OutOfSpace, RunFailed
 from fedrounds.files import unusable
-from fedrounds.strategies.components import UnfitCohort
 from fedrounds.tasks.task import Task
-from fedrounds.types import EntryKind, IncidentKind, RunFailure
+from fedrounds.types import EntryKind
 from fedserver.api.downloads import Downloads
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
 from fedserver.housekeeping.disk import DiskWatch
-from fedserver.housekeeping.recovery import damaged_updates, note_restart
-from fedserver.housekeeping.retention import drop_models, drop_updates
-from fedserver.models.aggregation import reduce_updates
-from fedserver.models.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
-from fedserver.models.client_metrics import client_events, summarise_clients
-from fedserver.models.evaluation import Evaluations, Evaluator, may_be_repeated
-from fedserver.numbers import numbers_text
-from fedserver.phases import (
-    OrderState,
-    Phase,
-    RoundEvent,
-    due_event,
-    due_of_buffer,
-    shortfall,
-)
-from fedserver.records import NO_ADJUSTMENTS, Exclusion, Round, RunState
+from fedserver.housekeeping.recovery import note_restart
+from fedserver.housekeeping.retention import Retention
+from fedserver.models.checkpoints import Checkpoints, GlobalModel
+from fedserver.models.evaluation import Evaluations, Evaluator
+from fedserver.phases import Phase, RoundEvent
+from fedserver.records import Round, RunState
+from fedserver.rounds.asynchronous import AsynchronousCollecting
+from fedserver.rounds.closing import Closer, latest_round
+from fedserver.rounds.collecting import Collecting, SynchronousCollecting, wait_until_due
+from fedserver.rounds.last_counted import LastCounted
 from fedserver.rounds.open_orders import OpenOrders
-from fedserver.rounds.opening import Opener, opened_event
-from fedserver.rounds.planning import stale_before, standings_after, updates_needed
-from fedserver.rounds.rollback import decide_after, first_model, roll_back
-from fedserver.rounds.stalls import give_up_orders
+from fedserver.rounds.opening import Opener
+from fedserver.rounds.resuming import resume
+from fedserver.rounds.rollback import roll_back
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
 from fedserver.updates.quarantine import QuarantineFolder
-from fedserver.updates.screening import compared_rounds, screen
 from fedserver.updates.spool import Spool
 
 T = TypeVar("T")
@@ -77,16 +66,15 @@ class Coordinator:
     ) -> None:
         settings = context.settings
         self._context = context
-        self._task = task
         self._sessions = sessions
         self._open_orders = open_orders
         self._store = store
-        self._spool = spool
-        self._quarantine = quarantine
         self._checkpoints = checkpoints
-        self._downloads = downloads
         self._disk = disk
         self._threads = threads
+        shortest_s = min(settings.stall_after, settings.first_step, settings.lease)
+        self._tick_s = min(_MAX_TICK_S, shortest_s / 4)
+        # With entries or whole models of the clients' own, nobody uses the global one as it is.
         is_used = not (context.strategy.is_personal or EntryKind.LOCAL in context.kinds.values())
         self._evaluations = Evaluations(
             evaluator,
@@ -97,11 +85,39 @@ class Coordinator:
             open_orders=open_orders,
             threads=threads,
         )
-        shortest_s = min(settings.stall_after, settings.first_step, settings.lease)
-        self._tick_s = min(_MAX_TICK_S, shortest_s / 4)
+        self._retention = Retention(
+            context,
+            open_orders=open_orders,
+            store=store,
+            spool=spool,
+            quarantine=quarantine,
+            checkpoints=checkpoints,
+            downloads=downloads,
+            threads=threads,
+        )
+        is_asynchronous = context.strategy.buffer_size > 0
+        self._last_counted = LastCounted(store, context.run_id, counts_stored=is_asynchronous)
+        self._collecting: Collecting
+        if is_asynchronous:
+            self._collecting = AsynchronousCollecting(
+                context,
+                last_counted=self._last_counted,
+                sessions=sessions,
+                open_orders=open_orders,
+                store=store,
+                checkpoints=checkpoints,
+                disk=disk,
+                threads=threads,
+            )
+        else:
+            self._collecting = SynchronousCollecting(
+                context, last_counted=self._last_counted, open_orders=open_orders, store=store
+            )
         self._opener = Opener(
             context,
             task,
+            collecting=self._collecting,
+            last_counted=self._last_counted,
             tick_s=self._tick_s,
             sessions=sessions,
             open_orders=open_orders,
@@ -109,6 +125,33 @@ class Coordinator:
             checkpoints=checkpoints,
             downloads=downloads,
             disk=disk,
+            threads=threads,
+        )
+        self._closer = Closer(
+            context,
+            collecting=self._collecting,
+            opener=self._opener,
+            evaluations=self._evaluations,
+            retention=self._retention,
+            open_orders=open_orders,
+            store=store,
+            spool=spool,
+            checkpoints=checkpoints,
+            threads=threads,
+        )
+        self._resume = partial(
+            resume,
+            context,
+            task,
+            opener=self._opener,
+            closer=self._closer,
+            evaluations=self._evaluations,
+            retention=self._retention,
+            last_counted=self._last_counted,
+            store=store,
+            spool=spool,
+            quarantine=quarantine,
+            checkpoints=checkpoints,
             threads=threads,
         )
 
@@ -163,33 +206,56 @@ class Coordinator:
             )
             if is_last:
                 await self._evaluations.done()
-            if (bad := await self._bad_round()) is not None:
+            # Looked at before each step: no step rests on a model that is known to be bad.
+            bad = await self._evaluations.take_bad_round(self._context.run_id)
+            if bad is not None:
                 current, base = await self._roll_back(bad, current)
             elif is_last:
                 # Its evaluation may have made another model the best.
-                await self._drop_models(done_round=current.round_number)
+                await self._retention.drop_models(done_round=current.round_number)
                 return base.digest
             elif current.phase is Phase.COLLECTING:
                 current = await self._collect(current)
             elif current.phase is Phase.AGGREGATING:
-                current, base = await self._aggregate(current, base)
+                current, base = await self._closer.finish(current, base)
             else:
                 current, base = await self._open_next(current, base)
 
-    async def _bad_round(self) -> Round | None:
-        """Return the last round done if its evaluation says that it is to be rolled back."""
-        if not self._evaluations.has_alarm:
-            return None
-        self._evaluations.has_alarm = False
-        bad = await self._store.alarmed_round(self._context.run_id)
-        if bad is None:
-            return None
-        max_rollbacks = self._context.settings.max_rollbacks
-        is_next = await may_be_repeated(bad, store=self._store, max_rollbacks=max_rollbacks)
-        return bad if is_next else None
+    async def _collect(self, current: Round) -> Round:
+        """Wait until the round closes or fails; return it as it is then.
+
+        It comes back as it was if its base may be bad.
+        """
+        due = await wait_until_due(
+            current,
+            self._collecting,
+            settings=self._context.settings,
+            evaluations=self._evaluations,
+            sessions=self._sessions,
+            open_orders=self._open_orders,
+            store=self._store,
+            tick_s=self._tick_s,
+        )
+        if due is None:
+            return current
+        if due.event is RoundEvent.CLOSE:
+            return await self._closer.close(current)
+        return await self._closer.fail(current, due.reason, failure=due.failure)
+
+    async def _open_next(self, ended: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
+        """Open the attempt that follows an attempt that has ended, if there may be another.
+
+        Raises:
+            RunFailed: the round has failed as often as it may.
+        """
+        round_number = ended.round_number + (ended.phase is Phase.DONE)
+        phases = await self._store.phases_of(ended.run_id, round_number)
+        if phases.count(Phase.FAILED) >= self._context.settings.max_attempts:
+            await self._fail_run(ended)
+        return await self._opener.open_next(ended, base, attempt=len(phases) + 1)
 
     async def _roll_back(self, bad: Round, current: Round) -> tuple[Round, GlobalModel]:
-        """Take the bad round's model back; returns the attempt to go on from, and its base."""
+        """Take the bad round's model back; return the attempt to go on from, and its base."""
         await roll_back(
             bad,
             current,
@@ -197,352 +263,21 @@ class Coordinator:
             store=self._store,
             open_orders=self._open_orders,
         )
-        await self._drop_updates(done_round=bad.round_number - 1)
-        latest = await self._latest()
+        await self._retention.drop_updates(done_round=bad.round_number - 1)
+        latest = await latest_round(self._store, bad.run_id)
         base = await self._threads.on_disk(
             self._checkpoints.load, bad.base_digest, state_digest=bad.base_state_digest
         )
-        await self._opener.look_back()
+        # What counted in the round doesn't any more.
+        await self._last_counted.read()
         return latest, base
 
-    async def _resume(self) -> tuple[Round, GlobalModel]:
-        """Take the run up where the store says that it is; open its first round if there is none.
-
-        Raises:
-            StorageDamaged: the base model, or an update acknowledged, isn't what was written.
-        """
-        on_disk = self._threads.on_disk
-        store, run_id = self._store, self._context.run_id
-        latest = await store.latest_round(run_id)
-        await self._opener.look_back()
-        held = await store.held_updates()
-        await on_disk(self._quarantine.tidy, held)
-        await self._drop_updates(done_round=0 if latest is None else latest.round_number - 1)
-        # One that was found before a restart may not have been acted on.
-        self._evaluations.has_alarm = True
-        if latest is None:
-            base = await first_model(
-                self._task,
-                self._context.settings,
-                num_redraws=0,
-                checkpoints=self._checkpoints,
-                threads=self._threads,
-            )
-            return await self._opener.open(1, base, NO_ADJUSTMENTS), base
-        digest, state_digest = latest.base_digest, latest.base_state_digest
-        if latest.phase is Phase.DONE:
-            assert latest.model_digest is not None
-            digest, state_digest = latest.model_digest, latest.state_digest
-        base = await on_disk(self._checkpoints.load, digest, state_digest=state_digest)
-        if latest.phase in (Phase.COLLECTING, Phase.AGGREGATING):
-            stored = await store.stored_updates(latest)
-            damaged = await on_disk(damaged_updates, self._spool, stored)
-            if damaged:
-                latest = await self._give_up_damaged(latest, damaged)
-        for done in await store.unevaluated_rounds(run_id):
-            assert done.model_digest is not None
-            await self._evaluations.start(done, done.model_digest)
-        if latest.phase is Phase.COLLECTING:
-            await self._opener.hand_out(latest, base)
-        return latest, base
-
-    async def _give_up_damaged(self, latest: Round, damaged: list[str]) -> Round:
-        """Fail the attempt whose updates are damaged, if that was asked for."""
-        if not self._context.settings.give_up_damaged:
-            raise StorageDamaged(
-                f"round {latest.round_number} can't go on: {'; '.join(damaged)}. Nothing was "
-                "deleted: restore the files from a copy, or start with --give-up-damaged to ask "
-                "the clients for this round anew; every finished round is whole"
-            )
-        return await self._fail_round(
-            latest,
-            f"damaged on the disk: {'; '.join(damaged)}",
-            failure=RunFailure.UPDATES_DAMAGED,
-        )
-
-    async def _open_next(self, ended: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
-        """Open the attempt that follows one that has ended, if it may be tried again.
-
-        Raises:
-            RunFailed: the round has failed as often as it may.
-        """
-        number = ended.round_number + (ended.phase is Phase.DONE)
-        phases = await self._store.phases_of(ended.run_id, number)
-        if phases.count(Phase.FAILED) >= self._context.settings.max_attempts:
-            await self._fail_run(ended)
-        return await self._opener.open_next(ended, base, attempt=len(phases) + 1)
-
-    async def _collect(self, current: Round) -> Round:
-        """Wait for updates until the round closes or fails, or its base turns out to be bad."""
-        looked_at = -math.inf
-        while True:
-            if self._evaluations.has_alarm:
-                return current
-            # All orders are looked at: once a tick, not after each update that comes.
-            if (now := time.monotonic()) - looked_at >= self._tick_s:
-                looked_at = now
-                await give_up_orders(
-                    self._context.settings,
-                    run_id=self._context.run_id,
-                    sessions=self._sessions,
-                    open_orders=self._open_orders,
-                    store=self._store,
-                )
-            if self._context.is_asynchronous:
-                due, reason = await self._due_of_buffer()
-            else:
-                due, reason = self._due(current)
-            if due is RoundEvent.CLOSE:
-                happened = event_of("round-closed", current)
-                failpoint(FailPoint.ROUND_CLOSING)
-                await self._store.close_round(
-                    current,
-                    happened,
-                    carries_over=self._context.is_asynchronous,
-                )
-                failpoint(FailPoint.ROUND_CLOSED)
-                break
-            if due is RoundEvent.FAIL:
-                return await self._fail_for_want_of_updates(current, reason)
-            await self._open_orders.round_changed.wait(self._tick_s)
-        if self._context.is_asynchronous:
-            self._opener.note_stored()
-        self._open_orders.close_round(carries_over=self._context.is_asynchronous)
-        return await self._latest()
-
-    def _due(self, current: Round) -> tuple[RoundEvent | None, str]:
-        """Return what is to happen to a round that collects, and why where it fails."""
-        settings, states = self._context.settings, self._open_orders.states()
-        needed, deadline_s = updates_needed(settings, current), settings.round_deadline
-        due = due_event(
-            states,
-            min_updates=needed,
-            closes_early=settings.over_select > 1,
-            is_overdue=deadline_s is not None and self._open_orders.age_s() > deadline_s,
-        )
-        return due, shortfall(states, needed) if due is RoundEvent.FAIL else ""
-
-    async def _due_of_buffer(self) -> tuple[RoundEvent | None, str]:
-        """Give further orders if the buffer isn't full; return what is to happen, and why."""
-        size, open_orders = self._context.strategy.buffer_size, self._open_orders
-        # Once it is full, they are better given with the model that comes out of it.
-        due = due_of_buffer(open_orders.states(), buffer_size=size, can_go_on=True)
-        if due is None:
-            can_go_on = await self._opener.give_more()
-            due = due_of_buffer(open_orders.states(), buffer_size=size, can_go_on=can_go_on)
-        num_stored = sum(state is OrderState.STORED for state in open_orders.states())
-        return due, (
-            f"{num_stored} of {size} updates are there, nobody is at work, and whoever is here "
-            "has given up or sits out"
-        )
-
-    async def _fail_for_want_of_updates(self, current: Round, reason: str) -> Round:
-        """Fail an attempt that has too few updates; where refusals are why, its reason names them.
-
-        They are why if there would be enough updates without them. An asynchronous round asks
-        further clients as long as it can, so in one any refusal is.
-        """
-        orders, states = self._open_orders.list_all(), self._open_orders.states()
-        refused = {
-            one.order.client_id: one.order.order_id
-            for one in orders
-            if one.state is OrderState.REFUSED
-        }
-        if not refused:
-            return await self._fail_round(current, reason, failure=RunFailure.TOO_FEW_UPDATES)
-        first = min(refused)
-        record = await self._store.find_order(refused[first])
-        reason += f"; {_verdict_text('refused', refused, f'{record.reason}')}"
-        num_without_end = len(states) - states.count(OrderState.ABANDONED)
-        is_why = self._context.is_asynchronous or num_without_end >= updates_needed(
-            self._context.settings, current
-        )
-        failure = RunFailure.UPDATES_REFUSED if is_why else RunFailure.TOO_FEW_UPDATES
-        return await self._fail_round(current, reason, failure=failure)
-
-    async def _aggregate(self, current: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
-        """Make the next global model and open the round after it."""
-        settings, store, run_id = self._context.settings, self._store, current.run_id
-        on_disk = self._threads.on_disk
-        # Nothing is to rest on a model that turns out to be bad.
-        await self._evaluations.done()
-        if self._evaluations.has_alarm:
-            return current, base
-        stored = await store.stored_updates(current)
-        exclusions = screen(
-            current,
-            stored,
-            before=await store.counted_updates(
-                run_id, compared_rounds(current.round_number, stored)
-            ),
-            settings=self._context.run.settings,
-            model_norm=base.parameter_norm,
-            trusted=await store.trusted_clients(run_id),
-        )
-        excluded = {one.order_id for one in exclusions}
-        counted = [one for one in stored if one.update.order_id not in excluded]
-        needed = min(settings.updates_needed, len(current.orders))
-        if len(counted) < (1 if self._context.is_asynchronous else needed):
-            reason = f"{len(excluded)} of {len(stored)} updates were excluded, too many to go on"
-            if exclusions:
-                first = min(exclusions, key=lambda one: one.client_id)
-                clients = {one.client_id for one in exclusions}
-                reason += f"; {_verdict_text('excluded', clients, first.refusal.reason)}"
-            failed = await self._fail_round(
-                current, reason, failure=RunFailure.TOO_MANY_EXCLUDED, exclusions=exclusions
-            )
-            return failed, base
-        try:
-            model, bounded = await on_disk(
-                reduce_updates,
-                self._context,
-                current,
-                base,
-                counted,
-                spool=self._spool,
-                checkpoints=self._checkpoints,
-            )
-        except (NonFiniteAggregate, UnfitCohort) as error:
-            # Excluded they stay: the next attempt doesn't ask their clients.
-            is_bad = isinstance(error, NonFiniteAggregate)
-            failed = await self._fail_round(
-                current,
-                str(error),
-                failure=RunFailure.NOT_AGGREGATED,
-                exclusions=exclusions,
-                is_model_bad=is_bad,
-            )
-            return failed, base
-        failpoint(FailPoint.MODEL_WRITTEN)
-        if not self._context.is_asynchronous:
-            counted_last = {one.client_id: one.update.order_id for one in counted}
-            self._opener.last_counted.update(counted_last)
-        decision = await decide_after(self._context, current, store=store, is_done=True)
-        following = None
-        if current.round_number < settings.rounds:
-            standings = await store.standings(run_id)
-            following = await self._opener.plan(
-                current.round_number + 1,
-                attempt=1 + len(await store.phases_of(run_id, current.round_number + 1)),
-                base=model,
-                adjustments=decision.adjustments,
-                standings=standings_after(
-                    standings,
-                    current,
-                    exclusions,
-                    {update.client_id for update in counted},
-                ),
-            )
-        told = summarise_clients(
-            [one.update for one in counted if not one.staleness], holdout=settings.holdout
-        )
-        happened = [
-            *client_events(current, told),
-            *bounded,
-            event_of("round-done", current, updates=len(counted), model=model.digest),
-            *decision.events,
-        ]
-        if following is not None:
-            happened.append(opened_event(following))
-        await store.finish_round(
-            current,
-            model_digest=model.digest,
-            state_digest=model.state_digest,
-            adjustments_after=decision.adjustments,
-            exclusions=exclusions,
-            client_evaluation=told,
-            next_round=following,
-            stale_before=stale_before(settings, current.round_number + 1),
-            happened=happened,
-        )
-        failpoint(FailPoint.ROUND_DONE)
-        if self._context.is_asynchronous and exclusions:
-            # They were taken to count when they were stored.
-            await self._opener.look_back()
-        if following is not None:
-            await self._opener.hand_out(following, model)
-        await self._drop_updates(done_round=current.round_number)
-        await self._evaluations.start(current, model.digest)
-        await self._drop_models(done_round=current.round_number)
-        return following or await self._latest(), model
-
-    async def _fail_round(
-        self,
-        current: Round,
-        reason: str,
-        *,
-        failure: RunFailure,
-        exclusions: Sequence[Exclusion] = (),
-        is_model_bad: bool = False,
-    ) -> Round:
-        decision = await decide_after(
-            self._context,
-            current,
-            store=self._store,
-            is_done=False,
-            is_model_bad=is_model_bad,
-        )
-        happened = event_of(
-            IncidentKind.ROUND_FAILED, current, is_incident=True, reason=reason, failure=failure
-        )
-        await self._store.fail_round(
-            current,
-            [happened, *decision.events],
-            adjustments_after=decision.adjustments,
-            exclusions=exclusions,
-            is_base_blamed=decision.is_base_blamed,
-        )
-        failpoint(FailPoint.ROUND_FAILED)
-        self._open_orders.abandon_round(current)
-        if self._context.is_asynchronous:
-            await self._opener.look_back()
-        self._evaluations.has_alarm |= decision.is_base_blamed
-        await self._drop_updates(done_round=current.round_number - 1)
-        return await self._latest()
-
-    async def _drop_updates(self, *, done_round: int) -> None:
-        await drop_updates(
-            self._context,
-            done_round=done_round,
-            open_orders=self._open_orders,
-            store=self._store,
-            spool=self._spool,
-            quarantine=self._quarantine,
-            threads=self._threads,
-        )
-
-    async def _drop_models(self, *, done_round: int) -> None:
-        await drop_models(
-            self._context,
-            done_round=done_round,
-            store=self._store,
-            checkpoints=self._checkpoints,
-            downloads=self._downloads,
-            threads=self._threads,
-        )
-
-    async def _fail_run(self, current: Round) -> None:
-        happened = event_of("run-failed", current, is_incident=True)
-        await self._store.end_run(self._context.run_id, RunState.FAILED, happened)
+    async def _fail_run(self, failed: Round) -> None:
+        event = event_of("run-failed", failed, is_incident=True)
+        await self._store.end_run(self._context.run_id, RunState.FAILED, event)
         reason, _ = await self._store.last_failure(self._context.run_id)
         raise RunFailed(
-            f"round {current.round_number} failed {self._context.settings.max_attempts} times, the "
+            f"round {failed.round_number} failed {self._context.settings.max_attempts} times, the "
             f"last time because of this: {reason}. See more with `python -m fedserver history "
             f"--state-dir {self._context.settings.state_dir}`"
         )
-
-    async def _latest(self) -> Round:
-        latest = await self._store.latest_round(self._context.run_id)
-        assert latest is not None
-        return latest
-
-
-def _verdict_text(verdict: str, clients: Collection[int], first_reason: str) -> str:
-    """Return whose updates were refused or excluded, and why that of the first client was."""
-    first = min(clients)
-    if len(clients) == 1:
-        return f"the update of client {first} was {verdict}: {first_reason}"
-    return (
-        f"the updates of clients {numbers_text(clients)} were {verdict}, that of client {first}: "
-        f"{first_reason}"
-    )

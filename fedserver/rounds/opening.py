@@ -2,11 +2,9 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 
 from fedrounds.failpoints import FailPoint, failpoint
 from fedrounds.tasks.task import Task
-from fedrounds.types import WorkOrder
 from fedserver.api.downloads import Downloads
 from fedserver.clients.sampling import Participation
 from fedserver.clients.sessions import Sessions
@@ -14,14 +12,14 @@ from fedserver.events import event_of
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.numbers import numbers_text
-from fedserver.phases import OrderState, Phase
+from fedserver.phases import Phase
 from fedserver.records import Adjustments, Event, Round, Standing
-from fedserver.rounds.open_orders import OpenOrders, OpenRound
+from fedserver.rounds.collecting import Collecting
+from fedserver.rounds.last_counted import LastCounted
+from fedserver.rounds.open_orders import OpenOrders
 from fedserver.rounds.planning import (
     Clients,
     admission_limits,
-    idle_clients,
-    plan_more,
     plan_round,
     rests_on_past,
     stale_before,
@@ -30,19 +28,22 @@ from fedserver.rounds.planning import (
 from fedserver.rounds.rollback import first_model
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
+from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
 
 logger = logging.getLogger(__name__)
 
 
 class Opener:
-    """Opens attempts and hands their orders out; knows which order of each client counted last."""
+    """Opens attempts and hands their orders out."""
 
     def __init__(
         self,
         context: RunContext,
         task: Task,
         *,
+        collecting: Collecting,
+        last_counted: LastCounted,
         tick_s: float,
         sessions: Sessions,
         open_orders: OpenOrders,
@@ -54,6 +55,8 @@ class Opener:
     ) -> None:
         self._context = context
         self._task = task
+        self._collecting = collecting
+        self._last_counted = last_counted
         self._tick_s = tick_s
         self._sessions = sessions
         self._open_orders = open_orders
@@ -62,23 +65,11 @@ class Opener:
         self._downloads = downloads
         self._disk = disk
         self._threads = threads
-        self.last_counted: dict[int, str] = {}
-
-    async def look_back(self) -> None:
-        """Ask the store which order of each client counted last.
-
-        In an asynchronous run a client gets an order before it is known whether its last one
-        counts: a stored one is as good.
-        """
-        self.last_counted = await self._store.last_counted_orders(
-            self._context.run_id,
-            stored_too=self._context.is_asynchronous,
-        )
 
     async def open_next(
         self, ended: Round, base: GlobalModel, *, attempt: int
     ) -> tuple[Round, GlobalModel]:
-        """Open the attempt that follows one that has ended, and return it with its base."""
+        """Open the attempt that follows an attempt that has ended; return it with its base."""
         adjustments = ended.adjustments_after
         if adjustments.num_redraws > ended.adjustments.num_redraws:
             base = await first_model(
@@ -88,14 +79,14 @@ class Opener:
                 checkpoints=self._checkpoints,
                 threads=self._threads,
             )
-        number = ended.round_number + (ended.phase is Phase.DONE)
-        return await self.open(number, base, adjustments, attempt=attempt), base
+        round_number = ended.round_number + (ended.phase is Phase.DONE)
+        return await self.open(round_number, base, adjustments, attempt=attempt), base
 
     async def open(
         self, round_number: int, base: GlobalModel, adjustments: Adjustments, *, attempt: int = 1
     ) -> Round:
         """Wait until there are clients enough, then open the round."""
-        said: set[int] | None = None
+        logged: set[int] | None = None
         while True:
             await self._disk.tell()
             planned = await self.plan(
@@ -110,16 +101,18 @@ class Opener:
             here = self._sessions.ready_clients(only_live=True)
             needed = self._context.settings.clients_needed
             self._open_orders.clients_here = len(here) if len(here) < needed else None
-            if here != said and not self._disk.is_low():
-                gone = f"; gone: client {numbers_text(said - here)}" if said and said - here else ""
+            if here != logged and not self._disk.is_low():
+                left = logged - here if logged else set()
+                gone = f"; gone: client {numbers_text(left)}" if left else ""
                 logger.info("waiting for clients: %d of %d are here%s", len(here), needed, gone)
-                said = here
+                logged = here
             await self._sessions.changed.wait(self._tick_s)
         self._open_orders.clients_here = None
-        happened = opened_event(planned)
+        # Recorded before it is handed out: a client never has an order that a server which starts
+        # again doesn't know.
         await self._store.open_round(
             planned,
-            happened,
+            opened_event(planned),
             stale_before=stale_before(self._context.settings, round_number),
         )
         failpoint(FailPoint.ROUND_OPENED)
@@ -136,40 +129,27 @@ class Opener:
         standings: Mapping[int, Standing],
     ) -> Round | None:
         """Return the round to open, or None while there are too few clients or too little disk."""
-        past = await self._past()
+        settings = self._context.settings
+        past = await read_participation(settings, store=self._store, run_id=self._context.run_id)
         if self._disk.is_low():
             return None
+        # Clients register and leave while the store is awaited: who is here is looked at last.
+        clients = clients_now(
+            self._sessions,
+            self._open_orders,
+            standings=standings,
+            past=past,
+            only_live=not settings.require_all,
+        )
         return plan_round(
             self._context,
             round_number,
             attempt=attempt,
             base=base,
             adjustments=adjustments,
-            clients=self._clients(
-                standings, past, only_live=not self._context.settings.require_all
-            ),
+            clients=clients,
+            max_at_work=self._collecting.max_at_work,
         )
-
-    def _clients(
-        self,
-        standings: Mapping[int, Standing],
-        past: Mapping[int, Participation],
-        *,
-        only_live: bool = True,
-    ) -> Clients:
-        """Return who may be asked now: clients come and go while the store is awaited."""
-        return Clients(
-            ready=self._sessions.ready_clients(only_live=only_live),
-            num_examples=self._sessions.data_sizes(),
-            orders=self._open_orders.list_all(),
-            standings=standings,
-            past=past,
-        )
-
-    async def _past(self) -> Mapping[int, Participation]:
-        if not rests_on_past(self._context.settings):
-            return {}
-        return await self._store.participation(self._context.run_id)
 
     async def hand_out(self, opened: Round, base: GlobalModel) -> None:
         """Give the orders of a round that is recorded to those who ask.
@@ -178,85 +158,50 @@ class Opener:
             StorageDamaged: a model that orders of earlier rounds began with isn't what was written.
             NotFound: it is gone.
         """
-        is_asynchronous = self._context.is_asynchronous
-        carried_over = await self._carried_over(opened) if is_asynchronous else []
+        settings, strategy = self._context.settings, self._context.strategy
+        carried_over = await self._collecting.carried_over(opened)
+        # Before parked clients are woken: they ask for the model at once.
         self._downloads.publish(base.digest)
         self._open_orders.open_round(
             opened,
             base=base,
-            limits=admission_limits(
-                self._context.settings, opened, strategy=self._context.strategy
+            limits=admission_limits(settings, opened, strategy=strategy),
+            orders=work_orders(
+                settings,
+                opened,
+                base,
+                self._last_counted.order_ids,
+                algorithm=strategy.client_algorithm,
             ),
-            orders=self._work_orders(opened, base),
             carried_over=carried_over,
         )
 
-    async def give_more(self) -> bool:
-        """Give further orders in an asynchronous round that collects, up to --concurrency.
 
-        Returns whether its buffer can still be filled: somebody is at work, or may come.
-        """
-        open_orders = self._open_orders
-        assert open_orders.current is not None
-        most = self._context.settings.concurrency
-        # Again and again, since somebody may have become idle meanwhile.
-        while not most or len(open_orders.list_open()) < most:
-            here = self._sessions.ready_clients(only_live=True)
-            if self._disk.is_low() or not idle_clients(here, open_orders.list_all()):
-                break
-            record, base = open_orders.current.record, open_orders.current.base
-            standings = await self._store.standings(record.run_id)
-            past = await self._past()
-            if self._disk.is_low():
-                break
-            more = plan_more(self._context, record, self._clients(standings, past))
-            if not more:
-                break
-            await self._store.add_orders(record, more)
-            self.note_stored()
-            open_orders.add_orders(
-                replace(record, orders=(*record.orders, *more)),
-                self._work_orders(replace(record, orders=more), base),
-            )
-        is_anybody_here = bool(self._sessions.ready_clients(only_live=True))
-        return bool(open_orders.list_open()) or not is_anybody_here or self._disk.is_low()
+def clients_now(
+    sessions: Sessions,
+    open_orders: OpenOrders,
+    *,
+    standings: Mapping[int, Standing],
+    past: Mapping[int, Participation],
+    only_live: bool = True,
+) -> Clients:
+    """Return the clients that may be asked at this moment."""
+    return Clients(
+        ready=sessions.ready_clients(only_live=only_live),
+        num_examples=sessions.data_sizes(),
+        orders=open_orders.list_all(),
+        standings=standings,
+        past=past,
+    )
 
-    def note_stored(self) -> None:
-        """Take over from the open orders whose updates were stored in an asynchronous round."""
-        for one in self._open_orders.list_all():
-            if one.state is OrderState.STORED:
-                self.last_counted[one.order.client_id] = one.order.order_id
 
-    def _work_orders(self, opened: Round, base: GlobalModel) -> list[WorkOrder]:
-        return work_orders(
-            *(self._context.settings, opened, base, self.last_counted),
-            algorithm=self._context.strategy.client_algorithm,
-        )
-
-    async def _carried_over(self, opened: Round) -> list[tuple[OpenRound, list[WorkOrder]]]:
-        known = {
-            (one.given_in.record.round_number, one.given_in.record.attempt): one.given_in
-            for one in self._open_orders.list_all()
-        }
-        found = []
-        for record in await self._store.carried_over(opened):
-            given_in = known.get((record.round_number, record.attempt))
-            if given_in is None:
-                base = await self._threads.on_disk(self._checkpoints.load, record.base_digest)
-                given_in = OpenRound(
-                    record=record,
-                    base=base,
-                    limits=admission_limits(
-                        self._context.settings, record, strategy=self._context.strategy
-                    ),
-                    # Nobody asks how long ago: only the round that collects has a deadline.
-                    opened_at=0.0,
-                )
-            given_in = replace(given_in, record=record)
-            found.append((given_in, self._work_orders(record, given_in.base)))
-        return found
+async def read_participation(
+    settings: ServerSettings, *, store: AsyncStore, run_id: str
+) -> Mapping[int, Participation]:
+    """Return what clients have done in a run; nothing where cohorts don't rest on it."""
+    return await store.participation(run_id) if rests_on_past(settings) else {}
 
 
 def opened_event(opened: Round) -> Event:
-    """Return what is told of a round that opens."""
+    """Return the event of a round that opens."""
     return event_of("round-opened", opened, clients=len(opened.orders))

@@ -55,8 +55,12 @@ def plan_round(
     base: GlobalModel,
     adjustments: Adjustments,
     clients: Clients,
+    max_at_work: int,
 ) -> Round | None:
-    """Return the round to open, or None while there are too few clients."""
+    """Return the round to open, or None while there are too few clients.
+
+    `max_at_work` is how many may be at work in it, with those whose orders go on; 0: all.
+    """
     settings, run_id = context.settings, context.run_id
     if len(clients.ready) < settings.clients_needed:
         return None
@@ -71,7 +75,7 @@ def plan_round(
         settings,
         eligible,
         clients,
-        size=_num_wanted(context, len(at_work), of=len(eligible)),
+        size=_num_wanted(max_at_work, len(at_work), of=len(eligible)),
         seed=cohort_seed(settings.seed, round_number=round_number, attempt=attempt),
     )
     if settings.straggler_work == "none":
@@ -130,7 +134,7 @@ def plan_more(context: RunContext, collecting: Round, clients: Clients) -> tuple
             settings,
             group,
             clients,
-            size=_num_wanted(context, num_open + len(chosen), of=len(group)),
+            size=_num_wanted(settings.concurrency, num_open + len(chosen), of=len(group)),
             # Of every draw another one: so many orders were given before it.
             seed=derive_seed(
                 settings.seed,
@@ -174,11 +178,9 @@ def _carried_clients(
     }
 
 
-def _num_wanted(context: RunContext, num_open: int, *, of: int) -> int:
-    """Return how many clients to ask beside those at work."""
-    settings = context.settings
-    most = settings.concurrency if context.is_asynchronous else settings.cohort_size
-    return max(0, min(of, most - num_open)) if most else of
+def _num_wanted(max_at_work: int, num_at_work: int, *, of: int) -> int:
+    """Return how many of so many clients to ask beside those at work."""
+    return max(0, min(of, max_at_work - num_at_work)) if max_at_work else of
 
 
 def _chosen(

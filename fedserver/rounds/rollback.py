@@ -44,11 +44,13 @@ async def decide_after(
     *,
     store: AsyncStore,
     is_done: bool,
+    is_base_shared: bool,
     is_model_bad: bool = False,
 ) -> Decision:
     """Return what the diagnoses lead to that clients have reported when an attempt ends.
 
-    `is_model_bad` says that the attempt failed because its aggregate isn't finite.
+    `is_base_shared` says that all of its clients were sent the same model, `is_model_bad` that it
+    failed because its aggregate isn't finite.
     """
     settings = context.settings
     diagnosed, updating = await store.answers(ending)
@@ -66,8 +68,7 @@ async def decide_after(
     is_base_blamed = (
         not is_done
         and Cause.RECEIVED_MODEL in {one.cause for one in shared}
-        # In an asynchronous run clients weren't all sent the same one.
-        and not context.is_asynchronous
+        and is_base_shared
         # One step back is all there is: older models may be gone.
         and Phase.ROLLED_BACK not in phases
         and before is not None

@@ -79,8 +79,15 @@ def plan(
     context: RunContext, base: GlobalModel, clients: Clients, *, round_number: int = 1
 ) -> Round | None:
     """Return the first attempt at a round."""
+    settings = context.settings
     return plan_round(
-        context, round_number, attempt=1, base=base, adjustments=NO_ADJUSTMENTS, clients=clients
+        context,
+        round_number,
+        attempt=1,
+        base=base,
+        adjustments=NO_ADJUSTMENTS,
+        clients=clients,
+        max_at_work=settings.cohort_size or settings.concurrency,
     )
 
 

@@ -1,0 +1,201 @@
+"""A round collects: it waits for updates until it may close, or has to fail.
+
+How it collects is a policy, chosen once for a run. A synchronous round, here, asks its cohort and
+waits for it. An asynchronous one (fedserver.rounds.asynchronous) fills a buffer.
+"""
+
+import math
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedrounds.types import RunFailure, WorkOrder
+from fedserver.clients.sessions import Sessions
+from fedserver.models.evaluation import Evaluations
+from fedserver.numbers import numbers_text
+from fedserver.phases import OrderState, RoundEvent, due_event, shortfall
+from fedserver.records import Exclusion, Round, StoredUpdate
+from fedserver.rounds.last_counted import LastCounted
+from fedserver.rounds.open_orders import OpenOrder, OpenOrders, OpenRound
+from fedserver.rounds.planning import updates_needed
+from fedserver.rounds.stalls import give_up_orders
+from fedserver.run_context import RunContext
+from fedserver.settings import ServerSettings
+from fedserver.store import AsyncStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Due:
+    """What a round that collects is to do now: CLOSE, or FAIL for a reason."""
+
+    event: RoundEvent
+    reason: str = ""
+    failure: RunFailure = RunFailure.TOO_FEW_UPDATES
+
+
+class Collecting(Protocol):
+    """How the rounds of a run collect updates."""
+
+    @property
+    def carries_over(self) -> bool:
+        """Whether orders that are open when a round closes go on in the next one."""
+
+    @property
+    def max_at_work(self) -> int:
+        """The number of clients that may be at work at a time; 0: all."""
+
+    async def due(self, current: Round) -> Due | None:
+        """Return what a round is to do now; None: it goes on waiting. May give further orders."""
+
+    def updates_to_count(self, closed: Round) -> int:
+        """Return how many updates must be left after screening for the round to go on."""
+
+    async def carried_over(self, opened: Round) -> list[tuple[OpenRound, Sequence[WorkOrder]]]:
+        """Return the orders of earlier attempts that go on in a round that opens."""
+
+    def note_closed(self) -> None:
+        """Take note that a round is recorded as closed; its orders are still in memory."""
+
+    async def note_finished(
+        self, counted: Sequence[StoredUpdate], exclusions: Sequence[Exclusion]
+    ) -> None:
+        """Take note that a round is recorded as done, before the next one's orders are made."""
+
+    async def note_failed(self) -> None:
+        """Take note that an attempt is recorded as failed."""
+
+
+class SynchronousCollecting:
+    """A round asks its cohort once, and waits until enough have answered or the rest is late."""
+
+    carries_over = False
+
+    def __init__(
+        self,
+        context: RunContext,
+        *,
+        last_counted: LastCounted,
+        open_orders: OpenOrders,
+        store: AsyncStore,
+    ) -> None:
+        self._settings = context.settings
+        self._last_counted = last_counted
+        self._open_orders = open_orders
+        self._store = store
+        self.max_at_work = context.settings.cohort_size
+
+    async def due(self, current: Round) -> Due | None:
+        """See `Collecting`; the rule is `due_event`."""
+        settings, open_orders = self._settings, self._open_orders
+        states, needed = open_orders.states(), updates_needed(settings, current)
+        deadline_s = settings.round_deadline
+        event = due_event(
+            states,
+            min_updates=needed,
+            closes_early=settings.over_select > 1,
+            is_overdue=deadline_s is not None and open_orders.age_s() > deadline_s,
+        )
+        if event is None:
+            return None
+        if event is RoundEvent.CLOSE:
+            return Due(event=event)
+        num_answered = len(states) - states.count(OrderState.ABANDONED)
+        return await too_few_updates(
+            shortfall(states, needed),
+            open_orders.list_all(),
+            # There would be enough of them, had none been refused.
+            is_by_refusals=num_answered >= needed,
+            store=self._store,
+        )
+
+    def updates_to_count(self, closed: Round) -> int:
+        """See `Collecting`: as many as the round needed to close, even under --require-all."""
+        return min(self._settings.updates_needed, len(closed.orders))
+
+    async def carried_over(self, opened: Round) -> list[tuple[OpenRound, Sequence[WorkOrder]]]:
+        """See `Collecting`: none, all orders end with their round."""
+        return []
+
+    def note_closed(self) -> None:
+        """See `Collecting`: what was stored may still be excluded."""
+
+    async def note_finished(
+        self, counted: Sequence[StoredUpdate], exclusions: Sequence[Exclusion]
+    ) -> None:
+        """See `Collecting`."""
+        self._last_counted.note((update.client_id, update.update.order_id) for update in counted)
+
+    async def note_failed(self) -> None:
+        """See `Collecting`: an attempt that failed had nothing that counted."""
+
+
+async def wait_until_due(
+    current: Round,
+    collecting: Collecting,
+    *,
+    settings: ServerSettings,
+    evaluations: Evaluations,
+    sessions: Sessions,
+    open_orders: OpenOrders,
+    store: AsyncStore,
+    tick_s: float,
+) -> Due | None:
+    """Wait until a round has to close or to fail, and give up late orders meanwhile.
+
+    Returns None as soon as the model that the round began with may be bad.
+    """
+    looked_at = -math.inf
+    while not evaluations.is_model_suspect:
+        # This looks at all orders: once a tick, not after each update that comes.
+        if (now := time.monotonic()) - looked_at >= tick_s:
+            looked_at = now
+            await give_up_orders(
+                settings,
+                run_id=current.run_id,
+                sessions=sessions,
+                open_orders=open_orders,
+                store=store,
+            )
+        if (due := await collecting.due(current)) is not None:
+            return due
+        # Nothing is awaited between the policy's last look at the orders and this wait: no update
+        # that comes is missed.
+        await open_orders.round_changed.wait(tick_s)
+    return None
+
+
+async def too_few_updates(
+    reason: str, orders: Sequence[OpenOrder], *, is_by_refusals: bool, store: AsyncStore
+) -> Due:
+    """Return that a round has to fail for want of updates; the reason names refused clients.
+
+    `is_by_refusals` says that refused updates, if there are any, are why it does.
+    """
+    refused = {
+        order.order.client_id: order.order.order_id
+        for order in orders
+        if order.state is OrderState.REFUSED
+    }
+    if not refused:
+        return Due(event=RoundEvent.FAIL, reason=reason)
+    record = await store.find_order(refused[min(refused)])
+    return Due(
+        event=RoundEvent.FAIL,
+        reason=f"{reason}; {verdict_text('refused', refused, f'{record.reason}')}",
+        failure=RunFailure.UPDATES_REFUSED if is_by_refusals else RunFailure.TOO_FEW_UPDATES,
+    )
+
+
+def verdict_text(verdict: str, clients: Collection[int], first_reason: str) -> str:
+    """Return a sentence on clients whose updates were refused or excluded.
+
+    `first_reason` says why that of the client with the lowest id was.
+    """
+    first = min(clients)
+    if len(clients) == 1:
+        return f"the update of client {first} was {verdict}: {first_reason}"
+    return (
+        f"the updates of clients {numbers_text(clients)} were {verdict}, that of client {first}: "
+        f"{first_reason}"
+    )

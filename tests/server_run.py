@@ -1,0 +1,320 @@
+"""A run of the server in one process, without a socket: the real resources, in a folder.
+
+A test awaits what it is about (the client API, the collecting policy, the closer) and looks at the
+store, the folders and the events. The clock of leases and stall rules is moved by hand.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedrounds.tensors.codec import decode_state, digest_bytes, encode_state
+from fedrounds.types import MODEL_SECTION, ClientUpdate, Section, UploadAnswer, WorkOrder
+from fedserver.api.client_api import ClientApi
+from fedserver.api.downloads import Downloads
+from fedserver.api.uploads import Uploads
+from fedserver.clients.sessions import Sessions
+from fedserver.events import EventBus
+from fedserver.housekeeping.disk import DiskWatch
+from fedserver.housekeeping.retention import Retention
+from fedserver.models.checkpoints import Checkpoints, GlobalModel
+from fedserver.models.evaluation import Evaluations
+from fedserver.preflight import prepare
+from fedserver.records import Event, Round
+from fedserver.rounds.asynchronous import AsynchronousCollecting
+from fedserver.rounds.closing import Closer
+from fedserver.rounds.collecting import Collecting, Due, SynchronousCollecting
+from fedserver.rounds.coordinator import Coordinator
+from fedserver.rounds.last_counted import LastCounted
+from fedserver.rounds.open_orders import OpenOrders
+from fedserver.rounds.opening import Opener
+from fedserver.rounds.resuming import resume
+from fedserver.run_context import RunContext
+from fedserver.runtime import Threads
+from fedserver.settings import ServerSettings
+from fedserver.store import AsyncStore, Store
+from fedserver.updates.quarantine import QuarantineFolder
+from fedserver.updates.spool import Spool
+from tests.factories import make_registration
+
+NUM_EXAMPLES = 32
+TICK_S = 0.05
+
+
+class HandClock:
+    """A monotonic clock that stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now_s
+
+
+class ServerRun:
+    """Owns a state-dir: a run of the task tests.tiny_task:tiny that begins, or goes on."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:  # noqa: ANN401
+        given: dict[str, Any] = {"task": "tests.tiny_task:tiny", "state_dir": folder}
+        self.settings = ServerSettings(**(given | {"min_free_bytes": 0} | settings))
+        prepared = prepare(self.settings)
+        self.task = prepared.task
+        self.folder = folder
+        self.clock = HandClock()
+        self.events: list[Event] = []
+        self.threads = Threads()
+        self.store = Store(folder / "federation.sqlite")
+        self.run = self.store.latest_run() or self.store.begin_run(self.settings.run_settings())
+        bus = EventBus()
+        bus.subscribe(self.events.append)
+        self.recording = AsyncStore(self.store, threads=self.threads, publish=bus.publish)
+        self.context = RunContext(
+            settings=self.settings,
+            run=self.run,
+            strategy=prepared.strategy,
+            kinds=prepared.kinds,
+            ties=prepared.ties,
+            modules=prepared.modules,
+        )
+        self.sessions = Sessions(
+            self.store.load_sessions(self.run.run_id),
+            lease_s=self.settings.lease,
+            max_num_examples=self.settings.max_num_examples,
+            clock=self.clock,
+        )
+        self.open_orders = OpenOrders(self.clock)
+        self.checkpoints = Checkpoints(folder / "models", prepared.kinds)
+        self.spool = Spool(folder / "spool")
+        self.quarantine = QuarantineFolder(
+            folder / "quarantine", max_bytes=self.settings.quarantine_bytes
+        )
+        self.downloads = Downloads(self.checkpoints, self.threads, idle_s=self.settings.stall_after)
+        self.disk = DiskWatch(
+            folder,
+            min_free_bytes=self.settings.min_free_bytes,
+            run_id=self.run.run_id,
+            store=self.recording,
+            bus=bus,
+            open_orders=self.open_orders,
+        )
+        self.uploads = Uploads(
+            self.context,
+            open_orders=self.open_orders,
+            store=self.recording,
+            spool=self.spool,
+            quarantine=self.quarantine,
+            threads=self.threads,
+        )
+        self.client_api = ClientApi(
+            self.context,
+            sessions=self.sessions,
+            open_orders=self.open_orders,
+            store=self.recording,
+            uploads=self.uploads,
+            downloads=self.downloads,
+            disk=self.disk,
+        )
+        self.evaluations = Evaluations(
+            prepared.evaluator,
+            max_rollbacks=self.settings.max_rollbacks,
+            raises_alarms=True,
+            store=self.recording,
+            checkpoints=self.checkpoints,
+            open_orders=self.open_orders,
+            threads=self.threads,
+        )
+        self.retention = Retention(
+            self.context,
+            open_orders=self.open_orders,
+            store=self.recording,
+            spool=self.spool,
+            quarantine=self.quarantine,
+            checkpoints=self.checkpoints,
+            downloads=self.downloads,
+            threads=self.threads,
+        )
+        self.last_counted = LastCounted(
+            self.recording,
+            self.run.run_id,
+            counts_stored=self.context.strategy.buffer_size > 0,
+        )
+        self.asynchronous = AsynchronousCollecting(
+            self.context,
+            last_counted=self.last_counted,
+            sessions=self.sessions,
+            open_orders=self.open_orders,
+            store=self.recording,
+            checkpoints=self.checkpoints,
+            disk=self.disk,
+            threads=self.threads,
+        )
+        self.synchronous = SynchronousCollecting(
+            self.context,
+            last_counted=self.last_counted,
+            open_orders=self.open_orders,
+            store=self.recording,
+        )
+        self.collecting: Collecting = (
+            self.asynchronous if self.context.strategy.buffer_size else self.synchronous
+        )
+        self.opener = Opener(
+            self.context,
+            self.task,
+            collecting=self.collecting,
+            last_counted=self.last_counted,
+            tick_s=TICK_S,
+            sessions=self.sessions,
+            open_orders=self.open_orders,
+            store=self.recording,
+            checkpoints=self.checkpoints,
+            downloads=self.downloads,
+            disk=self.disk,
+            threads=self.threads,
+        )
+        self.closer = Closer(
+            self.context,
+            collecting=self.collecting,
+            opener=self.opener,
+            evaluations=self.evaluations,
+            retention=self.retention,
+            open_orders=self.open_orders,
+            store=self.recording,
+            spool=self.spool,
+            checkpoints=self.checkpoints,
+            threads=self.threads,
+        )
+        self.coordinator = Coordinator(
+            self.context,
+            task=self.task,
+            evaluator=prepared.evaluator,
+            sessions=self.sessions,
+            open_orders=self.open_orders,
+            store=self.recording,
+            spool=self.spool,
+            quarantine=self.quarantine,
+            checkpoints=self.checkpoints,
+            downloads=self.downloads,
+            disk=self.disk,
+            threads=self.threads,
+        )
+
+    def close(self) -> None:
+        """Give threads and files back, as the end of the process would."""
+        self.threads.close()
+        self.store.close()
+
+    def kinds_of_events(self) -> list[str]:
+        """Return the kinds of the events that were published, in order."""
+        return [event.kind for event in self.events]
+
+    def latest(self) -> Round:
+        """Return the attempt with which the run goes on, as the store has it."""
+        latest = self.store.latest_round(self.run.run_id)
+        assert latest is not None
+        return latest
+
+    async def resume(self) -> tuple[Round, GlobalModel]:
+        """Go on where the run is, or open its first round; see `fedserver.rounds.resuming`."""
+        return await resume(
+            self.context,
+            self.task,
+            opener=self.opener,
+            closer=self.closer,
+            evaluations=self.evaluations,
+            retention=self.retention,
+            last_counted=self.last_counted,
+            store=self.recording,
+            spool=self.spool,
+            quarantine=self.quarantine,
+            checkpoints=self.checkpoints,
+            threads=self.threads,
+        )
+
+    async def due(self, current: Round) -> Due | None:
+        """Return what a round that collects is to do now."""
+        return await self.collecting.due(current)
+
+    async def register(self, *client_ids: int, num_examples: int = NUM_EXAMPLES) -> str:
+        """Let a process that serves these clients register; returns its session's id."""
+        registration = make_registration(
+            *client_ids,
+            instance_key=f"instance-{client_ids}",
+            num_examples=(num_examples,) * len(client_ids),
+        )
+        return (await self.client_api.register(registration)).session_id
+
+    def order_of(self, client_id: int) -> WorkOrder:
+        """Return a client's order that is at work."""
+        order = self.open_orders.open_order_of([client_id])
+        assert order is not None, f"client {client_id} has no open order"
+        return order.order
+
+    def payload_of(self, order: WorkOrder, *, shift: float = 0.01) -> bytes:
+        """Return an update's bytes: the model that its order began with, all weights shifted."""
+        state = decode_state(self.checkpoints.path(order.sections[0].digest).read_bytes())
+        return encode_state(
+            {
+                name: values + shift if values.is_floating_point() else values
+                for name, values in state.items()
+            }
+        )
+
+    async def upload(
+        self,
+        session_id: str,
+        order: WorkOrder,
+        payload: bytes,
+        **changes: Any,  # noqa: ANN401
+    ) -> UploadAnswer:
+        """Upload a payload as one chunk; `changes` are of what the header says."""
+        update = update_of(order, payload, **changes)
+        return await self.client_api.upload(session_id, update, chunks_of(payload), offset=0)
+
+
+@contextmanager
+def serving(folder: Path, **settings: Any) -> Iterator[ServerRun]:  # noqa: ANN401
+    """Give a run of the server in this folder, and close it."""
+    server = ServerRun(folder, **settings)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def update_of(order: WorkOrder, payload: bytes, **changes: Any) -> ClientUpdate:  # noqa: ANN401
+    """Return what an honest client's header says of a payload, some of it changed."""
+    fields: dict[str, Any] = {
+        "order_id": order.order_id,
+        "digest": digest_bytes(payload),
+        "size_bytes": len(payload),
+        "sections": (Section(name=MODEL_SECTION, digest="", size_bytes=len(payload)),),
+        "num_examples": NUM_EXAMPLES,
+        "num_steps": 4,
+        "metrics": {"loss": 0.5, "accuracy": 0.75},
+    }
+    return ClientUpdate(**(fields | changes))
+
+
+async def chunks_of(*parts: bytes) -> AsyncIterator[memoryview]:
+    """Yield these bytes as the chunks of a stream."""
+    for part in parts:
+        yield memoryview(part)
+
+
+def non_finite(payload: bytes) -> bytes:
+    """Return an update's bytes with a NaN in its first tensor of floats."""
+    state = dict(decode_state(payload))
+    name = next(name for name, values in state.items() if values.is_floating_point())
+    values = state[name].clone()
+    values.view(-1)[0] = torch.nan
+    return encode_state(state | {name: values})
+
+
+async def until(event: asyncio.Event, *, timeout_s: float = 60.0) -> None:
+    """Wait for an event that something in this process sets."""
+    await asyncio.wait_for(event.wait(), timeout_s)
