@@ -222,11 +222,11 @@ class HeldUpdate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
-    """A client that has given cause; others have no standing on record and are active.
+class Suspension:
+    """A client that sits out some rounds; clients without one are active.
 
-    It takes part again from round `suspended_until` on; `strikes` are those since an update of its
-    last counted.
+    It takes part again from round `suspended_until` on. `strikes` counts the client's strikes since
+    an update of its last counted.
     """
 
     client_id: int

@@ -48,7 +48,7 @@ def run(argv: list[str]) -> None:
         # The round before it says what the model was that it began with.
         history = read_history(store, found, first_round=number - 1, last_round=number)
         digest = store.entry_digest(found.run_id, number)
-        standings = store.standings(found.run_id)
+        suspensions = store.suspensions(found.run_id)
         if settings.client is not None and not store.knows_client(found.run_id, settings.client):
             raise NotFound(
                 f"{found.run_id} has no client {settings.client}: it was never asked, and it isn't "
@@ -71,7 +71,7 @@ def run(argv: list[str]) -> None:
         latest_round=latest,
         title=f"{found.run_id}, round {number}{of_rounds}",
         entry_digest=digest,
-        standings=standings,
+        suspensions=suspensions,
         run_settings=found.settings,
         max_width=console.width,
     ):

@@ -12,7 +12,7 @@ from fedrounds.types import IncidentKind, LeaveReason
 from fedserver.clients.sampling import cohort_seed
 from fedserver.models.client_metrics import spread_text
 from fedserver.numbers import numbers_text
-from fedserver.records import Adjustments, Standing
+from fedserver.records import Adjustments, Suspension
 from fedserver.reporting.diagnosis_report import NUM_SHOWN_WHOLE, diagnosed, diagnosis_account
 from fedserver.reporting.tables import (
     Column,
@@ -86,14 +86,14 @@ def round_account(
     latest_round: int,
     title: str,
     entry_digest: str | None,
-    standings: Mapping[int, Standing],
+    suspensions: Mapping[int, Suspension],
     run_settings: Mapping[str, Any],
     max_width: int,
 ) -> Iterator[RenderableType]:
     """Yield what to print of a round, in order; of the run's `history` that one and the one before.
 
-    `latest_round` is the run's, `entry_digest` is of its entry in the ledger, `standings` are those
-    of this moment.
+    `latest_round` is the run's, `entry_digest` is of its entry in the ledger, `suspensions` are
+    those of this moment.
     """
     attempts = [one for one in history if one["round"] == round_number]
     before = [one for one in history if one["round"] == round_number - 1 and one["phase"] == "DONE"]
@@ -121,7 +121,7 @@ def round_account(
             yield Text(f"{to_the_second(incident['at'])}  {text}")
         for incident in diagnosed(attempt)[:NUM_SHOWN_WHOLE]:
             yield from diagnosis_account(incident, max_width=max_width)
-    suspended = [one for one in standings.values() if one.suspended_until > latest_round]
+    suspended = [one for one in suspensions.values() if one.suspended_until > latest_round]
     if suspended:
         yield _heading("Sitting out at this moment")
     for one in sorted(suspended, key=lambda one: one.client_id):

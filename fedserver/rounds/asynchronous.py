@@ -88,13 +88,13 @@ class AsynchronousCollecting:
             if self._disk.is_low() or not idle_clients(here, open_orders.list_all()):
                 break
             record, base = open_orders.current.record, open_orders.current.base
-            standings = await self._store.standings(record.run_id)
+            suspensions = await self._store.suspensions(record.run_id)
             past = await read_participation(settings, store=self._store, run_id=record.run_id)
             if self._disk.is_low():
                 break
             # Clients register, leave and answer while the store is awaited: who is here and at
             # work is looked at now, and nothing is awaited before the plan is made of it.
-            clients = clients_now(self._sessions, open_orders, standings=standings, past=past)
+            clients = clients_now(self._sessions, open_orders, suspensions=suspensions, past=past)
             more = plan_more(self._context, record, clients)
             if not more:
                 break

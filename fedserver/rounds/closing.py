@@ -23,7 +23,7 @@ from fedserver.records import Adjustments, Event, Exclusion, Round, StoredUpdate
 from fedserver.rounds.collecting import Collecting, verdict_text
 from fedserver.rounds.open_orders import OpenOrders
 from fedserver.rounds.opening import Opener, opened_event
-from fedserver.rounds.planning import stale_before, standings_after
+from fedserver.rounds.planning import stale_before, suspensions_after
 from fedserver.rounds.rollback import decide_after
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
@@ -245,8 +245,8 @@ class Closer:
     ) -> Round | None:
         number = closed.round_number + 1
         # This round's verdicts aren't recorded yet, but decide already whom the next one asks.
-        standings = standings_after(
-            await self._store.standings(closed.run_id),
+        suspensions = suspensions_after(
+            await self._store.suspensions(closed.run_id),
             closed,
             exclusions,
             {update.client_id for update in counted},
@@ -257,7 +257,7 @@ class Closer:
             attempt=num_attempts + 1,
             base=model,
             adjustments=adjustments,
-            standings=standings,
+            suspensions=suspensions,
         )
 
 

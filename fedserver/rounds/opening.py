@@ -13,7 +13,7 @@ from fedserver.housekeeping.disk import DiskWatch
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.numbers import numbers_text
 from fedserver.phases import Phase
-from fedserver.records import Adjustments, Event, Round, Standing
+from fedserver.records import Adjustments, Event, Round, Suspension
 from fedserver.rounds.collecting import Collecting
 from fedserver.rounds.last_counted import LastCounted
 from fedserver.rounds.open_orders import OpenOrders
@@ -94,7 +94,7 @@ class Opener:
                 attempt=attempt,
                 base=base,
                 adjustments=adjustments,
-                standings=await self._store.standings(self._context.run_id),
+                suspensions=await self._store.suspensions(self._context.run_id),
             )
             if planned is not None:
                 break
@@ -126,7 +126,7 @@ class Opener:
         attempt: int,
         base: GlobalModel,
         adjustments: Adjustments,
-        standings: Mapping[int, Standing],
+        suspensions: Mapping[int, Suspension],
     ) -> Round | None:
         """Return the round to open, or None while there are too few clients or too little disk."""
         settings = self._context.settings
@@ -137,7 +137,7 @@ class Opener:
         clients = clients_now(
             self._sessions,
             self._open_orders,
-            standings=standings,
+            suspensions=suspensions,
             past=past,
             only_live=not settings.require_all,
         )
@@ -181,7 +181,7 @@ def clients_now(
     sessions: Sessions,
     open_orders: OpenOrders,
     *,
-    standings: Mapping[int, Standing],
+    suspensions: Mapping[int, Suspension],
     past: Mapping[int, Participation],
     only_live: bool = True,
 ) -> Clients:
@@ -190,7 +190,7 @@ def clients_now(
         ready=sessions.ready_clients(only_live=only_live),
         num_examples=sessions.data_sizes(),
         orders=open_orders.list_all(),
-        standings=standings,
+        suspensions=suspensions,
         past=past,
     )
 

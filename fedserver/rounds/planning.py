@@ -15,10 +15,10 @@ from fedserver.clients.sampling import (
     choose_cohort,
     cohort_seed,
 )
-from fedserver.clients.suspension import eligible_clients, pause
+from fedserver.clients.suspension import after_exclusion, eligible_clients
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState, Phase
-from fedserver.records import Adjustments, Exclusion, Order, Round, Standing
+from fedserver.records import Adjustments, Exclusion, Order, Round, Suspension
 from fedserver.rounds.adjustments import adjusted
 from fedserver.rounds.open_orders import OpenOrder
 from fedserver.run_context import RunContext
@@ -38,7 +38,7 @@ class Clients:
     ready: Set[int]
     num_examples: Mapping[int, int]
     orders: Sequence[OpenOrder]
-    standings: Mapping[int, Standing]
+    suspensions: Mapping[int, Suspension]
     past: Mapping[int, Participation]
 
 
@@ -67,7 +67,7 @@ def plan_round(
     at_work = _carried_clients(settings, clients.orders, round_number)
     eligible = eligible_clients(
         clients.ready - at_work,
-        clients.standings,
+        clients.suspensions,
         round_number=round_number,
         num_needed=max(settings.min_clients, settings.updates_needed) - len(at_work),
     )
@@ -120,7 +120,7 @@ def plan_more(context: RunContext, collecting: Round, clients: Clients) -> tuple
     settings = context.settings
     eligible = eligible_clients(
         idle_clients(clients.ready, clients.orders),
-        clients.standings,
+        clients.suspensions,
         round_number=collecting.round_number,
         num_needed=0,
     )
@@ -302,19 +302,23 @@ def work_orders(
     ]
 
 
-def standings_after(
-    standings: Mapping[int, Standing],
+def suspensions_after(
+    suspensions: Mapping[int, Suspension],
     finished: Round,
     exclusions: Sequence[Exclusion],
     counted: Set[int],
-) -> dict[int, Standing]:
-    """Return what the standings are once a round is recorded as done."""
-    after = {one: standing for one, standing in standings.items() if one not in counted}
-    for one in exclusions:
-        after[one.client_id] = pause(
-            standings.get(one.client_id),
-            client_id=one.client_id,
+) -> dict[int, Suspension]:
+    """Return the suspensions once a round is recorded as done; `counted` are client ids."""
+    after = {
+        client_id: suspension
+        for client_id, suspension in suspensions.items()
+        if client_id not in counted
+    }
+    for exclusion in exclusions:
+        after[exclusion.client_id] = after_exclusion(
+            suspensions.get(exclusion.client_id),
+            client_id=exclusion.client_id,
             round_number=finished.round_number,
-            reason=one.refusal.reason,
+            reason=exclusion.refusal.reason,
         )
     return after

@@ -72,7 +72,7 @@ class AsyncStore:
 
     held_updates = _awaited(Store.held_updates)
     free_held = _awaited(Store.free_held)
-    standings = _awaited(Store.standings)
+    suspensions = _awaited(Store.suspensions)
     trusted_clients = _awaited(Store.trusted_clients)
 
     async def add_heard_events(self, run_id: str, events: Sequence[Event]) -> None:

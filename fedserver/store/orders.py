@@ -31,7 +31,7 @@ from fedserver.store.transitions import (
     find_order_end,
     hold_update,
     move_order,
-    strike_client,
+    suspend_client,
 )
 
 
@@ -200,7 +200,7 @@ class Orders(Database):
             )
             if state is OrderState.REFUSED:
                 assert refusal is not None
-                event = strike_client(
+                event = suspend_client(
                     connection,
                     run_id,
                     event,
@@ -223,7 +223,7 @@ class Orders(Database):
                 return False
             move_order(connection, order_id, order.state, OrderEvent.ABANDON, ended_at=happened.at)
             if strikes:
-                happened = strike_client(
+                happened = suspend_client(
                     connection, run_id, happened, client_id=order.client_id, reason=happened.kind
                 )
             add_events(connection, run_id, [happened])

@@ -1,14 +1,14 @@
-"""Updates kept out of the global model, and the standing of clients that gave cause."""
+"""Updates kept out of the global model, and suspended clients."""
 
 from sqlalchemy import Select, select, update
 
 from fedrounds.errors import NotFound
 from fedserver.phases import OrderState
-from fedserver.records import Event, HeldState, HeldUpdate, Standing
+from fedserver.records import Event, HeldState, HeldUpdate, Suspension
 from fedserver.store import schema
 from fedserver.store.database import Database
-from fedserver.store.rows import read_held, read_standing
-from fedserver.store.transitions import add_events, forgive_clients
+from fedserver.store.rows import read_held, read_suspension
+from fedserver.store.transitions import add_events, reinstate_clients
 
 
 class Quarantine(Database):
@@ -55,16 +55,16 @@ class Quarantine(Database):
             if not freed:
                 return False
             if state is HeldState.RELEASED:
-                forgive_clients(connection, held.run_id, [held.client_id])
+                reinstate_clients(connection, held.run_id, [held.client_id])
             add_events(connection, held.run_id, [happened])
             return True
 
-    def standings(self, run_id: str) -> dict[int, Standing]:
-        """Return the standing of the clients that gave cause, by id."""
+    def suspensions(self, run_id: str) -> dict[int, Suspension]:
+        """Return the suspensions of clients, by client id."""
         table = schema.standings
         with self.reading() as connection:
             rows = connection.execute(select(table).where(table.c.run_id == run_id)).all()
-        return {row.client_id: read_standing(row) for row in rows}
+        return {row.client_id: read_suspension(row) for row in rows}
 
     def trusted_clients(self, run_id: str) -> set[int]:
         """Return the clients an update of which was excluded by its norm, and released."""

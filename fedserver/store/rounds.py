@@ -20,12 +20,12 @@ from fedserver.store.transitions import (
     end_attempt,
     end_stale_orders,
     exclude_orders,
-    forgive_clients,
     in_round,
     insert_orders,
     insert_round,
     move_orders,
     move_round,
+    reinstate_clients,
 )
 
 
@@ -234,7 +234,7 @@ class Rounds(Database):
                 at=at,
             )
             verdicts = read_verdicts(connection, run_id, finishing.round_number, finishing.attempt)
-            forgive_clients(
+            reinstate_clients(
                 connection,
                 run_id,
                 [one["client"] for one in verdicts if one["verdict"] == OrderState.COUNTED],

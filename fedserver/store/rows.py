@@ -16,8 +16,8 @@ from fedserver.records import (
     Round,
     Run,
     RunState,
-    Standing,
     StoredUpdate,
+    Suspension,
 )
 from fedserver.store import schema
 
@@ -142,9 +142,9 @@ def read_stored(row: Row[Any]) -> StoredUpdate:
     )
 
 
-def read_standing(row: Row[Any]) -> Standing:
-    """Return the standing that a row of `standings` holds."""
-    return Standing(
+def read_suspension(row: Row[Any]) -> Suspension:
+    """Return the suspension that a row of `standings` holds."""
+    return Suspension(
         client_id=row.client_id,
         strikes=row.strikes,
         suspended_until=row.suspended_until,

@@ -1,6 +1,6 @@
 """Steps that the store's transactions are made of; each works on the caller's connection."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from fedrounds.errors import NotFound
 from fedrounds.types import IncidentKind, OrderEnd
-from fedserver.clients.suspension import pause, strike
+from fedserver.clients.suspension import after_exclusion, after_strike
 from fedserver.phases import (
     OrderEvent,
     OrderState,
@@ -35,11 +35,10 @@ from fedserver.records import (
     Order,
     OrderRecord,
     Round,
-    Standing,
 )
 from fedserver.store import schema
 from fedserver.store.database import RECORDED
-from fedserver.store.rows import read_standing
+from fedserver.store.rows import read_suspension
 from fedserver.store.run_clock import read_clock
 
 # Made once: putting a statement together takes longer than running it.
@@ -209,42 +208,42 @@ def move_order(
     return following
 
 
-def strike_client(
+def suspend_client(
     connection: Connection,
     run_id: str,
     happened: Event,
     *,
     client_id: int,
     reason: str,
-    suspend: Callable[..., Standing] = strike,
+    is_strike: bool = True,
 ) -> Event:
-    """Suspend a client that gave cause; returns the event with the round it comes back in.
+    """Suspend a client for an event; returns the event with the round the client comes back in.
 
-    `suspend` says for how long, by its standing so far: see fedserver.clients.suspension.
+    For how long: see fedserver.clients.suspension. `is_strike` is False after an exclusion.
     """
     table = schema.standings
     row = connection.execute(
         select(table).where(table.c.run_id == run_id, table.c.client_id == client_id)
     ).first()
     assert happened.round_number is not None
-    standing = suspend(
-        None if row is None else read_standing(row),
+    suspension = (after_strike if is_strike else after_exclusion)(
+        None if row is None else read_suspension(row),
         client_id=client_id,
         round_number=happened.round_number,
         reason=reason,
     )
-    values = asdict(standing) | {"run_id": run_id}
+    values = asdict(suspension) | {"run_id": run_id}
     connection.execute(
         sqlite_insert(table)
         .values(values)
         .on_conflict_do_update(index_elements=["run_id", "client_id"], set_=values)
     )
-    back_in = {"suspended_until": standing.suspended_until}
+    back_in = {"suspended_until": suspension.suspended_until}
     return replace(happened, fields={**happened.fields, **back_in})
 
 
-def forgive_clients(connection: Connection, run_id: str, client_ids: Iterable[int]) -> None:
-    """Clear what clients gave cause for."""
+def reinstate_clients(connection: Connection, run_id: str, client_ids: Iterable[int]) -> None:
+    """End the suspensions of clients, and clear their strikes."""
     table = schema.standings
     connection.execute(
         delete(table).where(table.c.run_id == run_id, table.c.client_id.in_(list(client_ids)))
@@ -294,11 +293,11 @@ def exclude_orders(
             kept_bytes=one.kept_bytes,
             at=ended_at,
         )
-        happened = strike_client(
+        happened = suspend_client(
             *(connection, screened.run_id, one.happened),
             client_id=one.client_id,
             reason=reason,
-            suspend=pause,
+            is_strike=False,
         )
         add_events(connection, screened.run_id, [happened])
 

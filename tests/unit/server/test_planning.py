@@ -8,7 +8,7 @@ import pytest
 from fedrounds.strategies.registry import find_strategy
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState
-from fedserver.records import NO_ADJUSTMENTS, Round, Run, RunState, Standing
+from fedserver.records import NO_ADJUSTMENTS, Round, Run, RunState, Suspension
 from fedserver.rounds.open_orders import OpenOrder, OpenRound
 from fedserver.rounds.planning import (
     Clients,
@@ -48,7 +48,7 @@ def make_clients(
     ready: Iterable[int],
     *,
     orders: Iterable[OpenOrder] = (),
-    standings: Mapping[int, Standing] | None = None,
+    suspensions: Mapping[int, Suspension] | None = None,
 ) -> Clients:
     """Return clients that are here, client N with 10 + N examples."""
     here = set(ready)
@@ -56,15 +56,15 @@ def make_clients(
         ready=here,
         num_examples={client_id: 10 + client_id for client_id in here},
         orders=list(orders),
-        standings=standings or {},
+        suspensions=suspensions or {},
         past={},
     )
 
 
-def suspended(client_id: int, *, until: int) -> dict[int, Standing]:
-    """Return the standing of a client that sits out."""
+def suspended(client_id: int, *, until: int) -> dict[int, Suspension]:
+    """Return the suspension of a client that sits out."""
     return {
-        client_id: Standing(client_id=client_id, strikes=1, suspended_until=until, reason="test")
+        client_id: Suspension(client_id=client_id, strikes=1, suspended_until=until, reason="test")
     }
 
 
@@ -116,8 +116,8 @@ def test_no_round_opens_while_there_are_too_few_clients(base: GlobalModel) -> No
 
 def test_suspended_clients_sit_out_unless_the_round_could_not_come(base: GlobalModel) -> None:
     """Client 1 is back in round 5, or where it is needed."""
-    standings = suspended(1, until=5)
-    clients = make_clients({0, 1, 2}, standings=standings)
+    suspensions = suspended(1, until=5)
+    clients = make_clients({0, 1, 2}, suspensions=suspensions)
     assert asked(plan(make_context(min_clients=2), base, clients, round_number=4)) == [0, 2]
     assert asked(plan(make_context(min_clients=2), base, clients, round_number=5)) == [0, 1, 2]
     assert asked(plan(make_context(min_clients=3), base, clients, round_number=4)) == [0, 1, 2]

@@ -113,7 +113,7 @@ def test_show_tells_a_round_with_its_attempts_and_incidents(
         "In the ledger with an entry of digest",
     ):
         assert told in words, told
-    assert words.count(REASON) == 2, "beside the verdict and in the standing, not once more"
+    assert words.count(REASON) == 2, "beside the verdict and in the suspension, not once more"
 
 
 def test_history_tells_each_incident_in_words(

@@ -4,13 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedserver.clients.suspension import MAX_SPAN, eligible_clients, pause, strike
-from fedserver.records import Standing
+from fedserver.clients.suspension import (
+    MAX_SPAN,
+    after_exclusion,
+    after_strike,
+    eligible_clients,
+)
+from fedserver.records import Suspension
 
 
-def make_standing(client_id: int, suspended_until: int) -> Standing:
-    """Return a standing with one strike."""
-    return Standing(client_id=client_id, strikes=1, suspended_until=suspended_until, reason="r")
+def make_suspension(client_id: int, suspended_until: int) -> Suspension:
+    """Return a suspension with one strike."""
+    return Suspension(client_id=client_id, strikes=1, suspended_until=suspended_until, reason="r")
 
 
 @pytest.mark.parametrize(
@@ -20,11 +25,11 @@ def make_standing(client_id: int, suspended_until: int) -> Standing:
 def test_each_strike_costs_twice_as_many_rounds(strikes_before: int, rounds_sat_out: int) -> None:
     """Struck in round 10 it sits out from 11 on, and is back by itself in the round after."""
     before = (
-        Standing(client_id=3, strikes=strikes_before, suspended_until=0, reason="old")
+        Suspension(client_id=3, strikes=strikes_before, suspended_until=0, reason="old")
         if strikes_before
         else None
     )
-    after = strike(before, client_id=3, round_number=10, reason="stalled")
+    after = after_strike(before, client_id=3, round_number=10, reason="stalled")
     assert after.strikes == strikes_before + 1
     assert after.reason == "stalled"
     sat_out = [
@@ -37,21 +42,23 @@ def test_each_strike_costs_twice_as_many_rounds(strikes_before: int, rounds_sat_
 
 def test_an_exclusion_costs_one_round_however_often() -> None:
     """It is no strike: a client that is excluded each time sits out every other round."""
-    standing: Standing | None = None
+    suspension: Suspension | None = None
     asked = []
     for number in range(10, 20):
-        known = {} if standing is None else {3: standing}
+        known = {} if suspension is None else {3: suspension}
         if eligible_clients({3}, known, round_number=number, num_needed=0):
             asked.append(number)
-            standing = pause(standing, client_id=3, round_number=number, reason="excluded")
+            suspension = after_exclusion(
+                suspension, client_id=3, round_number=number, reason="excluded"
+            )
     assert asked == list(range(10, 20, 2))
-    stalled = strike(standing, client_id=3, round_number=20, reason="stalled")
+    stalled = after_strike(suspension, client_id=3, round_number=20, reason="stalled")
     assert (stalled.strikes, stalled.suspended_until) == (1, 22)
 
 
 def test_a_client_struck_in_an_attempt_isnt_asked_in_the_next() -> None:
     """A round that failed is tried again with others."""
-    after = strike(None, client_id=1, round_number=4, reason="refused")
+    after = after_strike(None, client_id=1, round_number=4, reason="refused")
     assert eligible_clients({0, 1, 2}, {1: after}, round_number=4, num_needed=2) == {0, 2}
 
 
@@ -66,9 +73,9 @@ def test_suspended_clients_are_called_back_only_as_far_as_needed(
 ) -> None:
     """All active clients may be asked; suspended ones make up what is missing, nearest first."""
     candidates = set(ends) | others
-    standings = {one: make_standing(one, until) for one, until in ends.items()}
+    suspensions = {one: make_suspension(one, until) for one, until in ends.items()}
     found = eligible_clients(
-        candidates, standings, round_number=round_number, num_needed=num_needed
+        candidates, suspensions, round_number=round_number, num_needed=num_needed
     )
     active = {one for one in candidates if ends.get(one, 0) <= round_number}
     assert active <= found <= candidates
