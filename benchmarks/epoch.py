@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 from benchmarks.federation import machine_line, write_section
 from fedrounds.data import load_images, make_loader, to_dataset
 from fedrounds.tasks.models import SimpleCNN
-from fedrounds.training.loop import StepProgress, train_model
+from fedrounds.training.loop import Callbacks, StepProgress, train_model
 
 _LR = 0.01
 _MOMENTUM = 0.9
@@ -109,7 +109,9 @@ def _time_epoch(images: Tensor, labels: Tensor, batch_size: int) -> tuple[Second
         bare_processor += time.process_time() - processor
 
     clock, processor = time.perf_counter(), time.process_time()
-    train_model(model, loader, epochs=1, lr=_LR, momentum=_MOMENTUM, on_step=take_turn)
+    train_model(
+        model, loader, epochs=1, lr=_LR, momentum=_MOMENTUM, callbacks=Callbacks(on_step=take_turn)
+    )
     return (
         Seconds(
             time.perf_counter() - clock - bare_clock,

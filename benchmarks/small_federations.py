@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientState
-from fedclient.training import NothingLearned, train_order
+from fedclient.training import LocalSettings, NothingLearned, OrderInputs, train_order
 from fedrounds.data import load_images
 from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.doctor import TrainingHalted
@@ -375,19 +375,19 @@ class Simulation:
         max_steps: int,
     ) -> tuple[ClientUpdate, ClientState]:
         return train_order(
-            given.order,
-            task=self.task,
-            examples=share,
-            global_model=given.base.file.path,
-            device=torch.device("cpu"),
+            OrderInputs(
+                order=given.order,
+                task=self.task,
+                examples=share,
+                global_model=given.base.file.path,
+                state=state,
+                control=control,
+                compression=run_compression(self.run_settings),
+            ),
+            LocalSettings(device=torch.device("cpu"), doctor=DoctorSettings(), max_steps=max_steps),
             progress=ProgressReporter(lambda *_: None, stop=threading.Event()),
             payload=self._payload(given),
-            doctor=DoctorSettings(),
-            state=state,
             on_diagnosis=lambda _: None,
-            max_steps=max_steps,
-            control=control,
-            compression=run_compression(self.run_settings),
         )
 
     def _payload(self, given: Given) -> Path:

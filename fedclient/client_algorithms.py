@@ -1,7 +1,8 @@
-"""What a client does otherwise than plain training, by the name of the rule in its order.
+"""The client algorithms other than plain training, by the name that an order gives.
 
-A rule begins when the global model is there, says what is added to gradients, and ends when
-training has: with what is sent beside the model, and what is kept if the order is counted.
+`begin` sets an algorithm up once the model holds the global weights. Its result says what training
+adds to gradients; its `finish` turns the trained model into what the client sends and what it keeps
+if the order is counted. The parts at the server are in fedrounds.strategies.client_algorithms.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,10 +21,10 @@ NOTHING: Tensors = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """What a rule begins with: the model holds the global one's weights.
+class TrainingStart:
+    """The state before training; `model` holds the global model's weights.
 
-    `kept` are the tensors in force from earlier rounds, by name, `control` the server's control
+    `kept` holds the tensors in force from earlier rounds, by name, `control` the server's control
     variates.
     """
 
@@ -35,133 +36,140 @@ class Start:
     def copy_parameters(self) -> dict[str, Tensor]:
         """Return copies of the floating-point parameters, under all their names."""
         named = self.model.named_parameters(remove_duplicate=False)
-        return {name: one.detach().cpu().clone() for name, one in named if one.is_floating_point()}
+        return {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in named
+            if parameter.is_floating_point()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What training led to.
+class TrainedModel:
+    """The result of training.
 
-    `travel` is by how much a gradient of 1 in every step would have moved a parameter: for plain
-    SGD the number of steps times the rate. `was_healthy`: the doctor had nothing to cure.
-    `train_also` trains other weights on the same examples, as the order says, and returns what
-    comes of them.
+    `effective_steps` is how far a gradient of 1 in every step would have moved a parameter: for
+    plain SGD the number of steps times the rate. `was_healthy`: the doctor had nothing to cure.
+    `train_also` trains other weights on the same examples, as the order says, and returns them.
     """
 
     state_dict: Tensors
-    travel: float
+    effective_steps: float
     was_healthy: bool
     train_also: Callable[[Tensors, Correction], Tensors]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What comes of a training: `model` is sent, with other `sections` by name; `kept` is kept."""
+class AlgorithmOutput:
+    """The tensors to send (`model`, and other `sections` by name) and those to keep (`kept`)."""
 
     model: Tensors
     sections: Mapping[str, Tensors] = field(default_factory=dict)
     kept: Mapping[str, Tensors] = field(default_factory=dict)
 
 
-def _send_all(trained: Trained) -> Outcome:
-    return Outcome(model=trained.state_dict)
+def _send_all(trained: TrainedModel) -> AlgorithmOutput:
+    return AlgorithmOutput(model=trained.state_dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begun:
-    """A rule at work on one order; `num_trainings` is how many trainings it takes.
+class LocalTraining:
+    """An algorithm that has begun to work on an order, which takes `num_trainings` trainings.
 
-    `is_personal`: the model trained last is what the client uses, and is measured.
+    `correction` is added to the gradients of the first. `is_personal`: the client uses, and
+    measures, the model that is trained last.
     """
 
     num_trainings: int = 1
     is_personal: bool = False
     correction: Correction = field(default_factory=Correction)
-    end: Callable[[Trained], Outcome] = _send_all
+    finish: Callable[[TrainedModel], AlgorithmOutput] = _send_all
 
 
-def begin_rule(rule: ClientAlgorithmConfig | None, start: Start) -> Begun:
-    """Begin a rule's work on an order; without a rule nothing is done otherwise.
+def begin(config: ClientAlgorithmConfig | None, start: TrainingStart) -> LocalTraining:
+    """Begin an algorithm's work on an order; None is plain training.
 
     Raises:
-        WrongSettings: this client doesn't know the rule, it lacks a number, or the model isn't for
-            it.
+        WrongSettings: this client doesn't know the algorithm, one of its numbers is missing, or the
+            model has no layers for it.
     """
-    if rule is None:
-        return Begun()
-    if rule.name not in _RULES:
+    if config is None:
+        return LocalTraining()
+    if config.name not in _ALGORITHMS:
         raise WrongSettings(
-            f"the server asks for the client algorithm {rule.name!r}, which this client doesn't "
-            f"know (it knows: {', '.join(_RULES)}); update it"
+            f"the server asks for the client algorithm {config.name!r}, which this client doesn't "
+            f"know (it knows: {', '.join(_ALGORITHMS)}); update it"
         )
     try:
-        return _RULES[rule.name](start)
+        return _ALGORITHMS[config.name](start)
     except KeyError as error:
         raise WrongSettings(
-            f"the server's client algorithm {rule.name!r} comes without {error}; both sides need "
+            f"the server's client algorithm {config.name!r} comes without {error}; both sides need "
             "the same version"
         ) from error
 
 
-def _fedprox(start: Start) -> Begun:
+def _fedprox(start: TrainingStart) -> LocalTraining:
     """Add the gradient of mu / 2 * |w - w_global|^2 (Li et al. 2020, equation 2)."""
-    return Begun(correction=Correction(pull=start.parameters["mu"]))
+    return LocalTraining(correction=Correction(pull=start.parameters["mu"]))
 
 
-def _scaffold(start: Start) -> Begun:
+def _scaffold(start: TrainingStart) -> LocalTraining:
     """Add c - c_i to gradients (Karimireddy et al. 2020, algorithm 1, option II).
 
-    After a round in which the doctor took steps back, travel isn't known: c_i stays.
+    c_i stays the same after a training in which the doctor took steps back, since the effective
+    steps aren't known then.
     """
-    begin = start.copy_parameters()
+    begin_at = start.copy_parameters()
     own = start.kept.get("control", NOTHING)
     shift = {}
-    for name, one in begin.items():
-        wide = _wide(one)
-        of_all = start.control[name].view_as(wide) if start.control else torch.zeros_like(wide)
-        shift[name] = of_all - own.get(name, torch.zeros_like(wide))
+    for name, parameter in begin_at.items():
+        wide = _wide(parameter)
+        server_control = (
+            start.control[name].view_as(wide) if start.control else torch.zeros_like(wide)
+        )
+        shift[name] = server_control - own.get(name, torch.zeros_like(wide))
 
-    def end(trained: Trained) -> Outcome:
+    def finish(trained: TrainedModel) -> AlgorithmOutput:
         changes, controls = {}, {}
-        for name, one in begin.items():
+        for name, parameter in begin_at.items():
             before = own.get(name, torch.zeros_like(shift[name]))
             change = torch.zeros_like(before)
-            if trained.was_healthy and trained.travel > 0:
-                moved = _wide(one) - trained.state_dict[name].to(before.dtype)
-                change = moved / trained.travel - shift[name] - before
+            if trained.was_healthy and trained.effective_steps > 0:
+                moved = _wide(parameter) - trained.state_dict[name].to(before.dtype)
+                change = moved / trained.effective_steps - shift[name] - before
             changes[name], controls[name] = change, before + change
-        return Outcome(
+        return AlgorithmOutput(
             model=trained.state_dict,
             sections={CONTROL_SECTION: changes},
             kept={"control": controls},
         )
 
-    return Begun(correction=Correction(shift=shift), end=end)
+    return LocalTraining(correction=Correction(shift=shift), finish=finish)
 
 
-def _feddyn(start: Start) -> Begun:
+def _feddyn(start: TrainingStart) -> LocalTraining:
     """Add -g_k + alpha * (w - w_global) to gradients (Acar et al. 2021, algorithm 1)."""
     alpha = start.parameters["alpha"]
-    begin = start.copy_parameters()
+    begin_at = start.copy_parameters()
     own = start.kept.get("feddyn", NOTHING)
 
-    def end(trained: Trained) -> Outcome:
+    def finish(trained: TrainedModel) -> AlgorithmOutput:
         after = {}
-        for name, one in begin.items():
-            wide = _wide(one)
+        for name, parameter in begin_at.items():
+            wide = _wide(parameter)
             moved = trained.state_dict[name].to(wide.dtype) - wide
             after[name] = own.get(name, torch.zeros_like(wide)) - alpha * moved
-        return Outcome(model=trained.state_dict, kept={"feddyn": after})
+        return AlgorithmOutput(model=trained.state_dict, kept={"feddyn": after})
 
-    shift = {name: -one for name, one in own.items()}
-    return Begun(correction=Correction(pull=alpha, shift=shift), end=end)
+    shift = {name: -gradient for name, gradient in own.items()}
+    return LocalTraining(correction=Correction(pull=alpha, shift=shift), finish=finish)
 
 
-def _fedbn(start: Start) -> Begun:
-    """Keep the normalisation layers here (Li et al. 2021, algorithm 1).
+def _fedbn(start: TrainingStart) -> LocalTraining:
+    """Keep the normalisation layers at the client (Li et al. 2021, algorithm 1).
 
-    Their own entries take the place of the global ones in the model that is trained; what is sent
-    has the global ones as they came.
+    The client trains with its own entries of these layers, and sends the global ones back as they
+    came.
     """
     entries = start.model.state_dict()
     names = norm_entries(start.model)
@@ -169,41 +177,42 @@ def _fedbn(start: Start) -> Begun:
         raise WrongSettings(
             "fedbn keeps normalisation layers at the client, but the task's model has none"
         )
-    sent = {name: entries[name].clone() for name in names}
+    global_values = {name: entries[name].clone() for name in names}
     with torch.no_grad():
-        for name, one in start.kept.get("norms", NOTHING).items():
-            entries[name].copy_(one)
+        for name, own in start.kept.get("norms", NOTHING).items():
+            entries[name].copy_(own)
 
-    def end(trained: Trained) -> Outcome:
-        return Outcome(
-            model={**trained.state_dict, **sent},
+    def finish(trained: TrainedModel) -> AlgorithmOutput:
+        return AlgorithmOutput(
+            model={**trained.state_dict, **global_values},
             kept={"norms": {name: trained.state_dict[name] for name in names}},
         )
 
-    return Begun(is_personal=True, end=end)
+    return LocalTraining(is_personal=True, finish=finish)
 
 
-def _ditto(start: Start) -> Begun:
-    """Train a model of one's own beside the global one (Li et al. 2021, algorithm 1).
+def _ditto(start: TrainingStart) -> LocalTraining:
+    """Train a personal model v beside the global model (Li et al. 2021, algorithm 1).
 
-    It begins as the global model and is pulled to the one that came by strength * (v - w_global).
+    v begins as the first global model that this client gets. Its gradients get
+    strength * (v - w_global) added, with the global model of this order.
     """
-    begin = {name: one.clone() for name, one in start.model.state_dict().items()}
+    first = {name: entry.clone() for name, entry in start.model.state_dict().items()}
     pull = Correction(pull=start.parameters["strength"], anchor=start.copy_parameters())
-    own = start.kept.get("ditto", begin)
+    own = start.kept.get("ditto", first)
 
-    def end(trained: Trained) -> Outcome:
+    def finish(trained: TrainedModel) -> AlgorithmOutput:
         after = trained.train_also(own, pull)
-        return Outcome(model=trained.state_dict, kept={"ditto": after})
+        return AlgorithmOutput(model=trained.state_dict, kept={"ditto": after})
 
-    return Begun(num_trainings=2, is_personal=True, end=end)
+    return LocalTraining(num_trainings=2, is_personal=True, finish=finish)
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype is torch.float64 else tensor.float()
 
 
-_RULES: Mapping[str, Callable[[Start], Begun]] = {
+_ALGORITHMS: Mapping[str, Callable[[TrainingStart], LocalTraining]] = {
     "fedprox": _fedprox,
     "scaffold": _scaffold,
     "feddyn": _feddyn,

@@ -20,7 +20,7 @@ from fedclient.session import FIRST_PAUSE_S, LONGEST_PAUSE_S, ServerSession
 from fedclient.settings import ClientSettings
 from fedclient.state import ClientState, ClientStates, StateLost
 from fedclient.terminal import Screen
-from fedclient.training import NothingLearned, train_order
+from fedclient.training import LocalSettings, NothingLearned, OrderInputs, train_order
 from fedrounds.diagnosis.text import verdict
 from fedrounds.diagnosis.values import Diagnosis
 from fedrounds.doctor import TrainingHalted
@@ -90,7 +90,12 @@ class OrderWorker:
         self._outbox = Outbox(state_dir / "outbox")
         self._cache = BlobCache(state_dir / "blobs")
         self._states_folder = state_dir / "states"
-        self._device = find_device(settings.device)
+        self._local_settings = LocalSettings(
+            device=find_device(settings.device),
+            doctor=settings.doctor_settings,
+            log_steps=settings.log_steps,
+            max_steps=settings.max_steps,
+        )
 
     def deliver_waiting(self) -> None:
         """Deliver the updates that an earlier process trained and got no receipt for."""
@@ -128,32 +133,33 @@ class OrderWorker:
                     self._tell_incidents(order, progress, gave_up=False)
                 self._deliver(
                     update,
-                    what="client {}, round {}".format(*_place(order)),
+                    what=_order_label(order),
                     is_new=is_new,
                     on_sent=lambda count: progress.add(bytes_sent=count),
                 )
                 self._screen.count_sent(order.round_number)
             except OrderAbandoned as abandoned:
                 logger.info(
-                    "client %d, round %d: the server wants no update any more: %s",
-                    *(*_place(order), _ORDER_ENDS[abandoned.order_end]),
+                    "%s: the server wants no update any more: %s",
+                    _order_label(order),
+                    _ORDER_ENDS[abandoned.order_end],
                 )
             except (TrainingHalted, NothingLearned) as error:
                 # An error that the step raised is for the person here alone.
                 logger.warning(
-                    "client %d, round %d: %s; no update is sent",
-                    *_place(order),
+                    "%s: %s; no update is sent",
+                    _order_label(order),
                     error,
                     exc_info=error.__cause__,
                 )
                 self._tell_incidents(order, progress, gave_up=True)
             except NotFound as error:
                 # Its model is gone: the round has ended meanwhile.
-                logger.info("client %d, round %d: %s", *_place(order), error)
+                logger.info("%s: %s", _order_label(order), error)
                 self._session.pause(FIRST_PAUSE_S)
             except OutOfSpace as error:
                 # The order stays open and is asked for again.
-                logger.warning("client %d, round %d: %s", *_place(order), error)
+                logger.warning("%s: %s", _order_label(order), error)
                 self._session.pause(LONGEST_PAUSE_S)
             except Stopped:
                 raise
@@ -174,28 +180,29 @@ class OrderWorker:
         sections = {one.name: self._fetch(one, progress) for one in order.sections}
         failpoint(FailPoint.MODEL_FETCHED)
 
-        def tell(diagnosis: Diagnosis) -> None:
-            logger.warning("client %d, round %d: %s", *_place(order), verdict(diagnosis))
-            may_tell = self._settings.report_samples
-            progress.note(incident_of(diagnosis if may_tell else diagnosis.without_samples()))
+        def report_diagnosis(diagnosis: Diagnosis) -> None:
+            logger.warning("%s: %s", _order_label(order), verdict(diagnosis))
+            if not self._settings.report_samples:
+                diagnosis = diagnosis.without_samples()
+            progress.note(incident_of(diagnosis))
 
         with interrupting(), repeatable(num_threads=self._settings.threads):
-            update, next_state = train_order(
-                order,
+            inputs = OrderInputs(
+                order=order,
                 task=self._client_data.task,
                 examples=self._client_data.examples_of(order.client_id),
                 global_model=sections[MODEL_SECTION],
                 control=sections.get(CONTROL_SECTION),
-                device=self._device,
-                progress=progress,
-                payload=self._outbox.draft_path(order.order_id),
-                log_steps=self._settings.log_steps,
-                max_steps=self._settings.max_steps,
-                doctor=self._settings.doctor_settings,
                 state=state,
-                on_diagnosis=tell,
                 compression=self._session.info.compression,
                 entry_kinds=self._session.info.entry_kinds,
+            )
+            update, next_state = train_order(
+                inputs,
+                self._local_settings,
+                progress=progress,
+                payload=self._outbox.draft_path(order.order_id),
+                on_diagnosis=report_diagnosis,
             )
         failpoint(FailPoint.TRAINED)
         states.keep(order.order_id, next_state, follows=order.last_counted_order_id)
@@ -209,7 +216,7 @@ class OrderWorker:
         try:
             return states.promoted(order.last_counted_order_id)
         except StateLost as error:
-            logger.warning("client %d, round %d: %s", *_place(order), error)
+            logger.warning("%s: %s", _order_label(order), error)
             progress.note(Incident(kind=IncidentKind.CLIENT_STATE_LOST))
             return ClientState()
 
@@ -320,6 +327,6 @@ def _answer_text(answer: UploadAnswer | None) -> str:
     return f"{word}: {_ORDER_ENDS[answer.order_end]}"
 
 
-def _place(order: WorkOrder) -> tuple[int, int]:
-    """Return whose order it is and of which round, for log lines."""
-    return order.client_id, order.round_number
+def _order_label(order: WorkOrder) -> str:
+    """Return the client and round of an order, for log lines."""
+    return f"client {order.client_id}, round {order.round_number}"

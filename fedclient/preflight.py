@@ -24,7 +24,7 @@ from fedrounds.errors import FederationError
 from fedrounds.plugins import in_one_line
 from fedrounds.tasks.task import Examples, Task
 from fedrounds.training.evaluation import evaluate
-from fedrounds.training.loop import StepProgress, train_model
+from fedrounds.training.loop import Callbacks, DoctorContext, StepProgress, train_model
 from fedrounds.training.trial import try_training_step
 from fedrounds.types import TrainingConfig
 
@@ -201,10 +201,9 @@ def take_first_steps(
             momentum=training.momentum,
             weight_decay=training.weight_decay,
             clip_norm=training.clip_norm,
-            on_step=record_loss,
+            callbacks=Callbacks(on_step=record_loss),
             doctor=DoctorSettings(default_policy=RemedyPolicy.REPORT, memory_bytes=memory_bytes),
-            num_classes=task.num_classes,
-            is_initial=is_initial,
+            doctor_context=DoctorContext(num_classes=task.num_classes, is_initial=is_initial),
         )
     except TrainingHalted as error:
         diagnosis = error.diagnosis

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientStates
-from fedclient.training import train_order
+from fedclient.training import LocalSettings, OrderInputs, train_order
 from fedrounds.diagnosis.values import Diagnosis, DoctorSettings
 from fedrounds.strategies.blocks import Cohort, StateFile
 from fedrounds.strategies.registry import find_strategy
@@ -129,19 +129,19 @@ class SmallFederation:
         sections = {one.name: one.digest for one in order.sections}
         control = self._checkpoints.find(sections[CONTROL_SECTION]) if len(sections) > 1 else None
         update, kept = train_order(
-            order,
-            task=self.task,
-            examples=examples_of(order.client_id),
-            global_model=self.model.file.path,
-            device=torch.device("cpu"),
+            OrderInputs(
+                order=order,
+                task=self.task,
+                examples=examples_of(order.client_id),
+                global_model=self.model.file.path,
+                state=states.promoted(order.last_counted_order_id),
+                control=control,
+                compression=run_compression(self.settings.run_settings()),
+            ),
+            LocalSettings(device=torch.device("cpu"), doctor=DoctorSettings(), max_steps=max_steps),
             progress=ProgressReporter(lambda *_: None, stop=threading.Event()),
             payload=payload,
-            doctor=DoctorSettings(),
-            state=states.promoted(order.last_counted_order_id),
-            control=control,
             on_diagnosis=self.diagnoses.append,
-            max_steps=max_steps,
-            compression=run_compression(self.settings.run_settings()),
         )
         states.keep(order.order_id, kept, follows=order.last_counted_order_id)
         return Sent(order=order, update=update, payload=payload)

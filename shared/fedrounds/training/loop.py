@@ -1,9 +1,8 @@
-"""Training a model. Pure PyTorch: knows no round, no server and no wire.
+"""Training a model. Pure PyTorch: this module knows no round, no server and no wire.
 
-A model that stops being finite never leaves this module. Every step is the doctor's
-(fedrounds.doctor): armed, it finds out why a training goes wrong, cures it and goes on; disarmed,
-it stops at the step at which the loss, a gradient or a parameter is first not finite, and at most
-eight steps after a buffer is.
+A model that isn't finite never leaves this module. The doctor (fedrounds.doctor) takes every step.
+If it is armed, it finds the cause of a failure, cures it and goes on. If not, it stops at the first
+step whose loss, gradient or parameter isn't finite, and at most eight steps after a buffer isn't.
 """
 
 import math
@@ -30,11 +29,12 @@ DISARMED = DoctorSettings(is_armed=False)
 
 @dataclass(frozen=True, kw_only=True)
 class StepProgress:
-    """One optimizer step that went well. `step` counts from 1 over all epochs, `batch` in one.
+    """One optimizer step that went well.
 
-    `grad_norm` is the gradient's global L2 norm before clipping, None where it wasn't measured (an
-    armed doctor measures now and then); `lr` is the step size. Where it was asked for,
-    `largest_gradient` is the largest absolute value in any gradient before clipping.
+    `step` counts from 1 over all epochs, `batch` from 1 in its epoch. `grad_norm` is the gradient's
+    global L2 norm before clipping, None if it wasn't measured (an armed doctor measures now and
+    then). `lr` is the step size. `largest_gradient` is the largest absolute value in any gradient
+    before clipping, None if it wasn't measured (see Callbacks.gradient_every).
     """
 
     step: int
@@ -48,6 +48,44 @@ class StepProgress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Callbacks:
+    """Functions that a training calls as it goes on.
+
+    Args:
+        on_step: called with each step, after its checks. If it raises, training stops there and the
+            exception passes through; the model stays as that step left it.
+        gradient_every: every so many steps on_step also gets the largest gradient; 0: never.
+        is_enough: called after each step with its number from 1; True ends training.
+        on_replay: called for each step that the doctor takes again.
+        on_diagnosis: called with each diagnosis as soon as the doctor has made it.
+    """
+
+    on_step: Callable[[StepProgress], None] = lambda _: None
+    gradient_every: int = 0
+    is_enough: Callable[[int], bool] = lambda _: False
+    on_replay: Callable[[], None] = lambda: None
+    on_diagnosis: Callable[[Diagnosis], None] = lambda _: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorContext:
+    """What the doctor knows of a training beside its model and its data.
+
+    Args:
+        num_classes: targets go from 0 to below it; the doctor finds other labels before they do
+            harm. None: unknown.
+        is_initial: the weights are newly initialised; False: they were trained before.
+        fresh_state: returns usual initial weights by name, for the doctor's experiments.
+        treatment: the remedies in force at the start, from an earlier training.
+    """
+
+    num_classes: int | None = None
+    is_initial: bool = True
+    fresh_state: Callable[[], Mapping[str, Tensor]] | None = None
+    treatment: Treatment = UNTREATED
+
+
+@dataclass(frozen=True, kw_only=True)
 class EpochReport:
     """Means over an epoch's examples, each taken just before the step that learned from it."""
 
@@ -57,10 +95,11 @@ class EpochReport:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingReport:
-    """What was done. `num_examples` is how many examples it saw, not multiplied by epochs.
+    """How a training went.
 
-    `diagnoses` are of what went wrong and was cured, `treatment` is what is in force at the end;
-    `has_dropped_samples` whether it left any sample out.
+    `num_examples` counts each example once, whatever the number of epochs. `diagnoses` are of the
+    failures that were cured, `treatment` holds the remedies in force at the end.
+    `has_dropped_samples`: a remedy left some samples out.
     """
 
     num_steps: int
@@ -83,6 +122,10 @@ class TrainingResult(NamedTuple):
     report: TrainingReport
 
 
+_NO_CALLBACKS = Callbacks()
+_NO_CONTEXT = DoctorContext()
+
+
 def train_model(
     model: nn.Module,
     dataloader: Batches,
@@ -97,54 +140,41 @@ def train_model(
     clip_norm: float | None = None,
     schedule: Schedule = _CONSTANT,
     correction: Correction | None = None,
-    is_enough: Callable[[int], bool] = lambda _: False,
-    on_step: Callable[[StepProgress], None] | None = None,
-    gradient_every: int = 0,
+    callbacks: Callbacks = _NO_CALLBACKS,
     doctor: DoctorSettings = DISARMED,
-    num_classes: int | None = None,
-    is_initial: bool = True,
-    fresh_state: Callable[[], Mapping[str, Tensor]] | None = None,
-    treatment: Treatment = UNTREATED,
-    on_replay: Callable[[], None] = lambda: None,
-    on_diagnosis: Callable[[Diagnosis], None] = lambda _: None,
+    doctor_context: DoctorContext = _NO_CONTEXT,
     keeps_model: bool = True,
 ) -> TrainingResult:
     """Train `model` in place for `epochs` passes over `dataloader`.
 
-    Batches are (inputs [batch, ...], targets int64 [batch, ...]); the model's outputs, or the main
-    one of them (see fedrounds.training.evaluation.main_output), have the classes in dimension 1.
-    On one machine, torch build and number of threads the result is the
-    same bit for bit, given the same weights and the same batches; nothing here draws random
-    numbers, but dropout in a model draws from the global generator: seed that.
+    Batches are (inputs [batch, ...], targets int64 [batch, ...]). The model's output, or its main
+    output (see fedrounds.training.evaluation.main_output), has the classes in dimension 1.
+
+    On one machine, torch build and number of threads, the same weights and the same batches give
+    the same result bit for bit. This function draws no random numbers; dropout in a model draws
+    from the global generator: seed that.
 
     Args:
-        model: moved to `device`, left there, in training mode.
-        dataloader: gone through once an epoch; `fedrounds.data.make_loader` gives one. Where it has
-            `newest_indices`, a diagnosis names examples by these.
+        model: moved to `device` and left there, in training mode.
+        dataloader: iterated once an epoch; `fedrounds.data.make_loader` makes one. If it has
+            `newest_indices`, diagnoses name examples by them.
         epochs: number of passes, at least 1.
         lr: step size, above 0, before the schedule.
         device: a torch device.
         loss: (outputs, targets) to the mean loss of a batch.
-        optimizer: a name in OPTIMIZERS; always starts without history.
-        momentum: of SGD in 0..1 (1 excluded), beta_1 of Adam and AdamW.
-        weight_decay: L2 penalty's coefficient (AdamW: decoupled), 0 or more.
+        optimizer: a name in OPTIMIZERS; it always starts without history.
+        momentum: of SGD, in 0..1 (1 excluded); beta_1 of Adam and AdamW.
+        weight_decay: coefficient of the L2 penalty (AdamW: decoupled), 0 or more.
         clip_norm: largest global L2 norm of a gradient, above 0, or None. Scaling the norm
             itself follows Pascanu et al. 2013, "On the difficulty of training recurrent neural
             networks", algorithm 1.
-        schedule: how the step size changes; one that does needs a dataloader with a length.
-        correction: what is added to gradients.
-        is_enough: asked after each step, by its number from 1; True ends training there.
-        on_step: told of each step after its checks; what it raises stops training and passes
-            through, leaving the model in between.
-        gradient_every: every so many steps on_step also hears of the largest gradient; 0: never.
-        doctor: what is done where training goes wrong; by default it stops there.
-        num_classes: targets go from 0 to below it; a label that doesn't is found before it harms.
-        is_initial: whether the weights are freshly initialised rather than trained before.
-        fresh_state: gives usual initial weights by name, for the doctor's experiments.
-        treatment: what is in force from the beginning, from a cure before.
-        on_replay: told of each step that the doctor takes again.
-        on_diagnosis: told of each diagnosis the moment it is there.
-        keeps_model: whether `model` is used any more; if not, the result may be its own tensors.
+        schedule: how the step size changes; any but "constant" needs a dataloader with a length.
+        correction: what a client algorithm adds to gradients.
+        callbacks: functions that this training calls as it goes on.
+        doctor: what may be done when training goes wrong; by default training stops.
+        doctor_context: what the doctor knows beside the model and its data.
+        keeps_model: whether the caller uses `model` afterwards; if not, the result may share its
+            tensors.
 
     Returns:
         The trained state_dict, its accuracy while training, and the report.
@@ -158,27 +188,27 @@ def train_model(
     if clip_norm is not None and not 0 < clip_norm < math.inf:
         raise InvalidInput(f"clip_norm must be a positive number or None, but is {clip_norm}")
     model.to(device).train()
-    dtypes = {name: one.dtype for name, one in model.state_dict().items()}
-    learning = [one for one in model.parameters() if one.requires_grad]
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     descent = make_optimizer(
-        optimizer, learning, lr=lr, momentum=momentum, weight_decay=weight_decay
+        optimizer, trainable, lr=lr, momentum=momentum, weight_decay=weight_decay
     )
     steps_per_epoch = len(dataloader) if isinstance(dataloader, Sized) else None
     if correction is not None:
         correct_gradients(descent, model, correction)
-    at_work = Doctor(
+    stepper = Doctor(
         model,
         descent,
         _compute_loss(loss),
         scheduler=make_scheduler(descent, schedule, steps_per_epoch=steps_per_epoch, epochs=epochs),
         settings=doctor,
         clip_norm=clip_norm,
-        num_classes=num_classes,
-        is_initial=is_initial,
-        fresh_state=fresh_state,
-        treatment=treatment,
-        on_replay=on_replay,
-        on_diagnosis=on_diagnosis,
+        num_classes=doctor_context.num_classes,
+        is_initial=doctor_context.is_initial,
+        fresh_state=doctor_context.fresh_state,
+        treatment=doctor_context.treatment,
+        on_replay=callbacks.on_replay,
+        on_diagnosis=callbacks.on_diagnosis,
     )
     epoch_reports: list[EpochReport] = []
     step = num_examples = num_kept = 0
@@ -186,30 +216,33 @@ def train_model(
     for epoch in range(1, epochs + 1):
         means = _EpochMeans(device)
         for batch, (inputs, targets) in enumerate(dataloader, start=1):
-            taken = at_work.step(
+            taken = stepper.step(
                 (inputs.to(device), targets.to(device)),
                 indices=getattr(dataloader, "newest_indices", None),
                 epoch=epoch,
             )
             step += 1
             means.add(taken, num_given=len(targets))
-            if on_step is not None:
-                is_measured = gradient_every > 0 and step % gradient_every == 0
-                on_step(
-                    StepProgress(
-                        step=step,
-                        epoch=epoch,
-                        batch=batch,
-                        batch_size=taken.batch_size,
-                        loss=taken.loss,
-                        grad_norm=taken.grad_norm,
-                        lr=taken.lr,
-                        largest_gradient=(
-                            _largest_gradient(learning, taken, clip_norm) if is_measured else None
-                        ),
-                    )
+            measures_gradient = (
+                callbacks.gradient_every > 0 and step % callbacks.gradient_every == 0
+            )
+            callbacks.on_step(
+                StepProgress(
+                    step=step,
+                    epoch=epoch,
+                    batch=batch,
+                    batch_size=taken.batch_size,
+                    loss=taken.loss,
+                    grad_norm=taken.grad_norm,
+                    lr=taken.lr,
+                    largest_gradient=(
+                        _largest_gradient(trainable, taken, clip_norm)
+                        if measures_gradient
+                        else None
+                    ),
                 )
-            if is_over := is_enough(step):
+            )
+            if is_over := callbacks.is_enough(step):
                 break
         if means.num_given == 0:
             raise InvalidInput(f"epoch {epoch}: the dataloader gave no examples; is it used up?")
@@ -218,18 +251,18 @@ def train_model(
         epoch_reports.append(means.report())
         if is_over:
             break
-    at_work.finish()
+    stepper.finish()
     report = TrainingReport(
         num_steps=step,
         num_examples=num_examples,
         epochs=tuple(epoch_reports),
-        diagnoses=tuple(at_work.diagnoses),
-        treatment=at_work.treatment,
+        diagnoses=tuple(stepper.diagnoses),
+        treatment=stepper.treatment,
         has_dropped_samples=num_kept < num_examples,
     )
-    # Gradients, momenta and the doctor's copies go before the last copy is made.
+    # Free gradients, momenta and the doctor's copies before the last copy is made.
     descent.zero_grad()
-    del descent, at_work
+    del descent, stepper
     return TrainingResult(
         state_dict={
             name: tensor.detach().to(
@@ -243,9 +276,9 @@ def train_model(
 
 
 def incident_of(diagnosis: Diagnosis) -> Incident:
-    """Return the incident that a diagnosis is.
+    """Return the incident for a diagnosis.
 
-    One that a disarmed doctor made is of a kind by its symptom; its detail holds
+    For a diagnosis of a disarmed doctor, the symptom decides the kind, and the detail holds
 
     - `lr`; `batch` (from 1 in its epoch); `loss` of the step, itself perhaps nan or inf;
     - `grad_norm_0`, `grad_norm_1`, ...: L2 norms of the gradients before clipping, of the
@@ -260,7 +293,7 @@ def incident_of(diagnosis: Diagnosis) -> Incident:
             diagnosis=diagnosis,
         )
     newest_first = diagnosis.trend[::-1]
-    norms = {f"grad_norm_{age}": one.grad_norm for age, one in enumerate(newest_first)}
+    norms = {f"grad_norm_{age}": point.grad_norm for age, point in enumerate(newest_first)}
     return Incident(
         kind=_KINDS.get(diagnosis.symptom, IncidentKind.NON_FINITE_PARAMETER),
         step=diagnosis.step,
@@ -283,7 +316,7 @@ _KINDS: Mapping[Symptom, IncidentKind] = {
 
 
 class _EpochMeans:
-    """Sums over an epoch's examples, and their means; what was left out doesn't count."""
+    """Sums and means over an epoch's examples; examples that a remedy left out don't count."""
 
     def __init__(self, device: str | torch.device) -> None:
         self.num_given = self.num_examples = 0
@@ -322,11 +355,15 @@ def _compute_loss(loss: Loss) -> Callable[[nn.Module, Batch], tuple[Tensor, Tens
 
 
 def _largest_gradient(
-    learning: Iterable[nn.Parameter], taken: StepReport, clip_norm: float | None
+    trainable: Iterable[nn.Parameter], taken: StepReport, clip_norm: float | None
 ) -> float:
-    """Return the largest absolute value in any gradient before it was clipped."""
-    gradients = [one.grad for one in learning if one.grad is not None and one.grad.numel() > 0]
+    """Return the largest absolute value in any gradient, before clipping."""
+    gradients = [
+        parameter.grad
+        for parameter in trainable
+        if parameter.grad is not None and parameter.grad.numel() > 0
+    ]
     scale = 1.0
     if clip_norm is not None and taken.grad_norm is not None:
         scale = max(1.0, taken.grad_norm / clip_norm)
-    return scale * max((float(one.abs().max()) for one in gradients), default=0.0)
+    return scale * max((float(gradient.abs().max()) for gradient in gradients), default=0.0)

@@ -17,7 +17,7 @@ from fedrounds.doctor import TrainingHalted
 from fedrounds.plugins import naming_task_errors
 from fedrounds.tasks.task import Examples, Task
 from fedrounds.training.evaluation import count_correct
-from fedrounds.training.loop import train_model
+from fedrounds.training.loop import DoctorContext, train_model
 
 _NUM_EXAMPLES = 8
 _NUM_FOR_THE_DOCTOR = 64
@@ -72,7 +72,7 @@ def _step_with_doctor(task: Task, batches: NumberedLoader, device: torch.device)
             device=device,
             loss=task.loss,
             doctor=DoctorSettings(),
-            num_classes=task.num_classes,
+            doctor_context=DoctorContext(num_classes=task.num_classes),
         )
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientState
-from fedclient.training import train_order
+from fedclient.training import LocalSettings, OrderInputs, train_order
 from fedrounds.data import set_aside
 from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.tasks.task import Task
@@ -68,15 +68,16 @@ def work_on(
 
     progress = ProgressReporter(report, stop=threading.Event())
     update, _ = train_order(
-        order,
-        task=TASK,
-        examples=examples,
-        global_model=folder / "global",
-        device=torch.device("cpu"),
+        OrderInputs(
+            order=order,
+            task=TASK,
+            examples=examples,
+            global_model=folder / "global",
+            state=ClientState(),
+        ),
+        LocalSettings(device=torch.device("cpu"), doctor=DoctorSettings()),
         progress=progress,
         payload=folder / "payload",
-        doctor=DoctorSettings(),
-        state=ClientState(),
         on_diagnosis=lambda _: None,
     )
     return update, progress.counters

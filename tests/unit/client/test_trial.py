@@ -17,7 +17,7 @@ from fedclient.client_data import ClientData
 from fedclient.progress import ProgressReporter
 from fedclient.settings import ClientSettings
 from fedclient.state import ClientStates
-from fedclient.training import train_order
+from fedclient.training import LocalSettings, OrderInputs, train_order
 from fedrounds.cli import parse
 from fedrounds.diagnosis.values import Diagnosis, DoctorSettings
 from fedrounds.errors import InvalidInput, OwnCodeFailed
@@ -208,15 +208,16 @@ def test_a_client_trains_the_same_with_and_without_it(
         assert bool(examples.taken) == is_tried
         examples.taken.clear()
         update, _ = train_order(
-            order,
-            task=held.task,
-            examples=examples,
-            global_model=base,
-            device=CPU,
+            OrderInputs(
+                order=order,
+                task=held.task,
+                examples=examples,
+                global_model=base,
+                state=ClientStates(tmp_path / "states", run_id="run-1").promoted(""),
+            ),
+            LocalSettings(device=CPU, doctor=DoctorSettings()),
             progress=ProgressReporter(lambda *_: None, stop=threading.Event()),
             payload=tmp_path / "payload",
-            doctor=DoctorSettings(),
-            state=ClientStates(tmp_path / "states", run_id="run-1").promoted(""),
             on_diagnosis=diagnoses.append,
         )
         streams = (torch.rand(3).tolist(), random.random(), float(np.random.rand()))

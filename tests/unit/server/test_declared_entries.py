@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientStates
-from fedclient.training import train_order
+from fedclient.training import LocalSettings, OrderInputs, train_order
 from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.errors import InvalidInput, WrongSettings
 from fedrounds.strategies.client_algorithms import validate_model
@@ -92,16 +92,17 @@ def test_sides_that_declare_entries_otherwise_stop_the_client(tmp_path: Path) ->
         WrongSettings, match="entry 'mean' as mean, but task 'small' here says local"
     ):
         train_order(
-            make_order(),
-            task=here,
-            examples=here.load_train(DataRequest()),
-            global_model=base,
-            device=torch.device("cpu"),
+            OrderInputs(
+                order=make_order(),
+                task=here,
+                examples=here.load_train(DataRequest()),
+                global_model=base,
+                state=ClientStates(tmp_path / "states", run_id="run1").promoted(""),
+                entry_kinds=kinds_of(there, model),
+            ),
+            LocalSettings(device=torch.device("cpu"), doctor=DoctorSettings()),
             progress=ProgressReporter(lambda *_: None, stop=threading.Event()),
             payload=payload,
-            doctor=DoctorSettings(),
-            state=ClientStates(tmp_path / "states", run_id="run1").promoted(""),
             on_diagnosis=lambda _: None,
-            entry_kinds=kinds_of(there, model),
         )
     assert not payload.exists()

@@ -54,7 +54,7 @@ def test_training_and_its_diagnosis_never_load_the_compiler() -> None:
         from fedrounds.data import make_loader
         from fedrounds.training.optimizers import OPTIMIZERS
         from fedrounds.tasks.task import DataRequest
-        from fedrounds.training.loop import train_model
+        from fedrounds.training.loop import Callbacks, DoctorContext, train_model
         from fedrounds.types import Schedule
         from tests.tiny_task import tiny
 
@@ -67,7 +67,8 @@ def test_training_and_its_diagnosis_never_load_the_compiler() -> None:
                 train_model(
                     tiny.build_model(), loader, optimizer=name, clip_norm=1.0,
                     schedule=Schedule(name="cosine"), doctor=DoctorSettings(),
-                    num_classes=tiny.num_classes, on_diagnosis=diagnoses.append,
+                    doctor_context=DoctorContext(num_classes=tiny.num_classes),
+                    callbacks=Callbacks(on_diagnosis=diagnoses.append),
                 )
             assert torch.are_deterministic_algorithms_enabled()
         assert len(diagnoses) >= len(OPTIMIZERS)

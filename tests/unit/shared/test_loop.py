@@ -14,7 +14,7 @@ from fedrounds.doctor import TrainingHalted
 from fedrounds.errors import InvalidInput
 from fedrounds.tasks.models import SimpleCNN
 from fedrounds.training.evaluation import evaluate
-from fedrounds.training.loop import StepProgress, incident_of, train_model
+from fedrounds.training.loop import Callbacks, StepProgress, incident_of, train_model
 from fedrounds.types import IncidentKind
 
 Batch = tuple[Tensor, Tensor]
@@ -90,7 +90,7 @@ def test_sgd_with_momentum_decay_and_clipping_is_the_formula() -> None:
         momentum=0.8,
         weight_decay=0.01,
         clip_norm=clip_norm,
-        on_step=seen.append,
+        callbacks=Callbacks(on_step=seen.append),
     )
 
     assert min(norms) < clip_norm < max(norms)
@@ -183,7 +183,9 @@ def test_a_bad_example_stops_training_at_its_step(bad: float) -> None:
             return iter(next(passes))
 
     with pytest.raises(TrainingHalted, match=r"step 5 \(epoch 2, batch 2, lr 0.1") as caught:
-        train_model(make_model(), Changing(), epochs=2, lr=0.1, on_step=seen.append)
+        train_model(
+            make_model(), Changing(), epochs=2, lr=0.1, callbacks=Callbacks(on_step=seen.append)
+        )
 
     incident = incident_of(caught.value.diagnosis)
     assert incident.kind is IncidentKind.NON_FINITE_LOSS
@@ -274,7 +276,13 @@ def test_a_norm_that_overflows_although_all_entries_are_finite_is_no_incident() 
     seen: list[StepProgress] = []
     batch = (torch.tensor([3e25]), torch.tensor([1]))
     result = train_model(
-        Pair(), [batch], epochs=1, lr=0.1, momentum=0.0, clip_norm=1.0, on_step=seen.append
+        Pair(),
+        [batch],
+        epochs=1,
+        lr=0.1,
+        momentum=0.0,
+        clip_norm=1.0,
+        callbacks=Callbacks(on_step=seen.append),
     )
     assert seen[0].grad_norm == pytest.approx(1.5e25 * math.sqrt(2), rel=1e-6)
     for name in ("a", "b"):
@@ -301,7 +309,9 @@ def test_what_on_step_raises_stops_training_there() -> None:
             raise Abandoned
 
     with pytest.raises(Abandoned):
-        train_model(make_model(), make_batches(), epochs=5, on_step=stop_at_four)
+        train_model(
+            make_model(), make_batches(), epochs=5, callbacks=Callbacks(on_step=stop_at_four)
+        )
     assert steps == [(1, 1, 1, 8), (2, 1, 2, 8), (3, 1, 3, 8), (4, 2, 1, 8)]
 
 

@@ -11,7 +11,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 from fedrounds.errors import InvalidInput
-from fedrounds.training.loop import StepProgress, train_model
+from fedrounds.training.loop import Callbacks, StepProgress, train_model
 from fedrounds.training.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, make_scheduler
 from fedrounds.types import Schedule
 
@@ -28,7 +28,7 @@ def rates(schedule: Schedule, *, epochs: int, lr: float = 0.5) -> list[float]:
         epochs=epochs,
         lr=lr,
         schedule=schedule,
-        on_step=seen.append,
+        callbacks=Callbacks(on_step=seen.append),
     )
     return [progress.lr for progress in seen]
 

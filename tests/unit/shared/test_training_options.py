@@ -15,7 +15,7 @@ from fedrounds.errors import InvalidInput
 from fedrounds.tasks.models import INITIALISATIONS
 from fedrounds.tasks.task import Task, inspect_examples
 from fedrounds.training.evaluation import evaluate
-from fedrounds.training.loop import StepProgress, incident_of, train_model
+from fedrounds.training.loop import Callbacks, StepProgress, incident_of, train_model
 from fedrounds.training.optimizers import OPTIMIZERS, SCHEDULES
 from fedrounds.types import (
     AugmentationName,
@@ -152,8 +152,7 @@ def test_the_largest_gradient_is_told_every_few_steps() -> None:
         lr=1e-6,
         clip_norm=1.0,
         loss=lambda outputs, _: outputs[:, 0].sum(),
-        on_step=seen.append,
-        gradient_every=2,
+        callbacks=Callbacks(on_step=seen.append, gradient_every=2),
     )
     told = [progress.largest_gradient for progress in seen]
     assert told[::2] == [None] * 3

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedclient.client_algorithms import NOTHING, Start, begin_rule
+from fedclient.client_algorithms import NOTHING, TrainingStart, begin
 from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.errors import InvalidInput, WrongSettings
 from fedrounds.strategies.client_algorithms import validate_model
@@ -287,9 +287,9 @@ def test_fedbn_needs_norm_layers() -> None:
     validate_model(strategy.client_algorithm, normed(), {})
     with pytest.raises(InvalidInput, match="the task's model has none"):
         validate_model(strategy.client_algorithm, nn.Linear(2, 2), {})
-    start = Start(model=nn.Linear(2, 2), parameters={}, kept={}, control=NOTHING)
+    start = TrainingStart(model=nn.Linear(2, 2), parameters={}, kept={}, control=NOTHING)
     with pytest.raises(WrongSettings, match="the task's model has none"):
-        begin_rule(ClientAlgorithmConfig(name="fedbn"), start)
+        begin(ClientAlgorithmConfig(name="fedbn"), start)
 
 
 @pytest.mark.parametrize("rule", ["fedprox", "median+fedadam+fedprox"])
@@ -375,8 +375,8 @@ def test_what_a_rule_rests_on_must_be_set() -> None:
 
 
 def test_a_client_that_doesn_t_know_a_rule_doesn_t_train_without_it() -> None:
-    start = Start(model=nn.Linear(2, 2), parameters={}, kept={}, control=NOTHING)
+    start = TrainingStart(model=nn.Linear(2, 2), parameters={}, kept={}, control=NOTHING)
     with pytest.raises(WrongSettings, match="'fedfuture', which this client doesn't know"):
-        begin_rule(ClientAlgorithmConfig(name="fedfuture"), start)
+        begin(ClientAlgorithmConfig(name="fedfuture"), start)
     with pytest.raises(WrongSettings, match="comes without 'mu'"):
-        begin_rule(ClientAlgorithmConfig(name="fedprox"), start)
+        begin(ClientAlgorithmConfig(name="fedprox"), start)
