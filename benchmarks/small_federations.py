@@ -40,7 +40,7 @@ from fedserver.records import Adjustments, Order, Round, StoredUpdate
 from fedserver.rounds.planning import admission_limits, work_orders
 from fedserver.run_settings import compression_of, run_compression
 from fedserver.settings import ServerSettings
-from fedserver.updates.admission import examine_content, examine_control, examine_header
+from fedserver.updates.admission import validate_content, validate_control, validate_header
 from fedserver.updates.payload import update_file
 from fedserver.updates.screening import screen
 
@@ -444,12 +444,12 @@ class Simulation:
     def _admitted(self, given: Given, update: ClientUpdate) -> StoredUpdate:
         """Admit an update as the server does when it arrives."""
         limits = admission_limits(self.settings, given.given_in, strategy=self.strategy)
-        examine_header(update, given.base.file, limits)
+        validate_header(update, given.base.file, limits)
         file = self._file(given, update)
         if CONTROL_SECTION in file.others:
             expected = control_layout(given.base.file.layout, self.kinds)
-            examine_control(file.others[CONTROL_SECTION], expected=expected, limits=limits)
-        norm = examine_content(
+            validate_control(file.others[CONTROL_SECTION], expected=expected, limits=limits)
+        norm = validate_content(
             file,
             base=given.base.file,
             kinds=self.kinds,

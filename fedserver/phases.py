@@ -42,7 +42,7 @@ class Phase(StrEnum):
 
 
 class RoundEvent(StrEnum):
-    """What moves a round on."""
+    """An event that changes the phase of an attempt."""
 
     CLOSE = "close"
     FINISH = "finish"
@@ -64,7 +64,7 @@ class OrderState(StrEnum):
 
 
 class OrderEvent(StrEnum):
-    """What moves an order on."""
+    """An event that changes the state of an order."""
 
     STORE = "store"
     COUNT = "count"
@@ -96,14 +96,14 @@ ORDER_TABLE: Mapping[tuple[OrderState, OrderEvent], OrderState] = {
 
 
 class ForbiddenTransition(FederationError):
-    """An event came that has no place in the phase; nothing was changed."""
+    """An event can't be applied in the phase; nothing was changed."""
 
 
 def next_phase(phase: Phase, event: RoundEvent) -> Phase:
     """Return the phase that follows.
 
     Raises:
-        ForbiddenTransition: the event has no place in this phase.
+        ForbiddenTransition: the event can't be applied in this phase.
     """
     try:
         return ROUND_TABLE[phase, event]
@@ -115,7 +115,7 @@ def next_order_state(state: OrderState, event: OrderEvent) -> OrderState:
     """Return the state that follows.
 
     Raises:
-        ForbiddenTransition: the order has ended, or the event has no place in its state.
+        ForbiddenTransition: the order has ended, or the event can't be applied in its state.
     """
     try:
         return ORDER_TABLE[state, event]
@@ -126,7 +126,7 @@ def next_order_state(state: OrderState, event: OrderEvent) -> OrderState:
 def due_event(
     states: Collection[OrderState], *, min_updates: int, closes_early: bool, is_overdue: bool
 ) -> RoundEvent | None:
-    """Return what is to happen to a collecting round whose orders have these states.
+    """Return the event that is due for a round that collects, by the states of its orders.
 
     It closes when no order is open any more, or its deadline is past, with at least `min_updates`
     stored; with `closes_early` as soon as they are stored. It fails when that minimum can't be
@@ -145,7 +145,7 @@ def due_event(
 def due_of_buffer(
     states: Collection[OrderState], *, buffer_size: int, can_go_on: bool
 ) -> RoundEvent | None:
-    """Return what is to happen to an asynchronous round that collects.
+    """Return the event that is due for an asynchronous round that collects.
 
     `states` are of the orders at work and of those that ended in it. It closes when its buffer is
     full, and fails when it isn't and can't go on. None: go on waiting.
@@ -156,7 +156,7 @@ def due_of_buffer(
 
 
 def shortfall(states: Collection[OrderState], needed: int) -> str:
-    """Return why a round whose orders have these states can't close."""
+    """Return in words why a round whose orders have these states can't close."""
     num_open = sum(state is OrderState.OPEN for state in states)
     num_stored = sum(state is OrderState.STORED for state in states)
     if num_stored + num_open < needed:

@@ -1,4 +1,4 @@
-"""What the event loop runs on: threads for what blocks, a broadcast to wait for, and its clock."""
+"""The event loop's threads for calls that block, its broadcasts, and its clock."""
 
 import asyncio
 import time
@@ -45,7 +45,7 @@ class Threads:
         return await _run(self._disk, partial(call, *args, **kwargs))
 
     def close(self) -> None:
-        """Return when every call begun has ended; those not begun are dropped."""
+        """Return when every call that has begun has ended; the others are dropped."""
         for pool in (self._disk, self._store):
             pool.shutdown(cancel_futures=True)
 
@@ -60,7 +60,7 @@ async def _run(pool: ThreadPoolExecutor, call: Callable[[], R]) -> R:
 
 
 class Broadcast:
-    """Wakes all who wait for the next change."""
+    """A condition without a state: wakes everybody who waits for the next change."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -101,12 +101,12 @@ class ServingClock:
         self._looked_at = now
         return now - self.away_s
 
-    async def keep(self, tell: Callable[[float], Awaitable[None]]) -> None:
-        """Look at the clock for ever; tell how many seconds the server was away when it was."""
+    async def keep(self, on_absence: Callable[[float], Awaitable[None]]) -> None:
+        """Look at the clock for ever; call `on_absence` with the seconds of each absence."""
         known_s = self.away_s
         while True:
             await asyncio.sleep(_TICK_S)
             self()
             if self.away_s > known_s:
                 lately_s, known_s = self.away_s - known_s, self.away_s
-                await tell(lately_s)
+                await on_absence(lately_s)

@@ -1,4 +1,4 @@
-"""What clients ask the coordinator for, in the domain's terms; the servicer only translates."""
+"""The calls of clients, in the domain's terms; the servicer only translates."""
 
 import asyncio
 import functools
@@ -82,7 +82,7 @@ class ClientApi:
         self._disk = disk
         self._run_end: RunEnd | None = None
         self._is_stopping = False
-        self._told: set[str] = set()
+        self._informed: set[str] = set()
 
     async def register(self, registration: Registration) -> SessionInfo:
         """Open a session.
@@ -103,10 +103,12 @@ class ClientApi:
         try:
             session, replaced = self._sessions.register(registration)
         except StateDirCopied:
-            # Only what ended a session is an incident: the other process is told the same.
+            # Both processes are refused; only the call that ended their session is an incident.
             if was_live and not any(map(has_live_holder, registration.client_ids)):
                 await self._note_copy(registration.client_ids)
             raise
+        # Memory has the new session already. Killed before this is recorded, the client is unknown
+        # at the next start, and registers again.
         for session_id in replaced:
             await self._store.remove_session(session_id)
         await self._store.save_session(self._context.run_id, session)
@@ -123,23 +125,24 @@ class ClientApi:
         )
 
     async def _note_copy(self, client_ids: Sequence[int]) -> None:
-        happened = event_of(
+        event = event_of(
             IncidentKind.STATE_DIR_COPIED,
             self._open_orders.latest,
             client_id=client_ids[0] if len(client_ids) == 1 else None,
             is_incident=True,
             **({"clients": sorted(client_ids)} if len(client_ids) > 1 else {}),
         )
-        await self._store.add_events(self._context.run_id, [happened])
+        await self._store.add_events(self._context.run_id, [event])
 
     def _compression_for(self, registration: Registration) -> Compression:
-        """Return how a client is to compress: not at all if it can't, its updates are as good."""
+        """Return how a client is to compress its updates; not at all if it doesn't know how."""
         compression = run_compression(self._context.run.settings)
         if compression.encoding in (Encoding.STATE_DICT, *registration.capabilities):
             return compression
         logger.info(
             "clients %s can't compress by %s and send whole updates",
-            *(", ".join(map(str, registration.client_ids)), compression.encoding),
+            ", ".join(map(str, registration.client_ids)),
+            compression.encoding,
         )
         return NO_COMPRESSION
 
@@ -158,12 +161,13 @@ class ClientApi:
             if self._is_stopping:
                 raise ServerUnreachable("the server is stopping; it goes on when started again")
             if self._run_end is not None:
-                self._told.add(session_id)
+                self._informed.add(session_id)
                 return Work(state=WorkState.FINISHED, run_end=self._run_end)
             client_ids = self._sessions.ids_here(session)
             if (order := self._open_orders.open_order_of(client_ids)) is not None:
                 return Work(state=WorkState.ORDER, order=self._open_orders.hand_out(order))
             remaining_s = deadline - time.monotonic()
+            # Nothing is awaited between the look for an order and this wait: no order is missed.
             if remaining_s <= 0 or not await self._open_orders.work_changed.wait(remaining_s):
                 self._sessions.touch(session_id)
                 return Work(state=WorkState.WAIT, waiting=self._waiting())
@@ -186,7 +190,7 @@ class ClientApi:
         offset: int,
         write: Callable[[bytes], Awaitable[None]],
     ) -> None:
-        """Write a blob's framed chunks; each one that leaves is progress of the session's order."""
+        """Write a blob's framed chunks; a chunk that leaves is progress of the session's order."""
         session = self._sessions.touch(session_id)
 
         def note(note_for_order: Callable[[str], None]) -> None:
@@ -237,49 +241,50 @@ class ClientApi:
         Raises:
             InvalidInput: a diagnosis names what the task's model doesn't have; nothing is noted.
         """
-        if (
-            not incidents
-            and not gave_up
-            and (found := self._open_orders.find(order_id)) is not None
-        ):
-            # The way of nearly all reports: nothing to ask the store for.
-            self._examine_holder(self._sessions.touch(session_id), found.order.client_id, order_id)
+        order = self._open_orders.find(order_id)
+        if order is not None and not incidents and not gave_up:
+            # Nearly all reports: nothing to ask the store for.
+            session = self._sessions.touch(session_id)
+            self._validate_holder(session, order.order.client_id, order_id)
             self._open_orders.advance(order_id, counters)
-            return None if found.state in _GOING_ON else await self._order_end(order_id)
+            return None if order.state in _GOING_ON else await self._order_end(order_id)
         for _, incident in incidents:
             if incident.diagnosis is not None:
-                self._examine_names(incident.diagnosis.origin)
+                self._validate_names(incident.diagnosis.origin)
         record = await self._find_order(session_id, order_id)
+        # From here on the order may end, or the round close: the store decides what still counts.
         self._open_orders.advance(order_id, counters)
         for sequence, incident in incidents:
-            happened = _incident_event(
+            event = _incident_event(
                 incident,
                 self._context.kinds,
-                place=self._open_orders.happens_in(record),
+                round_key=self._open_orders.round_key_of(record),
                 client_id=record.client_id,
             )
+            # The key makes a report that is sent again, because its answer was lost, one event.
             await self._store.add_events(
-                record.run_id, [happened], report_key=f"{order_id}#{sequence}"
+                record.run_id, [event], report_key=f"{order_id}#{sequence}"
             )
         if gave_up:
-            round_number, attempt = self._open_orders.happens_in(record)
-            happened = Event(
+            round_number, attempt = self._open_orders.round_key_of(record)
+            event = Event(
                 kind="order-given-up",
                 at=time.time(),
                 round_number=round_number,
                 attempt=attempt,
                 client_id=record.client_id,
             )
-            was_open = await self._store.abandon_order(record.run_id, order_id, happened)
+            was_open = await self._store.abandon_order(record.run_id, order_id, event)
             failpoint(FailPoint.ORDER_ABANDONED)
             if was_open:
                 self._open_orders.settle(order_id, OrderState.ABANDONED)
         return await self._order_end(order_id)
 
     async def answer_for(self, call: str, error: Exception) -> FederationError:
-        """Return what a client is told of an error in a call.
+        """Return the error that a client gets for an error in its call.
 
-        What isn't its doing is put on record, and what the server doesn't foresee isn't told.
+        An error that isn't the client's doing is recorded. Of an error that the server doesn't
+        foresee the client gets no text.
         """
         if isinstance(error, OSError):
             error = exhaustion(error) or error
@@ -293,7 +298,7 @@ class ClientApi:
             "the call may be repeated later"
         )
 
-    async def leave(self, session_id: str, said: Leave) -> None:
+    async def leave(self, session_id: str, request: Leave) -> None:
         """Let clients of a session go; see `fedserver.clients.departures`.
 
         Raises:
@@ -301,7 +306,7 @@ class ClientApi:
         """
         await leave(
             self._sessions.touch(session_id),
-            said,
+            request,
             run_id=self._context.run_id,
             require_all=self._context.settings.require_all,
             sessions=self._sessions,
@@ -314,7 +319,7 @@ class ClientApi:
         self._run_end = run_end
         self._open_orders.work_changed.notify()
         deadline = time.monotonic() + self._context.settings.farewell
-        while self._sessions.live_sessions() - self._told and time.monotonic() < deadline:
+        while self._sessions.live_sessions() - self._informed and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
     def stop(self) -> None:
@@ -327,17 +332,17 @@ class ClientApi:
         record = self._open_orders.open_record(order_id)
         if record is None:
             record = await self._store.find_order(order_id)
-        self._examine_holder(session, record.client_id, order_id)
+        self._validate_holder(session, record.client_id, order_id)
         return record
 
     async def _order_end(self, order_id: str) -> OrderEnd | None:
         return await self._store.find_order_end(order_id)
 
-    def _examine_holder(self, session: Session, client_id: int, order_id: str) -> None:
+    def _validate_holder(self, session: Session, client_id: int, order_id: str) -> None:
         if client_id not in session.client_ids:
             raise NotFound(f"order {order_id!r} isn't one of this session's")
 
-    def _examine_names(self, origin: Origin) -> None:
+    def _validate_names(self, origin: Origin) -> None:
         task = self._context.settings.task
         if origin.module not in self._context.modules:
             raise InvalidInput(
@@ -355,10 +360,10 @@ def _incident_event(
     incident: Incident,
     kinds: Mapping[str, EntryKind],
     *,
-    place: tuple[int, int],
+    round_key: tuple[int, int],
     client_id: int,
 ) -> Event:
-    """Return what is recorded: declared names only, whatever else a client may have sent."""
+    """Return the event of an incident: declared names only, whatever else the client has sent."""
     fields = {
         **{
             name: json_number(value)
@@ -373,8 +378,8 @@ def _incident_event(
     return Event(
         kind=incident.kind,
         at=time.time(),
-        round_number=place[0],
-        attempt=place[1],
+        round_number=round_key[0],
+        attempt=round_key[1],
         client_id=client_id,
         is_incident=True,
         fields={key: value for key, value in fields.items() if value is not None},

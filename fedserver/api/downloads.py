@@ -1,7 +1,7 @@
 """The bytes of global models, and of control variates, on their way to clients.
 
 The chunks of the model in force are framed once and shared by all downloads, whatever the cohort's
-size; anything else (an older model that a restarted client still asks for) is read as it is sent.
+size; any other blob (an older model that a restarted client still asks for) is read as it is sent.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ _MAX_CHUNKS_UNDER_WAY = 32
 
 
 class Downloads:
-    """Serves blobs by digest, in bounded memory; keeps the framed chunks of one of them."""
+    """Serves blobs by digest, in bounded memory; keeps the framed chunks of the model in force."""
 
     def __init__(self, checkpoints: Checkpoints, threads: Threads, *, idle_s: float) -> None:
         self._checkpoints = checkpoints
@@ -56,7 +56,7 @@ class Downloads:
         for the server, and once that is over.
 
         Raises:
-            ServerUnreachable: the client took nothing for so long that others get its place.
+            ServerUnreachable: the client took nothing for so long that others get its slot.
             NotFound: there is no such blob.
             WrongOffset: `offset` is beyond its end.
         """
@@ -88,7 +88,7 @@ class Downloads:
             self._under_way[digest] -= 1
 
     async def _framed(self, path: Path, digest: str, begin: int, end: int) -> bytes:
-        """Return a chunk; of the model in force it is read once, whoever asks meanwhile."""
+        """Return a framed chunk; a chunk of the model in force is read once, for all who ask."""
         if digest != self._digest or begin % CHUNK_BYTES:
             return await self._threads.on_disk(_read_framed, path, begin, end)
         chunks = self._chunks
@@ -102,7 +102,7 @@ class Downloads:
                     chunks.pop(begin, None)
 
             chunks[begin].add_done_callback(drop_if_failed)
-        # One client that hangs up doesn't take the chunk away from the others.
+        # A client that hangs up doesn't take the chunk away from the others.
         return await asyncio.shield(chunks[begin])
 
 

@@ -1,6 +1,6 @@
-"""What keeps one client from holding up the others: places, and few streams of one kind.
+"""Flow control: slots for what goes on at a time, and a fence between streams of one key.
 
-Whoever waits for a place is heard of, and gets it in the order of coming.
+A client that waits for a slot isn't late; slots are given in the order of coming.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ _FIRST_MESSAGE_S = 5.0
 
 
 async def first_message(messages: AsyncIterator[bytes]) -> bytes:
-    """Return what a stream begins with; nothing if it ends without a message.
+    """Return a stream's first message; empty if the stream ends without a message.
 
     Raises:
         ServerUnreachable: it doesn't come.
@@ -30,44 +30,45 @@ async def first_message(messages: AsyncIterator[bytes]) -> bytes:
 
 
 class Slots:
-    """So many go on at a time; the others wait."""
+    """At most `num_slots` go on at a time; the others wait their turn."""
 
-    def __init__(self, num_places: int) -> None:
-        self._num_free = num_places
+    def __init__(self, num_slots: int) -> None:
+        self._num_free = num_slots
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @property
     def are_wanted(self) -> bool:
-        """Whether somebody waits for a place."""
+        """Whether somebody waits for a slot."""
         return bool(self._waiting)
 
     @asynccontextmanager
     async def hold(
         self, *, every_s: float, while_waiting: Callable[[], None]
     ) -> AsyncIterator[None]:
-        """Hold a place; `while_waiting` is called every so often until it is there."""
-        place = asyncio.get_running_loop().create_future()
+        """Hold a slot; `while_waiting` is called every `every_s` seconds until there is one."""
+        slot = asyncio.get_running_loop().create_future()
         if self._num_free:
             self._num_free -= 1
-            place.set_result(None)
+            slot.set_result(None)
         else:
-            self._waiting.append(place)
+            self._waiting.append(slot)
         try:
-            while not place.done():
-                if not (await asyncio.wait([place], timeout=every_s))[0]:
+            while not slot.done():
+                if not (await asyncio.wait([slot], timeout=every_s))[0]:
                     while_waiting()
             yield
         finally:
-            if not place.done():
-                self._waiting.remove(place)
+            if not slot.done():
+                self._waiting.remove(slot)
             elif self._waiting:
+                # Handed on, not given back: a client that comes now can't overtake who waits.
                 self._waiting.popleft().set_result(None)
             else:
                 self._num_free += 1
 
 
 class StreamFence:
-    """Of the streams with one key the newest go on, so many of them; they end the older ones."""
+    """Of the streams with the same key the newest `num_kept` go on; they end older streams."""
 
     def __init__(self, num_kept: int) -> None:
         self._num_kept = num_kept
@@ -75,14 +76,14 @@ class StreamFence:
 
     @asynccontextmanager
     async def join(self, key: str, *, what: str) -> AsyncIterator[None]:
-        """Go on until newer streams take over; `what` this is, in words.
+        """Go on until newer streams take over; `what` is the stream in words.
 
         Raises:
-            StreamFenced: they have.
+            StreamFenced: newer streams have taken over.
         """
         fences = self._fences.setdefault(key, [])
         if len(fences) == self._num_kept:
-            # Its time is up: that wakes it, whatever it waits for.
+            # The oldest stream's time is up: that wakes it, whatever it waits for.
             fences.pop(0).reschedule(0)
         fence = asyncio.timeout(None)
         try:

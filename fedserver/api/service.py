@@ -75,7 +75,7 @@ class Servicer:
 
     def __init__(self, client_api: ClientApi) -> None:
         self._client_api = client_api
-        # A client downloads one blob at a time; what broke off without a word may still hang here.
+        # A client downloads one blob at a time; a download that broke off silently may hang here.
         self._downloads = StreamFence(2)
 
     async def register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
@@ -261,7 +261,7 @@ async def _abort(context: Context, error: FederationError) -> NoReturn:
         sentence = printable(str(error)).encode("ascii", "backslashreplace").decode()
         await context.abort(grpc.StatusCode[error.status], sentence[:MAX_CHARACTERS])
     except aio.InternalError:
-        # There is nobody left to be told.
+        # The client has hung up: there is nobody to answer.
         raise asyncio.CancelledError from None
 
 

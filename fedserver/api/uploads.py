@@ -1,8 +1,9 @@
-"""The way of an update from the wire to its receipt.
+"""Takes updates in, from the first byte to the receipt.
 
-header examined -> bytes appended to the spool -> digest -> content examined -> fdatasync ->
-recorded in one transaction -> receipt. Memory is bounded: one chunk a stream, and a bounded number
-of streams, one an order; the others wait in HTTP/2's flow control.
+header validated -> bytes appended to the spool -> digest -> content validated -> fdatasync ->
+recorded in one transaction -> receipt. Each step rests on the one before: a receipt is given only
+for bytes that survive a loss of power. Memory is bounded: one chunk a stream, one stream an order,
+and a bounded number of streams; the others wait in HTTP/2's flow control.
 """
 
 import asyncio
@@ -40,10 +41,10 @@ from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
 from fedserver.updates.admission import (
     UpdateRefused,
-    examine_content,
-    examine_control,
-    examine_header,
-    examine_section_digests,
+    validate_content,
+    validate_control,
+    validate_header,
+    validate_section_digests,
 )
 from fedserver.updates.payload import update_file
 from fedserver.updates.quarantine import QuarantineFolder
@@ -59,10 +60,10 @@ _ANSWERS = {
 _GOOD = (OrderState.STORED, OrderState.COUNTED)
 
 _TIDYING_BYTES = 32 << 20
-"""So much may arrive before the heap's free pages are given back: it costs a look at all of it."""
+"""The heap's free pages are given back after so many bytes: that costs a look at the whole heap."""
 
 _LEAST_BYTES_PER_S = 128 << 10
-"""A stream that brings less gives its place up, if others wait for one; its client resumes it."""
+"""A stream that brings less gives its slot up, if others wait for it; its client resumes it."""
 
 
 class _OrderEnded(Exception):
@@ -90,7 +91,7 @@ class Uploads:
         self._threads = threads
         self._slots = Slots(context.settings.max_uploads)
         self._newest = StreamFence(1)
-        # A stream nothing comes from gives its place to others; the client resumes it.
+        # A stream nothing comes from gives its slot to others; the client resumes it.
         self._idle_s = context.settings.stall_after
         self._bytes_since_tidying = 0
 
@@ -125,14 +126,16 @@ class Uploads:
         if order is None:
             return await self._answer_ended_meanwhile(update)
         try:
-            examine_header(update, order.given_in.base.file, order.given_in.limits)
+            validate_header(update, order.given_in.base.file, order.given_in.limits)
             async with AsyncExitStack() as held:
                 async with self._newest.join(
                     update.order_id, what=f"upload of order {update.order_id}"
                 ):
-                    await held.enter_async_context(self._place(update.order_id))
+                    await held.enter_async_context(self._slot(update.order_id))
                     stream = await held.enter_async_context(self._stream(update, offset=offset))
                     await self._append(update, stream, chunks)
+                # All bytes are there. Outside of the fence: a newer stream can't end this one
+                # between durable and recorded.
                 accepting = asyncio.ensure_future(
                     self._accept(record, update, stream, order.given_in)
                 )
@@ -149,18 +152,18 @@ class Uploads:
             return await self._answer_ended_meanwhile(update)
 
     @asynccontextmanager
-    async def _place(self, order_id: str) -> AsyncIterator[None]:
-        """Hold one of the places; who waits for one is held up by the server and isn't late."""
+    async def _slot(self, order_id: str) -> AsyncIterator[None]:
+        """Hold a slot; a client that waits for a slot is held up by the server and isn't late."""
 
         def note_waiting() -> None:
-            self._examine_open(order_id)
+            self._require_open(order_id)
             self._open_orders.note_waiting(order_id)
 
         async with self._slots.hold(every_s=self._idle_s / 4, while_waiting=note_waiting):
-            self._examine_open(order_id)
+            self._require_open(order_id)
             yield
 
-    def _examine_open(self, order_id: str) -> None:
+    def _require_open(self, order_id: str) -> None:
         if self._open_orders.open_record(order_id) is None:
             raise _OrderEnded
 
@@ -188,9 +191,10 @@ class Uploads:
             async with asyncio.timeout(self._idle_s) as patience:
                 async for chunk in chunks:
                     if not chunk:
-                        # No progress: whoever sends nothing else gives its place to others.
+                        # No progress: a client that sends nothing else gives its slot to others.
                         continue
-                    self._examine_open(update.order_id)
+                    # The order may have ended while the last chunk was awaited.
+                    self._require_open(update.order_id)
                     if stream.offset + len(chunk) > update.size_bytes:
                         raise InvalidInput(
                             f"order {update.order_id}: the stream holds more than the "
@@ -232,39 +236,40 @@ class Uploads:
     def _settle_bytes(
         self, update: ClientUpdate, stream: UpdateStream, given_in: OpenRound
     ) -> float | Refusal:
-        """Return the norm of a good update's delta, durable by then, or why it isn't one."""
+        """Return the norm of a good update's delta, durable by then, or why it is refused."""
         if stream.digest() != update.digest:
             self._spool.discard(stream)
             raise CorruptPayload(
                 f"order {update.order_id}: the bytes don't match digest {update.digest}; "
                 "they were dropped, send the payload again from byte 0"
             )
-        examined = self._examine(update, stream, given_in)
-        if not isinstance(examined, Refusal):
+        admitted = self._admit(update, stream, given_in)
+        if not isinstance(admitted, Refusal):
+            # Durable before it is recorded, recorded before the receipt.
             self._spool.make_durable(stream)
-        return examined
+        return admitted
 
-    def _examine(
+    def _admit(
         self, update: ClientUpdate, stream: UpdateStream, given_in: OpenRound
     ) -> float | Refusal:
-        """Return the norm of a good update's delta, or why it isn't one."""
+        """Return the norm of a good update's delta, or why it is refused."""
         try:
-            examine_section_digests(stream.path, update)
+            validate_section_digests(stream.path, update)
             received = update_file(
                 stream.path,
                 base=given_in.base.file,
                 kinds=self._context.kinds,
                 compression=compression_of(self._context.run.settings, update.encoding),
-                sections=[(one.name, one.size_bytes) for one in update.sections],
+                sections=[(section.name, section.size_bytes) for section in update.sections],
                 num_examples=update.num_examples,
             )
             if CONTROL_SECTION in received.others:
-                examine_control(
+                validate_control(
                     received.others[CONTROL_SECTION],
                     expected=control_layout(given_in.base.file.layout, self._context.kinds),
                     limits=given_in.limits,
                 )
-            return examine_content(
+            return validate_content(
                 received,
                 base=given_in.base.file,
                 kinds=self._context.kinds,
@@ -285,9 +290,9 @@ class Uploads:
         stream: UpdateStream | None = None,
         delta_norm: float | None = None,
     ) -> UploadAnswer:
-        """Record how an order ended; what isn't stored goes into quarantine with its bytes."""
+        """Record how an order ended; an update that isn't stored goes into quarantine."""
         if order_event is not OrderEvent.STORE:
-            update = _without_names_of_its_own(update)
+            update = _with_known_names(update)
         open_order = self._open_orders.find(update.order_id)
         handed_out_at = None if open_order is None else open_order.handed_out_at
         answered_s = (
@@ -311,17 +316,18 @@ class Uploads:
             )
             if state is not OrderState.OPEN:
                 break
-            # The buffer is full: this one belongs into the next, which opens in a moment. It isn't
-            # the client that is slow.
+            # The buffer is full: this update comes into the next round, which opens in a moment.
+            # It isn't the client that is slow.
             self._open_orders.note_waiting(update.order_id)
             if self._open_orders.current is collecting:
                 await self._open_orders.work_changed.wait(self._idle_s / 4)
         failpoint(FailPoint.UPDATE_RECORDED)
+        # Memory follows the store: this wakes the round loop, which may close the round.
         self._open_orders.settle(update.order_id, state)
         if not is_recorded:
             record = await self._store.find_order(update.order_id)
             if record.digest == update.digest and record.state not in _GOOD:
-                # An older stream of the same bytes was recorded; this one holds their file.
+                # An older stream of the same bytes was recorded; this stream holds their file.
                 await self._hold(update, stream)
             return await self._answer_ended(record, update)
         if state not in _GOOD:
@@ -340,7 +346,7 @@ class Uploads:
             return
         quarantine, on_disk = self._quarantine, self._threads.on_disk
         path = quarantine.path(update.order_id, update.digest)
-        # A newer stream that has taken the file over does it, or the end of the round.
+        # A newer stream that has taken the file over does this, or the end of the round.
         with suppress(StreamFenced):
             await on_disk(self._spool.hand_over, stream, path)
         await evict_updates(store=self._store, quarantine=quarantine, threads=self._threads)
@@ -368,8 +374,8 @@ class Uploads:
         return UploadAnswer(receipt=Receipt.REFUSED, reason=reason)
 
     async def _note_contradiction(self, record: OrderRecord, update: ClientUpdate) -> None:
-        """Put on record, once, that an order which had an update was sent another one."""
-        happened = Event(
+        """Record, once, that an order which had an update was sent an update with other bytes."""
+        event = Event(
             kind=IncidentKind.UPDATE_CONTRADICTED,
             at=time.time(),
             round_number=record.round_number,
@@ -379,16 +385,18 @@ class Uploads:
             fields={"first": record.digest, "second": update.digest},
         )
         await self._store.add_events(
-            record.run_id, [happened], report_key=f"{update.order_id}=contradicted"
+            record.run_id, [event], report_key=f"{update.order_id}=contradicted"
         )
 
 
-def _without_names_of_its_own(update: ClientUpdate) -> ClientUpdate:
-    """Return an update that wasn't admitted without what no update has: no text is kept by it."""
+def _with_known_names(update: ClientUpdate) -> ClientUpdate:
+    """Return an update without unknown metrics and sections: no text of a client is kept."""
     return replace(
         update,
-        metrics={name: one for name, one in update.metrics.items() if name in METRIC_NAMES},
+        metrics={name: value for name, value in update.metrics.items() if name in METRIC_NAMES},
         sections=tuple(
-            one for one in update.sections if one.name in (MODEL_SECTION, CONTROL_SECTION)
+            section
+            for section in update.sections
+            if section.name in (MODEL_SECTION, CONTROL_SECTION)
         ),
     )

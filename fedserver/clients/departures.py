@@ -1,6 +1,6 @@
-"""Clients that leave a run before its end: what becomes of them and of their open orders.
+"""Clients that leave a run before its end, and their open orders.
 
-A client that leaves is neither chosen nor waited for until it registers again, and isn't suspended:
+A client that leaves is neither chosen nor waited for until it registers again. It isn't suspended:
 it did what a client should do. See Leave in federation.proto.
 """
 
@@ -17,7 +17,7 @@ from fedserver.store import AsyncStore
 
 async def leave(
     session: Session,
-    said: Leave,
+    request: Leave,
     *,
     run_id: str,
     require_all: bool,
@@ -31,20 +31,20 @@ async def leave(
     also that of a client that was stopped, since such a run waits however long it takes.
     """
     leaving = set(session.client_ids)
-    if said.client_ids:
-        leaving &= set(said.client_ids)
-    waits_for_ever = require_all and (said.coming_back or said.reason is LeaveReason.STOPPED)
+    if request.client_ids:
+        leaving &= set(request.client_ids)
+    waits_for_ever = require_all and (request.coming_back or request.reason is LeaveReason.STOPPED)
     orders = [order for order in open_orders.list_open() if order.order.client_id in leaving]
     awaited = [
         order
         for order in orders
-        if waits_for_ever or said.coming_back or order.order.order_id in said.kept_order_ids
+        if waits_for_ever or request.coming_back or order.order.order_id in request.kept_order_ids
     ]
     expected = leaving if waits_for_ever else {order.order.client_id for order in awaited}
     # From here on they count as gone, and this call alone ends their orders.
     sessions.leave(leaving, expected=leaving)
     ended = [order for order in orders if order not in awaited]
-    fields = {"reason": said.reason, **({"coming_back": True} if said.coming_back else {})}
+    fields = {"reason": request.reason, **({"coming_back": True} if request.coming_back else {})}
     for order in ended:
         await end_order(order, fields, run_id=run_id, open_orders=open_orders, store=store)
     others = sorted(leaving - {order.order.client_id for order in ended})
@@ -95,7 +95,7 @@ async def stop_expecting(
     open_orders: OpenOrders,
     store: AsyncStore,
 ) -> None:
-    """End an order whose client said that it would be back, and isn't."""
+    """End an order whose client is expected back, and isn't back after `away_s` seconds."""
     await _take_out({order.order.client_id}, run_id=run_id, sessions=sessions, store=store)
     fields = {"reason": "did not come back", "away_s": away_s}
     await end_order(order, fields, run_id=run_id, open_orders=open_orders, store=store)

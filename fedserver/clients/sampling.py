@@ -1,4 +1,4 @@
-"""Which clients make up a round's cohort: a function of what is known of them and a seed, alone."""
+"""Which clients make up a round's cohort: a function of their past and a seed alone."""
 
 import heapq
 import math
@@ -17,8 +17,8 @@ class Participation:
     """What a client has done in a run so far.
 
     `num_asked` counts its orders, `num_answered` those it has sent an admitted update for. `loss`
-    is what it said last: of the global model on its data, if it is asked for that, else of its last
-    local epoch; None before it said anything.
+    is the last one it reported: of the global model on its data, if it is asked for that, else of
+    its last local epoch; None before the first.
     """
 
     num_asked: int = 0
@@ -36,7 +36,7 @@ class Candidate:
 
 
 def cohort_seed(seed: int, *, round_number: int, attempt: int) -> int:
-    """Return what a cohort is drawn by: a function of the run's seed and the attempt at a round."""
+    """Return the seed of a cohort's draw, for the run's seed and an attempt at a round."""
     return derive_seed(seed, "cohort", round_number=round_number, attempt=attempt)
 
 
@@ -57,12 +57,12 @@ def choose_cohort(
     A function of the set of candidates, the choice named `cohort` and the seed alone. `num_drawn`
     is how many power-of-choice looks at (0: twice the size).
     """
-    ordered = sorted(candidates, key=lambda one: one.client_id)
+    ordered = sorted(candidates, key=lambda candidate: candidate.client_id)
     if size == 0 or size >= len(ordered):
-        return tuple(one.client_id for one in ordered)
+        return tuple(candidate.client_id for candidate in ordered)
     drawn = min(len(ordered), max(size, num_drawn or 2 * size))
     chosen = _CHOICES[cohort](ordered, size, drawn, random.Random(seed))
-    return tuple(sorted(one.client_id for one in chosen))
+    return tuple(sorted(candidate.client_id for candidate in chosen))
 
 
 def _uniform(
@@ -74,16 +74,18 @@ def _uniform(
 def _by_data_size(
     candidates: Sequence[Candidate], size: int, _: int, generator: random.Random
 ) -> Collection[Candidate]:
-    """Choose the next one with a probability that is proportional to its examples, `size` times."""
-    return _weighted(candidates, [one.num_examples for one in candidates], size, generator)
+    """Choose one by one, each with a probability in proportion to its number of examples."""
+    return _weighted(
+        candidates, [candidate.num_examples for candidate in candidates], size, generator
+    )
 
 
 def _round_robin(
     candidates: Sequence[Candidate], size: int, _: int, generator: random.Random
 ) -> Collection[Candidate]:
-    """Choose those that were asked least often so far; among equals at random."""
+    """Choose the candidates that were asked least often so far; among equals at random."""
     shuffled = generator.sample(candidates, len(candidates))
-    return heapq.nsmallest(size, shuffled, key=lambda one: one.past.num_asked)
+    return heapq.nsmallest(size, shuffled, key=lambda candidate: candidate.past.num_asked)
 
 
 def _power_of_choice(
@@ -93,14 +95,14 @@ def _power_of_choice(
 
     Cho et al. 2020, "Client Selection in Federated Learning: Convergence Analysis and
     Power-of-Choice Selection Strategies", in the variant rpow-d: the losses are those that clients
-    told last. A client that hasn't told any, or one that isn't finite, comes first: what it would
-    say isn't known yet, and a loss beyond all numbers is a large one.
+    reported last. A client that has reported none, or a loss that isn't finite, comes first: its
+    loss isn't known yet, or beyond all numbers.
     """
     drawn = _by_data_size(candidates, num_drawn, num_drawn, generator)
 
-    def loss(one: Candidate) -> float:
-        told = one.past.loss
-        return told if told is not None and math.isfinite(told) else math.inf
+    def loss(candidate: Candidate) -> float:
+        reported = candidate.past.loss
+        return reported if reported is not None and math.isfinite(reported) else math.inf
 
     return heapq.nlargest(size, drawn, key=loss)
 
@@ -109,7 +111,10 @@ def _by_availability(
     candidates: Sequence[Candidate], size: int, _: int, generator: random.Random
 ) -> Collection[Candidate]:
     """Choose by how likely an answer is: answered orders and 1 of all orders and 2 (Laplace)."""
-    shares = [(one.past.num_answered + 1) / (one.past.num_asked + 2) for one in candidates]
+    shares = [
+        (candidate.past.num_answered + 1) / (candidate.past.num_asked + 2)
+        for candidate in candidates
+    ]
     return _weighted(candidates, shares, size, generator)
 
 

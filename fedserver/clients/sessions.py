@@ -1,7 +1,7 @@
-"""Who is connected: sessions, the client ids they hold, and their leases.
+"""Sessions, the client ids they hold, and their leases.
 
-A client that has left is in no session. One that is expected back keeps its place in its session,
-and counts as gone until it registers again.
+A client that has left is in no session. A client that is expected back stays in its session, and
+counts as gone until it registers again.
 
 Leases run on a monotonic clock that starts anew with the server: after a restart everybody has a
 whole lease to come back.
@@ -56,11 +56,11 @@ class Sessions:
 
         Raises:
             InvalidInput: an id is given twice, or a data size is missing or can't be.
-            ClientIdTaken: another instance holds one of the ids and its lease goes on.
-            StateDirCopied: this process and another one of the same instance take the session over
-                from each other. Nobody has it from now on, until a new process registers.
+            ClientIdTaken: another instance holds an id, and its lease goes on.
+            StateDirCopied: this process and another process of the same instance take the session
+                over from each other. Nobody has it from now on, until a new process registers.
         """
-        _examine(registration, max_num_examples=self._max_num_examples)
+        _validate(registration, max_num_examples=self._max_num_examples)
         holders = self._holders_of(registration.client_ids)
         key = registration.process_key
         for holder in holders:
@@ -70,7 +70,7 @@ class Sessions:
                     f"client id {taken[0]} is in use by another process; stop that one, choose "
                     f"another --id or --ids, or wait {self._lease_s:g} s after its last call"
                 )
-        own = [one for one in holders if one.instance_key == registration.instance_key]
+        own = [holder for holder in holders if holder.instance_key == registration.instance_key]
         processes = self._take_turn(registration, own) if registration.process_key else ()
         replaced = []
         session_id = secrets.token_urlsafe(18)
@@ -124,7 +124,7 @@ class Sessions:
             leaving = set(client_ids) & set(session.client_ids) - set(expected)
             for client_id in set(client_ids) & set(session.client_ids) & set(expected):
                 self._away_since.setdefault(client_id, now)
-            staying = [one for one in session.client_ids if one not in leaving]
+            staying = [client_id for client_id in session.client_ids if client_id not in leaving]
             if not leaving:
                 continue
             away_since, last_call = dict(self._away_since), self._last_call[session.session_id]
@@ -136,17 +136,19 @@ class Sessions:
             shrunk = replace(
                 session,
                 client_ids=tuple(staying),
-                num_examples=tuple(sizes[one] for one in staying if sizes),
+                num_examples=tuple(sizes[client_id] for client_id in staying if sizes),
             )
             self._add(shrunk)
             self._last_call[session.session_id] = last_call
-            self._away_since |= {one: at for one, at in away_since.items() if one in staying}
+            self._away_since |= {
+                client_id: since for client_id, since in away_since.items() if client_id in staying
+            }
             changed.append(shrunk)
         self.changed.notify()
         return changed, ended
 
     def away_s(self, client_id: int) -> float | None:
-        """Return for how many seconds a client that is expected back has been away, if it is."""
+        """Return the seconds since a client left that is expected back; None for any other."""
         since = self._away_since.get(client_id)
         return None if since is None else self._clock() - since
 
@@ -154,7 +156,7 @@ class Sessions:
         """Return the clients of a session that aren't away."""
         if not self._away_since:
             return session.client_ids
-        return [one for one in session.client_ids if one not in self._away_since]
+        return [client_id for client_id in session.client_ids if client_id not in self._away_since]
 
     def is_live(self, session: Session) -> bool:
         """Whether the session's lease goes on, and not all of its clients have left."""
@@ -169,7 +171,7 @@ class Sessions:
         return self._clock() - self._last_call[self._holders[client_id]]
 
     def num_examples_of(self, client_id: int) -> int:
-        """Return how many examples a client has; 0 as long as it hasn't said."""
+        """Return the number of a client's examples; 0 until it registers with one."""
         return self._data_sizes.get(client_id, 0)
 
     def has_live_holder(self, client_id: int) -> bool:
@@ -182,7 +184,7 @@ class Sessions:
         )
 
     def ready_clients(self, *, only_live: bool) -> set[int]:
-        """Return the client ids that have told how much data they have."""
+        """Return the clients that have registered with the size of their data."""
         return {
             client_id
             for session in self._sessions.values()
@@ -191,7 +193,7 @@ class Sessions:
         }
 
     def data_sizes(self) -> Mapping[int, int]:
-        """Return how many examples each client has, of those that have told."""
+        """Return the number of examples of each client that has registered with it."""
         return self._data_sizes
 
     def live_sessions(self) -> set[str]:
@@ -199,7 +201,7 @@ class Sessions:
         return {key for key, session in self._sessions.items() if self.is_live(session)}
 
     def _take_turn(self, registration: Registration, own: Sequence[Session]) -> tuple[str, ...]:
-        """Return the processes that had their instance's sessions, with the one that registers.
+        """Return the processes that had their instance's sessions, the process that registers last.
 
         Raises:
             StateDirCopied: see `register`.
@@ -212,14 +214,14 @@ class Sessions:
         )
         if key in self._refused_processes:
             raise copied
-        histories = [one.processes for one in own if not self._is_lease_over(one)]
+        histories = [session.processes for session in own if not self._is_lease_over(session)]
         processes = max(histories, key=len, default=())
         if processes[-1:] != (key,):
             processes = (*processes, key)[-_NUM_PROCESSES_KEPT:]
         if processes.count(key) <= _MAX_TURNS:
             return processes
         self._refused_processes.update(
-            one for one, turns in Counter(processes).items() if turns > 1
+            process for process, turns in Counter(processes).items() if turns > 1
         )
         for session in own:
             for client_id in session.client_ids:
@@ -252,7 +254,7 @@ class Sessions:
                 self._away_since.pop(client_id, None)
 
 
-def _examine(registration: Registration, *, max_num_examples: int) -> None:
+def _validate(registration: Registration, *, max_num_examples: int) -> None:
     ids, sizes = registration.client_ids, registration.num_examples
     if repeated := [client_id for client_id, times in Counter(ids).items() if times > 1]:
         raise InvalidInput(f"client id {repeated[0]} is given twice; give different numbers")

@@ -1,6 +1,6 @@
-"""Whether the disk has room for another round, and the record of what the server couldn't do.
+"""Whether the disk has room for another round, and the record of the server's failures.
 
-What happened while nothing could be written is recorded, with its time, once there is room.
+Events of a time in which nothing could be written are recorded, with that time, once there is room.
 """
 
 import logging
@@ -50,8 +50,8 @@ class DiskWatch:
         """Whether less is free than a new round may begin with."""
         return self._free_bytes() < self._min_free_bytes
 
-    async def tell(self) -> None:
-        """Record that the disk has become low, or that it isn't any more."""
+    async def note_room(self) -> None:
+        """Record that the disk has become low, or isn't low any more."""
         is_low = self.is_low()
         if is_low != self._was_low:
             self._was_low = is_low
@@ -66,7 +66,7 @@ class DiskWatch:
             )
 
     async def note_failure(self, what: str, error: Exception) -> None:
-        """Record that `what` (a call, or the round loop) failed without its client's doing.
+        """Record that `what` (a call, or the round loop) failed for no fault of a client.
 
         Once a minute for each kind of failure is enough.
         """
@@ -95,10 +95,10 @@ class DiskWatch:
         latest = self._open_orders.latest
         await self.record(event_of(IncidentKind.SERVER_FAILED, latest, is_incident=True, **fields))
 
-    async def record(self, happened: Event) -> None:
-        """Publish an event and record it, now or with the next one that can be recorded."""
-        self._bus.publish(happened)
-        self._unrecorded.append(happened)
+    async def record(self, event: Event) -> None:
+        """Publish an event, and record it now or with the next event that can be recorded."""
+        self._bus.publish(event)
+        self._unrecorded.append(event)
         try:
             await self._store.add_heard_events(self._run_id, self._unrecorded)
         except FederationError:

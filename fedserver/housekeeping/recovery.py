@@ -1,4 +1,4 @@
-"""What is there when the coordinator starts, and whether it is what was written."""
+"""After a restart or an absence: what is recorded of it, and whether files are whole."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,26 +22,26 @@ async def note_restart(store: AsyncStore, run_id: str) -> None:
 
 
 async def note_absence(away_s: float, *, open_orders: OpenOrders, disk: DiskWatch) -> None:
-    """Record that the server was away for so long, if the run has begun."""
+    """Record that the server was away for `away_s` seconds, if the run has begun."""
     if (latest := open_orders.latest) is not None:
         away = event_of(IncidentKind.SERVER_AWAY, latest, is_incident=True, away_s=away_s)
         await disk.record(away)
 
 
 def damaged_updates(spool: Spool, stored: Sequence[StoredUpdate]) -> list[str]:
-    """Return a sentence for each acknowledged update whose bytes aren't those acknowledged."""
-    found = []
-    for one in stored:
-        path = spool.path(one.update.order_id, one.update.digest)
+    """Return a phrase for each acknowledged update whose file is gone or holds other bytes."""
+    damaged = []
+    for update in stored:
+        path = spool.path(update.update.order_id, update.update.digest)
         if not path.exists():
-            found.append(f"the update of client {one.client_id} is gone ({path})")
-        elif digest_file(path) != one.update.digest:
-            found.append(f"the update of client {one.client_id} holds other bytes ({path})")
-    return found
+            damaged.append(f"the update of client {update.client_id} is gone ({path})")
+        elif digest_file(path) != update.update.digest:
+            damaged.append(f"the update of client {update.client_id} holds other bytes ({path})")
+    return damaged
 
 
 def salvageable(models: Path) -> str:
-    """Return a sentence that says which global models in the folder `models` are whole."""
+    """Return a phrase that says which global models in the folder `models` are whole."""
     paths = sorted(models.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
     whole = [path for path in paths if digest_file(path) == path.stem]
     if not whole:

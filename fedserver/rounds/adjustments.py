@@ -1,4 +1,4 @@
-"""What the server changes in training when its clients agree on what went wrong, and for how long.
+"""What the server changes in training when clients agree on a cause, and for how long.
 
     learning-rate             the rate is multiplied by what healed it for them, at most by 0.5
     exploding-gradient        gradients are clipped at the median of the norms that healed it
@@ -49,8 +49,8 @@ class SharedCause:
 
 
 def adjusted(training: TrainingConfig, adjustments: Adjustments) -> TrainingConfig:
-    """Return how clients train under these adjustments."""
-    norms = [one for one in (training.clip_norm, adjustments.clip_norm) if one is not None]
+    """Return the training configuration with these adjustments."""
+    norms = [norm for norm in (training.clip_norm, adjustments.clip_norm) if norm is not None]
     return replace(
         training, lr=training.lr * adjustments.lr_factor, clip_norm=min(norms, default=None)
     )
@@ -74,21 +74,21 @@ def after_attempt(
     after = before
     shared = []
     agreed = _agreed(reports, num_answers=num_answers)
-    for cause, found in agreed.items():
+    for cause, by_client in agreed.items():
         changed = _after_cause(
-            after, cause, found, is_first=round_number == 1 and not is_done, max_steps=max_steps
+            after, cause, by_client, is_first=round_number == 1 and not is_done, max_steps=max_steps
         )
         shared.append(
             SharedCause(
                 cause=cause,
-                clients=tuple(sorted(found)),
+                clients=tuple(sorted(by_client)),
                 num_answers=num_answers,
                 change=_change(after, changed, has_remedy=cause in _REMEDIED, max_steps=max_steps),
             )
         )
         after = changed
     if is_done and max_steps:
-        reported = {one.cause for _, one in reports}
+        reported = {diagnosis.cause for _, diagnosis in reports}
         after = _released(after, reported)
     return after, shared
 
@@ -104,7 +104,7 @@ def after_bad_model(before: Adjustments, *, max_steps: int) -> Adjustments:
 
 
 def adjustment_text(adjustments: Adjustments) -> str:
-    """Return what is changed, in words; empty where nothing is."""
+    """Return the adjustments in words; empty where nothing is adjusted."""
     words = []
     if adjustments.lr_factor != 1:
         words.append(f"rate times {adjustments.lr_factor:g}")
@@ -120,8 +120,8 @@ def adjustment_text(adjustments: Adjustments) -> str:
 def _agreed(reports: Reports, *, num_answers: int) -> dict[Cause, dict[int, list[Diagnosis]]]:
     """Return the causes that enough clients report, each with its clients' diagnoses of it."""
     by_cause: dict[Cause, dict[int, list[Diagnosis]]] = {}
-    for client_id, found in reports:
-        by_cause.setdefault(found.cause, {}).setdefault(client_id, []).append(found)
+    for client_id, diagnosis in reports:
+        by_cause.setdefault(diagnosis.cause, {}).setdefault(client_id, []).append(diagnosis)
     return {
         cause: by_cause[cause]
         for cause in Cause
@@ -135,22 +135,22 @@ _REMEDIED = {Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.BAD_INITIALISA
 def _after_cause(
     before: Adjustments,
     cause: Cause,
-    found: Mapping[int, Sequence[Diagnosis]],
+    by_client: Mapping[int, Sequence[Diagnosis]],
     *,
     is_first: bool,
     max_steps: int,
 ) -> Adjustments:
     if cause is Cause.LEARNING_RATE:
-        factors = _healing_values(found, ExperimentName.LOWER_RATE, RemedyKind.LOWER_RATE)
+        factors = _healing_values(by_client, ExperimentName.LOWER_RATE, RemedyKind.LOWER_RATE)
         factor = min(factors, default=_MOST_FACTOR)
         return _lowered(before, factor, max_steps=max_steps)
     if cause is Cause.EXPLODING_GRADIENT and before.num_clipped < max_steps:
         norms = _healing_values(
-            found, ExperimentName.CLIPPED_GRADIENT, RemedyKind.CLIP_GRADIENT, below=math.inf
+            by_client, ExperimentName.CLIPPED_GRADIENT, RemedyKind.CLIP_GRADIENT, below=math.inf
         )
         if not norms:
             return before
-        norm = statistics.median(min(_MOST_NORM, max(_LEAST_NORM, one)) for one in norms)
+        norm = statistics.median(min(_MOST_NORM, max(_LEAST_NORM, norm)) for norm in norms)
         if before.clip_norm is not None:
             norm = min(norm, before.clip_norm / 2)
         return replace(before, clip_norm=norm, num_clipped=before.num_clipped + 1, num_doublings=0)
@@ -161,7 +161,7 @@ def _after_cause(
 
 
 def _healing_values(
-    found: Mapping[int, Sequence[Diagnosis]],
+    by_client: Mapping[int, Sequence[Diagnosis]],
     experiment: ExperimentName,
     remedy: RemedyKind,
     *,
@@ -169,14 +169,15 @@ def _healing_values(
 ) -> list[float]:
     """Return for each client the gentlest value that healed what it reports."""
     values = []
-    for diagnoses in found.values():
+    for diagnoses in by_client.values():
         gentlest = []
-        for one in diagnoses:
+        for diagnosis in diagnoses:
             healing = [
-                *(tried.value for tried in one.experiments if _healed(tried, experiment)),
-                *([one.remedy.value] if one.remedy.kind is remedy else []),
+                *(tried.value for tried in diagnosis.experiments if _healed(tried, experiment)),
+                *([diagnosis.remedy.value] if diagnosis.remedy.kind is remedy else []),
             ]
-            gentlest += [max(good)] if (good := [v for v in healing if 0 < v < below]) else []
+            allowed = [value for value in healing if 0 < value < below]
+            gentlest += [max(allowed)] if allowed else []
         if gentlest:
             values.append(min(gentlest))
     return values
@@ -194,7 +195,7 @@ def _lowered(before: Adjustments, factor: float, *, max_steps: int) -> Adjustmen
 
 
 def _released(before: Adjustments, reported: set[Cause]) -> Adjustments:
-    """Take one step back of everything that nobody complained of."""
+    """Take back one step of each adjustment whose cause no client reports any more."""
     after = replace(before, norm_band_factor=min(1.0, 2 * before.norm_band_factor))
     if Cause.LEARNING_RATE not in reported and before.num_lowered:
         factor = min(1.0, 2 * before.lr_factor)

@@ -1,7 +1,7 @@
-"""The orders that are at work, in memory, and those who wait for them to change.
+"""The open orders in memory, for the long polls and the round loop, which wait for changes here.
 
-The store is the truth; this is what long polls and the round loop look at without asking it.
-Everything here runs on the event loop's thread.
+The store is the truth: what is noted here was recorded first, or is made from the store at the
+start. Everything here runs on the event loop's thread.
 """
 
 import time
@@ -18,13 +18,13 @@ from fedserver.updates.admission import AdmissionLimits
 
 @dataclass
 class OpenOrder:
-    """An order and how far its client is; times are of `OpenOrders`' clock, but `handed_out_at`.
+    """An order and how far its client is. Times are of `OpenOrders`' clock, except `handed_out_at`.
 
-    `given_in` is the attempt that asks for it: the one that collects, or in an asynchronous run an
-    earlier one. `handed_out_at` is the time of day at which it was first pulled, `began_at` the
+    `given_in` is the attempt that gave it: the attempt that collects, or in an asynchronous run an
+    earlier attempt. `handed_out_at` is the time of day at which it was first pulled, `began_at` the
     same moment by the clock. `stepped_at` is when the client last finished a step (see
-    fedserver.rounds.stalls), `longest_step_s` the longest time between two of them, None before the
-    second.
+    fedserver.rounds.stalls), `longest_step_s` the longest time between two steps, None before the
+    second step.
     """
 
     order: WorkOrder
@@ -41,9 +41,9 @@ class OpenOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenRound:
-    """A round that is open: what its orders start from and what it admits.
+    """A round that is open: the model its orders start from, and the limits of their updates.
 
-    `record` has the orders that were given when it opened, or when this was read from the store.
+    `record` has the orders that were given when it opened, or when it was read from the store.
     """
 
     record: Round
@@ -53,7 +53,7 @@ class OpenRound:
 
 
 class OpenOrders:
-    """What is asked of whom right now."""
+    """The orders that are at work, and those that ended in the round that collects."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.work_changed = Broadcast()
@@ -61,7 +61,7 @@ class OpenOrders:
         self.current: OpenRound | None = None
         self.latest: Round | None = None
         self.clients_here: int | None = None
-        """How many clients are there while they are too few to open a round; else None."""
+        """The number of clients that are here while they are too few to open a round, else None."""
         self._clock = clock
         self._orders: dict[str, OpenOrder] = {}
         self._by_client: dict[int, OpenOrder] = {}
@@ -77,14 +77,14 @@ class OpenOrders:
     ) -> None:
         """Hand these orders out from now on, and those that are carried over from earlier rounds.
 
-        Of a carried one that is known here it is remembered how far it is.
+        A carried order that is in memory keeps its state: how far its client is.
         """
         known = self._orders
         self.latest = record
         self.current = OpenRound(record=record, base=base, limits=limits, opened_at=self._clock())
         self._orders = {}
-        for given_in, theirs in carried_over:
-            self._take_in(given_in, theirs, known)
+        for given_in, carried in carried_over:
+            self._take_in(given_in, carried, known)
         self._take_in(self.current, orders, known={})
         self.work_changed.notify()
 
@@ -107,12 +107,12 @@ class OpenOrders:
                 state=states[order.order_id],
                 advanced_at=self._clock(),
             )
-        self._by_client = {one.order.client_id: one for one in self._orders.values()}
+        self._by_client = {order.order.client_id: order for order in self._orders.values()}
 
     def close_round(self, *, carries_over: bool = False) -> None:
-        """Give no further orders; those that are open end with it, or are carried over."""
+        """Hand out no further orders; open orders end with the round, or are carried over."""
         self.current = None
-        self._keep([one for one in self.list_open() if carries_over])
+        self._keep(self.list_open() if carries_over else [])
 
     def abandon_round(self, abandoned: Round) -> None:
         """End an attempt and the orders it has given; those that it didn't give go on."""
@@ -120,15 +120,15 @@ class OpenOrders:
         ended = (abandoned.round_number, abandoned.attempt)
         self._keep(
             [
-                one
-                for one in self.list_open()
-                if (one.order.round_number, one.order.attempt) != ended
+                order
+                for order in self.list_open()
+                if (order.order.round_number, order.order.attempt) != ended
             ]
         )
 
     def _keep(self, kept: Sequence[OpenOrder]) -> None:
-        self._orders = {one.order.order_id: one for one in kept}
-        self._by_client = {one.order.client_id: one for one in kept}
+        self._orders = {order.order.order_id: order for order in kept}
+        self._by_client = {order.order.client_id: order for order in kept}
 
     def find(self, order_id: str) -> OpenOrder | None:
         """Return the order if it is at work, or has ended in the round that collects."""
@@ -136,39 +136,42 @@ class OpenOrders:
 
     def open_record(self, order_id: str) -> OrderRecord | None:
         """Return what the store holds of an order that is open here; None for any other."""
-        found = self._orders.get(order_id)
-        if found is None or found.state is not OrderState.OPEN:
+        order = self._orders.get(order_id)
+        if order is None or order.state is not OrderState.OPEN:
             return None
         return OrderRecord(
             order_id=order_id,
-            run_id=found.given_in.record.run_id,
-            round_number=found.order.round_number,
-            attempt=found.order.attempt,
-            client_id=found.order.client_id,
+            run_id=order.given_in.record.run_id,
+            round_number=order.order.round_number,
+            attempt=order.order.attempt,
+            client_id=order.order.client_id,
             state=OrderState.OPEN,
             digest=None,
             reason=None,
         )
 
-    def happens_in(self, record: OrderRecord) -> tuple[int, int]:
-        """Return the round and attempt in whose history it belongs what happens to an order now.
+    def round_key_of(self, record: OrderRecord) -> tuple[int, int]:
+        """Return the round and attempt to which a new event of an order belongs.
 
-        That is the one that goes on, as long as the order does; then its own.
+        That is the attempt that collects while the order is open, and its own attempt afterwards.
         """
         if record.state is OrderState.OPEN and self.latest is not None:
             return self.latest.round_number, self.latest.attempt
         return record.round_number, record.attempt
 
     def open_order_of(self, client_ids: Iterable[int]) -> OpenOrder | None:
-        """Return the open order that one session of these clients is to work on, if there is one.
+        """Return the open order that the session of these clients is to work on next, if any.
 
-        That is the one it was given and hasn't ended, else the one that has waited longest: where
-        whoever has answered gets a new order at once, the others have their turn all the same.
+        That is the order it has pulled already, else the order that has waited longest: where a
+        client that has answered gets a new order at once, the others have their turn all the same.
         """
-        found = (self._by_client.get(client_id) for client_id in client_ids)
+        orders = (self._by_client.get(client_id) for client_id in client_ids)
         return min(
-            (one for one in found if one is not None and one.state is OrderState.OPEN),
-            key=lambda one: (one.handed_out_at is None, one.handed_out_s or one.advanced_at),
+            (order for order in orders if order is not None and order.state is OrderState.OPEN),
+            key=lambda order: (
+                order.handed_out_at is None,
+                order.handed_out_s or order.advanced_at,
+            ),
             default=None,
         )
 
@@ -186,18 +189,18 @@ class OpenOrders:
 
     def states(self) -> list[OrderState]:
         """Return the states of the orders at work, and of those that ended in this round."""
-        return [one.state for one in self._orders.values()]
+        return [order.state for order in self._orders.values()]
 
     def settle(self, order_id: str, state: OrderState) -> None:
         """Take over what the store recorded of an order."""
-        if (found := self._orders.get(order_id)) is not None:
-            found.state = state
+        if (order := self._orders.get(order_id)) is not None:
+            order.state = state
             self.round_changed.notify()
 
     def forget(self, order_id: str) -> None:
         """Drop an order that has ended with its client's departure, as if it had not been given.
 
-        A client that comes back may then be given another one in the same round.
+        A client that comes back may then get another order in the same round.
         """
         if (ended := self._orders.pop(order_id, None)) is not None:
             if self._by_client.get(ended.order.client_id) is ended:
@@ -205,38 +208,40 @@ class OpenOrders:
             self.round_changed.notify()
 
     def advance(self, order_id: str, counters: Counters) -> None:
-        """Note a client's counters; only one that grew counts as progress."""
-        found = self._orders.get(order_id)
-        if found is None:
+        """Note a client's counters; only a counter that grew is progress."""
+        order = self._orders.get(order_id)
+        if order is None:
             return
-        before, told = asdict(found.counters), asdict(counters)
-        largest = Counters(**{name: max(before[name], told[name]) for name in before})
-        if largest == found.counters:
+        # Reports of one client may overtake each other: no counter ever goes back.
+        before, reported = asdict(order.counters), asdict(counters)
+        largest = Counters(**{name: max(before[name], reported[name]) for name in before})
+        if largest == order.counters:
             return
         now = self._clock()
-        if largest.batches > found.counters.batches or largest.replays > found.counters.replays:
-            if found.stepped_at is not None:
-                found.longest_step_s = max(found.longest_step_s or 0.0, now - found.stepped_at)
-            found.stepped_at = now
-        found.counters = largest
-        found.advanced_at = now
+        if largest.batches > order.counters.batches or largest.replays > order.counters.replays:
+            if order.stepped_at is not None:
+                order.longest_step_s = max(order.longest_step_s or 0.0, now - order.stepped_at)
+            order.stepped_at = now
+        order.counters = largest
+        order.advanced_at = now
 
     def note_bytes(self, order_id: str) -> None:
         """Note that bytes of this order's payload went over the wire."""
-        if (found := self._orders.get(order_id)) is not None:
-            found.advanced_at = self._clock()
+        if (order := self._orders.get(order_id)) is not None:
+            order.advanced_at = self._clock()
 
     def note_waiting(self, order_id: str) -> None:
         """Note that this order's client has waited for the server since it last made progress."""
-        if (found := self._orders.get(order_id)) is None:
+        if (order := self._orders.get(order_id)) is None:
             return
         now = self._clock()
-        waited_s = now - found.advanced_at
-        found.advanced_at = now
-        if found.began_at is not None:
-            found.began_at += waited_s
-        if found.stepped_at is not None:
-            found.stepped_at += waited_s
+        waited_s = now - order.advanced_at
+        order.advanced_at = now
+        # The wait is left out of the order's total time and of the step it falls into.
+        if order.began_at is not None:
+            order.began_at += waited_s
+        if order.stepped_at is not None:
+            order.stepped_at += waited_s
 
     def list_all(self) -> list[OpenOrder]:
         """Return the orders at work, and those that ended in the round that collects."""
@@ -244,7 +249,7 @@ class OpenOrders:
 
     def list_open(self) -> list[OpenOrder]:
         """Return the orders without an end."""
-        return [one for one in self._orders.values() if one.state is OrderState.OPEN]
+        return [order for order in self._orders.values() if order.state is OrderState.OPEN]
 
     def age_s(self) -> float:
         """Return the seconds since the round that collects was opened here."""

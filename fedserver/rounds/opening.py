@@ -88,7 +88,7 @@ class Opener:
         """Wait until there are clients enough, then open the round."""
         logged: set[int] | None = None
         while True:
-            await self._disk.tell()
+            await self._disk.note_room()
             planned = await self.plan(
                 round_number,
                 attempt=attempt,

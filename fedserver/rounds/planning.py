@@ -1,4 +1,4 @@
-"""The next round: whom it asks, for what, and what it will admit."""
+"""The next round: the clients it asks, their orders, and the limits of their updates."""
 
 import random
 from collections import Counter
@@ -29,10 +29,10 @@ from fedserver.updates.admission import AdmissionLimits
 
 @dataclass(frozen=True, kw_only=True)
 class Clients:
-    """What a cohort is chosen by: who is here at this moment, and what is known of them.
+    """The clients that are here at this moment, and what a cohort is chosen by.
 
-    `num_examples` holds the size of each client's data, `orders` those of the round that collects;
-    `past` may be empty where the cohort doesn't rest on it (see `rests_on_past`).
+    `num_examples` holds the size of each client's data, `orders` the orders of the round that
+    collects; `past` may be empty where the cohort doesn't rest on it (see `rests_on_past`).
     """
 
     ready: Set[int]
@@ -43,7 +43,7 @@ class Clients:
 
 
 def rests_on_past(settings: ServerSettings) -> bool:
-    """Return whether cohorts are chosen by what clients have done so far."""
+    """Return whether cohorts are chosen by what clients have done so far in the run."""
     return settings.cohort in RESTS_ON_THE_PAST
 
 
@@ -115,7 +115,7 @@ def idle_clients(ready: Set[int], orders: Sequence[OpenOrder]) -> Set[int]:
 def plan_more(context: RunContext, collecting: Round, clients: Clients) -> tuple[Order, ...]:
     """Return the orders to give beside those at work, so that they are --concurrency.
 
-    A client gets a second one in a round only where nobody is idle of whom no update is in it yet.
+    A client gets a second order in a round only where no client without an update in it is idle.
     """
     settings = context.settings
     eligible = eligible_clients(
@@ -135,7 +135,7 @@ def plan_more(context: RunContext, collecting: Round, clients: Clients) -> tuple
             group,
             clients,
             size=_num_wanted(settings.concurrency, num_open + len(chosen), of=len(group)),
-            # Of every draw another one: so many orders were given before it.
+            # Another seed for each draw: the number of orders that were given before it.
             seed=derive_seed(
                 settings.seed,
                 "refill",
@@ -162,7 +162,7 @@ def plan_more(context: RunContext, collecting: Round, clients: Clients) -> tuple
 
 
 def stale_before(settings: ServerSettings, round_number: int) -> int:
-    """Return the first round of which orders aren't too stale for an asynchronous round."""
+    """Return the first round whose orders aren't too stale for an asynchronous round."""
     return 0 if settings.max_staleness is None else round_number - settings.max_staleness
 
 
@@ -239,7 +239,7 @@ def admission_limits(
 def draw_stragglers(
     cohort: Sequence[int], settings: ServerSettings, *, round_number: int, attempt: int
 ) -> dict[int, int]:
-    """Return how many epochs each straggler of a cohort is to do: from 1 to all, evenly drawn.
+    """Return the number of epochs for each straggler of a cohort, drawn evenly from 1 to all.
 
     So the experiments of Li et al. 2020 (FedProx), section 5.2, have it: "systems heterogeneity".
     """
@@ -248,7 +248,7 @@ def draw_stragglers(
         derive_seed(settings.seed, "stragglers", round_number=round_number, attempt=attempt)
     )
     chosen = sorted(draws.sample(sorted(cohort), num_stragglers))
-    return {one: draws.randint(1, settings.epochs) for one in chosen}
+    return {client_id: draws.randint(1, settings.epochs) for client_id in chosen}
 
 
 def work_orders(
@@ -259,7 +259,10 @@ def work_orders(
     *,
     algorithm: ClientAlgorithm | None,
 ) -> list[WorkOrder]:
-    """Return what a round's clients are asked for; `last_counted` names each one's last order."""
+    """Return the work orders of a round.
+
+    `last_counted` has the id of each client's last order that counted.
+    """
     sections = [
         Section(name=MODEL_SECTION, digest=base.digest, size_bytes=base.file.layout.size_bytes)
     ]

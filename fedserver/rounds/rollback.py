@@ -1,7 +1,7 @@
-"""Decisions after what went wrong: the next attempt's adjustments, and the way back.
+"""What is decided when an attempt has ended: the next attempt's adjustments, and the way back.
 
-The decisions are in fedserver.rounds.adjustments and fedserver.models.regression; here they meet
-the store. A model is taken back because its evaluation says so, or because clients agree that it
+The rules are in fedserver.rounds.adjustments and fedserver.models.regression; here they meet the
+store. A model is taken back because its evaluation says so, or because clients agree that it
 was bad when it came.
 """
 
@@ -47,7 +47,7 @@ async def decide_after(
     is_base_shared: bool,
     is_model_bad: bool = False,
 ) -> Decision:
-    """Return what the diagnoses lead to that clients have reported when an attempt ends.
+    """Return what to do after an attempt, by the diagnoses that its clients have reported.
 
     `is_base_shared` says that all of its clients were sent the same model, `is_model_bad` that it
     failed because its aggregate isn't finite.
@@ -60,14 +60,14 @@ async def decide_after(
         reports,
         round_number=ending.round_number,
         is_done=is_done,
-        num_answers=len(updating | {one for one, _ in reports}),
+        num_answers=len(updating | {client_id for client_id, _ in reports}),
         max_steps=settings.max_adjustments,
     )
     before = await store.last_done_round(ending.run_id)
     phases = await store.phases_of(ending.run_id, ending.round_number)
     is_base_blamed = (
         not is_done
-        and Cause.RECEIVED_MODEL in {one.cause for one in shared}
+        and Cause.RECEIVED_MODEL in {shared_cause.cause for shared_cause in shared}
         and is_base_shared
         # One step back is all there is: older models may be gone.
         and Phase.ROLLED_BACK not in phases
@@ -79,16 +79,16 @@ async def decide_after(
             IncidentKind.CAUSE_SHARED,
             ending,
             is_incident=True,
-            cause=str(one.cause),
-            clients=list(one.clients),
-            answers=one.num_answers,
+            cause=str(shared_cause.cause),
+            clients=list(shared_cause.clients),
+            answers=shared_cause.num_answers,
             change=(
                 "the model is taken back, its round repeated"
-                if one.cause is Cause.RECEIVED_MODEL and is_base_blamed
-                else one.change
+                if shared_cause.cause is Cause.RECEIVED_MODEL and is_base_blamed
+                else shared_cause.change
             ),
         )
-        for one in shared
+        for shared_cause in shared
     ]
     if is_model_bad:
         after = after_bad_model(after, max_steps=settings.max_adjustments)
@@ -103,7 +103,7 @@ async def first_model(
     checkpoints: Checkpoints,
     threads: Threads,
 ) -> GlobalModel:
-    """Return the model that a run begins with, drawn anew so many times."""
+    """Return the model that a run begins with, after `num_redraws` further draws."""
     # The first draw's seed is as it was before there were others.
     seed = derive_seed(settings.seed, "init", attempt=num_redraws)
     state_dict = await threads.on_disk(initial_state, task, seed=seed, init=settings.init)
@@ -141,4 +141,5 @@ async def roll_back(
         abandoned=current if is_open else None,
     )
     failpoint(FailPoint.ROLLED_BACK)
+    # After the transaction: until then the store has the orders open, and updates may come in.
     open_orders.abandon_round(current)

@@ -1,9 +1,9 @@
-"""How long an open order is waited for: the one rule of who is late, and what ends a late order.
+"""When a client is late with its order, and how a late order ends.
 
 A client that works on an order is late if
 
-- nothing is heard of it for `silence_s`: no call of its session, no byte of its payload; or
-- it is heard of but makes no progress for ten times its own longest step so far, and at least for
+- it is silent for `silence_s`: no call of its session, no byte of its payload; or
+- it isn't silent but makes no progress for ten times its own longest step so far, and at least for
   `silence_s`; before it has finished two steps, for `first_step_s`; or
 - it takes longer in all than its order can honestly take: `first_step_s`, and the time that its
   examples and bytes take at the slowest rates that the server accepts.
@@ -17,7 +17,7 @@ An order that nobody has pulled is lost with the lease of its client's session, 
 order: one process may serve many clients in turn.
 
 Times are of a monotonic clock that stands still while the server is away (fedserver.runtime). What
-a client waits for the server itself, such as a place for its upload, is left out of all of them.
+a client waits for the server itself, such as a slot for its upload, is left out of all of them.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
 
 _STEP_MULTIPLE = 10
-"""How many times longer than its longest step so far a client may take for one."""
+"""A client may take so many times its longest step so far."""
 
 _EVALUATION_BATCH_SIZE = 256
 """Examples that a client evaluates at a time, whatever the batches are that it trains on."""
@@ -56,7 +56,7 @@ class Lateness(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long to wait; rates are the slowest that count as honest work."""
+    """How long clients are waited for; the rates are the slowest that count as honest work."""
 
     silence_s: float
     first_step_s: float
@@ -69,8 +69,8 @@ class Work:
     """What an order asks for.
 
     `num_examples` counts an example once for each time that it passes through the model;
-    `num_bytes` is of all transfers. `step_ratio` is how many times longer a step may be than one
-    before it.
+    `num_bytes` is of all transfers. `step_ratio` is how many times longer a later step may be
+    than an earlier step.
     """
 
     num_examples: int
@@ -104,7 +104,7 @@ def find_lateness(progress: Progress, work: Work, patience: Patience) -> Latenes
 
 
 def idle_bound_s(progress: Progress, work: Work, patience: Patience) -> float:
-    """Return for how many seconds a client that is heard of may make no progress."""
+    """Return how many seconds a client that isn't silent may make no progress."""
     if progress.longest_step_s is None:
         return patience.first_step_s
     longest_s = _STEP_MULTIPLE * work.step_ratio * progress.longest_step_s
@@ -123,7 +123,7 @@ def total_bound_s(work: Work, patience: Patience) -> float:
 def find_loss(*, is_session_live: bool, waiting_s: float, patience: Patience) -> Lateness | None:
     """Return why an order that nobody has pulled is lost, None if it isn't.
 
-    `waiting_s` is for how many seconds its client could have pulled it.
+    `waiting_s` is the time in which its client could have pulled it.
     """
     if not is_session_live:
         return Lateness.GONE
@@ -133,7 +133,7 @@ def find_loss(*, is_session_live: bool, waiting_s: float, patience: Patience) ->
 
 
 def patience_of(settings: ServerSettings) -> Patience:
-    """Return how long the settings say to wait."""
+    """Return the settings' bounds on how long clients are waited for."""
     return Patience(
         silence_s=settings.stall_after,
         first_step_s=settings.first_step,
@@ -143,7 +143,7 @@ def patience_of(settings: ServerSettings) -> Patience:
 
 
 def work_of(order: WorkOrder, *, num_examples: int) -> Work:
-    """Return what an order asks of a client with so many examples.
+    """Return the work that an order is for a client with `num_examples` examples.
 
     A client algorithm may train a model of the client's own as long again, and evaluate it too.
     """
@@ -151,7 +151,7 @@ def work_of(order: WorkOrder, *, num_examples: int) -> Work:
     passes = num_models * (order.training.epochs + order.evaluate)
     return Work(
         num_examples=passes * num_examples,
-        num_bytes=_NUM_TRANSFERS * sum(one.size_bytes for one in order.sections),
+        num_bytes=_NUM_TRANSFERS * sum(section.size_bytes for section in order.sections),
         step_ratio=(
             max(1.0, order.training.batch_size / _EVALUATION_BATCH_SIZE) if order.evaluate else 1.0
         ),
@@ -174,6 +174,8 @@ async def give_up_orders(
         if order.handed_out_at is not None
     }
     for order in open_orders.list_open():
+        # An order may end while the store is awaited for one before it: `abandon_order` asks the
+        # store whether it is still open, and changes nothing if it isn't.
         client_id = order.order.client_id
         if (holder := sessions.holder_of(client_id)) is None:
             fields = {"reason": "not here any more"}

@@ -1,6 +1,6 @@
-"""What makes an update good: checks that need nothing but the update and the model it began from.
+"""What makes an update bad in itself: checks of the update and of the model it began with.
 
-What compares a client with its cohort comes later, when the round closes.
+It is compared with its cohort later, when the round closes: see fedserver.updates.screening.
 """
 
 import math
@@ -37,9 +37,9 @@ _MAX_REASON_CHARACTERS = 1000
 
 
 class UpdateRefused(InvalidInput):
-    """The update must not enter an aggregate; says what is wrong and where, and holds the proof.
+    """The update must not enter an aggregate; says what is wrong and where, with the evidence.
 
-    The reason is cut to a length that tables and logs bear: a client's own words may be in it.
+    The reason is cut to a length that tables and logs bear: text of a client may be in it.
     """
 
     def __init__(self, reason: str, *, kind: str, **evidence: object) -> None:
@@ -67,8 +67,8 @@ class AdmissionLimits:
     unmet: Requirement = no_requirement
 
 
-def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimits) -> None:
-    """Examine what an update says of itself, before any byte of it is taken.
+def validate_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimits) -> None:
+    """Validate an update's header, before any byte of its payload is taken.
 
     Raises:
         UpdateRefused: weight, step count, metrics, encoding, sections or size are impossible, or
@@ -132,13 +132,13 @@ def examine_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimit
         )
 
 
-def examine_section_digests(path: Path, update: ClientUpdate) -> None:
+def validate_section_digests(path: Path, update: ClientUpdate) -> None:
     """Compare the digests that an update gives of its sections with the payload in `path`.
 
-    The payload's own digest was found to be right before.
+    The payload's own digest is known to be right.
 
     Raises:
-        UpdateRefused: one of them is another.
+        UpdateRefused: a section has another digest.
     """
     offset = 0
     for section in update.sections:
@@ -159,17 +159,17 @@ def examine_section_digests(path: Path, update: ClientUpdate) -> None:
         offset += section.size_bytes
 
 
-def examine_content(
+def validate_content(
     received: StateFile,
     *,
     base: StateFile,
     kinds: Mapping[str, EntryKind],
     limits: AdmissionLimits,
 ) -> float:
-    """Examine every tensor of an update against the model it began from, block by block.
+    """Validate every tensor of an update against the model it began with, block by block.
 
-    What isn't averaged may hold anything: no honest update is refused for a counter or a mask, and
-    nothing depends on one that lies.
+    Entries that aren't averaged may hold anything: no honest update is refused for a counter or a
+    mask, and nothing depends on their values.
 
     Returns the L2 norm of local minus global over all parameters.
 
@@ -180,7 +180,7 @@ def examine_content(
     """
     if received.compressed is not None:
         validate_compressed(received.path, received.compressed)
-    _examine_entries(received.layout.entries, base.layout.entries)
+    _validate_entries(received.layout.entries, base.layout.entries)
     received_reader, base_reader = BlockReader(), BlockReader()
     squares = 0.0
     for block in blocks_of(base.layout):
@@ -218,14 +218,14 @@ def examine_content(
     return norm
 
 
-def examine_control(received: StateFile, *, expected: Layout, limits: AdmissionLimits) -> None:
-    """Examine a section "control": by how much a client's control variates change.
+def validate_control(received: StateFile, *, expected: Layout, limits: AdmissionLimits) -> None:
+    """Validate a section "control": by how much a client's control variates change.
 
     Raises:
         UpdateRefused: its entries aren't those of `expected`, a value isn't finite, or its norm is
             beyond the cap.
     """
-    _examine_entries(received.layout.entries, expected.entries)
+    _validate_entries(received.layout.entries, expected.entries)
     reader = BlockReader()
     squares = 0.0
     for block in blocks_of(received.layout):
@@ -243,7 +243,7 @@ def examine_control(received: StateFile, *, expected: Layout, limits: AdmissionL
         )
 
 
-def _examine_entries(theirs: Mapping[str, Entry], ours: Mapping[str, Entry]) -> None:
+def _validate_entries(theirs: Mapping[str, Entry], ours: Mapping[str, Entry]) -> None:
     missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
     if missing or unknown:
         raise UpdateRefused(
@@ -291,14 +291,14 @@ def _non_finite(
     base: StateFile | None = None,
     kinds: Mapping[str, EntryKind] | None = None,
 ) -> UpdateRefused:
-    """Return what is to be said of an update that holds a NaN or an infinity, after a look at all.
+    """Return the refusal of an update that holds a NaN or an infinity, after a look at all of it.
 
     The evidence: for each tensor that does, how many there are and the index of the first in the
     flattened tensor. With a `base` whose entries are of these `kinds`, what is constant or isn't
     finite there doesn't count.
     """
     reader, base_reader = BlockReader(), BlockReader()
-    found: dict[str, dict[str, int]] = {}
+    bad_tensors: dict[str, dict[str, int]] = {}
     first_value = math.nan
     for block in blocks_of(received.layout):
         if not received.layout.entries[block.name].dtype.is_floating_point:
@@ -311,16 +311,16 @@ def _non_finite(
         bad = torch.nonzero(is_bad).flatten()
         if not len(bad):
             continue
-        if not found:
+        if not bad_tensors:
             first_value = reader.read(received, block)[bad[0]].item()
         first_index = block.begin + int(bad[0])
-        of_tensor = found.setdefault(block.name, {"count": 0, "first_index": first_index})
+        of_tensor = bad_tensors.setdefault(block.name, {"count": 0, "first_index": first_index})
         of_tensor["count"] += len(bad)
-    name, numbers = next(iter(found.items()))
-    others = f", and {len(found) - 1} more tensors do" if len(found) > 1 else ""
+    name, numbers = next(iter(bad_tensors.items()))
+    others = f", and {len(bad_tensors) - 1} more tensors do" if len(bad_tensors) > 1 else ""
     return UpdateRefused(
         f"tensor {name!r} holds {first_value} at element {numbers['first_index']} "
         f"({numbers['count']} non-finite values){others}",
         kind="non-finite",
-        tensors=dict(islice(found.items(), _MAX_TENSORS_NAMED)),
+        tensors=dict(islice(bad_tensors.items(), _MAX_TENSORS_NAMED)),
     )

@@ -27,7 +27,7 @@ def update_file(
     own_base: Path | None = None,
     staleness: int = 0,
 ) -> StateFile:
-    """Return an update on the disk, made from `base`, with what its client said of it.
+    """Return an update on the disk, trained from `base`, with the numbers of its header.
 
     Admitting it, serving a run and verifying it build the same values here; `sections` are names
     and sizes in bytes, the model's first, and `global_loss` may be the name of a number that JSON

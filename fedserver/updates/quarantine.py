@@ -20,7 +20,7 @@ class QuarantineFolder:
         self._max_bytes = max_bytes
 
     def path(self, order_id: str, digest: str) -> Path:
-        """Where the payload of an update lies while it is held."""
+        """Return the path of an update's payload while it is held."""
         return update_path(self._folder, order_id, digest)
 
     def drop(self, held: HeldUpdate) -> None:
@@ -28,20 +28,22 @@ class QuarantineFolder:
         self.path(held.order_id, held.digest).unlink(missing_ok=True)
 
     def fill(self, known: Iterable[HeldUpdate], spool: Spool) -> None:
-        """Bring the payloads HELD in that are still in the spool and aren't being written."""
-        for one in known:
-            if one.state is HeldState.HELD:
-                spool.move_out(one.order_id, one.digest, self.path(one.order_id, one.digest))
+        """Move in the payloads of updates HELD that are still in the spool and aren't written."""
+        for held in known:
+            if held.state is HeldState.HELD:
+                spool.move_out(held.order_id, held.digest, self.path(held.order_id, held.digest))
 
     def tidy(self, known: Iterable[HeldUpdate]) -> None:
-        """Delete what nobody knows of; only while nothing comes in."""
-        kept = {self.path(one.order_id, one.digest) for one in known if one.state is HeldState.HELD}
+        """Delete the files of no update HELD; only while nothing comes in."""
+        kept = {
+            self.path(held.order_id, held.digest) for held in known if held.state is HeldState.HELD
+        }
         for path in self._folder.iterdir():
             if path not in kept:
                 path.unlink(missing_ok=True)
 
     def excess(self, known: Iterable[HeldUpdate]) -> list[HeldUpdate]:
-        """Return the oldest updates HELD without which the payloads of the others fit.
+        """Return the oldest updates HELD, without which the payloads of the others fit.
 
         `known` is in the order in which they were held.
         """

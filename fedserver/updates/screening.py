@@ -1,4 +1,4 @@
-"""Which updates are too long: their norms against those that other clients reached.
+"""What makes an update bad beside its cohort: a norm far beyond those of other clients.
 
 The norm of a delta (local minus global) depends on how much a client trains. At first it grows at
 most as the training's *travel*: by how much a gradient that stays the same would have moved the
@@ -97,7 +97,7 @@ def screen(
     width = settings["norm_band"] * closed.adjustments.norm_band_factor
     if not width:
         return []
-    found = outliers(
+    too_long = outliers(
         stored,
         before,
         round_number=closed.round_number,
@@ -105,29 +105,33 @@ def screen(
         width=width,
         model_norm=model_norm,
     )
-    return [_exclusion(closed, one) for one in found if one.update.client_id not in trusted]
+    return [
+        _exclusion(closed, outlier)
+        for outlier in too_long
+        if outlier.update.client_id not in trusted
+    ]
 
 
-def _exclusion(closed: Round, found: Outlier) -> Exclusion:
+def _exclusion(closed: Round, outlier: Outlier) -> Exclusion:
     """Return the exclusion of an outlier, with the numbers that show it."""
     evidence = {
-        "norm": found.norm,
-        "bound": found.bound,
-        "typical": found.typical,
-        "width": found.width,
-        "compared": found.num_compared,
+        "norm": outlier.norm,
+        "bound": outlier.bound,
+        "typical": outlier.typical,
+        "width": outlier.width,
+        "compared": outlier.num_compared,
     }
     reason = (
-        f"the update is {found.norm:.6g} away from the global model (L2 norm); for this client's "
-        f"work {found.typical:.6g} is usual (by {found.num_compared} updates of others), and at "
-        f"most {found.width:.3g} times that is admitted, which is {found.bound:.6g}"
+        f"the update is {outlier.norm:.6g} away from the global model (L2 norm); for this client's "
+        f"work {outlier.typical:.6g} is usual (by {outlier.num_compared} updates of others), and "
+        f"at most {outlier.width:.3g} times that is admitted, which is {outlier.bound:.6g}"
     )
-    client_id = found.update.client_id
+    client_id = outlier.update.client_id
     return Exclusion(
-        order_id=found.update.update.order_id,
+        order_id=outlier.update.update.order_id,
         client_id=client_id,
         refusal=Refusal(reason=reason, evidence={"kind": "norm-band", **evidence}),
-        kept_bytes=found.update.update.size_bytes,
+        kept_bytes=outlier.update.update.size_bytes,
         happened=event_of(
             IncidentKind.UPDATE_EXCLUDED,
             closed,
@@ -146,7 +150,7 @@ def compared_rounds(round_number: int, updates: Sequence[StoredUpdate]) -> list[
 
 def recent_rounds(round_number: int, updates: Sequence[StoredUpdate]) -> range:
     """Return the last rounds before one, back to that in which its oldest order was given."""
-    oldest = max((one.staleness for one in updates), default=0)
+    oldest = max((update.staleness for update in updates), default=0)
     return range(max(1, round_number - max(NUM_ROUNDS_COMPARED, oldest)), round_number)
 
 
@@ -160,12 +164,12 @@ def travel_of(update: StoredUpdate, settings: Mapping[str, Any]) -> float:
 
     It is the number of steps; with SGD's momentum m, whose k-th step is 1 + m + ... + m^(k-1)
     times as long, the sum of these. The number of steps is what `settings` (the run's) ask for of
-    the registered examples, or what the update says if that is less.
+    the registered examples, or what the update reports if that is less.
     """
-    says = update.update
-    registered = update.num_registered or says.num_examples
+    reported = update.update
+    registered = update.num_registered or reported.num_examples
     asked = settings["epochs"] * math.ceil(registered / settings["batch_size"])
-    steps = max(1, min(asked, says.num_steps))
+    steps = max(1, min(asked, reported.num_steps))
     momentum = settings["momentum"] if settings["optimizer"] == "sgd" else 0.0
     return float(steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
@@ -185,15 +189,17 @@ def outliers(
     `model_norm` is the L2 norm of the global model's parameters.
     """
     recent = [
-        one for number in recent_rounds(round_number, updates) for one in before.get(number, ())
+        update
+        for number in recent_rounds(round_number, updates)
+        for update in before.get(number, ())
     ]
     now = _Group(updates, settings)
     groups = [(now, 1.0), (_Group(recent, settings), 1.0)]
     for number in landmark_rounds(round_number):
         groups.append((_Group(before.get(number, ()), settings), _LANDMARK_SHARE))
-    found = []
-    for place, update in enumerate(updates):
-        client_id, norm, travel = update.client_id, update.delta_norm, now.travels[place]
+    too_long = []
+    for index, update in enumerate(updates):
+        client_id, norm, travel = update.client_id, update.delta_norm, now.travels[index]
         # Most are short enough by this alone, which takes no look at all the others.
         if norm <= max(_HARMLESS_SHARE * model_norm, width * now.least_median(client_id)):
             continue
@@ -206,7 +212,7 @@ def outliers(
                 bounds.append((reach * typical, typical, reach, len(reached)))
         if bounds and norm > (largest := max(bounds))[0]:
             bound, typical, reach, num_compared = largest
-            found.append(
+            too_long.append(
                 Outlier(
                     update=update,
                     norm=norm,
@@ -216,18 +222,18 @@ def outliers(
                     num_compared=num_compared,
                 )
             )
-    return found
+    return too_long
 
 
 class _Group:
     """The updates of one round or of several, in columns: client ids, norms and travels."""
 
     def __init__(self, updates: Sequence[StoredUpdate], settings: Mapping[str, Any]) -> None:
-        self.client_ids = np.array([one.client_id for one in updates], dtype=np.int64)
-        self.norms = np.array([one.delta_norm for one in updates])
-        self.travels = np.array([travel_of(one, settings) for one in updates])
+        self.client_ids = np.array([update.client_id for update in updates], dtype=np.int64)
+        self.norms = np.array([update.delta_norm for update in updates])
+        self.travels = np.array([travel_of(update, settings) for update in updates])
         self._ascending = np.sort(self.norms)
-        self._num_of = Counter(one.client_id for one in updates)
+        self._num_of = Counter(update.client_id for update in updates)
 
     def reached_by_others(self, client_id: int, travel: float) -> NDArray[np.float64]:
         """Return what other clients would have reached with this travel, at most.
@@ -244,7 +250,7 @@ class _Group:
     def least_median(self, client_id: int) -> float:
         """Return what the median of `reached_by_others` is at least, in constant time.
 
-        Leaving values out of a sorted sequence makes none of the places before the last smaller.
+        Leaving values out of a sorted sequence makes no value before the last smaller.
         """
         if not self._has_enough(client_id):
             return 0.0

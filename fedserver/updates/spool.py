@@ -2,9 +2,9 @@
 
 One file an update, named by order and digest. While it arrives, its length is what is committed; it
 becomes durable by `make_durable` (sync_file of the file, then of the folder), and only after that
-may the store record it. Only one stream writes a file at a time: the newest. Of what streams leave
-unfinished an order keeps one file, the newest too, and none beside a durable one: whatever a client
-sends, it fills no disk.
+may the store record it. Only one stream writes a file at a time: the newest. Of the files
+that streams leave unfinished an order keeps the newest, and none beside a durable file: whatever a
+client sends, it doesn't fill the disk.
 """
 
 import os
@@ -27,12 +27,12 @@ from fedrounds.tensors.codec import digest_file
 
 
 def update_path(folder: Path, order_id: str, digest: str) -> Path:
-    """Return where in a folder of updates the one of this order with this content lies."""
+    """Return the path of an order's update with this digest in a folder of updates."""
     return folder / f"{order_id}.{digest}"
 
 
 class UpdateStream:
-    """The one open file of an update that is being written; made by `Spool.open_stream`."""
+    """The open file of an update that is being written; made by `Spool.open_stream`."""
 
     def __init__(self, path: Path, *, offset: int, is_whole: bool = False) -> None:
         self.path = path
@@ -74,8 +74,8 @@ class UpdateStream:
         """Return the digest of all that is committed."""
         if self._hasher is None:
             return digest_file(self.path)
-        found: str = self._hasher.hexdigest()
-        return found
+        digest: str = self._hasher.hexdigest()
+        return digest
 
     def make_durable(self) -> None:
         """Return when the file and its name survive a loss of power.
@@ -86,6 +86,7 @@ class UpdateStream:
         """
         with self._lock, naming_full_disk(self.path.parent):
             self._examine_fence()
+            # The folder too: after a loss of power a synced file without its name is lost.
             sync_file(self._descriptor)
             sync_folder(self.path.parent)
 
@@ -119,11 +120,11 @@ class Spool:
         self._lock = threading.Lock()
 
     def path(self, order_id: str, digest: str) -> Path:
-        """Where the update of this order with this content lies."""
+        """Return the path of the update of this order with this digest."""
         return update_path(self._folder, order_id, digest)
 
     def committed_bytes(self, order_id: str, digest: str) -> int:
-        """How many bytes of this payload have arrived, over all its streams."""
+        """Return how many bytes of this payload have arrived, over all its streams."""
         try:
             return self.path(order_id, digest).stat().st_size
         except FileNotFoundError:
@@ -164,7 +165,7 @@ class Spool:
                     self._leave_unfinished(order_id, stream)
 
     def _leave_unfinished(self, order_id: str, stream: UpdateStream) -> None:
-        """Keep this one as the order's unfinished file, if it needs any; holding the lock."""
+        """Keep this file as the order's unfinished file, if it needs one; the lock is held."""
         if stream.is_whole:
             return
         path = stream.path
@@ -242,7 +243,7 @@ class Spool:
                 self._drop_unless_written(path)
 
     def _drop_unless_written(self, path: Path) -> None:
-        # The lock is taken for each file: a stream that opens waits for one of them at most.
+        # The lock is taken for each file: a stream that opens waits for one deletion at most.
         with self._lock:
             if path not in self._streams:
                 path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedrounds.tensors.codec import decode_state
 from fedserver.rounds.planning import draw_stragglers
 from fedserver.settings import ServerSettings
-from fedserver.updates.admission import examine_header
+from fedserver.updates.admission import validate_header
 from tests.factories import make_limits
 from tests.small_federation import SmallFederation, examples_of, small
 
@@ -55,7 +55,7 @@ def test_a_loss_beyond_all_bounds_is_left_out_and_the_update_is_good(tmp_path: P
     assert set(sent.update.metrics) == {
         *("accuracy", "train_s", "global_accuracy", "global_examples"),
     }
-    examine_header(sent.update, federation.model.file, make_limits(max_steps_per_example=5))
+    validate_header(sent.update, federation.model.file, make_limits(max_steps_per_example=5))
 
 
 def test_two_trainings_of_an_order_share_its_time(

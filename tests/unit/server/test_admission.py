@@ -15,7 +15,7 @@ from fedrounds.tensors.codec import decode_state
 from fedrounds.tensors.entries import entry_kinds
 from fedrounds.types import MODEL_SECTION, ClientUpdate, EntryKind, Section
 from fedserver.settings import ServerSettings
-from fedserver.updates.admission import MAX_WEIGHT, UpdateRefused, examine_content, examine_header
+from fedserver.updates.admission import MAX_WEIGHT, UpdateRefused, validate_content, validate_header
 from tests.factories import State, TinyNet, make_limits, make_update, write_state
 
 KINDS = entry_kinds(TinyNet())
@@ -47,7 +47,7 @@ def header(base: StateFile, **changed: object) -> ClientUpdate:
 )
 def test_a_possible_header_is_admitted(base: StateFile, changed: dict[str, object]) -> None:
     """The bounds themselves are inside."""
-    examine_header(header(base, **changed), base, make_limits())
+    validate_header(header(base, **changed), base, make_limits())
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_an_impossible_header_is_refused(
 ) -> None:
     """Weight, steps, metrics, size and sections: the sentence has the value and the bound."""
     with pytest.raises(UpdateRefused, match=words):
-        examine_header(header(base, **changed), base, make_limits())
+        validate_header(header(base, **changed), base, make_limits())
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_a_header_that_the_strategy_cant_weigh_is_refused(
     }
     limits = make_limits(unmet=find_strategy(settings).unmet)
     with pytest.raises(UpdateRefused, match=words):
-        examine_header(header(base, **changed), base, limits)
-    examine_header(header(base, metrics={"global_loss": 0.0}), base, limits)
-    examine_header(header(base, **changed), base, make_limits())
+        validate_header(header(base, **changed), base, limits)
+    validate_header(header(base, metrics={"global_loss": 0.0}), base, limits)
+    validate_header(header(base, **changed), base, make_limits())
 
 
 def test_sections_must_cover_the_payload(base: StateFile) -> None:
@@ -122,7 +122,7 @@ def test_sections_must_cover_the_payload(base: StateFile) -> None:
     for sections in ((), (one, one), (short,)):
         update = ClientUpdate(**vars(good) | {"sections": sections})
         with pytest.raises(UpdateRefused, match="it must hold 'model' alone, of the same size"):
-            examine_header(update, base, make_limits())
+            validate_header(update, base, make_limits())
 
 
 def test_no_setting_admits_a_weight_that_breaks_exactness() -> None:
@@ -135,7 +135,7 @@ def test_no_setting_admits_a_weight_that_breaks_exactness() -> None:
 
 def examine(folder: Path, base: StateFile, state: State, *, cap: float = 10.0) -> None:
     """Examine what a client sent."""
-    examine_content(
+    validate_content(
         write_state(folder, state),
         base=base,
         kinds=KINDS,
@@ -237,10 +237,10 @@ def test_the_norm_of_any_precision_is_the_float64_one(tmp_path: Path, dtype: tor
     for cap, is_good in ((norm * 1.001, True), (norm * 0.999, False)):
         limits = make_limits(max_delta_norm=cap)
         if is_good:
-            examine_content(received, base=base, kinds=kinds, limits=limits)
+            validate_content(received, base=base, kinds=kinds, limits=limits)
         else:
             with pytest.raises(UpdateRefused, match="away from the global model"):
-                examine_content(received, base=base, kinds=kinds, limits=limits)
+                validate_content(received, base=base, kinds=kinds, limits=limits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -256,7 +256,7 @@ def test_one_bad_value_among_many_is_found_with_its_index(
     received = write_state(tmp_path, state)
     for kind in (EntryKind.PARAMETER, EntryKind.MEAN):
         with pytest.raises(UpdateRefused, match=f"'w' holds {bad} at element {index} "):
-            examine_content(received, base=base, kinds={"w": kind}, limits=make_limits())
+            validate_content(received, base=base, kinds={"w": kind}, limits=make_limits())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -269,7 +269,7 @@ def test_a_delta_whose_square_overflows_is_beyond_every_cap(
     received = write_state(tmp_path, {"w": torch.full((2,), largest, dtype=dtype)})
 
     def examine_as(kind: EntryKind) -> None:
-        examine_content(
+        validate_content(
             received,
             base=base,
             kinds={"w": kind},

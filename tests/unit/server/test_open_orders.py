@@ -260,8 +260,8 @@ def test_orders_carried_over_go_on_with_what_they_began_with(open_orders: OpenOr
     assert record is not None
     assert record.round_number == 1
     # What happens to it from now on belongs to round 2.
-    assert open_orders.happens_in(record) == (2, 1)
-    assert open_orders.happens_in(replace(record, state=OrderState.LATE)) == (1, 1)
+    assert open_orders.round_key_of(record) == (2, 1)
+    assert open_orders.round_key_of(replace(record, state=OrderState.LATE)) == (1, 1)
     more = replace(order, order_id=order.order_id.replace("-s1", "-s2"))
     open_orders.settle(order.order_id, OrderState.STORED)
     open_orders.add_orders(

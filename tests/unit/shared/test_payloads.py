@@ -12,7 +12,7 @@ from fedrounds.strategies.blocks import Block, BlockReader
 from fedrounds.tensors.codec import digest_file, read_layout
 from fedrounds.tensors.payloads import read_payload, write_payload
 from fedrounds.types import NO_COMPRESSION, EntryKind
-from fedserver.updates.admission import UpdateRefused, examine_control, examine_header
+from fedserver.updates.admission import UpdateRefused, validate_control, validate_header
 from fedserver.updates.payload import update_file
 from tests.factories import make_limits, make_update, write_state
 
@@ -53,13 +53,13 @@ def test_sections_that_weren_t_asked_for_are_refused(tmp_path: Path) -> None:
         make_update(size_bytes=sum(one.size_bytes for one in sections)), sections=sections
     )
     both = replace(make_limits(), sections=("model", "control"))
-    examine_header(update, base, both)
+    validate_header(update, base, both)
     with pytest.raises(UpdateRefused, match="it must hold 'model' alone"):
-        examine_header(update, base, make_limits())
+        validate_header(update, base, make_limits())
     with pytest.raises(UpdateRefused, match="'model' and 'control' alone"):
-        examine_header(replace(update, sections=sections[:1]), base, both)
+        validate_header(replace(update, sections=sections[:1]), base, both)
     with pytest.raises(UpdateRefused, match="of the same size"):
-        examine_header(replace(update, size_bytes=update.size_bytes + 1), base, both)
+        validate_header(replace(update, size_bytes=update.size_bytes + 1), base, both)
 
 
 def test_a_header_far_longer_than_the_models_is_never_parsed(tmp_path: Path) -> None:
@@ -96,12 +96,12 @@ def test_control_variates_are_finite_and_not_absurd(
 ) -> None:
     expected = read_layout(write_state(tmp_path, CONTROL).path)
     limits = replace(make_limits(), max_control_norm=100.0)
-    examine_control(write_state(tmp_path, CONTROL), expected=expected, limits=limits)
+    validate_control(write_state(tmp_path, CONTROL), expected=expected, limits=limits)
     bad = {name: one.clone() for name, one in CONTROL.items()}
     bad["w"][1, 1] = value
     with pytest.raises(UpdateRefused, match=words):
-        examine_control(write_state(tmp_path, bad), expected=expected, limits=limits)
+        validate_control(write_state(tmp_path, bad), expected=expected, limits=limits)
     with pytest.raises(UpdateRefused, match="tensors are missing: 'b'"):
-        examine_control(
+        validate_control(
             write_state(tmp_path, {"w": CONTROL["w"]}), expected=expected, limits=limits
         )

@@ -20,7 +20,7 @@ from fedrounds.strategies.server_step import next_blocks
 from fedrounds.tensors.codec import decode_state, encode_state
 from fedrounds.tensors.compression import CHUNK_ELEMENTS
 from fedrounds.types import MODEL_SECTION, NO_COMPRESSION, Compression, Encoding, EntryKind
-from fedserver.updates.admission import examine_content
+from fedserver.updates.admission import validate_content
 from fedserver.updates.payload import update_file
 from tests.factories import State, make_limits, write_state
 from tests.small_federation import Sent, SmallFederation
@@ -83,7 +83,7 @@ class Received:
 
     def examine(self) -> float:
         """Admit it or not."""
-        return examine_content(
+        return validate_content(
             self.open(),
             base=self.base,
             kinds=KINDS,
