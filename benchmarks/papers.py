@@ -33,6 +33,7 @@ from typing import Any
 from benchmarks.federation import ROOT, machine_line
 from benchmarks.paper_report import RESULTS, write_page
 from benchmarks.paper_rows import CLIENT_FLAGS, ROWS, Row, find_rows
+from fedserver.reporting.as_json import attempt_json
 from fedserver.store import Store, read_history
 
 _LOOK_EVERY_S = 3.0
@@ -199,10 +200,11 @@ def _history(state_dir: Path) -> list[dict[str, Any]]:
     store = Store(state_dir / "federation.sqlite", read_only=True)
     try:
         run = store.latest_run()
-        history = [] if run is None else read_history(store, run)
+        attempts = [] if run is None else read_history(store, run)
     finally:
         store.close()
-    return [entry for entry in history if entry["phase"] == "DONE" and entry["evaluation"]]
+    history = [attempt_json(attempt) for attempt in attempts if attempt.is_done]
+    return [entry for entry in history if entry["evaluation"]]
 
 
 def _seconds_of(entry: dict[str, Any]) -> float:

@@ -112,7 +112,7 @@ class Adjustments:
     def as_json(self) -> dict[str, float | int]:
         """Return what differs from no adjustment at all."""
         nothing = asdict(NO_ADJUSTMENTS)
-        return {name: one for name, one in asdict(self).items() if one != nothing[name]}
+        return {name: value for name, value in asdict(self).items() if value != nothing[name]}
 
 
 NO_ADJUSTMENTS = Adjustments()
@@ -145,6 +145,63 @@ class Round:
     def cohort(self) -> tuple[int, ...]:
         """The client ids chosen, ascending."""
         return tuple(order.client_id for order in self.orders)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEvaluation:
+    """How good a global model is on the task's held-out set; numbers that aren't finite are None.
+
+    `metrics` are the task's own. `class_accuracy` is each class's accuracy (None: no example of
+    it), `confusion` [class, answer] counts answers, the last column those that name no class; None
+    where the task doesn't say how many classes it has, or they are too many.
+    """
+
+    accuracy: float | None
+    loss: float | None
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    class_accuracy: Sequence[float | None] | None = None
+    confusion: Sequence[Sequence[int]] | None = None
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """Accuracy, loss and the task's metrics by name."""
+        return {"accuracy": self.accuracy, "loss": self.loss, **self.metrics}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the JSON object that the store keeps and the history shows."""
+        by_class = {"class_accuracy": self.class_accuracy, "confusion": self.confusion}
+        return self.numbers | {name: value for name, value in by_class.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientEvaluation:
+    """How good a global model is on its clients, as they report it.
+
+    `accuracy` and `loss` are means weighted by the examples measured on (loss is None unless every
+    client reports one). In the others each client counts the same: `worst_decile` is the mean of
+    the worst tenth, at least one client; `std` is the standard deviation of exactly these clients;
+    the quartiles lie between two clients linearly. `num_clients` and `num_examples` count those
+    measured. `holdout` is the share of its examples that a client never trains on and was asked
+    about; 0: it was asked about those it trains on.
+    """
+
+    accuracy: float
+    mean: float
+    worst_decile: float
+    std: float
+    minimum: float
+    quartile_1: float
+    median: float
+    quartile_3: float
+    maximum: float
+    num_clients: float
+    num_examples: float
+    holdout: float
+    loss: float | None = None
+
+    def as_json(self) -> dict[str, float]:
+        """Return the JSON object that the store keeps and the history shows."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

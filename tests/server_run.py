@@ -122,7 +122,7 @@ class ServerRun:
         self.evaluations = Evaluations(
             prepared.evaluator,
             max_rollbacks=self.settings.max_rollbacks,
-            raises_alarms=True,
+            detects_regressions=True,
             store=self.recording,
             checkpoints=self.checkpoints,
             open_orders=self.open_orders,

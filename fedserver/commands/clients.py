@@ -9,7 +9,8 @@ from rich.console import Console
 from fedrounds.cli import parse
 from fedrounds.errors import NotFound
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
-from fedserver.models.client_metrics import spread_text, told_of_models
+from fedserver.history import attempts_that_asked
+from fedserver.models.client_metrics import client_evaluation_text
 from fedserver.numbers import numbers_text
 from fedserver.reporting.client_report import client_table, draw_clients
 from fedserver.store import read_history, read_rounds
@@ -32,7 +33,7 @@ def run(argv: list[str]) -> None:
     """Print the table, the spread, and draw them if asked to."""
     settings = parse(ClientsSettings, argv)
     with opened_run(settings) as (store, run):
-        known = told_of_models(read_rounds(store, run))
+        known = attempts_that_asked(read_rounds(store, run))
         wanted = max(known, default=None) if settings.round is None else settings.round
         if wanted is None or wanted not in known:
             which = "any model" if wanted is None else f"the model of round {wanted}"
@@ -41,17 +42,18 @@ def run(argv: list[str]) -> None:
                 f"{numbers_text(known)} (they are asked with --evaluate-on-clients, and "
                 "answer with the updates of the round after)"
             )
-        number, attempt = known[wanted]["round"], known[wanted]["attempt"]
+        number = known[wanted].round_number
         (asked,) = (
-            one
-            for one in read_history(store, run, first_round=number, last_round=number)
-            if one["attempt"] == attempt
+            attempt
+            for attempt in read_history(store, run, first_round=number, last_round=number)
+            if attempt.attempt == known[wanted].attempt
         )
-    num_clients = int(asked["client_evaluation"]["num_clients"])
-    title = f"{run.run_id}, model of round {wanted} on {num_clients} clients"
+    evaluation = asked.client_evaluation
+    assert evaluation is not None
+    title = f"{run.run_id}, model of round {wanted} on {int(evaluation.num_clients)} clients"
     console = Console()
     console.print(client_table(asked, title=title, max_width=console.width))
-    console.print(spread_text(asked["client_evaluation"]), highlight=False)
+    console.print(client_evaluation_text(evaluation), highlight=False)
     if settings.out is not None:
         with drawing_into(settings.out):
             draw_clients(asked, settings.out, title=title)

@@ -28,9 +28,9 @@ def run(argv: list[str]) -> None:
     settings = parse(ConfusionSettings, argv)
     with opened_run(settings) as (store, run):
         known = {
-            one["round"]
-            for one in read_rounds(store, run)
-            if one["phase"] == "DONE" and one["has_confusion"]
+            attempt.round_number
+            for attempt in read_rounds(store, run)
+            if attempt.is_done and attempt.has_confusion
         }
         wanted = max(known, default=None) if settings.round is None else settings.round
         if wanted is None or wanted not in known:
@@ -40,13 +40,15 @@ def run(argv: list[str]) -> None:
                 "how many classes it has, at most 100)"
             )
         (evaluation,) = (
-            one["evaluation"]
-            for one in read_history(store, run, first_round=wanted, last_round=wanted)
-            if one["phase"] == "DONE"
+            attempt.evaluation
+            for attempt in read_history(store, run, first_round=wanted, last_round=wanted)
+            if attempt.is_done
         )
-    title = f"{run.run_id}, round {wanted}: accuracy {evaluation['accuracy']:.2%}"
+    assert evaluation is not None
+    assert evaluation.confusion is not None
+    title = f"{run.run_id}, round {wanted}: accuracy {evaluation.accuracy:.2%}"
     Console().print(class_table(evaluation, title=title))
     if settings.out is not None:
         with drawing_into(settings.out):
-            draw_confusion(evaluation, settings.out, title=title)
+            draw_confusion(evaluation.confusion, settings.out, title=title)
         print(f"the confusion matrix is in {settings.out}")

@@ -8,7 +8,7 @@ from pydantic_settings import SettingsConfigDict
 from fedrounds.cli import parse
 from fedrounds.errors import NotFound
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
-from fedserver.models.client_metrics import told_of_models
+from fedserver.history import attempts_that_asked
 from fedserver.reporting.tables import draw_curve
 from fedserver.store import read_rounds
 
@@ -26,8 +26,8 @@ def run(argv: list[str]) -> None:
     settings = parse(CurveSettings, argv)
     with opened_run(settings) as (store, run):
         rounds = read_rounds(store, run)
-    if not told_of_models(rounds) and not any(
-        one["evaluation"] and one["phase"] == "DONE" for one in rounds
+    if not attempts_that_asked(rounds) and not any(
+        attempt.is_done and attempt.evaluation is not None for attempt in rounds
     ):
         raise NotFound(
             f"{run.run_id} has nothing to draw: no round that is done has an evaluation (a task "

@@ -9,8 +9,8 @@ from fedrounds.cli import parse
 from fedrounds.errors import InvalidInput, NotFound
 from fedrounds.files import replace_file
 from fedserver.commands.inspection import InspectionSettings, opened_run
+from fedserver.history import best_round, models_by_round
 from fedserver.numbers import numbers_text
-from fedserver.reporting.tables import best_round, models_by_round
 from fedserver.store import read_rounds
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fedrounds.cli import parse
 from fedserver.commands.inspection import InspectionSettings, opened_run
+from fedserver.reporting.as_json import attempt_json
 from fedserver.reporting.round_report import incident_lines
 from fedserver.reporting.tables import round_table
 from fedserver.store import read_history
@@ -31,7 +32,7 @@ def run(argv: list[str]) -> None:
             first = (store.latest_round_number(run.run_id) or 0) - settings.last + 1
         history = read_history(store, run, first_round=first)
     if settings.json_:
-        print(json.dumps(history, indent=2))
+        print(json.dumps([attempt_json(attempt) for attempt in history], indent=2))
         return
     console = Console()
     console.print(

@@ -24,7 +24,7 @@ from fedserver.events import event_of
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.models.regression import detect_regression
 from fedserver.phases import Phase
-from fedserver.records import Round
+from fedserver.records import ModelEvaluation, Round
 from fedserver.rounds.open_orders import OpenOrders
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
@@ -122,14 +122,14 @@ class Evaluations:
         evaluator: Evaluator,
         *,
         max_rollbacks: int,
-        raises_alarms: bool,
+        detects_regressions: bool,
         store: AsyncStore,
         checkpoints: Checkpoints,
         open_orders: OpenOrders,
         threads: Threads,
     ) -> None:
         self._max_rollbacks = max_rollbacks
-        self._raises_alarms = raises_alarms
+        self._detects_regressions = detects_regressions
         self._store = store
         self._checkpoints = checkpoints
         self._open_orders = open_orders
@@ -177,47 +177,55 @@ class Evaluations:
 
     async def _evaluate(self, evaluated: Round, digest: str) -> None:
         try:
-            found = await self._threads.on_disk(
+            measured = await self._threads.on_disk(
                 self._evaluator.evaluate, self._checkpoints.path(digest)
             )
         except EvaluationStopped:
             return
         failpoint(FailPoint.EVALUATED)
-        numbers = {"accuracy": found.accuracy, "loss": found.loss, **found.metrics}
-        # JSON has no NaN.
-        fields: dict[str, Any] = {
-            name: one if math.isfinite(one) else None for name, one in numbers.items()
-        }
-        by_class: dict[str, Any] = {}
-        if found.confusion is not None:
-            by_class = {
-                "class_accuracy": class_accuracies(found.confusion),
-                "confusion": found.confusion.tolist(),
-            }
-        before = await self._store.good_evaluations(evaluated.run_id)
-        alarm = detect_regression(fields | by_class, before) if self._raises_alarms else None
-        reason = None if alarm is None else alarm.reason
-        if alarm is not None and not await may_be_repeated(
+        evaluation = _as_recorded(measured)
+        regression = None
+        if self._detects_regressions:
+            before = await self._store.good_evaluations(evaluated.run_id)
+            regression = detect_regression(evaluation, list(before.values()))
+        reason = None if regression is None else regression.reason
+        if regression is not None and not await may_be_repeated(
             evaluated, store=self._store, max_rollbacks=self._max_rollbacks
         ):
-            reason = f"{alarm.reason}; it stands, --max-rollbacks allows no more repetitions"
-        happened = event_of(
-            "evaluated" if alarm is None else IncidentKind.EVALUATION_COLLAPSED,
+            reason = f"{regression.reason}; it stands, --max-rollbacks allows no more repetitions"
+        event = event_of(
+            "evaluated" if regression is None else IncidentKind.EVALUATION_COLLAPSED,
             evaluated,
-            is_incident=alarm is not None,
+            is_incident=regression is not None,
             reason=reason,
-            **fields,
+            **dict[str, Any](evaluation.numbers),
         )
         await self._store.record_evaluation(
             evaluated,
-            fields | by_class,
-            happened,
-            alarm=None if alarm is None else alarm.symptom,
+            evaluation,
+            event,
+            regression=None if regression is None else regression.symptom,
         )
-        if alarm is not None:
+        if regression is not None:
             failpoint(FailPoint.ALARM_RECORDED)
             self.suspect_model()
             self._open_orders.round_changed.notify()
+
+
+def _as_recorded(measured: Evaluation) -> ModelEvaluation:
+    """Return an evaluation as JSON can hold it: there is no NaN in it."""
+    confusion = measured.confusion
+    return ModelEvaluation(
+        accuracy=_finite(measured.accuracy),
+        loss=_finite(measured.loss),
+        metrics={name: _finite(value) for name, value in measured.metrics.items()},
+        class_accuracy=None if confusion is None else class_accuracies(confusion),
+        confusion=None if confusion is None else confusion.tolist(),
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 async def may_be_repeated(bad: Round, *, store: AsyncStore, max_rollbacks: int) -> bool:

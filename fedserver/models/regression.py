@@ -10,16 +10,16 @@ It is when
   model before it was at least half way from there to knowing all.
 
 A run begins with models that know nothing, and a cohort of few classes makes one forget the others
-for a while: neither is to be an alarm, so the rules ask for a fall from what was reached.
+for a while: neither is a regression, so the rules ask for a fall from what was reached.
 """
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedrounds.diagnosis.values import Symptom
+from fedserver.records import ModelEvaluation
 
 _NUM_COMPARED = 10
 _WIDTH = 10.0
@@ -27,35 +27,33 @@ _TO_DEVIATION = 1.4826
 _LEAST_SPREAD = 0.5
 _NEARLY_ALL = 0.99
 
-Evaluation = Mapping[str, Any]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Alarm:
+class Regression:
     """What is wrong with a model, and the numbers that show it, in a sentence."""
 
     symptom: Symptom
     reason: str
 
 
-def detect_regression(evaluation: Evaluation, before: Sequence[Evaluation]) -> Alarm | None:
-    """Return what is wrong with a model that was evaluated so, None if nothing is.
+def detect_regression(
+    evaluation: ModelEvaluation, before: Sequence[ModelEvaluation]
+) -> Regression | None:
+    """Return what is wrong with a model by its evaluation, None if nothing is.
 
-    `before` are the evaluations of the run's good models, oldest first. Evaluations are as the
-    history has them: a loss that isn't finite is None.
+    `before` are the evaluations of the run's good models, oldest first.
     """
-    loss = evaluation["loss"]
-    if loss is None:
-        return Alarm(symptom=Symptom.NON_FINITE_LOSS, reason="its loss isn't finite")
-    losses = [one["loss"] for one in before if one["loss"] is not None]
+    if evaluation.loss is None:
+        return Regression(symptom=Symptom.NON_FINITE_LOSS, reason="its loss isn't finite")
+    losses = [earlier.loss for earlier in before if earlier.loss is not None]
     bound = _loss_bound(losses)
-    if loss > bound:
-        return Alarm(
+    if evaluation.loss > bound:
+        return Regression(
             symptom=Symptom.LOSS_EXPLOSION,
-            reason=f"its loss is {loss:.4g}, that of the models before it at most "
+            reason=f"its loss is {evaluation.loss:.4g}, that of the models before it at most "
             f"{max(losses):.4g}; {bound:.4g} is the bound",
         )
-    return _collapse(evaluation, before)
+    return _detect_collapse(evaluation, before)
 
 
 def _loss_bound(losses: Sequence[float]) -> float:
@@ -64,14 +62,16 @@ def _loss_bound(losses: Sequence[float]) -> float:
         return math.inf
     newest = losses[-_NUM_COMPARED:]
     median = statistics.median(newest)
-    mad = statistics.median(abs(one - median) for one in newest)
+    mad = statistics.median(abs(loss - median) for loss in newest)
     spread = max(_TO_DEVIATION * mad, _LEAST_SPREAD * abs(median))
     return max(*losses, median + _WIDTH * spread)
 
 
-def _collapse(evaluation: Evaluation, before: Sequence[Evaluation]) -> Alarm | None:
-    confusion = evaluation.get("confusion")
-    reached = max((one["accuracy"] for one in before), default=0.0)
+def _detect_collapse(
+    evaluation: ModelEvaluation, before: Sequence[ModelEvaluation]
+) -> Regression | None:
+    confusion = evaluation.confusion
+    reached = max((earlier.accuracy or 0.0 for earlier in before), default=0.0)
     if confusion is None:
         return None
     num_answers = sum(map(sum, confusion))
@@ -84,7 +84,7 @@ def _collapse(evaluation: Evaluation, before: Sequence[Evaluation]) -> Alarm | N
     if share == 1 or reached < share + (1 - share) / 2:
         return None
     what = f"class {answer}" if answer < len(confusion) else "no class at all"
-    return Alarm(
+    return Regression(
         symptom=Symptom.COLLAPSE,
         reason=f"it answers {what} to {counts[answer]} of {num_answers} examples; the best model "
         f"before it was right about {reached:.2%} of them",

@@ -5,7 +5,7 @@ A listener of events that also looks at the open orders, twice a second, to show
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from fedrounds.times import length_text
 from fedrounds.types import IncidentKind
 from fedserver.events import EventBus, log_event
 from fedserver.phases import OrderState
-from fedserver.records import Event
+from fedserver.records import Event, ModelEvaluation
 from fedserver.reporting.round_report import incident_text
 from fedserver.rounds.open_orders import OpenOrder, OpenOrders
 
@@ -37,12 +37,12 @@ def showing_progress(
     *,
     total_rounds: int,
     num_done: int,
-    evaluated: Sequence[Mapping[str, Any]],
+    evaluated: Mapping[int, ModelEvaluation],
     spent_s: float,
 ) -> Iterator[None]:
     """Show the run on standard error until the block ends.
 
-    `num_done` rounds were done before, of which `evaluated` is known (see
+    `num_done` rounds were done before, `evaluated` are the evaluations of their models (see
     `Store.good_evaluations`); they and failed attempts took `spent_s`.
     """
     console = stderr_console()
@@ -73,7 +73,7 @@ class LiveView:
         *,
         total_rounds: int,
         num_done: int = 0,
-        evaluated: Sequence[Mapping[str, Any]] = (),
+        evaluated: Mapping[int, ModelEvaluation] | None = None,
         spent_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -89,7 +89,9 @@ class LiveView:
         self._total_rounds = total_rounds
         self._num_done = num_done
         self._accuracies: list[tuple[int, float]] = [
-            (one["round"], one["accuracy"]) for one in evaluated if one["accuracy"] is not None
+            (round_number, evaluation.accuracy)
+            for round_number, evaluation in (evaluated or {}).items()
+            if evaluation.accuracy is not None
         ]
         self._on_clients: Mapping[str, Any] = {}
         self._incidents: deque[str] = deque(maxlen=_NUM_INCIDENTS_SHOWN)
@@ -117,11 +119,12 @@ class LiveView:
             self._time_line(),
             self._accuracy_line(),
         ]
-        if told := self._on_clients:
+        if reported := self._on_clients:
             lines.append(
                 Text(
-                    f"on clients: mean {told['mean']:.2%}, worst tenth {told['worst_decile']:.2%}, "
-                    f"std {told['std']:.2%} after round {told['of_round']}"
+                    f"on clients: mean {reported['mean']:.2%}, worst tenth "
+                    f"{reported['worst_decile']:.2%}, std {reported['std']:.2%} after round "
+                    f"{reported['of_round']}"
                 )
             )
         orders = self._open_orders.list_all()
@@ -138,8 +141,8 @@ class LiveView:
         num_stored = sum(state is OrderState.STORED for state in states)
         attempt = current.record.attempt
         again = "" if attempt == 1 else f", attempt {attempt}"
-        number = current.record.round_number
-        carried = sum(one.order.round_number < number for one in self._open_orders.list_all())
+        number, orders = current.record.round_number, self._open_orders.list_all()
+        carried = sum(open_order.order.round_number < number for open_order in orders)
         return Text(
             f"round {number} of {self._total_rounds}{again}: {num_stored} of {len(states)} updates"
             + (f", {carried} of orders from earlier rounds" if carried else ""),
@@ -185,42 +188,43 @@ class LiveView:
 
 
 def _incident_line(event: Event) -> str:
-    told = incident_text({"kind": event.kind, "client": event.client_id, **event.fields})
-    return told if event.round_number is None else f"round {event.round_number}, {told}"
+    text = incident_text(event)
+    return text if event.round_number is None else f"round {event.round_number}, {text}"
 
 
 def _client_table(orders: list[OpenOrder]) -> Table:
     table = Table.grid(padding=(0, 2))
     # One process may serve hundreds of clients in turn: those at work are worth a line first.
     first = sorted(orders, key=_distance_from_work)[:_NUM_CLIENTS_SHOWN]
-    for one in sorted(first, key=lambda one: one.order.client_id):
-        total = one.counters.batches_total or 1
-        is_done = one.state in (OrderState.STORED, OrderState.COUNTED)
+    for open_order in sorted(first, key=lambda open_order: open_order.order.client_id):
+        total = open_order.counters.batches_total or 1
+        is_done = open_order.state in (OrderState.STORED, OrderState.COUNTED)
+        completed = total if is_done else open_order.counters.batches
         table.add_row(
-            f"client {one.order.client_id}",
-            ProgressBar(
-                total=total, completed=total if is_done else one.counters.batches, width=30
-            ),
-            _doing(one),
+            f"client {open_order.order.client_id}",
+            ProgressBar(total=total, completed=completed, width=30),
+            _activity_text(open_order),
         )
     if (hidden := len(orders) - _NUM_CLIENTS_SHOWN) > 0:
         table.add_row(f"and {hidden} more", "", "")
     return table
 
 
-def _distance_from_work(one: OpenOrder) -> int:
-    """Return 0 for an order that somebody works on, more for one that waits, most for an ended."""
-    if one.state is not OrderState.OPEN:
+def _distance_from_work(open_order: OpenOrder) -> int:
+    """Return 0 for an order that a client works on, 1 for a waiting order, 2 for an ended one."""
+    if open_order.state is not OrderState.OPEN:
         return 2
-    return 0 if one.handed_out_at is not None else 1
+    return 0 if open_order.handed_out_at is not None else 1
 
 
-def _doing(one: OpenOrder) -> str:
-    if one.state is not OrderState.OPEN:
-        return "update stored" if one.state is OrderState.STORED else one.state.lower()
-    if one.handed_out_at is None:
+def _activity_text(open_order: OpenOrder) -> str:
+    if open_order.state is not OrderState.OPEN:
+        return (
+            "update stored" if open_order.state is OrderState.STORED else open_order.state.lower()
+        )
+    if open_order.handed_out_at is None:
         return "not heard from yet"
-    counters = one.counters
+    counters = open_order.counters
     if counters.bytes_sent:
         return f"uploading, {counters.bytes_sent / 1e6:.1f} MB sent"
     return counters.work or "getting ready"

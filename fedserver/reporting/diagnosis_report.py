@@ -1,7 +1,7 @@
 """A client's diagnosis as a person reads it: in words, as tables, as a picture."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,34 @@ from fedrounds.diagnosis.text import (
     verdict,
 )
 from fedrounds.diagnosis.values import Diagnosis
+from fedserver.history import AttemptHistory
+from fedserver.records import Event
 from fedserver.reporting.tables import Column, fact_table, fitting_table
 
 NUM_SHOWN_WHOLE = 3
-"""Of a round's diagnoses; the others are told in a sentence each, as all incidents are."""
+"""Of a round's diagnoses; the others have a sentence each, as all incidents do."""
 
 
-def diagnosed(attempt: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def diagnosed_incidents(attempt: AttemptHistory) -> list[Event]:
     """Return those of an attempt's incidents that hold a diagnosis."""
-    return [one for one in attempt["incidents"] if "diagnosis" in one]
+    return [incident for incident in attempt.incidents if "diagnosis" in incident.fields]
 
 
-def diagnosis_account(incident: Mapping[str, Any], *, max_width: int) -> Iterator[RenderableType]:
-    """Yield what to print of a diagnosis: the verdict, the place, experiments and trend."""
-    found = read_diagnosis(incident)
-    yield Text(f"\nclient {incident['client']}: {verdict(found)}", style="bold")
-    yield fact_table(facts(found))
+def diagnosis_report(incident: Event, *, max_width: int) -> Iterator[RenderableType]:
+    """Yield what to print of a diagnosis: the verdict, the facts, experiments and trend."""
+    diagnosis = read_diagnosis(incident.fields)
+    yield Text(f"\nclient {incident.client_id}: {verdict(diagnosis)}", style="bold")
+    yield fact_table(facts(diagnosis))
     for title, headings, rows in (
         ("The same steps again, with one thing changed", EXPERIMENT_HEADINGS, experiment_rows),
         ("The steps before", TREND_HEADINGS, trend_rows),
     ):
-        if lines := rows(found):
+        if lines := rows(diagnosis):
             yield Text(title)
             yield fitting_table(_columns(headings, lines), title=None, max_width=max_width)
 
 
-def draw_diagnosis(incident: Mapping[str, Any], path: Path, *, title: str) -> None:
+def draw_diagnosis(incident: Event, path: Path, *, title: str) -> None:
     """Draw a diagnosis's trend and what its experiments showed into a PNG.
 
     Raises:
@@ -54,34 +56,34 @@ def draw_diagnosis(incident: Mapping[str, Any], path: Path, *, title: str) -> No
     from matplotlib.figure import Figure  # noqa: PLC0415
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
-    found = read_diagnosis(incident)
+    diagnosis = read_diagnosis(incident.fields)
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{title}: {found.cause} at step {found.step}")
+    figure.suptitle(f"{title}: {diagnosis.cause} at step {diagnosis.step}")
     loss_axes, norm_axes = figure.subplots(2, 1, sharex=True)
     for axes, values, what in (
-        (loss_axes, [one.loss for one in found.trend], "loss"),
-        (norm_axes, [one.grad_norm for one in found.trend], "gradient norm"),
+        (loss_axes, [point.loss for point in diagnosis.trend], "loss"),
+        (norm_axes, [point.grad_norm for point in diagnosis.trend], "gradient norm"),
     ):
-        _draw_trend(axes, found, values)
+        _draw_trend(axes, diagnosis, values)
         axes.set_ylabel(what)
         axes.grid(alpha=0.3)
-    if any(0 < one.grad_norm < math.inf for one in found.trend):
+    if any(0 < point.grad_norm < math.inf for point in diagnosis.trend):
         norm_axes.set_yscale("log")
     norm_axes.set_xlabel("step")
     norm_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    told = [
+    results = [
         " ".join(word for word in (name, value, "-", result) if word)
-        for name, value, result, _ in experiment_rows(found)
+        for name, value, result, _ in experiment_rows(diagnosis)
     ]
-    if told:
-        figure.supxlabel("\n".join(told), fontsize=9, family="monospace")
+    if results:
+        figure.supxlabel("\n".join(results), fontsize=9, family="monospace")
     figure.savefig(path, dpi=120, format="png")
 
 
-def _draw_trend(axes: Any, found: Diagnosis, values: Sequence[float]) -> None:  # noqa: ANN401
+def _draw_trend(axes: Any, diagnosis: Diagnosis, values: Sequence[float]) -> None:  # noqa: ANN401
     """Draw numbers over the steps; those that aren't finite are crosses at the top."""
-    steps = [one.step for one in found.trend]
+    steps = [point.step for point in diagnosis.trend]
     axes.plot(steps, [v if math.isfinite(v) else math.nan for v in values], marker="o")
     lost = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
     if lost:
@@ -89,7 +91,7 @@ def _draw_trend(axes: Any, found: Diagnosis, values: Sequence[float]) -> None:  
         axes.plot(
             lost, [0.95] * len(lost), "x", color="tab:red", transform=high, label="not finite"
         )
-    axes.axvline(found.step, color="tab:red", linestyle="--", label="the bad step")
+    axes.axvline(diagnosis.step, color="tab:red", linestyle="--", label="the bad step")
     axes.legend(loc="upper left")
 
 

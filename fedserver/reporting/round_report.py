@@ -1,22 +1,28 @@
-"""One round told as a person would: when, who, what came of it, what went wrong."""
+"""The report of one round for a person: when, who, what came of it, what went wrong."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedrounds.times import to_the_second
+from fedrounds.times import iso_time
 from fedrounds.types import IncidentKind, LeaveReason
 from fedserver.clients.sampling import cohort_seed
-from fedserver.models.client_metrics import spread_text
+from fedserver.history import AttemptHistory, OrderHistory, UpdateHistory
+from fedserver.models.client_metrics import client_evaluation_text
 from fedserver.numbers import numbers_text
-from fedserver.records import Adjustments, Suspension
-from fedserver.reporting.diagnosis_report import NUM_SHOWN_WHOLE, diagnosed, diagnosis_account
+from fedserver.phases import OrderState, Phase
+from fedserver.records import Event, Suspension
+from fedserver.reporting.diagnosis_report import (
+    NUM_SHOWN_WHOLE,
+    diagnosed_incidents,
+    diagnosis_report,
+)
 from fedserver.reporting.tables import (
     Column,
-    History,
     fact_table,
     fitting_table,
     number_text,
@@ -24,8 +30,6 @@ from fedserver.reporting.tables import (
     share_text,
 )
 from fedserver.rounds.adjustments import adjustment_text
-
-Values = Mapping[str, Any]
 
 _WORDS: Mapping[str, str] = {
     IncidentKind.NON_FINITE_LOSS: "training stopped: the loss wasn't finite",
@@ -70,7 +74,13 @@ _STOPS = {
     IncidentKind.CLIENT_LOST,
 }
 _VERDICTS = {IncidentKind.UPDATE_REFUSED, IncidentKind.UPDATE_EXCLUDED}
-_ENDED_WITHOUT = ("REFUSED", "EXCLUDED", "LATE", "ABANDONED")
+_ENDED_WITHOUT = (
+    OrderState.REFUSED,
+    OrderState.EXCLUDED,
+    OrderState.LATE,
+    OrderState.ABANDONED,
+)
+_NOT_NUMBERS = {"reason", "suspended_until", "first", "second", "failure"}
 _DIGITS = 12
 _PERSONAL_LEGEND = "personal: accuracy of what the client itself uses, after the round"
 _LEGEND = (
@@ -79,8 +89,8 @@ _LEGEND = (
 )
 
 
-def round_account(
-    history: History,
+def round_report(
+    history: Sequence[AttemptHistory],
     round_number: int,
     *,
     latest_round: int,
@@ -90,87 +100,107 @@ def round_account(
     run_settings: Mapping[str, Any],
     max_width: int,
 ) -> Iterator[RenderableType]:
-    """Yield what to print of a round, in order; of the run's `history` that one and the one before.
+    """Yield what to print of a round, in order; `history` holds it and the round before it.
 
     `latest_round` is the run's, `entry_digest` is of its entry in the ledger, `suspensions` are
     those of this moment.
     """
-    attempts = [one for one in history if one["round"] == round_number]
-    before = [one for one in history if one["round"] == round_number - 1 and one["phase"] == "DONE"]
-    yield Text(f"{title}: {phase_text(attempts[-1])}", style="bold")
+    attempts = [attempt for attempt in history if attempt.round_number == round_number]
+    before = next(
+        (
+            attempt
+            for attempt in history
+            if attempt.round_number == round_number - 1 and attempt.is_done
+        ),
+        None,
+    )
+    yield Text(f"{title}: {phase_text(attempts[-1].phase)}", style="bold")
     for attempt in attempts:
         if len(attempts) > 1:
-            yield _heading(f"Attempt {attempt['attempt']}: {phase_text(attempt)}")
-        yield fact_table(
-            [*_times(attempt), *_choice(attempt, run_settings), *_results(attempt, before)]
-        )
-        if changed := adjustment_text(Adjustments(**attempt["adjustments"])):
-            yield Text(f"changed for this attempt: {changed}")
-        yield _heading(_turnout(attempt))
-        yield _cohort_table(attempt, max_width=max_width)
-        if attempt["client_evaluation"]:
-            yield Text(_LEGEND, style="dim")
-        if any("personal_accuracy" in one["metrics"] for one in attempt["updates"]):
-            yield Text(_PERSONAL_LEGEND, style="dim")
-        for line in _shortfalls(attempt):
-            yield Text(line)
-        if attempt["incidents"]:
-            yield _heading("Incidents")
-        for incident in attempt["incidents"]:
-            text = incident_text(incident, is_beside_verdict=True)
-            yield Text(f"{to_the_second(incident['at'])}  {text}")
-        for incident in diagnosed(attempt)[:NUM_SHOWN_WHOLE]:
-            yield from diagnosis_account(incident, max_width=max_width)
-    suspended = [one for one in suspensions.values() if one.suspended_until > latest_round]
+            yield _heading(f"Attempt {attempt.attempt}: {phase_text(attempt.phase)}")
+        yield from _attempt_report(attempt, before, run_settings, max_width=max_width)
+    suspended = [
+        suspension
+        for suspension in suspensions.values()
+        if suspension.suspended_until > latest_round
+    ]
     if suspended:
         yield _heading("Sitting out at this moment")
-    for one in sorted(suspended, key=lambda one: one.client_id):
-        why = _WORDS.get(one.reason, one.reason)
-        yield Text(f"client {one.client_id} until round {one.suspended_until}: {why}")
+    for suspension in sorted(suspended, key=lambda suspension: suspension.client_id):
+        why = _WORDS.get(suspension.reason, suspension.reason)
+        yield Text(f"client {suspension.client_id} until round {suspension.suspended_until}: {why}")
     if entry_digest is not None:
         yield Text(f"\nIn the ledger with an entry of digest {entry_digest[:_DIGITS]}")
 
 
-def incident_lines(history: History) -> list[str]:
+def _attempt_report(
+    attempt: AttemptHistory,
+    before: AttemptHistory | None,
+    run_settings: Mapping[str, Any],
+    *,
+    max_width: int,
+) -> Iterator[RenderableType]:
+    yield fact_table(
+        [*_times(attempt), *_choice(attempt, run_settings), *_results(attempt, before)]
+    )
+    if changed := adjustment_text(attempt.adjustments):
+        yield Text(f"changed for this attempt: {changed}")
+    yield _heading(_turnout(attempt))
+    yield _cohort_table(attempt, max_width=max_width)
+    if attempt.client_evaluation is not None:
+        yield Text(_LEGEND, style="dim")
+    if any("personal_accuracy" in update.metrics for update in attempt.updates):
+        yield Text(_PERSONAL_LEGEND, style="dim")
+    for line in _shortfalls(attempt):
+        yield Text(line)
+    if attempt.incidents:
+        yield _heading("Incidents")
+    for incident in attempt.incidents:
+        text = incident_text(incident, is_beside_verdict=True)
+        yield Text(f"{_second_text(incident.at)}  {text}")
+    for incident in diagnosed_incidents(attempt)[:NUM_SHOWN_WHOLE]:
+        yield from diagnosis_report(incident, max_width=max_width)
+
+
+def incident_lines(history: Sequence[AttemptHistory]) -> list[str]:
     """Return a line for each incident of a run, in order: when, in which round, in words.
 
     Its kind, by which the documentation calls it, stands at the end.
     """
     return [
-        f"{to_the_second(incident['at'])} round {entry['round']}: {incident_text(incident)} "
-        f"[{incident['kind']}]"
-        for entry in history
-        for incident in entry["incidents"]
+        f"{_second_text(incident.at)} round {attempt.round_number}: {incident_text(incident)} "
+        f"[{incident.kind}]"
+        for attempt in history
+        for incident in attempt.incidents
     ]
 
 
-def incident_text(incident: Values, *, is_beside_verdict: bool = False) -> str:
+def incident_text(incident: Event, *, is_beside_verdict: bool = False) -> str:
     """Return an incident in words: who, what, and the numbers that show it.
 
-    Beside the verdict on an update, which tells why, an incident doesn't tell it once more.
+    Beside the verdict on an update, which gives the reason, it isn't given once more.
     """
-    kind = incident["kind"]
-    who = "" if incident["client"] is None else f"client {incident['client']}: "
+    kind, fields = incident.kind, incident.fields
+    who = "" if incident.client_id is None else f"client {incident.client_id}: "
     if kind == IncidentKind.CAUSE_SHARED:
         return _shared_text(incident)
-    if kind == IncidentKind.CLIENT_LEFT and "clients" in incident:
-        who = f"clients {numbers_text(incident['clients'])}"
-        return f"{who} left the run: {_leave_text(incident['reason'])}"
-    if "verdict" in incident:
-        return f"{who}{incident['verdict']}"
-    known = {"kind", "at", "client", "reason", "suspended_until", "first", "second", "failure"}
+    if kind == IncidentKind.CLIENT_LEFT and "clients" in fields:
+        who = f"clients {numbers_text(fields['clients'])}"
+        return f"{who} left the run: {_leave_text(fields['reason'])}"
+    if "verdict" in fields:
+        return f"{who}{fields['verdict']}"
     # The numbers of a verdict are in its reason.
-    left_out = set(incident) if kind in _VERDICTS else known
+    shown = {} if kind in _VERDICTS else fields
     numbers = ", ".join(
-        _quantity_text(key, value)
-        for key, value in incident.items()
-        if key not in left_out and value is not None
+        _quantity_text(name, value)
+        for name, value in shown.items()
+        if name not in _NOT_NUMBERS and value is not None
     )
-    tells_reason = not (is_beside_verdict and kind in _VERDICTS)
-    reason = incident.get("reason") if tells_reason else None
+    gives_reason = not (is_beside_verdict and kind in _VERDICTS)
+    reason = fields.get("reason") if gives_reason else None
     if reason is not None and kind == IncidentKind.CLIENT_LEFT:
         reason = _leave_text(reason)
-    back_in = incident.get("suspended_until")
+    back_in = fields.get("suspended_until")
     return (
         f"{who}{_WORDS.get(kind, kind.replace('-', ' '))}"
         + (f": {reason}" if reason else "")
@@ -180,161 +210,169 @@ def incident_text(incident: Values, *, is_beside_verdict: bool = False) -> str:
 
 
 def _leave_text(reason: str) -> str:
-    """Return in words why a client left: what it said, or what the server concluded."""
+    """Return in words why a client left: the reason it gave, or what the server concluded."""
     return _LEAVE_REASONS.get(reason, reason)
 
 
-def _shared_text(incident: Values) -> str:
-    clients = ", ".join(map(str, incident["clients"]))
+def _shared_text(incident: Event) -> str:
+    fields = incident.fields
+    clients = ", ".join(map(str, fields["clients"]))
     return (
-        f"clients {clients} of {incident['answers']} that answered report {incident['cause']}: "
-        f"{incident['change']}"
+        f"clients {clients} of {fields['answers']} that answered report {fields['cause']}: "
+        f"{fields['change']}"
     )
 
 
-def _times(attempt: Values) -> list[tuple[str, str]]:
-    opened, closed, finished = (attempt[f"{one}_at"] for one in ("started", "closed", "finished"))
-    collected_s, took_s = attempt["collected_s"], attempt["took_s"]
-    times = [("opened", to_the_second(opened))]
-    if closed:
-        times.append(("closed", to_the_second(closed) + _after_text(collected_s)))
-    if finished:
-        word = "finished" if attempt["model_digest"] else "failed"
-        since_close_s = took_s if collected_s is None else _difference(took_s, collected_s)
-        times.append((word, to_the_second(finished) + _after_text(since_close_s)))
+def _times(attempt: AttemptHistory) -> list[tuple[str, str]]:
+    times = [("opened", _second_text(attempt.started_at))]
+    if attempt.closed_at is not None:
+        closed = _second_text(attempt.closed_at) + _after_text(attempt.collected_s)
+        times.append(("closed", closed))
+    if attempt.finished_at is not None:
+        word = "finished" if attempt.model_digest else "failed"
+        since_close_s = (
+            attempt.took_s
+            if attempt.collected_s is None
+            else _difference(attempt.took_s, attempt.collected_s)
+        )
+        times.append((word, _second_text(attempt.finished_at) + _after_text(since_close_s)))
     return times
 
 
-def _choice(attempt: Values, run_settings: Values) -> list[tuple[str, str]]:
+def _choice(attempt: AttemptHistory, run_settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return how the cohort was chosen, where not everybody was asked."""
     if not run_settings.get("clients_per_round"):
         return []
     seed = cohort_seed(
-        run_settings["seed"], round_number=attempt["round"], attempt=attempt["attempt"]
+        run_settings["seed"], round_number=attempt.round_number, attempt=attempt.attempt
     )
-    how = f"{len(attempt['cohort'])} clients, {run_settings['cohort']}, drawn with seed {seed}"
+    how = f"{len(attempt.cohort)} clients, {run_settings['cohort']}, drawn with seed {seed}"
     return [("cohort", how)]
 
 
-def _results(attempt: Values, before: History) -> list[tuple[str, str]]:
-    of_round = f" (of round {attempt['round'] - 1})" if attempt["round"] > 1 else ""
-    results = [("base model", attempt["base_digest"][:_DIGITS] + of_round)]
-    if attempt["model_digest"]:
-        results.append(("model", attempt["model_digest"][:_DIGITS]))
-    earlier = (before[0]["evaluation"] if before else None) or {}
-    for name, value in (attempt["evaluation"] or {}).items():
-        if not isinstance(value, float):
+def _results(attempt: AttemptHistory, before: AttemptHistory | None) -> list[tuple[str, str]]:
+    number = attempt.round_number
+    of_round = f" (of round {number - 1})" if number > 1 else ""
+    results = [("base model", attempt.base_digest[:_DIGITS] + of_round)]
+    if attempt.model_digest:
+        results.append(("model", attempt.model_digest[:_DIGITS]))
+    numbers = attempt.evaluation.numbers if attempt.evaluation is not None else {}
+    earlier_numbers = (
+        before.evaluation.numbers if before is not None and before.evaluation is not None else {}
+    )
+    for name, value in numbers.items():
+        if value is None:
             continue
-        change = ""
-        if isinstance(earlier.get(name), float):
-            change = f", {value - earlier[name]:+.4f} on round {attempt['round'] - 1}"
+        earlier = earlier_numbers.get(name)
+        change = "" if earlier is None else f", {value - earlier:+.4f} on round {number - 1}"
         results.append((name.replace("_", " "), number_text(value) + change))
-    if said := attempt["client_evaluation"]:
-        results.append(("base model on its clients", spread_text(said)))
+    if attempt.client_evaluation is not None:
+        text = client_evaluation_text(attempt.client_evaluation)
+        results.append(("base model on its clients", text))
     return results
 
 
-def _turnout(attempt: Values) -> str:
-    num_good = sum(one["verdict"] in ("COUNTED", "STORED") for one in attempt["updates"])
-    word = "counted" if attempt["model_digest"] else "stored"
-    if num_carried := attempt["carried_over"]:
-        given = f"{len(attempt['cohort'])} orders given, {num_carried} carried over"
+def _turnout(attempt: AttemptHistory) -> str:
+    num_good = sum(
+        update.verdict in (OrderState.COUNTED, OrderState.STORED) for update in attempt.updates
+    )
+    word = "counted" if attempt.model_digest else "stored"
+    if num_carried := attempt.num_carried_over:
+        given = f"{len(attempt.cohort)} orders given, {num_carried} carried over"
         return f"{num_good} updates {word}; {given} from earlier rounds"
-    return f"{num_good} of {len(attempt['cohort'])} updates {word}"
+    return f"{num_good} of {len(attempt.cohort)} updates {word}"
 
 
-def _cohort_table(attempt: Values, *, max_width: int) -> Table:
-    updates = {one["order_id"]: one for one in attempt["updates"]}
-    given = {one["order_id"] for one in attempt["orders"]}
-    carried = [
-        {**one, "state": one["verdict"]}
-        for one in attempt["updates"]
-        if one["order_id"] not in given
+def _cohort_table(attempt: AttemptHistory, *, max_width: int) -> Table:
+    updates = {update.order_id: update for update in attempt.updates}
+    given = {order.order_id for order in attempt.orders}
+    carried = [update for update in attempt.updates if update.order_id not in given]
+    rows: list[tuple[int, OrderState, UpdateHistory | None]] = [
+        *((order.client_id, order.state, updates.get(order.order_id)) for order in attempt.orders),
+        *((update.client_id, update.verdict, update) for update in carried),
     ]
-    orders = sorted([*attempt["orders"], *carried], key=lambda one: int(one["client"]))
-    found = [updates.get(one["order_id"], {}) for one in orders]
-    metrics = [one.get("metrics", {}) for one in found]
+    rows.sort(key=lambda row: row[0])
+    received = [update for _, _, update in rows]
+    metrics = [{} if update is None else update.metrics for update in received]
     columns = [
-        Column("client", [str(one["client"]) for one in orders]),
-        Column("verdict", [one["state"].lower() for one in orders], "left"),
-        Column("examples", [str(one.get("num_examples", "")) for one in found]),
-    ]
-    if any("global_accuracy" in one for one in metrics):
-        before = [_metric_text(one.get("global_accuracy")) for one in metrics]
-        columns.append(Column("base", before))
-    if any("personal_accuracy" in one for one in metrics):
-        own = [_metric_text(one.get("personal_accuracy")) for one in metrics]
-        columns.append(Column("personal", own))
-    columns += [
-        # While it trained, of the examples it trained on: no measure of a model.
-        Column("training", [_metric_text(one.get("accuracy")) for one in metrics]),
-        Column("loss", [_metric_text(one.get("loss")) for one in metrics]),
+        Column("client", [str(client_id) for client_id, _, _ in rows]),
+        Column("verdict", [state.lower() for _, state, _ in rows], "left"),
         Column(
-            "answered",
-            [
-                "" if one.get("answered_s") is None else f"{one['answered_s']:.2f} s"
-                for one in found
-            ],
-        ),
-        Column(
-            "took",
-            [_metric_text(one.get("train_s"), "{:.2f} s") for one in metrics],
+            "examples",
+            ["" if update is None else str(update.num_examples) for update in received],
         ),
     ]
     if carried:
-        stale = [str(one.get("staleness", "")) for one in found]
+        stale = ["" if update is None else str(update.staleness) for update in received]
         columns.insert(2, Column("stale", stale))
-    if attempt["compression"]:
-        whole = attempt["base_bytes"]
-        sent = [one["size_bytes"] / whole if one else None for one in found]
-        lost = [one.get("compression_error") for one in metrics]
+    if any("global_accuracy" in reported for reported in metrics):
+        columns.append(Column("base", _metric_cells(metrics, "global_accuracy")))
+    if any("personal_accuracy" in reported for reported in metrics):
+        columns.append(Column("personal", _metric_cells(metrics, "personal_accuracy")))
+    answered = [None if update is None else update.answered_s for update in received]
+    columns += [
+        # While it trained, of the examples it trained on: no measure of a model.
+        Column("training", _metric_cells(metrics, "accuracy")),
+        Column("loss", _metric_cells(metrics, "loss")),
+        Column("answered", ["" if s is None else f"{s:.2f} s" for s in answered]),
+        Column("took", _metric_cells(metrics, "train_s", "{:.2f} s")),
+    ]
+    if attempt.compression is not None:
+        whole = attempt.base_bytes
+        sent = [None if update is None else update.size_bytes / whole for update in received]
+        lost = [reported.get("compression_error") for reported in metrics]
         columns += [
-            Column("sent", [share_text(one) for one in sent]),
-            Column("lost", [share_text(one) for one in lost]),
+            Column("sent", [share_text(share) for share in sent]),
+            Column("lost", [share_text(share) for share in lost]),
         ]
     return fitting_table(columns, title=None, max_width=max_width)
 
 
-def _shortfalls(attempt: Values) -> Iterator[str]:
+def _shortfalls(attempt: AttemptHistory) -> Iterator[str]:
     """Yield for each client whose update didn't count why it didn't."""
-    updates = {one["order_id"]: one for one in attempt["updates"]}
-    for order in attempt["orders"]:
-        if order["state"] in _ENDED_WITHOUT:
-            client = order["client"]
-            why = _why(attempt, order, updates.get(order["order_id"]))
-            yield f"client {client} {order['state'].lower()}: {why}"
+    updates = {update.order_id: update for update in attempt.updates}
+    for order in attempt.orders:
+        if order.state in _ENDED_WITHOUT:
+            why = _why(attempt, order, updates.get(order.order_id))
+            yield f"client {order.client_id} {order.state.lower()}: {why}"
 
 
-def _why(attempt: Values, order: Values, update: Values | None) -> str:
-    state, client = order["state"], order["client"]
-    if update is not None and update["reason"]:
-        return str(update["reason"])
-    if attempt["phase"] == "DONE" and order["ended_at"] > attempt["finished_at"]:
-        # Carried over; what went wrong is told of the round in which it did.
-        ended_at = to_the_second(order["ended_at"])
+def _why(attempt: AttemptHistory, order: OrderHistory, update: UpdateHistory | None) -> str:
+    if update is not None and update.reason:
+        return update.reason
+    if attempt.is_done and (order.ended_at or 0.0) > (attempt.finished_at or 0.0):
+        # Carried over; what went wrong stands in the round in which it did.
+        ended_at = _second_text(order.ended_at or 0.0)
         return f"its order went on after the round and ended at {ended_at}"
-    if state == "LATE":
+    if order.state is OrderState.LATE:
         if update is None:
             return "nothing had come when the round closed"
-        late_s = _difference(update["received_after_s"], attempt["collected_s"])
+        late_s = _difference(update.received_after_s, attempt.collected_s)
         return f"it came{'' if late_s is None else f' {late_s:.2f} s'} after the close"
     stops = [
-        one
-        for one in attempt["incidents"]
-        if one["client"] == client and one["kind"] in _STOPS and not _is_cured(one)
+        incident
+        for incident in attempt.incidents
+        if incident.client_id == order.client_id
+        and incident.kind in _STOPS
+        and not _is_cured(incident)
     ]
     if stops:
-        return incident_text({**stops[-1], "client": None})
-    ended = attempt["phase"] in ("FAILED", "ABANDONED")
-    return f"the attempt {phase_text(attempt)}" if ended else "the client gave it up"
+        return incident_text(replace(stops[-1], client_id=None))
+    has_ended = attempt.phase in (Phase.FAILED, Phase.ABANDONED)
+    return f"the attempt {phase_text(attempt.phase)}" if has_ended else "the client gave it up"
 
 
-def _is_cured(incident: Values) -> bool:
-    return "diagnosis" in incident and bool(incident["diagnosis"]["remedy"]["is_working"])
+def _is_cured(incident: Event) -> bool:
+    fields = incident.fields
+    return "diagnosis" in fields and bool(fields["diagnosis"]["remedy"]["is_working"])
 
 
 def _heading(text: str) -> Text:
     return Text(f"\n{text}", style="bold")
+
+
+def _second_text(at: float) -> str:
+    return iso_time(at, timespec="seconds")
 
 
 def _difference(end_s: float | None, begin_s: float | None) -> float | None:
@@ -345,9 +383,14 @@ def _after_text(seconds: float | None) -> str:
     return "" if seconds is None else f", after {seconds:.2f} s"
 
 
-def _metric_text(value: object, shape: str = "{:.4f}") -> str:
-    # A number that isn't finite is kept by its name.
-    return shape.format(value) if isinstance(value, float) else str(value or "")
+def _metric_cells(
+    metrics: Sequence[Mapping[str, float | str]], name: str, shape: str = "{:.4f}"
+) -> list[str]:
+    """Return a metric of each client as text; one that isn't finite is kept by its name."""
+    values = [reported.get(name) for reported in metrics]
+    return [
+        shape.format(value) if isinstance(value, float) else str(value or "") for value in values
+    ]
 
 
 def _quantity_text(name: str, value: object) -> str:

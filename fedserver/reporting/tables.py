@@ -1,19 +1,21 @@
 """A run's history as a person reads it: tables and pictures."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from fedserver.models.client_metrics import told_of_models
-from fedserver.records import HeldUpdate
+from fedserver.history import AttemptHistory, AttemptResult, attempts_that_asked
+from fedserver.phases import OrderState, Phase
+from fedserver.records import HeldUpdate, ModelEvaluation
 
-History = Sequence[Mapping[str, Any]]
+V = TypeVar("V")
 
 _MAX_CLASSES_LABELLED = 20
 _DARK = 0.5
@@ -34,15 +36,15 @@ def fitting_table(columns: Sequence[Column], *, title: str | None, max_width: in
 
     Those that don't fit are named below it.
     """
-    widths = [max(map(len, (one.heading, *one.cells))) for one in columns]
+    widths = [max(map(len, (column.heading, *column.cells))) for column in columns]
     num_shown = len(columns)
     while num_shown > 1 and sum(widths[:num_shown]) + _GAP * (num_shown - 1) > max_width:
         num_shown -= 1
-    hidden = ", ".join(one.heading for one in columns[num_shown:])
+    hidden = ", ".join(column.heading for column in columns[num_shown:])
     table = _bare_table(title=title, caption=f"too narrow for: {hidden}" if hidden else None)
-    for one in columns[:num_shown]:
-        table.add_column(one.heading, justify=one.justify, no_wrap=True)
-    for cells in zip(*(one.cells for one in columns[:num_shown]), strict=True):
+    for column in columns[:num_shown]:
+        table.add_column(column.heading, justify=column.justify, no_wrap=True)
+    for cells in zip(*(column.cells for column in columns[:num_shown]), strict=True):
         table.add_row(*cells)
     return table
 
@@ -69,74 +71,80 @@ def fact_table(lines: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def round_table(history: History, *, title: str, max_width: int) -> Table:
+def number_text(value: float | None) -> str:
+    """Return a measured number with four decimals, nothing for None."""
+    return "" if value is None else f"{value:.4f}"
+
+
+def share_text(value: float | str | None) -> str:
+    """Return a share as per cent, nothing for None; one that isn't finite is kept by its name."""
+    return f"{100 * value:.3g} %" if isinstance(value, float) else value or ""
+
+
+def round_table(history: Sequence[AttemptHistory], *, title: str, max_width: int) -> Table:
     """Return a table with one row for each attempt at a round.
 
     Where clients were asked: mean, worst tenth and standard deviation of the model's accuracies on
-    them, as they were told when the next round began.
+    them, as they reported when the next round began.
     """
-    again = [f" ({one['attempt']})" if one["attempt"] > 1 else "" for one in history]
-    evaluations = [one["evaluation"] or {} for one in history]
-    counted = [sum(one["verdict"] == "COUNTED" for one in entry["updates"]) for entry in history]
-    told_by = told_of_models(history)
-    told = [
-        told_by[one["round"]]["client_evaluation"]
-        if one["phase"] == "DONE" and one["round"] in told_by
-        else {}
-        for one in history
-    ]
+    asked = attempts_that_asked(history)
     on_clients = [
-        Column(heading, [number_text(one.get(name)) for one in told])
-        for heading, name in (("clients", "mean"), ("worst", "worst_decile"), ("std", "std"))
-        if told_by
+        asked[attempt.round_number].client_evaluation
+        if attempt.is_done and attempt.round_number in asked
+        else None
+        for attempt in history
     ]
-    sent = [one["compression"] or {} for one in history]
-    packed = [
-        Column("sent", [share_text(one.get("ratio")) for one in sent]),
-        Column("lost", [share_text(one.get("error")) for one in sent]),
+    client_columns = [
+        Column("clients", _cells(on_clients, lambda evaluation: evaluation.mean)),
+        Column("worst", _cells(on_clients, lambda evaluation: evaluation.worst_decile)),
+        Column("std", _cells(on_clients, lambda evaluation: evaluation.std)),
     ]
+    compressions = [attempt.compression for attempt in history]
+    compression_columns = [
+        Column("sent", _cells(compressions, lambda compression: compression.ratio, share_text)),
+        Column("lost", _cells(compressions, lambda compression: compression.error, share_text)),
+    ]
+    evaluations = [attempt.evaluation for attempt in history]
     return fitting_table(
         [
-            Column("round", [f"{one['round']}{n}" for one, n in zip(history, again, strict=True)]),
-            Column("phase", [phase_text(one) for one in history], "left"),
-            Column(
-                "counted",
-                [
-                    f"{n} of {len(one['cohort']) + one['carried_over']}"
-                    for one, n in zip(history, counted, strict=True)
-                ],
-            ),
-            Column("accuracy", [number_text(one.get("accuracy")) for one in evaluations]),
-            Column("loss", [number_text(one.get("loss")) for one in evaluations]),
-            *on_clients,
-            Column("incidents", [str(len(one["incidents"]) or "") for one in history]),
-            Column("seconds", [_seconds(one) for one in history]),
-            Column("model", [(one["model_digest"] or "")[:8] for one in history], "left"),
-            *(packed if any(sent) else ()),
+            Column("round", [_attempt_label(attempt) for attempt in history]),
+            Column("phase", [phase_text(attempt.phase) for attempt in history], "left"),
+            Column("counted", [_counted_text(attempt) for attempt in history]),
+            Column("accuracy", _cells(evaluations, lambda evaluation: evaluation.accuracy)),
+            Column("loss", _cells(evaluations, lambda evaluation: evaluation.loss)),
+            *(client_columns if asked else ()),
+            Column("incidents", [str(len(attempt.incidents) or "") for attempt in history]),
+            Column("seconds", [_seconds_text(attempt.took_s) for attempt in history]),
+            Column("model", [(attempt.model_digest or "")[:8] for attempt in history], "left"),
+            *(compression_columns if any(compressions) else ()),
         ],
         title=title,
         max_width=max_width,
     )
 
 
-def phase_text(attempt: Mapping[str, Any]) -> str:
-    """Return an attempt's phase in words."""
-    return str(attempt["phase"]).lower().replace("_", " ")
+def _cells(
+    values: Sequence[V | None],
+    number_of: Callable[[V], float | None],
+    text_of: Callable[[float | None], str] = number_text,
+) -> list[str]:
+    """Return a number of each value as text, nothing where there is no value."""
+    return [text_of(None if value is None else number_of(value)) for value in values]
 
 
-def models_by_round(history: History) -> dict[int, str]:
-    """Return the digest of the model that each round is done with; one rolled back isn't one."""
-    return {one["round"]: one["model_digest"] for one in history if one["phase"] == "DONE"}
+def _attempt_label(attempt: AttemptHistory) -> str:
+    again = f" ({attempt.attempt})" if attempt.attempt > 1 else ""
+    return f"{attempt.round_number}{again}"
 
 
-def best_round(history: History) -> int | None:
-    """Return the number of the round with the highest accuracy, the earliest of equals."""
-    evaluated = [
-        (entry["evaluation"]["accuracy"], -entry["round"])
-        for entry in history
-        if entry["evaluation"] and entry["phase"] == "DONE"
-    ]
-    return -max(evaluated)[1] if evaluated else None
+def _counted_text(attempt: AttemptHistory) -> str:
+    num_counted = sum(update.verdict is OrderState.COUNTED for update in attempt.updates)
+    return f"{num_counted} of {len(attempt.orders) + attempt.num_carried_over}"
+
+
+def phase_text(phase: Phase) -> str:
+    """Return a phase in words."""
+    return phase.lower().replace("_", " ")
 
 
 def held_table(held: Sequence[HeldUpdate], *, title: str) -> Table:
@@ -145,20 +153,20 @@ def held_table(held: Sequence[HeldUpdate], *, title: str) -> Table:
     for heading in ("order", "client", "round", "verdict", "why", "state", "bytes"):
         is_number = heading in ("client", "round", "bytes")
         table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
-    for one in held:
+    for update in held:
         table.add_row(
-            one.order_id,
-            str(one.client_id),
-            str(one.round_number),
-            one.verdict.lower(),
-            str(one.refusal.evidence["kind"]),
-            one.state.lower(),
-            str(one.kept_bytes),
+            update.order_id,
+            str(update.client_id),
+            str(update.round_number),
+            update.verdict.lower(),
+            str(update.refusal.evidence["kind"]),
+            update.state.lower(),
+            str(update.kept_bytes),
         )
     return table
 
 
-def draw_curve(history: History, path: Path) -> None:
+def draw_curve(attempts: Sequence[AttemptResult], path: Path) -> None:
     """Draw accuracy and loss over the rounds into a PNG; on the clients too, if they were asked.
 
     Raises:
@@ -169,27 +177,33 @@ def draw_curve(history: History, path: Path) -> None:
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     evaluated = [
-        (entry["round"], entry["evaluation"]["accuracy"], entry["evaluation"]["loss"])
-        for entry in history
-        if entry["evaluation"] and entry["phase"] == "DONE"
+        (attempt.round_number, _drawn(attempt.evaluation.accuracy), _drawn(attempt.evaluation.loss))
+        for attempt in attempts
+        if attempt.is_done and attempt.evaluation is not None
     ]
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="round", ylabel="accuracy")
     loss_axes = axes.twinx()
     loss_axes.set_ylabel("loss")
-    told = {number: one["client_evaluation"] for number, one in told_of_models(history).items()}
-    told.pop(0, None)
-    if told:
-        numbers, summaries = list(told), list(told.values())
-        low, high, mean, worst = (
-            [one[name] for one in summaries]
-            for name in ("quartile_1", "quartile_3", "mean", "worst_decile")
-        )
+    on_clients = [
+        (round_number, asked.client_evaluation)
+        for round_number, asked in attempts_that_asked(attempts).items()
+        if round_number > 0 and asked.client_evaluation is not None
+    ]
+    if on_clients:
+        numbers = [round_number for round_number, _ in on_clients]
         axes.fill_between(
-            numbers, low, high, color="tab:green", alpha=0.2, label="middle half of the clients"
+            numbers,
+            [evaluation.quartile_1 for _, evaluation in on_clients],
+            [evaluation.quartile_3 for _, evaluation in on_clients],
+            color="tab:green",
+            alpha=0.2,
+            label="middle half of the clients",
         )
+        mean = [evaluation.mean for _, evaluation in on_clients]
         axes.plot(numbers, mean, marker=".", color="tab:green", label="mean of the clients")
+        worst = [evaluation.worst_decile for _, evaluation in on_clients]
         axes.plot(numbers, worst, ls="--", color="tab:red", label="worst tenth of the clients")
     if evaluated:
         rounds, accuracies, losses = zip(*evaluated, strict=True)
@@ -202,9 +216,16 @@ def draw_curve(history: History, path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def class_table(evaluation: Mapping[str, Any], *, title: str) -> Table:
-    """Return a row for each class: its accuracy, and how often which class was answered."""
-    confusion, accuracies = evaluation["confusion"], evaluation["class_accuracy"]
+def _drawn(number: float | None) -> float:
+    """Return a number to draw; a gap for one that isn't finite."""
+    return math.nan if number is None else number
+
+
+def class_table(evaluation: ModelEvaluation, *, title: str) -> Table:
+    """Return a row for each class: its accuracy, and how often each class was answered."""
+    confusion, accuracies = evaluation.confusion, evaluation.class_accuracy
+    assert confusion is not None
+    assert accuracies is not None
     table = _bare_table(title=title)
     table.add_column("true", justify="right")
     table.add_column("accuracy", justify="right")
@@ -219,8 +240,8 @@ def class_table(evaluation: Mapping[str, Any], *, title: str) -> Table:
     return table
 
 
-def draw_confusion(evaluation: Mapping[str, Any], path: Path, *, title: str) -> None:
-    """Draw the confusion matrix into a PNG, each row as shares of its true class.
+def draw_confusion(confusion: Sequence[Sequence[int]], path: Path, *, title: str) -> None:
+    """Draw a confusion matrix into a PNG, each row as shares of its true class.
 
     Raises:
         ImportError: the extra `plot` isn't installed.
@@ -228,8 +249,8 @@ def draw_confusion(evaluation: Mapping[str, Any], path: Path, *, title: str) -> 
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    headings = _answers(evaluation["confusion"])
-    rows = [row[: len(headings)] for row in evaluation["confusion"]]
+    headings = _answers(confusion)
+    rows = [row[: len(headings)] for row in confusion]
     shares = [[count / max(1, sum(row)) for count in row] for row in rows]
     figure = Figure(figsize=(7, 6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -243,7 +264,9 @@ def draw_confusion(evaluation: Mapping[str, Any], path: Path, *, title: str) -> 
             for answer, count in enumerate(row):
                 if count:
                     color = "white" if shares[true][answer] > _DARK else "black"
-                    axes.text(answer, true, count, ha="center", va="center", color=color, size=8)
+                    axes.text(
+                        answer, true, str(count), ha="center", va="center", color=color, size=8
+                    )
     figure.savefig(path, dpi=120, format="png")
 
 
@@ -253,15 +276,5 @@ def _answers(confusion: Sequence[Sequence[int]]) -> list[str]:
     return [str(number) for number in range(len(confusion))] + ["none"] * has_others
 
 
-def number_text(value: float | None) -> str:
-    """Return a measured number with four decimals, nothing for None."""
-    return "" if value is None else f"{value:.4f}"
-
-
-def share_text(value: float | str | None) -> str:
-    """Return a share as per cent, nothing for None; one that isn't finite is kept by its name."""
-    return f"{100 * value:.3g} %" if isinstance(value, float) else value or ""
-
-
-def _seconds(entry: Mapping[str, Any]) -> str:
-    return "" if entry["took_s"] is None else f"{entry['took_s']:.2f}"
+def _seconds_text(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.2f}"

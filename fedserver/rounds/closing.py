@@ -17,7 +17,7 @@ from fedserver.events import event_of
 from fedserver.housekeeping.retention import Retention
 from fedserver.models.aggregation import reduce_updates
 from fedserver.models.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
-from fedserver.models.client_metrics import client_events, summarise_clients
+from fedserver.models.client_metrics import client_evaluation_events, summarise_clients
 from fedserver.models.evaluation import Evaluations
 from fedserver.records import Adjustments, Event, Exclusion, Round, StoredUpdate
 from fedserver.rounds.collecting import Collecting, verdict_text
@@ -214,7 +214,7 @@ class Closer:
             [update.update for update in counted if not update.staleness], holdout=settings.holdout
         )
         events = [
-            *client_events(closed, client_metrics),
+            *client_evaluation_events(closed, client_metrics),
             *bounded,
             event_of("round-done", closed, updates=len(counted), model=model.digest),
             *decision.events,

@@ -79,7 +79,7 @@ class Coordinator:
         self._evaluations = Evaluations(
             evaluator,
             max_rollbacks=settings.max_rollbacks,
-            raises_alarms=is_used,
+            detects_regressions=is_used,
             store=store,
             checkpoints=checkpoints,
             open_orders=open_orders,

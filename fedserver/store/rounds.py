@@ -1,6 +1,6 @@
 """Rounds: opened, closed, failed, finished; each step one transaction."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,16 @@ from sqlalchemy import Select, func, or_, select, update
 
 from fedrounds.diagnosis.values import Cause
 from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState, Phase, RoundEvent
-from fedserver.records import NO_ADJUSTMENTS, Adjustments, Event, Exclusion, Order, Round
+from fedserver.records import (
+    NO_ADJUSTMENTS,
+    Adjustments,
+    ClientEvaluation,
+    Event,
+    Exclusion,
+    ModelEvaluation,
+    Order,
+    Round,
+)
 from fedserver.store import schema
 from fedserver.store.database import Database
 from fedserver.store.ledger import append_entry, append_rollback, read_verdicts
@@ -204,7 +213,7 @@ class Rounds(Database):
         happened: Sequence[Event],
         adjustments_after: Adjustments = NO_ADJUSTMENTS,
         exclusions: Sequence[Exclusion] = (),
-        client_evaluation: Mapping[str, float] | None = None,
+        client_evaluation: ClientEvaluation | None = None,
         stale_before: int = 0,
     ) -> None:
         """Record the next global model, the verdicts, the ledger's entry and the round after.
@@ -221,7 +230,7 @@ class Rounds(Database):
                 RoundEvent.FINISH,
                 model_digest=model_digest,
                 state_digest=state_digest,
-                client_evaluation=client_evaluation,
+                client_evaluation=client_evaluation and client_evaluation.as_json(),
                 adjustments_after=adjustments_after.as_json(),
                 finished_at=at,
                 finished_s=read_clock(connection, run_id),
@@ -256,10 +265,10 @@ class Rounds(Database):
     def record_evaluation(
         self,
         evaluated: Round,
-        evaluation: Mapping[str, object],
-        happened: Event,
+        evaluation: ModelEvaluation,
+        event: Event,
         *,
-        alarm: str | None = None,
+        regression: str | None = None,
     ) -> None:
         """Record how good the model is that a DONE round produced, and what is wrong with it."""
         with self.writing() as connection:
@@ -267,12 +276,12 @@ class Rounds(Database):
                 update(schema.rounds)
                 .where(*in_round(schema.rounds, evaluated), schema.rounds.c.phase == Phase.DONE)
                 .values(
-                    evaluation=dict(evaluation),
+                    evaluation=evaluation.as_json(),
                     # Clients may have said meanwhile that it is bad.
-                    alarm=schema.rounds.c.alarm if alarm is None else alarm,
+                    alarm=schema.rounds.c.alarm if regression is None else regression,
                 )
             )
-            add_events(connection, evaluated.run_id, [happened])
+            add_events(connection, evaluated.run_id, [event])
 
     def unevaluated_rounds(self, run_id: str) -> list[Round]:
         """Return the DONE rounds without an evaluation."""
@@ -289,11 +298,11 @@ class Rounds(Database):
             ).all()
             return [read_round(connection, row) for row in rows]
 
-    def good_evaluations(self, run_id: str) -> list[dict[str, Any]]:
-        """Return round, loss and accuracy of DONE rounds with good models, in order."""
+    def good_evaluations(self, run_id: str) -> dict[int, ModelEvaluation]:
+        """Return loss and accuracy of the good models of DONE rounds by round, in order."""
         table = schema.rounds
         with self.reading() as connection:
-            found = connection.execute(
+            rows = connection.execute(
                 select(table.c.round, measured("loss"), measured("accuracy"))
                 .where(
                     table.c.run_id == run_id,
@@ -302,8 +311,8 @@ class Rounds(Database):
                     table.c.alarm.is_(None),
                 )
                 .order_by(table.c.round)
-            ).mappings()
-            return [dict(one) for one in found]
+            ).all()
+        return {row.round: ModelEvaluation(accuracy=row.accuracy, loss=row.loss) for row in rows}
 
     def last_done_round(self, run_id: str) -> Round | None:
         """Return the last DONE round, None if there is none."""

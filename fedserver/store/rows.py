@@ -9,8 +9,10 @@ from fedrounds.types import ClientUpdate, Encoding, Section
 from fedserver.phases import OrderState, Phase
 from fedserver.records import (
     Adjustments,
+    ClientEvaluation,
     HeldState,
     HeldUpdate,
+    ModelEvaluation,
     Order,
     Refusal,
     Round,
@@ -107,6 +109,21 @@ def read_adjustments(values: Mapping[str, Any]) -> Adjustments:
         return Adjustments(**values)
     except TypeError as error:
         raise ValueError(f"adjustments {values!r}: {error}") from error
+
+
+def read_evaluation(values: Mapping[str, Any]) -> ModelEvaluation:
+    """Return the evaluation that a column of `rounds` holds; see `ModelEvaluation.as_json`."""
+    known = ("accuracy", "loss", "class_accuracy", "confusion")
+    metrics = {name: value for name, value in values.items() if name not in known}
+    return ModelEvaluation(**{name: values.get(name) for name in known}, metrics=metrics)
+
+
+def read_client_evaluation(values: Mapping[str, Any]) -> ClientEvaluation:
+    """Return the clients' evaluation that a column of `rounds` holds."""
+    try:
+        return ClientEvaluation(**values)
+    except TypeError as error:
+        raise ValueError(f"clients' evaluation {values!r}: {error}") from error
 
 
 def read_run(row: Row[Any]) -> Run:

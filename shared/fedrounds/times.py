@@ -11,11 +11,6 @@ def iso_time(at: float, *, timespec: str = "auto") -> str:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec=timespec)
 
 
-def to_the_second(iso: str) -> str:
-    """Return a time made by `iso_time` without the part of a second."""
-    return datetime.fromisoformat(iso).isoformat(timespec="seconds")
-
-
 def length_text(seconds: float) -> str:
     """Return a length of time as in 8 s, 3 min 20 s, 2 h 5 min or 4 d 3 h."""
     whole = round(seconds)

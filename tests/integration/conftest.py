@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from fedserver.reporting.as_json import attempt_json
 from fedserver.store import Store, read_history
 from tests.integration.peer import OpenRound, Peer, open_round
 from tests.processes import Scene, Server
@@ -62,7 +63,7 @@ def history(session_scene: Scene, server: Server) -> History:
         try:
             run = store.latest_run()
             assert run is not None
-            return read_history(store, run)
+            return [attempt_json(attempt) for attempt in read_history(store, run)]
         finally:
             store.close()
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from fedrounds.types import ClientUpdate
 from fedserver.__main__ import main
 from fedserver.clients.sampling import cohort_seed
-from fedserver.models.client_metrics import client_events, summarise_clients, told_of_models
-from fedserver.records import Run
+from fedserver.history import attempts_that_asked
+from fedserver.models.client_metrics import client_evaluation_events, summarise_clients
+from fedserver.records import ModelEvaluation, Run
 from fedserver.reporting.client_report import client_table, draw_clients
 from fedserver.reporting.tables import draw_curve
 from fedserver.store import Store, read_history
@@ -56,7 +57,8 @@ def test_a_summary_is_numpys(clients: Sequence[tuple[float, int, float]]) -> Non
         "num_examples": sum(sizes),
         "holdout": 0.2,
     }
-    assert found == pytest.approx(expected, abs=1e-9)
+    assert found is not None
+    assert asdict(found) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_summary_by_hand() -> None:
@@ -64,13 +66,13 @@ def test_a_summary_by_hand() -> None:
     updates = [told(0.9, measured=300, loss=None), told(0.1, measured=100)]
     found = summarise_clients(updates, holdout=0.0)
     assert found is not None
-    assert found["accuracy"] == pytest.approx(0.7)
-    assert found["mean"] == pytest.approx(0.5)
-    assert found["std"] == pytest.approx(0.4)
-    assert found["worst_decile"] == 0.1
-    assert "loss" not in found, "one client's loss was beyond all numbers"
+    assert found.accuracy == pytest.approx(0.7)
+    assert found.mean == pytest.approx(0.5)
+    assert found.std == pytest.approx(0.4)
+    assert found.worst_decile == 0.1
+    assert found.loss is None, "one client's loss was beyond all numbers"
     assert summarise_clients([make_update()], holdout=0.0) is None
-    assert client_events(make_round(), None) == []
+    assert client_evaluation_events(make_round(), None) == []
 
 
 MODELS = ("11" * 32, "22" * 32, "33" * 32)
@@ -97,7 +99,10 @@ def play(store: Store, run: Run, number: int) -> None:
         updates.append(update)
     store.close_round(opened, make_event("round-closed", round_number=number))
     summary = summarise_clients(updates, holdout=0.2)
-    happened = [*client_events(opened, summary), make_event("round-done", round_number=number)]
+    happened = [
+        *client_evaluation_events(opened, summary),
+        make_event("round-done", round_number=number),
+    ]
     store.finish_round(
         opened,
         model_digest=MODELS[number],
@@ -105,7 +110,7 @@ def play(store: Store, run: Run, number: int) -> None:
         client_evaluation=summary,
         happened=happened,
     )
-    evaluation = {"accuracy": 0.6, "loss": 1.25}
+    evaluation = ModelEvaluation(accuracy=0.6, loss=1.25)
     store.record_evaluation(opened, evaluation, make_event("evaluated", round_number=number))
 
 
@@ -210,16 +215,16 @@ def test_the_picture_of_the_clients_and_the_curve_are_pngs(state_dir: Path) -> N
     assert run is not None
     history = read_history(store, run)
     store.close()
-    asked = told_of_models(history)
-    assert {number: one["round"] for number, one in asked.items()} == {0: 1, 1: 2}
+    asked = attempts_that_asked(history)
+    assert {number: attempt.round_number for number, attempt in asked.items()} == {0: 1, 1: 2}
     for path in (state_dir / "clients.png", state_dir / "curve.png"):
         if path.stem == "curve":
             draw_curve(history, path)
         else:
             draw_clients(asked[1], path, title="clients")
         assert path.read_bytes().startswith(b"\x89PNG")
-    late = [one | {"staleness": int(one["client"] == 1)} for one in asked[1]["updates"]]
-    table = client_table({**asked[1], "updates": late}, title="clients", max_width=80)
+    late = [replace(one, staleness=int(one.client_id == 1)) for one in asked[1].updates]
+    table = client_table(replace(asked[1], updates=late), title="clients", max_width=80)
     assert table.row_count == 2, "a stale update tells of an earlier model"
-    other = [history[0], history[1] | {"base_digest": "44" * 32}]
-    assert set(told_of_models(other)) == {0}
+    other = [history[0], replace(history[1], base_digest="44" * 32)]
+    assert set(attempts_that_asked(other)) == {0}

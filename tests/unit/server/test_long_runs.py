@@ -7,14 +7,25 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from fedserver.__main__ import main
+from fedserver.records import ClientEvaluation, ModelEvaluation
 from fedserver.store import Store
 from tests.factories import begin_round, end_order, make_event, make_round, make_update
 
-ABOUT_CLIENTS = {
-    **dict.fromkeys(("mean", "worst_decile", "quartile_1", "quartile_3"), 0.5),
-    **{"std": 0.0, "minimum": 0.5, "median": 0.5, "maximum": 0.5, "accuracy": 0.5},
-    **{"num_clients": 2.0, "num_examples": 20.0, "holdout": 0.0, "loss": 1.0},
-}
+ABOUT_CLIENTS = ClientEvaluation(
+    accuracy=0.5,
+    mean=0.5,
+    worst_decile=0.5,
+    std=0.0,
+    minimum=0.5,
+    quartile_1=0.5,
+    median=0.5,
+    quartile_3=0.5,
+    maximum=0.5,
+    num_clients=2.0,
+    num_examples=20.0,
+    holdout=0.0,
+    loss=1.0,
+)
 LOOKING = {
     "confusion": ["--round", "2"],
     "clients": ["--round", "2"],
@@ -49,12 +60,12 @@ def make_run(folder: Path, *, num_rounds: int) -> None:
             next_round=following,
             happened=happened,
         )
-        evaluation = {
-            "accuracy": 0.75 if number == 2 else 0.5,
-            "loss": 1.0,
-            "class_accuracy": [0.5, 0.5],
-            "confusion": [[number, 1, 0], [1, number, 0]],
-        }
+        evaluation = ModelEvaluation(
+            accuracy=0.75 if number == 2 else 0.5,
+            loss=1.0,
+            class_accuracy=[0.5, 0.5],
+            confusion=[[number, 1, 0], [1, number, 0]],
+        )
         store.record_evaluation(opened, evaluation, make_event("evaluated", round_number=number))
         if following is not None:
             opened = following

@@ -1,22 +1,20 @@
 """Whether a new global model is bad: the bounds are derived by hand."""
 
-from typing import Any
-
 import pytest
 
 from fedrounds.diagnosis.values import Symptom
 from fedserver.models.regression import detect_regression
+from fedserver.records import ModelEvaluation
 
 
 def evaluation(
     loss: float | None = 0.5, *, accuracy: float = 0.5, confusion: list[list[int]] | None = None
-) -> dict[str, Any]:
-    """Return an evaluation as the history has it."""
-    found: dict[str, Any] = {"loss": loss, "accuracy": accuracy}
-    return found if confusion is None else found | {"confusion": confusion}
+) -> ModelEvaluation:
+    """Return an evaluation as the store keeps it."""
+    return ModelEvaluation(accuracy=accuracy, loss=loss, confusion=confusion)
 
 
-def losses(*values: float) -> list[dict[str, Any]]:
+def losses(*values: float) -> list[ModelEvaluation]:
     """Return the evaluations of good models with these losses."""
     return [evaluation(value) for value in values]
 

@@ -12,7 +12,7 @@ from fedrounds.types import IncidentKind, LeaveReason
 from fedserver.__main__ import main
 from fedserver.events import event_of
 from fedserver.phases import OrderEvent
-from fedserver.records import Event, Round
+from fedserver.records import Event, ModelEvaluation, Round
 from fedserver.store import Store
 from tests.factories import (
     begin_round,
@@ -58,7 +58,7 @@ def state_dir(tmp_path: Path) -> Path:
         next_round=following,
         happened=[event_of("round-done", opened), event_of("round-opened", following)],
     )
-    evaluation = {"accuracy": 0.75, "loss": 0.5, "confusion": [[1, 0]]}
+    evaluation = ModelEvaluation(accuracy=0.75, loss=0.5)
     store.record_evaluation(opened, evaluation, event_of("evaluated", opened))
     store.close()
     return tmp_path

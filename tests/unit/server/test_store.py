@@ -12,7 +12,17 @@ from sqlalchemy.exc import StatementError
 from fedrounds.errors import NotFound
 from fedserver import ledger
 from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState, Phase
-from fedserver.records import Arrival, Event, HeldState, Refusal, Round, Run, RunState
+from fedserver.records import (
+    Arrival,
+    Event,
+    HeldState,
+    ModelEvaluation,
+    Refusal,
+    Round,
+    Run,
+    RunState,
+)
+from fedserver.reporting.as_json import attempt_json
 from fedserver.store import Store, read_history
 from tests.factories import (
     DIGEST,
@@ -90,7 +100,7 @@ def test_a_refused_update_is_kept_with_its_reason(store: Store) -> None:
     assert store.find_order(bad.order_id).reason == "loss is nan"
     assert store.stored_updates(opened) == []
     (entry,) = read_history(store, run)
-    (kept,) = json.loads(json.dumps(entry, allow_nan=False))["updates"]
+    (kept,) = json.loads(json.dumps(attempt_json(entry), allow_nan=False))["updates"]
     assert (kept["verdict"], kept["reason"]) == ("REFUSED", "loss is nan")
     assert kept["metrics"] == {"loss": "nan", "accuracy": 0.5}
 
@@ -326,7 +336,7 @@ def test_a_report_made_twice_is_one_event(store: Store) -> None:
     assert store.add_events(run.run_id, [incident], report_key="order#2")
     assert store.add_events(run.run_id, [incident])
     assert store.add_events(run.run_id, [incident])
-    assert len(read_history(store, run)[0]["incidents"]) == 4
+    assert len(read_history(store, run)[0].incidents) == 4
 
 
 def test_what_went_wrong_before_the_first_round_is_told_with_its_first_attempt(
@@ -338,8 +348,8 @@ def test_what_went_wrong_before_the_first_round_is_told_with_its_first_attempt(
     store.add_events(run.run_id, [early])
     store.fail_round(opened, [make_event("round-failed")])
     store.open_round(make_round(run.run_id, attempt=2), make_event("round-opened"))
-    incidents = [entry["incidents"] for entry in read_history(store, run)]
-    assert [[one["client"] for one in attempt] for attempt in incidents] == [[7], []]
+    incidents = [attempt.incidents for attempt in read_history(store, run)]
+    assert [[event.client_id for event in of_attempt] for of_attempt in incidents] == [[7], []]
 
 
 def test_sessions_are_remembered_until_they_are_replaced(store: Store) -> None:
@@ -370,17 +380,21 @@ def test_the_history_tells_everything_of_a_round(store: Store) -> None:
     )
     store.abandon_order(run.run_id, opened.orders[1].order_id, incident)
     (collecting,) = read_history(store, run)
-    assert (collecting["phase"], collecting["finished_at"]) == ("COLLECTING", None)
-    assert (collecting["model_digest"], collecting["evaluation"]) == (None, None)
+    assert (collecting.phase, collecting.finished_at) == ("COLLECTING", None)
+    assert (collecting.model_digest, collecting.evaluation) == (None, None)
     assert store.unevaluated_rounds(run.run_id) == []
-    store.record_evaluation(opened, {"accuracy": 0.1}, make_event("evaluated"))
-    assert read_history(store, run)[0]["evaluation"] is None, "there is no model to be so good"
+    store.record_evaluation(
+        opened, ModelEvaluation(accuracy=0.1, loss=2.0), make_event("evaluated")
+    )
+    assert read_history(store, run)[0].evaluation is None, "there is no model to be so good"
     finish(store, run, opened)
     assert [one.round_number for one in store.unevaluated_rounds(run.run_id)] == [1]
-    store.record_evaluation(opened, {"accuracy": 0.9, "loss": 0.3}, make_event("evaluated"))
+    good = ModelEvaluation(accuracy=0.9, loss=0.3)
+    store.record_evaluation(opened, good, make_event("evaluated"))
     assert store.unevaluated_rounds(run.run_id) == []
     store.end_run(run.run_id, RunState.FINISHED, make_event("run-finished", round_number=None))
-    (entry,) = json.loads(json.dumps(read_history(store, run), allow_nan=False))
+    (attempt,) = read_history(store, run)
+    entry = json.loads(json.dumps(attempt_json(attempt), allow_nan=False))
     assert entry["round"] == 1
     assert entry["phase"] == "DONE"
     assert entry["cohort"] == [0, 1]

@@ -61,7 +61,7 @@ class Asynchronous:
     def states(self) -> dict[str, str]:
         """Return the state of every order."""
         history = read_history(self.store, self.run)
-        return {one["order_id"]: one["state"] for entry in history for one in entry["orders"]}
+        return {order.order_id: order.state for attempt in history for order in attempt.orders}
 
 
 @pytest.fixture
@@ -127,8 +127,8 @@ def test_a_buffer_never_holds_more_than_its_size_and_the_rest_comes_into_the_nex
         f"{run.run_id}-r2-a1-c1-s1": "OPEN",
     }
     history = read_history(store, run)
-    assert [entry["carried_over"] for entry in history] == [0, 2, 1]
-    assert [[found["staleness"] for found in entry["updates"]] for entry in history[:2]] == [
+    assert [attempt.num_carried_over for attempt in history] == [0, 2, 1]
+    assert [[update.staleness for update in attempt.updates] for attempt in history[:2]] == [
         [0, 0],
         [1, 1],
     ]
@@ -205,4 +205,4 @@ def test_a_refused_update_is_told_of_the_round_that_it_came_into(
     assert (state, is_recorded) == (OrderState.REFUSED, True)
     assert [event.round_number for event in asynchronous.store.take_recorded()] == [2]
     entry = read_history(asynchronous.store, asynchronous.run)[1]
-    assert [(found["client"], found["verdict"]) for found in entry["updates"]] == [(2, "REFUSED")]
+    assert [(update.client_id, update.verdict) for update in entry.updates] == [(2, "REFUSED")]

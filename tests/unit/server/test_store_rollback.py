@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedserver.phases import ForbiddenTransition, OrderState, Phase
-from fedserver.records import Adjustments, Round, Run
+from fedserver.records import Adjustments, ModelEvaluation, Round, Run
 from fedserver.store import Store
 from fedserver.verification.chain import (
     chain_findings,
@@ -86,9 +86,9 @@ def roll_back(store: Store, run: Run, abandoned: Round | None) -> None:
 
 def alarm(store: Store, second: Round) -> None:
     """Record that the second round's model is bad."""
-    evaluation = {"accuracy": 0.1, "loss": None}
+    evaluation = ModelEvaluation(accuracy=0.1, loss=None)
     event = make_event("evaluation-collapsed", round_number=2)
-    store.record_evaluation(second, evaluation, event, alarm="non-finite-loss")
+    store.record_evaluation(second, evaluation, event, regression="non-finite-loss")
 
 
 def repeat(store: Store, run: Run) -> tuple[Round, Round]:
@@ -120,7 +120,7 @@ def test_a_rollback_ends_both_attempts_at_once(store: Store) -> None:
     assert store.last_counted_orders(run.run_id) == {
         one.client_id: one.order_id for one in first.orders
     }
-    assert store.good_evaluations(run.run_id) == []
+    assert store.good_evaluations(run.run_id) == {}
     assert store.alarmed_round(run.run_id) is None
     with pytest.raises(ForbiddenTransition):
         store.roll_back(bad, [make_event("again")], adjustments_after=LOWERED, abandoned=None)
@@ -132,14 +132,18 @@ def test_of_evaluations_no_more_is_read_than_is_compared(store: Store) -> None:
     assert store.best_model(run.run_id) is None
     finish(store, run, third, LAST, None)
     for done, accuracy in ((first, 0.5), (second, 0.75), (third, 0.75)):
-        measured = {"accuracy": accuracy, "loss": None if done is first else 0.3}
+        measured = ModelEvaluation(
+            accuracy=accuracy,
+            loss=None if done is first else 0.3,
+            confusion=[[1, 0], [0, 1]],
+        )
         event = make_event("evaluated", round_number=done.round_number)
-        store.record_evaluation(done, measured | {"confusion": [[1, 0], [0, 1]]}, event)
-    assert store.good_evaluations(run.run_id) == [
-        {"round": 1, "accuracy": 0.5, "loss": None},
-        {"round": 2, "accuracy": 0.75, "loss": 0.3},
-        {"round": 3, "accuracy": 0.75, "loss": 0.3},
-    ]
+        store.record_evaluation(done, measured, event)
+    assert store.good_evaluations(run.run_id) == {
+        1: ModelEvaluation(accuracy=0.5, loss=None),
+        2: ModelEvaluation(accuracy=0.75, loss=0.3),
+        3: ModelEvaluation(accuracy=0.75, loss=0.3),
+    }
     assert store.best_model(run.run_id) == BAD
 
 
@@ -257,10 +261,12 @@ def test_the_best_model_that_stays_is_one_that_was_not_taken_back(store: Store) 
     """However well the one that was taken back had scored before its alarm."""
     run, _, second, third = two_rounds(store)
     event = make_event("evaluated", round_number=2)
-    store.record_evaluation(second, {"accuracy": 0.95, "loss": 9.0}, event, alarm="loss-explosion")
+    store.record_evaluation(
+        second, ModelEvaluation(accuracy=0.95, loss=9.0), event, regression="loss-explosion"
+    )
     roll_back(store, run, third)
     again, newest = repeat(store, run)
     for one, accuracy in ((again, 0.94), (newest, 0.90)):
         event = make_event("evaluated", round_number=one.round_number, attempt=one.attempt)
-        store.record_evaluation(one, {"accuracy": accuracy, "loss": 0.1}, event)
+        store.record_evaluation(one, ModelEvaluation(accuracy=accuracy, loss=0.1), event)
     assert GOOD not in store.models_let_go(run.run_id, [FIRST, BAD, GOOD, LAST], since_round=4)

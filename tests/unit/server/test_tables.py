@@ -4,6 +4,7 @@ import pytest
 from rich.console import Console
 
 from fedserver.numbers import numbers_text
+from fedserver.records import ModelEvaluation
 from fedserver.reporting.tables import class_table, share_text
 
 
@@ -24,7 +25,12 @@ def test_numbers_are_told_in_words(numbers: list[int], text: str) -> None:
 
 def test_ten_classes_of_a_thousand_examples_each_fit_a_terminal_of_80_columns() -> None:
     """Nothing is cut, neither a heading nor a count."""
-    evaluation = {"confusion": [[1000] * 10 + [0]] * 10, "class_accuracy": [0.1] * 10}
+    evaluation = ModelEvaluation(
+        accuracy=0.1,
+        loss=1.0,
+        class_accuracy=[0.1] * 10,
+        confusion=[[1000] * 10 + [0]] * 10,
+    )
     console = Console(width=80)
     with console.capture() as captured:
         console.print(class_table(evaluation, title="round 1"))

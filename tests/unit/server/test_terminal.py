@@ -10,11 +10,12 @@ from rich.console import Console
 
 from fedrounds.diagnosis.as_json import diagnosis_fields
 from fedrounds.types import Counters, EntryKind
+from fedserver.history import AttemptResult
 from fedserver.models.checkpoints import Checkpoints
-from fedserver.models.client_metrics import client_events, summarise_clients
+from fedserver.models.client_metrics import client_evaluation_events, summarise_clients
 from fedserver.monitoring.terminal import LiveView
-from fedserver.phases import OrderState
-from fedserver.records import Event
+from fedserver.phases import OrderState, Phase
+from fedserver.records import Event, ModelEvaluation
 from fedserver.reporting.tables import draw_curve
 from fedserver.rounds.open_orders import OpenOrders
 from tests.factories import (
@@ -76,7 +77,9 @@ def test_the_view_tells_round_clients_and_accuracy(open_orders: OpenOrders) -> N
     view.hear(evaluated(2, 0.75))
     view.hear(evaluated(3, 0.5))
     said = [make_update(metrics={"global_accuracy": one}) for one in (0.25, 0.75)]
-    for happened in client_events(make_round(round_number=3), summarise_clients(said, holdout=0)):
+    for happened in client_evaluation_events(
+        make_round(round_number=3), summarise_clients(said, holdout=0)
+    ):
         view.hear(happened)
     lines = shown(view)
     assert lines[0] == "round 1 of 10: 1 of 2 updates"
@@ -159,10 +162,10 @@ def test_between_rounds_the_view_counts_those_that_are_done(open_orders: OpenOrd
 
 def test_a_run_that_goes_on_knows_its_best_round(open_orders: OpenOrders) -> None:
     """After a restart: the best of all its rounds, not of those since."""
-    past: list[dict[str, float | None]] = [
-        {"round": 1, "accuracy": 0.75, "loss": 1.0},
-        {"round": 2, "accuracy": None, "loss": None},
-    ]
+    past = {
+        1: ModelEvaluation(accuracy=0.75, loss=1.0),
+        2: ModelEvaluation(accuracy=None, loss=None),
+    }
     view = LiveView(open_orders, total_rounds=5, num_done=3, evaluated=past)
     assert shown(view)[2].rstrip() == "accuracy 75.00% after round 1, best 75.00% after 1"
     view.hear(evaluated(3, 0.5))
@@ -183,19 +186,33 @@ def test_a_diagnosis_is_told_in_its_sentence_the_moment_it_comes(open_orders: Op
     ) in told
 
 
+def make_result(
+    round_number: int, phase: Phase, evaluation: ModelEvaluation | None
+) -> AttemptResult:
+    """Return the result of an attempt whose clients weren't asked."""
+    return AttemptResult(
+        round_number=round_number,
+        attempt=1,
+        phase=phase,
+        base_digest="00" * 32,
+        model_digest="ab" * 32,
+        evaluation=evaluation,
+        client_evaluation=None,
+        has_confusion=False,
+    )
+
+
 @pytest.mark.parametrize("accuracies", [[], [0.5], [0.5, 0.75, 0.875]], ids=len)
 def test_the_curve_is_drawn_of_as_many_rounds_as_there_are(
     tmp_path: Path, accuracies: list[float]
 ) -> None:
     """Also of a run without a held-out set, and of one round."""
-    unasked = {"client_evaluation": None, "model_digest": "ab"}
     history = [
-        {"round": number, "phase": "DONE", "evaluation": {"accuracy": one, "loss": 1.0}, **unasked}
-        for number, one in enumerate(accuracies, start=1)
+        make_result(number, Phase.DONE, ModelEvaluation(accuracy=accuracy, loss=1.0))
+        for number, accuracy in enumerate(accuracies, start=1)
     ]
     picture = tmp_path / "curve.png"
-    going_on = {"round": 9, "phase": "COLLECTING", "evaluation": None, **unasked}
-    draw_curve([*history, going_on], picture)
+    draw_curve([*history, make_result(9, Phase.COLLECTING, None)], picture)
     content = picture.read_bytes()
     assert content.startswith(b"\x89PNG")
     assert int.from_bytes(content[PIXELS_AT : PIXELS_AT + 4]) == 840  # 7 inches of 120 pixels
