@@ -4,7 +4,6 @@ A test awaits what it is about (the client API, the collecting policy, the close
 store, the folders and the events. The clock of leases and stall rules is moved by hand.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from fedserver.preflight import prepare
 from fedserver.records import Event, Round
 from fedserver.rounds.asynchronous import AsynchronousCollecting
 from fedserver.rounds.closing import Closer
-from fedserver.rounds.collecting import Collecting, Due, SynchronousCollecting
+from fedserver.rounds.collecting import Collecting, SynchronousCollecting
 from fedserver.rounds.coordinator import Coordinator
 from fedserver.rounds.last_counted import LastCounted
 from fedserver.rounds.open_orders import OpenOrders
@@ -65,8 +64,10 @@ class ServerRun:
         prepared = prepare(self.settings)
         self.task = prepared.task
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.clock = HandClock()
         self.events: list[Event] = []
+        self.session_ids: dict[int, str] = {}
         self.threads = Threads()
         self.store = Store(folder / "federation.sqlite")
         self.run = self.store.latest_run() or self.store.begin_run(self.settings.run_settings())
@@ -235,10 +236,6 @@ class ServerRun:
             threads=self.threads,
         )
 
-    async def due(self, current: Round) -> Due | None:
-        """Return what a round that collects is to do now."""
-        return await self.collecting.due(current)
-
     async def register(self, *client_ids: int, num_examples: int = NUM_EXAMPLES) -> str:
         """Let a process that serves these clients register; returns its session's id."""
         registration = make_registration(
@@ -247,6 +244,39 @@ class ServerRun:
             num_examples=(num_examples,) * len(client_ids),
         )
         return (await self.client_api.register(registration)).session_id
+
+    async def go_on(self) -> tuple[Round, GlobalModel]:
+        """Go on as the round loop does: it looks for a bad model before the first step."""
+        current, base = await self.resume()
+        assert await self.evaluations.take_bad_round(self.run.run_id) is None
+        return current, base
+
+    async def begin(self, *client_ids: int) -> tuple[Round, GlobalModel]:
+        """Register these clients, each by itself, and open the first round for them."""
+        for client_id in client_ids:
+            self.session_ids[client_id] = await self.register(client_id)
+        return await self.go_on()
+
+    async def answer(
+        self,
+        client_id: int,
+        *,
+        shift: float = 0.01,
+        **changes: Any,  # noqa: ANN401
+    ) -> UploadAnswer:
+        """Let a client pull its order and upload an update; see `payload_of` and `update_of`."""
+        session_id = self.session_ids[client_id]
+        work = await self.client_api.pull_work(session_id, wait_s=10)
+        assert work.order is not None, f"client {client_id} has no open order"
+        payload = self.payload_of(work.order, shift=shift)
+        return await self.upload(session_id, work.order, payload, **changes)
+
+    def states(self, current: Round) -> dict[int, str]:
+        """Return the states of an attempt's orders in the store, by client id."""
+        return {
+            order.client_id: str(self.store.find_order(order.order_id).state)
+            for order in current.orders
+        }
 
     def order_of(self, client_id: int) -> WorkOrder:
         """Return a client's order that is at work."""
@@ -313,8 +343,3 @@ def non_finite(payload: bytes) -> bytes:
     values = state[name].clone()
     values.view(-1)[0] = torch.nan
     return encode_state(state | {name: values})
-
-
-async def until(event: asyncio.Event, *, timeout_s: float = 60.0) -> None:
-    """Wait for an event that something in this process sets."""
-    await asyncio.wait_for(event.wait(), timeout_s)
