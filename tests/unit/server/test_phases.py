@@ -13,8 +13,10 @@ from fedserver.phases import (
     Phase,
     RoundEvent,
     due_event,
+    due_of_buffer,
     next_order_state,
     next_phase,
+    shortfall,
 )
 
 # Written down again, so that a change of the tables is a change of two files.
@@ -122,3 +124,28 @@ def test_no_round_waits_when_waiting_cannot_change_the_outcome(num_states: int) 
             else:
                 assert (due is RoundEvent.CLOSE) == (stored >= min_updates)
                 assert due is not RoundEvent.FAIL or is_overdue or stored + still_open < min_updates
+
+
+def test_a_buffer_closes_when_it_is_full_and_fails_when_nobody_can_fill_it() -> None:
+    """Open orders and other ends don't count; a full one closes whatever else is true."""
+
+    def due(states: list[OrderState], *, can_go_on: bool) -> RoundEvent | None:
+        return due_of_buffer(states, buffer_size=2, can_go_on=can_go_on)
+
+    assert due([S, O, R], can_go_on=True) is None
+    assert due([S, O, R], can_go_on=False) is RoundEvent.FAIL
+    assert due([S, S, O], can_go_on=True) is RoundEvent.CLOSE
+    assert due([S, S, S], can_go_on=False) is RoundEvent.CLOSE
+
+
+@pytest.mark.parametrize(
+    ("states", "needed", "words"),
+    [
+        ([S, R, A], 2, "1 of 2 updates are there, and none can still come"),
+        ([S, O, A], 3, "1 of 3 updates are there, and only 1 can still come"),
+        ([S, O], 2, "only 1 of 2 updates were there at its deadline"),
+    ],
+)
+def test_why_a_round_cannot_close(states: list[OrderState], needed: int, words: str) -> None:
+    """Its minimum is out of reach, or its time was up."""
+    assert shortfall(states, needed) == words

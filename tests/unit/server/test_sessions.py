@@ -251,3 +251,29 @@ def test_a_client_without_a_process_key_keeps_its_session(sessions: Sessions) ->
     for _ in range(9):
         register_process(sessions, "one")
         assert register_process(sessions, "") == register_process(sessions, "")
+
+
+def test_a_lease_ends_at_its_end(sessions: Sessions, clock: Clock) -> None:
+    """Not before, and a client that leaves a session renews nothing for the others."""
+    session, _ = sessions.register(make_registration(1, 2, num_examples=(5, 5)))
+    clock.now += LEASE_S - 1
+    sessions.leave([2])
+    assert sessions.has_live_holder(1)
+    assert sessions.silent_s(1) == LEASE_S - 1
+    clock.now += 1
+    assert not sessions.has_live_holder(1)
+    sessions.touch(session.session_id)
+    assert sessions.has_live_holder(1)
+
+
+@pytest.mark.parametrize(("size", "is_taken"), [(0, False), (1, True), (1000, True), (1001, False)])
+def test_a_client_has_at_least_one_example_and_no_more_than_the_run_takes(
+    sessions: Sessions, size: int, is_taken: bool
+) -> None:
+    """Both bounds are within."""
+    if is_taken:
+        sessions.register(make_registration(1, num_examples=(size,)))
+        assert sessions.num_examples_of(1) == size
+    else:
+        with pytest.raises(InvalidInput, match=f"client 1 has {size} examples"):
+            sessions.register(make_registration(1, num_examples=(size,)))

@@ -1,6 +1,9 @@
-"""Who is late: a function of values, examined without a server."""
+"""Who is late: a function of values, examined without a server; and how late orders end."""
 
+import asyncio
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +15,13 @@ from fedserver.rounds.stalls import (
     Work,
     find_lateness,
     find_loss,
+    give_up_orders,
+    patience_of,
     total_bound_s,
     work_of,
 )
-from tests.factories import make_order
+from tests.factories import make_order, make_registration
+from tests.server_run import ServerRun, serving
 
 PATIENCE = Patience(silence_s=60, first_step_s=600, examples_per_s=0.1, bytes_per_s=10_000)
 WORK = Work(num_examples=600, num_bytes=3_000_000)
@@ -109,3 +115,147 @@ def test_what_an_order_asks_for() -> None:
     # Under Ditto another model is trained and evaluated beside the global one.
     ditto = replace(plain, client_algorithm=ClientAlgorithmConfig(name="ditto"))
     assert work(evaluate=True, training=ditto).num_examples == 80
+
+
+SETTINGS: dict[str, Any] = {
+    "min_clients": 2,
+    "min_updates": 1,
+    "lease": 60,
+    "stall_after": 100,
+    "first_step": 600,
+}
+
+
+async def give_up(server: ServerRun) -> list[tuple[str, int | None]]:
+    """End the orders that are late; returns the kinds and clients of the events."""
+    server.events.clear()
+    await give_up_orders(
+        server.settings,
+        run_id=server.run.run_id,
+        sessions=server.sessions,
+        open_orders=server.open_orders,
+        store=server.recording,
+    )
+    return [(event.kind, event.client_id) for event in server.events]
+
+
+async def pull(server: ServerRun, client_id: int) -> None:
+    """Let a client pull its order."""
+    await server.client_api.pull_work(server.session_ids[client_id], wait_s=0)
+
+
+def test_a_late_order_ends_and_its_client_is_suspended(tmp_path: Path) -> None:
+    """Client 0 has pulled and is silent; client 1 never came and its lease is over."""
+
+    async def wait(server: ServerRun) -> None:
+        await server.begin(0, 1)
+        await pull(server, 0)
+        server.clock.now_s += 59.9
+        assert await give_up(server) == []
+        server.clock.now_s += 0.1
+        assert await give_up(server) == [("client-lost", 1)]
+        assert server.events[0].fields["why"] == "gone"
+        server.clock.now_s += 40
+        assert await give_up(server) == []
+        server.clock.now_s += 1
+        assert await give_up(server) == [("client-stalled", 0)]
+        assert server.events[0].fields["why"] == "silent"
+        assert "total_s" not in server.events[0].fields
+        assert server.states(server.latest()) == {0: "ABANDONED", 1: "ABANDONED"}
+        assert sorted(server.store.suspensions(server.run.run_id)) == [0, 1]
+        assert await give_up(server) == []
+
+    with serving(tmp_path, **SETTINGS) as server:
+        asyncio.run(wait(server))
+
+
+def test_an_order_of_a_client_in_no_session_ends_without_a_strike(tmp_path: Path) -> None:
+    """Its process came back with fewer ids."""
+
+    async def come_back(server: ServerRun) -> None:
+        await server.register(0, 1)
+        await server.go_on()
+        server.sessions.register(make_registration(1, instance_key="instance-(0, 1)"))
+        assert await give_up(server) == [("client-left", 0)]
+        assert server.events[0].fields == {"reason": "not here any more"}
+        assert server.store.suspensions(server.run.run_id) == {}
+
+    with serving(tmp_path, **SETTINGS) as server:
+        asyncio.run(come_back(server))
+
+
+def test_an_order_does_not_age_while_its_session_works_on_another(tmp_path: Path) -> None:
+    """One process serves two clients in turn: the second order has its whole time."""
+
+    async def work(server: ServerRun) -> None:
+        session_id = await server.register(0, 1)
+        server.session_ids |= {0: session_id, 1: session_id}
+        await server.go_on()
+        await pull(server, 0)
+        for _ in range(20):
+            server.clock.now_s += 50
+            server.open_orders.note_bytes(server.order_of(0).order_id)
+            server.sessions.touch(session_id)
+            assert await give_up(server) == []
+
+    with serving(tmp_path, **SETTINGS) as server:
+        asyncio.run(work(server))
+
+
+def test_a_client_that_is_expected_back_has_a_lease_to_come(tmp_path: Path) -> None:
+    """Then its order ends, without a strike."""
+
+    async def leave(server: ServerRun) -> None:
+        await server.begin(0, 1)
+        for client_id in (0, 1):
+            await pull(server, client_id)
+        server.sessions.leave([0], expected=[0])
+        server.clock.now_s += 60
+        assert await give_up(server) == []
+        server.clock.now_s += 0.5
+        assert await give_up(server) == [("client-left", 0)]
+        assert server.store.suspensions(server.run.run_id) == {}
+
+    with serving(tmp_path, **SETTINGS) as server:
+        asyncio.run(leave(server))
+
+
+def test_a_run_that_requires_all_gives_nobody_up(tmp_path: Path) -> None:
+    """However long it takes."""
+
+    async def wait(server: ServerRun) -> None:
+        await server.begin(0, 1)
+        await pull(server, 0)
+        server.clock.now_s += 1e6
+        assert await give_up(server) == []
+
+    with serving(tmp_path, require_all=True, **SETTINGS) as server:
+        asyncio.run(wait(server))
+
+
+def test_an_order_that_takes_too_long_in_all_says_how_long(tmp_path: Path) -> None:
+    """Tiny progress for ever is no honest work."""
+
+    async def crawl(server: ServerRun) -> None:
+        await server.begin(0, 1)
+        for client_id in (0, 1):
+            await pull(server, client_id)
+        order = server.open_orders.find(server.order_of(0).order_id)
+        assert order is not None
+        bound_s = total_bound_s(
+            work_of(order.order, num_examples=server.sessions.num_examples_of(0)),
+            patience_of(server.settings),
+        )
+        events: list[tuple[str, int | None]] = []
+        while not events:
+            server.clock.now_s += 50
+            for client_id in (0, 1):
+                server.sessions.touch(server.session_ids[client_id])
+                server.open_orders.note_bytes(server.order_of(client_id).order_id)
+            events = await give_up(server)
+        assert events == [("client-stalled", 0), ("client-stalled", 1)]
+        assert server.events[0].fields["why"] == "too-long"
+        assert bound_s < server.events[0].fields["total_s"] <= bound_s + 50
+
+    with serving(tmp_path, min_examples_per_s=1, **SETTINGS) as server:
+        asyncio.run(crawl(server))
