@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from fedrounds.types import ClientUpdate
+from fedserver.ledger import LedgerUpdate
 from fedserver.phases import OrderEvent, OrderState, Phase
 
 
@@ -312,7 +313,7 @@ class Event:
 class LedgerRow:
     """A ledger's entry (canonical JSON, see fedserver.ledger) as the store holds it.
 
-    `kind` is the RoundEvent it tells of: "finish" or "roll-back".
+    `kind` is the RoundEvent that it records: "finish" or "roll-back".
     """
 
     round_number: int
@@ -324,7 +325,7 @@ class LedgerRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """An attempt at a round as its rows are, unconverted; `updates` as an entry lists them."""
+    """An attempt at a round as its rows are, unconverted; `updates` as an entry holds them."""
 
     round_number: int
     attempt: int
@@ -334,12 +335,12 @@ class Attempt:
     model_digest: str | None
     state_digest: str | None
     adjustments: Mapping[str, Any]
-    updates: Sequence[Mapping[str, Any]]
+    updates: Sequence[LedgerUpdate]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """A run's ledger and the rows it tells of, as of one moment.
+    """A run's ledger and the rows beside it, as of one moment.
 
     `head` is the digest of the last entry, as the run has it; None before the first.
     """

@@ -1,10 +1,17 @@
 """The ledger's rows: written in the transaction that finishes a round, read to verify them."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
-from fedserver import ledger
+from fedserver.ledger import (
+    GENESIS,
+    LedgerEntry,
+    LedgerUpdate,
+    RollbackEntry,
+    entry_digest,
+)
 from fedserver.phases import RoundEvent
 from fedserver.records import Attempt, Ledger, LedgerRow, Round
 from fedserver.store import schema
@@ -12,7 +19,7 @@ from fedserver.store.database import Database
 from fedserver.store.rows import updates_in
 
 
-class Book(Database):
+class LedgerTable(Database):
     """The ledger of every run."""
 
     def read_ledger(self, run_id: str) -> Ledger:
@@ -78,39 +85,33 @@ class Book(Database):
 
 def read_verdicts(
     connection: Connection, run_id: str, round_number: int, attempt: int
-) -> list[dict[str, Any]]:
+) -> list[LedgerUpdate]:
     """Return what became of every update of an attempt, in the order of aggregation."""
     rows = connection.execute(updates_in(run_id, round_number, attempt)).all()
     return [
-        {
-            "order_id": row.order_id,
-            "client": row.client_id,
-            "num_examples": row.num_examples,
-            "num_steps": row.num_steps,
-            "global_loss": row.metrics.get("global_loss"),
-            "digest": row.digest,
-            "encoding": row.encoding,
-            "delta_norm": row.delta_norm,
-            "verdict": row.state,
-            **_own_beginning(row),
-            **_sections(row.sections),
-        }
+        LedgerUpdate(
+            order_id=row.order_id,
+            client_id=row.client_id,
+            num_examples=row.num_examples,
+            num_steps=row.num_steps,
+            global_loss=row.metrics.get("global_loss"),
+            digest=row.digest,
+            encoding=row.encoding,
+            delta_norm=row.delta_norm,
+            verdict=row.state,
+            base_digest=None if row.given_in == row.round else row.base_digest,
+            staleness=row.round - row.given_in,
+            sections=_sections(row.sections),
+        )
         for row in rows
     ]
 
 
-def _own_beginning(row: Row[Any]) -> dict[str, Any]:
-    """Return what an update says more that began with the model of an earlier round."""
-    if row.given_in == row.round:
-        return {}
-    return {"base": row.base_digest, "staleness": row.round - row.given_in}
-
-
-def _sections(sections: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return how a payload of more than the model is divided: names and sizes in bytes."""
+def _sections(sections: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, int], ...]:
+    """Return names and sizes in bytes of a payload's sections; nothing if the model is all."""
     if len(sections) < 2:
-        return {}
-    return {"sections": [[one["name"], one["size_bytes"]] for one in sections]}
+        return ()
+    return tuple((section["name"], section["size_bytes"]) for section in sections)
 
 
 def append_entry(
@@ -119,11 +120,11 @@ def append_entry(
     *,
     model_digest: str,
     state_digest: str | None,
-    updates: list[dict[str, Any]],
+    updates: Sequence[LedgerUpdate],
 ) -> None:
     """Write the entry of a round that is done, chained to the one before."""
     settings, previous = _settings_and_head(connection, finished.run_id)
-    entry = ledger.entry_bytes(
+    entry = LedgerEntry(
         run_id=finished.run_id,
         round_number=finished.round_number,
         attempt=finished.attempt,
@@ -136,14 +137,14 @@ def append_entry(
         updates=updates,
         previous=previous,
     )
-    _append(connection, finished, RoundEvent.FINISH, entry)
+    _append(connection, finished, RoundEvent.FINISH, entry.to_bytes())
 
 
 def append_rollback(connection: Connection, bad: Round) -> None:
     """Write the entry of a round that is rolled back, chained to the one before."""
     assert bad.model_digest is not None
     _, previous = _settings_and_head(connection, bad.run_id)
-    entry = ledger.rollback_bytes(
+    entry = RollbackEntry(
         run_id=bad.run_id,
         round_number=bad.round_number,
         attempt=bad.attempt,
@@ -151,7 +152,7 @@ def append_rollback(connection: Connection, bad: Round) -> None:
         model_digest=bad.model_digest,
         previous=previous,
     )
-    _append(connection, bad, RoundEvent.ROLL_BACK, entry)
+    _append(connection, bad, RoundEvent.ROLL_BACK, entry.to_bytes())
 
 
 def _settings_and_head(connection: Connection, run_id: str) -> tuple[dict[str, Any], str]:
@@ -160,21 +161,21 @@ def _settings_and_head(connection: Connection, run_id: str) -> tuple[dict[str, A
             schema.runs.c.run_id == run_id
         )
     ).one()
-    return settings, head or ledger.GENESIS
+    return settings, head or GENESIS
 
 
-def _append(connection: Connection, of: Round, kind: RoundEvent, entry: bytes) -> None:
-    digest = ledger.entry_digest(entry)
+def _append(connection: Connection, attempt: Round, kind: RoundEvent, entry: bytes) -> None:
+    digest = entry_digest(entry)
     connection.execute(
         insert(schema.ledger).values(
-            run_id=of.run_id,
-            round=of.round_number,
-            attempt=of.attempt,
+            run_id=attempt.run_id,
+            round=attempt.round_number,
+            attempt=attempt.attempt,
             kind=kind,
             entry=entry.decode(),
             digest=digest,
         )
     )
     connection.execute(
-        update(schema.runs).where(schema.runs.c.run_id == of.run_id).values(ledger_head=digest)
+        update(schema.runs).where(schema.runs.c.run_id == attempt.run_id).values(ledger_head=digest)
     )

@@ -246,7 +246,7 @@ class Rounds(Database):
             reinstate_clients(
                 connection,
                 run_id,
-                [one["client"] for one in verdicts if one["verdict"] == OrderState.COUNTED],
+                [update.client_id for update in verdicts if update.verdict == OrderState.COUNTED],
             )
             append_entry(
                 connection,

@@ -1,13 +1,13 @@
 """The coordinator's memory: runs, sessions, rounds, orders, updates, quarantine, events, ledger."""
 
-from fedserver.store.ledger import Book
+from fedserver.store.ledger import LedgerTable
 from fedserver.store.orders import Orders
 from fedserver.store.quarantine import Quarantine
 from fedserver.store.rounds import Rounds
 from fedserver.store.runs import Runs
 
 
-class Store(Runs, Rounds, Orders, Quarantine, Book):
+class Store(Runs, Rounds, Orders, Quarantine, LedgerTable):
     """The tables of one state-dir.
 
     Thread safety: any thread may call any method; writers take turns in the database, also those of

@@ -5,22 +5,19 @@ its bytes are those of its digest and it stands in its own place; only whole one
 the tables.
 """
 
-import json
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
-from fedserver.ledger import GENESIS, entry_digest
+from fedserver.ledger import GENESIS, LedgerEntry, entry_digest, read_entry
 from fedserver.phases import OrderState, Phase, RoundEvent
 from fedserver.records import Attempt, Ledger, LedgerRow
 
-Entry = Mapping[str, Any]
 Key = tuple[int, int]
 """A round and an attempt at it."""
 
 _FINISH = str(RoundEvent.FINISH)
 
 
-def place(run_id: str, round_number: int) -> str:
+def round_label(run_id: str, round_number: int) -> str:
     """Return how a finding names a round."""
     return f"{run_id}, round {round_number}"
 
@@ -30,18 +27,18 @@ def finished_rounds(ledger: Ledger) -> list[int]:
     return sorted({number for number, _ in _finishes(ledger) - _rollbacks(ledger)})
 
 
-def every_entry(ledger: Ledger) -> dict[Key, Entry]:
+def every_entry(ledger: Ledger) -> dict[Key, LedgerEntry]:
     """Return the entries of finished attempts that can be relied on, also of those rolled back."""
-    return {
-        (row.round_number, row.attempt): json.loads(row.entry)
-        for row in ledger.entries
-        if row.kind == _FINISH
-        and entry_digest(row.entry.encode()) == row.digest
-        and _is_in_place(ledger.run_id, row)
-    }
+    entries: dict[Key, LedgerEntry] = {}
+    for row in ledger.entries:
+        if row.kind == _FINISH and entry_digest(row.entry.encode()) == row.digest:
+            entry = read_entry(row.entry)
+            if isinstance(entry, LedgerEntry) and _is_in_place(ledger.run_id, row):
+                entries[row.round_number, row.attempt] = entry
+    return entries
 
 
-def whole_entries(ledger: Ledger) -> dict[int, Entry]:
+def whole_entries(ledger: Ledger) -> dict[int, LedgerEntry]:
     """Return the entries that can be relied on and aren't rolled back, by round."""
     undone = _rollbacks(ledger)
     return {key[0]: entry for key, entry in every_entry(ledger).items() if key not in undone}
@@ -65,14 +62,14 @@ def chain_findings(ledger: Ledger) -> Iterator[str]:
             yield f"{ledger.run_id}: {_numbers(missing)} missing altogether"
         if key not in rows:
             what = "its entry" if kind == _FINISH else "that it was rolled back"
-            yield f"{place(ledger.run_id, number)}: {what} is missing from the ledger"
+            yield f"{round_label(ledger.run_id, number)}: {what} is missing from the ledger"
             continue
         follows = None if number > number_before + 1 or before is None else rows.get(before)
         is_known = follows is not None or (before is None and number == 1)
         for finding in _entry_findings(
             ledger.run_id, rows[key], before=follows, is_before_known=is_known
         ):
-            yield f"{place(ledger.run_id, number)}: {finding}"
+            yield f"{round_label(ledger.run_id, number)}: {finding}"
     last = ledger.entries[-1] if ledger.entries else None
     if ledger.head not in ([None] if last is None else _digests_of(last)):
         end = "is empty" if last is None else f"ends with round {last.round_number}"
@@ -90,12 +87,12 @@ def row_findings(ledger: Ledger) -> Iterator[str]:
     for number in finished_rounds(ledger):
         if number not in finished:
             yield (
-                f"{place(ledger.run_id, number)}: it is in the ledger, but no finished attempt at "
-                "it is in the table of rounds"
+                f"{round_label(ledger.run_id, number)}: it is in the ledger, but no finished "
+                "attempt at it is in the table of rounds"
             )
         elif number in entries:
             for finding in _differences(entries[number], finished[number]):
-                yield f"{place(ledger.run_id, number)}: {finding}"
+                yield f"{round_label(ledger.run_id, number)}: {finding}"
     yield from _rollback_findings(ledger)
     yield from _base_findings(ledger, entries, finished)
     attempts: dict[int, set[int]] = {}
@@ -103,7 +100,8 @@ def row_findings(ledger: Ledger) -> Iterator[str]:
         attempts.setdefault(one.round_number, set()).add(one.attempt)
     for number, there in attempts.items():
         if missing := sorted(set(range(1, max(there))) - there):
-            yield f"{place(ledger.run_id, number)}: attempts {missing} of {max(there)} are missing"
+            label = round_label(ledger.run_id, number)
+            yield f"{label}: attempts {missing} of {max(there)} are missing"
 
 
 def _rollback_findings(ledger: Ledger) -> Iterator[str]:
@@ -111,7 +109,7 @@ def _rollback_findings(ledger: Ledger) -> Iterator[str]:
     entries = every_entry(ledger)
     rows = {(one.round_number, one.attempt): one for one in ledger.attempts}
     for key in sorted(_rollbacks(ledger)):
-        where = place(ledger.run_id, key[0])
+        where = round_label(ledger.run_id, key[0])
         row = rows.get(key)
         if row is None or row.phase != Phase.ROLLED_BACK:
             phase = "missing" if row is None else row.phase
@@ -122,20 +120,20 @@ def _rollback_findings(ledger: Ledger) -> Iterator[str]:
 
 
 def _base_findings(
-    ledger: Ledger, entries: Mapping[int, Entry], finished: Mapping[int, Attempt]
+    ledger: Ledger, entries: Mapping[int, LedgerEntry], finished: Mapping[int, Attempt]
 ) -> Iterator[str]:
     """Say which attempt didn't begin with the model that the round before it ended with.
 
     An attempt that came to nothing may have begun with one that was rolled back since.
     """
     models = {number: one.model_digest for number, one in finished.items()}
-    models |= {number: entry["model"] for number, entry in entries.items()}
+    models |= {number: entry.model_digest for number, entry in entries.items()}
     undone = [one for one in ledger.attempts if one.phase == Phase.ROLLED_BACK]
     first_models: dict[int, str | None] = {}
     for one in ledger.attempts:
         number = one.round_number
         is_in_entry = one.phase == Phase.DONE and number in entries
-        base = entries[number]["base"] if is_in_entry else one.base_digest
+        base = entries[number].base_digest if is_in_entry else one.base_digest
         rolled_back = {two.model_digest for two in undone if two.round_number == number - 1}
         if number == 1:
             ended_with = first_models.setdefault(one.adjustments.get("num_redraws", 0), base)
@@ -145,7 +143,7 @@ def _base_findings(
         if base != ended_with and not (came_to_nothing and base in rolled_back):
             before = "the attempts" if number == 1 else "the round"
             yield (
-                f"{place(ledger.run_id, number)}: attempt {one.attempt} began with model "
+                f"{round_label(ledger.run_id, number)}: attempt {one.attempt} began with model "
                 f"{_short(base)}, {before} before ended with {_short(ended_with)}"
             )
 
@@ -183,8 +181,8 @@ def _rollbacks(ledger: Ledger) -> set[Key]:
 
 def _is_in_place(run_id: str, row: LedgerRow) -> bool:
     """Whether what a row holds is the entry of its own round, attempt and kind."""
-    entry = json.loads(row.entry)
-    return (entry["run"], entry["round"], entry["attempt"], "rolled_back" not in entry) == (
+    entry = read_entry(row.entry)
+    return (entry.run_id, entry.round_number, entry.attempt, isinstance(entry, LedgerEntry)) == (
         run_id,
         row.round_number,
         row.attempt,
@@ -202,23 +200,24 @@ def _entry_findings(
             f"recorded is {_short(row.digest)})"
         )
         return
-    entry = json.loads(row.entry)
+    entry = read_entry(row.entry)
     if not _is_in_place(run_id, row):
-        yield f"in its place in the ledger is the entry of {place(entry['run'], entry['round'])}"
+        label = round_label(entry.run_id, entry.round_number)
+        yield f"in its place in the ledger is the entry of {label}"
     if not is_before_known:
         return
     expected = [GENESIS] if before is None else _digests_of(before)
-    if entry["previous"] not in expected:
+    if entry.previous not in expected:
         yield (
-            f"its entry in the ledger follows an entry {_short(entry['previous'])}, but the one "
+            f"its entry in the ledger follows an entry {_short(entry.previous)}, but the one "
             f"before it is {_short(expected[0])}"
         )
 
 
-def _settings_findings(ledger: Ledger, entries: Mapping[int, Entry]) -> Iterator[str]:
+def _settings_findings(ledger: Ledger, entries: Mapping[int, LedgerEntry]) -> Iterator[str]:
     differing: dict[str, list[int]] = {}
     for number, entry in entries.items():
-        written = entry["settings"]
+        written = entry.settings
         for key in written.keys() | ledger.settings.keys():
             if ledger.settings.get(key) != written.get(key):
                 what = f"is {ledger.settings.get(key)!r}, in the ledger {written.get(key)!r}"
@@ -227,36 +226,38 @@ def _settings_findings(ledger: Ledger, entries: Mapping[int, Entry]) -> Iterator
         yield f"{ledger.run_id}: {what} ({len(numbers)} rounds, from round {numbers[0]} on)"
 
 
-def _differences(entry: Entry, row: Attempt) -> Iterator[str]:
+def _differences(entry: LedgerEntry, row: Attempt) -> Iterator[str]:
     """Say in what the rows of a finished attempt differ from its entry."""
     for what, ours, written in (
-        ("the attempt that finished", row.attempt, entry["attempt"]),
-        ("its base model", row.base_digest, entry["base"]),
-        ("its base's server state", row.base_state_digest, entry["base_state"]),
-        ("its model", row.model_digest, entry["model"]),
-        ("its server state", row.state_digest, entry["state"]),
-        ("what was changed for it", row.adjustments, entry["adjustments"]),
+        ("the attempt that finished", row.attempt, entry.attempt),
+        ("its base model", row.base_digest, entry.base_digest),
+        ("its base's server state", row.base_state_digest, entry.base_state_digest),
+        ("its model", row.model_digest, entry.model_digest),
+        ("its server state", row.state_digest, entry.state_digest),
+        ("what was changed for it", row.adjustments, entry.adjustments),
     ):
         if ours != written:
             yield f"{what} is {ours} in the table of rounds, {written} in the ledger"
-    updates = {one["order_id"]: one for one in row.updates}
-    for one in entry["updates"]:
-        stored = updates.pop(one["order_id"], None)
-        if stored is None:
-            yield f"the update of client {one['client']} is in the ledger, but its row is missing"
+    stored = {update.order_id: update for update in row.updates}
+    for written_update in entry.updates:
+        ours_update = stored.pop(written_update.order_id, None)
+        client = f"client {written_update.client_id}"
+        if ours_update is None:
+            yield f"the update of {client} is in the ledger, but its row is missing"
             continue
-        for key in sorted(one.keys() & stored.keys()):
-            if stored[key] != one[key]:
+        values, written_values = ours_update.as_json(), written_update.as_json()
+        for name in sorted(values.keys() | written_values.keys()):
+            ours, written = values.get(name), written_values.get(name)
+            if ours != written:
                 yield (
-                    f"the update of client {one['client']}: {key} is {stored[key]} in its row, "
-                    f"{one[key]} in the ledger"
+                    f"the update of {client}: {name} is {ours} in its row, {written} in the ledger"
                 )
-    for one in updates.values():
+    for update in stored.values():
         # These come in after the entry was written, too.
-        if one["verdict"] not in (OrderState.LATE, OrderState.ABANDONED):
+        if update.verdict not in (OrderState.LATE, OrderState.ABANDONED):
             yield (
-                f"the update of client {one['client']} ({one['verdict']}) has a row, but isn't in "
-                "the ledger"
+                f"the update of client {update.client_id} ({update.verdict}) has a row, but isn't "
+                "in the ledger"
             )
 
 

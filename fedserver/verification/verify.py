@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from fedrounds.errors import InvalidInput, NotFound, StorageDamaged
 from fedrounds.strategies.blocks import Cohort, StateFile
@@ -24,20 +23,20 @@ from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.task import build_model, kinds_of
 from fedrounds.tensors.codec import digest_file, read_layout
 from fedrounds.tensors.entries import tied_entries
-from fedrounds.types import MODEL_SECTION, Encoding, EntryKind
+from fedrounds.types import MODEL_SECTION, EntryKind
+from fedserver.ledger import LedgerEntry, LedgerUpdate
 from fedserver.models.checkpoints import digest_blocks, model_path, state_path
 from fedserver.phases import OrderState
-from fedserver.records import HeldState, HeldUpdate, Ledger, Run
+from fedserver.records import Attempt, HeldState, HeldUpdate, Ledger, Run
 from fedserver.run_settings import compression_of, strategy_seed
 from fedserver.store import Store
 from fedserver.updates.payload import update_file
 from fedserver.updates.spool import update_path
 from fedserver.verification.chain import (
-    Entry,
     chain_findings,
     every_entry,
     finished_rounds,
-    place,
+    round_label,
     row_findings,
     whole_entries,
 )
@@ -179,49 +178,39 @@ def known_blobs(
         found.setdefault(name, blob)
 
     run_ids = {ledger.run_id for ledger in ledgers}
-    for one in held:
-        if _is_held(one) and one.run_id in run_ids and round_number in (None, one.round_number):
-            what = f"the quarantined update of client {one.client_id}"
-            where = place(one.run_id, one.round_number)
-            add(BlobKind.HELD, one.order_id, what, where, one.digest)
+    for update in held:
+        is_wanted = update.run_id in run_ids and round_number in (None, update.round_number)
+        if _is_held(update) and is_wanted:
+            what = f"the quarantined update of client {update.client_id}"
+            where = round_label(update.run_id, update.round_number)
+            add(BlobKind.HELD, update.order_id, what, where, update.digest)
     for ledger in ledgers:
         # Entries come first: where a row differs from one, that is found elsewhere.
-        named = [
-            *(
-                (number, (one["base"], one["model"]), (one["base_state"], one["state"]), one)
-                for (number, _), one in every_entry(ledger).items()
-            ),
-            *(
-                (
-                    one.round_number,
-                    (one.base_digest, one.model_digest),
-                    (one.base_state_digest, one.state_digest),
-                    {"updates": one.updates},
-                )
-                for one in ledger.attempts
-            ),
-        ]
-        for number, (base, model), (base_state, state), entry in named:
-            if round_number not in (None, number):
+        attempts: list[LedgerEntry | Attempt] = [*every_entry(ledger).values(), *ledger.attempts]
+        for attempt in attempts:
+            if round_number not in (None, attempt.round_number):
                 continue
-            where = place(ledger.run_id, number)
+            where = round_label(ledger.run_id, attempt.round_number)
             for kind, what, digest in (
-                (BlobKind.MODEL, "its base model", base),
-                (BlobKind.STATE, "its base's server state", base_state),
-                (BlobKind.MODEL, "its model", model),
-                (BlobKind.STATE, "its server state", state),
+                (BlobKind.MODEL, "its base model", attempt.base_digest),
+                (BlobKind.STATE, "its base's server state", attempt.base_state_digest),
+                (BlobKind.MODEL, "its model", attempt.model_digest),
+                (BlobKind.STATE, "its server state", attempt.state_digest),
                 *(
-                    (BlobKind.MODEL, f"what client {one['client']} began with", one["base"])
-                    for one in entry["updates"]
-                    if "base" in one
+                    (
+                        BlobKind.MODEL,
+                        f"what client {sent.client_id} began with",
+                        sent.base_digest,
+                    )
+                    for sent in attempt.updates
                 ),
             ):
                 if digest is not None:
                     add(kind, digest, what, where, digest)
-            for one in entry["updates"]:
-                if one["delta_norm"] is not None:
-                    what = f"the update of client {one['client']}"
-                    add(BlobKind.UPDATE, one["order_id"], what, where, one["digest"])
+            for sent in attempt.updates:
+                if sent.delta_norm is not None:
+                    what = f"the update of client {sent.client_id}"
+                    add(BlobKind.UPDATE, sent.order_id, what, where, sent.digest)
     if round_number is None:
         for kind, ending in ((BlobKind.MODEL, "safetensors"), (BlobKind.STATE, "server-state")):
             for path in sorted((state_dir / "models").glob(f"*.{ending}")):
@@ -247,7 +236,7 @@ def examine_blob(blob: Blob, find: Callable[[str], None]) -> State:
 
 
 def re_aggregate(
-    entry: Entry | None,
+    entry: LedgerEntry | None,
     state_dir: Path,
     states: Mapping[str, State],
     find: Callable[[str], None],
@@ -259,23 +248,20 @@ def re_aggregate(
     """
     if entry is None:
         return State.DAMAGED
-    counted = [one for one in entry["updates"] if one["verdict"] == OrderState.COUNTED]
-    own_bases = [one["base"] for one in counted if "base" in one]
-    names = [entry["base"], *own_bases, *(one["order_id"] for one in counted)]
-    if entry["base_state"] is not None:
-        names.append(entry["base_state"])
+    counted = [update for update in entry.updates if update.verdict == OrderState.COUNTED]
+    models = [entry.base_digest]
+    models += [update.base_digest for update in counted if update.base_digest is not None]
+    server_states = [] if entry.base_state_digest is None else [entry.base_state_digest]
+    names = [*models, *server_states, *(update.order_id for update in counted)]
     needed = {states[name] for name in names}
     if needed != {State.WHOLE}:
         return State.DAMAGED if State.DAMAGED in needed else State.NOT_KEPT
-    where = place(entry["run"], entry["round"])
-    base_path = model_path(state_dir / "models", entry["base"])
+    where = round_label(entry.run_id, entry.round_number)
     paths = [
-        base_path,
-        *(model_path(state_dir / "models", one) for one in own_bases),
-        *(update_path(state_dir / "spool", one["order_id"], one["digest"]) for one in counted),
+        *(model_path(state_dir / "models", digest) for digest in models),
+        *(update_path(state_dir / "spool", one.order_id, one.digest) for one in counted),
+        *(state_path(state_dir / "models", digest) for digest in server_states),
     ]
-    if entry["base_state"] is not None:
-        paths.append(state_path(state_dir / "models", entry["base_state"]))
     try:
         made = _made_again(entry, counted, state_dir)
     except (FileNotFoundError, StorageDamaged, UnfitCohort) as error:
@@ -286,7 +272,7 @@ def re_aggregate(
         return State.DAMAGED
     outcome = State.WHOLE
     for what, digest, written in zip(
-        ("model", "server state"), made, (entry["model"], entry["state"]), strict=True
+        ("model", "server state"), made, (entry.model_digest, entry.state_digest), strict=True
     ):
         if digest != written:
             outcome = State.DAMAGED
@@ -298,43 +284,45 @@ def re_aggregate(
 
 
 def _made_again(
-    entry: Entry, counted: Sequence[Mapping[str, Any]], state_dir: Path
+    entry: LedgerEntry, counted: Sequence[LedgerUpdate], state_dir: Path
 ) -> tuple[str, str | None]:
     """Return the digests of what a round's strategy makes of its files: model and server state."""
-    settings = entry["settings"]
+    settings, models = entry.settings, state_dir / "models"
     strategy = find_strategy(settings)
     kinds, ties = _entries_of(settings["task"])
-    base_path = model_path(state_dir / "models", entry["base"])
+    base_path = model_path(models, entry.base_digest)
     base = StateFile(path=base_path, layout=read_layout(base_path))
     if base.layout.entries.keys() != kinds.keys():
         raise InvalidInput(
-            f"{place(entry['run'], entry['round'])}: the task {settings['task']!r} makes a model "
-            "of other tensors than the run's; verify with the code that the run was made with"
+            f"{round_label(entry.run_id, entry.round_number)}: the task {settings['task']!r} makes "
+            "a model of other tensors than the run's; verify with the code that the run was made "
+            "with"
         )
     server_state = None
-    if entry["base_state"] is not None:
-        path = state_path(state_dir / "models", entry["base_state"])
+    if entry.base_state_digest is not None:
+        path = state_path(models, entry.base_state_digest)
         server_state = StateFile(path=path, layout=read_layout(path))
     cohort = Cohort(
         base=base,
         updates=[
             update_file(
-                (path := update_path(state_dir / "spool", one["order_id"], one["digest"])),
+                (path := update_path(state_dir / "spool", update.order_id, update.digest)),
                 base=base,
                 kinds=kinds,
-                # Of runs before there was another one it isn't said.
-                compression=compression_of(settings, one.get("encoding", Encoding.STATE_DICT)),
-                sections=one.get("sections") or [(MODEL_SECTION, path.stat().st_size)],
-                num_examples=one["num_examples"],
-                num_steps=one["num_steps"],
-                global_loss=one["global_loss"],
-                own_base=model_path(state_dir / "models", one["base"]) if "base" in one else None,
-                staleness=one.get("staleness", 0),
+                compression=compression_of(settings, update.encoding),
+                sections=update.sections or [(MODEL_SECTION, path.stat().st_size)],
+                num_examples=update.num_examples,
+                num_steps=update.num_steps,
+                global_loss=update.global_loss,
+                own_base=(
+                    None if update.base_digest is None else model_path(models, update.base_digest)
+                ),
+                staleness=update.staleness,
             )
-            for one in counted
+            for update in counted
         ],
         kinds=kinds,
-        seed=strategy_seed(settings, entry["round"], entry["attempt"]),
+        seed=strategy_seed(settings, entry.round_number, entry.attempt),
         ties=ties,
     )
     blocks = next_blocks(strategy, cohort, server_state)
@@ -362,7 +350,7 @@ def _gone(store: Store, ledgers: Iterable[Ledger], missing: Collection[Blob]) ->
             if state is not None:
                 needed.add(state)
             needed |= {
-                one["order_id"] for one in attempt.updates if one["verdict"] == OrderState.STORED
+                update.order_id for update in attempt.updates if update.verdict == OrderState.STORED
             }
     return [one for one in missing if one.name in needed]
 

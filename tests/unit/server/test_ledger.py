@@ -1,14 +1,38 @@
 """The ledger's entries: canonical bytes, pinned, and a chain that shows what was changed."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from blake3 import blake3
 
-from fedserver.ledger import GENESIS, entry_bytes, entry_digest
+from fedserver.ledger import (
+    GENESIS,
+    LedgerEntry,
+    LedgerUpdate,
+    RollbackEntry,
+    entry_digest,
+    read_entry,
+)
 
-UPDATE = {"order_id": "o", "client": 3, "num_examples": 5, "digest": "cc", "verdict": "COUNTED"}
+UPDATE = LedgerUpdate(
+    order_id="o",
+    client_id=3,
+    num_examples=5,
+    num_steps=2,
+    global_loss=None,
+    digest="cc",
+    encoding="state-dict",
+    delta_norm=1.5,
+    verdict="COUNTED",
+)
+STALE = replace(
+    UPDATE,
+    base_digest="ee",
+    staleness=2,
+    sections=(("model", 7), ("control", 4)),
+)
 
 
 def make_entry(**changed: Any) -> bytes:  # noqa: ANN401
@@ -26,7 +50,7 @@ def make_entry(**changed: Any) -> bytes:  # noqa: ANN401
         "updates": [UPDATE],
         "previous": GENESIS,
     }
-    return entry_bytes(**values | changed)
+    return LedgerEntry(**values | changed).to_bytes()
 
 
 def test_the_bytes_of_an_entry_are_pinned() -> None:
@@ -35,8 +59,8 @@ def test_the_bytes_of_an_entry_are_pinned() -> None:
         '{"adjustments":{"lr_factor":0.5},"attempt":2,"base":"aa","base_state":null,"model":"bb",'
         '"previous":"' + "0" * 64 + '","round":1,'
         '"run":"run1","settings":{"lr":0.1,"task":"t"},"state":"dd",'
-        '"updates":[{"client":3,"digest":"cc",'
-        '"num_examples":5,"order_id":"o","verdict":"COUNTED"}]}'
+        '"updates":[{"client":3,"delta_norm":1.5,"digest":"cc","encoding":"state-dict",'
+        '"global_loss":null,"num_examples":5,"num_steps":2,"order_id":"o","verdict":"COUNTED"}]}'
     ).encode()
     assert make_entry() == expected
     assert entry_digest(expected) == blake3(expected).hexdigest()
@@ -57,7 +81,7 @@ def test_the_bytes_of_an_entry_are_pinned() -> None:
         {"adjustments": {}},
         {"updates": []},
         {"updates": [UPDATE, UPDATE]},
-        {"updates": [UPDATE | {"num_examples": 6}]},
+        {"updates": [replace(UPDATE, num_examples=6)]},
         {"previous": "1" * 64},
     ],
     ids=lambda changed: next(iter(changed)),
@@ -69,7 +93,7 @@ def test_whatever_changes_changes_the_digest(changed: dict[str, Any]) -> None:
 
 def test_the_order_of_aggregation_is_part_of_the_entry() -> None:
     """The list of updates is kept as it was aggregated, not sorted anew."""
-    updates = [UPDATE | {"client": client} for client in (2, 1)]
+    updates = [replace(UPDATE, client_id=client) for client in (2, 1)]
     found = json.loads(make_entry(updates=updates))["updates"]
     assert [one["client"] for one in found] == [2, 1]
 
@@ -78,3 +102,41 @@ def test_an_entry_holds_no_number_that_json_lacks() -> None:
     """NaN and infinity would make bytes that other readers refuse."""
     with pytest.raises(ValueError, match="JSON"):
         make_entry(settings={"lr": float("inf")})
+
+
+def test_the_bytes_of_a_stale_update_of_two_sections_are_pinned() -> None:
+    """Only such an update names its base, its staleness and its sections."""
+    expected = (
+        '{"base":"ee","client":3,"delta_norm":1.5,"digest":"cc","encoding":"state-dict",'
+        '"global_loss":null,"num_examples":5,"num_steps":2,"order_id":"o",'
+        '"sections":[["model",7],["control",4]],"staleness":2,"verdict":"COUNTED"}'
+    )
+    assert expected.encode() in make_entry(updates=[STALE])
+
+
+def test_the_bytes_of_a_rollback_are_pinned() -> None:
+    """It says which model is taken back for which."""
+    entry = RollbackEntry(
+        run_id="run1",
+        round_number=1,
+        attempt=2,
+        base_digest="aa",
+        model_digest="bb",
+        previous="cc",
+    )
+    assert entry.to_bytes() == (
+        b'{"attempt":2,"previous":"cc","rolled_back":"bb","round":1,"run":"run1","to":"aa"}'
+    )
+    assert read_entry(entry.to_bytes().decode()) == entry
+
+
+def test_an_entry_is_read_as_it_was_written() -> None:
+    """Written again it has the same bytes; an update of an older entry names no encoding."""
+    written = make_entry(updates=[UPDATE, STALE])
+    entry = read_entry(written.decode())
+    assert isinstance(entry, LedgerEntry)
+    assert entry.updates == [UPDATE, STALE]
+    assert entry.to_bytes() == written
+    older = json.loads(written)
+    del older["updates"][0]["encoding"]
+    assert read_entry(json.dumps(older)) == entry

@@ -182,7 +182,7 @@ def test_the_ledger_holds_a_rollback_as_a_fact(store: Store) -> None:
         (3, 2, "finish"),
     ]
     assert finished_rounds(ledger) == [1, 2, 3]
-    models = {number: entry["model"] for number, entry in whole_entries(ledger).items()}
+    models = {number: entry.model_digest for number, entry in whole_entries(ledger).items()}
     assert models == {1: FIRST, 2: GOOD, 3: LAST}
 
 
