@@ -1,4 +1,4 @@
-"""Blobs by digest: what a client holds isn't sent to it again."""
+"""Blobs by digest: a client doesn't download again what it holds."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -23,13 +23,14 @@ class BlobCache:
         self._folder = folder
 
     def fetch(self, section: Section, download: Callable[[int], Iterator[memoryview]]) -> Path:
-        """Return the path of a section's blob, downloading from the byte on that is missing.
+        """Return the path of a section's blob; download the bytes that are missing.
 
-        `download(offset)` yields the bytes from `offset` to the end. What has arrived when it
-        breaks stays for the next call.
+        `download(offset)` yields the bytes from `offset` to the end. If it fails, the bytes that
+        have arrived stay for the next call.
 
         Raises:
-            CorruptPayload: there are more bytes, or they don't match the digest; they are dropped.
+            CorruptPayload: there are too many bytes, or they don't match the digest; they are
+                deleted.
             OutOfSpace: the disk is full.
         """
         digest = section.digest
@@ -38,7 +39,7 @@ class BlobCache:
             if digest_file(path) == digest:
                 os.utime(path)  # its age counts from its last use
                 return path
-            path.unlink()  # after a loss of power a file may hold less than its name says
+            path.unlink()  # after a power loss a file may be shorter than it was
         part = path.with_suffix(".part")
         with naming_full_disk(self._folder):
             # Hashed as it arrives, while the bytes are still in the processor's cache.
@@ -50,7 +51,7 @@ class BlobCache:
                 size = file.tell()
                 for data in download(size):
                     size += len(data)
-                    # A stream needn't ever end, and isn't to fill this disk.
+                    # A server's stream may never end; it must not fill this disk.
                     if size > section.size_bytes:
                         break
                     hasher.update(data)

@@ -1,4 +1,4 @@
-"""The goodbye of a process that ends before the run does, so that nobody waits for it."""
+"""Leaving a run before its end, so that the server doesn't wait for this process."""
 
 import logging
 import threading
@@ -14,14 +14,15 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 2.0
 _MAIN_THREAD_S = 1.0
-"""How long the main thread may take to end its step after a stop, and to say goodbye itself."""
+"""The time after a stop in which the main thread may end its step and say goodbye itself."""
 
 
 class Goodbye:
-    """Says once, for all ids of a session, that they leave: from any thread.
+    """Leaves a run once, with all ids of a session; any thread may call it.
 
-    `kept_order_ids` returns the orders whose updates are in the outbox. With `coming_back` the
-    process is started again soon. The connection is a new one: a stop has closed the process's own.
+    `kept_order_ids` returns the orders whose updates are in the outbox. `coming_back`: the process
+    will be started again soon. The call uses a new connection, since a stop closes the process's
+    own.
     """
 
     def __init__(
@@ -40,19 +41,19 @@ class Goodbye:
         self._begun = threading.Event()
 
     def say(self, reason: LeaveReason) -> None:
-        """Leave the run, if that isn't done yet; a server that doesn't answer is let be."""
+        """Leave the run, unless that is done; a failure is logged and nothing more."""
         with self._lock:
             if self._begun.is_set() or not self._session.is_open:
                 return
             self._begun.set()
-            said = Leave(
+            leave = Leave(
                 reason=reason,
                 coming_back=self._coming_back and reason is LeaveReason.STOPPED,
                 kept_order_ids=tuple(self._kept_order_ids()),
             )
             connection = Connection(self._route)
             try:
-                connection.leave(self._session.info.session_id, said, timeout_s=_TIMEOUT_S)
+                connection.leave(self._session.info.session_id, leave, timeout_s=_TIMEOUT_S)
             except FederationError as error:
                 logger.info("the server wasn't told that this process ends: %s", error)
             finally:
@@ -61,7 +62,7 @@ class Goodbye:
     def say_stopped_soon(self) -> None:
         """Leave the run because of a stop, if the main thread is too busy to do it.
 
-        It may be in a step of training that takes longer than the process is given to end.
+        A training step may take longer than the time that the process has until it is killed.
         """
         if not self._begun.wait(_MAIN_THREAD_S):
             self.say(LeaveReason.STOPPED)

@@ -1,8 +1,9 @@
 """The work on one order of one client: fetch its model, train, keep the update, deliver it.
 
-Many clients of one process share the outbox and the blobs; what lasts is kept for each of them.
+The clients of one process share the outbox and the blobs; each has a state of its own.
 
-Each step rests on what is in the state-dir and can be repeated after a crash with the same result.
+Each step begins with what is in the state-dir, and can be repeated after a crash with the same
+result.
 """
 
 import functools
@@ -57,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 _GOOD_RECEIPTS = (Receipt.STORED, Receipt.DUPLICATE)
 _UNNEEDED = (OrderEnd.ATTEMPT_FAILED, OrderEnd.TAKEN_BACK)
-"""An order ended so was in time: nothing went wrong on this client's side."""
+"""After these ends the update was in time: nothing went wrong at this client."""
 _ORDER_ENDS = {
     OrderEnd.ROUND_CLOSED: "the round went on without it",
     OrderEnd.ATTEMPT_FAILED: (
@@ -70,7 +71,7 @@ _ORDER_ENDS = {
 
 
 class OrderWorker:
-    """Works on orders, one after another; owns what `state_dir` keeps of them."""
+    """Works on orders, one after another; owns their files in `state_dir`."""
 
     def __init__(
         self,
@@ -98,29 +99,31 @@ class OrderWorker:
         )
 
     def deliver_waiting(self) -> None:
-        """Deliver the updates that an earlier process trained and got no receipt for."""
+        """Deliver the updates for which an earlier process got no receipt."""
         for update in self._outbox.waiting():
             logger.info("order %s is trained and not acknowledged yet", update.order_id)
-            what = f"order {update.order_id}"
-            self._deliver(update, what=what, is_new=False, on_sent=lambda _: None)
+            label = f"order {update.order_id}"
+            self._deliver(update, label=label, is_new=False, on_sent=lambda _: None)
 
     def kept_order_ids(self) -> list[str]:
-        """Return the orders whose updates are kept here until the server has them."""
+        """Return the ids of orders whose updates wait here until the server has them."""
         return self._outbox.order_ids()
 
     def work_on(self, order: WorkOrder) -> None:
-        """Do what an order asks for, or say why not; an update that is here already is sent.
+        """Train an order and deliver its update, or report why not.
+
+        An update that is here already is delivered without training.
 
         Raises:
-            Stopped: the process is asked to end.
-            WrongSettings: it is for a client that this process doesn't serve.
-            Exception: what the task's own code raised; its incident is reported, and its order is
+            Stopped: somebody asked the process to end.
+            WrongSettings: the order is for a client that this process doesn't serve.
+            Exception: what the task's own code raised; its incident is reported, and the order is
                 still open.
         """
         if order.client_id not in self._settings.client_ids:
             raise WrongSettings(
-                f"the server's order {order.order_id} is for client {order.client_id}, whom this "
-                "process doesn't serve"
+                f"the server's order {order.order_id} is for client {order.client_id}, which "
+                "this process doesn't serve"
             )
         failpoint(FailPoint.ORDER_PULLED)
         update = self._outbox.find(order.order_id)
@@ -130,10 +133,10 @@ class OrderWorker:
             try:
                 if update is None:
                     update = self._train(order, progress)
-                    self._tell_incidents(order, progress, gave_up=False)
+                    self._report_incidents(order, progress, gave_up=False)
                 self._deliver(
                     update,
-                    what=_order_label(order),
+                    label=_order_label(order),
                     is_new=is_new,
                     on_sent=lambda count: progress.add(bytes_sent=count),
                 )
@@ -145,39 +148,39 @@ class OrderWorker:
                     _ORDER_ENDS[abandoned.order_end],
                 )
             except (TrainingHalted, NothingLearned) as error:
-                # An error that the step raised is for the person here alone.
+                # The error that the step raised goes to this client's log only.
                 logger.warning(
                     "%s: %s; no update is sent",
                     _order_label(order),
                     error,
                     exc_info=error.__cause__,
                 )
-                self._tell_incidents(order, progress, gave_up=True)
+                self._report_incidents(order, progress, gave_up=True)
             except NotFound as error:
-                # Its model is gone: the round has ended meanwhile.
+                # The server has deleted the order's model: the round has ended meanwhile.
                 logger.info("%s: %s", _order_label(order), error)
                 self._session.pause(FIRST_PAUSE_S)
             except OutOfSpace as error:
-                # The order stays open and is asked for again.
+                # The order stays open; the server will give it again.
                 logger.warning("%s: %s", _order_label(order), error)
                 self._session.pause(LONGEST_PAUSE_S)
             except Stopped:
                 raise
             except Exception:
-                # The task's own code may fail in any way: the server must hear of it (its kind,
-                # not its text), and the person here sees the rest. The order ends as its client
-                # leaves: one that gave up first would be asked again before it has left.
+                # The task's own code may raise anything. The server gets the kind of incident and
+                # no text; this client's log gets the rest. The order ends when its client leaves: a
+                # client that gave up first could get another order before it has left.
                 progress.note(Incident(kind=IncidentKind.TRAINING_FAILED))
-                self._tell_incidents(order, progress, gave_up=False)
+                self._report_incidents(order, progress, gave_up=False)
                 raise
 
     def _train(self, order: WorkOrder, progress: ProgressReporter) -> ClientUpdate:
-        # The session may be another run's by the time this order is trained.
+        # Read the run id now: the session may belong to another run when training is done.
         states = ClientStates(
             self._states_folder / str(order.client_id), run_id=self._session.info.run_id
         )
         state = self._state_in_force(states, order, progress)
-        sections = {one.name: self._fetch(one, progress) for one in order.sections}
+        sections = {section.name: self._fetch(section, progress) for section in order.sections}
         failpoint(FailPoint.MODEL_FETCHED)
 
         def report_diagnosis(diagnosis: Diagnosis) -> None:
@@ -234,12 +237,12 @@ class OrderWorker:
         return self._session.call(download, how_far=lambda: progress.counters.bytes_received)
 
     def _deliver(
-        self, update: ClientUpdate, *, what: str, is_new: bool, on_sent: Callable[[int], None]
+        self, update: ClientUpdate, *, label: str, is_new: bool, on_sent: Callable[[int], None]
     ) -> None:
-        """Send an update until the server gives its receipt, then forget it.
+        """Send an update until the server gives its receipt, then delete it.
 
-        `what` names its order in the log. Of an update that `is_new` nothing was sent yet: the
-        server isn't asked how much it has.
+        `label` names its order in the log. `is_new`: no byte of it was sent yet, so the server
+        isn't asked how much it has.
         """
         offset = 0
 
@@ -273,15 +276,19 @@ class OrderWorker:
         answer = self._session.call(send, how_far=lambda: offset)
         failpoint(FailPoint.RECEIPT_GIVEN)
         self._outbox.drop(update.order_id)
-        is_this_clients_doing = answer is None or answer.receipt not in _GOOD_RECEIPTS
+        is_problem = answer is None or answer.receipt not in _GOOD_RECEIPTS
         if answer is not None and answer.order_end in _UNNEEDED:
-            is_this_clients_doing = False
+            is_problem = False
         logger.log(
-            logging.WARNING if is_this_clients_doing else logging.INFO,
+            logging.WARNING if is_problem else logging.INFO,
             "%s: update %s (%d examples, %d steps in %.1f s, loss %.4g, accuracy %.2f%%)",
-            *(what, _answer_text(answer)),
-            *(update.num_examples, update.num_steps, update.metrics["train_s"]),
-            *(update.metrics["loss"], 100 * update.metrics["accuracy"]),
+            label,
+            _answer_text(answer),
+            update.num_examples,
+            update.num_steps,
+            update.metrics["train_s"],
+            update.metrics["loss"],
+            100 * update.metrics["accuracy"],
         )
 
     def _report(
@@ -291,14 +298,14 @@ class OrderWorker:
             self._session.info.session_id, order.order_id, counters=counters, incidents=incidents
         )
 
-    def _tell_incidents(
+    def _report_incidents(
         self, order: WorkOrder, progress: ProgressReporter, *, gave_up: bool
     ) -> None:
-        """Make sure that the server knows of all that went wrong, and whether an update comes."""
+        """Make sure that the server has all incidents, and knows if no update will come."""
         if not gave_up and not progress.unreported:
             return
 
-        def tell(session: SessionInfo, incidents: Sequence[tuple[int, Incident]]) -> None:
+        def report(session: SessionInfo, incidents: Sequence[tuple[int, Incident]]) -> None:
             self._session.connection.report_progress(
                 session.session_id,
                 order.order_id,
@@ -308,15 +315,15 @@ class OrderWorker:
             )
 
         try:
-            self._session.call(lambda session: tell(session, progress.unreported))
+            self._session.call(lambda session: report(session, progress.unreported))
         except InvalidInput as error:
             logger.warning("the server doesn't take a report of what went wrong: %s", error)
             if gave_up:
-                self._session.call(lambda session: tell(session, []))
+                self._session.call(lambda session: report(session, []))
 
 
 def _answer_text(answer: UploadAnswer | None) -> str:
-    """Return what became of an update, in words."""
+    """Return the server's answer to an update in words."""
     if answer is None:
         return "of a run the server doesn't know"
     if answer.receipt is Receipt.REFUSED:

@@ -1,7 +1,7 @@
-"""Updates that are trained but not acknowledged yet; they survive the death of the process.
+"""Updates that are trained but not acknowledged yet; they survive a crash of the process.
 
-Each is a payload and, written after it, a description; only with both an update is there. After a
-loss of power either may be missing or damaged: then the client trains the order again.
+An update is a payload and, written after it, a description; it exists only with both. After a power
+loss either may be missing or damaged: then the client trains the order again.
 """
 
 import json
@@ -14,22 +14,22 @@ from fedrounds.types import ClientUpdate, Section
 
 
 class Outbox:
-    """Owns the folder."""
+    """Owns the folder of these updates."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
 
     def payload_path(self, order_id: str) -> Path:
-        """Where the payload of an order's update lies."""
+        """Return the path of the payload of an order's update."""
         return self._folder / f"{order_id}.safetensors"
 
     def draft_path(self, order_id: str) -> Path:
-        """Where the payload is to be written before it is put."""
+        """Return the path to write the payload to, before `put`."""
         return self._folder / f"{order_id}.draft"
 
     def put(self, update: ClientUpdate) -> None:
-        """Keep an update, whose payload is in its draft, until it is dropped.
+        """Keep an update, whose payload is at the draft path, until `drop`.
 
         Raises:
             OutOfSpace: the disk is full.
@@ -43,34 +43,34 @@ class Outbox:
         )
 
     def find(self, order_id: str) -> ClientUpdate | None:
-        """Return an order's update if it is here, whole."""
+        """Return an order's update, None if it isn't here or is damaged."""
         try:
-            described = json.loads(self._description_path(order_id).read_bytes())
-            described["sections"] = tuple(Section(**one) for one in described["sections"])
-            update = ClientUpdate(**described)
-            is_whole = digest_file(self.payload_path(order_id)) == update.digest
+            description = json.loads(self._description_path(order_id).read_bytes())
+            description["sections"] = tuple(Section(**fields) for fields in description["sections"])
+            update = ClientUpdate(**description)
+            is_intact = digest_file(self.payload_path(order_id)) == update.digest
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        return update if is_whole else None
+        return update if is_intact else None
 
     def waiting(self) -> list[ClientUpdate]:
-        """Return all updates that are here, and delete what is left of broken ones."""
-        whole = []
+        """Return all updates that are here, and delete the files of damaged ones."""
+        updates = []
         for path in sorted(self._folder.iterdir()):
             order_id = path.name.partition(".")[0]
             update = self.find(order_id)
             if update is None:
                 path.unlink()
             elif path.suffix == ".json":
-                whole.append(update)
-        return whole
+                updates.append(update)
+        return updates
 
     def order_ids(self) -> list[str]:
         """Return the ids of the orders whose updates are here, without checking their files."""
         return sorted(path.stem for path in self._folder.glob("*.json"))
 
     def drop(self, order_id: str) -> None:
-        """Forget an update that the server has acknowledged."""
+        """Delete an update that the server has acknowledged."""
         self._description_path(order_id).unlink(missing_ok=True)
         self.payload_path(order_id).unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Telling the server how far an order is, while the client works on it."""
+"""Reports of an order's progress to the server, while the client works on it."""
 
 import logging
 import threading
@@ -29,11 +29,11 @@ class Stopped(Exception):
 
 
 class ProgressReporter:
-    """Reports the counters every second from a thread of its own, as a context manager.
+    """A context manager that reports the counters every second from a thread of its own.
 
-    `report(counters, incidents)` makes the call, with the incidents not reported yet and their
-    numbers in the order, from 1; it returns how the order has ended, if it has. A report
-    that fails is no harm: the next one says more. `stop` is set when the process is asked to end.
+    `report(counters, incidents)` makes the call. `incidents` are those not reported yet, with their
+    numbers in the order, from 1. It returns how the order has ended, or None. A failed report does
+    no harm, since the next one says more. `stop` is set when somebody asks the process to end.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class ProgressReporter:
         trace: TracebackType | None,
     ) -> None:
         self._ended.set()
-        # A report under way ends first. A thread that comes back from gRPC while the interpreter
-        # goes would take the whole process down with it.
+        # Wait for a report under way: a thread that returns from gRPC while the interpreter shuts
+        # down would crash the process.
         self._thread.join()
 
     @property
     def counters(self) -> Counters:
-        """How far the order is."""
+        """The progress of the order."""
         return self._counters
 
     def add(
@@ -86,7 +86,7 @@ class ProgressReporter:
         replays: int = 0,
         loss: float | None = None,
     ) -> None:
-        """Count what was done; `loss` is that of the training step just taken."""
+        """Add to the counters; `loss` is that of the training step just taken."""
         self.loss = self.loss if loss is None else loss
         before = self._counters
         self._counters = replace(
@@ -99,9 +99,9 @@ class ProgressReporter:
         )
 
     def note(self, incident: Incident) -> None:
-        """Say with the next report that something went wrong.
+        """Add an incident to the next report.
 
-        The server takes so many of an order: the last place is that of the newest.
+        The server takes MAX_INCIDENTS of an order; beyond that the newest replaces the last.
         """
         if len(self._incidents) < MAX_INCIDENTS:
             self._incidents.append(incident)
@@ -116,11 +116,11 @@ class ProgressReporter:
 
     @property
     def silent_s(self) -> float:
-        """For how many seconds the server hasn't answered a report."""
+        """Seconds since the server last answered a report."""
         return time.monotonic() - self._answered_at
 
     def expect_batches(self, *, steps: int, evaluation_batches: int = 0) -> None:
-        """Say how many steps and batches of evaluations the order takes; they begin now."""
+        """Set the numbers of training steps and evaluation batches of the order; they begin now."""
         self._batches_since = time.monotonic()
         self._counters = replace(
             self._counters,
@@ -129,7 +129,7 @@ class ProgressReporter:
         )
 
     def remaining_s(self) -> float | None:
-        """Return for how many seconds the batches go on at their pace; None before the first."""
+        """Return the estimated seconds until the last batch; None before the first."""
         done, total = self._counters.batches, self._counters.batches_total
         if not done or total < done:
             return None
@@ -157,7 +157,7 @@ class ProgressReporter:
                 if self._order_end is not None:
                     return
             except InvalidInput as error:
-                # Sent again they would be refused again, and the counters with them.
+                # Repeated, the incidents would be refused again, and the counters with them.
                 logger.warning("the server doesn't take a report of what went wrong: %s", error)
                 self._answered_at = time.monotonic()
                 self._num_reported += len(incidents)

@@ -1,8 +1,7 @@
 """How a connection gets to the server: directly, or through an HTTP proxy.
 
-gRPC by itself obeys `http_proxy`, also for localhost, and never says so. Here a connection goes
-through a proxy only if `--proxy` or the variable `grpc_proxy` names one, and `describe` says which
-way it goes.
+By itself, gRPC obeys `http_proxy` without saying so, even for localhost. Here a connection goes
+through a proxy only if `--proxy` or the variable `grpc_proxy` names one, and `describe` says so.
 """
 
 from base64 import b64encode
@@ -15,7 +14,7 @@ _IGNORED = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy
 
 @dataclass(frozen=True, kw_only=True)
 class Proxy:
-    """An HTTP proxy: its address, host:port, and what it is to be sent as Proxy-Authorization."""
+    """An HTTP proxy: its address, host:port, and the value of Proxy-Authorization for it."""
 
     address: str
     authorization: str = ""
@@ -23,7 +22,7 @@ class Proxy:
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """The way to a server, host:port; `note` says why it is this way, for the log."""
+    """The way to a server, host:port; `note` says why it goes this way, for the log."""
 
     server: str
     proxy: Proxy | None = None
@@ -38,7 +37,7 @@ class Route:
 def choose_route(server: str, *, proxy: str | None, environment: Mapping[str, str]) -> Route:
     """Return the way to `server`: through `proxy`, or else the one that `grpc_proxy` names.
 
-    `no_grpc_proxy`, or else `no_proxy`, lists hosts that `grpc_proxy` isn't for, as elsewhere.
+    `no_grpc_proxy`, or else `no_proxy`, lists hosts to reach without `grpc_proxy`.
 
     Raises:
         ValueError: a proxy's address can't be read.
@@ -83,6 +82,6 @@ def read_proxy(text: str) -> Proxy:
 
 
 def _is_among(host: str, names: Sequence[str]) -> bool:
-    """Return whether a host is one of the names, or in a domain that is one of them; * is all."""
+    """Return whether a host is one of the names or in one of these domains; * matches all."""
     words = [name.strip().lower().lstrip(".") for name in names]
     return any(word and f".{host.lower()}".endswith(f".{word}") for word in words) or "*" in words

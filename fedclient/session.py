@@ -1,7 +1,7 @@
-"""The session with the server, and the patience to reach it.
+"""The session with the server, and the repetition of calls until the server answers.
 
-Every call of the loop's goes through here: repeated until the server answers, and with a new
-session where the server has forgotten the old one.
+Every call of the main loop goes through here. It is repeated until the server answers, and made
+with a new session if the server has forgotten the old one.
 """
 
 import itertools
@@ -33,16 +33,16 @@ T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
-_MAX_CAUSES_SAID = 3
-_CAPABILITIES = tuple(one for one in Encoding if one is not Encoding.STATE_DICT)
+_MAX_CAUSES_LOGGED = 3
+_CAPABILITIES = tuple(encoding for encoding in Encoding if encoding is not Encoding.STATE_DICT)
 
 
 class Patience:
-    """Repeats a call until the server answers, and tells a person why it doesn't.
+    """Repeats a call until the server answers, and says why it doesn't.
 
-    `stop` is set when the process is asked to end. After `give_up_after_s` seconds without any
-    answer it gives up. `show_trouble` is called with a short sentence when a call fails that is
-    tried again, and with an empty text when one succeeds after that.
+    `stop` is set when somebody asks the process to end. After `give_up_after_s` seconds without any
+    answer it gives up. `show_trouble` is called with a short sentence when a call fails and will be
+    repeated, and with an empty text when a call then succeeds.
     """
 
     def __init__(
@@ -60,31 +60,31 @@ class Patience:
         self._has_answered = False
 
     def reach(self, connection: Connection) -> None:
-        """Return when the server has answered for the first time.
+        """Wait until the server has answered for the first time.
 
         Raises:
-            Stopped: the process is asked to end.
+            Stopped: somebody asked the process to end.
             NoAnswer: the server didn't answer for too long.
         """
-        # The first is short, so that a person soon hears of a connection that swallows everything.
+        # The first is short, so that a connection without any answer shows soon.
         timeouts_s = itertools.chain([1.0, 2, 4, 8, 16], itertools.repeat(30.0))
         self.insist(lambda: connection.check(timeout_s=next(timeouts_s)))
 
     def insist(self, attempt: Callable[[], T], *, how_far: Callable[[], int] = lambda: 0) -> T:
-        """Return what `attempt` returns, once the server answers.
+        """Return the result of `attempt`, once the server answers.
 
-        Says once why it doesn't, again only where the cause is another one, and once that it
-        does. The pauses between attempts grow, and begin anew when an attempt got further than the
-        last.
+        Each cause of a failure is logged once, and so is the first answer after a failure. The
+        pauses between attempts grow. They begin anew when an attempt got further than the one
+        before, which `how_far` says.
 
         Raises:
-            Stopped: the process is asked to end.
+            Stopped: somebody asked the process to end.
             NoAnswer: the server didn't answer for too long.
             FederationError: an answer that trying again won't change.
         """
         pause_s, reached = FIRST_PAUSE_S, how_far()
-        said: set[str] = set()
-        relief = ""
+        logged: set[str] = set()
+        recovery = ""
         answered_at = time.monotonic()
         while True:
             try:
@@ -94,9 +94,9 @@ class Patience:
                     raise Stopped from None
                 if not error.retry:
                     raise
-                if str(error) not in said and len(said) < _MAX_CAUSES_SAID:
-                    said.add(str(error))
-                    relief = self._complain(error)
+                if str(error) not in logged and len(logged) < _MAX_CAUSES_LOGGED:
+                    logged.add(str(error))
+                    recovery = self._log_failure(error)
                 if not isinstance(error, ServerUnreachable):
                     answered_at = time.monotonic()
                 if how_far() > reached:
@@ -107,12 +107,12 @@ class Patience:
                         f"{self._server} hasn't answered for {self._give_up_after_s:g} s "
                         f"(--give-up-after): {error}. The same command goes on"
                     ) from error
-                # Jitter keeps a fleet from coming back all at once.
+                # Jitter: the clients of a fleet must not all come back at the same moment.
                 self.pause(random.uniform(pause_s / 2, pause_s))
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             else:
-                if relief:
-                    logger.info("%s", relief)
+                if recovery:
+                    logger.info("%s", recovery)
                     self._show_trouble("")
                 self._has_answered = True
                 return result
@@ -121,14 +121,14 @@ class Patience:
         """Wait.
 
         Raises:
-            Stopped: the process is asked to end.
+            Stopped: somebody asked the process to end.
         """
         if self._stop.wait(seconds):
             raise Stopped
 
-    def _complain(self, error: FederationError) -> str:
-        """Say why there is no answer; returns what to say when there is one."""
-        # The server's disk may be full too: that is an answer of gRPC's.
+    def _log_failure(self, error: FederationError) -> str:
+        """Log why a call failed; return the sentence to log when a call succeeds again."""
+        # An OutOfSpace without an OSError is the server's answer: its own disk is full.
         if isinstance(error, OutOfSpace) and isinstance(error.__cause__, OSError):
             logger.warning("%s; trying again until there is room", error)
             self._show_trouble("the disk is full; trying again until there is room")
@@ -141,8 +141,8 @@ class Patience:
 class ServerSession:
     """The session of a process's client ids with one server.
 
-    `load_data(info)` returns how many examples each id has, once the server has said what is
-    learned. Ids without any examples don't take part.
+    `load_data(info)` loads the run's data and returns the number of examples of each id. Ids
+    without examples don't take part.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class ServerSession:
 
     @property
     def is_open(self) -> bool:
-        """Whether the server has opened a session, which a process that ends has to leave."""
+        """Whether the server has opened a session, which this process must leave before it ends."""
         return self._info is not None
 
     @property
@@ -181,10 +181,10 @@ class ServerSession:
         return self._info
 
     def open(self) -> None:
-        """Register, however long it takes to reach the server.
+        """Register; repeat until the server answers.
 
         Raises:
-            Stopped: the process is asked to end.
+            Stopped: somebody asked the process to end.
             FederationError: an answer that trying again won't change.
         """
         self._patience.insist(self._register)
@@ -192,12 +192,12 @@ class ServerSession:
     def call(
         self, call: Callable[[SessionInfo], T], *, how_far: Callable[[], int] = lambda: 0
     ) -> T:
-        """Make a call with the session in force; where the server has forgotten it, a new one.
+        """Return the result of a call, made with a new session if the server forgot the old one.
 
-        Tries until the server answers (see `Patience.insist`).
+        The call is repeated until the server answers (see `Patience.insist`).
 
         Raises:
-            Stopped: the process is asked to end.
+            Stopped: somebody asked the process to end.
             FederationError: an answer that trying again won't change.
         """
 
@@ -206,34 +206,34 @@ class ServerSession:
                 try:
                     return call(self.info)
                 except UnknownSession:
-                    # Where another process takes each new session over, the server soon refuses.
+                    # If another process takes over each new session, the server soon refuses.
                     self._register()
                     self._patience.pause(FIRST_PAUSE_S)
 
         return self._patience.insist(attempt, how_far=how_far)
 
     def leave(self, client_id: int, reason: LeaveReason) -> None:
-        """Leave the run with one of several ids; the others stay.
+        """Leave the run for one of several ids; the others stay.
 
         Raises:
             Stopped, NoAnswer, FederationError: see `call`.
         """
-        self._client_ids = tuple(one for one in self._client_ids if one != client_id)
-        said = Leave(client_ids=(client_id,), reason=reason)
-        self.call(lambda info: self.connection.leave(info.session_id, said))
+        self._client_ids = tuple(other for other in self._client_ids if other != client_id)
+        leave = Leave(client_ids=(client_id,), reason=reason)
+        self.call(lambda info: self.connection.leave(info.session_id, leave))
 
     def pause(self, seconds: float) -> None:
         """Wait (see `Patience.pause`)."""
         self._patience.pause(seconds)
 
     def _register(self) -> None:
-        """Open the session; the first answer tells which data the second call gives the size of."""
-        # From here on the server knows these clients, and is told if they leave.
+        """Open the session: a first call asks for the task, a second reports the data's size."""
+        # From here on the server knows these clients; when they leave, it must hear of it.
         self._info = self._registered(self._client_ids)
         sizes = self._load_data(self._info)
         num_examples = dict(zip(self._all_client_ids, sizes, strict=True))
-        empty = [one for one in self._client_ids if not num_examples[one]]
-        ready = tuple(one for one in self._client_ids if num_examples[one])
+        empty = [client_id for client_id in self._client_ids if not num_examples[client_id]]
+        ready = tuple(client_id for client_id in self._client_ids if num_examples[client_id])
         if not ready:
             raise InvalidInput(
                 f"client {', '.join(map(str, empty[:10]))}: there are no examples to train on; "
@@ -244,7 +244,7 @@ class ServerSession:
                 "client %s: no examples, takes no part; the others do",
                 ", ".join(map(str, empty)),
             )
-        self._info = self._registered(ready, tuple(num_examples[one] for one in ready))
+        self._info = self._registered(ready, tuple(num_examples[client_id] for client_id in ready))
 
     def _registered(
         self, client_ids: tuple[int, ...], num_examples: tuple[int, ...] = ()

@@ -18,13 +18,13 @@ _MAX_NAME_LENGTH = 100
 
 
 class ConnectionSettings(Settings):
-    """Who it is, and the server."""
+    """Client id, and the server."""
 
     id: int | None = Field(
         default=None,
         ge=0,
         le=MAX_CLIENT_ID,
-        description="this client's number, another one for every client",
+        description="this client's number, different for every client",
     )
     ids: str | None = Field(
         default=None,
@@ -33,31 +33,33 @@ class ConnectionSettings(Settings):
     server: str = Field(default="localhost:50051", description="the coordinator, host:port")
     proxy: str | None = Field(
         default=None,
-        description="HTTP proxy to reach it through, http://host:port; without it only the "
-        "variable grpc_proxy names one",
+        description="HTTP proxy on the way to the server, http://host:port; default: the variable "
+        "grpc_proxy, if set",
     )
     state_dir: Path | None = Field(
-        default=None, description="everything kept is here; state/client-ID, or state/clients-IDS"
+        default=None,
+        description="folder for everything that this client keeps; default: state/client-ID, or "
+        "state/clients-IDS",
     )
     stay: bool = Field(
         default=False,
-        description="wait for the next run when one is done, and read the data anew for it",
+        description="after a run, wait for the next one, and read the data anew for it",
     )
     give_up_after: Annotated[float, Field(gt=0)] | Literal["never"] = Field(
         default=3600,
-        description="seconds without an answer of the server after which this process ends, with "
-        "exit code 3, or never",
+        description="end with exit code 3 after this many seconds without an answer of the "
+        "server, or never",
     )
     will_restart: bool = Field(
         default=False,
-        description="something starts this process again after a stop, as a service manager does: "
-        "the server keeps its order for it, at most for a lease",
+        description="a service manager starts this process again after a stop: the server keeps "
+        "its order for it, at most for a lease",
     )
 
     @field_validator("server")
     @classmethod
     def _validate_server(cls, server: str) -> str:
-        """Refuse an address at which no server can ever be, or the client would wait for it."""
+        """Refuse an impossible address; the client would wait for it forever."""
         parts = re.fullmatch(r"(\[[^][/\s]+\]|[^][/:\s]+):([0-9]{1,5})", server)
         if parts is None or not 0 < int(parts[2]) < 2**16:
             raise ValueError("write it as host:port, such as localhost:50051 or [::1]:50051")
@@ -89,7 +91,7 @@ class ConnectionSettings(Settings):
             )
         client_ids = self.client_ids
         if len(set(client_ids)) < len(client_ids):
-            twice = next(one for one in client_ids if client_ids.count(one) > 1)
+            twice = next(number for number in client_ids if client_ids.count(number) > 1)
             raise ValueError(f"--ids {self.ids} names client {twice} twice; name each once")
         if self.state_dir is None and len(self.folder.name) > _MAX_NAME_LENGTH:
             raise ValueError("--ids is too long for the name of a folder; give --state-dir")
@@ -111,7 +113,7 @@ class ConnectionSettings(Settings):
 
 
 def _read_ranges(ids: str) -> list[range]:
-    """Return what the words of `0,3,7-9` stand for."""
+    """Return the ranges that a text such as `0,3,7-9` stands for."""
     ranges = []
     for word in ids.split(","):
         first, dash, last = (part.strip() for part in word.partition("-"))
@@ -127,10 +129,11 @@ def _read_ranges(ids: str) -> list[range]:
 
 
 class DataSettings(Settings):
-    """What it learns from."""
+    """Data."""
 
     task: str | None = Field(
-        default=None, description="the task to insist on; a built-in one is taken from the server"
+        default=None,
+        description="refuse runs with another task; default: the run's task, if it is built in",
     )
     source: Literal["partition", "local"] = Field(
         default="partition",
@@ -140,17 +143,17 @@ class DataSettings(Settings):
 
 
 class SharesSettings(Settings):
-    """How a simulation deals the data out."""
+    """Shares of a simulation."""
 
     partition: str = Field(
         default="iid", description="iid, shards, classes, dirichlet, class-dirichlet, quantity"
     )
     num_partitions: int = Field(default=10, ge=1, description="number of shares")
     alpha: float | None = Field(
-        default=None, gt=0, description="of dirichlet, class-dirichlet, quantity"
+        default=None, gt=0, description="parameter of dirichlet, class-dirichlet, quantity"
     )
-    shards_per_client: int | None = Field(default=None, ge=1, description="of partition shards")
-    classes_per_client: int | None = Field(default=None, ge=1, description="of partition classes")
+    shards_per_client: int | None = Field(default=None, ge=1, description="parameter of shards")
+    classes_per_client: int | None = Field(default=None, ge=1, description="parameter of classes")
     seed: int = Field(default=0, ge=0, description="the run's seed")
 
     @property
@@ -162,46 +165,50 @@ class SharesSettings(Settings):
 
 
 class ComputeSettings(Settings):
-    """Where it trains."""
+    """Training on this machine."""
 
     device: str = Field(default="cpu", description="cpu, auto, cuda, cuda:1, mps")
 
     @field_validator("device")
     @classmethod
     def _validate_device(cls, device: str) -> str:
-        """Refuse what is no device's name anywhere; whether it is there only torch knows."""
+        """Refuse a name that no device can have; only torch knows which devices are present."""
         if not re.fullmatch(r"cpu|auto|mps|cuda(:[0-9]+)?", device):
             raise ValueError("write it as cpu, auto, cuda, cuda:1 or mps")
         return device
 
     threads: int = Field(
-        default=1, ge=1, description="threads of training; results repeat for one number of them"
+        default=1,
+        ge=1,
+        description="training threads; results repeat only for the same number of threads",
     )
     max_steps: int = Field(
         default=0,
         ge=0,
-        description="training steps a round at most, what was done by then is sent; 0: no limit",
+        description="most training steps in a round, after which the update is sent; 0: no limit",
     )
     log_steps: int = Field(
-        default=0, ge=0, description="a log line every so many training steps; 0: none"
+        default=0, ge=0, description="training steps between log lines; 0: no log lines"
     )
 
 
 class DoctorOptions(Settings):
-    """What it does where training goes wrong."""
+    """Doctor: what to do if training fails."""
 
     doctor: Literal["cure", "skip", "report", "off"] = Field(
         default="cure",
-        description="cure: find the cause and go on; skip: leave the batch out; report: say why "
-        "and stop; off: stop at what isn't finite",
+        description="cure: find the cause, remove it and go on; skip: leave the batch out; report: "
+        "say why and stop; off: stop at the first value that isn't finite",
     )
     doctor_policies: dict[Cause, RemedyPolicy] = Field(
         default_factory=dict,
-        description="other than --doctor for some causes, as bad-data=skip,learning-rate=report",
+        description="exceptions from --doctor by cause, such as bad-data=skip,learning-rate=report",
     )
-    max_remedies: int = Field(default=3, ge=0, description="remedies a round until it gives up")
+    max_remedies: int = Field(
+        default=3, ge=0, description="most remedies in a round; the doctor then gives up"
+    )
     doctor_bytes: int = Field(
-        default=512 * 2**20, ge=0, description="bytes of states and batches kept to go back to"
+        default=512 * 2**20, ge=0, description="bytes of memory for earlier states and batches"
     )
     report_samples: bool = Field(
         default=False, description="tell the server which examples were bad, by number"
@@ -217,7 +224,7 @@ class DoctorOptions(Settings):
 
     @property
     def doctor_settings(self) -> DoctorSettings:
-        """What the doctor may do."""
+        """The settings of the doctor."""
         is_armed = self.doctor != "off"
         return DoctorSettings(
             is_armed=is_armed,
@@ -229,11 +236,11 @@ class DoctorOptions(Settings):
 
 
 class ClientSettings(DoctorOptions, ComputeSettings, DataSettings, ConnectionSettings):
-    """Take part in a federated run, as one client or many; it exits with 0 when the run is done.
+    """Take part in a federated run, as one client or as many; exit code 0 when the run is done.
 
-    Also: `doctor` checks whether a client is ready to join (`doctor --help`); `partitions` shows
-    how a simulation deals the data out.
-    Stopped or killed and started again with the same state-dir, it goes on where it was.
+    Other commands: `doctor` checks whether a client is ready to join (`doctor --help`);
+    `partitions` shows how a simulation deals out the data.
+    After a stop or a crash, the same command with the same state-dir continues the work.
     """
 
     model_config = SettingsConfigDict(env_prefix="FEDCLIENT_", cli_prog_name="python -m fedclient")

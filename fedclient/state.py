@@ -1,13 +1,13 @@
-"""What one client keeps from one order to the next: a remedy, a rule's tensors, a residual.
+"""The state that a client keeps between orders: a remedy, a client algorithm's tensors, a residual.
 
-It is kept under the order whose update it goes with, and only that of the last order which was
-COUNTED is ever in force: the server names it with every new order, so that a LATE, REFUSED or
-repeated round can't make the two sides disagree. What was in force before it is kept too: a round
-that is rolled back makes an order that was counted count no more, and the one before is named.
+A state is kept under the order whose update it belongs to. Only the state of the last order that
+was COUNTED is in force. The server names that order with every new order, so that a LATE, REFUSED
+or repeated round can't make the two sides disagree. The state in force before it is kept too: if a
+round is rolled back, its order no longer counts, and the server names the order before.
 
-What is forgotten is a matter of room alone, since nothing that isn't named is ever in force. So an
-order that names nothing that is here, and another run, leave the newest states where they are: they
-may be a personal model of months, and that order a mistake or worse.
+States are deleted only to save room, since a state that the server doesn't name is never in force.
+An order that names no state here, or another run, leaves the newest states where they are: they may
+be a personal model of months, and that order may be a mistake.
 """
 
 import json
@@ -26,25 +26,25 @@ Tensors = Mapping[str, Tensor]
 
 _NUM_OF_THIS_RUN = 2
 _NUM_OF_OTHER_RUNS = 3
-"""As many as a run leaves: what was in force last, what was before it, what was to follow."""
+"""The number that a run leaves: the last one in force, the one before, and the next."""
 
 
 class StateLost(InvalidInput):
-    """What was kept with the last counted order is gone or damaged; work begins without it."""
+    """The state of the last counted order is gone or damaged; work begins without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientState:
-    """What is in force: a treatment that lasts, and tensors by what they are kept for."""
+    """A client's state: remedies that last, and tensors by the purpose they are kept for."""
 
     convalescence: Convalescence = field(default_factory=Convalescence)
     tensors: Mapping[str, Tensors] = field(default_factory=dict)
 
 
 class ClientStates:
-    """Owns one client's folder: one file an order, and beside it one for each name of tensors.
+    """Owns one client's folder: a JSON file for each order, and a file for each of its tensors.
 
-    `run_id` is the run whose orders are worked on.
+    `run_id` is the run of the orders that the client works on.
     """
 
     def __init__(self, folder: Path, *, run_id: str) -> None:
@@ -53,9 +53,9 @@ class ClientStates:
         self._run_id = run_id
 
     def keep(self, order_id: str, state: ClientState, *, follows: str) -> None:
-        """Keep a state until another order is counted; before its update is put into the outbox.
+        """Keep the state of an order; call it before the update goes into the outbox.
 
-        `follows` is the order that was the last one counted when this one was given.
+        `follows` is the last counted order at the time when the server gave this order.
 
         Raises:
             OutOfSpace: the disk is full.
@@ -65,24 +65,24 @@ class ClientStates:
             content = encode_state(tensors)
             digests[name] = digest_bytes(content)
             replace_file(self._tensors_path(order_id, name), content, survive_power_loss=False)
-        described = {
+        description = {
             "run": self._run_id,
             "follows": follows,
             "state": state.convalescence.as_json(),
             "tensors": digests,
         }
-        # Written last: with it the state is there.
-        content = json.dumps(described).encode()
+        # Written last: the state exists once this file does.
+        content = json.dumps(description).encode()
         replace_file(self._path(order_id), content, survive_power_loss=False)
 
     def promoted(self, last_counted_order_id: str) -> ClientState:
-        """Return what is in force, and forget what other orders of the run left.
+        """Return the state in force, and delete states of the run's other orders.
 
-        Before the first order is counted that is nothing. Where nothing is in force the newest of
-        the run's states stay, and the newest of other runs' always.
+        Before the first order is counted, the state is empty. If no state is in force, the newest
+        states of the run stay. The newest states of other runs always stay.
 
         Raises:
-            StateLost: it was kept here and isn't whole any more, or never was kept here.
+            StateLost: the state is damaged, or was never kept here.
         """
         if not last_counted_order_id:
             self._make_room()
@@ -100,8 +100,8 @@ class ClientStates:
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             self._make_room()
             raise StateLost(
-                f"what was kept with order {last_counted_order_id} is lost ({error}); "
-                "a remedy that was in force isn't any more, and a client algorithm begins anew"
+                f"the state kept with order {last_counted_order_id} is lost ({error}); "
+                "remedies are no longer in force, and a client algorithm begins anew"
             ) from error
         self._make_room(last_counted_order_id, follows)
         return state

@@ -1,8 +1,8 @@
-"""What a person sees while a client works: a live view in a terminal, log lines elsewhere.
+"""What a client shows while it works: a live view in a terminal, log lines elsewhere.
 
-`Screen` is told what the process does. In a terminal the live view draws it twice a second, below
-the log lines. Elsewhere an order that takes long gets a line now and then, so that nobody has to
-guess whether it goes on; what has ended is logged by whoever ended it.
+`Screen` holds what the process is doing. In a terminal the live view draws it twice a second, below
+the log lines. Elsewhere a long order gets a log line now and then, as a sign of life. The code that
+ends a piece of work logs its end.
 """
 
 import logging
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 _FIRST_LINE_AFTER_S = 5.0
 _NEXT_LINES_AFTER_S = 30.0
 _SILENCE_S = 5.0
-"""The server answers a report each second; after so long without an answer a person is told."""
+"""The server answers a report each second; a longer silence is shown."""
 
 
 class Screen:
-    """What the process does at the moment. Written by its main thread, drawn by another one."""
+    """What the process is doing. The main thread writes it, another thread draws it."""
 
     def __init__(self) -> None:
         self._waits_for = "starting"
@@ -39,29 +39,29 @@ class Screen:
         self._order: tuple[WorkOrder, ProgressReporter] | None = None
         self._total_rounds = 0
         self._sent = (0, 0)
-        """A round's number, and how many updates this process has sent in it."""
+        """A round's number, and the number of updates that this process has sent in it."""
         self._spinner = Spinner("line")
 
-    def wait_for(self, what: str) -> None:
+    def wait_for(self, text: str) -> None:
         """Show what the process waits for, or does between two orders."""
-        self._waits_for = what
+        self._waits_for = text
 
-    def show_trouble(self, what: str) -> None:
-        """Show what keeps the process from going on, until it is called with an empty text."""
-        self._trouble = what
+    def show_trouble(self, text: str) -> None:
+        """Show why the process can't go on; an empty text ends this."""
+        self._trouble = text
 
     def expect_rounds(self, total_rounds: int) -> None:
-        """Show from now on how many rounds the run has."""
+        """Show the run's number of rounds from now on."""
         self._total_rounds = total_rounds
 
     def count_sent(self, round_number: int) -> None:
-        """Count an update of that round that has got its receipt."""
+        """Count an update of this round that has got its receipt."""
         before = self._sent[1] if self._sent[0] == round_number else 0
         self._sent = (round_number, before + 1)
 
     @contextmanager
     def working_on(self, order: WorkOrder, progress: ProgressReporter) -> Iterator[None]:
-        """Show how far an order is until the block ends."""
+        """Show the progress of an order until the block ends."""
         self._order = (order, progress)
         try:
             yield
@@ -72,7 +72,7 @@ class Screen:
             )
 
     def render(self) -> RenderableType:
-        """Draw it."""
+        """Return the live view's present content."""
         current = self._order
         if current is None:
             self._spinner.update(text=self._trouble or self._waits_for)
@@ -81,37 +81,37 @@ class Screen:
         counters = progress.counters
         row = Table.grid(padding=(0, 2))
         row.add_row(
-            self.place(order),
+            self.order_label(order),
             ProgressBar(total=counters.batches_total or 1, completed=counters.batches, width=30),
             self._trouble or describe_progress(progress),
         )
         return row
 
-    def place(self, order: WorkOrder) -> str:
-        """Return whose order it is and of which round, and what else was sent in this round."""
+    def order_label(self, order: WorkOrder) -> str:
+        """Return the client and round of an order, and the number of updates sent in this round."""
         of = f" of {self._total_rounds}" if self._total_rounds else ""
         sent = self._sent[1] if self._sent[0] == order.round_number else 0
         after = f", {sent} sent" if sent else ""
         return f"client {order.client_id}, round {order.round_number}{of}{after}"
 
     def line(self) -> str:
-        """Return how far the order is that the process works on; empty where there is none."""
+        """Return the progress of the present order as a line; empty if there is none."""
         current = self._order
         if current is None:
             return ""
         order, progress = current
-        return f"{self.place(order)}: {self._trouble or describe_progress(progress)}"
+        return f"{self.order_label(order)}: {self._trouble or describe_progress(progress)}"
 
     @property
     def working_since(self) -> float | None:
-        """When the order it works on began, on the monotonic clock; None where there is none."""
+        """When the present order began, on the monotonic clock; None if there is none."""
         current = self._order
         return None if current is None else current[1].began_at
 
 
 @contextmanager
 def showing(screen: Screen) -> Iterator[Callable[[], None]]:
-    """Show a screen on standard error until the block ends, or what it gives is called."""
+    """Show a screen on standard error until the block ends, or the yielded function is called."""
     console = stderr_console()
     if console.is_terminal:
         with Live(
@@ -134,9 +134,9 @@ def showing(screen: Screen) -> Iterator[Callable[[], None]]:
 
 
 def describe_progress(progress: ProgressReporter) -> str:
-    """Return how far an order is, in words: step, loss, the time that is left.
+    """Return the progress of an order in words: step, loss, remaining time.
 
-    A server that has been silent for some seconds is named too.
+    If the server hasn't answered for some seconds, the text says so.
     """
     done = _describe_counters(progress)
     if progress.silent_s < _SILENCE_S:
@@ -168,11 +168,11 @@ def duration(seconds: float) -> str:
 
 
 def _log_long_orders(screen: Screen, ended: threading.Event) -> None:
-    said_of, next_at = None, 0.0
+    logged_order, next_at = None, 0.0
     while not ended.wait(1.0):
         began_at = screen.working_since
-        if began_at != said_of:
-            said_of, next_at = began_at, (began_at or 0.0) + _FIRST_LINE_AFTER_S
+        if began_at != logged_order:
+            logged_order, next_at = began_at, (began_at or 0.0) + _FIRST_LINE_AFTER_S
         if began_at is not None and time.monotonic() >= next_at and (line := screen.line()):
             logger.info("%s", line)
             next_at = time.monotonic() + _NEXT_LINES_AFTER_S

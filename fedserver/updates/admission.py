@@ -54,8 +54,8 @@ class AdmissionLimits:
 
     `max_delta_norm` bounds the L2 norm of local minus global over all parameters, `sections` names
     what a payload holds, in this order, and `max_control_norm` bounds the L2 norm of a section
-    "control". The model's section may be compressed as `compression` says, or not at all. `lacks`
-    says what of an update the strategy can't do without.
+    "control". The model's section may be compressed as `compression` says, or not at all. `unmet`
+    says why the strategy can't weigh an update.
     """
 
     max_num_examples: int
@@ -106,8 +106,8 @@ def validate_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimi
                 f"metric {name!r} is {value:g}; it must lie in 1 to {limits.max_num_examples}",
                 kind="metrics",
             )
-    if lack := limits.unmet(update.num_steps, update.metrics.get("global_loss")):
-        raise UpdateRefused(lack, kind="lack")
+    if reason := limits.unmet(update.num_steps, update.metrics.get("global_loss")):
+        raise UpdateRefused(reason, kind="lack")
     if update.encoding not in (Encoding.STATE_DICT, limits.compression.encoding):
         raise UpdateRefused(
             f"the update's encoding is {update.encoding}; this run takes "

@@ -41,11 +41,11 @@ T = TypeVar("T")
 class StateFile:
     """A state_dict on disk: the global model, or a client's update.
 
-    Its bytes begin at `offset` of the file. Of an update, `others` are the sections of its payload
-    behind the model, by name, `num_examples` is its weight in a mean, `num_steps` counts its
-    optimizer steps and `global_loss` is how bad the base is on the client's examples (None: it
-    wasn't asked). `base` is the model that it began with where that isn't the cohort's, `staleness`
-    how many steps older it is. Other files have none of them.
+    Its bytes begin at `offset` of the file. The other fields are for updates only. `others` are the
+    payload's sections behind the model, by name. `num_examples` is the update's weight in a mean,
+    `num_steps` its number of optimizer steps, and `global_loss` the loss of the base on the
+    client's examples (None: the server didn't ask for it). `base` is the model that it began with,
+    if that isn't the cohort's, and `staleness` the number of rounds by which that model is older.
 
     A compressed update has a `compressed` delta from `base`, which is then always set; its `layout`
     is that of the state_dict which it is read as. `replaced` entries are
@@ -67,10 +67,11 @@ class StateFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Cohort:
-    """What a closed round is aggregated from: all that the next model may depend on.
+    """The input of aggregation: everything that the next model may depend on.
 
-    `updates` are in client order; `seed` is of this attempt at the round, for rules that draw.
-    `ties` map an entry that is the same tensor as an earlier one to that entry's name.
+    `updates` are in client order. `seed` belongs to this attempt at the round, for aggregators that
+    draw random numbers. `ties` maps an entry that is the same tensor as an earlier entry to that
+    entry's name.
     """
 
     base: StateFile
@@ -91,10 +92,10 @@ class Block:
 
 @dataclass(frozen=True)
 class NextBlock:
-    """A block of the next model, and of the server state that goes with it.
+    """A block of the next model, and of the server state that belongs to it.
 
-    `values` is [count], of the entry's dtype; `moments` is [count, num_moments], of the server
-    state's, None where the block has none. Both own their memory.
+    `values` is [count], in the entry's dtype. `moments` is [count, num_moments], in the server
+    state's dtype, or None if the block has none. Both own their memory.
     """
 
     block: Block
@@ -103,16 +104,16 @@ class NextBlock:
 
 
 BlockFunction = Callable[[Block], torch.Tensor]
-"""What an averaged entry's block becomes: float64 [count], its own or reused by the next call."""
+"""Returns the next values of a block, float64 [count]; the next call may overwrite them."""
 
 Aggregator = Callable[[Cohort], Callable[[], BlockFunction]]
-"""Looks at a cohort as a whole; what it returns is called once in every thread that computes."""
+"""Prepares the aggregation of a cohort; the returned function is called once in each thread."""
 
 
 class BlockReader:
     """Owns the memory that blocks are read into; `read` overwrites what it returned before.
 
-    The files read last stay open as long as the reader is there.
+    The most recently read files stay open until the reader is deleted.
     """
 
     def __init__(self) -> None:
@@ -143,7 +144,9 @@ class BlockReader:
         assert file.base is not None
         if (file.base.path, block) != self._base_block:
             self._base_values = self._bases.read(
-                *(file.base.path, file.base.layout, block.name),
+                file.base.path,
+                file.base.layout,
+                block.name,
                 begin=block.begin,
                 count=block.count,
             )
@@ -176,7 +179,7 @@ class RowReader:
 
 
 def elements_per_row(num_rows: int) -> int:
-    """Return how long blocks may be of which one of each of so many files is held at a time."""
+    """Return the block length so that one block of each of `num_rows` files fits the budget."""
     return max(1024, min(BLOCK_ELEMENTS, _ROWS_BYTES // (4 * num_rows)))
 
 
@@ -195,10 +198,10 @@ def compute_blocks(
     *,
     at_a_time: int = _BLOCKS_AT_A_TIME,
 ) -> Iterator[T]:
-    """Yield what becomes of every block, computed side by side, in order.
+    """Yield the result of every block, in order; several threads compute them.
 
-    Each thread calls `begin` once, for a function with buffers of its own. Blocks don't depend on
-    each other, so the threads change nothing but the time.
+    Each thread calls `begin` once, to get a function with buffers of its own. Blocks don't depend
+    on each other, so the number of threads changes nothing but the time.
     """
     own = threading.local()
 

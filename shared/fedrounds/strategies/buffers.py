@@ -1,44 +1,44 @@
-"""Entries of kind MEAN (float buffers, mostly): what a cohort makes of them before the strategy.
+"""Bounds the entries of kind MEAN (mostly float buffers) relative to the cohort.
 
-The strategy's aggregator averages these entries as it does parameters, by its own weights, but of
-values that no single client can move far: no norm of a delta knows of them, and one running mean of
-1e30 would ruin every model that evaluates with it.
+The strategy's aggregator averages these entries by its own weights, as it does parameters. First
+they are bounded, so that no single client can move them far: no norm of a delta covers them, and
+one running mean of 1e30 would ruin every model that evaluates with it.
 
-For each entry let b be the global model's value and m the coordinate-wise median of the updates. An
-update's excess is how far each of its elements lies outside the range from b to m. That range is
-free, because a client that took few steps has moved only a part of the way. An excess is bounded,
-in its L2 norm and in its largest element, by the larger of
+For each entry, let b be the global model's value and m the coordinate-wise median of the updates.
+An update's excess is the distance of each of its elements from the range between b and m. Inside
+that range everything is allowed, because a client that took few steps has moved only part of the
+way. The excess is bounded, in its L2 norm and in its largest element, by the larger of
 
-- the width times the median over the cohort of the updates' distances from m: how far clients lie
-  apart anyway, and
-- the median of the norms of the updates' own values: what is of the usual size is never far.
+- the width times the median, over the cohort, of the updates' distances from m: how far apart
+  clients are anyway, and
+- the median of the norms of the updates' own values: a value of the usual size is never too far.
 
 A larger excess is shortened to the bound, as in centered clipping (Karimireddy et al. 2021); the
-update counts otherwise. It is reported if less than NAMED_SHARE of it counts: honest clients whose
-data are unlike the others' lie a few times beyond the bound (the variances of clients with two
-labels each), and an attacker that lies there moves the mean no further.
+rest of the update counts in full. An update is reported if less than NAMED_SHARE of its excess
+counts. Honest clients with unusual data exceed the bound by a small factor (the variances of
+clients with two labels each), and an attacker who does the same moves the mean no further.
 
-So one of n clients moves a mean of equal weights, out of the range from b to m, by at most
-width / n of what clients typically differ by, or by the n-th part of a usual value, and the bound
-is relative: clients whose inputs differ by orders of magnitude all pass if no majority agrees on a
-scale. The centre is the median and not b: bounded around b, an
-attacker that always stands at the bound would push the model a little further each round, and the
-bound with it.
+So one of n clients moves a mean of equal weights out of the range from b to m by at most width / n
+times the typical difference between clients, or by 1 / n of a usual value. The bound is relative:
+clients whose inputs differ by orders of magnitude all pass if no majority agrees on a scale. The
+centre is the median and not b: around b, an attacker who always stays at the bound would push the
+model, and the bound with it, a little further each round.
 
-The width is REACH * RARITY^(1/k): large where few values say how far clients lie apart. The median
-distance is small by chance if n // 2 updates besides the median happen to lie close to it in each
-element; k counts these coincidences, n // 2 for each element in which no two updates are equal. The
-chance that honest clients' largest excess is w times the median distance falls as w^-k (each
-coincidence is proportional to the closeness it asks for), so that the chance of a false alarm is
-the same small one for a scalar of three clients (a width of ten million) and for a thousand
+The width is REACH * RARITY^(1/k): large if only few values show how far apart clients are. The
+median distance is small by chance if n // 2 updates besides the median happen to be close to it in
+each element. k counts these coincidences: n // 2 for each element in which no two updates are
+equal. The probability that honest clients' largest excess is w times the median distance falls as
+w^-k (each coincidence is proportional to the required closeness). So the probability of a false
+alarm is equally small for a scalar of three clients (a width of ten million) and for a thousand
 channels (REACH). tests/unit/server/test_buffers.py measures it.
 
-Two updates have nothing to be compared with, and half of a cohort or more can move the median.
+Limits: two updates can't be compared with anything, and half of a cohort or more can move the
+median.
 
-An entry that most updates leave as it is (a mask, a table of positions) stays bit for bit, whatever
-it holds: a change that few make has no effect, so it is no incident. An entry that is the same in
-all updates becomes exactly that. An element that isn't finite in the global model stays so until
-every update has a number for it.
+An entry that most updates leave unchanged (a mask, a table of positions) stays bit for bit the
+same, whatever it holds: a change by a minority has no effect, so it is no incident. An entry that
+is equal in all updates becomes that value. An element that isn't finite in the global model stays
+so until every update has a finite value for it.
 """
 
 from collections.abc import Sequence
@@ -54,23 +54,23 @@ from fedrounds.tensors.rounding import rounded
 from fedrounds.types import EntryKind
 
 REACH = 10.0
-"""How many times further than its cohort typically does an update's entry may deviate, at least."""
+"""The smallest width: an entry may always deviate this many times as far as is typical."""
 
 NAMED_SHARE = 0.1
-"""Whose excess is shortened to more than this is not reported."""
+"""An update is reported if its excess is shortened to less than this share."""
 
 RARITY = 1e6
-"""By what factor chance alone may make the median distance too small; the width allows for it."""
+"""The factor by which chance alone may make the median distance too small."""
 
 _MIN_COHORT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounded:
-    """An update whose entry is shortened to less than NAMED_SHARE; `update` counts from 0.
+    """An update's entry whose excess is shortened to less than NAMED_SHARE.
 
-    `excess` is the L2 norm of what lies outside the range between global model and median, `share`
-    how much of it counts.
+    `update` is the update's index in the cohort, from 0. `excess` is the L2 norm of the excess,
+    `share` the share of it that counts.
     """
 
     update: int
@@ -81,11 +81,10 @@ class Bounded:
 
 @dataclass(frozen=True, kw_only=True)
 class Buffers:
-    """What a cohort makes of its entries of kind MEAN.
+    """A cohort with bounded entries of kind MEAN.
 
-    `cohort` holds the updates with bounded values in place of those that go too far. `unchanged`
-    entries stay as in the base; `agreed` entries become what every update holds; `bounded` are the
-    updates to report.
+    `cohort` holds the updates with bounded values. `unchanged` entries stay as in the base;
+    `agreed` entries become the value that all updates hold; `bounded` are the entries to report.
     """
 
     cohort: Cohort
@@ -97,8 +96,8 @@ class Buffers:
 def bound_buffers(cohort: Cohort) -> Buffers:
     """Return a cohort whose entries of kind MEAN are bounded as the module says.
 
-    A function of the cohort's files. It reads these entries alone, block by block; only values that
-    are replaced stay in memory.
+    The result depends on the cohort's files alone. Only these entries are read, block by block, and
+    only replaced values stay in memory.
 
     Raises:
         StorageDamaged: one of the files is shorter than its layout, or gone.
@@ -116,16 +115,16 @@ def bound_buffers(cohort: Cohort) -> Buffers:
     replaced: list[dict[str, Tensor]] = [{} for _ in cohort.updates]
     bounded: list[Bounded] = []
     for name in entries:
-        found = _inspect(rows, blocks[name], num_updates=len(cohort.updates))
-        if found.is_unchanged:
+        entry = _inspect(rows, blocks[name], num_updates=len(cohort.updates))
+        if entry.is_unchanged:
             unchanged.add(name)
-        elif found.is_agreed and len(cohort.updates) > 1:
+        elif entry.is_agreed and len(cohort.updates) > 1:
             agreed.add(name)
-        for index, share in enumerate(found.shares):
+        for index, share in enumerate(entry.shares):
             if share == 1:
                 continue
             if share < NAMED_SHARE:
-                excess = float(found.excesses[index])
+                excess = float(entry.excesses[index])
                 bounded.append(Bounded(update=index, name=name, excess=excess, share=share))
             replaced[index][name] = _shortened(rows, blocks[name], index=index, share=share)
     updates = [
@@ -149,11 +148,11 @@ class _Entry:
 
 
 def _inspect(rows: RowReader, blocks: Sequence[Block], *, num_updates: int) -> _Entry:
-    """Return what one entry's blocks show: who agrees, and how far each update goes."""
+    """Return whether the updates agree on an entry, and how far each of them deviates."""
     is_agreed = True
     has_changed = np.zeros(num_updates, dtype=bool)
-    # Norms are kept as the largest magnitude and the sum of squares relative to it: 1e300 squared
-    # is more than float64 holds.
+    # A norm is kept as the largest magnitude and the sum of squares relative to it: the square of
+    # 1e300 is more than float64 holds.
     excess, distance, size = (_Norms(num_updates) for _ in range(3))
     num_coincidences = 0
     for block in blocks:
@@ -169,7 +168,7 @@ def _inspect(rows: RowReader, blocks: Sequence[Block], *, num_updates: int) -> _
         distance.add(_finite(updates.double() - median))
         num_equal = (updates.double() == median).sum(dim=0)
         num_coincidences += int((num_updates // 2 + 1 - num_equal).clamp(min=0).sum())
-    # Without a majority nobody can say which of two values is the right one.
+    # Of two different values, only a majority can say which is right.
     has_majority = num_updates >= _MIN_COHORT
     is_unchanged = bool(has_changed.sum() < (num_updates / 2 if has_majority else 1))
     shares = [1.0] * num_updates
@@ -192,7 +191,7 @@ def _inspect(rows: RowReader, blocks: Sequence[Block], *, num_updates: int) -> _
 
 
 def _shortened(rows: RowReader, blocks: Sequence[Block], *, index: int, share: float) -> Tensor:
-    """Return an update's entry with its excess shortened, flattened, of the entry's dtype."""
+    """Return an update's flattened entry with its excess shortened, in the entry's dtype."""
     parts = []
     for block in blocks:
         base, updates = _split(rows.read(block))
@@ -204,7 +203,7 @@ def _shortened(rows: RowReader, blocks: Sequence[Block], *, index: int, share: f
 
 
 class _Norms:
-    """L2 norms of rows that come in pieces, without overflow; `largest` are the maximum norms."""
+    """L2 norms of rows given piece by piece, without overflow; `largest` are the maximum norms."""
 
     def __init__(self, num_rows: int) -> None:
         self.largest: Matrix = np.zeros(num_rows)
@@ -222,8 +221,8 @@ class _Norms:
     @property
     def lengths(self) -> Matrix:
         """The L2 norms."""
-        found: Matrix = self.largest * np.sqrt(self._squares)
-        return found
+        lengths: Matrix = self.largest * np.sqrt(self._squares)
+        return lengths
 
 
 def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,7 +242,7 @@ def _median(updates: Tensor) -> Tensor:
 
 
 def _excess(updates: Tensor, base: Tensor, median: Tensor) -> Tensor:
-    """Return by how much each update lies outside the range of base and median, [n, count]."""
+    """Return the distance of each update from the range between base and median, [n, count]."""
     anchor = torch.where(base.isfinite(), base.double(), median)
     values = updates.double()
     return values - values.clamp(torch.minimum(anchor, median), torch.maximum(anchor, median))
@@ -254,12 +253,12 @@ def _finite(values: Tensor) -> Tensor:
 
 
 def _width(num_coincidences: int) -> float:
-    """Return how many times the median distance an excess may be; see the module."""
+    """Return the width: the largest allowed excess over the median distance; see the module."""
     return float(REACH * RARITY ** (1 / max(1, num_coincidences)))
 
 
 def _middle(values: Matrix) -> float:
-    """Return the median, the upper one of two: it takes half of the values to raise it."""
+    """Return the median, the upper of two: only half of the values together can raise it."""
     return float(np.sort(values)[len(values) // 2])
 
 

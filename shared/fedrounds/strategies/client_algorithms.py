@@ -18,22 +18,22 @@ from fedrounds.types import ClientAlgorithmConfig, EntryKind
 
 
 def fedprox(*, mu: float = 0.01) -> ClientAlgorithm:
-    """Clients stay near the global model (Li et al. 2020, algorithm 2).
+    """Pull clients towards the global model (Li et al. 2020, algorithm 2).
 
     "Federated Optimization in Heterogeneous Networks": a client minimises its loss plus
-    mu / 2 * |w - w_global|^2, and may stop early (--work-deadline, --stragglers). The paper weighs
+    mu / 2 * |w - w_global|^2, and may stop early (--work-deadline, --stragglers). The paper weights
     all updates of a cohort the same: uniform+fedprox with --cohort data-size.
 
     Args:
-        mu: how much it pulls; 0 is fedavg. The paper tries 0.001, 0.01, 0.1 and 1.
+        mu: strength of the pull; 0 is fedavg. The paper tries 0.001, 0.01, 0.1 and 1.
     """
     if not 0 <= mu < math.inf:
         raise InvalidInput(f"mu is {mu:g}; it must be 0 or more")
     return ClientAlgorithm(
         config=ClientAlgorithmConfig(name="fedprox", parameters={"mu": mu}),
         not_behind={
-            "fednova": "it divides by how far plain local steps reach, and fedprox's pull makes "
-            "them reach less far the more of them there are"
+            "fednova": "it divides by the norm of the effective local steps of plain SGD, and "
+            "fedprox's pull makes that smaller the more steps there are"
         },
     )
 
@@ -41,18 +41,18 @@ def fedprox(*, mu: float = 0.01) -> ClientAlgorithm:
 def scaffold(
     *, server_lr: float = 1.0, num_clients: int = 0, settings: Mapping[str, Any]
 ) -> ClientAlgorithm:
-    """Control variates take the drift out of clients' gradients (Karimireddy et al. 2020).
+    """Correct client drift by control variates (Karimireddy et al. 2020).
 
     "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", algorithm 1 with option II:
-    a client adds c - c_i to each gradient, and c_i becomes c_i - c + (x - y_i) / (K lr), what its
-    own gradients were on the way. The model moves by server_lr times the mean delta, c by
-    |S| / num_clients times the mean change of c_i. The paper is for plain SGD; with momentum or a
-    schedule K lr is what a gradient that stays the same would have moved y_i by, so that c_i is a
-    mean of gradients still.
+    a client adds c - c_i to each gradient, and c_i becomes c_i - c + (x - y_i) / (K lr), the mean
+    of its own gradients. The model moves by server_lr times the mean delta, c by |S| / num_clients
+    times the mean change of c_i. The paper is for plain SGD; with momentum or a schedule, K lr is
+    the distance that a constant gradient of 1 would have moved y_i, so c_i is still a mean of
+    gradients.
 
     Args:
         server_lr: the paper's eta_g.
-        num_clients: the paper's N, all there are; 0: --num-partitions.
+        num_clients: the paper's N, the number of all clients; 0: --num-partitions.
         settings: the run's; the local optimizer must be SGD.
     """
     if settings.get("optimizer", "sgd") != "sgd":
@@ -78,7 +78,7 @@ def scaffold(
 def feddyn(
     *, alpha: float = 0.01, num_clients: int = 0, settings: Mapping[str, Any]
 ) -> ClientAlgorithm:
-    """Each client's own regulariser makes their minima agree (Acar et al. 2021, algorithm 1).
+    """Align the clients' minima by dynamic regularisation (Acar et al. 2021, algorithm 1).
 
     "Federated Learning Based on Dynamic Regularization": a client minimises its loss minus
     <g_k, w> plus alpha / 2 * |w - w_global|^2, and g_k becomes g_k - alpha (w_k - w_global). At the
@@ -87,7 +87,7 @@ def feddyn(
 
     Args:
         alpha: the paper's alpha; it tries 0.001, 0.01, 0.03 and 0.1.
-        num_clients: the paper's m, all there are; 0: --num-partitions.
+        num_clients: the paper's m, the number of all clients; 0: --num-partitions.
         settings: the run's.
     """
     _validate_positive("alpha", alpha)
@@ -111,13 +111,13 @@ def feddyn(
 
 
 def fedbn() -> ClientAlgorithm:
-    """Each client keeps its normalisation layers to itself (Li et al. 2021, algorithm 1).
+    """Each client keeps its normalisation layers (Li et al. 2021, algorithm 1).
 
-    "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization". Batch, instance,
-    group and layer norms with all their entries are the client's own: never sent, never averaged;
-    the global model has those it began with. How good the models are that clients use, their metric
-    personal_accuracy says, on their own examples; the server's evaluation can't, so that it raises
-    no alarm.
+    "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization". All entries of
+    batch, instance, group and layer norms are the client's own: never sent, never averaged; the
+    global model keeps its initial ones. The metric personal_accuracy says how good a client's model
+    is on its own examples. The server can't evaluate these models, so its evaluation never takes a
+    round back.
     """
     return ClientAlgorithm(
         config=ClientAlgorithmConfig(name="fedbn"), is_personal=True, needs_norms=True
@@ -125,12 +125,13 @@ def fedbn() -> ClientAlgorithm:
 
 
 def ditto(*, strength: float = 0.1) -> ClientAlgorithm:
-    """Each client has a model of its own beside the global one (Li et al. 2021, algorithm 1).
+    """Each client trains a personal model beside the global model (Li et al. 2021, algorithm 1).
 
-    "Ditto: Fair and Robust Federated Learning Through Personalization": after its share in the
-    global model it trains its own for as many epochs, pulled towards the global model that came by
-    strength / 2 * |v - w_global|^2. It begins as the first global model that the client is sent and
-    never leaves it; metric personal_accuracy says how good it is on the client's own examples.
+    "Ditto: Fair and Robust Federated Learning Through Personalization": after training the global
+    model, a client trains its personal model for as many epochs, pulled towards the global model by
+    strength / 2 * |v - w_global|^2. The personal model begins as the first global model that the
+    client gets, and never leaves the client. The metric personal_accuracy says how good it is on
+    the client's own examples.
 
     Args:
         strength: the paper's lambda, which tries 0.05, 0.1, 0.2 and 1, 2.
@@ -156,7 +157,9 @@ def validate_model(
             "task's model has none; with another strategy nothing is lost"
         )
     if algorithm is not None and algorithm.needs_whole_model:
-        parameters = (name for name, one in model.named_parameters() if one.is_floating_point())
+        parameters = [
+            name for name, tensor in model.named_parameters() if tensor.is_floating_point()
+        ]
         if left_out := [name for name in parameters if kinds[name] is not EntryKind.PARAMETER]:
             raise InvalidInput(
                 f"strategy {algorithm.config.name} corrects the gradient of each parameter by what "

@@ -1,7 +1,7 @@
-"""Asynchronous training: a buffer of updates that began with models of different ages.
+"""Asynchronous aggregation: a buffer of updates that began with models of different ages.
 
-The model moves by what each client has changed of the model that its own order began with. Whoever
-trained on an older model counts less.
+Each update's delta is relative to the model that its own order began with. Updates that began with
+an older model count less.
 """
 
 import math
@@ -28,20 +28,20 @@ MAX_BUFFER_SIZE = 100_000
 def fedbuff(
     *, buffer_size: int = 10, staleness_exponent: float = 0.5, by_examples: bool = False
 ) -> WeightedAggregator:
-    """Asynchronous: a step whenever buffer_size updates are there (Nguyen et al. 2022).
+    """Asynchronous: a round ends with each buffer_size updates (Nguyen et al. 2022).
 
     "Federated Learning with Buffered Asynchronous Aggregation", algorithm 1. With d_i the delta of
-    update i from the model that its order began with, and s_i the steps made since that model, the
-    model moves by the mean over the buffer of d_i / (1 + s_i)^staleness_exponent: the paper's sum
-    divided by K, so that stale updates make the step shorter. Its server rate and momentum are
-    those of fedavgm: fedbuff+fedavgm.
+    update i from the model that its order began with, and s_i the number of rounds since that
+    model, the model moves by the mean over the buffer of d_i / (1 + s_i)^staleness_exponent: the
+    paper's sum divided by K, so stale updates make the move shorter. For the paper's server rate
+    and momentum, use fedbuff+fedavgm.
 
-    Float buffers such as BatchNorm's are no sums of steps: they become the mean of the updates'
-    own, by num_examples, of which each stale one leaves the share that it lacks of its weight to
-    the model's. So a variance stays one.
+    Float buffers such as BatchNorm's aren't sums of steps: they become the mean of the updates'
+    buffers, weighted by num_examples. The weight that a stale update loses goes to the global
+    model's buffer, so a variance stays a variance.
 
     Args:
-        buffer_size: the paper's K, the updates of one step.
+        buffer_size: the paper's K, the number of updates in a round.
         staleness_exponent: 0.5 is the paper's 1 / sqrt(1 + s); 0: stale updates count in full.
         by_examples: 1: d_i counts by num_examples; 0: all clients the same, as in the paper.
     """
@@ -51,8 +51,8 @@ def fedbuff(
         raise InvalidInput(f"staleness_exponent is {staleness_exponent:g}; it must be 0 or above")
 
     def prepare(cohort: Cohort) -> Callable[[], BlockFunction]:
-        factors = [_factor(one.staleness, staleness_exponent) for one in cohort.updates]
-        examples = [one.num_examples for one in cohort.updates]
+        factors = [_factor(update.staleness, staleness_exponent) for update in cohort.updates]
+        examples = [update.num_examples for update in cohort.updates]
         of_buffers = _weights(examples, factors)
         of_deltas = of_buffers if by_examples else _weights([1] * len(examples), factors)
 
@@ -82,21 +82,21 @@ def _factor(staleness: int, exponent: float) -> float | int:
 def _weights(counts: list[int], factors: list[float | int]) -> Weights:
     weights = [count * factor for count, factor in zip(counts, factors, strict=True)]
     total = sum(counts)
-    is_fresh = all(isinstance(one, int) for one in weights)
+    is_fresh = all(isinstance(weight, int) for weight in weights)
     return Weights(weights, total, of_base=0 if is_fresh else total - math.fsum(weights))
 
 
 def _moved(cohort: Cohort, weights: Weights, *, accumulator: torch.Tensor) -> BlockFunction:
-    """Return what computes base + sum of weight * (update - its own base) / total.
+    """Return a function that computes base + sum of weight * (update - its own base) / total.
 
-    In float64, in the order of `updates`, multiplied and added in two roundings: the bytes depend
-    on nothing but the arguments.
+    It computes in float64, in the order of `updates`, and rounds after each multiplication and each
+    addition, so the bytes depend on the arguments alone.
     """
-    # One each: what a reader has returned, its next read overwrites.
+    # Two readers, since a reader's next read overwrites its last result.
     reader, own_reader = BlockReader(), BlockReader()
     terms = [
-        (one, _own_base(cohort, one), weight)
-        for one, weight in zip(cohort.updates, weights.of_updates, strict=True)
+        (update, _own_base(cohort, update), weight)
+        for update, weight in zip(cohort.updates, weights.of_updates, strict=True)
     ]
 
     def compute(block: Block) -> torch.Tensor:

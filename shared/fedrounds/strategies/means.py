@@ -1,7 +1,7 @@
-"""Means over a cohort: each update has a weight, which may rest on what its client says of it.
+"""Weighted aggregators: the weight of an update may depend on what its client reports.
 
-Whoever lies about it has as much weight as the server admits. Rules that don't trust the cohort are
-in fedrounds.strategies.robust.
+A client that lies gets as much weight as the server's limits admit. Aggregators that don't trust
+the cohort are in fedrounds.strategies.robust.
 """
 
 import math
@@ -29,9 +29,9 @@ from fedrounds.strategies.components import (
 from fedrounds.strategies.geometry import squared_norms
 from fedrounds.types import EntryKind
 
-# Where the derivative of F^q is taken for a loss that is less: at 0 it is infinite if q is below 1.
+# Smaller losses count as this in the derivative of F^q, which is infinite at 0 if q is below 1.
 _LEAST_LOSS = 1e-10
-# Beyond any honest loss's, and far enough from float64's end for sums of products.
+# Beyond the power of any honest loss, and small enough for sums of products in float64.
 _MAX_POWER = 1e150
 
 
@@ -55,7 +55,7 @@ def fedavg() -> WeightedAggregator:
 def qfedavg(
     *, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, Any]
 ) -> WeightedAggregator:
-    """Clients on whose data the model is bad count more (Li et al. 2020, algorithm 2).
+    """Clients with a higher loss of the global model count more (Li et al. 2020, algorithm 2).
 
     "Fair Resource Allocation in Federated Learning". With F_k the loss of the global model on
     client k's examples and d_k its delta, the model moves by sum_k F_k^q L d_k / sum_k h_k, where
@@ -66,7 +66,7 @@ def qfedavg(
         q: 0 is the plain mean; the larger, the more even the clients' losses.
         lipschitz: the paper's L; 0: 1 / --lr, as the paper has it. A schedule or an adjustment of
             the rate doesn't change it.
-        settings: the run's; clients must tell the loss (--evaluate-on-clients).
+        settings: the run's; clients must report the loss (--evaluate-on-clients).
     """
     if not 0 <= q < math.inf or not 0 <= lipschitz < math.inf:
         raise InvalidInput(f"q is {q:g}, lipschitz {lipschitz:g}; neither may be below 0")
@@ -112,7 +112,7 @@ def qfedavg(
                 "holds; give a smaller q or lipschitz"
             )
         if total == 0:
-            # Nobody has a loss, so nobody asks for a move.
+            # All losses are 0: the model stays where it is.
             return Weights(moves, 1.0, of_base=1.0)
         return Weights(moves, total, of_base=total - of_updates)
 
@@ -120,13 +120,14 @@ def qfedavg(
 
 
 def fednova(*, settings: Mapping[str, Any]) -> WeightedAggregator:
-    """Deltas divided by how far their local steps reach (Wang et al. 2020).
+    """Divide each delta by the norm of its effective local steps (Wang et al. 2020).
 
     "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", equation
     7: the model moves by (sum_k p_k a_k) * sum_k p_k d_k / a_k with p_k the share of the examples.
     a_k is the number of local steps for plain SGD, and with momentum rho the L1 norm that the paper
-    gives in section 4: (s - rho (1 - rho^s) / (1 - rho)) / (1 - rho) for s steps. Every step counts
-    as one: what a schedule or a client's doctor makes of the rate within a round isn't seen.
+    gives in section 4: (s - rho (1 - rho^s) / (1 - rho)) / (1 - rho) for s steps. All steps count
+    the same: a rate that a schedule or a client's doctor changes within a round has no effect on
+    a_k.
 
     Args:
         settings: the run's; the local optimizer must be SGD, its momentum is --momentum.
@@ -145,10 +146,10 @@ def fednova(*, settings: Mapping[str, Any]) -> WeightedAggregator:
 
     def weigh(cohort: Cohort) -> Weights:
         total = sum(update.num_examples for update in cohort.updates)
-        reaches = [_reach(update.num_steps, momentum) for update in cohort.updates]
+        norms = [step_norm(update.num_steps, momentum) for update in cohort.updates]
         shares = [update.num_examples / total for update in cohort.updates]
-        mean_reach = math.fsum(p * a for p, a in zip(shares, reaches, strict=True))
-        moves = [mean_reach * p / a for p, a in zip(shares, reaches, strict=True)]
+        mean_norm = math.fsum(p * a for p, a in zip(shares, norms, strict=True))
+        moves = [mean_norm * p / a for p, a in zip(shares, norms, strict=True)]
         return Weights(moves, 1.0, of_base=1 - math.fsum(moves))
 
     return WeightedAggregator(aggregator=mean_by(weigh, unmet), unmet=unmet)
@@ -157,18 +158,18 @@ def fednova(*, settings: Mapping[str, Any]) -> WeightedAggregator:
 def weighted_sum(
     cohort: Cohort, weights: Weights, *, reader: BlockReader, accumulator: torch.Tensor
 ) -> BlockFunction:
-    """Return what computes a weighted mean's blocks, in `accumulator`.
+    """Return a function that computes the blocks of a weighted mean, in `accumulator`.
 
-    Exact in order: weight * value is summed in float64 in the order of `updates` and divided once.
-    Weights that are integers below 2^29 make products with float32 and narrower that are exact (29
-    + 24 bits fit in 53), so fused and unfused arithmetic agree; other products are multiplied and
-    added in two roundings for the same reason. Thus the bytes depend on nothing but the arguments.
+    It adds weight * value in float64, in the order of `updates`, and divides once. The product of
+    an integer weight below 2^29 and a float32 or narrower value is exact (29 + 24 bits fit in 53),
+    so fused and unfused arithmetic agree. For all other products it rounds after the multiplication
+    and after the addition, for the same reason. So the bytes depend on the arguments alone.
     """
     terms = [(cohort.base, weights.of_base), *zip(cohort.updates, weights.of_updates, strict=True)]
     terms = [(file, weight) for file, weight in terms if weight != 0]
 
     def compute(block: Block) -> torch.Tensor:
-        # Minus zero is the sum's neutral element; from plus zero on, a mean of -0.0 were +0.0.
+        # Begin with -0.0, the neutral element of addition: with +0.0 a mean of -0.0 would be +0.0.
         mean = accumulator[: block.count].fill_(-0.0)
         for file, weight in terms:
             values = reader.read(file, block)
@@ -182,16 +183,16 @@ def weighted_sum(
 
 
 def mean_by(weigh: Callable[[Cohort], Weights], unmet: Requirement = no_requirement) -> Aggregator:
-    """Return the aggregator that gives parameters the weights of `weigh`, buffers num_examples.
+    """Return an aggregator that weights parameters by `weigh` and float buffers by num_examples.
 
-    `weigh` is called once a round, on the whole cohort, and may raise UnfitCohort. It never sees an
-    update of which `lacks` says something: that raises UnfitCohort too.
+    `weigh` is called once a round with the whole cohort, and may raise UnfitCohort. An update for
+    which `unmet` returns a sentence raises UnfitCohort before that.
     """
 
     def prepare(cohort: Cohort) -> Callable[[], BlockFunction]:
         for update in cohort.updates:
-            if lack := unmet(update.num_steps, update.global_loss):
-                raise UnfitCohort(f"{lack} ({update.path.name})")
+            if reason := unmet(update.num_steps, update.global_loss):
+                raise UnfitCohort(f"{reason} ({update.path.name})")
         of_buffers = _by_num_examples(cohort)
         of_parameters = of_buffers if weigh is _by_num_examples else weigh(cohort)
 
@@ -218,5 +219,6 @@ def _by_num_examples(cohort: Cohort) -> Weights:
     return Weights(weights, sum(weights))
 
 
-def _reach(num_steps: int, momentum: float) -> float:
+def step_norm(num_steps: int, momentum: float) -> float:
+    """Return FedNova's |a_i|_1: the norm of the effective steps of SGD with momentum."""
     return (num_steps - momentum * (1 - momentum**num_steps) / (1 - momentum)) / (1 - momentum)

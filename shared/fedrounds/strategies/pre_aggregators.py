@@ -11,13 +11,13 @@ from fedrounds.strategies.robust import within
 
 
 def clip(*, radius: float = 0.0) -> PreAggregator:
-    """Every delta is shortened to a norm (Sun et al. 2019, norm thresholding).
+    """Shorten every delta to a maximal norm (Sun et al. 2019, norm thresholding).
 
     "Can You Really Backdoor Federated Learning?"
 
     Args:
-        radius: the norm; 0: the cohort's median norm, which is ours, since a number that fits one
-            model fits no other.
+        radius: the largest norm; 0: the cohort's median norm (ours, not the paper's, since a number
+            that fits one model fits no other).
     """
     if not 0 <= radius < math.inf:
         raise InvalidInput(f"radius is {radius:g}; it must be 0 (the median norm) or a norm")
@@ -33,21 +33,21 @@ def clip(*, radius: float = 0.0) -> PreAggregator:
 
 
 def nnm(*, f: int = 1) -> PreAggregator:
-    """Every update becomes the mean of its n - f nearest, itself included (Allouah et al. 2023).
+    """Replace every update by the mean of its n - f nearest and itself (Allouah et al. 2023).
 
-    "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", algorithm 2. Among
-    equally near ones the smaller client id wins.
+    "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", algorithm 2. The n -
+    f include the update itself. On a tie the smaller client id wins.
 
     Args:
-        f: bad updates to bear; it takes 2 f + 1 updates.
+        f: bad updates to tolerate; needs 2 f + 1 updates.
     """
     if f < 0:
-        raise InvalidInput(f"f is {f}; it must be a number of bad updates from 0 on")
+        raise InvalidInput(f"f is {f}; it must be 0 or more bad updates")
 
     def apply(squared: Matrix, _: int) -> Matrix:
         among = squared[1:, 1:].copy()
         num_kept = len(among) - f
-        # Itself before others that are equal to it.
+        # An update comes before others that are equal to it.
         np.fill_diagonal(among, -1.0)
         nearest = np.argsort(among, axis=1, kind="stable")[:, :num_kept]
         coefficients = np.zeros((len(among), len(squared)))
@@ -60,13 +60,13 @@ def nnm(*, f: int = 1) -> PreAggregator:
 
 
 def bucketing(*, size: int = 2) -> PreAggregator:
-    """Updates are dealt at random into buckets, whose means go on (Karimireddy et al. 2022).
+    """Deal updates at random into buckets, and go on with their means (Karimireddy et al. 2022).
 
     "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", algorithm 1. f bad updates
-    spoil up to f buckets. The draw is of the run's seed and the attempt at the round.
+    spoil up to f buckets. The draw depends on the run's seed and the attempt at the round.
 
     Args:
-        size: updates in a bucket, the paper's s; the last one may have fewer.
+        size: the paper's s, number of updates in a bucket; the last bucket may have fewer.
     """
     if size < 1:
         raise InvalidInput(f"size is {size}; a bucket must have at least 1 update")

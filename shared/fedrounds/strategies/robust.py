@@ -1,8 +1,8 @@
-"""Aggregators that bear some bad updates: all count the same, whatever their clients claim.
+"""Robust aggregators: they tolerate some bad updates and give every client the same weight.
 
-`f` is the number of bad updates a rule is to bear, also called Byzantine. Distances are between
-parameters (see fedrounds.strategies.geometry); float buffers are left to a coordinate-wise rule,
-since what a distance doesn't see could hold anything.
+`f` is the number of bad (Byzantine) updates to tolerate. Distances are between parameters only (see
+fedrounds.strategies.geometry). Float buffers go to a coordinate-wise aggregator, since a distance
+doesn't cover them and they could hold anything.
 """
 
 import math
@@ -14,7 +14,7 @@ from fedrounds.strategies.components import LinearMap, Matrix, RobustAggregator
 
 
 def uniform() -> RobustAggregator:
-    """Plain mean: every client counts the same, however much data it has. Bears no bad update."""
+    """Plain mean: every client counts the same, whatever it reports. Tolerates no bad update."""
 
     def average(squared: Matrix, _: int) -> Matrix:
         num_updates = len(squared) - 1
@@ -26,8 +26,8 @@ def uniform() -> RobustAggregator:
 def median() -> RobustAggregator:
     """Coordinate-wise median (Yin et al. 2018, algorithm 1, option I).
 
-    "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates". Of an even number of
-    values it is the mean of the middle two.
+    "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates". For an even number
+    of values it is the mean of the two in the middle.
     """
     return RobustAggregator(reduce=_median)
 
@@ -38,7 +38,7 @@ def trimmed_mean(*, trim: float = 0.2) -> RobustAggregator:
     "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates".
 
     Args:
-        trim: share of the values dropped at either end, rounded down.
+        trim: share of the values to drop at each end, rounded down.
     """
     if not 0 < trim < 0.5:
         raise InvalidInput(f"trim is {trim:g}; it must be above 0 and below 0.5")
@@ -57,10 +57,10 @@ def krum(*, f: int = 1) -> RobustAggregator:
     """The update that is nearest to its nearest others (Blanchard et al. 2017).
 
     "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent": the least sum of
-    squared distances to the n - f - 2 nearest others. Among equals the smallest client id wins.
+    squared distances to the n - f - 2 nearest others. On a tie the smallest client id wins.
 
     Args:
-        f: bad updates to bear; it takes 2 f + 3 updates.
+        f: bad updates to tolerate; needs 2 f + 3 updates.
     """
     return multi_krum(f=f, keep=1)
 
@@ -69,8 +69,8 @@ def multi_krum(*, f: int = 1, keep: int = 0) -> RobustAggregator:
     """Mean of the best updates by Krum's score (Blanchard et al. 2017, its variant Multi-Krum).
 
     Args:
-        f: bad updates to bear; it takes 2 f + 3 updates.
-        keep: how many are averaged; 0: n - f, and never more.
+        f: bad updates to tolerate; needs 2 f + 3 updates.
+        keep: number of updates to average; 0: n - f, which is also the maximum.
     """
     _validate_f(f)
     if keep < 0:
@@ -91,12 +91,12 @@ def multi_krum(*, f: int = 1, keep: int = 0) -> RobustAggregator:
 def geometric_median(*, nu: float = 1e-6, iterations: int = 100) -> RobustAggregator:
     """Smoothed geometric median, by Weiszfeld's iterations (Pillutla et al. 2022, RFA).
 
-    "Robust Aggregation for Federated Learning", algorithm 2, from the global model on. The paper
-    weighs by num_examples; here all count the same, so that nobody can claim the majority.
+    "Robust Aggregation for Federated Learning", algorithm 2, starting at the global model. The
+    paper weights by num_examples; here all count the same, so that no client can claim a majority.
 
     Args:
-        nu: distances below it count as it.
-        iterations: of Weiszfeld's algorithm; they cost next to nothing.
+        nu: smallest distance; shorter ones count as nu.
+        iterations: number of Weiszfeld iterations; they cost next to nothing.
     """
     if not 0 < nu < math.inf or iterations < 1:
         raise InvalidInput(f"nu is {nu:g}, iterations {iterations}; both must be above 0")
@@ -115,12 +115,12 @@ def centered_clipping(*, radius: float = 0.0, iterations: int = 10) -> RobustAgg
     """Mean of the updates, each pulled within a radius of the centre (Karimireddy et al. 2021).
 
     "Learning from History for Byzantine Robust Optimization", algorithm 2. The centre begins at the
-    global model, as that of a cohort without a history.
+    global model, as for a cohort without history.
 
     Args:
-        radius: the paper's tau; 0: the cohort's median distance from the global model, which is
-            ours, since a number that fits one model fits no other.
-        iterations: the paper's l.
+        radius: the paper's tau; 0: the cohort's median distance from the global model (ours, not
+            the paper's, since a number that fits one model fits no other).
+        iterations: the paper's l, number of times that the centre moves.
     """
     if not 0 <= radius < math.inf or iterations < 1:
         raise InvalidInput(f"radius is {radius:g}, iterations {iterations}; neither may be below 0")
@@ -138,13 +138,14 @@ def centered_clipping(*, radius: float = 0.0, iterations: int = 10) -> RobustAgg
 
 
 def bulyan(*, f: int = 1) -> RobustAggregator:
-    """Krum chooses n - 2 f updates; of each coordinate the middle is averaged (El Mhamdi 2018).
+    """Krum selects n - 2 f updates; the middle of each coordinate is averaged (El Mhamdi 2018).
 
-    "The Hidden Vulnerability of Distributed Learning in Byzantium". Krum's winner is taken out
-    n - 2 f times; then come the coordinate's values nearest to its median, all but 2 f of them.
+    "The Hidden Vulnerability of Distributed Learning in Byzantium". Krum selects and removes a
+    winner n - 2 f times. For each coordinate, the mean is of the values nearest to the median, all
+    but 2 f of them.
 
     Args:
-        f: bad updates to bear; it takes 4 f + 3 updates.
+        f: bad updates to tolerate; needs 4 f + 3 updates.
     """
     _validate_f(f)
 
@@ -166,30 +167,30 @@ def bulyan(*, f: int = 1) -> RobustAggregator:
 
 
 def within(radius: float, distances: Matrix) -> Matrix:
-    """Return by what each difference of this length is multiplied to be no longer than `radius`."""
+    """Return the factor that clips each distance to `radius`."""
     return radius / np.maximum(radius, distances) if radius else np.zeros_like(distances)
 
 
 def _krum_scores(squared: Matrix, f: int) -> Matrix:
-    """Return for each of n updates the sum of the n - f - 2 least squared distances to others."""
+    """Return each update's sum of the n - f - 2 smallest squared distances to others, [n]."""
     num_updates = len(squared)
     others = squared[~np.eye(num_updates, dtype=bool)].reshape(num_updates, num_updates - 1)
-    # Bulyan takes winners away until fewer are left than there are neighbours to count.
+    # Bulyan removes winners until fewer updates are left than there are neighbours to count.
     nearest = np.sort(others, axis=1)[:, : max(1, num_updates - f - 2)]
     scores: Matrix = nearest.sum(axis=1)
     return scores
 
 
 def _distances_to(squared: Matrix, centre: Matrix) -> Matrix:
-    """Return how far each update is from a combination of base and updates, [num_updates]."""
+    """Return each update's distance from a combination of base and updates, [num_updates]."""
     towards = np.einsum("ij,j->i", squared, centre)
-    found = towards[1:] - np.einsum("i,i->", towards, centre) / 2
-    distances: Matrix = np.sqrt(np.maximum(0.0, found))
+    squares = towards[1:] - np.einsum("i,i->", towards, centre) / 2
+    distances: Matrix = np.sqrt(np.maximum(0.0, squares))
     return distances
 
 
 def _combination(of_updates: Matrix) -> Matrix:
-    """Return the coefficients of one point that has nothing of the base, [1, num_updates + 1]."""
+    """Return the coefficients of a point that has no part of the base, [1, num_updates + 1]."""
     return _rows(np.concatenate([[0.0], of_updates]))
 
 
@@ -206,15 +207,15 @@ def _mean(ascending: Matrix) -> Matrix:
 def _median(ascending: Matrix) -> Matrix:
     num_updates = ascending.shape[1]
     low = ascending[:, (num_updates - 1) // 2].astype(np.float64)
-    # Halved first, the sum of two huge values doesn't overflow.
+    # Halve first: the sum of two huge values could overflow.
     return low / 2 + ascending[:, num_updates // 2].astype(np.float64) / 2
 
 
 def _mean_around_median(ascending: Matrix, num_kept: int) -> Matrix:
-    """Return the mean of the `num_kept` values that are nearest to the median of each row.
+    """Return the mean of the `num_kept` values nearest to the median of each row.
 
-    They are neighbours: of each run of that many, the one whose farther end is nearest. Of two that
-    are as near the lower one.
+    These are neighbours in the sorted row: the run of that length whose farther end is nearest to
+    the median. On a tie the lower run wins.
     """
     middle = _median(ascending)[:, None]
     last = ascending.shape[1] - num_kept
@@ -226,4 +227,4 @@ def _mean_around_median(ascending: Matrix, num_kept: int) -> Matrix:
 
 def _validate_f(f: int) -> None:
     if f < 0:
-        raise InvalidInput(f"f is {f}; it must be a number of bad updates from 0 on")
+        raise InvalidInput(f"f is {f}; it must be 0 or more bad updates")

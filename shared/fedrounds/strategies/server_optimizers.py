@@ -1,8 +1,8 @@
-"""Optimizers at the server, which follow the pseudo-gradient: the aggregate minus the model.
+"""Server optimizers: they follow the pseudo-gradient, the aggregate minus the global model.
 
 FedAdagrad, FedAdam and FedYogi are algorithm 2 of Reddi et al. 2021, "Adaptive Federated
-Optimization": v begins at tau^2 and nothing is corrected for its beginning, unlike Adam elsewhere
-(torch.optim). Moments are computed in float64 and kept in float32 (float64 for float64 entries).
+Optimization": v begins at tau^2 and there is no bias correction, unlike in torch.optim.Adam.
+Moments are computed in float64 and kept in float32 (float64 for float64 entries).
 """
 
 import math
@@ -26,7 +26,7 @@ def fedavgm(
     Args:
         server_lr: step size.
         server_momentum: 0 is plain SGD.
-        nesterov: 1: it moves by server_lr * (delta + server_momentum * m).
+        nesterov: 1: the model moves by server_lr * (delta + server_momentum * m).
     """
     _validate_lr(server_lr)
     _validate_share("server_momentum", server_momentum)
@@ -47,7 +47,7 @@ def fedadagrad(
     Args:
         server_lr: the paper's eta.
         beta1: momentum of the pseudo-gradient.
-        tau: how much the step adapts: the less, the more.
+        tau: degree of adaptivity; smaller values adapt more.
     """
     return _adaptive(
         lambda squares, v: v + squares, server_lr=server_lr, beta1=beta1, beta2=0.0, tau=tau
@@ -62,8 +62,8 @@ def fedadam(
     Args:
         server_lr: the paper's eta.
         beta1: momentum of the pseudo-gradient.
-        beta2: how long v remembers.
-        tau: how much the step adapts: the less, the more.
+        beta2: decay of v; larger values average over more rounds.
+        tau: degree of adaptivity; smaller values adapt more.
     """
     return _adaptive(
         lambda squares, v: beta2 * v + (1 - beta2) * squares,
@@ -82,8 +82,8 @@ def fedyogi(
     Args:
         server_lr: the paper's eta.
         beta1: momentum of the pseudo-gradient.
-        beta2: how long v remembers.
-        tau: how much the step adapts: the less, the more.
+        beta2: decay of v; larger values average over more rounds.
+        tau: degree of adaptivity; smaller values adapt more.
     """
     return _adaptive(
         lambda squares, v: v - (1 - beta2) * squares * torch.sign(v - squares),
@@ -102,7 +102,7 @@ def _adaptive(
     beta2: float,
     tau: float,
 ) -> ServerOptimizer:
-    """Return lines 10 to 15 of algorithm 2; `next_v` gets delta^2 and v."""
+    """Return lines 10 to 15 of algorithm 2; `next_v` takes delta^2 and v to the next v."""
     _validate_lr(server_lr)
     _validate_share("beta1", beta1)
     _validate_share("beta2", beta2)

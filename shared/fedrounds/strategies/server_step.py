@@ -1,6 +1,6 @@
 """One step of the global model: the aggregate, then the server optimizer, block by block.
 
-The server's state (an optimizer's moments) is passed in and comes out; nothing is remembered here.
+The server state (an optimizer's moments) is an argument and a result; this module keeps none.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ from fedrounds.tensors.rounding import rounded
 from fedrounds.types import CONTROL_SECTION, EntryKind
 
 _SORTED_AS_THEY_ARE = (torch.float32, torch.float64)
-# Sorted at a time, so that it stays in the cache.
+# The number of elements sorted at a time, so that they stay in the cache.
 _SORTED_ELEMENTS = 256 * 1024
 
 
@@ -55,10 +55,10 @@ def next_blocks(
 
     Each entry becomes what its kind says (see fedrounds.tensors.entries). The strategy aggregates
     parameters and, once they are bounded, entries of kind MEAN (see fedrounds.strategies.buffers);
-    the server optimizer then moves parameters only. Tied entries stay the same. Updates without
-    examples don't count; without any that do, the aggregate is the base. `server_state` is what the
-    step before left, None at the beginning. `on_bounded` is called for each entry of an update that
-    is bounded, before this function returns.
+    the server optimizer then moves parameters only. Tied entries stay equal. Updates without
+    examples don't count; if none counts, the aggregate is the base. `server_state` is the one that
+    the step before left, None at the beginning. `on_bounded` is called for each bounded entry of an
+    update, before this function returns.
 
     Raises:
         UnfitCohort: the strategy can't be applied to these updates.
@@ -67,8 +67,8 @@ def next_blocks(
     updates = [update for update in cohort.updates if update.num_examples > 0]
     buffers = bound_buffers(replace(cohort, updates=updates))
     cohort = buffers.cohort
-    for one in buffers.bounded:
-        on_bounded(one)
+    for bounded in buffers.bounded:
+        on_bounded(bounded)
     updates = list(cohort.updates)
     if updates and len(updates) < strategy.min_updates:
         raise UnfitCohort(
@@ -111,10 +111,10 @@ def next_blocks(
 
 
 def state_layout(strategy: Strategy, cohort: Cohort) -> Layout | None:
-    """Return the layout of the server state that a step leaves, None where it leaves none.
+    """Return the layout of the server state after a step, None if there is none.
 
-    A safetensors file with an entry for each parameter, of its shape with the moments as one
-    dimension more at the end, so that it is written in the order of the model's blocks.
+    The file has an entry for each parameter, of its shape plus a last dimension for the moments, so
+    that it can be written in the order of the model's blocks.
     """
     optimizer = strategy.optimizer_for(len(cohort.updates))
     if optimizer is None:
@@ -177,7 +177,7 @@ def map_and_reduce(linear_maps: Sequence[LinearMap], robust: RobustAggregator) -
 
 
 class _Coordinates:
-    """A thread's coordinate-wise reduction, of the updates or of combinations of them."""
+    """One thread's coordinate-wise reduction of the updates, or of linear combinations of them."""
 
     def __init__(
         self, cohort: Cohort, robust: RobustAggregator, coefficients: Matrix | None = None
@@ -198,7 +198,7 @@ class _Coordinates:
         """Return the block's reduced values, float64 [count]."""
         values = self._rows.read(block)
         if values.dtype not in _SORTED_AS_THEY_ARE:
-            # Wider than any other float, and exact for counts.
+            # float32 holds all narrower floats, float64 all counts.
             values = values.double() if not values.is_floating_point() else values.float()
         num_rows = len(values) if self._coefficients is None else len(self._coefficients)
         reduced = np.empty(block.count)
@@ -206,13 +206,13 @@ class _Coordinates:
         for begin in range(0, block.count, step):
             part = values[:, begin : begin + step]
             if self._coefficients is not None:
-                # einsum and not @: a loop of ours alone, the same for any number of threads.
+                # einsum, not @: NumPy's own loop, the same for any number of threads.
                 part = torch.from_numpy(
                     np.einsum("ij,jk->ik", self._coefficients, part.double().numpy())
                 )
             ascending = part.T.contiguous().numpy()
             ascending.sort(axis=1)
-            # Plus zero makes -0.0 plain 0.0: sorting doesn't tell them apart.
+            # Adding zero makes -0.0 into 0.0: sorting may put either first.
             reduced[begin : begin + step] = self._reduce(ascending) + 0.0
         return torch.from_numpy(reduced)
 
@@ -241,7 +241,7 @@ def _chained(linear_maps: Sequence[LinearMap], cohort: Cohort) -> Matrix | None:
 
 
 def _weights_of(coefficients: Matrix) -> Weights:
-    """Return one point's coefficients as weights: exact ones where all that count are equal."""
+    """Return a point's coefficients as weights, as exact integers if all updates count the same."""
     of_base, *of_updates = coefficients.tolist()
     used = {value for value in of_updates if value}
     if len(used) == 1 and of_base == 0:
@@ -251,7 +251,7 @@ def _weights_of(coefficients: Matrix) -> Weights:
 
 
 def _settled(reader: BlockReader, buffers: Buffers, block: Block) -> torch.Tensor | None:
-    """Return the next values of a block that no strategy computes, None if one does."""
+    """Return the next values of a block that the strategy doesn't compute, None if it does."""
     cohort = buffers.cohort
     kind = cohort.kinds[block.name]
     if kind.is_constant or block.name in buffers.unchanged:
@@ -264,9 +264,9 @@ def _settled(reader: BlockReader, buffers: Buffers, block: Block) -> torch.Tenso
 
 
 def _largest(reader: BlockReader, cohort: Cohort, block: Block) -> torch.Tensor:
-    """Return the elementwise maximum of base and updates; a NaN counts as nothing."""
+    """Return the elementwise maximum of base and updates, ignoring NaN."""
     largest = reader.read(cohort.base, block).clone()
-    # fmax has no integers and no bool, which have no NaN.
+    # fmax doesn't take integers and bool, which have no NaN.
     maximum = torch.fmax if largest.is_floating_point() else torch.maximum
     for update in cohort.updates:
         largest = maximum(largest, reader.read(update, block))
@@ -274,7 +274,7 @@ def _largest(reader: BlockReader, cohort: Cohort, block: Block) -> torch.Tensor:
 
 
 def _where_finite(values: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """Return `values`, and the base's where neither is finite."""
+    """Return `values`, with the base's element wherever neither is finite."""
     is_finite = values.isfinite()
     if bool(is_finite.all()):
         return values
@@ -290,7 +290,7 @@ def _base_of(cohort: Cohort) -> Callable[[], BlockFunction]:
 
 
 def _control_of(strategy: Strategy, cohort: Cohort) -> Callable[[], BlockFunction] | None:
-    """Return what is added to the control variates' blocks, None where there are none."""
+    """Return what to add to the control variates' blocks, None if there are none."""
     algorithm = strategy.client_algorithm
     if algorithm is None or algorithm.control_share is None or not cohort.updates:
         return None

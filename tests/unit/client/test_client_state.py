@@ -135,5 +135,5 @@ def test_tensors_are_kept_with_it_and_forgotten_with_it(
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"follows": "", "state": {}}', b"\xff"])
 def test_a_damaged_state_is_lost(states: ClientStates, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "order.json").write_bytes(content)
-    with pytest.raises(StateLost, match="a remedy that was in force isn't any more"):
+    with pytest.raises(StateLost, match="remedies are no longer in force"):
         states.promoted("order")

@@ -129,7 +129,7 @@ def test_an_order_for_somebody_else_is_refused(tmp_path: Path) -> None:
     stop, settings = threading.Event(), parse(ClientSettings, argv)
     with (
         connected(order) as connection,
-        pytest.raises(WrongSettings, match="is for client 7, whom this process doesn't serve"),
+        pytest.raises(WrongSettings, match="is for client 7, which this process doesn't serve"),
     ):
         take_part(
             settings,

@@ -349,7 +349,7 @@ def test_the_doctor_s_replays_repeat_a_correction_and_it_is_added_behind_clippin
         ("fedadam+feddyn", {}, "so fedadam makes no sense with it"),
         ("nnm+feddyn", {}, "so nnm makes no sense with it"),
         ("fedavg+feddyn", {}, "so fedavg makes no sense with it; put it after uniform or alone"),
-        ("fednova+fedprox", {}, "fedprox makes no sense with fednova: it divides by how far"),
+        ("fednova+fedprox", {}, "fedprox makes no sense with fednova: it divides by the norm"),
         ("feddyn", {"alpha": 0.0}, "alpha is 0; it must be above 0"),
         ("scaffold", {"server_lr": -1.0}, "server_lr is -1; it must be above 0"),
     ],
