@@ -93,7 +93,7 @@ def test_rows_are_put_together(name: str) -> None:
         ("fedavg", {"f": 1}, r"no parameter 'f' \(it has: none\)"),
         ("krum", {"f": 1.5}, "f of strategy krum is 1.5; it must be a whole number"),
         ("fedavgm", {"nesterov": 2}, "nesterov of strategy fedavgm is 2; it must be 0 or 1"),
-        ("krum", {"f": -1}, "f is -1; it must be a number of bad updates"),
+        ("krum", {"f": -1}, "f is -1; it must be 0 or more bad updates"),
         ("trimmed-mean", {"trim": 0.5}, "below 0.5"),
         ("fedadam", {"beta1": 1}, "beta1 is 1; it must be from 0 to below 1"),
         ("krum+median", {}, "more than one aggregator; name one"),
