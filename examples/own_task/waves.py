@@ -5,8 +5,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fedrounds import DataRequest, Task
-from fedrounds.tasks.builtin import need_root
+from fedrounds import DataRequest, Task, need_root
 
 
 def build_model() -> nn.Module:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fedrounds.data import load_data, make_loader
     from fedrounds.diagnosis.values import DoctorSettings
     from fedrounds.doctor import Doctor
+    from fedrounds.tasks.builtin import need_root
     from fedrounds.tasks.task import DataRequest, Partition, Task
     from fedrounds.training.evaluation import evaluate
     from fedrounds.training.loop import train_model
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate",
     "load_data",
     "make_loader",
+    "need_root",
     "train_model",
 ]
 
@@ -38,6 +40,7 @@ _HOMES = {
     "evaluate": "fedrounds.training.evaluation",
     "load_data": "fedrounds.data",
     "make_loader": "fedrounds.data",
+    "need_root": "fedrounds.tasks.builtin",
     "train_model": "fedrounds.training.loop",
 }
 

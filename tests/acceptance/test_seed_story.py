@@ -15,7 +15,8 @@ def _told(*flags: str) -> list[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=GENEROUS_S,
+        # Three acts, two of them with a server and three clients of their own.
+        timeout=3 * GENEROUS_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

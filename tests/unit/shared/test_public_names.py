@@ -11,7 +11,7 @@ import fedrounds
 PUBLIC = {
     "fedrounds": (
         *("DataRequest", "Doctor", "DoctorSettings", "Partition", "Task"),
-        *("evaluate", "load_data", "make_loader", "train_model"),
+        *("evaluate", "load_data", "make_loader", "need_root", "train_model"),
     ),
     "fedrounds.data": (
         *("AugmentedBatches", "ImageClassificationData", "NumberedLoader", "PARTITIONERS"),
