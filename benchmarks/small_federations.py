@@ -252,8 +252,7 @@ class Simulation:
             **federation.settings,
         }
         self.settings = ServerSettings(**given)
-        self.run_settings = self.settings.run_settings()
-        self.strategy = find_strategy(self.run_settings)
+        self.strategy = find_strategy(self.settings.run_settings())
         self.folder = folder
         self.draw = draw
         torch.manual_seed(derive_seed(seed, "init"))
@@ -382,7 +381,7 @@ class Simulation:
                 global_model=given.base.file.path,
                 state=state,
                 control=control,
-                compression=run_compression(self.run_settings),
+                compression=run_compression(self.settings),
             ),
             LocalSettings(device=torch.device("cpu"), doctor=DoctorSettings(), max_steps=max_steps),
             progress=ProgressReporter(lambda *_: None, stop=threading.Event()),
@@ -471,7 +470,7 @@ class Simulation:
             self._payload(given),
             base=self.model.file,
             kinds=self.kinds,
-            compression=compression_of(self.run_settings, update.encoding),
+            compression=compression_of(self.settings, update.encoding),
             sections=[(one.name, one.size_bytes) for one in update.sections],
             num_examples=update.num_examples,
             num_steps=update.num_steps,
@@ -488,7 +487,7 @@ class Simulation:
             dataclasses.replace(opened, adjustments=Adjustments(norm_band_factor=factor)),
             stored,
             before=self.counted,
-            settings=self.run_settings,
+            settings=self.settings,
             model_norm=self.model.parameter_norm,
             trusted=(),
         )

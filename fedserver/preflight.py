@@ -135,7 +135,7 @@ def _validate_compression(
     settings: ServerSettings, model: torch.nn.Module, kinds: Mapping[str, EntryKind]
 ) -> None:
     """Refuse what would make updates larger: more than the model is never admitted."""
-    compression = run_compression(settings.run_settings())
+    compression = run_compression(settings)
     if compression.encoding is Encoding.STATE_DICT:
         return
     shapes: dict[str, Shape] = {

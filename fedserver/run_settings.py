@@ -1,4 +1,8 @@
-"""Which settings are recorded with a run; compression and seeds that follow from them."""
+"""What follows from a run's settings: how updates are compressed, which seeds are drawn from.
+
+The settings of a run that goes on are ServerSettings (see `ServerSettings.going_on_with`); those
+that the store and the ledger hold as JSON are read by `recorded_settings`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,83 +10,35 @@ from typing import Any
 
 from fedrounds.seeds import derive_seed
 from fedrounds.types import NO_COMPRESSION, Compression, Encoding
-
-RUN_SETTINGS = (
-    "task",
-    "partition",
-    "num_partitions",
-    "alpha",
-    "shards_per_client",
-    "classes_per_client",
-    "seed",
-    "init",
-    "rounds",
-    "strategy",
-    "strategy_parameters",
-    "min_clients",
-    "clients_per_round",
-    "cohort",
-    "cohort_candidates",
-    "concurrency",
-    "max_staleness",
-    "over_select",
-    "min_updates",
-    "norm_band",
-    "require_all",
-    "evaluate_on_clients",
-    "holdout",
-    "epochs",
-    "batch_size",
-    "optimizer",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "clip_norm",
-    "schedule",
-    "schedule_over",
-    "warmup_epochs",
-    "decay_epochs",
-    "decay",
-    "augment",
-    "work_deadline",
-    "stragglers",
-    "straggler_work",
-    "compression",
-    "compression_block",
-    "compression_fraction",
-    "max_num_examples",
-    "max_delta_norm",
-    "max_adjustments",
-    "max_rollbacks",
-)
-"""What makes a run this run: with other values of these it would be another one."""
-
-CHANGEABLE_SETTINGS = ("keep_rounds",)
-"""Recorded too, but a later start may give another value; not given, the recorded one holds."""
-
-BEFORE_THEY_WERE_RECORDED: Mapping[str, Any] = {"keep_rounds": "all"}
-"""What a run of earlier software does, where that isn't what the setting's default says today."""
+from fedserver.settings import ServerSettings, settings_begun_with
 
 
-def compression_of(settings: Mapping[str, Any], encoding: Encoding | str) -> Compression:
+def recorded_settings(recorded: Mapping[str, Any]) -> ServerSettings:
+    """Return the settings of a run, of which `recorded` was written down when it began.
+
+    Settings that came later have the value that means what the run did before there were any;
+    settings that don't identify a run have their defaults.
+    """
+    # Not read from flags, files and the environment: those are this process's.
+    return ServerSettings.model_construct(**settings_begun_with(recorded))
+
+
+def compression_of(settings: ServerSettings, encoding: Encoding | str) -> Compression:
     """Return how an update of a run with these settings was compressed that has this encoding."""
     return replace(run_compression(settings), encoding=Encoding(encoding))
 
 
-def run_compression(settings: Mapping[str, Any]) -> Compression:
+def run_compression(settings: ServerSettings) -> Compression:
     """Return how a run asks its clients to compress updates."""
-    name = settings.get("compression", "none")
-    if name == "none":
+    if settings.compression == "none":
         return NO_COMPRESSION
     return Compression(
-        encoding=Encoding(name),
-        block_size=settings["compression_block"],
-        fraction=settings["compression_fraction"],
+        encoding=Encoding(settings.compression),
+        block_size=settings.compression_block,
+        fraction=settings.compression_fraction,
     )
 
 
-def strategy_seed(settings: Mapping[str, Any], round_number: int, attempt: int) -> int:
+def strategy_seed(settings: ServerSettings, round_number: int, attempt: int) -> int:
     """Return the seed of what a strategy draws in an attempt at a round."""
-    return derive_seed(
-        settings.get("seed", 0), "strategy", round_number=round_number, attempt=attempt
-    )
+    return derive_seed(settings.seed, "strategy", round_number=round_number, attempt=attempt)

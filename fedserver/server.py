@@ -33,9 +33,8 @@ from fedserver.records import Run, RunState
 from fedserver.rounds.coordinator import Coordinator
 from fedserver.rounds.open_orders import OpenOrders
 from fedserver.run_context import RunContext
-from fedserver.run_settings import RUN_SETTINGS
 from fedserver.runtime import ServingClock, Threads
-from fedserver.settings import ServerSettings, settings_begun_with
+from fedserver.settings import RUN_SETTINGS, ServerSettings, settings_begun_with
 from fedserver.store import AsyncStore, Store
 from fedserver.updates.quarantine import QuarantineFolder
 from fedserver.updates.spool import Spool

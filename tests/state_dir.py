@@ -87,10 +87,8 @@ def write_state_dir(
     checkpoints, spool = Checkpoints(folder / "models", kinds), Spool(folder / "spool")
     (folder / "quarantine").mkdir()
     store = Store(folder / "federation.sqlite")
-    settings = ServerSettings(
-        strategy=strategy, task=task, lr=0.1, compression=compression
-    ).run_settings()
-    run = store.begin_run(settings)
+    settings = ServerSettings(strategy=strategy, task=task, lr=0.1, compression=compression)
+    run = store.begin_run(settings.run_settings())
     made.run_id = run.run_id
     base = checkpoints.save_initial(model.state_dict())
     current: Round | None = _round(run.run_id, 1, base)
@@ -148,7 +146,7 @@ def write_state_dir(
             kinds=kinds,
             seed=strategy_seed(settings, current.round_number, current.attempt),
         )
-        made_by = find_strategy(settings)
+        made_by = find_strategy(settings.run_settings())
         before = None if base.server_state is None else base.server_state.file
         base = checkpoints.save(
             base.file,

@@ -136,7 +136,7 @@ class ClientApi:
 
     def _compression_for(self, registration: Registration) -> Compression:
         """Return how a client is to compress its updates; not at all if it doesn't know how."""
-        compression = run_compression(self._context.run.settings)
+        compression = run_compression(self._context.settings)
         if compression.encoding in (Encoding.STATE_DICT, *registration.capabilities):
             return compression
         logger.info(

@@ -259,7 +259,7 @@ class Uploads:
                 stream.path,
                 base=given_in.base.file,
                 kinds=self._context.kinds,
-                compression=compression_of(self._context.run.settings, update.encoding),
+                compression=compression_of(self._context.settings, update.encoding),
                 sections=[(section.name, section.size_bytes) for section in update.sections],
                 num_examples=update.num_examples,
             )

@@ -17,6 +17,7 @@ from fedserver.numbers import numbers_text
 from fedserver.reporting.as_json import attempt_json
 from fedserver.reporting.diagnosis_report import diagnosed_incidents, draw_diagnosis
 from fedserver.reporting.round_report import round_report
+from fedserver.run_settings import recorded_settings
 from fedserver.store import read_history
 
 
@@ -69,16 +70,16 @@ def run(argv: list[str]) -> None:
         }
         print(json.dumps(report, indent=2))
         return
-    of_rounds = f" of {run.settings['rounds']}" if "rounds" in run.settings else ""
+    run_settings = recorded_settings(run.settings)
     console = Console()
     for part in round_report(
         history,
         number,
         latest_round=latest,
-        title=f"{run.run_id}, round {number}{of_rounds}",
+        title=f"{run.run_id}, round {number} of {run_settings.rounds}",
         entry_digest=digest,
         suspensions=suspensions,
-        run_settings=run.settings,
+        run_settings=run_settings,
         max_width=console.width,
     ):
         console.print(part, highlight=False)

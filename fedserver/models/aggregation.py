@@ -34,7 +34,7 @@ def reduce_updates(
         UnfitCohort: the strategy can't be applied to these updates.
         OutOfSpace: the disk is full; nothing is kept.
     """
-    settings = context.run.settings
+    settings = context.settings
     cohort = Cohort(
         base=base.file,
         updates=[

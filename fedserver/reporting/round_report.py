@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -30,6 +29,7 @@ from fedserver.reporting.tables import (
     share_text,
 )
 from fedserver.rounds.adjustments import adjustment_text
+from fedserver.settings import ServerSettings
 
 _WORDS: Mapping[str, str] = {
     IncidentKind.NON_FINITE_LOSS: "training stopped: the loss wasn't finite",
@@ -97,7 +97,7 @@ def round_report(
     title: str,
     entry_digest: str | None,
     suspensions: Mapping[int, Suspension],
-    run_settings: Mapping[str, Any],
+    run_settings: ServerSettings,
     max_width: int,
 ) -> Iterator[RenderableType]:
     """Yield what to print of a round, in order; `history` holds it and the round before it.
@@ -136,7 +136,7 @@ def round_report(
 def _attempt_report(
     attempt: AttemptHistory,
     before: AttemptHistory | None,
-    run_settings: Mapping[str, Any],
+    run_settings: ServerSettings,
     *,
     max_width: int,
 ) -> Iterator[RenderableType]:
@@ -239,14 +239,14 @@ def _times(attempt: AttemptHistory) -> list[tuple[str, str]]:
     return times
 
 
-def _choice(attempt: AttemptHistory, run_settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _choice(attempt: AttemptHistory, run_settings: ServerSettings) -> list[tuple[str, str]]:
     """Return how the cohort was chosen, where not everybody was asked."""
-    if not run_settings.get("clients_per_round"):
+    if not run_settings.clients_per_round:
         return []
     seed = cohort_seed(
-        run_settings["seed"], round_number=attempt.round_number, attempt=attempt.attempt
+        run_settings.seed, round_number=attempt.round_number, attempt=attempt.attempt
     )
-    how = f"{len(attempt.cohort)} clients, {run_settings['cohort']}, drawn with seed {seed}"
+    how = f"{len(attempt.cohort)} clients, {run_settings.cohort}, drawn with seed {seed}"
     return [("cohort", how)]
 
 

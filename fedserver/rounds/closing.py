@@ -93,7 +93,7 @@ class Closer:
             before=await self._store.counted_updates(
                 closed.run_id, compared_rounds(closed.round_number, stored)
             ),
-            settings=self._context.run.settings,
+            settings=self._context.settings,
             model_norm=base.parameter_norm,
             trusted=await self._store.trusted_clients(closed.run_id),
         )

@@ -228,7 +228,7 @@ def admission_limits(
         max_num_examples=settings.max_num_examples,
         max_delta_norm=opened.max_delta_norm,
         max_steps_per_example=settings.epochs,
-        compression=run_compression(settings.run_settings()),
+        compression=run_compression(settings),
         sections=(MODEL_SECTION, CONTROL_SECTION) if has_control else (MODEL_SECTION,),
         # A mean gradient that were longer would lead beyond the cap in a single step.
         max_control_norm=opened.max_delta_norm / rate,

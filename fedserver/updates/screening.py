@@ -36,7 +36,6 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +43,7 @@ from numpy.typing import NDArray
 from fedrounds.types import IncidentKind
 from fedserver.events import event_of
 from fedserver.records import Exclusion, Refusal, Round, StoredUpdate
+from fedserver.settings import ServerSettings
 
 MIN_OTHERS = 3
 """A median of fewer than three clients may be a bad one's own value."""
@@ -84,7 +84,7 @@ def screen(
     stored: Sequence[StoredUpdate],
     *,
     before: Before,
-    settings: Mapping[str, Any],
+    settings: ServerSettings,
     model_norm: float,
     trusted: Collection[int],
 ) -> list[Exclusion]:
@@ -94,7 +94,7 @@ def screen(
     `compared_rounds`), `settings` are the run's, `model_norm` is that of the model it began with.
     `trusted` clients are never excluded, and a band of width 0 excludes nobody.
     """
-    width = settings["norm_band"] * closed.adjustments.norm_band_factor
+    width = settings.norm_band * closed.adjustments.norm_band_factor
     if not width:
         return []
     too_long = outliers(
@@ -159,7 +159,7 @@ def landmark_rounds(round_number: int) -> list[int]:
     return [2**power for power in range((round_number - 1).bit_length())]
 
 
-def travel_of(update: StoredUpdate, settings: Mapping[str, Any]) -> float:
+def travel_of(update: StoredUpdate, settings: ServerSettings) -> float:
     """Return how far a constant gradient of norm 1 would move weights, in learning rates.
 
     It is the number of steps; with SGD's momentum m, whose k-th step is 1 + m + ... + m^(k-1)
@@ -168,9 +168,9 @@ def travel_of(update: StoredUpdate, settings: Mapping[str, Any]) -> float:
     """
     reported = update.update
     registered = update.num_registered or reported.num_examples
-    asked = settings["epochs"] * math.ceil(registered / settings["batch_size"])
+    asked = settings.epochs * math.ceil(registered / settings.batch_size)
     steps = max(1, min(asked, reported.num_steps))
-    momentum = settings["momentum"] if settings["optimizer"] == "sgd" else 0.0
+    momentum = settings.momentum if settings.optimizer == "sgd" else 0.0
     return float(steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
 
@@ -179,7 +179,7 @@ def outliers(
     before: Before,
     *,
     round_number: int,
-    settings: Mapping[str, Any],
+    settings: ServerSettings,
     width: float,
     model_norm: float,
 ) -> list[Outlier]:
@@ -228,7 +228,7 @@ def outliers(
 class _Group:
     """The updates of one round or of several, in columns: client ids, norms and travels."""
 
-    def __init__(self, updates: Sequence[StoredUpdate], settings: Mapping[str, Any]) -> None:
+    def __init__(self, updates: Sequence[StoredUpdate], settings: ServerSettings) -> None:
         self.client_ids = np.array([update.client_id for update in updates], dtype=np.int64)
         self.norms = np.array([update.delta_norm for update in updates])
         self.travels = np.array([travel_of(update, settings) for update in updates])

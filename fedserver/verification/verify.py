@@ -28,7 +28,7 @@ from fedserver.ledger import LedgerEntry, LedgerUpdate
 from fedserver.models.checkpoints import digest_blocks, model_path, state_path
 from fedserver.phases import OrderState
 from fedserver.records import Attempt, HeldState, HeldUpdate, Ledger, Run
-from fedserver.run_settings import compression_of, strategy_seed
+from fedserver.run_settings import compression_of, recorded_settings, strategy_seed
 from fedserver.store import Store
 from fedserver.updates.payload import update_file
 from fedserver.updates.spool import update_path
@@ -287,14 +287,14 @@ def _made_again(
     entry: LedgerEntry, counted: Sequence[LedgerUpdate], state_dir: Path
 ) -> tuple[str, str | None]:
     """Return the digests of what a round's strategy makes of its files: model and server state."""
-    settings, models = entry.settings, state_dir / "models"
-    strategy = find_strategy(settings)
-    kinds, ties = _entries_of(settings["task"])
+    settings, models = recorded_settings(entry.settings), state_dir / "models"
+    strategy = find_strategy(entry.settings)
+    kinds, ties = _entries_of(settings.task)
     base_path = model_path(models, entry.base_digest)
     base = StateFile(path=base_path, layout=read_layout(base_path))
     if base.layout.entries.keys() != kinds.keys():
         raise InvalidInput(
-            f"{round_label(entry.run_id, entry.round_number)}: the task {settings['task']!r} makes "
+            f"{round_label(entry.run_id, entry.round_number)}: the task {settings.task!r} makes "
             "a model of other tensors than the run's; verify with the code that the run was made "
             "with"
         )

@@ -12,16 +12,11 @@ from hypothesis import strategies as st
 
 from benchmarks.small_federations import Attack, Federation, Judged, Simulation
 from fedserver.records import Adjustments, Exclusion, StoredUpdate
+from fedserver.settings import ServerSettings
 from fedserver.updates.screening import MAX_GROWTH, compared_rounds, outliers, screen, travel_of
 from tests.factories import make_round, make_update
 
-SETTINGS = {
-    "norm_band": 10.0,
-    "epochs": 2,
-    "batch_size": 10,
-    "optimizer": "sgd",
-    "momentum": 0.0,
-}
+SETTINGS = ServerSettings(norm_band=10.0, epochs=2, batch_size=10, optimizer="sgd", momentum=0.0)
 
 
 def stored(
@@ -46,7 +41,7 @@ def excluded(
     before: dict[int, list[StoredUpdate]] | None = None,
     *,
     round_number: int = 1,
-    settings: dict[str, Any] = SETTINGS,
+    settings: ServerSettings = SETTINGS,
     model_norm: float = 0.0,
     trusted: Sequence[int] = (),
     factor: float = 1.0,
@@ -113,7 +108,7 @@ def test_the_band_is_wide_where_there_are_few(norms: list[float], who: list[int]
 @pytest.mark.parametrize(
     ("changes", "who"),
     [
-        ({"settings": {**SETTINGS, "norm_band": 0.0}}, []),
+        ({"settings": SETTINGS.model_copy(update={"norm_band": 0.0})}, []),
         ({"trusted": [4]}, []),
         ({"model_norm": 2500.0}, [4]),
         # It moves the model by less than a hundredth.
@@ -161,9 +156,9 @@ def test_travel_is_how_far_equal_gradients_reach() -> None:
             velocity = momentum * velocity + 1
             travel += velocity
             update = stored(0, 1.0, registered=1000, num_steps=steps)
-            settings = {**SETTINGS, "momentum": momentum}
+            settings = SETTINGS.model_copy(update={"momentum": momentum})
             assert travel_of(update, settings) == pytest.approx(travel)
-            assert travel_of(update, {**settings, "optimizer": "adam"}) == steps
+            assert travel_of(update, settings.model_copy(update={"optimizer": "adam"})) == steps
     assert MAX_GROWTH == 100
 
 

@@ -29,8 +29,7 @@ from fedrounds.types import (
 )
 from fedrounds.wire.messages import order_message, order_of
 from fedserver.models.evaluation import Evaluator
-from fedserver.run_settings import RUN_SETTINGS
-from fedserver.settings import ServerSettings, TrainingSettings
+from fedserver.settings import RUN_SETTINGS, ServerSettings, TrainingSettings
 
 
 def make_task(**options: object) -> Task:
