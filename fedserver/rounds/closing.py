@@ -271,8 +271,8 @@ async def latest_round(store: AsyncStore, run_id: str) -> Round:
 def _too_many_excluded(exclusions: Sequence[Exclusion], *, num_stored: int) -> str:
     """Return why a round fails of whose updates too few are left."""
     reason = f"{len(exclusions)} of {num_stored} updates were excluded, too many to go on"
-    if not exclusions:
-        return reason
+    # A round closes with as many updates as it needs.
+    assert exclusions
     first = min(exclusions, key=lambda exclusion: exclusion.client_id)
     clients = {exclusion.client_id for exclusion in exclusions}
     return f"{reason}; {verdict_text('excluded', clients, first.refusal.reason)}"

@@ -8,19 +8,29 @@ import pytest
 from fedrounds.strategies.registry import find_strategy
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState
-from fedserver.records import NO_ADJUSTMENTS, Round, Run, RunState, Suspension
+from fedserver.records import NO_ADJUSTMENTS, Exclusion, Refusal, Round, Run, RunState, Suspension
 from fedserver.rounds.open_orders import OpenOrder, OpenRound
 from fedserver.rounds.planning import (
     Clients,
+    draw_stragglers,
     idle_clients,
     plan_more,
     plan_round,
     stale_before,
+    suspensions_after,
     updates_needed,
+    work_orders,
 )
 from fedserver.run_context import RunContext
 from fedserver.settings import ServerSettings
-from tests.factories import TinyNet, make_limits, make_order, make_round, write_state
+from tests.factories import (
+    TinyNet,
+    make_event,
+    make_limits,
+    make_order,
+    make_round,
+    write_state,
+)
 
 
 @pytest.fixture
@@ -201,3 +211,36 @@ def test_how_many_updates_close_a_round_of_three(settings: dict[str, object], ne
     """As --min-updates or --min-clients says, of those that were asked; or all of them."""
     context = make_context(**settings)
     assert updates_needed(context.settings, make_round(clients=(0, 1, 2))) == needed
+
+
+def test_stragglers_do_a_part_of_the_work_or_are_left_out(base: GlobalModel) -> None:
+    """A share of the cohort, drawn by the seed; somebody is always asked."""
+    half = {"min_clients": 4, "epochs": 4, "stragglers": 0.5}
+    clients = make_clients(range(4))
+    left_out = make_context(**half, straggler_work="none")
+    assert len(asked(plan(left_out, base, clients))) == 2
+    all_out = make_context(**half | {"stragglers": 1}, straggler_work="none")
+    assert asked(plan(all_out, base, clients)) == [0]
+    partial = make_context(**half, straggler_work="partial")
+    opened = make_round(clients=(0, 1, 2, 3))
+    epochs = draw_stragglers((0, 1, 2, 3), partial.settings, round_number=1, attempt=1)
+    assert len(epochs) == 2
+    orders = work_orders(partial.settings, opened, base, {}, algorithm=None)
+    assert {order.client_id: order.training.epochs for order in orders} == {
+        client_id: epochs.get(client_id, 4) for client_id in range(4)
+    }
+
+
+def test_an_excluded_client_sits_out_before_that_is_recorded() -> None:
+    """And one whose update counts is back at once, with no strike."""
+    before = suspended(1, until=9) | suspended(2, until=9)
+    exclusion = Exclusion(
+        order_id="order",
+        client_id=3,
+        refusal=Refusal(reason="too long", evidence={}),
+        kept_bytes=0,
+        happened=make_event("update-excluded"),
+    )
+    after = suspensions_after(before, make_round(round_number=5), [exclusion], {1})
+    assert {client_id: one.suspended_until for client_id, one in after.items()} == {2: 9, 3: 7}
+    assert (after[3].strikes, after[3].reason) == (0, "too long")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedrounds.errors import (
     CorruptPayload,
@@ -14,7 +15,10 @@ from fedrounds.errors import (
     StreamFenced,
     WrongOffset,
 )
+from fedrounds.strategies.server_step import control_layout
+from fedrounds.tensors.codec import digest_bytes, encode_state
 from fedrounds.types import Counters, Encoding, OrderEnd, Receipt, RunFailure, Section
+from fedserver.api import uploads
 from fedserver.phases import OrderState
 from fedserver.records import HeldState
 from tests.server_run import ServerRun, chunks_of, non_finite, serving, update_of
@@ -371,4 +375,128 @@ def test_an_encoding_that_the_run_does_not_take_is_refused(tmp_path: Path) -> No
         assert answer.reason == "the update's encoding is int8; this run takes state-dict"
 
     with serving(tmp_path, **SETTINGS) as server:
+        asyncio.run(upload(server))
+
+
+def test_who_waits_for_a_slot_is_not_late_and_learns_when_its_order_ends(tmp_path: Path) -> None:
+    """One slot, held by client 0: client 1 waits, gives up, and is answered at once."""
+
+    async def upload(server: ServerRun) -> None:
+        await server.begin(0, 1)
+        orders = [server.order_of(client_id) for client_id in (0, 1)]
+        payloads = [server.payload_of(order) for order in orders]
+        has_begun, may_end = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> AsyncIterator[memoryview]:
+            yield memoryview(payloads[0][:-1])
+            has_begun.set()
+            await may_end.wait()
+            yield memoryview(payloads[0][-1:])
+
+        first = asyncio.create_task(
+            server.client_api.upload(
+                server.session_ids[0], update_of(orders[0], payloads[0]), slow(), offset=0
+            )
+        )
+        await has_begun.wait()
+        second = asyncio.create_task(server.upload(server.session_ids[1], orders[1], payloads[1]))
+        waiting = server.open_orders.find(orders[1].order_id)
+        assert waiting is not None
+        server.clock.now_s += 1000
+        while server.open_orders.idle_s(waiting):
+            await asyncio.sleep(0.01)
+        await give_up(server, 1)
+        answer = await second
+        assert (answer.receipt, answer.order_end) == (Receipt.LATE, OrderEnd.GIVEN_UP)
+        may_end.set()
+        assert (await first).receipt is Receipt.STORED
+
+    with serving(tmp_path, max_uploads=1, stall_after=2, **SETTINGS) as server:
+        asyncio.run(upload(server))
+
+
+def test_two_streams_of_the_same_whole_update_are_one_update(tmp_path: Path) -> None:
+    """The second finds all bytes there: whichever is recorded first, the other is a duplicate."""
+
+    async def upload(server: ServerRun) -> None:
+        await server.begin(0, 1)
+        order, session_id = server.order_of(0), server.session_ids[0]
+        payload = server.payload_of(order)
+        update, api = update_of(order, payload), server.client_api
+        record = server.open_orders.open_record(order.order_id)
+        assert record is not None
+        first = await api.upload(session_id, update, chunks_of(payload), offset=0)
+        # As a call that was on its way when the order was still open.
+        server.open_orders.settle(order.order_id, OrderState.OPEN)
+        second = await server.uploads.receive(record, update, chunks_of(), offset=len(payload))
+        assert [first.receipt, second.receipt] == [Receipt.STORED, Receipt.DUPLICATE]
+        assert server.states(server.latest())[0] == OrderState.STORED
+        assert len(list((tmp_path / "spool").iterdir())) == 1
+
+    with serving(tmp_path, **SETTINGS) as server:
+        asyncio.run(upload(server))
+
+
+def test_a_section_with_another_digest_is_refused(tmp_path: Path) -> None:
+    """The payload's own digest is right: one of the two statements is a lie."""
+
+    async def upload(server: ServerRun) -> None:
+        await server.begin(0, 1)
+        order = server.order_of(0)
+        payload = server.payload_of(order)
+        section = Section(name="model", digest="0" * 64, size_bytes=len(payload))
+        answer = await server.upload(server.session_ids[0], order, payload, sections=(section,))
+        assert answer.receipt is Receipt.REFUSED
+        (held,) = server.store.held_updates()
+        assert held.refusal.evidence == {"kind": "section-digest", "section": "model"}
+
+    with serving(tmp_path, **SETTINGS) as server:
+        asyncio.run(upload(server))
+
+
+@pytest.mark.parametrize(("value", "receipt"), [(0.5, Receipt.STORED), (1e30, Receipt.REFUSED)])
+def test_control_variates_are_examined_beside_the_model(
+    tmp_path: Path, value: float, receipt: Receipt
+) -> None:
+    """SCAFFOLD: a second section, each with its own digest, and a cap of its own."""
+
+    async def upload(server: ServerRun) -> None:
+        _, base = await server.begin(0, 1)
+        order = server.order_of(0)
+        model = server.payload_of(order)
+        layout = control_layout(base.file.layout, server.context.kinds)
+        control = encode_state(
+            {
+                name: torch.full(entry.shape, value, dtype=entry.dtype)
+                for name, entry in layout.entries.items()
+            }
+        )
+        sections = tuple(
+            Section(name=name, digest=digest_bytes(part), size_bytes=len(part))
+            for name, part in (("model", model), ("control", control))
+        )
+        payload = model + control
+        answer = await server.upload(server.session_ids[0], order, payload, sections=sections)
+        assert answer.receipt is receipt
+        assert ("control variates change by" in answer.reason) == (receipt is Receipt.REFUSED)
+
+    with serving(tmp_path, strategy="scaffold", momentum=0, **SETTINGS) as server:
+        asyncio.run(upload(server))
+
+
+def test_free_pages_are_given_back_after_many_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after each update: that costs a look at the whole heap."""
+    calls: list[None] = []
+    monkeypatch.setattr(uploads, "return_free_pages", lambda: calls.append(None))
+    monkeypatch.setattr(uploads, "_TIDYING_BYTES", 3000)
+
+    async def upload(server: ServerRun) -> None:
+        await server.begin(0, 1, 2)
+        for client_id in (0, 1, 2):
+            assert (await server.answer(client_id)).receipt is Receipt.STORED
+            assert len(calls) == (0, 1, 1)[client_id]
+
+    with serving(tmp_path, min_clients=3) as server:
         asyncio.run(upload(server))
