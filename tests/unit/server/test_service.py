@@ -104,7 +104,7 @@ def test_a_round_over_the_wire(tmp_path: Path) -> None:
         await stub.Leave(pb.LeaveRequest(session_id=session_id, reason=pb.LEAVE_REASON_STOPPED))
         assert server.kinds_of_events()[-1] == "client-left"
         pull = stub.PullWork(pb.PullWorkRequest(session_id=session_id))
-        assert await status_of(pull) is grpc.StatusCode.FAILED_PRECONDITION
+        assert await status_of(pull) is grpc.StatusCode.UNAUTHENTICATED
 
     call(tmp_path, play)
 
