@@ -74,7 +74,7 @@ class Order:
 
     @property
     def sequence(self) -> int:
-        """The how manieth of its client's orders in the attempt it is, from 1."""
+        """This order's number among the client's orders in the attempt, from 1."""
         return int(self.order_id.rpartition("-s")[2])
 
 

@@ -173,7 +173,7 @@ class ClientApi:
                 return Work(state=WorkState.WAIT, waiting=self._waiting())
 
     def _waiting(self) -> Waiting:
-        """Return why there is no order yet."""
+        """Return the reason why there is no order yet."""
         current, here = self._open_orders.current, self._open_orders.clients_here
         if current is not None:
             return Waiting(round_number=current.record.round_number)
@@ -209,7 +209,7 @@ class ClientApi:
     async def committed_bytes(
         self, session_id: str, order_id: str, digest: str
     ) -> tuple[int, bool]:
-        """Return how many bytes of a payload are committed, and whether its update is recorded."""
+        """Return the committed bytes of a payload, and whether its update is recorded."""
         record = await self._find_order(session_id, order_id)
         return self._uploads.committed_bytes(record, digest)
 

@@ -139,7 +139,7 @@ class Servicer:
         return receipt_message(answer).SerializeToString()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Return what a gRPC server needs to serve the calls."""
+        """Return the calls' handlers for a gRPC server."""
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {

@@ -96,7 +96,7 @@ class Uploads:
         self._bytes_since_tidying = 0
 
     def committed_bytes(self, record: OrderRecord, digest: str) -> tuple[int, bool]:
-        """Return how much of a payload has arrived and whether its update is recorded."""
+        """Return the committed bytes of a payload, and whether its update is recorded."""
         if record.digest == digest:
             return 0, True
         return self._spool.committed_bytes(record.order_id, digest), False

@@ -269,7 +269,7 @@ async def latest_round(store: AsyncStore, run_id: str) -> Round:
 
 
 def _too_many_excluded(exclusions: Sequence[Exclusion], *, num_stored: int) -> str:
-    """Return why a round fails of whose updates too few are left."""
+    """Return the reason for which a round fails that has too few updates left."""
     reason = f"{len(exclusions)} of {num_stored} updates were excluded, too many to go on"
     # A round closes with as many updates as it needs.
     assert exclusions

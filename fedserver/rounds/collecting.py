@@ -27,7 +27,7 @@ from fedserver.store import AsyncStore
 
 @dataclass(frozen=True, kw_only=True)
 class Due:
-    """What a round that collects is to do now: CLOSE, or FAIL for a reason."""
+    """The event that is due for a round that collects: CLOSE, or FAIL for a reason."""
 
     event: RoundEvent
     reason: str = ""
@@ -46,10 +46,10 @@ class Collecting(Protocol):
         """The number of clients that may be at work at a time; 0: all."""
 
     async def due(self, current: Round) -> Due | None:
-        """Return what a round is to do now; None: it goes on waiting. May give further orders."""
+        """Return the event that is due for a round, or None to wait. May give further orders."""
 
     def updates_to_count(self, closed: Round) -> int:
-        """Return how many updates must be left after screening for the round to go on."""
+        """Return the number of updates that must be left after screening."""
 
     async def carried_over(self, opened: Round) -> list[tuple[OpenRound, Sequence[WorkOrder]]]:
         """Return the orders of earlier attempts that go on in a round that opens."""

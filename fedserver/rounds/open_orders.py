@@ -135,7 +135,7 @@ class OpenOrders:
         return self._orders.get(order_id)
 
     def open_record(self, order_id: str) -> OrderRecord | None:
-        """Return what the store holds of an order that is open here; None for any other."""
+        """Return the store's record of an order that is open here; None for any other."""
         order = self._orders.get(order_id)
         if order is None or order.state is not OrderState.OPEN:
             return None

@@ -198,7 +198,7 @@ def clients_now(
 async def read_participation(
     settings: ServerSettings, *, store: AsyncStore, run_id: str
 ) -> Mapping[int, Participation]:
-    """Return what clients have done in a run; nothing where cohorts don't rest on it."""
+    """Return the participation of clients in a run; empty where cohorts don't rest on it."""
     return await store.participation(run_id) if rests_on_past(settings) else {}
 
 

@@ -179,7 +179,7 @@ def _carried_clients(
 
 
 def _num_wanted(max_at_work: int, num_at_work: int, *, of: int) -> int:
-    """Return how many of so many clients to ask beside those at work."""
+    """Return the number of clients to ask beside those at work, of `of` clients."""
     return max(0, min(of, max_at_work - num_at_work)) if max_at_work else of
 
 
@@ -211,7 +211,7 @@ def _order_id(
 
 
 def updates_needed(settings: ServerSettings, opened: Round) -> int:
-    """Return how many updates an attempt needs to close."""
+    """Return the number of updates that an attempt needs to close."""
     if settings.require_all:
         return len(opened.orders)
     return min(settings.updates_needed, len(opened.orders))

@@ -104,7 +104,7 @@ def find_lateness(progress: Progress, work: Work, patience: Patience) -> Latenes
 
 
 def idle_bound_s(progress: Progress, work: Work, patience: Patience) -> float:
-    """Return how many seconds a client that isn't silent may make no progress."""
+    """Return the seconds that a client that isn't silent may make no progress."""
     if progress.longest_step_s is None:
         return patience.first_step_s
     longest_s = _STEP_MULTIPLE * work.step_ratio * progress.longest_step_s
@@ -112,7 +112,7 @@ def idle_bound_s(progress: Progress, work: Work, patience: Patience) -> float:
 
 
 def total_bound_s(work: Work, patience: Patience) -> float:
-    """Return how many seconds an order may take in all."""
+    """Return the seconds that an order may take in all."""
     return (
         patience.first_step_s
         + work.num_examples / patience.examples_per_s

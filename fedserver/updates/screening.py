@@ -160,7 +160,7 @@ def landmark_rounds(round_number: int) -> list[int]:
 
 
 def travel_of(update: StoredUpdate, settings: ServerSettings) -> float:
-    """Return how far a constant gradient of norm 1 would move weights, in learning rates.
+    """Return the distance that a constant gradient of norm 1 moves weights, in learning rates.
 
     It is the number of steps; with SGD's momentum m, whose k-th step is 1 + m + ... + m^(k-1)
     times as long, the sum of these. The number of steps is what `settings` (the run's) ask for of
@@ -236,7 +236,7 @@ class _Group:
         self._num_of = Counter(update.client_id for update in updates)
 
     def reached_by_others(self, client_id: int, travel: float) -> NDArray[np.float64]:
-        """Return what other clients would have reached with this travel, at most.
+        """Return the norms that other clients would have reached with this travel, at most.
 
         Empty where they are fewer than MIN_OTHERS.
         """
@@ -248,7 +248,7 @@ class _Group:
         return reached
 
     def least_median(self, client_id: int) -> float:
-        """Return what the median of `reached_by_others` is at least, in constant time.
+        """Return a lower bound of the median of `reached_by_others`, in constant time.
 
         Leaving values out of a sorted sequence makes no value before the last smaller.
         """

@@ -124,7 +124,7 @@ class Spool:
         return update_path(self._folder, order_id, digest)
 
     def committed_bytes(self, order_id: str, digest: str) -> int:
-        """Return how many bytes of this payload have arrived, over all its streams."""
+        """Return the number of bytes of this payload that have arrived, over all its streams."""
         try:
             return self.path(order_id, digest).stat().st_size
         except FileNotFoundError:
