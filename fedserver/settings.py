@@ -11,6 +11,7 @@ from pydantic_settings import SettingsConfigDict
 
 from fedrounds.cli import Settings
 from fedrounds.types import (
+    MAX_WEIGHT,
     AugmentationName,
     InitialisationName,
     OptimizerName,
@@ -320,7 +321,7 @@ class AdmissionSettings(Settings):
     """What is admitted."""
 
     max_num_examples: int = Field(
-        default=10_000_000, ge=1, lt=2**29, description="largest weight of an update"
+        default=10_000_000, ge=1, lt=MAX_WEIGHT + 1, description="largest weight of an update"
     )
     max_delta_norm: float | None = Field(
         default=None,

@@ -7,6 +7,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedrounds.diagnosis.as_json import read_diagnosis
+from fedrounds.diagnosis.text import is_cured
 from fedrounds.times import iso_time
 from fedrounds.types import IncidentKind, LeaveReason
 from fedserver.clients.sampling import cohort_seed
@@ -354,7 +356,7 @@ def _why(attempt: AttemptHistory, order: OrderHistory, update: UpdateHistory | N
         for incident in attempt.incidents
         if incident.client_id == order.client_id
         and incident.kind in _STOPS
-        and not _is_cured(incident)
+        and not _has_gone_on(incident)
     ]
     if stops:
         return incident_text(replace(stops[-1], client_id=None))
@@ -362,9 +364,9 @@ def _why(attempt: AttemptHistory, order: OrderHistory, update: UpdateHistory | N
     return f"the attempt {phase_text(attempt.phase)}" if has_ended else "the client gave it up"
 
 
-def _is_cured(incident: Event) -> bool:
-    fields = incident.fields
-    return "diagnosis" in fields and bool(fields["diagnosis"]["remedy"]["is_working"])
+def _has_gone_on(incident: Event) -> bool:
+    """Return whether the training went on past what the incident reports."""
+    return "diagnosis" in incident.fields and is_cured(read_diagnosis(incident.fields))
 
 
 def _heading(text: str) -> Text:

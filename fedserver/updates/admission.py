@@ -29,9 +29,6 @@ from fedrounds.types import (
 from fedserver.records import Refusal, json_number
 from fedserver.updates.payload import HEADER_SLACK_BYTES
 
-MAX_WEIGHT = 2**29 - 1
-"""Above, num_examples * float32 isn't exact in float64 any more (see strategies.means)."""
-
 _MAX_TENSORS_NAMED = 20
 _MAX_REASON_CHARACTERS = 1000
 

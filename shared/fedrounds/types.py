@@ -183,11 +183,6 @@ class EntryKind(StrEnum):
     LOCAL = "local"
 
     @property
-    def is_averaged(self) -> bool:
-        """Whether the strategy's aggregator computes the entry's next value."""
-        return self in (EntryKind.PARAMETER, EntryKind.MEAN)
-
-    @property
     def is_constant(self) -> bool:
         """Whether the entry's value in the global model never changes."""
         return self in (EntryKind.KEEP, EntryKind.LOCAL)
@@ -441,6 +436,10 @@ MAX_INCIDENTS = 64
 
 INCIDENT_NUMBERS = frozenset({"lr", "batch", "loss", *(f"grad_norm_{age}" for age in range(5))})
 """The numbers an incident may carry; `fedrounds.training.loop.NonFiniteError` explains them."""
+
+MAX_WEIGHT = 2**29 - 1
+"""The largest weight of an update, its num_examples: beyond it num_examples * float32 isn't exact
+in float64 any more (see fedrounds.strategies.means)."""
 
 MAX_METRIC = 1e30
 """The largest absolute value of a metric that an update may carry: beyond it a sum over clients

@@ -13,9 +13,9 @@ from fedrounds.strategies.blocks import BLOCK_ELEMENTS, StateFile
 from fedrounds.strategies.registry import find_strategy
 from fedrounds.tensors.codec import decode_state
 from fedrounds.tensors.entries import entry_kinds
-from fedrounds.types import MODEL_SECTION, ClientUpdate, EntryKind, Section
+from fedrounds.types import MAX_WEIGHT, MODEL_SECTION, ClientUpdate, EntryKind, Section
 from fedserver.settings import ServerSettings
-from fedserver.updates.admission import MAX_WEIGHT, UpdateRefused, validate_content, validate_header
+from fedserver.updates.admission import UpdateRefused, validate_content, validate_header
 from tests.factories import State, TinyNet, make_limits, make_update, write_state
 
 KINDS = entry_kinds(TinyNet())

@@ -40,12 +40,6 @@ def test_frozen_parameters_are_parameters() -> None:
     assert entry_kinds(model)["weight"] is EntryKind.PARAMETER
 
 
-def test_parameters_and_float_buffers_are_what_is_averaged() -> None:
-    """Counters and fixed entries have rules of their own."""
-    averaged = {kind for kind in EntryKind if kind.is_averaged}
-    assert averaged == {EntryKind.PARAMETER, EntryKind.MEAN}
-
-
 def test_every_kind_of_norm_layer_is_found() -> None:
     """With its running statistics, and nested; nothing else is."""
     model = nn.Sequential(

@@ -60,7 +60,7 @@ def drawn(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     state = TinyNet().state_dict()
     for name, tensor in state.items():
-        if KINDS[name].is_averaged:
+        if KINDS[name] in (EntryKind.PARAMETER, EntryKind.MEAN):
             values = torch.randn(tensor.shape, generator=generator)
             state[name] = values.abs() if name.endswith("var") else values
         elif KINDS[name] is EntryKind.MAX:

@@ -24,6 +24,7 @@ from tests.factories import State, TinyNet, write_state
 from tests.unit.shared.test_rounding import PRECISIONS, nearest
 
 KINDS = entry_kinds(TinyNet())
+AVERAGED = (EntryKind.PARAMETER, EntryKind.MEAN)
 ONE_PARAMETER = {"w": EntryKind.PARAMETER}
 FEDAVG = find_strategy({"strategy": "fedavg"})
 
@@ -74,7 +75,7 @@ def random_state(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(tensor.shape, generator=generator).to(dtype)
-        if KINDS[name].is_averaged
+        if KINDS[name] in AVERAGED
         else tensor + seed
         if KINDS[name] is EntryKind.MAX
         else tensor
@@ -97,7 +98,7 @@ def test_every_averaged_value_is_the_exact_mean_rounded_once(
     base = TinyNet(dtype).state_dict()
     found = result_of(aggregate(tmp_path, base, list(zip(states, weights, strict=True))))
     for name, kind in KINDS.items():
-        if not kind.is_averaged:
+        if kind not in AVERAGED:
             continue
         assert found[name].dtype == dtype
         expected = exact_mean([state[name] for state in states], weights)
@@ -156,7 +157,7 @@ def test_a_weight_of_zero_beside_others_counts_for_nothing(tmp_path: Path) -> No
     model = aggregate(tmp_path, base, [(one, 0), (two, 3)])
     found = result_of(model)
     assert all(
-        torch.equal(found[name], two[name]) for name, kind in KINDS.items() if kind.is_averaged
+        torch.equal(found[name], two[name]) for name, kind in KINDS.items() if kind in AVERAGED
     )
 
 
