@@ -1,10 +1,10 @@
-"""Rows of one's own: a mean with other weights, and a robust rule.
+"""Components of your own: a mean with other weights, and a robust rule.
 
     python -m fedserver --strategy examples.own_strategy:by_root
     python -m fedserver --strategy nnm+examples.own_strategy:midmean+fedadam
 
-A row is a function whose parameters are given by name and have defaults; it returns one of the
-kinds in fedrounds.strategies. What a row computes must depend on nothing but its arguments, or
+A component is a function whose parameters are given by name and have defaults; it returns one of
+the kinds in fedrounds.strategies. What it computes must depend on nothing but its arguments, or
 `verify` can't compute it again.
 """
 

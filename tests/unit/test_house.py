@@ -83,8 +83,8 @@ OURS = ("fedrounds", "fedserver", "fedclient")
 DOWNLOADS = "fedserver.api.downloads"
 
 
-def test_the_two_sides_never_import_each_other_and_shared_neither() -> None:
-    """Fedserver -> shared <- fedclient: either side can be installed, read and changed alone."""
+def test_the_two_sides_never_import_each_other_nor_fedrounds_them() -> None:
+    """Fedserver -> fedrounds <- fedclient: either side can be installed, read and changed alone."""
     assert breaches(under("fedserver/"), "fedclient") == []
     assert breaches(under("fedclient/"), "fedserver") == []
     assert breaches(under("shared/fedrounds/"), "fedserver", "fedclient") == []
@@ -119,7 +119,7 @@ def test_only_the_store_knows_sql() -> None:
     assert breaches(rest, *inner, but=allowed) == []
 
 
-def test_shared_has_no_sockets() -> None:
+def test_fedrounds_has_no_sockets() -> None:
     """What both sides share runs anywhere; only public data sets are fetched, in one file."""
     rest = [
         name for name in under("shared/fedrounds/") if name != "shared/fedrounds/data/datasets.py"
@@ -128,7 +128,7 @@ def test_shared_has_no_sockets() -> None:
 
 
 def test_strategies_and_phases_depend_on_next_to_nothing() -> None:
-    """An algorithm can be read with shared beside it, and the phases with the errors alone."""
+    """An algorithm can be read with fedrounds beside it, and the phases with the errors alone."""
     strategies = under("shared/fedrounds/strategies/")
     assert breaches(strategies, *OURS, but=("fedrounds", "fedrounds.strategies")) == []
     assert breaches(["fedserver/phases.py"], *OURS, but=("fedrounds.errors",)) == []
