@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedrounds.doctor.remedy_decay import Convalescence
+from fedrounds.doctor.remedy_decay import RemedyDecay
 from fedrounds.errors import InvalidInput
 from fedrounds.files import replace_file
 from fedrounds.tensors.codec import decode_state, digest_bytes, encode_state
@@ -37,7 +37,7 @@ class StateLost(InvalidInput):
 class ClientState:
     """A client's state: remedies that last, and tensors by the purpose they are kept for."""
 
-    convalescence: Convalescence = field(default_factory=Convalescence)
+    remedy_decay: RemedyDecay = field(default_factory=RemedyDecay)
     tensors: Mapping[str, Tensors] = field(default_factory=dict)
 
 
@@ -68,7 +68,7 @@ class ClientStates:
         description = {
             "run": self._run_id,
             "follows": follows,
-            "state": state.convalescence.as_json(),
+            "state": state.remedy_decay.as_json(),
             "tensors": digests,
         }
         # Written last: the state exists once this file does.
@@ -91,7 +91,7 @@ class ClientStates:
             kept = json.loads(self._path(last_counted_order_id).read_bytes())
             follows = str(kept["follows"])
             state = ClientState(
-                convalescence=Convalescence.from_json(kept["state"]),
+                remedy_decay=RemedyDecay.from_json(kept["state"]),
                 tensors={
                     name: self._read_tensors(last_counted_order_id, name, digest)
                     for name, digest in kept["tensors"].items()

@@ -200,13 +200,13 @@ def train_order(
         ),
         encoding=inputs.compression.encoding,
     )
-    convalescence = state.convalescence.after_round(
+    remedy_decay = state.remedy_decay.after_round(
         report.treatment,
         was_healthy=was_healthy,
         has_dropped_samples=report.has_dropped_samples,
     )
     return update, ClientState(
-        convalescence=convalescence,
+        remedy_decay=remedy_decay,
         tensors={
             **output.kept,
             **encoded.kept,
@@ -298,7 +298,7 @@ class _Trainer:
                 num_classes=task.num_classes,
                 is_initial=order.round_number == 1,
                 fresh_state=functools.partial(_fresh_state, order, task),
-                treatment=state.convalescence.treatment,
+                treatment=state.remedy_decay.treatment,
             ),
             keeps_model=self._num_trainings > 1,
         )

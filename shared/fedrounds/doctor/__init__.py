@@ -3,13 +3,13 @@
 from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.doctor.doctor import Doctor
 from fedrounds.doctor.reports import StepReport, TrainingHalted
-from fedrounds.doctor.stepping import UNTREATED, Treatment
+from fedrounds.doctor.stepping import UNTREATED, Overrides
 
 __all__ = [
     "UNTREATED",
     "Doctor",
     "DoctorSettings",
+    "Overrides",
     "StepReport",
     "TrainingHalted",
-    "Treatment",
 ]

@@ -5,9 +5,9 @@ import math
 from fedrounds.diagnosis.values import Cause, Symptom
 from fedrounds.doctor.anomalies import differ_in_optimizer_state, has_odd_optimizer_state
 from fedrounds.doctor.findings import Case
-from fedrounds.doctor.history import Snapshot, Tape, take_snapshot
-from fedrounds.doctor.replay import Course
-from fedrounds.doctor.stepping import Taken
+from fedrounds.doctor.history import Snapshot, StepHistory, take_snapshot
+from fedrounds.doctor.replay import Trajectory
+from fedrounds.doctor.stepping import StepOutcome
 
 _STATE_SYMPTOMS = (
     Symptom.NON_FINITE_PARAMETER,
@@ -16,42 +16,42 @@ _STATE_SYMPTOMS = (
 )
 
 
-def contradiction(case: Case, course: Course, live: Snapshot) -> Cause | None:
+def find_nondeterminism(case: Case, trajectory: Trajectory, live: Snapshot) -> Cause | None:
     """Return what to say if the same steps gave other bits, None if they gave the same.
 
-    `course` is the unchanged replay from the newest state on, which the subject still is in;
+    `trajectory` is the unchanged replay from the newest state on, which the training still is in;
     `live` the state in which something was noticed. Where all that differs is the optimizer's
     state, that was changed from outside, and it is the cause; elsewhere none is claimed.
     """
-    noticed = case.tape.steps[-1]
-    recorded = case.tape.between(case.tape.snapshots[-1].step, noticed.step)
-    for one, again in zip(recorded, course.steps, strict=False):
-        if _is_same(one.taken, again.taken):
+    noticed = case.history.steps[-1]
+    recorded = case.history.between(case.history.snapshots[-1].step, noticed.step)
+    for one, again in zip(recorded, trajectory.steps, strict=False):
+        if _is_same(one.outcome, again.outcome):
             continue
         # A step whose loss or gradient is bad was not taken: the states before it compare.
-        is_untouched = one is noticed and not one.taken.is_finite
-        norm = largest_norm(case.tape, before=one.step)
-        if is_untouched and differ_in_optimizer_state(live, course.before):
+        is_untouched = one is noticed and not one.outcome.is_finite
+        norm = largest_norm(case.history, before=one.step)
+        if is_untouched and differ_in_optimizer_state(live, trajectory.before):
             return Cause.OPTIMIZER_STATE
         if has_odd_optimizer_state(live, largest_norm=norm):
             return Cause.OPTIMIZER_STATE
         return Cause.NOT_REPRODUCIBLE
-    if case.symptom in _STATE_SYMPTOMS and not course.failed_at:
+    if case.symptom in _STATE_SYMPTOMS and not trajectory.failed_at:
         # The steps agree, and what they led to doesn't.
-        replayed = take_snapshot(case.subject, step=live.step)
+        replayed = take_snapshot(case.training, step=live.step)
         has_other_history = differ_in_optimizer_state(live, replayed)
         return Cause.OPTIMIZER_STATE if has_other_history else Cause.NOT_REPRODUCIBLE
     return None
 
 
-def largest_norm(tape: Tape, *, before: int) -> float:
+def largest_norm(history: StepHistory, *, before: int) -> float:
     """Return the largest norm of a gradient that was learned from before a step; at least 0."""
-    earlier = [one.taken for one in tape.steps if one.step < before]
+    earlier = [one.outcome for one in history.steps if one.step < before]
     norms = [one.grad_norm for one in earlier if one.is_finite and one.grad_norm is not None]
     return max(norms, default=1.0)
 
 
-def _is_same(one: Taken, again: Taken) -> bool:
+def _is_same(one: StepOutcome, again: StepOutcome) -> bool:
     """Whether two takes of a step have the same bits, as far as loss and gradient norm tell."""
 
     def alike(first: float, second: float) -> bool:

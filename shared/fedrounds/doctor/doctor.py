@@ -27,7 +27,7 @@ from fedrounds.doctor.findings import Case, Finding
 from fedrounds.doctor.history import (
     RandomState,
     Recorded,
-    Tape,
+    StepHistory,
     device_of,
     infinite_buffers,
     is_finite,
@@ -35,16 +35,16 @@ from fedrounds.doctor.history import (
     symptom_of_state,
     take_snapshot,
 )
-from fedrounds.doctor.monitor import Watch, classes_of
-from fedrounds.doctor.nan_guard import Disarmed, trend_point
+from fedrounds.doctor.monitor import Monitor, classes_of
+from fedrounds.doctor.nan_guard import NanGuard, trend_point
 from fedrounds.doctor.remedies import Allowance, applied, remedies_for
 from fedrounds.doctor.reports import StepReport, TrainingHalted
 from fedrounds.doctor.stepping import (
     UNTREATED,
     ComputeLoss,
-    Subject,
-    Taken,
-    Treatment,
+    Overrides,
+    StepOutcome,
+    TrainingState,
     take_step,
 )
 
@@ -53,7 +53,7 @@ _SUSPICIONS = (Symptom.LOSS_EXPLOSION, Symptom.DEAD_NETWORK, Symptom.COLLAPSE)
 
 
 class Doctor:
-    """Owns the tape of one training, and the model and optimizer while a step is taken.
+    """Owns the history of one training, and the model and optimizer while a step is taken.
 
     `doctor.step(batch)` stands in place of forward, backward and the optimizer's step;
     `doctor.finish()` after the last one makes sure that all is well.
@@ -89,14 +89,14 @@ class Doctor:
         num_classes: int | None = None,
         is_initial: bool = True,
         fresh_state: Callable[[], Mapping[str, Tensor]] | None = None,
-        treatment: Treatment = UNTREATED,
+        treatment: Overrides = UNTREATED,
         on_replay: Callable[[], None] = lambda: None,
         on_diagnosis: Callable[[Diagnosis], None] = lambda _: None,
     ) -> None:
         self.settings = settings or DoctorSettings()
         self.treatment = treatment
         self.diagnoses: list[Diagnosis] = []
-        self._subject = Subject(
+        self._training = TrainingState(
             model=model,
             optimizer=optimizer,
             compute_loss=compute_loss,
@@ -110,19 +110,19 @@ class Doctor:
         self._fresh_state = fresh_state or (lambda: usual_state(model))
         self._on_replay = on_replay
         self._on_diagnosis = on_diagnosis
-        self._device = device_of(self._subject)
+        self._device = device_of(self._training)
         self._can_fail = self._device.type == "cpu"
-        self._watch = Watch(num_classes=num_classes)
-        self._tape = Tape(memory_bytes=self.settings.memory_bytes)
+        self._monitor = Monitor(num_classes=num_classes)
+        self._history = StepHistory(memory_bytes=self.settings.memory_bytes)
         self._step = 0
         self._epoch = self._batch = 0
         self._allowance = Allowance(self.settings.max_remedies)
         self._dismissed: set[Symptom] = set()
         if treatment.widens:
-            interventions.widen(self._subject)
-        self._disarmed = None if self.settings.is_armed else Disarmed(self._subject)
-        if self._disarmed is None:
-            self._tape.keep(take_snapshot(self._subject, step=0))
+            interventions.widen(self._training)
+        self._nan_guard = None if self.settings.is_armed else NanGuard(self._training)
+        if self._nan_guard is None:
+            self._history.keep(take_snapshot(self._training, step=0))
 
     def step(
         self, batch: Batch, *, indices: Sequence[int] | Tensor | None = None, epoch: int = 1
@@ -143,13 +143,13 @@ class Doctor:
         self._step += 1
         self._batch = self._batch + 1 if epoch == self._epoch else 1
         self._epoch = epoch
-        if self._disarmed is not None:
-            return self._take_unwatched(batch, self._disarmed)
+        if self._nan_guard is not None:
+            return self._take_unwatched(batch, self._nan_guard)
         # A label out of range ends a CUDA process for good.
         symptom = None if self._can_fail else self._examine_ahead(batch)
         random_state = RandomState.now(self._device)
-        taken = Taken(lr=self._lr()) if symptom is not None else self._take(batch)
-        self._tape.record(
+        outcome = StepOutcome(lr=self._lr()) if symptom is not None else self._take(batch)
+        self._history.record(
             Recorded(
                 step=self._step,
                 epoch=epoch,
@@ -158,20 +158,20 @@ class Doctor:
                 indices=indices.tolist() if isinstance(indices, Tensor) else indices,
                 random_state=random_state,
                 treatment=self.treatment,
-                taken=taken.without_tensors(),
+                outcome=outcome.without_tensors(),
                 num_bytes=sum(one.nbytes for one in tensors_of(batch)),
             )
         )
         is_tried = symptom is None
         if is_tried:
-            symptom = self._examine(taken, batch)
-        if self._step == 1 and self._subject.num_classes is None:
-            self._learn_classes(taken)
-        if symptom is None and self._tape.is_snapshot_due(self._step):
+            symptom = self._examine(outcome, batch)
+        if self._step == 1 and self._training.num_classes is None:
+            self._learn_classes(outcome)
+        if symptom is None and self._history.is_snapshot_due(self._step):
             symptom = self._keep_state()
         if symptom is not None and symptom not in self._dismissed:
-            taken = self._treat(symptom, taken, is_tried=is_tried)
-        return self._report(taken)
+            outcome = self._treat(symptom, outcome, is_tried=is_tried)
+        return self._report(outcome)
 
     def finish(self) -> None:
         """Make sure that the last steps left the model well; call it after the last one.
@@ -179,32 +179,32 @@ class Doctor:
         Raises:
             TrainingHalted: they didn't, and it may not or can't be cured.
         """
-        if self._disarmed is not None:
-            self._stop_at(self._disarmed.examine_state())
-        elif self._step and not is_finite(self._subject):
-            symptom, _ = symptom_of_state(self._subject)
-            self._treat(symptom, self._tape.steps[-1].taken)
+        if self._nan_guard is not None:
+            self._stop_at(self._nan_guard.examine_state())
+        elif self._step and not is_finite(self._training):
+            symptom, _ = symptom_of_state(self._training)
+            self._treat(symptom, self._history.steps[-1].outcome)
 
     # ---- taking a step
 
-    def _take(self, batch: Batch) -> Taken:
+    def _take(self, batch: Batch) -> StepOutcome:
         return take_step(
-            self._subject,
+            self._training,
             batch,
             self.treatment,
             step=self._step,
-            is_measured=self._watch.needs_measure(self._step),
+            is_measured=self._monitor.needs_measure(self._step),
         )
 
-    def _take_unwatched(self, batch: Batch, disarmed: Disarmed) -> StepReport:
+    def _take_unwatched(self, batch: Batch, nan_guard: NanGuard) -> StepReport:
         """Take a step and stop where it is not finite."""
-        taken = take_step(self._subject, batch, self.treatment, step=self._step)
-        if taken.error is not None:
-            raise taken.error
+        outcome = take_step(self._training, batch, self.treatment, step=self._step)
+        if outcome.error is not None:
+            raise outcome.error
         self._stop_at(
-            disarmed.examine(taken, step=self._step, epoch=self._epoch, batch=self._batch)
+            nan_guard.examine(outcome, step=self._step, epoch=self._epoch, batch=self._batch)
         )
-        return self._report(taken)
+        return self._report(outcome)
 
     def _stop_at(self, diagnosis: Diagnosis | None) -> None:
         if diagnosis is not None:
@@ -215,30 +215,30 @@ class Doctor:
 
     def _examine_ahead(self, batch: Batch) -> Symptom | None:
         """Look at a batch before the step, where that can't be taken back."""
-        symptom = self._watch.examine_labels(batch)
+        symptom = self._monitor.examine_labels(batch)
         return None if symptom in self._dismissed or self._is_treated() else symptom
 
-    def _examine(self, taken: Taken, batch: Batch) -> Symptom | None:
+    def _examine(self, outcome: StepOutcome, batch: Batch) -> Symptom | None:
         """Look at a step that was taken."""
-        symptom = self._watch.examine_step(taken, step=self._step)
-        if symptom is None or taken.is_finite or self._is_treated():
+        symptom = self._monitor.examine_step(outcome, step=self._step)
+        if symptom is None or outcome.is_finite or self._is_treated():
             return symptom
-        return self._watch.examine_batch(batch) or symptom
+        return self._monitor.examine_batch(batch) or symptom
 
-    def _learn_classes(self, taken: Taken) -> None:
+    def _learn_classes(self, outcome: StepOutcome) -> None:
         """Take from the first outputs how many classes there are."""
-        num_classes = classes_of(taken.outputs, taken.labels)
-        self._subject = replace(self._subject, num_classes=num_classes)
-        self._watch.num_classes = num_classes
+        num_classes = classes_of(outcome.outputs, outcome.labels)
+        self._training = replace(self._training, num_classes=num_classes)
+        self._monitor.num_classes = num_classes
 
     def _keep_state(self) -> Symptom | None:
         """Keep the state if it is good."""
-        if not is_finite(self._subject):
-            return symptom_of_state(self._subject)[0]
-        symptom = self._watch.examine_answers()
+        if not is_finite(self._training):
+            return symptom_of_state(self._training)[0]
+        symptom = self._monitor.examine_answers()
         if symptom is None or symptom in self._dismissed:
-            spare = self._tape.make_room(self._step)
-            self._tape.keep(take_snapshot(self._subject, step=self._step, spare=spare))
+            spare = self._history.make_room(self._step)
+            self._history.keep(take_snapshot(self._training, step=self._step, spare=spare))
         return symptom
 
     def _is_treated(self) -> bool:
@@ -247,32 +247,34 @@ class Doctor:
 
     # ---- treating
 
-    def _treat(self, symptom: Symptom, taken: Taken, *, is_tried: bool = True) -> Taken:
+    def _treat(
+        self, symptom: Symptom, outcome: StepOutcome, *, is_tried: bool = True
+    ) -> StepOutcome:
         """Find out why, and go on if that can be; returns how the newest step went then."""
         began = time.monotonic()
-        live = take_snapshot(self._subject, step=self._step)
+        live = take_snapshot(self._training, step=self._step)
         random_state = RandomState.now(self._device)
-        steps = list(self._tape.steps)
+        steps = list(self._history.steps)
         finding = examine(
             Case(
-                subject=self._subject,
-                tape=self._tape,
+                training=self._training,
+                history=self._history,
                 symptom=symptom,
                 is_tried=is_tried,
-                level=self._watch.first_level,
-                usual_norm=self._watch.usual_norm,
+                level=self._monitor.first_level,
+                usual_norm=self._monitor.usual_norm,
                 is_initial=self._is_initial,
                 fresh_state=self._fresh_state,
                 on_replay=self._on_replay,
             )
         )
         if finding is None:
-            restore_snapshot(self._subject, live)
+            restore_snapshot(self._training, live)
             random_state.restore(self._device)
-            return self._dismiss(symptom, taken)
-        if taken.error is not None and finding.cause is Cause.UNKNOWN:
+            return self._dismiss(symptom, outcome)
+        if outcome.error is not None and finding.cause is Cause.UNKNOWN:
             # Nothing says that it isn't a mistake in the model's code: its author is to see it.
-            raise taken.error
+            raise outcome.error
         diagnosis = self._diagnosis(finding)
         policy = self.settings.policy_for(finding.cause)
         candidates: list[Remedy] = []
@@ -293,52 +295,52 @@ class Doctor:
                 return again
         tried = candidates[-1] if candidates else diagnosis.remedy
         self._tell(replace(diagnosis, remedy=tried, seconds=time.monotonic() - began))
-        raise TrainingHalted(self.diagnoses[-1]) from taken.error
+        raise TrainingHalted(self.diagnoses[-1]) from outcome.error
 
-    def _dismiss(self, symptom: Symptom, taken: Taken) -> Taken:
+    def _dismiss(self, symptom: Symptom, outcome: StepOutcome) -> StepOutcome:
         """Go on as if nothing had been noticed; the same suspicion isn't followed for ever."""
-        assert is_finite(self._subject), symptom
+        assert is_finite(self._training), symptom
         if symptom not in (Symptom.LOSS_EXPLOSION,):
             self._dismissed.add(symptom)
-        if not taken.is_taken or math.isnan(taken.loss):
-            newest = self._tape.steps.pop()
-            taken = self._take(newest.batch)
-            self._tape.steps.append(newest._replace(taken=taken.without_tensors()))
-        if self._tape.is_snapshot_due(self._step) and is_finite(self._subject):
-            self._tape.keep(take_snapshot(self._subject, step=self._step))
-        return taken
+        if not outcome.is_taken or math.isnan(outcome.loss):
+            newest = self._history.steps.pop()
+            outcome = self._take(newest.batch)
+            self._history.steps.append(newest._replace(outcome=outcome.without_tensors()))
+        if self._history.is_snapshot_due(self._step) and is_finite(self._training):
+            self._history.keep(take_snapshot(self._training, step=self._step))
+        return outcome
 
     def _apply(
         self, remedy: Remedy, finding: Finding, recorded: Sequence[Recorded]
-    ) -> Taken | None:
+    ) -> StepOutcome | None:
         """Go back and take the steps since again under a remedy; None if that fails."""
         treatment = applied(self.treatment, remedy, finding)
         start = finding.return_to
         steps = [one for one in recorded if one.step > start.step]
-        restore_snapshot(self._subject, start)
+        restore_snapshot(self._training, start)
         if remedy.kind is RemedyKind.USE_FLOAT32:
-            interventions.widen(self._subject)
+            interventions.widen(self._training)
         if remedy.kind is RemedyKind.RESET_OPTIMIZER:
-            interventions.forget_history(self._subject)
-        self._watch.rewind(start.step)
-        self._tape.rewind(start.step)
-        self._tape.keep(take_snapshot(self._subject, step=start.step))
-        taken = Taken(is_taken=False)
+            interventions.forget_history(self._training)
+        self._monitor.rewind(start.step)
+        self._history.rewind(start.step)
+        self._history.keep(take_snapshot(self._training, step=start.step))
+        outcome = StepOutcome(is_taken=False)
         for one in steps:
             one.random_state.restore(self._device)
-            taken = take_step(self._subject, one.batch, treatment, step=one.step)
+            outcome = take_step(self._training, one.batch, treatment, step=one.step)
             self._on_replay()
-            self._tape.record(
-                one._replace(treatment=treatment, taken=taken.without_tensors()),
+            self._history.record(
+                one._replace(treatment=treatment, outcome=outcome.without_tensors()),
             )
-            symptom = self._watch.examine_step(taken, step=one.step)
+            symptom = self._monitor.examine_step(outcome, step=one.step)
             is_certain = symptom is not None and symptom not in _SUSPICIONS
             if is_certain or (symptom is not None and remedy.kind is RemedyKind.REPEAT):
                 return None
-        if not is_finite(self._subject):
+        if not is_finite(self._training):
             return None
         self.treatment = treatment
-        return taken
+        return outcome
 
     # ---- telling
 
@@ -352,7 +354,7 @@ class Doctor:
             epoch=bad.epoch,
             batch=bad.batch_number,
             batch_size=batch_size(bad.batch),
-            lr=bad.taken.lr,
+            lr=bad.outcome.lr,
             origin=finding.origin,
             samples=finding.samples,
             num_samples=finding.num_samples,
@@ -364,24 +366,24 @@ class Doctor:
         )
 
     def _trend(self) -> tuple[TrendPoint, ...]:
-        newest = list(self._tape.steps)[-_NUM_TREND:]
-        return tuple(trend_point(one.step, one.taken) for one in newest)
+        newest = list(self._history.steps)[-_NUM_TREND:]
+        return tuple(trend_point(one.step, one.outcome) for one in newest)
 
     def _tell(self, diagnosis: Diagnosis) -> None:
         self.diagnoses.append(diagnosis)
         self._on_diagnosis(diagnosis)
 
     def _lr(self) -> float:
-        rate = float(self._subject.optimizer.param_groups[0]["lr"])
+        rate = float(self._training.optimizer.param_groups[0]["lr"])
         return self.treatment.rate(rate, step=self._step)
 
-    def _report(self, taken: Taken) -> StepReport:
+    def _report(self, outcome: StepOutcome) -> StepReport:
         return StepReport(
             step=self._step,
-            loss=taken.loss,
-            grad_norm=taken.grad_norm,
-            lr=taken.lr,
-            outputs=taken.outputs,
-            targets=taken.targets,
-            batch_size=taken.batch_size if taken.is_taken else 0,
+            loss=outcome.loss,
+            grad_norm=outcome.grad_norm,
+            lr=outcome.lr,
+            outputs=outcome.outputs,
+            targets=outcome.targets,
+            batch_size=outcome.batch_size if outcome.is_taken else 0,
         )

@@ -25,9 +25,9 @@ from fedrounds.doctor.history import (
     restore_snapshot,
 )
 from fedrounds.doctor.locate import locate, locate_error
-from fedrounds.doctor.replay import Change, Course, Replay
+from fedrounds.doctor.replay import Change, Replay, Trajectory
 from fedrounds.doctor.stepping import descend, prepared, treated
-from fedrounds.doctor.trials import Courses
+from fedrounds.doctor.trials import Trials
 
 _MODERATE = 1e9
 """What is computed from numbers below this has no excuse to overflow."""
@@ -44,24 +44,24 @@ class Evidence:
     def __init__(self, case: Case) -> None:
         self._case = case
         self._symptom = case.symptom
-        self._subject = case.subject
-        self._tape = case.tape
-        self._noticed = case.tape.steps[-1]
+        self._training = case.training
+        self._history = case.history
+        self._noticed = case.history.steps[-1]
         self._replay = Replay(
-            case.subject,
-            case.tape,
+            case.training,
+            case.history,
             level=case.level,
             needs_gradient=case.symptom is Symptom.DEAD_NETWORK,
             on_replay=case.on_replay,
         )
         self._experiments: list[Experiment] = []
-        self._courses = Courses(self._replay, self._experiments)
+        self._trials = Trials(self._replay, self._experiments)
         self._samples: tuple[SuspectSample, ...] = ()
         self._num_samples = 0
         self._max_input = math.inf
-        self._course: Course | None = None
+        self._trajectory: Trajectory | None = None
         self._bad = self._failed = self._noticed
-        self._before = self._start = case.tape.snapshots[-1]
+        self._before = self._start = case.history.snapshots[-1]
         self._origin = Origin(phase=StepPhase.INPUT)
         self._largest_input = 0.0
         self._mixes_dtypes = False
@@ -71,27 +71,27 @@ class Evidence:
 
         Where the bad value came up stays what was found, unless no value was bad at all.
         """
-        restore_snapshot(self._subject, self._before)
+        restore_snapshot(self._training, self._before)
         if self._replay.is_sane():
             return
-        for snapshot in reversed(self._tape.snapshots):
+        for snapshot in reversed(self._history.snapshots):
             self._start = snapshot
-            restore_snapshot(self._subject, snapshot)
+            restore_snapshot(self._training, snapshot)
             if self._replay.is_sane():
                 break
-        self._course = self._replay.run(self._start, self._failed.step, is_watched=True)
-        self._bad = self._recorded(self._course.failed_at or self._failed.step)
-        self._before = self._course.before
+        self._trajectory = self._replay.run(self._start, self._failed.step, is_watched=True)
+        self._bad = self._recorded(self._trajectory.failed_at or self._failed.step)
+        self._before = self._trajectory.before
         if not self._has_come_up():
             self._failed = self._bad
 
-    def _has_spoilt(self, course: Course) -> bool:
+    def _has_spoilt(self, trajectory: Trajectory) -> bool:
         """Whether a gradient far beyond the usual ones has undone a part of what was learned."""
-        usual, norm = self._case.usual_norm, course.steps[-1].taken.grad_norm
+        usual, norm = self._case.usual_norm, trajectory.steps[-1].outcome.grad_norm
         if usual is None or norm is None or not norm > _SPIKE * usual:
             return False
         after = self._replay.probe_loss()
-        restore_snapshot(self._subject, course.before)
+        restore_snapshot(self._training, trajectory.before)
         allowed = max(_SPOILT * abs(self._replay.probe_loss()), _WORTH * abs(self._case.level))
         if not after > allowed:
             return False
@@ -99,34 +99,34 @@ class Evidence:
         return True
 
     def _recorded(self, step: int) -> Recorded:
-        return next(one for one in self._tape.steps if one.step == step)
+        return next(one for one in self._history.steps if one.step == step)
 
     def _locate(self) -> None:
         """Find where the first bad value comes up in the bad step."""
-        bad, subject = self._bad, self._subject
-        batch = prepared(bad.batch, bad.treatment, num_classes=subject.num_classes)
+        bad, training = self._bad, self._training
+        batch = prepared(bad.batch, bad.treatment, num_classes=training.num_classes)
         self._origin = Origin(phase=_QUIET_PHASES.get(self._symptom, StepPhase.LOSS))
         if batch is None:
             return
 
         def compute_loss(model: torch.nn.Module, one: Batch) -> Tensor | tuple[Tensor, Tensor]:
             with treated(bad.treatment):
-                return subject.compute_loss(model, one)
+                return training.compute_loss(model, one)
 
-        restore_snapshot(subject, self._before)
-        bad.random_state.restore(device_of(subject))
+        restore_snapshot(training, self._before)
+        bad.random_state.restore(device_of(training))
         self._replay.count_step()
-        if bad.taken.error is not None or self._symptom is Symptom.LABEL_OUT_OF_RANGE:
-            raised = locate_error(subject.model, batch, compute_loss)
+        if bad.outcome.error is not None or self._symptom is Symptom.LABEL_OUT_OF_RANGE:
+            raised = locate_error(training.model, batch, compute_loss)
             if raised is not None:
                 self._origin = raised.origin
                 self._mixes_dtypes = raised.mixes_dtypes
             return
         found = locate(
-            subject.model,
+            training.model,
             batch,
             compute_loss,
-            optimizer_step=lambda: descend(subject, bad.treatment, step=bad.step),
+            optimizer_step=lambda: descend(training, bad.treatment, step=bad.step),
         )
         if found is not None:
             self._origin = found.origin
@@ -183,7 +183,7 @@ class Evidence:
         )
 
     def _healthy_batches(self) -> list[Batch]:
-        earlier = [one for one in self._tape.steps if one.step < self._bad.step]
+        earlier = [one for one in self._history.steps if one.step < self._bad.step]
         return [one.batch for one in earlier[-_NUM_HEALTHY:]]
 
     def _index_of(self, position: int) -> int:

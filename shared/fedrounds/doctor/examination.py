@@ -50,7 +50,7 @@ from fedrounds.doctor.batches import (
     largest_input,
     take,
 )
-from fedrounds.doctor.determinism import contradiction, largest_norm
+from fedrounds.doctor.determinism import find_nondeterminism, largest_norm
 from fedrounds.doctor.evidence import Evidence
 from fedrounds.doctor.findings import Case, Finding
 from fedrounds.doctor.history import (
@@ -80,7 +80,7 @@ def _without_odd_ones(batch: Batch) -> Batch:
 
 
 def examine(case: Case) -> Finding | None:
-    """Find the cause; None if the suspicion was none. The subject's state is used up."""
+    """Find the cause; None if the suspicion was none. The training's state is used up."""
     return _Examination(case).find()
 
 
@@ -89,26 +89,30 @@ class _Examination(Evidence):
 
     def find(self) -> Finding | None:
         if not self._case.is_tried:
-            self._before = self._start = take_snapshot(self._subject, step=self._noticed.step - 1)
+            self._before = self._start = take_snapshot(self._training, step=self._noticed.step - 1)
             if self._step_goes_well(self._bad.batch):
                 return None
             self._locate()
             self._note(ExperimentName.UNCHANGED, is_healed=False)
         else:
-            live = take_snapshot(self._subject, step=self._noticed.step)
-            course = self._course = self._replay.run(self._start, self._noticed.step)
-            if (cause := contradiction(self._case, course, live)) is not None:
+            live = take_snapshot(self._training, step=self._noticed.step)
+            trajectory = self._trajectory = self._replay.run(self._start, self._noticed.step)
+            if (cause := find_nondeterminism(self._case, trajectory, live)) is not None:
                 self._note(ExperimentName.UNCHANGED, is_healed=True)
                 if cause is Cause.OPTIMIZER_STATE:
                     self._origin = Origin(phase=StepPhase.OPTIMIZER)
                 return self._finding(cause)
-            if not course.failed_at and self._replay.is_sane() and not self._has_spoilt(course):
+            if (
+                not trajectory.failed_at
+                and self._replay.is_sane()
+                and not self._has_spoilt(trajectory)
+            ):
                 return None
-            self._failed = self._bad = self._recorded(course.failed_at or self._noticed.step)
-            if self._failed is not self._noticed and not course.steps[-1].taken.is_finite:
+            self._failed = self._bad = self._recorded(trajectory.failed_at or self._noticed.step)
+            if self._failed is not self._noticed and not trajectory.steps[-1].outcome.is_finite:
                 # It was noticed by what came of it.
-                self._symptom = symptom_of(course.steps[-1].taken)
-            self._before = course.before
+                self._symptom = symptom_of(trajectory.steps[-1].outcome)
+            self._before = trajectory.before
             self._locate()
             self._note(ExperimentName.UNCHANGED, is_healed=False)
             if not (self._is_loss_suspect() and self._guarded_step_goes_well()):
@@ -134,11 +138,11 @@ class _Examination(Evidence):
         return self._finding(Cause.UNKNOWN)
 
     def _look_at_samples(self) -> Cause | None:
-        bad, num_classes = self._bad, self._subject.num_classes
+        bad, num_classes = self._bad, self._training.num_classes
         count = batch_size(bad.batch)
         healthy = [_without_odd_ones(one) for one in self._healthy_batches()]
         odd = oddities(bad.batch, num_classes=num_classes, healthy=healthy)
-        is_on_cpu = device_of(self._subject).type == "cpu"
+        is_on_cpu = device_of(self._training).type == "cpu"
         wrong = [one for one in odd.values() if one.oddity is Oddity.LABEL_OUT_OF_RANGE]
         others = [one for one in range(count) if one not in odd]
         if wrong and not is_on_cpu:
@@ -162,7 +166,7 @@ class _Examination(Evidence):
         rest = [one for one in range(count) if one not in positions]
         is_healed = not rest or self._step_goes_well(take(bad.batch, rest))
         self._note(ExperimentName.WITHOUT_SAMPLES, is_healed=is_healed, value=len(positions))
-        is_label_error = isinstance(bad.taken.error, IndexError) and (
+        is_label_error = isinstance(bad.outcome.error, IndexError) and (
             self._origin.phase is StepPhase.LOSS
         )
         unseen = Oddity.LABEL_OUT_OF_RANGE if is_label_error else Oddity.NONE
@@ -184,7 +188,7 @@ class _Examination(Evidence):
             return Cause.BAD_LABEL
         if kinds == {Oddity.NONE}:
             # Nothing to be seen; but an error that only these samples raise is theirs.
-            return None if bad.taken.error is None else Cause.BAD_DATA
+            return None if bad.outcome.error is None else Cause.BAD_DATA
         limit = self._max_input
         self._try_step(
             ExperimentName.INPUTS_SANITISED,
@@ -218,24 +222,26 @@ class _Examination(Evidence):
         return None
 
     def _look_at_start(self) -> Cause | None:
-        start, fresh_state = self._tape.snapshots[0], self._case.fresh_state
+        start, fresh_state = self._history.snapshots[0], self._case.fresh_state
         if start.step != 0:
             return None
         fresh = fresh_state()
-        restore_snapshot(self._subject, start)
+        restore_snapshot(self._training, start)
         is_initial = self._case.is_initial
-        is_unusual = bool(unusual_entries(self._subject.model, start, fresh, is_initial=is_initial))
+        is_unusual = bool(
+            unusual_entries(self._training.model, start, fresh, is_initial=is_initial)
+        )
         is_sane = has_odd_optimizer_state(start, largest_norm=1.0) or self._replay.is_sane()
         # A trained model's weights may be large and good; a broken one shows at once.
         is_late = not is_initial and self._bad.step > _AT_ONCE
         if is_sane and (is_late or not is_unusual):
             return None
-        interventions.load_weights(self._subject, fresh)
-        restarted = self._courses.run(
+        interventions.load_weights(self._training, fresh)
+        restarted = self._trials.run(
             ExperimentName.FRESH_INITIALISATION,
             start,
             min(self._noticed.step, _LONGEST_RESTART),
-            prepare=lambda: interventions.load_weights(self._subject, fresh),
+            prepare=lambda: interventions.load_weights(self._training, fresh),
             highest=_NO_WORSE * self._replay.probe_loss(),
         )
         if restarted is None:
@@ -243,26 +249,26 @@ class _Examination(Evidence):
         return Cause.BAD_INITIALISATION if is_initial else Cause.RECEIVED_MODEL
 
     def _look_at_precision(self) -> Cause | None:
-        parameters = list(self._subject.model.parameters())
+        parameters = list(self._training.model.parameters())
         has_narrow = any(one.dtype in (torch.float16, torch.bfloat16) for one in parameters)
         if self._origin.dtype not in _NARROW and not has_narrow:
             return None
         is_healed = self._try_step(
             ExperimentName.FLOAT32,
             change=interventions.widening(),
-            prepare=lambda: interventions.widen(self._subject),
+            prepare=lambda: interventions.widen(self._training),
         )
         return Cause.PRECISION if is_healed else None
 
     def _look_at_optimizer(self) -> Cause | None:
         is_suspect = self._origin.phase is StepPhase.OPTIMIZER and self._origin.num_nan > 0
         if not is_suspect and not has_odd_optimizer_state(
-            self._before, largest_norm=largest_norm(self._tape, before=self._bad.step)
+            self._before, largest_norm=largest_norm(self._history, before=self._bad.step)
         ):
             return None
         is_healed = self._try_step(
             ExperimentName.FRESH_OPTIMIZER,
-            prepare=lambda: interventions.forget_history(self._subject),
+            prepare=lambda: interventions.forget_history(self._training),
         )
         return Cause.OPTIMIZER_STATE if is_healed else None
 
@@ -280,7 +286,7 @@ class _Examination(Evidence):
         return Cause.LOSS_FUNCTION if is_healed else None
 
     def _look_at_rates(self) -> Cause | None:
-        found = self._courses.look_at_rates(
+        found = self._trials.look_at_rates(
             self._start, until=self._noticed.step, usual_norm=self._case.usual_norm
         )
         if found is None:
@@ -299,7 +305,7 @@ class _Examination(Evidence):
         self._try_step(ExperimentName.LOWER_RATE, change=interventions.slowing(0.1), value=0.1)
 
     def _finding(self, cause: Cause) -> Finding:
-        steps = self._course.steps if self._course is not None else ()
+        steps = self._trajectory.steps if self._trajectory is not None else ()
         return Finding(
             symptom=self._symptom,
             cause=cause,

@@ -15,21 +15,21 @@ from fedrounds.diagnosis.values import (
     Symptom,
     TrendPoint,
 )
-from fedrounds.doctor.history import Recorded, Snapshot, Tape
-from fedrounds.doctor.stepping import Subject
+from fedrounds.doctor.history import Recorded, Snapshot, StepHistory
+from fedrounds.doctor.stepping import TrainingState
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A training in which `symptom` was noticed in the newest step of its tape.
+    """A training in which `symptom` was noticed in the newest step of its history.
 
     `is_tried` is False where that step was better not taken; `level` is the loss it began with,
     `usual_norm` the median gradient norm of its healthy steps; `fresh_state` gives usual initial
     weights by name, `on_replay` is told of every step repeated.
     """
 
-    subject: Subject
-    tape: Tape
+    training: TrainingState
+    history: StepHistory
     symptom: Symptom
     is_tried: bool
     level: float

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedrounds.diagnosis.values import Symptom
 from fedrounds.doctor.batches import Batch
 from fedrounds.doctor.monitor import INTERVAL
-from fedrounds.doctor.stepping import Subject, Taken, Treatment
+from fedrounds.doctor.stepping import Overrides, StepOutcome, TrainingState
 
 _MAX_AGE = 128
 
@@ -58,30 +58,30 @@ class Snapshot:
         return sum(one.nbytes for one in (*self.tensors, *state) if isinstance(one, Tensor))
 
 
-def entries_of(subject: Subject) -> list[Tensor]:
+def entries_of(training: TrainingState) -> list[Tensor]:
     """Return the model's own parameters and buffers, not copies, each once."""
     # In the order of model.parameters() and model.buffers(), which go through the modules slowly.
-    modules = list(subject.model.modules())
+    modules = list(training.model.modules())
     parameters = (one for module in modules for one in module._parameters.values())
     buffers = (one for module in modules for one in module._buffers.values())
     return list(dict.fromkeys(one for one in (*parameters, *buffers) if one is not None))
 
 
-def device_of(subject: Subject) -> torch.device:
+def device_of(training: TrainingState) -> torch.device:
     """Return where the model is; the processor if it has no tensors."""
-    return next((one.device for one in entries_of(subject)), torch.device("cpu"))
+    return next((one.device for one in entries_of(training)), torch.device("cpu"))
 
 
-def take_snapshot(subject: Subject, *, step: int, spare: Snapshot | None = None) -> Snapshot:
+def take_snapshot(training: TrainingState, *, step: int, spare: Snapshot | None = None) -> Snapshot:
     """Copy the state that a training has now, into the memory of a state that nobody needs."""
-    optimizer = subject.optimizer
+    optimizer = training.optimizer
     learned = [one for group in optimizer.param_groups for one in group["params"]]
     # New memory costs more than the copying.
     rooms = iter(() if spare is None else spare.tensors)
     states = iter(() if spare is None else spare.optimizer_state)
     return Snapshot(
         step=step,
-        tensors=[_copy(one, next(rooms, None)) for one in entries_of(subject)],
+        tensors=[_copy(one, next(rooms, None)) for one in entries_of(training)],
         optimizer_state=[
             _copied(optimizer.state.get(one, {}), next(states, {})) for one in learned
         ],
@@ -89,34 +89,34 @@ def take_snapshot(subject: Subject, *, step: int, spare: Snapshot | None = None)
             {key: _copy(value) for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
         ],
-        scheduler_state=None if subject.scheduler is None else subject.scheduler.state_dict(),
+        scheduler_state=None if training.scheduler is None else training.scheduler.state_dict(),
     )
 
 
-def restore_snapshot(subject: Subject, snapshot: Snapshot) -> None:
+def restore_snapshot(training: TrainingState, snapshot: Snapshot) -> None:
     """Put a training back where it was, bit for bit."""
     with torch.no_grad():
-        for entry, kept in zip(entries_of(subject), snapshot.tensors, strict=True):
+        for entry, kept in zip(entries_of(training), snapshot.tensors, strict=True):
             if entry.dtype == kept.dtype:
                 entry.copy_(kept)
             else:
                 entry.data = kept.clone()
-    optimizer = subject.optimizer
+    optimizer = training.optimizer
     learned = [one for group in optimizer.param_groups for one in group["params"]]
     optimizer.state.clear()
     for parameter, state in zip(learned, snapshot.optimizer_state, strict=True):
         if state:
             optimizer.state[parameter] = _copied(state)
-    restore_schedule(subject, snapshot)
+    restore_schedule(training, snapshot)
     optimizer.zero_grad()
 
 
-def restore_schedule(subject: Subject, snapshot: Snapshot) -> None:
+def restore_schedule(training: TrainingState, snapshot: Snapshot) -> None:
     """Put the learning rate and what changes it back where they were."""
-    for group, saved in zip(subject.optimizer.param_groups, snapshot.groups, strict=True):
+    for group, saved in zip(training.optimizer.param_groups, snapshot.groups, strict=True):
         group.update({key: _copy(value) for key, value in saved.items()})
-    if subject.scheduler is not None and snapshot.scheduler_state is not None:
-        subject.scheduler.load_state_dict(snapshot.scheduler_state)
+    if training.scheduler is not None and snapshot.scheduler_state is not None:
+        training.scheduler.load_state_dict(snapshot.scheduler_state)
 
 
 def infinite_buffers(model: nn.Module) -> frozenset[str]:
@@ -134,17 +134,17 @@ def infinite_buffers(model: nn.Module) -> frozenset[str]:
     )
 
 
-def is_finite(subject: Subject) -> bool:
-    """Whether parameters, buffers and the optimizer's state are, but for `subject.infinite`."""
+def is_finite(training: TrainingState) -> bool:
+    """Whether parameters, buffers and the optimizer's state are, but for `training.infinite`."""
     infinite = (
-        {id(one) for name, one in subject.model.named_buffers() if name in subject.infinite}
-        if subject.infinite
+        {id(one) for name, one in training.model.named_buffers() if name in training.infinite}
+        if training.infinite
         else set()
     )
     tensors = [
-        one for one in entries_of(subject) if one.is_floating_point() and id(one) not in infinite
+        one for one in entries_of(training) if one.is_floating_point() and id(one) not in infinite
     ]
-    for state in subject.optimizer.state.values():
+    for state in training.optimizer.state.values():
         for one in state.values():
             if isinstance(one, Tensor) and one.ndim > 0 and one.is_floating_point():
                 tensors.append(one)
@@ -163,32 +163,32 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
     return math.isfinite(total) or all(bool(one.isfinite().all()) for one in tensors)
 
 
-def first_bad_entry(subject: Subject) -> str | None:
+def first_bad_entry(training: TrainingState) -> str | None:
     """Return the name of the first parameter or buffer that isn't finite, None if all are."""
-    named = [*subject.model.named_parameters(), *subject.model.named_buffers()]
+    named = [*training.model.named_parameters(), *training.model.named_buffers()]
     return next(
         (
             name
             for name, one in named
-            if name not in subject.infinite and not bool(one.isfinite().all())
+            if name not in training.infinite and not bool(one.isfinite().all())
         ),
         None,
     )
 
 
-def symptom_of_state(subject: Subject) -> tuple[Symptom, str]:
+def symptom_of_state(training: TrainingState) -> tuple[Symptom, str]:
     """Return what isn't finite about a state that isn't, and the entry's name if it is one."""
-    name = first_bad_entry(subject)
+    name = first_bad_entry(training)
     if name is None:
         return Symptom.NON_FINITE_OPTIMIZER_STATE, ""
-    parameters = dict(subject.model.named_parameters())
+    parameters = dict(training.model.named_parameters())
     symptom = Symptom.NON_FINITE_PARAMETER if name in parameters else Symptom.NON_FINITE_BUFFER
     return symptom, name
 
 
-def first_bad_gradient(subject: Subject) -> str | None:
+def first_bad_gradient(training: TrainingState) -> str | None:
     """Return the name of the first parameter whose gradient isn't finite, None if all are."""
-    named = subject.model.named_parameters()
+    named = training.model.named_parameters()
     return next(
         (name for name, one in named if one.grad is not None and not one.grad.isfinite().all()),
         None,
@@ -205,12 +205,12 @@ class Recorded(NamedTuple):
     batch: Batch
     indices: Sequence[int] | None
     random_state: RandomState
-    treatment: Treatment
-    taken: Taken
+    treatment: Overrides
+    outcome: StepOutcome
     num_bytes: int
 
 
-class Tape:
+class StepHistory:
     """Owns the states kept and the steps since the oldest of them, within a byte limit.
 
     States get rarer with age: each is at least half its own age older than the next, and none is

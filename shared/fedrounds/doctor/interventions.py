@@ -9,7 +9,7 @@ from torch import Tensor
 from fedrounds.doctor.batches import Batch, map_tensors
 from fedrounds.doctor.history import entries_of
 from fedrounds.doctor.replay import Change
-from fedrounds.doctor.stepping import NARROW, Subject
+from fedrounds.doctor.stepping import NARROW, TrainingState
 
 _USUAL_EPS = 1e-8
 
@@ -45,18 +45,18 @@ def unguarding_loss() -> Change:
 
 
 def widening() -> Change:
-    """Compute in float32 what is computed in fewer bits; the subject is to be widened, too."""
+    """Compute in float32 what is computed in fewer bits; the training is to be widened, too."""
     return lambda one: replace(one, widens=True)
 
 
-def widen(subject: Subject) -> None:
+def widen(training: TrainingState) -> None:
     """Make parameters, buffers and the optimizer's state float32 where they are narrower."""
-    _convert(subject, lambda one: one.float() if one.dtype in NARROW else one)
+    _convert(training, lambda one: one.float() if one.dtype in NARROW else one)
 
 
-def double(subject: Subject) -> None:
+def double(training: TrainingState) -> None:
     """Make parameters, buffers and the optimizer's state float64."""
-    _convert(subject, _doubled)
+    _convert(training, _doubled)
 
 
 def doubled(batch: Batch) -> Batch:
@@ -64,18 +64,18 @@ def doubled(batch: Batch) -> Batch:
     return map_tensors(batch, _doubled)
 
 
-def forget_history(subject: Subject) -> None:
+def forget_history(training: TrainingState) -> None:
     """Empty the optimizer's state, and give it the usual smallest denominator."""
-    subject.optimizer.state.clear()
-    for group in subject.optimizer.param_groups:
+    training.optimizer.state.clear()
+    for group in training.optimizer.param_groups:
         if "eps" in group:
             group["eps"] = max(group["eps"], _USUAL_EPS)
 
 
-def load_weights(subject: Subject, weights: Mapping[str, Tensor]) -> None:
+def load_weights(training: TrainingState, weights: Mapping[str, Tensor]) -> None:
     """Give the model other weights, and the optimizer no history."""
-    forget_history(subject)
-    named = dict(subject.model.named_parameters()) | dict(subject.model.named_buffers())
+    forget_history(training)
+    named = dict(training.model.named_parameters()) | dict(training.model.named_buffers())
     with torch.no_grad():
         for name, tensor in named.items():
             if name in weights:
@@ -86,11 +86,11 @@ def _doubled(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _convert(subject: Subject, change: Callable[[Tensor], Tensor]) -> None:
-    for entry in entries_of(subject):
+def _convert(training: TrainingState, change: Callable[[Tensor], Tensor]) -> None:
+    for entry in entries_of(training):
         entry.data = change(entry.data)
         entry.grad = None
-    for state in subject.optimizer.state.values():
+    for state in training.optimizer.state.values():
         for key, value in state.items():
             if isinstance(value, Tensor) and value.ndim > 0:
                 state[key] = change(value)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedrounds.diagnosis.values import Origin, StepPhase
 from fedrounds.doctor.batches import Batch, tensors_of
 from fedrounds.doctor.tensors import describe, is_finite
-from fedrounds.doctor.tracer import Rank, Watch
+from fedrounds.doctor.tracer import Rank, Tracer
 
 ComputeLoss = Callable[[nn.Module, Batch], Tensor | tuple[Tensor, Tensor]]
 """(model, batch) to the loss, or to (loss, outputs)."""
@@ -66,20 +66,20 @@ def locate(
             return _entry(name, tensor)
     inputs = [tensor for tensor in tensors_of(batch) if _is_bad(tensor)]
 
-    watch = Watch(model)
+    tracer = Tracer(model)
     blamed: list[Found] = []
     for tensor in inputs:
         blamed.append(Found(describe(tensor, Origin(phase=StepPhase.INPUT)), 0.0))
-        watch.add_source(tensor, blamed[-1].origin)
+        tracer.add_source(tensor, blamed[-1].origin)
     for name, tensor in entries.items():
         is_mask = bool((tensor != float("inf")).all())
         found = _entry(name, tensor)
-        watch.add_source(tensor, found.origin, Rank.CONSTANT if is_mask else Rank.FAULT)
+        tracer.add_source(tensor, found.origin, Rank.CONSTANT if is_mask else Rank.FAULT)
         if not is_mask:
             blamed.append(found)
     model.zero_grad(set_to_none=True)
     found_in_step = _run(
-        watch, model, batch, compute_loss, optimizer_step=optimizer_step, ignored=entries.keys()
+        tracer, model, batch, compute_loss, optimizer_step=optimizer_step, ignored=entries.keys()
     )
     return found_in_step or next(iter(blamed), None)
 
@@ -102,23 +102,23 @@ def locate_error(model: nn.Module, batch: Batch, compute_loss: ComputeLoss) -> R
 
     The model is left as the step leaves it.
     """
-    watch = Watch(model, is_judging=False)
+    tracer = Tracer(model, is_judging=False)
     try:
-        with watch.hooked():
+        with tracer.hooked():
             loss = _loss_of(compute_loss(model, batch))
-            watch.phase = StepPhase.BACKWARD
+            tracer.phase = StepPhase.BACKWARD
             loss.backward()  # type: ignore[no-untyped-call]
     # The model and the loss are somebody's: whatever they raise is what is asked for.
     except Exception as error:
-        if watch.failed is not None and watch.failed[0] is error:
-            return Raised(error, watch.failed[1], mixes_dtypes=watch.failed[2])
-        phase, module = watch.where(_modules_in(error, model))
+        if tracer.failed is not None and tracer.failed[0] is error:
+            return Raised(error, tracer.failed[1], mixes_dtypes=tracer.failed[2])
+        phase, module = tracer.where(_modules_in(error, model))
         return Raised(error, Origin(phase=phase, module=module))
     return None
 
 
 def _run(
-    watch: Watch,
+    tracer: Tracer,
     model: nn.Module,
     batch: Batch,
     compute_loss: ComputeLoss,
@@ -143,37 +143,37 @@ def _run(
         if parameter.requires_grad
     ]
     try:
-        with watch.hooked():
+        with tracer.hooked():
             loss = _loss_of(compute_loss(model, batch))
-            found = _first_fault(watch, [("", loss), *judged])
+            found = _first_fault(tracer, [("", loss), *judged])
             if found is not None:
                 return found
-            watch.phase = StepPhase.BACKWARD
+            tracer.phase = StepPhase.BACKWARD
             loss.backward()  # type: ignore[no-untyped-call]
             gradients = [(name, tensor.grad) for name, tensor in in_order.items()]
-            found = _first_fault(watch, [*gradients, *judged])
+            found = _first_fault(tracer, [*gradients, *judged])
             if found is not None or optimizer_step is None:
                 return found
-            watch.phase = StepPhase.OPTIMIZER
+            tracer.phase = StepPhase.OPTIMIZER
             optimizer_step()
-            held = [("", tensor) for tensor in watch.bad_after_optimizer()]
-            return _first_fault(watch, [*judged, *held])
+            held = [("", tensor) for tensor in tracer.bad_after_optimizer()]
+            return _first_fault(tracer, [*judged, *held])
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _first_fault(watch: Watch, named: Iterable[tuple[str, Tensor | None]]) -> Found | None:
+def _first_fault(tracer: Tracer, named: Iterable[tuple[str, Tensor | None]]) -> Found | None:
     """Return what is behind the tensors that are non-finite, None if none is."""
     bad = [(name, tensor) for name, tensor in named if tensor is not None and _is_bad(tensor)]
     if not bad:
         return None
     name = next((name for name, _ in bad if name), "")
-    productions = [watch.production_of(tensor) for _, tensor in bad]
+    productions = [tracer.production_of(tensor) for _, tensor in bad]
     seen = [production for production in productions if production is not None]
     if not seen:
         # Written by something that isn't an operation of torch.
-        return Found(describe(bad[0][1], Origin(phase=watch.phase, tensor=name)), 0.0)
+        return Found(describe(bad[0][1], Origin(phase=tracer.phase, tensor=name)), 0.0)
     first = min(seen)
     origin = first.origin
     if origin.phase in (StepPhase.BACKWARD, StepPhase.OPTIMIZER) and not origin.tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fedrounds.diagnosis.values import StepPhase, Symptom
 from fedrounds.doctor.batches import Batch, are_out_of_range, inputs_of, labels_of
-from fedrounds.doctor.stepping import Taken
+from fedrounds.doctor.stepping import StepOutcome
 
 EXPLOSION = 5.0
 """A loss of so many times its usual level is suspicious."""
@@ -46,7 +46,7 @@ class _Seen(NamedTuple):
     is_dead: bool
 
 
-class Watch:
+class Monitor:
     """Knows the losses and gradient norms of the last steps, and what is usual for them."""
 
     def __init__(self, *, num_classes: int | None) -> None:
@@ -100,23 +100,23 @@ class Watch:
         is_wrong = bool(are_out_of_range(labels, self.num_classes).any())
         return Symptom.LABEL_OUT_OF_RANGE if is_wrong else None
 
-    def examine_step(self, taken: Taken, *, step: int) -> Symptom | None:
+    def examine_step(self, outcome: StepOutcome, *, step: int) -> Symptom | None:
         """Look at a step that was taken; what is well is remembered."""
-        if taken.error is not None:
+        if outcome.error is not None:
             return Symptom.STEP_FAILED
-        if not taken.is_taken:
+        if not outcome.is_taken:
             return None
-        if not taken.is_finite:
-            return symptom_of(taken)
-        has_exploded = self._has_exploded(taken)
-        seen = _Seen(step, taken.loss, taken.grad_norm, taken.has_dead_weights)
+        if not outcome.is_finite:
+            return symptom_of(outcome)
+        has_exploded = self._has_exploded(outcome)
+        seen = _Seen(step, outcome.loss, outcome.grad_norm, outcome.has_dead_weights)
         self._seen.append(seen)
         if len(self._first) < _NUM_FIRST:
             self._first.append(seen)
         if len(self._first) < _NUM_FIRST or step % INTERVAL == 0:
             self._ceiling = self._find_ceiling()
-        if taken.outputs is not None and taken.labels is not None:
-            self._answers.append((step, taken.outputs, taken.labels))
+        if outcome.outputs is not None and outcome.labels is not None:
+            self._answers.append((step, outcome.outputs, outcome.labels))
         if has_exploded:
             return Symptom.LOSS_EXPLOSION
         return Symptom.DEAD_NETWORK if self._is_dead() else None
@@ -159,15 +159,15 @@ class Watch:
             (one for one in self._answers if one[0] <= step), maxlen=_COLLAPSE_STEPS
         )
 
-    def _has_exploded(self, taken: Taken) -> bool:
+    def _has_exploded(self, outcome: StepOutcome) -> bool:
         if len(self._first) < _NUM_FIRST and is_beyond_chance(
-            taken.outputs, taken.labels, self.num_classes
+            outcome.outputs, outcome.labels, self.num_classes
         ):
             return True
-        if taken.loss <= self._ceiling:
+        if outcome.loss <= self._ceiling:
             return False
         self._ceiling = self._find_ceiling()
-        return taken.loss > self._ceiling
+        return outcome.loss > self._ceiling
 
     def _find_ceiling(self) -> float:
         """Return the loss above which there is a suspicion; infinite before the first update."""
@@ -205,11 +205,11 @@ def classes_of(outputs: Tensor | None, labels: Tensor | None) -> int | None:
     return None if bool(are_out_of_range(labels, num_classes).any()) else num_classes
 
 
-def symptom_of(taken: Taken) -> Symptom:
+def symptom_of(outcome: StepOutcome) -> Symptom:
     """Return what a step shows whose loss or gradient isn't finite."""
-    if math.isfinite(taken.loss):
+    if math.isfinite(outcome.loss):
         return Symptom.NON_FINITE_GRADIENT
-    outputs = taken.outputs
+    outputs = outcome.outputs
     has_bad_output = outputs is not None and not bool(outputs.isfinite().all())
     return Symptom.NON_FINITE_FORWARD if has_bad_output else Symptom.NON_FINITE_LOSS
 

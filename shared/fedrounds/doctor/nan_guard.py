@@ -12,7 +12,7 @@ from fedrounds.doctor.history import (
     symptom_of_state,
 )
 from fedrounds.doctor.monitor import INTERVAL, PHASES, symptom_of
-from fedrounds.doctor.stepping import Subject, Taken
+from fedrounds.doctor.stepping import StepOutcome, TrainingState
 
 _NUM_TREND = 5
 
@@ -21,38 +21,40 @@ class _Past(NamedTuple):
     step: int
     epoch: int
     batch: int
-    taken: Taken
+    outcome: StepOutcome
 
 
-class Disarmed:
+class NanGuard:
     """Knows the last steps of a training, and says when it is to stop.
 
     A loss, a gradient or a parameter stops it at its step; buffers and the optimizer's state are
     looked at every eight steps.
     """
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+    def __init__(self, training: TrainingState) -> None:
+        self._training = training
         self._past: deque[_Past] = deque(maxlen=_NUM_TREND)
 
-    def examine(self, taken: Taken, *, step: int, epoch: int, batch: int) -> Diagnosis | None:
+    def examine(
+        self, outcome: StepOutcome, *, step: int, epoch: int, batch: int
+    ) -> Diagnosis | None:
         """Look at a step that was taken; `batch` counts from 1 in its epoch."""
-        self._past.append(_Past(step, epoch, batch, taken.without_tensors()))
-        if not taken.is_finite:
-            symptom = symptom_of(taken)
+        self._past.append(_Past(step, epoch, batch, outcome.without_tensors()))
+        if not outcome.is_finite:
+            symptom = symptom_of(outcome)
             is_gradient = symptom is Symptom.NON_FINITE_GRADIENT
             return self._diagnosis(
-                symptom, first_bad_gradient(self._subject) if is_gradient else ""
+                symptom, first_bad_gradient(self._training) if is_gradient else ""
             )
-        if step % INTERVAL == 0 or not are_finite(self._subject.learning):
+        if step % INTERVAL == 0 or not are_finite(self._training.learning):
             return self.examine_state()
         return None
 
     def examine_state(self) -> Diagnosis | None:
         """Look at what the steps so far made of the model."""
-        if not self._past or is_finite(self._subject):
+        if not self._past or is_finite(self._training):
             return None
-        symptom, entry = symptom_of_state(self._subject)
+        symptom, entry = symptom_of_state(self._training)
         return self._diagnosis(symptom, entry)
 
     def _diagnosis(self, symptom: Symptom, tensor: str | None) -> Diagnosis:
@@ -64,19 +66,19 @@ class Disarmed:
             noticed_at_step=bad.step,
             epoch=bad.epoch,
             batch=bad.batch,
-            batch_size=bad.taken.batch_size,
-            lr=bad.taken.lr,
+            batch_size=bad.outcome.batch_size,
+            lr=bad.outcome.lr,
             origin=Origin(phase=PHASES.get(symptom, StepPhase.FORWARD), tensor=tensor or ""),
-            trend=tuple(trend_point(one.step, one.taken) for one in self._past),
+            trend=tuple(trend_point(one.step, one.outcome) for one in self._past),
         )
 
 
-def trend_point(step: int, taken: Taken) -> TrendPoint:
+def trend_point(step: int, outcome: StepOutcome) -> TrendPoint:
     """Return the numbers of a step that a report shows."""
     return TrendPoint(
         step=step,
-        loss=taken.loss,
-        grad_norm=math.nan if taken.grad_norm is None else taken.grad_norm,
+        loss=outcome.loss,
+        grad_norm=math.nan if outcome.grad_norm is None else outcome.grad_norm,
         largest_weight=math.nan,
-        lr=taken.lr,
+        lr=outcome.lr,
     )

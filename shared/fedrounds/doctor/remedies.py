@@ -8,7 +8,7 @@ from fedrounds.doctor import interventions
 from fedrounds.doctor.batches import batch_size
 from fedrounds.doctor.findings import Finding
 from fedrounds.doctor.monitor import INTERVAL
-from fedrounds.doctor.stepping import Treatment
+from fedrounds.doctor.stepping import Overrides
 
 _OF_THE_BATCH = (Cause.BAD_DATA, Cause.BAD_LABEL, Cause.DEGENERATE_BATCH)
 _MAX_SKIPS = 16
@@ -73,7 +73,7 @@ def remedies_for(finding: Finding) -> Iterator[Remedy]:
             return
 
 
-def applied(treatment: Treatment, remedy: Remedy, finding: Finding) -> Treatment:
+def applied(treatment: Overrides, remedy: Remedy, finding: Finding) -> Overrides:
     """Return a treatment with a remedy added to it, from the last good state on."""
     change = {
         RemedyKind.LOWER_RATE: interventions.slowing(remedy.value),
@@ -89,7 +89,7 @@ def applied(treatment: Treatment, remedy: Remedy, finding: Finding) -> Treatment
         # A schedule that raises the rate must not undo it.
         return replace(
             treatment,
-            max_rate=min(treatment.max_rate, remedy.value * finding.bad_step.taken.lr),
+            max_rate=min(treatment.max_rate, remedy.value * finding.bad_step.outcome.lr),
             warmup_steps=INTERVAL,
             warmup_from=finding.return_to.step + 1,
         )

@@ -6,22 +6,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedrounds.diagnosis.values import Oddity
-from fedrounds.doctor.stepping import UNTREATED, Treatment
+from fedrounds.doctor.stepping import UNTREATED, Overrides
 from fedrounds.errors import InvalidInput
 
 _HEALTHY_ROUNDS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convalescence:
+class RemedyDecay:
     """A treatment that lasts, and for how many rounds since all has gone well."""
 
-    treatment: Treatment = UNTREATED
+    treatment: Overrides = UNTREATED
     num_healthy_rounds: int = 0
 
     def after_round(
-        self, treatment: Treatment, *, was_healthy: bool, has_dropped_samples: bool
-    ) -> "Convalescence":
+        self, treatment: Overrides, *, was_healthy: bool, has_dropped_samples: bool
+    ) -> "RemedyDecay":
         """Return what is in force in the next round, given how one ended.
 
         A round with a diagnosis begins the count anew. With each healthy one the norm doubles that
@@ -31,18 +31,18 @@ class Convalescence:
         """
         lasting = replace(treatment, skips=frozenset(), warmup_steps=0, warmup_from=0)
         if not was_healthy:
-            return Convalescence(treatment=lasting)
+            return RemedyDecay(treatment=lasting)
         num_healthy = self.num_healthy_rounds + 1
         if num_healthy < _HEALTHY_ROUNDS:
             clip_norm = None if lasting.clip_norm is None else 2 * lasting.clip_norm
             eased = replace(lasting, clip_norm=clip_norm)
-            return Convalescence(treatment=eased, num_healthy_rounds=num_healthy)
+            return RemedyDecay(treatment=eased, num_healthy_rounds=num_healthy)
         rate_factor = min(1.0, 2 * lasting.rate_factor)
         max_rate = math.inf if rate_factor == 1 else 2 * lasting.max_rate
         eased = replace(UNTREATED, rate_factor=rate_factor, max_rate=max_rate)
         if has_dropped_samples:
             eased = replace(eased, drops=lasting.drops, max_input=lasting.max_input)
-        return Convalescence(treatment=eased, num_healthy_rounds=num_healthy)
+        return RemedyDecay(treatment=eased, num_healthy_rounds=num_healthy)
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -62,7 +62,7 @@ class Convalescence:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Convalescence":
+    def from_json(cls, values: Mapping[str, Any]) -> "RemedyDecay":
         """Return what `as_json` gave.
 
         Raises:
@@ -71,7 +71,7 @@ class Convalescence:
         try:
             return cls(
                 num_healthy_rounds=int(values["num_healthy_rounds"]),
-                treatment=Treatment(
+                treatment=Overrides(
                     rate_factor=float(values["rate_factor"]),
                     max_rate=float(values["max_rate"]),
                     clip_norm=None if values["clip_norm"] is None else float(values["clip_norm"]),

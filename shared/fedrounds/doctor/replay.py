@@ -1,6 +1,6 @@
 """Taking recorded steps again, unchanged or with one thing changed, and judging what they lead to.
 
-A replay leaves the subject in the state it came to; whoever diagnoses puts it back.
+A replay leaves the training in the state it came to; whoever diagnoses puts it back.
 """
 
 import math
@@ -16,7 +16,7 @@ from fedrounds.doctor.history import (
     RandomState,
     Recorded,
     Snapshot,
-    Tape,
+    StepHistory,
     device_of,
     is_finite,
     restore_schedule,
@@ -25,7 +25,14 @@ from fedrounds.doctor.history import (
 )
 from fedrounds.doctor.monitor import EXPLOSION, are_constant, is_beyond_chance
 from fedrounds.doctor.samples import oddities
-from fedrounds.doctor.stepping import STEP_ERRORS, UNTREATED, Subject, Taken, Treatment, take_step
+from fedrounds.doctor.stepping import (
+    STEP_ERRORS,
+    UNTREATED,
+    Overrides,
+    StepOutcome,
+    TrainingState,
+    take_step,
+)
 
 _HEALED = 1.25
 """The loss after an experiment is at most so many times the usual one, or nothing is healed."""
@@ -36,7 +43,7 @@ _FITTED = 0.1
 _PROBE_SAMPLES = 32
 _PROBE_BATCHES = 8
 
-Change = Callable[[Treatment], Treatment]
+Change = Callable[[Overrides], Overrides]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +51,7 @@ class Traced:
     """A step of a replay: how it went, and the largest absolute parameter after it."""
 
     step: int
-    taken: Taken
+    outcome: StepOutcome
     largest_weight: float
 
     @property
@@ -52,15 +59,15 @@ class Traced:
         """The numbers of it that a report shows."""
         return TrendPoint(
             step=self.step,
-            loss=self.taken.loss,
-            grad_norm=self.taken.grad_norm or 0.0,
+            loss=self.outcome.loss,
+            grad_norm=self.outcome.grad_norm or 0.0,
             largest_weight=self.largest_weight,
-            lr=self.taken.lr,
+            lr=self.outcome.lr,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
+class Trajectory:
     """A replay: its steps up to the one that failed, if one did; `failed_at` is 0 otherwise.
 
     `before` is the state before the last step taken.
@@ -73,7 +80,7 @@ class Course:
     @property
     def last_loss(self) -> float:
         """The loss it came to, nan if there is none."""
-        return self.steps[-1].taken.loss if self.steps else math.nan
+        return self.steps[-1].outcome.loss if self.steps else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,19 +97,19 @@ class Probe:
 
 
 class Replay:
-    """Owns nothing: works on a subject and the tape of its training."""
+    """Owns nothing: works on a training and the history of its training."""
 
     def __init__(
         self,
-        subject: Subject,
-        tape: Tape,
+        training: TrainingState,
+        history: StepHistory,
         *,
         level: float,
         needs_gradient: bool,
         on_replay: Callable[[], None],
     ) -> None:
-        self.subject = subject
-        self.tape = tape
+        self.training = training
+        self.history = history
         self.num_steps = 0
         self.allowed = math.inf
         self._needs_gradient = needs_gradient
@@ -120,7 +127,7 @@ class Replay:
         convert: Callable[[Batch], Batch] = lambda batch: batch,
         is_watched: bool = False,
         num_times: int = 1,
-    ) -> Course:
+    ) -> Trajectory:
         """Take the steps from a state until one again; stops where a step fails.
 
         Args:
@@ -132,21 +139,21 @@ class Replay:
             is_watched: a step after which the model isn't sane fails, too.
             num_times: how often all of them are taken, one pass after the other.
         """
-        restore_snapshot(self.subject, start)
+        restore_snapshot(self.training, start)
         if prepare is not None:
             prepare()
         traced: list[Traced] = []
         before = start
-        for number, recorded in enumerate(self.tape.between(start.step, until) * num_times):
+        for number, recorded in enumerate(self.history.between(start.step, until) * num_times):
             if number and recorded.step == start.step + 1:
-                restore_schedule(self.subject, start)
-            before = take_snapshot(self.subject, step=recorded.step - 1)
+                restore_schedule(self.training, start)
+            before = take_snapshot(self.training, step=recorded.step - 1)
             one = self._take(recorded, convert(recorded.batch), change(recorded.treatment))
             traced.append(one)
-            has_failed = not one.taken.is_finite or not is_finite(self.subject)
+            has_failed = not one.outcome.is_finite or not is_finite(self.training)
             if has_failed or (is_watched and not self.is_sane()):
-                return Course(steps=tuple(traced), failed_at=recorded.step, before=before)
-        return Course(steps=tuple(traced), failed_at=0, before=before)
+                return Trajectory(steps=tuple(traced), failed_at=recorded.step, before=before)
+        return Trajectory(steps=tuple(traced), failed_at=0, before=before)
 
     def goes_well(
         self,
@@ -162,10 +169,10 @@ class Replay:
         least = 0.0
         if treatment.guards:
             # Where the loss as it is written is 0, the guarded one needn't be.
-            restore_snapshot(self.subject, before)
+            restore_snapshot(self.training, before)
             least = self.probe_loss(treatment)
-        taken = self.take(before, recorded, batch, change=change, prepare=prepare)
-        return taken.is_finite and self.is_sane(treatment, least=least)
+        outcome = self.take(before, recorded, batch, change=change, prepare=prepare)
+        return outcome.is_finite and self.is_sane(treatment, least=least)
 
     def take(
         self,
@@ -175,15 +182,15 @@ class Replay:
         *,
         change: Change = lambda treatment: treatment,
         prepare: Callable[[], None] | None = None,
-    ) -> Taken:
+    ) -> StepOutcome:
         """Take one step once more, from the state before it, on its own batch or another."""
-        restore_snapshot(self.subject, before)
+        restore_snapshot(self.training, before)
         if prepare is not None:
             prepare()
-        recorded.random_state.restore(device_of(self.subject))
+        recorded.random_state.restore(device_of(self.training))
         self.count_step()
         given = recorded.batch if batch is None else batch
-        return take_step(self.subject, given, change(recorded.treatment), step=recorded.step)
+        return take_step(self.training, given, change(recorded.treatment), step=recorded.step)
 
     def count_step(self) -> None:
         """Count a step that is taken once more, and tell."""
@@ -191,7 +198,7 @@ class Replay:
         self._on_replay()
 
     def is_sane(
-        self, treatment: Treatment = UNTREATED, *, is_strict: bool = False, least: float = 0.0
+        self, treatment: Overrides = UNTREATED, *, is_strict: bool = False, least: float = 0.0
     ) -> bool:
         """Whether the model, as it is now, still knows what the probe's batches taught it.
 
@@ -200,7 +207,7 @@ class Replay:
         It is computed as `treatment` says; a loss of `least` is nothing special then. The strict
         form is for experiments. Model and random streams are left as they are.
         """
-        if not is_finite(self.subject):
+        if not is_finite(self.training):
             return False
         if self.probe is None:
             return True
@@ -210,14 +217,14 @@ class Replay:
         is_fitted = found <= _FITTED * level
         limit = max(_HEALED * usual, level / 2) if is_strict else EXPLOSION * max(level, usual)
         has_exploded = not found <= min(limit, self.allowed) or is_beyond_chance(
-            outputs, self.probe.labels, self.subject.num_classes
+            outputs, self.probe.labels, self.training.num_classes
         )
         has_forgotten = found > _KNOWN * level and found > _FORGOTTEN * usual
         is_dead = not has_gradient and not is_fitted
         is_mute = outputs is not None and not is_fitted and are_constant(outputs)
         return not (has_exploded or has_forgotten or is_dead or is_mute)
 
-    def probe_loss(self, treatment: Treatment = UNTREATED) -> float:
+    def probe_loss(self, treatment: Overrides = UNTREATED) -> float:
         """Return the mean loss of the probe's batches as the model is now; nan without a probe."""
         if self.probe is None:
             return math.nan
@@ -225,48 +232,48 @@ class Replay:
         return sum(losses) / len(losses)
 
     def _look(
-        self, batches: Sequence[Batch], treatment: Treatment = UNTREATED
+        self, batches: Sequence[Batch], treatment: Overrides = UNTREATED
     ) -> tuple[list[float], Tensor | None, bool]:
         """Return the losses and outputs, and whether any weight has a gradient.
 
         The gradient is looked at only where a lack of it was noticed: it costs as much again.
         """
-        subject = self.subject
-        buffers = [one.detach().clone() for one in subject.model.buffers()]
-        random_state = RandomState.now(device_of(subject))
+        training = self.training
+        buffers = [one.detach().clone() for one in training.model.buffers()]
+        random_state = RandomState.now(device_of(training))
         losses: list[float] = []
         answers: list[Tensor] = []
         has_gradient = not self._needs_gradient
         try:
             for batch in batches:
                 with torch.set_grad_enabled(self._needs_gradient):
-                    loss, outputs = subject.loss_of(batch, treatment)
+                    loss, outputs = training.loss_of(batch, treatment)
                 losses.append(float(loss.detach()))
                 if outputs is not None:
                     answers.append(outputs.detach().float())
                 if self._needs_gradient:
-                    subject.optimizer.zero_grad()
+                    training.optimizer.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]  # unannotated in torch
-                    has_gradient |= has_live_weights(subject)
+                    has_gradient |= has_live_weights(training)
         except STEP_ERRORS:
             losses.append(math.nan)
         finally:
-            subject.optimizer.zero_grad()
-            random_state.restore(device_of(subject))
+            training.optimizer.zero_grad()
+            random_state.restore(device_of(training))
             with torch.no_grad():
-                for buffer, kept in zip(subject.model.buffers(), buffers, strict=True):
+                for buffer, kept in zip(training.model.buffers(), buffers, strict=True):
                     buffer.copy_(kept)
         is_alike = len({one.shape[1:] for one in answers}) == 1
         return losses, torch.cat(answers) if is_alike else None, has_gradient
 
-    def _take(self, recorded: Recorded, batch: Batch, treatment: Treatment) -> Traced:
-        recorded.random_state.restore(device_of(self.subject))
+    def _take(self, recorded: Recorded, batch: Batch, treatment: Overrides) -> Traced:
+        recorded.random_state.restore(device_of(self.training))
         self.count_step()
-        taken = take_step(self.subject, batch, treatment, step=recorded.step)
-        parameters = (one.detach() for one in self.subject.model.parameters() if one.numel() > 0)
+        outcome = take_step(self.training, batch, treatment, step=recorded.step)
+        parameters = (one.detach() for one in self.training.model.parameters() if one.numel() > 0)
         return Traced(
             step=recorded.step,
-            taken=taken.without_tensors(),
+            outcome=outcome.without_tensors(),
             largest_weight=max((float(one.abs().max()) for one in parameters), default=0.0),
         )
 
@@ -274,10 +281,10 @@ class Replay:
         """Choose early batches whose loss was nothing special, without samples that look odd."""
         steps = [
             one
-            for one in list(self.tape.steps)[:-1]
-            if one.taken.is_taken and one.taken.is_finite and batch_size(one.batch)
+            for one in list(self.history.steps)[:-1]
+            if one.outcome.is_taken and one.outcome.is_finite and batch_size(one.batch)
         ]
-        early = sorted(abs(one.taken.loss) for one in steps[:16])
+        early = sorted(abs(one.outcome.loss) for one in steps[:16])
         bound = 3 * early[len(early) // 2] if early else math.inf
         chosen: list[Batch] = []
         losses: list[float] = []
@@ -285,16 +292,16 @@ class Replay:
         for one in steps:
             if num >= _PROBE_SAMPLES or len(chosen) == _PROBE_BATCHES:
                 break
-            if abs(one.taken.loss) <= bound and not self._odd_positions(one.batch):
+            if abs(one.outcome.loss) <= bound and not self._odd_positions(one.batch):
                 chosen.append(one.batch)
-                losses.append(one.taken.loss)
+                losses.append(one.outcome.loss)
                 num += batch_size(one.batch)
         level = self._level
         if not chosen:
             chosen = self._cleaned()
             if not chosen:
                 return None
-            restore_snapshot(self.subject, self.tape.snapshots[0])
+            restore_snapshot(self.training, self.history.snapshots[0])
             losses, _, _ = self._look(chosen)
             if not all(math.isfinite(one) for one in losses):
                 return None
@@ -311,7 +318,7 @@ class Replay:
     def _cleaned(self) -> list[Batch]:
         """Return the oldest batches without the samples that look odd."""
         cleaned: list[Batch] = []
-        for one in list(self.tape.steps)[:2]:
+        for one in list(self.history.steps)[:2]:
             odd = self._odd_positions(one.batch)
             good = [number for number in range(batch_size(one.batch)) if number not in odd]
             if good:
@@ -319,10 +326,10 @@ class Replay:
         return cleaned[:1]
 
     def _odd_positions(self, batch: Batch) -> set[int]:
-        return set(oddities(batch, num_classes=self.subject.num_classes, healthy=()))
+        return set(oddities(batch, num_classes=self.training.num_classes, healthy=()))
 
 
-def has_live_weights(subject: Subject) -> bool:
+def has_live_weights(training: TrainingState) -> bool:
     """Whether any weight has a gradient other than zero, or no weight has one at all."""
-    gradients = [one.grad for one in subject.learning if one.ndim > 1 and one.grad is not None]
+    gradients = [one.grad for one in training.learning if one.ndim > 1 and one.grad is not None]
     return not gradients or any(bool(one.any()) for one in gradients)

@@ -34,7 +34,7 @@ STEP_ERRORS = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueE
 
 
 @dataclass(frozen=True, kw_only=True)
-class Treatment:
+class Overrides:
     """What is done otherwise than the training says; the default is nothing.
 
     `rate_factor` multiplies the learning rate, which is at most `max_rate` then; over
@@ -78,12 +78,12 @@ class Treatment:
         return min(lr * factor, self.max_rate)
 
 
-UNTREATED = Treatment()
+UNTREATED = Overrides()
 NARROW = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class TrainingState:
     """What is trained, and how; `infinite` buffers are meant to hold infinities."""
 
     model: nn.Module
@@ -95,7 +95,7 @@ class Subject:
     learning: list[nn.Parameter] = field(default_factory=list)
     infinite: frozenset[str] = frozenset()
 
-    def loss_of(self, batch: Batch, treatment: Treatment) -> tuple[Tensor, Tensor | None]:
+    def loss_of(self, batch: Batch, treatment: Overrides) -> tuple[Tensor, Tensor | None]:
         """Return the loss of a batch, with its graph, and the outputs if there are any."""
         if treatment.is_plain:
             found = self.compute_loss(self.model, batch)
@@ -105,7 +105,7 @@ class Subject:
         return found if isinstance(found, tuple) else (found, None)
 
 
-class Taken(NamedTuple):
+class StepOutcome(NamedTuple):
     """How a step went; `is_taken` is False where nothing was left of the batch to learn from.
 
     `grad_norm` is the global L2 norm before clipping, None where it wasn't measured;
@@ -136,39 +136,44 @@ class Taken(NamedTuple):
             return False
         return self.grad_norm is None or math.isfinite(self.grad_norm)
 
-    def without_tensors(self) -> "Taken":
+    def without_tensors(self) -> "StepOutcome":
         """Return the numbers alone, which take no memory to speak of."""
         return self._replace(outputs=None, labels=None, targets=None)
 
 
 def take_step(
-    subject: Subject, batch: Batch, treatment: Treatment, *, step: int, is_measured: bool = True
-) -> Taken:
+    training: TrainingState,
+    batch: Batch,
+    treatment: Overrides,
+    *,
+    step: int,
+    is_measured: bool = True,
+) -> StepOutcome:
     """Take one step: forward, backward, clipping, the optimizer's step and the scheduler's.
 
     Unless `is_measured`, the gradient is looked at only where it is clipped: one that isn't finite
     is learned from then, and shows in what comes after.
     """
-    lr = treatment.rate(float(subject.optimizer.param_groups[0]["lr"]), step=step)
-    kept = prepared(batch, treatment, num_classes=subject.num_classes)
+    lr = treatment.rate(float(training.optimizer.param_groups[0]["lr"]), step=step)
+    kept = prepared(batch, treatment, num_classes=training.num_classes)
     if kept is None or step in treatment.skips:
-        if subject.scheduler is not None:
-            subject.scheduler.step()
-        return Taken(lr=lr, is_taken=False)
+        if training.scheduler is not None:
+            training.scheduler.step()
+        return StepOutcome(lr=lr, is_taken=False)
     size = batch_size(kept)
-    subject.optimizer.zero_grad()
+    training.optimizer.zero_grad()
     try:
-        loss, outputs = subject.loss_of(kept, treatment)
+        loss, outputs = training.loss_of(kept, treatment)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     except STEP_ERRORS as error:
-        return Taken(lr=lr, batch_size=size, error=error)
+        return StepOutcome(lr=lr, batch_size=size, error=error)
     tensors = tensors_of(kept)
     grad_norm, has_dead_weights = None, False
-    if is_measured or _limit(subject, treatment) is not None:
-        loss_value, grad_norm, has_dead_weights = _measure(subject, loss.detach())
+    if is_measured or _limit(training, treatment) is not None:
+        loss_value, grad_norm, has_dead_weights = _measure(training, loss.detach())
     else:
         loss_value = loss.item()
-    taken = Taken(
+    outcome = StepOutcome(
         loss=loss_value,
         grad_norm=grad_norm,
         lr=lr,
@@ -178,51 +183,51 @@ def take_step(
         targets=tensors[-1],
         has_dead_weights=has_dead_weights,
     )
-    if taken.is_finite:
-        descend(subject, treatment, step=step, grad_norm=grad_norm)
-        if subject.scheduler is not None:
-            subject.scheduler.step()
-    return taken
+    if outcome.is_finite:
+        descend(training, treatment, step=step, grad_norm=grad_norm)
+        if training.scheduler is not None:
+            training.scheduler.step()
+    return outcome
 
 
 def descend(
-    subject: Subject, treatment: Treatment, *, step: int, grad_norm: float | None = None
+    training: TrainingState, treatment: Overrides, *, step: int, grad_norm: float | None = None
 ) -> None:
     """Clip the gradients that are there and take the optimizer's step.
 
     `grad_norm` is their norm, where it is known.
     """
-    limit = _limit(subject, treatment)
+    limit = _limit(training, treatment)
     if limit is not None:
-        gradients = [one.grad for one in subject.learning if one.grad is not None]
+        gradients = [one.grad for one in training.learning if one.grad is not None]
         if grad_norm is None:
             grad_norm = _total([float(one) for one in torch._foreach_norm(gradients)], gradients)
         if grad_norm > limit:
             torch._foreach_mul_(gradients, limit / grad_norm)
     if treatment.keeps_rate:
-        subject.optimizer.step()
+        training.optimizer.step()
         return
-    groups = subject.optimizer.param_groups
+    groups = training.optimizer.param_groups
     before = [group["lr"] for group in groups]
     for group in groups:
         group["lr"] = treatment.rate(group["lr"], step=step)
     try:
-        subject.optimizer.step()
+        training.optimizer.step()
     finally:
         for group, lr in zip(groups, before, strict=True):
             group["lr"] = lr
 
 
-def _limit(subject: Subject, treatment: Treatment) -> float | None:
+def _limit(training: TrainingState, treatment: Overrides) -> float | None:
     """Return the largest norm that a gradient may have, None if it may have any."""
-    if subject.clip_norm is None or treatment.clip_norm is None:
-        return subject.clip_norm if treatment.clip_norm is None else treatment.clip_norm
-    return min(subject.clip_norm, treatment.clip_norm)
+    if training.clip_norm is None or treatment.clip_norm is None:
+        return training.clip_norm if treatment.clip_norm is None else treatment.clip_norm
+    return min(training.clip_norm, treatment.clip_norm)
 
 
-def _measure(subject: Subject, loss: Tensor) -> tuple[float, float, bool]:
+def _measure(training: TrainingState, loss: Tensor) -> tuple[float, float, bool]:
     """Return the loss, the gradient's norm, and whether the weights have one and it is zero."""
-    learned = [one for one in subject.learning if one.grad is not None]
+    learned = [one for one in training.learning if one.grad is not None]
     gradients = [one.grad for one in learned if one.grad is not None]
     value, norms = _numbers(loss, gradients)
     weights = [norm for one, norm in zip(learned, norms, strict=True) if one.ndim > 1]
@@ -249,7 +254,7 @@ def _total(norms: list[float], gradients: list[Tensor]) -> float:
 
 
 @contextmanager
-def treated(treatment: Treatment) -> Iterator[None]:
+def treated(treatment: Overrides) -> Iterator[None]:
     """Compute losses and their gradients as a treatment says."""
     with ExitStack() as stack:
         if treatment.guards:
@@ -280,7 +285,7 @@ class _Widened(TorchFunctionMode):
             return func(*args, **named)
 
 
-def prepared(batch: Batch, treatment: Treatment, *, num_classes: int | None) -> Batch | None:
+def prepared(batch: Batch, treatment: Overrides, *, num_classes: int | None) -> Batch | None:
     """Return what a treatment leaves of a batch, None where that is nothing to learn from."""
     if treatment.widens:
         batch = map_tensors(batch, lambda one: one.float() if one.dtype in NARROW else one)
@@ -304,7 +309,7 @@ def sanitised(tensor: Tensor, max_input: float) -> Tensor:
     return clean if math.isinf(max_input) else clean.clamp(-max_input, max_input)
 
 
-def odd_samples(batch: Batch, treatment: Treatment, *, num_classes: int | None) -> Tensor:
+def odd_samples(batch: Batch, treatment: Overrides, *, num_classes: int | None) -> Tensor:
     """Return for each sample whether a treatment leaves it out, bool [n]."""
     odd = torch.zeros(batch_size(batch), dtype=torch.bool)
     for one in inputs_of(batch):

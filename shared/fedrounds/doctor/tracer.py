@@ -79,7 +79,7 @@ _OVERWRITING = {"copy_", "fill_", "zero_"}
 _LOGARITHMS = {"log", "log2", "log10"}
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, traces the non-finite values of one step of a model.
 
     `phase` is set by whoever runs the step; inside of the model's forward it is FORWARD anyway.
@@ -124,9 +124,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Self:
         """Watch; a compiler that the task has loaded itself must not compile what watches."""
-        observe = Watch.__torch_dispatch__
+        observe = Tracer.__torch_dispatch__
         if "torch._dynamo" in sys.modules and not hasattr(observe, "__wrapped__"):
-            Watch.__torch_dispatch__ = torch.compiler.disable(observe)  # type: ignore[method-assign, no-untyped-call]
+            Tracer.__torch_dispatch__ = torch.compiler.disable(observe)  # type: ignore[method-assign, no-untyped-call]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

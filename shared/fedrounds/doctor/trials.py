@@ -11,7 +11,7 @@ from fedrounds.diagnosis.values import Cause, Experiment, ExperimentName
 from fedrounds.doctor import interventions
 from fedrounds.doctor.batches import Batch
 from fedrounds.doctor.history import Snapshot, restore_snapshot
-from fedrounds.doctor.replay import Change, Course, Replay
+from fedrounds.doctor.replay import Change, Replay, Trajectory
 from fedrounds.doctor.stepping import UNTREATED
 
 _RATE_FACTORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)
@@ -24,7 +24,7 @@ _LOWER = 3.0
 _NUM_LOWER = 8
 
 
-class Courses:
+class Trials:
     """Runs them on a replay, and writes them down in `experiments`."""
 
     def __init__(self, replay: Replay, experiments: list[Experiment]) -> None:
@@ -43,15 +43,15 @@ class Courses:
         convert: Callable[[Batch], Batch] = lambda one: one,
         value: float = 0.0,
         highest: float | None = None,
-    ) -> Course | None:
+    ) -> Trajectory | None:
         """Take the steps since a state again; returns how that went if it went well.
 
         That is a sane model, or with `highest` a probe's loss of at most that (nan: any).
         """
-        course = self._replay.run(start, until, change=change, prepare=prepare, convert=convert)
-        self._has_stepped = bool(course.steps) and course.steps[-1].taken.is_finite
+        trajectory = self._replay.run(start, until, change=change, prepare=prepare, convert=convert)
+        self._has_stepped = bool(trajectory.steps) and trajectory.steps[-1].outcome.is_finite
         treatment = change(UNTREATED)
-        is_healed = not course.failed_at and (
+        is_healed = not trajectory.failed_at and (
             self._replay.is_sane(treatment, is_strict=True)
             if highest is None
             else math.isnan(highest) or self._replay.probe_loss() <= highest
@@ -61,11 +61,11 @@ class Courses:
                 name=name,
                 is_healed=is_healed,
                 value=value,
-                loss=course.last_loss,
-                failed_at_step=0 if is_healed else course.failed_at or until,
+                loss=trajectory.last_loss,
+                failed_at_step=0 if is_healed else trajectory.failed_at or until,
             )
         )
-        return course if is_healed else None
+        return trajectory if is_healed else None
 
     def look_at_rates(
         self, newest: Snapshot, *, until: int, usual_norm: float | None
@@ -73,7 +73,7 @@ class Courses:
         """Return whether rate, gradient or precision is to blame, and the state to go back to."""
         clip = usual_norm or 1.0
         starts = self._good_starts(newest)
-        restore_snapshot(self._replay.subject, starts[-1])
+        restore_snapshot(self._replay.training, starts[-1])
         hopeless = None if self._replay.is_sane() else starts[-1]
         for start in starts:
             clipped = self.run(
@@ -89,17 +89,17 @@ class Courses:
                 return Cause.EXPLODING_GRADIENT, start
             if slow is not None:
                 return Cause.LEARNING_RATE, start
-        subject = self._replay.subject
+        training = self._replay.training
         widened = self.run(
             ExperimentName.FLOAT64,
             starts[-1],
             until,
-            prepare=lambda: interventions.double(subject),
+            prepare=lambda: interventions.double(training),
             convert=interventions.doubled,
         )
         return None if widened is None else (Cause.PRECISION, starts[-1])
 
-    def _slow_enough(self, start: Snapshot, until: int) -> Course | None:
+    def _slow_enough(self, start: Snapshot, until: int) -> Trajectory | None:
         """Lower the rate until it heals, and on as long as that leads further."""
         for factor in _RATE_FACTORS:
             slow = self._at_rate(factor, start, until)
@@ -112,7 +112,7 @@ class Courses:
                 return None
         return None
 
-    def _at_rate(self, factor: float, start: Snapshot, until: int) -> Course | None:
+    def _at_rate(self, factor: float, start: Snapshot, until: int) -> Trajectory | None:
         return self.run(
             ExperimentName.LOWER_RATE,
             start,
@@ -129,13 +129,13 @@ class Courses:
         num_times = -(-_NUM_LASTING // (until - start.step))
 
         def reached(factor: float, *, num_times: int = num_times) -> float:
-            course = self._replay.run(
+            trajectory = self._replay.run(
                 start, until, change=interventions.slowing(factor), num_times=num_times
             )
-            return math.inf if course.failed_at else self._replay.probe_loss()
+            return math.inf if trajectory.failed_at else self._replay.probe_loss()
 
         healing = factor
-        restore_snapshot(self._replay.subject, start)
+        restore_snapshot(self._replay.training, start)
         begun = self._replay.probe_loss()
         least, lower = reached(factor), reached(factor / 10)
         once = reached(factor, num_times=1), reached(factor / 10, num_times=1)
@@ -151,22 +151,22 @@ class Courses:
 
     def _good_starts(self, newest: Snapshot) -> list[Snapshot]:
         """Return the newest state that is good beyond doubt, and the oldest."""
-        snapshots = self._replay.tape.snapshots
+        snapshots = self._replay.history.snapshots
         for snapshot in reversed(snapshots[1:]):
             if snapshot.step > newest.step:
                 continue
-            restore_snapshot(self._replay.subject, snapshot)
+            restore_snapshot(self._replay.training, snapshot)
             if self._replay.is_sane(is_strict=True):
                 return [snapshot, snapshots[0]]
         return snapshots[:1]
 
 
-def _is_steep(slow: Course, usual_norm: float | None) -> bool:
+def _is_steep(slow: Trajectory, usual_norm: float | None) -> bool:
     """Whether the gradient is far steeper than usual on the way that a lower rate takes.
 
     Without earlier steps to compare with, steep is a gradient thirty times the loss, and thirty.
     """
-    steepest = max(one.taken.grad_norm or 0.0 for one in slow.steps)
+    steepest = max(one.outcome.grad_norm or 0.0 for one in slow.steps)
     if usual_norm is not None:
         return steepest > _JUMP * usual_norm
-    return steepest > _STEEP * max(1.0, abs(slow.steps[0].taken.loss))
+    return steepest > _STEEP * max(1.0, abs(slow.steps[0].outcome.loss))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedrounds.diagnosis.values import Diagnosis, Symptom
-from fedrounds.doctor import UNTREATED, Doctor, DoctorSettings, StepReport, Treatment
+from fedrounds.doctor import UNTREATED, Doctor, DoctorSettings, StepReport, Overrides
 from fedrounds.doctor.batches import Batch
 from fedrounds.errors import InvalidInput
 from fedrounds.training.corrections import Correction, correct_gradients
@@ -82,7 +82,7 @@ class DoctorContext:
     num_classes: int | None = None
     is_initial: bool = True
     fresh_state: Callable[[], Mapping[str, Tensor]] | None = None
-    treatment: Treatment = UNTREATED
+    treatment: Overrides = UNTREATED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class TrainingReport:
     num_examples: int
     epochs: tuple[EpochReport, ...]
     diagnoses: tuple[Diagnosis, ...] = ()
-    treatment: Treatment = UNTREATED
+    treatment: Overrides = UNTREATED
     has_dropped_samples: bool = False
 
 

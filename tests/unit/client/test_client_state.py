@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from fedclient.state import ClientState, ClientStates, StateLost
-from fedrounds.doctor.remedy_decay import Convalescence
+from fedrounds.doctor.remedy_decay import RemedyDecay
 
 
 def state(rate_factor: float) -> ClientState:
     """Return a state that can be told from others."""
-    treatment = Convalescence().treatment
+    treatment = RemedyDecay().treatment
     return ClientState(
-        convalescence=Convalescence(treatment=replace(treatment, rate_factor=rate_factor))
+        remedy_decay=RemedyDecay(treatment=replace(treatment, rate_factor=rate_factor))
     )
 
 
