@@ -42,70 +42,71 @@ class Evidence:
     """One case on the table: where it went wrong, and what was tried."""
 
     def __init__(self, case: Case) -> None:
-        self._case = case
-        self._symptom = case.symptom
-        self._training = case.training
-        self._history = case.history
-        self._noticed = case.history.steps[-1]
-        self._replay = Replay(
+        self.case = case
+        self.symptom = case.symptom
+        self.training = case.training
+        self.history = case.history
+        self.noticed = case.history.steps[-1]
+        self.replay = Replay(
             case.training,
             case.history,
             level=case.level,
             needs_gradient=case.symptom is Symptom.DEAD_NETWORK,
             on_replay=case.on_replay,
         )
-        self._experiments: list[Experiment] = []
-        self._trials = Trials(self._replay, self._experiments)
-        self._samples: tuple[SuspectSample, ...] = ()
-        self._num_samples = 0
-        self._max_input = math.inf
-        self._trajectory: Trajectory | None = None
-        self._bad = self._failed = self._noticed
-        self._before = self._start = case.history.snapshots[-1]
-        self._origin = Origin(phase=StepPhase.INPUT)
-        self._largest_input = 0.0
-        self._mixes_dtypes = False
+        self.experiments: list[Experiment] = []
+        self.trials = Trials(self.replay, self.experiments)
+        self.samples: tuple[SuspectSample, ...] = ()
+        self.num_samples = 0
+        self.max_input = math.inf
+        self.trajectory: Trajectory | None = None
+        self.bad = self.failed = self.noticed
+        self.before = self.start = case.history.snapshots[-1]
+        self.origin = Origin(phase=StepPhase.INPUT)
+        self.largest_input = 0.0
+        self.mixes_dtypes = False
 
-    def _find_onset(self) -> None:
+    def find_onset(self) -> None:
         """Find the first step that harmed the model, and the last good state before it.
 
         Where the bad value came up stays what was found, unless no value was bad at all.
         """
-        restore_snapshot(self._training, self._before)
-        if self._replay.is_sane():
+        restore_snapshot(self.training, self.before)
+        if self.replay.is_sane():
             return
-        for snapshot in reversed(self._history.snapshots):
-            self._start = snapshot
-            restore_snapshot(self._training, snapshot)
-            if self._replay.is_sane():
+        for snapshot in reversed(self.history.snapshots):
+            self.start = snapshot
+            restore_snapshot(self.training, snapshot)
+            if self.replay.is_sane():
                 break
-        self._trajectory = self._replay.run(self._start, self._failed.step, is_watched=True)
-        self._bad = self._recorded(self._trajectory.failed_at or self._failed.step)
-        self._before = self._trajectory.before
-        if not self._has_come_up():
-            self._failed = self._bad
+        self.trajectory = self.replay.run(self.start, self.failed.step, is_watched=True)
+        self.bad = self.recorded(self.trajectory.failed_at or self.failed.step)
+        self.before = self.trajectory.before
+        if not self.has_come_up():
+            self.failed = self.bad
 
-    def _has_spoilt(self, trajectory: Trajectory) -> bool:
+    def has_spoilt(self, trajectory: Trajectory) -> bool:
         """Whether a gradient far beyond the usual ones has undone a part of what was learned."""
-        usual, norm = self._case.usual_norm, trajectory.steps[-1].outcome.grad_norm
+        usual, norm = self.case.usual_norm, trajectory.steps[-1].outcome.grad_norm
         if usual is None or norm is None or not norm > _SPIKE * usual:
             return False
-        after = self._replay.probe_loss()
-        restore_snapshot(self._training, trajectory.before)
-        allowed = max(_SPOILT * abs(self._replay.probe_loss()), _WORTH * abs(self._case.level))
+        after = self.replay.probe_loss()
+        restore_snapshot(self.training, trajectory.before)
+        allowed = max(_SPOILT * abs(self.replay.probe_loss()), _WORTH * abs(self.case.level))
         if not after > allowed:
             return False
-        self._replay.allowed = allowed
+        self.replay.allowed = allowed
         return True
 
-    def _recorded(self, step: int) -> Recorded:
-        return next(one for one in self._history.steps if one.step == step)
+    def recorded(self, step: int) -> Recorded:
+        """Return the recorded step of this number."""
+        return next(one for one in self.history.steps if one.step == step)
 
-    def _locate(self) -> None:
+    def find_origin(self) -> None:
         """Find where the first bad value comes up in the bad step."""
-        bad, training = self._bad, self._training
+        bad, training = self.bad, self.training
         batch = prepared(bad.batch, bad.treatment, num_classes=training.num_classes)
-        self._origin = Origin(phase=_QUIET_PHASES.get(self._symptom, StepPhase.LOSS))
+        self.origin = Origin(phase=_QUIET_PHASES.get(self.symptom, StepPhase.LOSS))
         if batch is None:
             return
 
@@ -113,14 +114,14 @@ class Evidence:
             with treated(bad.treatment):
                 return training.compute_loss(model, one)
 
-        restore_snapshot(training, self._before)
+        restore_snapshot(training, self.before)
         bad.random_state.restore(device_of(training))
-        self._replay.count_step()
-        if bad.outcome.error is not None or self._symptom is Symptom.LABEL_OUT_OF_RANGE:
+        self.replay.count_step()
+        if bad.outcome.error is not None or self.symptom is Symptom.LABEL_OUT_OF_RANGE:
             raised = locate_error(training.model, batch, compute_loss)
             if raised is not None:
-                self._origin = raised.origin
-                self._mixes_dtypes = raised.mixes_dtypes
+                self.origin = raised.origin
+                self.mixes_dtypes = raised.mixes_dtypes
             return
         found = locate(
             training.model,
@@ -129,34 +130,36 @@ class Evidence:
             optimizer_step=lambda: descend(training, bad.treatment, step=bad.step),
         )
         if found is not None:
-            self._origin = found.origin
-            self._largest_input = found.largest_input
+            self.origin = found.origin
+            self.largest_input = found.largest_input
 
-    def _has_come_up(self) -> bool:
+    def has_come_up(self) -> bool:
         """Whether a number of the bad step isn't finite."""
-        return self._origin.num_nan + self._origin.num_inf > 0
+        return self.origin.num_nan + self.origin.num_inf > 0
 
-    def _is_loss_suspect(self) -> bool:
+    def is_loss_suspect(self) -> bool:
         """Whether the loss made a bad value of numbers that are no reason for one."""
-        origin = self._origin
+        origin = self.origin
         is_in_loss = origin.phase is StepPhase.LOSS or (
             origin.phase is StepPhase.BACKWARD and not origin.module
         )
-        return is_in_loss and self._has_come_up() and self._largest_input <= _MODERATE
+        return is_in_loss and self.has_come_up() and self.largest_input <= _MODERATE
 
-    def _guarded_step_goes_well(self) -> bool:
-        return self._replay.goes_well(
-            self._before, self._bad, self._bad.batch, change=interventions.guarding_loss()
+    def guarded_step_goes_well(self) -> bool:
+        """Whether the bad step goes well with its loss guarded."""
+        return self.replay.goes_well(
+            self.before, self.bad, self.bad.batch, change=interventions.guarding_loss()
         )
 
-    def _step_is_finite(self, change: Change) -> bool:
+    def step_is_finite(self, change: Change) -> bool:
         """Whether the bad step's loss and gradient are, with one thing changed."""
-        return self._replay.take(self._before, self._bad, change=change).is_finite
+        return self.replay.take(self.before, self.bad, change=change).is_finite
 
-    def _step_goes_well(self, batch: Batch) -> bool:
-        return self._replay.goes_well(self._before, self._bad, batch)
+    def step_goes_well(self, batch: Batch) -> bool:
+        """Whether the bad step goes well on this batch instead of its own."""
+        return self.replay.goes_well(self.before, self.bad, batch)
 
-    def _try_step(
+    def try_step(
         self,
         name: ExperimentName,
         *,
@@ -166,28 +169,31 @@ class Evidence:
         value: float = 0.0,
     ) -> bool:
         """Take the bad step once more with one thing changed; returns whether it went well."""
-        is_healed = self._replay.goes_well(
-            self._before,
-            self._bad,
-            self._bad.batch if batch is None else batch,
+        is_healed = self.replay.goes_well(
+            self.before,
+            self.bad,
+            self.bad.batch if batch is None else batch,
             change=change,
             prepare=prepare,
         )
-        self._note(name, is_healed=is_healed, value=value)
+        self.note(name, is_healed=is_healed, value=value)
         return is_healed
 
-    def _note(self, name: ExperimentName, *, is_healed: bool, value: float = 0.0) -> None:
-        failed_at = 0 if is_healed else self._bad.step
-        self._experiments.append(
+    def note(self, name: ExperimentName, *, is_healed: bool, value: float = 0.0) -> None:
+        """Write down an experiment on the bad step."""
+        failed_at = 0 if is_healed else self.bad.step
+        self.experiments.append(
             Experiment(name=name, is_healed=is_healed, value=value, failed_at_step=failed_at)
         )
 
-    def _healthy_batches(self) -> list[Batch]:
-        earlier = [one for one in self._history.steps if one.step < self._bad.step]
+    def healthy_batches(self) -> list[Batch]:
+        """Return the last batches before the bad step, the newest last."""
+        earlier = [one for one in self.history.steps if one.step < self.bad.step]
         return [one.batch for one in earlier[-_NUM_HEALTHY:]]
 
-    def _index_of(self, position: int) -> int:
-        indices = self._bad.indices
+    def index_of(self, position: int) -> int:
+        """Return the number in the data set of the sample at a position, -1 if unknown."""
+        indices = self.bad.indices
         return int(indices[position]) if indices is not None and position < len(indices) else -1
 
 

@@ -81,244 +81,259 @@ def _without_odd_ones(batch: Batch) -> Batch:
 
 def examine(case: Case) -> Finding | None:
     """Find the cause; None if the suspicion was none. The training's state is used up."""
-    return _Examination(case).find()
+    return _find(Evidence(case))
 
 
-class _Examination(Evidence):
-    """Looks for one cause after another."""
-
-    def find(self) -> Finding | None:
-        if not self._case.is_tried:
-            self._before = self._start = take_snapshot(self._training, step=self._noticed.step - 1)
-            if self._step_goes_well(self._bad.batch):
-                return None
-            self._locate()
-            self._note(ExperimentName.UNCHANGED, is_healed=False)
-        else:
-            live = take_snapshot(self._training, step=self._noticed.step)
-            trajectory = self._trajectory = self._replay.run(self._start, self._noticed.step)
-            if (cause := find_nondeterminism(self._case, trajectory, live)) is not None:
-                self._note(ExperimentName.UNCHANGED, is_healed=True)
-                if cause is Cause.OPTIMIZER_STATE:
-                    self._origin = Origin(phase=StepPhase.OPTIMIZER)
-                return self._finding(cause)
-            if (
-                not trajectory.failed_at
-                and self._replay.is_sane()
-                and not self._has_spoilt(trajectory)
-            ):
-                return None
-            self._failed = self._bad = self._recorded(trajectory.failed_at or self._noticed.step)
-            if self._failed is not self._noticed and not trajectory.steps[-1].outcome.is_finite:
-                # It was noticed by what came of it.
-                self._symptom = symptom_of(trajectory.steps[-1].outcome)
-            self._before = trajectory.before
-            self._locate()
-            self._note(ExperimentName.UNCHANGED, is_healed=False)
-            if not (self._is_loss_suspect() and self._guarded_step_goes_well()):
-                self._find_onset()
-        if self._mixes_dtypes:
-            # Wider numbers would heal it, since all of them are of one dtype then; but the dtypes
-            # are a mistake of the task's code, and no number is at fault.
-            return self._finding(Cause.UNKNOWN)
-        for look in (
-            self._look_at_samples,
-            self._look_at_batch,
-            self._look_at_precision,
-            self._look_at_loss,
-            self._look_at_start,
-            self._look_at_optimizer,
-            self._look_at_rates,
+def _find(evidence: Evidence) -> Finding | None:
+    if not evidence.case.is_tried:
+        evidence.before = evidence.start = take_snapshot(
+            evidence.training, step=evidence.noticed.step - 1
+        )
+        if evidence.step_goes_well(evidence.bad.batch):
+            return None
+        evidence.find_origin()
+        evidence.note(ExperimentName.UNCHANGED, is_healed=False)
+    else:
+        live = take_snapshot(evidence.training, step=evidence.noticed.step)
+        trajectory = evidence.trajectory = evidence.replay.run(
+            evidence.start, evidence.noticed.step
+        )
+        if (cause := find_nondeterminism(evidence.case, trajectory, live)) is not None:
+            evidence.note(ExperimentName.UNCHANGED, is_healed=True)
+            if cause is Cause.OPTIMIZER_STATE:
+                evidence.origin = Origin(phase=StepPhase.OPTIMIZER)
+            return _finding(evidence, cause)
+        if (
+            not trajectory.failed_at
+            and evidence.replay.is_sane()
+            and not evidence.has_spoilt(trajectory)
         ):
-            cause = look()
-            if cause is not None:
-                self._add_contributing(cause)
-                return self._finding(cause)
-        self._try_step(ExperimentName.WITHOUT_BATCH, change=interventions.skipping(self._bad.step))
-        return self._finding(Cause.UNKNOWN)
+            return None
+        evidence.failed = evidence.bad = evidence.recorded(
+            trajectory.failed_at or evidence.noticed.step
+        )
+        if evidence.failed is not evidence.noticed and not trajectory.steps[-1].outcome.is_finite:
+            # It was noticed by what came of it.
+            evidence.symptom = symptom_of(trajectory.steps[-1].outcome)
+        evidence.before = trajectory.before
+        evidence.find_origin()
+        evidence.note(ExperimentName.UNCHANGED, is_healed=False)
+        if not (evidence.is_loss_suspect() and evidence.guarded_step_goes_well()):
+            evidence.find_onset()
+    if evidence.mixes_dtypes:
+        # Wider numbers would heal it, since all of them are of one dtype then; but the dtypes
+        # are a mistake of the task's code, and no number is at fault.
+        return _finding(evidence, Cause.UNKNOWN)
+    for look in (
+        _look_at_samples,
+        _look_at_batch,
+        _look_at_precision,
+        _look_at_loss,
+        _look_at_start,
+        _look_at_optimizer,
+        _look_at_rates,
+    ):
+        cause = look(evidence)
+        if cause is not None:
+            _add_contributing(evidence, cause)
+            return _finding(evidence, cause)
+    evidence.try_step(
+        ExperimentName.WITHOUT_BATCH, change=interventions.skipping(evidence.bad.step)
+    )
+    return _finding(evidence, Cause.UNKNOWN)
 
-    def _look_at_samples(self) -> Cause | None:
-        bad, num_classes = self._bad, self._training.num_classes
-        count = batch_size(bad.batch)
-        healthy = [_without_odd_ones(one) for one in self._healthy_batches()]
-        odd = oddities(bad.batch, num_classes=num_classes, healthy=healthy)
-        is_on_cpu = device_of(self._training).type == "cpu"
-        wrong = [one for one in odd.values() if one.oddity is Oddity.LABEL_OUT_OF_RANGE]
-        others = [one for one in range(count) if one not in odd]
-        if wrong and not is_on_cpu:
-            # A label out of range ends a CUDA process for good: it is never tried.
-            positions: tuple[int, ...] = tuple(one.position for one in wrong)
-        elif len(odd) == 1 and others and self._step_goes_well(take(bad.batch, others)):
-            # The whole batch fails and the rest doesn't: there is no smaller set.
-            positions = tuple(odd)
-        else:
-            positions = failing_samples(
-                bad.batch,
-                lambda part: not self._step_goes_well(part),
-                suspects=list(odd),
-                max_tries=_MAX_TRIES if odd else _MAX_TRIES // 4,
-            )
-        is_whole = count > 0 and len(odd) >= _MOST * count
-        if is_whole:
-            positions = tuple(range(count))
-        if not positions:
-            return None
-        rest = [one for one in range(count) if one not in positions]
-        is_healed = not rest or self._step_goes_well(take(bad.batch, rest))
-        self._note(ExperimentName.WITHOUT_SAMPLES, is_healed=is_healed, value=len(positions))
-        is_label_error = isinstance(bad.outcome.error, IndexError) and (
-            self._origin.phase is StepPhase.LOSS
-        )
-        unseen = Oddity.LABEL_OUT_OF_RANGE if is_label_error else Oddity.NONE
-        if is_whole:
-            # What makes most samples odd doesn't spare the others.
-            unseen = next(iter(odd.values())).oddity
-        suspects = [odd.get(one, SuspectSample(position=one, oddity=unseen)) for one in positions]
-        kinds = {one.oddity for one in suspects}
-        if not is_healed or (kinds == {Oddity.NONE} and len(suspects) > _SMALL_SHARE * count):
-            return None
-        self._num_samples = len(suspects)
-        self._samples = tuple(
-            replace(one, index=self._index_of(one.position)) for one in suspects[:MAX_SAMPLES]
-        )
-        usual = [one for one in rest if one not in odd]
-        good = [*([take(bad.batch, usual)] if usual else []), *healthy]
-        self._max_input = _ROOM * largest_input(*good) or math.inf
-        if Oddity.LABEL_OUT_OF_RANGE in kinds:
-            return Cause.BAD_LABEL
-        if kinds == {Oddity.NONE}:
-            # Nothing to be seen; but an error that only these samples raise is theirs.
-            return None if bad.outcome.error is None else Cause.BAD_DATA
-        limit = self._max_input
-        self._try_step(
-            ExperimentName.INPUTS_SANITISED,
-            change=interventions.sanitising(limit),
-            value=limit,
-        )
-        return Cause.BAD_DATA
 
-    def _look_at_batch(self) -> Cause | None:
-        batch = self._bad.batch
-        healthy = self._healthy_batches()
-        if batch_size(batch) == 0:
-            step = self._bad.step
-            is_healed = self._try_step(
-                ExperimentName.WITHOUT_BATCH, change=interventions.skipping(step)
-            )
-            return Cause.DEGENERATE_BATCH if is_healed else None
-        inputs = inputs_of(batch)
-        is_same = bool(inputs) and all(bool((one == one[:1]).all()) for one in inputs)
-        labels = labels_of(batch)
-        is_unlabelled = labels is not None and bool((labels == IGNORED_LABEL).all())
-        is_degenerate = batch_size(batch) == 1 or is_same or is_unlabelled
-        if not is_degenerate:
-            return None
-        try:
-            larger = joined(batch, healthy[-1] if healthy else blurred(batch))
-        except RuntimeError:
-            return None
-        if self._try_step(ExperimentName.LARGER_BATCH, batch=larger):
-            return Cause.DEGENERATE_BATCH
+def _look_at_samples(evidence: Evidence) -> Cause | None:
+    bad, num_classes = evidence.bad, evidence.training.num_classes
+    count = batch_size(bad.batch)
+    healthy = [_without_odd_ones(one) for one in evidence.healthy_batches()]
+    odd = oddities(bad.batch, num_classes=num_classes, healthy=healthy)
+    is_on_cpu = device_of(evidence.training).type == "cpu"
+    wrong = [one for one in odd.values() if one.oddity is Oddity.LABEL_OUT_OF_RANGE]
+    others = [one for one in range(count) if one not in odd]
+    if wrong and not is_on_cpu:
+        # A label out of range ends a CUDA process for good: it is never tried.
+        positions: tuple[int, ...] = tuple(one.position for one in wrong)
+    elif len(odd) == 1 and others and evidence.step_goes_well(take(bad.batch, others)):
+        # The whole batch fails and the rest doesn't: there is no smaller set.
+        positions = tuple(odd)
+    else:
+        positions = failing_samples(
+            bad.batch,
+            lambda part: not evidence.step_goes_well(part),
+            suspects=list(odd),
+            max_tries=_MAX_TRIES if odd else _MAX_TRIES // 4,
+        )
+    is_whole = count > 0 and len(odd) >= _MOST * count
+    if is_whole:
+        positions = tuple(range(count))
+    if not positions:
         return None
+    rest = [one for one in range(count) if one not in positions]
+    is_healed = not rest or evidence.step_goes_well(take(bad.batch, rest))
+    evidence.note(ExperimentName.WITHOUT_SAMPLES, is_healed=is_healed, value=len(positions))
+    is_label_error = isinstance(bad.outcome.error, IndexError) and (
+        evidence.origin.phase is StepPhase.LOSS
+    )
+    unseen = Oddity.LABEL_OUT_OF_RANGE if is_label_error else Oddity.NONE
+    if is_whole:
+        # What makes most samples odd doesn't spare the others.
+        unseen = next(iter(odd.values())).oddity
+    suspects = [odd.get(one, SuspectSample(position=one, oddity=unseen)) for one in positions]
+    kinds = {one.oddity for one in suspects}
+    if not is_healed or (kinds == {Oddity.NONE} and len(suspects) > _SMALL_SHARE * count):
+        return None
+    evidence.num_samples = len(suspects)
+    evidence.samples = tuple(
+        replace(one, index=evidence.index_of(one.position)) for one in suspects[:MAX_SAMPLES]
+    )
+    usual = [one for one in rest if one not in odd]
+    good = [*([take(bad.batch, usual)] if usual else []), *healthy]
+    evidence.max_input = _ROOM * largest_input(*good) or math.inf
+    if Oddity.LABEL_OUT_OF_RANGE in kinds:
+        return Cause.BAD_LABEL
+    if kinds == {Oddity.NONE}:
+        # Nothing to be seen; but an error that only these samples raise is theirs.
+        return None if bad.outcome.error is None else Cause.BAD_DATA
+    limit = evidence.max_input
+    evidence.try_step(
+        ExperimentName.INPUTS_SANITISED,
+        change=interventions.sanitising(limit),
+        value=limit,
+    )
+    return Cause.BAD_DATA
 
-    def _look_at_start(self) -> Cause | None:
-        start, fresh_state = self._history.snapshots[0], self._case.fresh_state
-        if start.step != 0:
-            return None
-        fresh = fresh_state()
-        restore_snapshot(self._training, start)
-        is_initial = self._case.is_initial
-        is_unusual = bool(
-            unusual_entries(self._training.model, start, fresh, is_initial=is_initial)
-        )
-        is_sane = has_odd_optimizer_state(start, largest_norm=1.0) or self._replay.is_sane()
-        # A trained model's weights may be large and good; a broken one shows at once.
-        is_late = not is_initial and self._bad.step > _AT_ONCE
-        if is_sane and (is_late or not is_unusual):
-            return None
-        interventions.load_weights(self._training, fresh)
-        restarted = self._trials.run(
-            ExperimentName.FRESH_INITIALISATION,
-            start,
-            min(self._noticed.step, _LONGEST_RESTART),
-            prepare=lambda: interventions.load_weights(self._training, fresh),
-            highest=_NO_WORSE * self._replay.probe_loss(),
-        )
-        if restarted is None:
-            return None
-        return Cause.BAD_INITIALISATION if is_initial else Cause.RECEIVED_MODEL
 
-    def _look_at_precision(self) -> Cause | None:
-        parameters = list(self._training.model.parameters())
-        has_narrow = any(one.dtype in (torch.float16, torch.bfloat16) for one in parameters)
-        if self._origin.dtype not in _NARROW and not has_narrow:
-            return None
-        is_healed = self._try_step(
-            ExperimentName.FLOAT32,
-            change=interventions.widening(),
-            prepare=lambda: interventions.widen(self._training),
+def _look_at_batch(evidence: Evidence) -> Cause | None:
+    batch = evidence.bad.batch
+    healthy = evidence.healthy_batches()
+    if batch_size(batch) == 0:
+        step = evidence.bad.step
+        is_healed = evidence.try_step(
+            ExperimentName.WITHOUT_BATCH, change=interventions.skipping(step)
         )
-        return Cause.PRECISION if is_healed else None
+        return Cause.DEGENERATE_BATCH if is_healed else None
+    inputs = inputs_of(batch)
+    is_same = bool(inputs) and all(bool((one == one[:1]).all()) for one in inputs)
+    labels = labels_of(batch)
+    is_unlabelled = labels is not None and bool((labels == IGNORED_LABEL).all())
+    is_degenerate = batch_size(batch) == 1 or is_same or is_unlabelled
+    if not is_degenerate:
+        return None
+    try:
+        larger = joined(batch, healthy[-1] if healthy else blurred(batch))
+    except RuntimeError:
+        return None
+    if evidence.try_step(ExperimentName.LARGER_BATCH, batch=larger):
+        return Cause.DEGENERATE_BATCH
+    return None
 
-    def _look_at_optimizer(self) -> Cause | None:
-        is_suspect = self._origin.phase is StepPhase.OPTIMIZER and self._origin.num_nan > 0
-        if not is_suspect and not has_odd_optimizer_state(
-            self._before, largest_norm=largest_norm(self._history, before=self._bad.step)
-        ):
-            return None
-        is_healed = self._try_step(
-            ExperimentName.FRESH_OPTIMIZER,
-            prepare=lambda: interventions.forget_history(self._training),
-        )
-        return Cause.OPTIMIZER_STATE if is_healed else None
 
-    def _look_at_loss(self) -> Cause | None:
-        if self._bad.treatment.guards:
-            # Where a guarded number was moved no gradient is left: that is the loss's fault still.
-            is_at_fault = not self._step_is_finite(interventions.unguarding_loss())
-            if is_at_fault:
-                self._note(ExperimentName.GUARDED_LOSS, is_healed=False)
-            return Cause.LOSS_FUNCTION if is_at_fault else None
-        if not self._is_loss_suspect():
-            return None
-        is_healed = self._guarded_step_goes_well()
-        self._note(ExperimentName.GUARDED_LOSS, is_healed=is_healed)
-        return Cause.LOSS_FUNCTION if is_healed else None
+def _look_at_start(evidence: Evidence) -> Cause | None:
+    start, fresh_state = evidence.history.snapshots[0], evidence.case.fresh_state
+    if start.step != 0:
+        return None
+    fresh = fresh_state()
+    restore_snapshot(evidence.training, start)
+    is_initial = evidence.case.is_initial
+    is_unusual = bool(unusual_entries(evidence.training.model, start, fresh, is_initial=is_initial))
+    is_sane = has_odd_optimizer_state(start, largest_norm=1.0) or evidence.replay.is_sane()
+    # A trained model's weights may be large and good; a broken one shows at once.
+    is_late = not is_initial and evidence.bad.step > _AT_ONCE
+    if is_sane and (is_late or not is_unusual):
+        return None
+    interventions.load_weights(evidence.training, fresh)
+    restarted = evidence.trials.run(
+        ExperimentName.FRESH_INITIALISATION,
+        start,
+        min(evidence.noticed.step, _LONGEST_RESTART),
+        prepare=lambda: interventions.load_weights(evidence.training, fresh),
+        highest=_NO_WORSE * evidence.replay.probe_loss(),
+    )
+    if restarted is None:
+        return None
+    return Cause.BAD_INITIALISATION if is_initial else Cause.RECEIVED_MODEL
 
-    def _look_at_rates(self) -> Cause | None:
-        found = self._trials.look_at_rates(
-            self._start, until=self._noticed.step, usual_norm=self._case.usual_norm
-        )
-        if found is None:
-            return None
-        cause, self._start = found
-        return cause
 
-    def _add_contributing(self, cause: Cause) -> None:
-        """Try what is cheap besides: would it have helped, too?"""
-        if cause in (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.UNKNOWN):
-            return
-        clip = self._case.usual_norm or 1.0
-        self._try_step(
-            ExperimentName.CLIPPED_GRADIENT, change=interventions.clipping(clip), value=clip
-        )
-        self._try_step(ExperimentName.LOWER_RATE, change=interventions.slowing(0.1), value=0.1)
+def _look_at_precision(evidence: Evidence) -> Cause | None:
+    parameters = list(evidence.training.model.parameters())
+    has_narrow = any(one.dtype in (torch.float16, torch.bfloat16) for one in parameters)
+    if evidence.origin.dtype not in _NARROW and not has_narrow:
+        return None
+    is_healed = evidence.try_step(
+        ExperimentName.FLOAT32,
+        change=interventions.widening(),
+        prepare=lambda: interventions.widen(evidence.training),
+    )
+    return Cause.PRECISION if is_healed else None
 
-    def _finding(self, cause: Cause) -> Finding:
-        steps = self._trajectory.steps if self._trajectory is not None else ()
-        return Finding(
-            symptom=self._symptom,
-            cause=cause,
-            bad_step=self._bad if cause in _OF_THE_BATCH else self._failed,
-            origin=self._origin,
-            samples=self._samples if cause not in _OF_ALL_SAMPLES else (),
-            num_samples=self._num_samples if cause not in _OF_ALL_SAMPLES else 0,
-            max_input=self._max_input,
-            experiments=tuple(self._experiments),
-            trend=tuple(one.point for one in steps[-MAX_TREND:]),
-            return_to=self._start if cause in _FROM_EARLIER else self._before,
-            num_replayed_steps=self._replay.num_steps,
-        )
+
+def _look_at_optimizer(evidence: Evidence) -> Cause | None:
+    is_suspect = evidence.origin.phase is StepPhase.OPTIMIZER and evidence.origin.num_nan > 0
+    if not is_suspect and not has_odd_optimizer_state(
+        evidence.before,
+        largest_norm=largest_norm(evidence.history, before=evidence.bad.step),
+    ):
+        return None
+    is_healed = evidence.try_step(
+        ExperimentName.FRESH_OPTIMIZER,
+        prepare=lambda: interventions.forget_history(evidence.training),
+    )
+    return Cause.OPTIMIZER_STATE if is_healed else None
+
+
+def _look_at_loss(evidence: Evidence) -> Cause | None:
+    if evidence.bad.treatment.guards:
+        # Where a guarded number was moved no gradient is left: that is the loss's fault still.
+        is_at_fault = not evidence.step_is_finite(interventions.unguarding_loss())
+        if is_at_fault:
+            evidence.note(ExperimentName.GUARDED_LOSS, is_healed=False)
+        return Cause.LOSS_FUNCTION if is_at_fault else None
+    if not evidence.is_loss_suspect():
+        return None
+    is_healed = evidence.guarded_step_goes_well()
+    evidence.note(ExperimentName.GUARDED_LOSS, is_healed=is_healed)
+    return Cause.LOSS_FUNCTION if is_healed else None
+
+
+def _look_at_rates(evidence: Evidence) -> Cause | None:
+    found = evidence.trials.look_at_rates(
+        evidence.start,
+        until=evidence.noticed.step,
+        usual_norm=evidence.case.usual_norm,
+    )
+    if found is None:
+        return None
+    cause, evidence.start = found
+    return cause
+
+
+def _add_contributing(evidence: Evidence, cause: Cause) -> None:
+    """Try what is cheap besides: would it have helped, too?"""
+    if cause in (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.UNKNOWN):
+        return
+    clip = evidence.case.usual_norm or 1.0
+    evidence.try_step(
+        ExperimentName.CLIPPED_GRADIENT, change=interventions.clipping(clip), value=clip
+    )
+    evidence.try_step(ExperimentName.LOWER_RATE, change=interventions.slowing(0.1), value=0.1)
+
+
+def _finding(evidence: Evidence, cause: Cause) -> Finding:
+    steps = evidence.trajectory.steps if evidence.trajectory is not None else ()
+    return Finding(
+        symptom=evidence.symptom,
+        cause=cause,
+        bad_step=evidence.bad if cause in _OF_THE_BATCH else evidence.failed,
+        origin=evidence.origin,
+        samples=evidence.samples if cause not in _OF_ALL_SAMPLES else (),
+        num_samples=evidence.num_samples if cause not in _OF_ALL_SAMPLES else 0,
+        max_input=evidence.max_input,
+        experiments=tuple(evidence.experiments),
+        trend=tuple(one.point for one in steps[-MAX_TREND:]),
+        return_to=evidence.start if cause in _FROM_EARLIER else evidence.before,
+        num_replayed_steps=evidence.replay.num_steps,
+    )
 
 
 _OF_THE_BATCH = (Cause.BAD_DATA, Cause.BAD_LABEL, Cause.DEGENERATE_BATCH, Cause.UNKNOWN)
