@@ -134,14 +134,18 @@ class DoctorSettings:
     """What the doctor may do.
 
     `policies` name causes for which something else than the default is done; `max_remedies` is how
-    many remedies a training may get; `memory_bytes` bounds the states and batches kept. Disarmed,
-    it only stops at what isn't finite: nothing is kept, found out or cured.
+    many remedies a training may get; `memory_bytes` bounds the states and batches kept. Of the
+    samples, and of the steps, at most `max_left_out` may be left out: beyond it training stops, or
+    with `goes_on_beyond` it goes on with all of them. Disarmed, it only stops at what isn't finite:
+    nothing is kept, found out or cured.
     """
 
     is_armed: bool = True
     default_policy: RemedyPolicy = RemedyPolicy.CURE
     policies: Mapping[Cause, RemedyPolicy] = field(default_factory=dict)
     max_remedies: int = 3
+    max_left_out: float = 0.5
+    goes_on_beyond: bool = False
     memory_bytes: int = 512 * 2**20
 
     def policy_for(self, cause: Cause) -> RemedyPolicy:

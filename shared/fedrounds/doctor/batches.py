@@ -1,7 +1,7 @@
 """Batches of any shape: a tensor, or a tuple, list or dict of tensors, samples in dimension 0."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -60,9 +60,14 @@ IGNORED_LABEL = -100
 """What torch's losses leave out unless told otherwise (ignore_index): not out of range."""
 
 
-def are_out_of_range(labels: Tensor, num_classes: int) -> Tensor:
-    """Return which labels are no class, bool of their shape."""
-    return ((labels < 0) | (labels >= num_classes)) & (labels != IGNORED_LABEL)
+def are_out_of_range(
+    labels: Tensor, num_classes: int, ignored: Collection[int] = (IGNORED_LABEL,)
+) -> Tensor:
+    """Return which labels are no class and not `ignored` by the loss, bool of their shape."""
+    is_wrong = (labels < 0) | (labels >= num_classes)
+    for one in ignored:
+        is_wrong &= labels != one
+    return is_wrong
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -122,17 +127,33 @@ def inputs_of(batch: Batch) -> list[Tensor]:
     ]
 
 
-def labels_of(batch: Batch) -> Tensor | None:
-    """Return the last tensor of whole numbers that has samples, None if there is none."""
-    return labels_among(tensors_of(batch), batch_size(batch))
+def labels_of(batch: Batch, *, num_classes: int | None = None) -> Tensor | None:
+    """Return the batch's labels, None if it has none; see `labels_among`."""
+    return labels_among(tensors_of(batch), batch_size(batch), num_classes=num_classes)
 
 
-def labels_among(tensors: Sequence[Tensor], num_samples: int) -> Tensor | None:
-    """Return the last tensor of whole numbers with so many samples, None if there is none."""
-    for one in reversed(tensors):
-        if one.dtype in _WHOLE and one.ndim > 0 and one.shape[0] == num_samples:
-            return one
-    return None
+def labels_among(
+    tensors: Sequence[Tensor], num_samples: int, *, num_classes: int | None = None
+) -> Tensor | None:
+    """Return the tensor of whole numbers with so many samples that holds the labels, or None.
+
+    Of several the one most of whose numbers are classes, where it is known how many there are: an
+    index into the data set isn't a label. Of equals the last.
+    """
+    whole = [
+        one
+        for one in reversed(tensors)
+        if one.dtype in _WHOLE and one.ndim > 0 and one.shape[0] == num_samples
+    ]
+    if len(whole) < 2 or num_classes is None:
+        return next(iter(whole), None)
+    return max(whole, key=lambda one: _share_of_classes(one, num_classes))
+
+
+def _share_of_classes(labels: Tensor, num_classes: int) -> float:
+    if labels.numel() == 0:
+        return 0.0
+    return float(((labels >= 0) & (labels < num_classes)).float().mean())
 
 
 _WHOLE = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})

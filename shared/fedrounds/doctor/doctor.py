@@ -1,7 +1,6 @@
 """The doctor: takes the steps of a training, notices what goes wrong, and cures it."""
 
-import math
-import time
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -10,20 +9,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fedrounds.diagnosis.values import (
-    Cause,
     Diagnosis,
     DoctorSettings,
-    Remedy,
-    RemedyKind,
-    RemedyPolicy,
     Symptom,
-    TrendPoint,
 )
 from fedrounds.doctor import interventions
 from fedrounds.doctor.anomalies import usual_state
-from fedrounds.doctor.batches import Batch, batch_size, tensors_of
-from fedrounds.doctor.examination import examine
-from fedrounds.doctor.findings import Case, Finding
+from fedrounds.doctor.batches import Batch, tensors_of
+from fedrounds.doctor.callbacks import CallerError, passing
 from fedrounds.doctor.history import (
     RandomState,
     Recorded,
@@ -31,25 +24,33 @@ from fedrounds.doctor.history import (
     device_of,
     infinite_buffers,
     is_finite,
-    restore_snapshot,
+    settings_of,
     symptom_of_state,
     take_snapshot,
 )
+from fedrounds.doctor.labels import ignored_labels
 from fedrounds.doctor.monitor import Monitor, classes_of
-from fedrounds.doctor.nan_guard import NanGuard, trend_point
-from fedrounds.doctor.remedies import Allowance, applied, remedies_for
+from fedrounds.doctor.nan_guard import NanGuard
+from fedrounds.doctor.plain import Progress, go_on, last_word, plain_step
 from fedrounds.doctor.reports import StepReport, TrainingHalted
+from fedrounds.doctor.session import Session
 from fedrounds.doctor.stepping import (
     UNTREATED,
+    Attempt,
     ComputeLoss,
     Overrides,
     StepOutcome,
     TrainingState,
     take_step,
 )
+from fedrounds.doctor.suspicion import SUSPICIONS
+from fedrounds.doctor.treating import StepError, Treatments
+from fedrounds.errors import InvalidInput
 
-_NUM_TREND = 5
-_SUSPICIONS = (Symptom.LOSS_EXPLOSION, Symptom.DEAD_NETWORK, Symptom.COLLAPSE)
+logger = logging.getLogger(__name__)
+
+_NUM_COPED = 9
+"""So many steps back it is seen whether inputs that aren't finite went well."""
 
 
 class Doctor:
@@ -94,9 +95,7 @@ class Doctor:
         on_diagnosis: Callable[[Diagnosis], None] = lambda _: None,
     ) -> None:
         self.settings = settings or DoctorSettings()
-        self.treatment = treatment
-        self.diagnoses: list[Diagnosis] = []
-        self._training = TrainingState(
+        training = TrainingState(
             model=model,
             optimizer=optimizer,
             compute_loss=compute_loss,
@@ -106,23 +105,44 @@ class Doctor:
             learning=[one for one in model.parameters() if one.requires_grad],
             infinite=infinite_buffers(model),
         )
-        self._is_initial = is_initial
-        self._fresh_state = fresh_state or (lambda: usual_state(model))
-        self._on_replay = on_replay
-        self._on_diagnosis = on_diagnosis
-        self._device = device_of(self._training)
-        self._can_fail = self._device.type == "cpu"
-        self._monitor = Monitor(num_classes=num_classes)
-        self._history = StepHistory(memory_bytes=self.settings.memory_bytes)
-        self._step = 0
+        self._session = Session(
+            training=training,
+            history=StepHistory(memory_bytes=self.settings.memory_bytes),
+            monitor=Monitor(num_classes=num_classes),
+            device=device_of(training),
+            treatment=treatment,
+            on_replay=passing(on_replay),
+            on_diagnosis=passing(on_diagnosis),
+        )
+        self._treatments = Treatments(
+            self._session,
+            self.settings,
+            is_initial=is_initial,
+            fresh_state=fresh_state or (lambda: usual_state(model)),
+        )
+        self._can_fail = self._session.device.type == "cpu"
         self._epoch = self._batch = 0
-        self._allowance = Allowance(self.settings.max_remedies)
-        self._dismissed: set[Symptom] = set()
+        self._is_plain = False
         if treatment.widens:
-            interventions.widen(self._training)
-        self._nan_guard = None if self.settings.is_armed else NanGuard(self._training)
+            interventions.widen(training)
+        self._nan_guard = None if self.settings.is_armed else NanGuard(training)
+        self._parameters = list(model.parameters())
+        self._structure = self._structure_now()
         if self._nan_guard is None:
-            self._history.keep(take_snapshot(self._training, step=0))
+            try:
+                self._session.history.keep(take_snapshot(training, step=0))
+            except Exception as error:
+                self._give_up(error)
+
+    @property
+    def diagnoses(self) -> list[Diagnosis]:
+        """What went wrong so far."""
+        return self._session.diagnoses
+
+    @property
+    def treatment(self) -> Overrides:
+        """What is in force."""
+        return self._session.treatment
 
     def step(
         self, batch: Batch, *, indices: Sequence[int] | Tensor | None = None, epoch: int = 1
@@ -139,39 +159,27 @@ class Doctor:
 
         Raises:
             TrainingHalted: it went wrong, and may not or can't be cured.
+            Exception: what the model, the loss or a callback raised.
         """
-        self._step += 1
+        self._session.step += 1
         self._batch = self._batch + 1 if epoch == self._epoch else 1
         self._epoch = epoch
+        if self._is_plain:
+            return plain_step(self._session.training, batch, step=self._session.step)
         if self._nan_guard is not None:
             return self._take_unwatched(batch, self._nan_guard)
-        # A label out of range ends a CUDA process for good.
-        symptom = None if self._can_fail else self._examine_ahead(batch)
-        random_state = RandomState.now(self._device)
-        outcome = StepOutcome(lr=self._lr()) if symptom is not None else self._take(batch)
-        self._history.record(
-            Recorded(
-                step=self._step,
-                epoch=epoch,
-                batch_number=self._batch,
-                batch=batch,
-                indices=indices.tolist() if isinstance(indices, Tensor) else indices,
-                random_state=random_state,
-                treatment=self.treatment,
-                outcome=outcome.without_tensors(),
-                num_bytes=sum(one.nbytes for one in tensors_of(batch)),
-            )
-        )
-        is_tried = symptom is None
-        if is_tried:
-            symptom = self._examine(outcome, batch)
-        if self._step == 1 and self._training.num_classes is None:
-            self._learn_classes(outcome)
-        if symptom is None and self._history.is_snapshot_due(self._step):
-            symptom = self._keep_state()
-        if symptom is not None and symptom not in self._dismissed:
-            outcome = self._treat(symptom, outcome, is_tried=is_tried)
-        return self._report(outcome)
+        progress = Progress()
+        try:
+            numbers = indices.tolist() if isinstance(indices, Tensor) else indices
+            return self._take_watched(batch, numbers, progress)
+        except TrainingHalted:
+            raise
+        except CallerError as error:
+            raise error.error from None
+        except Exception as error:
+            if isinstance(error, InvalidInput) and self._session.step == 1:
+                raise
+            return self._go_on(error, batch, progress)
 
     def finish(self) -> None:
         """Make sure that the last steps left the model well; call it after the last one.
@@ -181,205 +189,225 @@ class Doctor:
         """
         if self._nan_guard is not None:
             self._stop_at(self._nan_guard.examine_state())
-        elif self._step and not is_finite(self._training):
-            symptom, _ = symptom_of_state(self._training)
-            self._treat(symptom, self._history.steps[-1].outcome)
+            return
+        if not self._is_plain and self._session.step:
+            progress = Progress()
+            try:
+                self._finish(progress)
+            except TrainingHalted:
+                raise
+            except CallerError as error:
+                raise error.error from None
+            except Exception as error:
+                if progress.live is not None:
+                    progress.live.put_back()
+                self._give_up(error)
+        if self._is_plain:
+            self._stop_at(last_word(self._session.training, step=self._session.step))
+
+    def _finish(self, progress: Progress) -> None:
+        """Treat what the last steps left."""
+        steps, training = self._session.history.steps, self._session.training
+        if steps and not is_finite(training):
+            symptom, _ = symptom_of_state(training)
+            self._treatments.treat(symptom, steps[-1].outcome, progress)
+        elif steps and self._treatments.suspicion is not None:
+            self._treatments.look_into(steps[-1].outcome, progress)
 
     # ---- taking a step
 
-    def _take(self, batch: Batch) -> StepOutcome:
-        return take_step(
-            self._training,
-            batch,
-            self.treatment,
-            step=self._step,
-            is_measured=self._monitor.needs_measure(self._step),
+    def _take_watched(
+        self, given: Batch, indices: Sequence[int] | None, progress: Progress
+    ) -> StepReport:
+        """Take a step, look at it, and treat what is wrong."""
+        if self._structure != self._structure_now():
+            self._begin_anew(after=self._session.step - 1)
+        batch, indices, is_empty = self._treatments.left_out.without(given, indices)
+        if is_empty:
+            skipping = interventions.skipping(self._session.step)
+            self._session.treatment = skipping(self._session.treatment)
+        # A label out of range ends a CUDA process for good.
+        symptom = None if self._can_fail else self._examine_ahead(batch)
+        progress.random_state = RandomState.now(self._session.device)
+        settings = settings_of(self._session.training.optimizer)
+        progress.attempt = Attempt()
+        is_tried = symptom is None
+        outcome = (
+            self._session.take(batch, progress.attempt) if is_tried else StepOutcome(lr=self._lr())
         )
+        self._session.history.record(
+            Recorded(
+                step=self._session.step,
+                epoch=self._epoch,
+                batch_number=self._batch,
+                batch=batch,
+                indices=indices,
+                random_state=progress.random_state,
+                settings=settings,
+                treatment=self._session.treatment,
+                outcome=outcome.without_tensors(),
+                num_bytes=sum(one.nbytes for one in tensors_of(batch)),
+            )
+        )
+        if is_tried:
+            symptom = self._examine(outcome, batch)
+        if self._session.step == 1 and self._session.training.num_classes is None:
+            self._learn_classes(outcome)
+        if symptom is None and self._session.history.is_snapshot_due(self._session.step):
+            symptom = self._keep_state()
+        outcome = self._act_on(symptom, outcome, progress, is_tried=is_tried)
+        report = self._report(outcome)
+        self._treatments.count(given, outcome)
+        self._is_plain = self._treatments.is_over
+        return report
+
+    def _act_on(
+        self,
+        symptom: Symptom | None,
+        outcome: StepOutcome,
+        progress: Progress,
+        *,
+        is_tried: bool,
+    ) -> StepOutcome:
+        """Do what a symptom asks for, or what is due without one."""
+        if symptom is not None and self._treatments.release.easing is not None:
+            return self._treatments.take_back(progress)
+        treatments, step = self._treatments, self._session.step
+        if symptom in SUSPICIONS:
+            treatments.suspect(symptom, outcome)
+        elif symptom is not None and not treatments.is_dismissed(symptom):
+            return treatments.treat(symptom, outcome, progress, is_tried=is_tried)
+        if treatments.suspicion is not None:
+            is_ripe = treatments.suspicion.is_ripe(step)
+            return treatments.look_into(outcome, progress) if is_ripe else outcome
+        return treatments.ease(outcome, progress) if treatments.release.is_due(step) else outcome
 
     def _take_unwatched(self, batch: Batch, nan_guard: NanGuard) -> StepReport:
         """Take a step and stop where it is not finite."""
-        outcome = take_step(self._training, batch, self.treatment, step=self._step)
+        step = self._session.step
+        outcome = take_step(self._session.training, batch, self._session.treatment, step=step)
         if outcome.error is not None:
             raise outcome.error
-        self._stop_at(
-            nan_guard.examine(outcome, step=self._step, epoch=self._epoch, batch=self._batch)
-        )
+        self._stop_at(nan_guard.examine(outcome, step=step, epoch=self._epoch, batch=self._batch))
         return self._report(outcome)
 
     def _stop_at(self, diagnosis: Diagnosis | None) -> None:
         if diagnosis is not None:
-            self._tell(diagnosis)
+            self._session.tell(diagnosis)
             raise TrainingHalted(diagnosis)
+
+    # ---- where the doctor itself fails
+
+    def _go_on(self, error: Exception, batch: Batch, progress: Progress) -> StepReport:
+        """Finish a step as a plain loop would, after an error of the doctor's or of the step's.
+
+        Raises:
+            Exception: where it is the step's, what the plain loop would have seen.
+        """
+        session = self._session
+        report = go_on(session.training, batch, progress, step=session.step, device=session.device)
+        if isinstance(error, StepError):
+            self._begin_anew(after=session.step)
+        else:
+            self._give_up(error)
+        return report
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on without a doctor, and say so once."""
+        logger.warning(
+            "the doctor failed at step %d and is off from here on; training goes on as in a plain "
+            "loop (%s: %s)",
+            self._session.step,
+            type(error).__name__,
+            error,
+            exc_info=error,
+        )
+        self._is_plain = True
+        # What was kept takes memory and is of no use any more.
+        self._session.history.steps.clear()
+        self._session.history.snapshots.clear()
+
+    def _structure_now(self) -> tuple[int, ...]:
+        """Return what changes where parameters are added to the optimizer, frozen or unfrozen."""
+        sizes = [len(group["params"]) for group in self._session.training.optimizer.param_groups]
+        return (*sizes, sum(one.requires_grad for one in self._parameters))
+
+    def _begin_anew(self, *, after: int) -> None:
+        """Forget the steps until `after`: from here on the training is another one."""
+        model = self._session.training.model
+        self._parameters = list(model.parameters())
+        self._structure = self._structure_now()
+        learning = [one for one in self._parameters if one.requires_grad]
+        self._session.training = replace(self._session.training, learning=learning)
+        self._session.history = StepHistory(memory_bytes=self.settings.memory_bytes)
+        self._session.history.keep(take_snapshot(self._session.training, step=after))
+        self._treatments.begin_anew()
 
     # ---- noticing
 
     def _examine_ahead(self, batch: Batch) -> Symptom | None:
         """Look at a batch before the step, where that can't be taken back."""
-        symptom = self._monitor.examine_labels(batch)
-        return None if symptom in self._dismissed or self._is_treated() else symptom
+        symptom = self._session.monitor.examine_labels(batch)
+        if symptom is None or self._treatments.is_dismissed(symptom) or self._is_treated():
+            return None
+        self._learn_ignored(batch)
+        return self._session.monitor.examine_labels(batch)
 
     def _examine(self, outcome: StepOutcome, batch: Batch) -> Symptom | None:
         """Look at a step that was taken."""
-        symptom = self._monitor.examine_step(outcome, step=self._step)
+        symptom = self._session.monitor.examine_step(outcome, step=self._session.step)
         if symptom is None or outcome.is_finite or self._is_treated():
             return symptom
-        return self._monitor.examine_batch(batch) or symptom
+        self._learn_ignored(batch)
+        of_batch = self._session.monitor.examine_batch(batch)
+        if of_batch is Symptom.NON_FINITE_INPUT and self._has_coped():
+            return symptom
+        return of_batch or symptom
+
+    def _has_coped(self) -> bool:
+        """Whether steps with inputs that aren't finite went well."""
+        return any(
+            self._session.monitor.examine_batch(one.batch) is Symptom.NON_FINITE_INPUT
+            for one in list(self._session.history.steps)[-_NUM_COPED:-1]
+            if one.outcome.is_taken and one.outcome.is_finite
+        )
 
     def _learn_classes(self, outcome: StepOutcome) -> None:
         """Take from the first outputs how many classes there are."""
         num_classes = classes_of(outcome.outputs, outcome.labels)
-        self._training = replace(self._training, num_classes=num_classes)
-        self._monitor.num_classes = num_classes
+        self._session.training = replace(self._session.training, num_classes=num_classes)
+        self._session.monitor.num_classes = num_classes
+
+    def _learn_ignored(self, batch: Batch) -> None:
+        """Learn which labels the loss passes over, where a batch holds any that is no class."""
+        if self._session.monitor.examine_labels(batch) is not None:
+            ignored = self._session.training.ignored | ignored_labels(self._session.training, batch)
+            self._session.training = replace(self._session.training, ignored=ignored)
+            self._session.monitor.ignored = ignored
 
     def _keep_state(self) -> Symptom | None:
         """Keep the state if it is good."""
-        if not is_finite(self._training):
-            return symptom_of_state(self._training)[0]
-        symptom = self._monitor.examine_answers()
-        if symptom is None or symptom in self._dismissed:
-            spare = self._history.make_room(self._step)
-            self._history.keep(take_snapshot(self._training, step=self._step, spare=spare))
+        if not is_finite(self._session.training):
+            return symptom_of_state(self._session.training)[0]
+        symptom = self._session.monitor.examine_answers()
+        step, history = self._session.step, self._session.history
+        spare = history.make_room(step)
+        history.keep(take_snapshot(self._session.training, step=step, spare=spare))
         return symptom
 
     def _is_treated(self) -> bool:
         """Whether the treatment in force takes care of what a batch shows."""
-        return bool(self.treatment.drops) or self.treatment.sanitises
-
-    # ---- treating
-
-    def _treat(
-        self, symptom: Symptom, outcome: StepOutcome, *, is_tried: bool = True
-    ) -> StepOutcome:
-        """Find out why, and go on if that can be; returns how the newest step went then."""
-        began = time.monotonic()
-        live = take_snapshot(self._training, step=self._step)
-        random_state = RandomState.now(self._device)
-        steps = list(self._history.steps)
-        finding = examine(
-            Case(
-                training=self._training,
-                history=self._history,
-                symptom=symptom,
-                is_tried=is_tried,
-                level=self._monitor.first_level,
-                usual_norm=self._monitor.usual_norm,
-                is_initial=self._is_initial,
-                fresh_state=self._fresh_state,
-                on_replay=self._on_replay,
-            )
-        )
-        if finding is None:
-            restore_snapshot(self._training, live)
-            random_state.restore(self._device)
-            return self._dismiss(symptom, outcome)
-        if outcome.error is not None and finding.cause is Cause.UNKNOWN:
-            # Nothing says that it isn't a mistake in the model's code: its author is to see it.
-            raise outcome.error
-        diagnosis = self._diagnosis(finding)
-        policy = self.settings.policy_for(finding.cause)
-        candidates: list[Remedy] = []
-        if policy is RemedyPolicy.CURE:
-            candidates = list(remedies_for(finding))
-        elif policy is RemedyPolicy.SKIP:
-            candidates = [Remedy(kind=RemedyKind.SKIP_BATCH)]
-        for remedy in candidates:
-            num_skipped = len(self.treatment.skips)
-            if not self._allowance.grants(remedy, finding, num_skipped=num_skipped):
-                break
-            again = self._apply(remedy, finding, steps)
-            if again is not None:
-                self._allowance.remember(remedy, finding)
-                random_state.restore(self._device)
-                cured = replace(remedy, is_working=True)
-                self._tell(replace(diagnosis, remedy=cured, seconds=time.monotonic() - began))
-                return again
-        tried = candidates[-1] if candidates else diagnosis.remedy
-        self._tell(replace(diagnosis, remedy=tried, seconds=time.monotonic() - began))
-        raise TrainingHalted(self.diagnoses[-1]) from outcome.error
-
-    def _dismiss(self, symptom: Symptom, outcome: StepOutcome) -> StepOutcome:
-        """Go on as if nothing had been noticed; the same suspicion isn't followed for ever."""
-        assert is_finite(self._training), symptom
-        if symptom not in (Symptom.LOSS_EXPLOSION,):
-            self._dismissed.add(symptom)
-        if not outcome.is_taken or math.isnan(outcome.loss):
-            newest = self._history.steps.pop()
-            outcome = self._take(newest.batch)
-            self._history.steps.append(newest._replace(outcome=outcome.without_tensors()))
-        if self._history.is_snapshot_due(self._step) and is_finite(self._training):
-            self._history.keep(take_snapshot(self._training, step=self._step))
-        return outcome
-
-    def _apply(
-        self, remedy: Remedy, finding: Finding, recorded: Sequence[Recorded]
-    ) -> StepOutcome | None:
-        """Go back and take the steps since again under a remedy; None if that fails."""
-        treatment = applied(self.treatment, remedy, finding)
-        start = finding.return_to
-        steps = [one for one in recorded if one.step > start.step]
-        restore_snapshot(self._training, start)
-        if remedy.kind is RemedyKind.USE_FLOAT32:
-            interventions.widen(self._training)
-        if remedy.kind is RemedyKind.RESET_OPTIMIZER:
-            interventions.forget_history(self._training)
-        self._monitor.rewind(start.step)
-        self._history.rewind(start.step)
-        self._history.keep(take_snapshot(self._training, step=start.step))
-        outcome = StepOutcome(is_taken=False)
-        for one in steps:
-            one.random_state.restore(self._device)
-            outcome = take_step(self._training, one.batch, treatment, step=one.step)
-            self._on_replay()
-            self._history.record(
-                one._replace(treatment=treatment, outcome=outcome.without_tensors()),
-            )
-            symptom = self._monitor.examine_step(outcome, step=one.step)
-            is_certain = symptom is not None and symptom not in _SUSPICIONS
-            if is_certain or (symptom is not None and remedy.kind is RemedyKind.REPEAT):
-                return None
-        if not is_finite(self._training):
-            return None
-        self.treatment = treatment
-        return outcome
+        return bool(self._session.treatment.drops) or self._session.treatment.sanitises
 
     # ---- telling
 
-    def _diagnosis(self, finding: Finding) -> Diagnosis:
-        bad = finding.bad_step
-        return Diagnosis(
-            symptom=finding.symptom,
-            cause=finding.cause,
-            step=bad.step,
-            noticed_at_step=self._step,
-            epoch=bad.epoch,
-            batch=bad.batch_number,
-            batch_size=batch_size(bad.batch),
-            lr=bad.outcome.lr,
-            origin=finding.origin,
-            samples=finding.samples,
-            num_samples=finding.num_samples,
-            experiments=finding.experiments,
-            contributing=finding.contributing,
-            trend=finding.trend or self._trend(),
-            returned_to_step=finding.return_to.step,
-            num_replayed_steps=finding.num_replayed_steps,
-        )
-
-    def _trend(self) -> tuple[TrendPoint, ...]:
-        newest = list(self._history.steps)[-_NUM_TREND:]
-        return tuple(trend_point(one.step, one.outcome) for one in newest)
-
-    def _tell(self, diagnosis: Diagnosis) -> None:
-        self.diagnoses.append(diagnosis)
-        self._on_diagnosis(diagnosis)
-
     def _lr(self) -> float:
-        rate = float(self._training.optimizer.param_groups[0]["lr"])
-        return self.treatment.rate(rate, step=self._step)
+        rate = float(self._session.training.optimizer.param_groups[0]["lr"])
+        return self._session.treatment.rate(rate, step=self._session.step)
 
     def _report(self, outcome: StepOutcome) -> StepReport:
         return StepReport(
-            step=self._step,
+            step=self._session.step,
             loss=outcome.loss,
             grad_norm=outcome.grad_norm,
             lr=outcome.lr,

@@ -19,13 +19,14 @@ from fedrounds.doctor.batches import (
     Batch,
 )
 from fedrounds.doctor.findings import Case
+from fedrounds.doctor.guarded import GUARDS
 from fedrounds.doctor.history import (
     Recorded,
     device_of,
     restore_snapshot,
 )
 from fedrounds.doctor.locate import locate, locate_error
-from fedrounds.doctor.replay import Change, Replay, Trajectory
+from fedrounds.doctor.replay import Change, Replay, Trajectory, learned_from
 from fedrounds.doctor.stepping import descend, prepared, treated
 from fedrounds.doctor.trials import Trials
 
@@ -65,6 +66,7 @@ class Evidence:
         self.origin = Origin(phase=StepPhase.INPUT)
         self.largest_input = 0.0
         self.mixes_dtypes = False
+        self.was_sane_before = False
 
     def find_onset(self) -> None:
         """Find the first step that harmed the model, and the last good state before it.
@@ -73,6 +75,7 @@ class Evidence:
         """
         restore_snapshot(self.training, self.before)
         if self.replay.is_sane():
+            self.was_sane_before = True
             return
         for snapshot in reversed(self.history.snapshots):
             self.start = snapshot
@@ -105,7 +108,7 @@ class Evidence:
     def find_origin(self) -> None:
         """Find where the first bad value comes up in the bad step."""
         bad, training = self.bad, self.training
-        batch = prepared(bad.batch, bad.treatment, num_classes=training.num_classes)
+        batch = prepared(bad.batch, bad.treatment, training, step=bad.step)
         self.origin = Origin(phase=_QUIET_PHASES.get(self.symptom, StepPhase.LOSS))
         if batch is None:
             return
@@ -136,6 +139,16 @@ class Evidence:
     def has_come_up(self) -> bool:
         """Whether a number of the bad step isn't finite."""
         return self.origin.num_nan + self.origin.num_inf > 0
+
+    def is_finite_case(self) -> bool:
+        """Whether no number is bad: only what the training comes to is."""
+        return self.noticed.outcome.is_finite and not self.has_come_up()
+
+    def is_operation_guarded(self) -> bool:
+        """Whether an operation with a guard made a bad value of moderate numbers, wherever."""
+        operation = self.origin.operation.removesuffix("_").removesuffix("_backward")
+        is_moderate = self.has_come_up() and self.largest_input <= _MODERATE
+        return is_moderate and operation in GUARDS
 
     def is_loss_suspect(self) -> bool:
         """Whether the loss made a bad value of numbers that are no reason for one."""
@@ -189,7 +202,8 @@ class Evidence:
     def healthy_batches(self) -> list[Batch]:
         """Return the last batches before the bad step, the newest last."""
         earlier = [one for one in self.history.steps if one.step < self.bad.step]
-        return [one.batch for one in earlier[-_NUM_HEALTHY:]]
+        batches = (learned_from(self.training, one) for one in earlier[-_NUM_HEALTHY:])
+        return [one for one in batches if one is not None]
 
     def index_of(self, position: int) -> int:
         """Return the number in the data set of the sample at a position, -1 if unknown."""

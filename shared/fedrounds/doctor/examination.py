@@ -20,6 +20,7 @@ The verdict is the most specific cause whose removal alone heals it, in this ord
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -40,7 +41,6 @@ from fedrounds.doctor.anomalies import (
     unusual_entries,
 )
 from fedrounds.doctor.batches import (
-    IGNORED_LABEL,
     Batch,
     batch_size,
     blurred,
@@ -54,7 +54,6 @@ from fedrounds.doctor.determinism import find_nondeterminism, largest_norm
 from fedrounds.doctor.evidence import Evidence
 from fedrounds.doctor.findings import Case, Finding
 from fedrounds.doctor.history import (
-    device_of,
     restore_snapshot,
     take_snapshot,
 )
@@ -73,8 +72,12 @@ _NARROW = ("float16", "bfloat16")
 
 
 def _without_odd_ones(batch: Batch) -> Batch:
-    """Return a batch without samples that did no harm by chance: they aren't what is usual."""
-    odd = oddities(batch, num_classes=None, healthy=())
+    """Return a batch without outliers that did no harm by chance: they aren't what is usual."""
+    odd = {
+        position
+        for position, one in oddities(batch, num_classes=None, healthy=()).items()
+        if one.oddity is Oddity.OUTLIER
+    }
     kept = [position for position in range(batch_size(batch)) if position not in odd]
     return take(batch, kept) if odd and kept else batch
 
@@ -86,44 +89,41 @@ def examine(case: Case) -> Finding | None:
 
 def _find(evidence: Evidence) -> Finding | None:
     if not evidence.case.is_tried:
+        # A label out of range ends a CUDA process for good: the batch is never tried as it is.
         evidence.before = evidence.start = take_snapshot(
             evidence.training, step=evidence.noticed.step - 1
         )
-        if evidence.step_goes_well(evidence.bad.batch):
-            return None
-        evidence.find_origin()
-        evidence.note(ExperimentName.UNCHANGED, is_healed=False)
-    else:
-        live = take_snapshot(evidence.training, step=evidence.noticed.step)
-        trajectory = evidence.trajectory = evidence.replay.run(
-            evidence.start, evidence.noticed.step
-        )
-        if (cause := find_nondeterminism(evidence.case, trajectory, live)) is not None:
-            evidence.note(ExperimentName.UNCHANGED, is_healed=True)
-            if cause is Cause.OPTIMIZER_STATE:
-                evidence.origin = Origin(phase=StepPhase.OPTIMIZER)
-            return _finding(evidence, cause)
-        if (
-            not trajectory.failed_at
-            and evidence.replay.is_sane()
-            and not evidence.has_spoilt(trajectory)
-        ):
-            return None
-        evidence.failed = evidence.bad = evidence.recorded(
-            trajectory.failed_at or evidence.noticed.step
-        )
-        if evidence.failed is not evidence.noticed and not trajectory.steps[-1].outcome.is_finite:
-            # It was noticed by what came of it.
-            evidence.symptom = symptom_of(trajectory.steps[-1].outcome)
-        evidence.before = trajectory.before
-        evidence.find_origin()
-        evidence.note(ExperimentName.UNCHANGED, is_healed=False)
-        if not (evidence.is_loss_suspect() and evidence.guarded_step_goes_well()):
-            evidence.find_onset()
+        return _finding(evidence, _look_at_samples(evidence) or Cause.UNKNOWN)
+    live = take_snapshot(evidence.training, step=evidence.noticed.step)
+    trajectory = evidence.trajectory = evidence.replay.run(evidence.start, evidence.noticed.step)
+    if (cause := find_nondeterminism(evidence.case, trajectory, live)) is not None:
+        evidence.note(ExperimentName.UNCHANGED, is_healed=True)
+        if cause is Cause.OPTIMIZER_STATE:
+            evidence.origin = Origin(phase=StepPhase.OPTIMIZER)
+        return _finding(evidence, cause)
+    has_gone_well = not trajectory.failed_at and evidence.replay.is_sane()
+    if has_gone_well and not evidence.has_spoilt(trajectory):
+        return None
+    evidence.failed = evidence.bad = evidence.recorded(
+        trajectory.failed_at or evidence.noticed.step
+    )
+    if evidence.failed is not evidence.noticed and not trajectory.steps[-1].outcome.is_finite:
+        # It was noticed by what came of it.
+        evidence.symptom = symptom_of(trajectory.steps[-1].outcome)
+    evidence.before = trajectory.before
+    evidence.find_origin()
+    evidence.note(ExperimentName.UNCHANGED, is_healed=False)
+    if not (evidence.is_loss_suspect() and evidence.guarded_step_goes_well()):
+        evidence.find_onset()
+    return _finding(evidence, _cause_of(evidence))
+
+
+def _cause_of(evidence: Evidence) -> Cause:
+    """Return the first cause whose removal alone heals."""
     if evidence.mixes_dtypes:
         # Wider numbers would heal it, since all of them are of one dtype then; but the dtypes
         # are a mistake of the task's code, and no number is at fault.
-        return _finding(evidence, Cause.UNKNOWN)
+        return Cause.UNKNOWN
     for look in (
         _look_at_samples,
         _look_at_batch,
@@ -136,23 +136,33 @@ def _find(evidence: Evidence) -> Finding | None:
         cause = look(evidence)
         if cause is not None:
             _add_contributing(evidence, cause)
-            return _finding(evidence, cause)
+            return cause
+    if evidence.samples:
+        # Nothing is odd about them to see, and no other experiment tells more.
+        return Cause.BAD_DATA
+    if evidence.is_operation_guarded():
+        evidence.note(ExperimentName.GUARDED_LOSS, is_healed=evidence.guarded_step_goes_well())
     evidence.try_step(
         ExperimentName.WITHOUT_BATCH, change=interventions.skipping(evidence.bad.step)
     )
-    return _finding(evidence, Cause.UNKNOWN)
+    return Cause.UNKNOWN
 
 
 def _look_at_samples(evidence: Evidence) -> Cause | None:
     bad, num_classes = evidence.bad, evidence.training.num_classes
     count = batch_size(bad.batch)
     healthy = [_without_odd_ones(one) for one in evidence.healthy_batches()]
-    odd = oddities(bad.batch, num_classes=num_classes, healthy=healthy)
-    is_on_cpu = device_of(evidence.training).type == "cpu"
+    odd = oddities(
+        bad.batch, num_classes=num_classes, healthy=healthy, ignored=evidence.training.ignored
+    )
+    if evidence.is_finite_case():
+        # What isn't finite in the input is no reason for a loss that is.
+        not_finite = (Oddity.NAN, Oddity.INFINITY)
+        odd = {place: one for place, one in odd.items() if one.oddity not in not_finite}
+    can_try = evidence.case.is_tried
     wrong = [one for one in odd.values() if one.oddity is Oddity.LABEL_OUT_OF_RANGE]
     others = [one for one in range(count) if one not in odd]
-    if wrong and not is_on_cpu:
-        # A label out of range ends a CUDA process for good: it is never tried.
+    if not can_try:
         positions: tuple[int, ...] = tuple(one.position for one in wrong)
     elif len(odd) == 1 and others and evidence.step_goes_well(take(bad.batch, others)):
         # The whole batch fails and the rest doesn't: there is no smaller set.
@@ -170,7 +180,11 @@ def _look_at_samples(evidence: Evidence) -> Cause | None:
     if not positions:
         return None
     rest = [one for one in range(count) if one not in positions]
-    is_healed = not rest or evidence.step_goes_well(take(bad.batch, rest))
+    is_healed = (
+        evidence.step_goes_well(take(bad.batch, rest))
+        if rest
+        else _fails_for_input(evidence, healthy)
+    )
     evidence.note(ExperimentName.WITHOUT_SAMPLES, is_healed=is_healed, value=len(positions))
     is_label_error = isinstance(bad.outcome.error, IndexError) and (
         evidence.origin.phase is StepPhase.LOSS
@@ -195,6 +209,8 @@ def _look_at_samples(evidence: Evidence) -> Cause | None:
     if kinds == {Oddity.NONE}:
         # Nothing to be seen; but an error that only these samples raise is theirs.
         return None if bad.outcome.error is None else Cause.BAD_DATA
+    if not can_try:
+        return Cause.BAD_DATA
     limit = evidence.max_input
     evidence.try_step(
         ExperimentName.INPUTS_SANITISED,
@@ -202,6 +218,16 @@ def _look_at_samples(evidence: Evidence) -> Cause | None:
         value=limit,
     )
     return Cause.BAD_DATA
+
+
+def _fails_for_input(evidence: Evidence, healthy: Sequence[Batch]) -> bool:
+    """Whether a batch all of whose samples are odd fails for what is odd about them."""
+    if evidence.bad.outcome.error is not None:
+        return True
+    limit = _ROOM * largest_input(*healthy) or math.inf
+    return evidence.replay.goes_well(
+        evidence.before, evidence.bad, evidence.bad.batch, change=interventions.sanitising(limit)
+    )
 
 
 def _look_at_batch(evidence: Evidence) -> Cause | None:
@@ -215,8 +241,11 @@ def _look_at_batch(evidence: Evidence) -> Cause | None:
         return Cause.DEGENERATE_BATCH if is_healed else None
     inputs = inputs_of(batch)
     is_same = bool(inputs) and all(bool((one == one[:1]).all()) for one in inputs)
-    labels = labels_of(batch)
-    is_unlabelled = labels is not None and bool((labels == IGNORED_LABEL).all())
+    labels = labels_of(batch, num_classes=evidence.training.num_classes)
+    ignored = evidence.training.ignored
+    is_unlabelled = labels is not None and all(
+        one in ignored for one in set(labels.flatten().tolist())
+    )
     is_degenerate = batch_size(batch) == 1 or is_same or is_unlabelled
     if not is_degenerate:
         return None
@@ -332,6 +361,7 @@ def _finding(evidence: Evidence, cause: Cause) -> Finding:
         experiments=tuple(evidence.experiments),
         trend=tuple(one.point for one in steps[-MAX_TREND:]),
         return_to=evidence.start if cause in _FROM_EARLIER else evidence.before,
+        is_onset=evidence.was_sane_before,
         num_replayed_steps=evidence.replay.num_steps,
     )
 

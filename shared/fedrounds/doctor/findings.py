@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedrounds.diagnosis.values import (
     Cause,
+    Diagnosis,
     Experiment,
     ExperimentName,
     Origin,
@@ -15,6 +16,7 @@ from fedrounds.diagnosis.values import (
     Symptom,
     TrendPoint,
 )
+from fedrounds.doctor.batches import batch_size
 from fedrounds.doctor.history import Recorded, Snapshot, StepHistory
 from fedrounds.doctor.stepping import TrainingState
 
@@ -44,7 +46,8 @@ class Finding:
     """What the examination came to.
 
     `symptom` is what its bad step shows, if that isn't the step in which something was noticed;
-    `return_to` is the last good state.
+    `return_to` is the last good state; with `is_onset` the model was still sane just before the bad
+    step.
     """
 
     symptom: Symptom
@@ -57,6 +60,7 @@ class Finding:
     experiments: tuple[Experiment, ...] = ()
     trend: tuple[TrendPoint, ...] = ()
     return_to: Snapshot
+    is_onset: bool = False
     num_replayed_steps: int = 0
 
     def healing(self, name: ExperimentName) -> Experiment | None:
@@ -87,3 +91,26 @@ PROOFS: Mapping[Cause, ExperimentName] = {
     Cause.NOT_REPRODUCIBLE: ExperimentName.UNCHANGED,
 }
 """The experiment that proves a cause."""
+
+
+def diagnosis_of(finding: Finding, *, noticed_at: int, trend: tuple[TrendPoint, ...]) -> Diagnosis:
+    """Return what is told of a finding; `trend` is used where it has none of its own."""
+    bad = finding.bad_step
+    return Diagnosis(
+        symptom=finding.symptom,
+        cause=finding.cause,
+        step=bad.step,
+        noticed_at_step=noticed_at,
+        epoch=bad.epoch,
+        batch=bad.batch_number,
+        batch_size=batch_size(bad.batch),
+        lr=bad.outcome.lr,
+        origin=finding.origin,
+        samples=finding.samples,
+        num_samples=finding.num_samples,
+        experiments=finding.experiments,
+        contributing=finding.contributing,
+        trend=finding.trend or trend,
+        returned_to_step=finding.return_to.step,
+        num_replayed_steps=finding.num_replayed_steps,
+    )

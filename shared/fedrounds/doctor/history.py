@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fedrounds.diagnosis.values import Symptom
 from fedrounds.doctor.batches import Batch
@@ -17,6 +18,7 @@ from fedrounds.doctor.monitor import INTERVAL
 from fedrounds.doctor.stepping import Overrides, StepOutcome, TrainingState
 
 _MAX_AGE = 128
+_SCHEDULED = ("lr", "momentum", "betas")
 
 
 class RandomState(NamedTuple):
@@ -97,7 +99,7 @@ def restore_snapshot(training: TrainingState, snapshot: Snapshot) -> None:
     """Put a training back where it was, bit for bit."""
     with torch.no_grad():
         for entry, kept in zip(entries_of(training), snapshot.tensors, strict=True):
-            if entry.dtype == kept.dtype:
+            if entry.dtype == kept.dtype and entry.shape == kept.shape:
                 entry.copy_(kept)
             else:
                 entry.data = kept.clone()
@@ -117,6 +119,20 @@ def restore_schedule(training: TrainingState, snapshot: Snapshot) -> None:
         group.update({key: _copy(value) for key, value in saved.items()})
     if training.scheduler is not None and snapshot.scheduler_state is not None:
         training.scheduler.load_state_dict(snapshot.scheduler_state)
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return what a schedule changes in each of the optimizer's groups, as it is now."""
+    return [
+        {key: _copy(group[key]) for key in _SCHEDULED if key in group}
+        for group in optimizer.param_groups
+    ]
+
+
+def restore_settings(training: TrainingState, recorded: "Recorded") -> None:
+    """Set what a schedule had set before a recorded step, whoever stepped that schedule."""
+    for group, saved in zip(training.optimizer.param_groups, recorded.settings, strict=True):
+        group.update({key: _copy(value) for key, value in saved.items()})
 
 
 def infinite_buffers(model: nn.Module) -> frozenset[str]:
@@ -196,7 +212,10 @@ def first_bad_gradient(training: TrainingState) -> str | None:
 
 
 class Recorded(NamedTuple):
-    """A step as it was taken: enough to take it again. `num_bytes` is what the batch takes."""
+    """A step as it was taken: enough to take it again.
+
+    `settings` are the rates and the like that were set before it, `num_bytes` what the batch takes.
+    """
 
     # One is made in every step, and this costs a third of a frozen dataclass.
     step: int
@@ -205,6 +224,7 @@ class Recorded(NamedTuple):
     batch: Batch
     indices: Sequence[int] | None
     random_state: RandomState
+    settings: list[dict[str, Any]]
     treatment: Overrides
     outcome: StepOutcome
     num_bytes: int
@@ -222,6 +242,22 @@ class StepHistory:
         self._num_bytes = self._state_bytes = 0
         self.snapshots: list[Snapshot] = []
         self.steps: deque[Recorded] = deque()
+        self._pinned: Snapshot | None = None
+
+    def pin(self, snapshot: Snapshot | None) -> None:
+        """Keep this state, one of those kept, whatever its age; None: none."""
+        self._pinned = snapshot
+
+    def has_pinned(self) -> bool:
+        """Whether the pinned state is still there: the byte limit holds for it, too."""
+        return any(one is self._pinned for one in self.snapshots)
+
+    def until(self, step: int) -> "StepHistory":
+        """Return what was kept when this step had just been taken."""
+        earlier = StepHistory(memory_bytes=self._memory_bytes)
+        earlier.snapshots = [one for one in self.snapshots if one.step < step]
+        earlier.steps = deque(one for one in self.steps if one.step <= step)
+        return earlier
 
     def is_snapshot_due(self, step: int) -> bool:
         """Whether a state is to be kept after `step` steps.
@@ -238,7 +274,8 @@ class StepHistory:
         newer = step
         for older in reversed(self.snapshots):
             age = step - older.step
-            if age <= _MAX_AGE and newer - older.step >= (age - INTERVAL) / 2:
+            is_needed = age <= _MAX_AGE and newer - older.step >= (age - INTERVAL) / 2
+            if is_needed or older is self._pinned:
                 kept.append(older)
                 newer = older.step
             else:

@@ -6,7 +6,7 @@ replay decides whether the model is harmed.
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from statistics import median
 from typing import NamedTuple
 
@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedrounds.diagnosis.values import StepPhase, Symptom
-from fedrounds.doctor.batches import Batch, are_out_of_range, inputs_of, labels_of
+from fedrounds.doctor.batches import (
+    IGNORED_LABEL,
+    Batch,
+    are_out_of_range,
+    inputs_of,
+    labels_of,
+)
 from fedrounds.doctor.stepping import StepOutcome
 
 EXPLOSION = 5.0
@@ -31,6 +37,8 @@ _CHANCE = 30.0
 _NUM_DEAD = 3
 _NUM_WATCHED = 16
 """For so many steps the gradient is measured in each, to know what is usual."""
+_NUM_PERSISTING = 8
+_MOST_PERSISTING = 0.75
 _COLLAPSE_STEPS = 16
 _COLLAPSE_SAMPLES = 128
 _MAX_SHARE = 0.9
@@ -51,6 +59,7 @@ class Monitor:
 
     def __init__(self, *, num_classes: int | None) -> None:
         self.num_classes = num_classes
+        self.ignored: Collection[int] = (IGNORED_LABEL,)
         self._first: list[_Seen] = []
         self._seen: deque[_Seen] = deque(maxlen=_NUM_KEPT)
         self._answers: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=_COLLAPSE_STEPS)
@@ -77,6 +86,29 @@ class Monitor:
         norms = [one.grad_norm for one in self._seen if one.grad_norm is not None]
         return median(norms) if len(norms) >= _NUM_FIRST else None
 
+    @property
+    def losses(self) -> list[float]:
+        """The losses of the last steps, the newest last."""
+        return [one.loss for one in self._seen]
+
+    def usual_loss(self, *, before: int) -> float | None:
+        """Return the median loss of the last steps before one, None where there are hardly any."""
+        losses = [one.loss for one in self._seen if one.step < before]
+        return median(losses) if len(losses) >= _NUM_FIRST else None
+
+    def bar(self, outcome: StepOutcome) -> float:
+        """Return the loss above which what a step shows persists."""
+        return self._ceiling if math.isfinite(self._ceiling) else abs(outcome.loss) / 2
+
+    def persists(self, symptom: Symptom, *, bar: float) -> bool:
+        """Whether the last steps still show what one before them did."""
+        last = list(self._seen)[-_NUM_PERSISTING:]
+        if symptom is Symptom.DEAD_NETWORK:
+            return all(one.is_dead for one in last)
+        if symptom is Symptom.COLLAPSE:
+            return self.examine_answers() is Symptom.COLLAPSE
+        return sum(one.loss > bar for one in last) >= _MOST_PERSISTING * len(last)
+
     def needs_measure(self, step: int) -> bool:
         """Whether the gradient of a step is to be measured.
 
@@ -94,10 +126,10 @@ class Monitor:
 
     def examine_labels(self, batch: Batch) -> Symptom | None:
         """Look whether a batch's labels are classes."""
-        labels = labels_of(batch)
+        labels = labels_of(batch, num_classes=self.num_classes)
         if self.num_classes is None or labels is None:
             return None
-        is_wrong = bool(are_out_of_range(labels, self.num_classes).any())
+        is_wrong = bool(are_out_of_range(labels, self.num_classes, self.ignored).any())
         return Symptom.LABEL_OUT_OF_RANGE if is_wrong else None
 
     def examine_step(self, outcome: StepOutcome, *, step: int) -> Symptom | None:
@@ -232,8 +264,11 @@ def is_beyond_chance(
         return False
     if not _fit(outputs, labels) or outputs.shape[1] != num_classes:
         return False
-    found = float(functional.cross_entropy(outputs.float(), labels.long()))
-    return found > _CHANCE * math.log(num_classes)
+    # Labels that the loss passes over are no classes.
+    is_class = (labels >= 0) & (labels < num_classes)
+    known = torch.where(is_class, labels.long(), -1)
+    total = functional.cross_entropy(outputs.float(), known, ignore_index=-1, reduction="sum")
+    return float(total) > _CHANCE * math.log(num_classes) * max(1, int(is_class.sum()))
 
 
 PHASES: Mapping[Symptom, StepPhase] = {

@@ -3,43 +3,47 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fedrounds.diagnosis.values import Cause, ExperimentName, Oddity, Remedy, RemedyKind
+from fedrounds.diagnosis.values import (
+    Cause,
+    ExperimentName,
+    Oddity,
+    Remedy,
+    RemedyKind,
+    RemedyPolicy,
+)
 from fedrounds.doctor import interventions
 from fedrounds.doctor.batches import batch_size
 from fedrounds.doctor.findings import Finding
 from fedrounds.doctor.monitor import INTERVAL
 from fedrounds.doctor.stepping import Overrides
 
-_OF_THE_BATCH = (Cause.BAD_DATA, Cause.BAD_LABEL, Cause.DEGENERATE_BATCH)
-_MAX_SKIPS = 16
-_SKIPPED_SHARE = 0.05
-"""So many batches, and this share of them, may be left out for a known cause without counting."""
+OF_THE_RATE = (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT)
+OF_THE_START = (Cause.BAD_INITIALISATION, Cause.RECEIVED_MODEL)
+"""Causes that are the server's to mend, never a client's."""
+_ALWAYS_LEFT_OUT = 8
+"""So many steps may be left out whatever the share."""
 
 
 class Allowance:
     """Counts the remedies that a training has had against those it may get.
 
-    One more batch left out for a cause that this was seen to heal is no new remedy, as long as
-    such batches are few.
+    Leaving samples or batches out counts by what is left out: of the steps at most `max_share`.
     """
 
-    def __init__(self, max_remedies: int) -> None:
-        self._num_left = max_remedies
-        self._worked: set[Cause] = set()
+    def __init__(self, max_remedies: int, *, max_share: float) -> None:
+        self._max_remedies = self._num_left = max_remedies
+        self._max_share = max_share
 
     def grants(self, remedy: Remedy, finding: Finding, *, num_skipped: int) -> bool:
         """Count a remedy; False where none is left. `num_skipped` batches are left out so far."""
-        is_known = finding.cause in self._worked and remedy.kind is RemedyKind.SKIP_BATCH
-        are_few = num_skipped <= min(_MAX_SKIPS, _SKIPPED_SHARE * finding.bad_step.step)
-        if is_known and are_few:
+        if self._max_remedies == 0:
+            return False
+        if remedy.kind is RemedyKind.SKIP_BATCH:
+            return num_skipped < _ALWAYS_LEFT_OUT + self._max_share * finding.bad_step.step
+        if remedy.kind is RemedyKind.DROP_SAMPLES:
             return True
         self._num_left -= 1
         return self._num_left >= 0
-
-    def remember(self, remedy: Remedy, finding: Finding) -> None:
-        """Remember what was seen to work."""
-        if remedy.kind is RemedyKind.SKIP_BATCH and finding.cause in _OF_THE_BATCH:
-            self._worked.add(finding.cause)
 
 
 def remedies_for(finding: Finding) -> Iterator[Remedy]:
@@ -67,10 +71,30 @@ def remedies_for(finding: Finding) -> Iterator[Remedy]:
         case Cause.NOT_REPRODUCIBLE:
             yield Remedy(kind=RemedyKind.REPEAT)
             yield Remedy(kind=RemedyKind.SKIP_BATCH)
-        case Cause.UNKNOWN if finding.healing(ExperimentName.WITHOUT_BATCH) is not None:
-            yield Remedy(kind=RemedyKind.SKIP_BATCH)
+        case Cause.UNKNOWN if finding.healing(ExperimentName.GUARDED_LOSS) is not None:
+            yield Remedy(kind=RemedyKind.GUARD_LOSS)
         case _:
             return
+
+
+def candidates_for(
+    finding: Finding, policy: RemedyPolicy, *, is_finite: bool, is_alone: bool
+) -> list[Remedy]:
+    """Return what may be done about a cause, the mildest first.
+
+    `is_finite`: what was noticed is only suspicious, so that a remedy is wanted to compare with
+    even where the policy is to report. `is_alone`: no step was left out for its rate just before.
+    """
+    skip = Remedy(kind=RemedyKind.SKIP_BATCH)
+    if policy is RemedyPolicy.SKIP:
+        return [skip]
+    if (policy is RemedyPolicy.REPORT and not is_finite) or finding.cause in OF_THE_START:
+        return []
+    own = list(remedies_for(finding))
+    if any(one.kind is RemedyKind.SKIP_BATCH for one in own):
+        return own
+    is_single_spike = finding.cause in OF_THE_RATE and finding.is_onset and is_alone
+    return [skip, *own] if is_finite or is_single_spike else [*own, skip]
 
 
 def applied(treatment: Overrides, remedy: Remedy, finding: Finding) -> Overrides:
@@ -86,13 +110,11 @@ def applied(treatment: Overrides, remedy: Remedy, finding: Finding) -> Overrides
     if change is not None:
         treatment = change(treatment)
     if remedy.kind is RemedyKind.LOWER_RATE:
-        # A schedule that raises the rate must not undo it.
-        return replace(
-            treatment,
-            max_rate=min(treatment.max_rate, remedy.value * finding.bad_step.outcome.lr),
-            warmup_steps=INTERVAL,
-            warmup_from=finding.return_to.step + 1,
-        )
+        return replace(treatment, warmup_steps=INTERVAL, warmup_from=finding.return_to.step + 1)
+    if remedy.kind is RemedyKind.DROP_SAMPLES and remedy.oddity is Oddity.NONE:
+        step = finding.bad_step.step
+        left_out = {(step, one.position) for one in finding.samples}
+        return replace(treatment, without=treatment.without | left_out)
     if remedy.oddity is not Oddity.NONE and remedy.kind is not RemedyKind.SANITISE_INPUTS:
         # Also where a whole batch is left out: others may hold some of its kind.
         return replace(
@@ -112,8 +134,12 @@ def _remedies_for_samples(finding: Finding) -> Iterator[Remedy]:
         (one.oddity for one in finding.samples if one.oddity is not Oddity.NONE), Oddity.NONE
     )
     is_whole = finding.num_samples == batch_size(finding.bad_step.batch)
-    if oddity is not Oddity.NONE and not is_whole:
+    sanitising = finding.healing(ExperimentName.INPUTS_SANITISED)
+    if is_whole and sanitising is not None:
+        # What makes every sample of a batch odd is likely to do so in others.
+        yield Remedy(kind=RemedyKind.SANITISE_INPUTS, value=finding.max_input, oddity=oddity)
+    if not is_whole and len(finding.samples) == finding.num_samples:
         yield Remedy(kind=RemedyKind.DROP_SAMPLES, value=finding.max_input, oddity=oddity)
     yield Remedy(kind=RemedyKind.SKIP_BATCH, oddity=oddity)
-    if finding.healing(ExperimentName.INPUTS_SANITISED) is not None:
+    if not is_whole and sanitising is not None:
         yield Remedy(kind=RemedyKind.SANITISE_INPUTS, value=finding.max_input, oddity=oddity)

@@ -20,6 +20,7 @@ from fedrounds.doctor.history import (
     device_of,
     is_finite,
     restore_schedule,
+    restore_settings,
     restore_snapshot,
     take_snapshot,
 )
@@ -31,6 +32,7 @@ from fedrounds.doctor.stepping import (
     Overrides,
     StepOutcome,
     TrainingState,
+    prepared,
     take_step,
 )
 
@@ -42,6 +44,7 @@ _KNOWN = 0.8
 _FITTED = 0.1
 _PROBE_SAMPLES = 32
 _PROBE_BATCHES = 8
+_NUM_DRAWS = 3
 
 Change = Callable[[Overrides], Overrides]
 
@@ -189,6 +192,7 @@ class Replay:
             prepare()
         recorded.random_state.restore(device_of(self.training))
         self.count_step()
+        restore_settings(self.training, recorded)
         given = recorded.batch if batch is None else batch
         return take_step(self.training, given, change(recorded.treatment), step=recorded.step)
 
@@ -224,6 +228,13 @@ class Replay:
         is_mute = outputs is not None and not is_fitted and are_constant(outputs)
         return not (has_exploded or has_forgotten or is_dead or is_mute)
 
+    def is_alive(self) -> bool:
+        """Whether any weight has a gradient on the probe; True without a probe."""
+        if self.probe is None or not self._needs_gradient:
+            return True
+        _, outputs, has_gradient = self._look(self.probe.batches)
+        return has_gradient and not (outputs is not None and are_constant(outputs))
+
     def probe_loss(self, treatment: Overrides = UNTREATED) -> float:
         """Return the mean loss of the probe's batches as the model is now; nan without a probe."""
         if self.probe is None:
@@ -245,16 +256,24 @@ class Replay:
         answers: list[Tensor] = []
         has_gradient = not self._needs_gradient
         try:
-            for batch in batches:
-                with torch.set_grad_enabled(self._needs_gradient):
-                    loss, outputs = training.loss_of(batch, treatment)
-                losses.append(float(loss.detach()))
-                if outputs is not None:
-                    answers.append(outputs.detach().float())
-                if self._needs_gradient:
-                    training.optimizer.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]  # unannotated in torch
-                    has_gradient |= has_live_weights(training)
+            for draw in range(_NUM_DRAWS):
+                if draw:
+                    # Where forward draws random numbers, another draw may be a finite one.
+                    torch.default_generator.manual_seed(draw)
+                losses.clear()
+                answers.clear()
+                for batch in batches:
+                    with torch.set_grad_enabled(self._needs_gradient):
+                        loss, outputs = training.loss_of(batch, treatment)
+                    losses.append(float(loss.detach()))
+                    if outputs is not None:
+                        answers.append(outputs.detach().float())
+                    if self._needs_gradient:
+                        training.optimizer.zero_grad()
+                        loss.backward()  # type: ignore[no-untyped-call]  # unannotated in torch
+                        has_gradient |= has_live_weights(training)
+                if all(math.isfinite(one) for one in losses):
+                    break
         except STEP_ERRORS:
             losses.append(math.nan)
         finally:
@@ -268,6 +287,7 @@ class Replay:
 
     def _take(self, recorded: Recorded, batch: Batch, treatment: Overrides) -> Traced:
         recorded.random_state.restore(device_of(self.training))
+        restore_settings(self.training, recorded)
         self.count_step()
         outcome = take_step(self.training, batch, treatment, step=recorded.step)
         parameters = (one.detach() for one in self.training.model.parameters() if one.numel() > 0)
@@ -280,9 +300,10 @@ class Replay:
     def _choose_probe(self) -> Probe | None:
         """Choose early batches whose loss was nothing special, without samples that look odd."""
         steps = [
-            one
+            one._replace(batch=learned)
             for one in list(self.history.steps)[:-1]
-            if one.outcome.is_taken and one.outcome.is_finite and batch_size(one.batch)
+            if one.outcome.is_taken and one.outcome.is_finite
+            if (learned := learned_from(self.training, one)) is not None and batch_size(learned)
         ]
         early = sorted(abs(one.outcome.loss) for one in steps[:16])
         bound = 3 * early[len(early) // 2] if early else math.inf
@@ -306,7 +327,11 @@ class Replay:
             if not all(math.isfinite(one) for one in losses):
                 return None
             level = max(abs(one) for one in losses)
-        labels = [found for one in chosen if (found := labels_of(one)) is not None]
+        labels = [
+            found
+            for one in chosen
+            if (found := labels_of(one, num_classes=self.training.num_classes)) is not None
+        ]
         is_alike = len({one.shape[1:] for one in labels}) == 1
         return Probe(
             batches=tuple(chosen),
@@ -326,7 +351,15 @@ class Replay:
         return cleaned[:1]
 
     def _odd_positions(self, batch: Batch) -> set[int]:
-        return set(oddities(batch, num_classes=self.training.num_classes, healthy=()))
+        training = self.training
+        return set(
+            oddities(batch, num_classes=training.num_classes, healthy=(), ignored=training.ignored)
+        )
+
+
+def learned_from(training: TrainingState, recorded: Recorded) -> Batch | None:
+    """Return what of a recorded batch was learned from, None if nothing was."""
+    return prepared(recorded.batch, recorded.treatment, training, step=recorded.step)
 
 
 def has_live_weights(training: TrainingState) -> bool:

@@ -10,13 +10,14 @@ for group testing"). Where only a combination fails, it is delta debugging (Zell
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fedrounds.diagnosis.values import Oddity, SuspectSample
 from fedrounds.doctor.batches import (
+    IGNORED_LABEL,
     Batch,
     are_out_of_range,
     batch_size,
@@ -228,15 +229,20 @@ def _probe(search: _Search, plainest: Sequence[int]) -> list[int] | None:
 
 
 def oddities(
-    batch: Batch, *, num_classes: int | None, healthy: Sequence[Batch]
+    batch: Batch,
+    *,
+    num_classes: int | None,
+    healthy: Sequence[Batch],
+    ignored: Collection[int] = (IGNORED_LABEL,),
 ) -> dict[int, SuspectSample]:
     """Return what is odd about each sample that is odd, by its position in the batch.
 
     Of several oddities a sample shows the first in this order:
 
-    - NAN, INFINITY: `value` is how many of its inputs are;
-    - LABEL_OUT_OF_RANGE: a label below 0 (but not -100, torch's sign for none) or not below
-      `num_classes`; the label itself stays private, `value` is 0;
+    - NAN, INFINITY: `value` is how many of its inputs are; not where a healthy sample has such
+      inputs, too: they are this model's normal food then;
+    - LABEL_OUT_OF_RANGE: a label below 0 or not below `num_classes`, unless it is one of `ignored`;
+      the label itself stays private, `value` is 0;
     - OUTLIER: in one of the tensors its largest absolute input is `value` >= 20 robust standard
       deviations (1.4826 times the median absolute deviation, at least a tenth of the median) above
       the median of the samples in `healthy` and the others in the batch, and 10 times the largest
@@ -247,6 +253,7 @@ def oddities(
         batch: tensors with the samples in dimension 0; `inputs_of` are looked at.
         num_classes: number of classes, None if labels can't be judged.
         healthy: batches of the same structure that went well.
+        ignored: labels that the loss passes over.
     """
     found: dict[int, SuspectSample] = {}
 
@@ -261,12 +268,14 @@ def oddities(
     none = torch.zeros(count)
     num_nan = sum((rows.isnan().sum(1) for rows in inputs), start=none)
     num_inf = sum((rows.isinf().sum(1) for rows in inputs), start=none)
-    note(num_nan > 0, Oddity.NAN, num_nan)
-    note(num_inf > 0, Oddity.INFINITY, num_inf)
+    if not any(bool(rows.isnan().any()) for one in healthy_inputs for rows in one):
+        note(num_nan > 0, Oddity.NAN, num_nan)
+    if not any(bool(rows.isinf().any()) for one in healthy_inputs for rows in one):
+        note(num_inf > 0, Oddity.INFINITY, num_inf)
 
-    labels = labels_of(batch)
+    labels = labels_of(batch, num_classes=num_classes)
     if labels is not None and num_classes is not None:
-        is_wrong = are_out_of_range(labels, num_classes)
+        is_wrong = are_out_of_range(labels, num_classes, ignored)
         note(rows_of(is_wrong).any(1).cpu(), Oddity.LABEL_OUT_OF_RANGE, none)
 
     deviations = none.double()

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedrounds.diagnosis.values import Oddity
 from fedrounds.doctor.batches import (
+    IGNORED_LABEL,
     Batch,
     are_out_of_range,
     batch_size,
@@ -42,8 +43,9 @@ class Overrides:
     global L2 norm of a gradient, beside the training's own. Samples with one of the oddities in
     `drops` are left out; an input is an outlier here if its absolute value is above `max_input`.
     With `sanitises`, such inputs are put right instead. Batches of fewer than `min_batch_size`
-    samples, and the steps in `skips`, are left out. With `guards` the loss is computed by
-    fedrounds.doctor.guarded, with `widens` everything narrower is computed in float32.
+    samples, and the steps in `skips`, are left out; so are single samples, each as
+    (step, position), in `without`. With `guards` the loss is computed by fedrounds.doctor.guarded,
+    with `widens` everything narrower is computed in float32.
     """
 
     rate_factor: float = 1.0
@@ -56,6 +58,7 @@ class Overrides:
     max_input: float = math.inf
     min_batch_size: int = 0
     skips: frozenset[int] = frozenset()
+    without: frozenset[tuple[int, int]] = frozenset()
     guards: bool = False
     widens: bool = False
 
@@ -84,7 +87,11 @@ NARROW = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """What is trained, and how; `infinite` buffers are meant to hold infinities."""
+    """What is trained, and how.
+
+    `infinite` buffers are meant to hold infinities; labels in `ignored` are passed over by the
+    loss, though no class has their number.
+    """
 
     model: nn.Module
     optimizer: Optimizer
@@ -94,6 +101,7 @@ class TrainingState:
     num_classes: int | None = None
     learning: list[nn.Parameter] = field(default_factory=list)
     infinite: frozenset[str] = frozenset()
+    ignored: frozenset[int] = frozenset({IGNORED_LABEL})
 
     def loss_of(self, batch: Batch, treatment: Overrides) -> tuple[Tensor, Tensor | None]:
         """Return the loss of a batch, with its graph, and the outputs if there are any."""
@@ -141,6 +149,20 @@ class StepOutcome(NamedTuple):
         return self._replace(outputs=None, labels=None, targets=None)
 
 
+@dataclass(kw_only=True)
+class Attempt:
+    """How far a step has come; changed by `take_step` on the way.
+
+    With `is_computed` the gradients are there, with `is_stepped` the optimizer and the scheduler
+    have done their part, or left it out on purpose.
+    """
+
+    loss: Tensor | None = None
+    outputs: Tensor | None = None
+    is_computed: bool = False
+    is_stepped: bool = False
+
+
 def take_step(
     training: TrainingState,
     batch: Batch,
@@ -148,17 +170,20 @@ def take_step(
     *,
     step: int,
     is_measured: bool = True,
+    attempt: Attempt | None = None,
 ) -> StepOutcome:
     """Take one step: forward, backward, clipping, the optimizer's step and the scheduler's.
 
     Unless `is_measured`, the gradient is looked at only where it is clipped: one that isn't finite
-    is learned from then, and shows in what comes after.
+    is learned from then, and shows in what comes after. `attempt` is told how far it has come.
     """
+    attempt = Attempt() if attempt is None else attempt
     lr = treatment.rate(float(training.optimizer.param_groups[0]["lr"]), step=step)
-    kept = prepared(batch, treatment, num_classes=training.num_classes)
-    if kept is None or step in treatment.skips:
+    kept = None if step in treatment.skips else prepared(batch, treatment, training, step=step)
+    if kept is None:
         if training.scheduler is not None:
             training.scheduler.step()
+        attempt.is_stepped = True
         return StepOutcome(lr=lr, is_taken=False)
     size = batch_size(kept)
     training.optimizer.zero_grad()
@@ -167,6 +192,7 @@ def take_step(
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     except STEP_ERRORS as error:
         return StepOutcome(lr=lr, batch_size=size, error=error)
+    attempt.loss, attempt.outputs, attempt.is_computed = loss.detach(), outputs, True
     tensors = tensors_of(kept)
     grad_norm, has_dead_weights = None, False
     if is_measured or _limit(training, treatment) is not None:
@@ -179,7 +205,7 @@ def take_step(
         lr=lr,
         batch_size=size,
         outputs=None if outputs is None else outputs.detach(),
-        labels=labels_among(tensors, size),
+        labels=labels_among(tensors, size, num_classes=_num_classes(training, outputs)),
         targets=tensors[-1],
         has_dead_weights=has_dead_weights,
     )
@@ -187,7 +213,14 @@ def take_step(
         descend(training, treatment, step=step, grad_norm=grad_norm)
         if training.scheduler is not None:
             training.scheduler.step()
+        attempt.is_stepped = True
     return outcome
+
+
+def _num_classes(training: TrainingState, outputs: Tensor | None) -> int | None:
+    """Return how many classes there are, as far as that is known."""
+    is_given = training.num_classes is not None or outputs is None or outputs.ndim < 2
+    return training.num_classes if is_given or outputs is None else outputs.shape[1]
 
 
 def descend(
@@ -285,14 +318,21 @@ class _Widened(TorchFunctionMode):
             return func(*args, **named)
 
 
-def prepared(batch: Batch, treatment: Overrides, *, num_classes: int | None) -> Batch | None:
-    """Return what a treatment leaves of a batch, None where that is nothing to learn from."""
+def prepared(
+    batch: Batch, treatment: Overrides, training: TrainingState, *, step: int
+) -> Batch | None:
+    """Return what a treatment leaves of a step's batch, None where nothing is left of it."""
+    if left_out := {position for number, position in treatment.without if number == step}:
+        kept = [one for one in range(batch_size(batch)) if one not in left_out]
+        if not kept:
+            return None
+        batch = take(batch, kept)
     if treatment.widens:
         batch = map_tensors(batch, lambda one: one.float() if one.dtype in NARROW else one)
     if treatment.sanitises:
         batch = map_tensors(batch, lambda one: sanitised(one, treatment.max_input))
     if treatment.drops:
-        odd = odd_samples(batch, treatment, num_classes=num_classes)
+        odd = odd_samples(batch, treatment, training)
         if bool(odd.all()):
             return None
         if bool(odd.any()):
@@ -309,7 +349,7 @@ def sanitised(tensor: Tensor, max_input: float) -> Tensor:
     return clean if math.isinf(max_input) else clean.clamp(-max_input, max_input)
 
 
-def odd_samples(batch: Batch, treatment: Overrides, *, num_classes: int | None) -> Tensor:
+def odd_samples(batch: Batch, treatment: Overrides, training: TrainingState) -> Tensor:
     """Return for each sample whether a treatment leaves it out, bool [n]."""
     odd = torch.zeros(batch_size(batch), dtype=torch.bool)
     for one in inputs_of(batch):
@@ -325,8 +365,9 @@ def odd_samples(batch: Batch, treatment: Overrides, *, num_classes: int | None) 
             odd |= (largest > treatment.max_input).cpu()
         if Oddity.EMPTY in treatment.drops:
             odd |= (flat == 0).all(dim=1).cpu()
-    labels = labels_of(batch)
+    num_classes = training.num_classes
+    labels = labels_of(batch, num_classes=num_classes)
     if Oddity.LABEL_OUT_OF_RANGE in treatment.drops and labels is not None and num_classes:
-        wrong = rows_of(are_out_of_range(labels, num_classes))
+        wrong = rows_of(are_out_of_range(labels, num_classes, training.ignored))
         odd |= wrong.any(dim=1).cpu()
     return odd

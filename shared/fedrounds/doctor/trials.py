@@ -54,7 +54,8 @@ class Trials:
         is_healed = not trajectory.failed_at and (
             self._replay.is_sane(treatment, is_strict=True)
             if highest is None
-            else math.isnan(highest) or self._replay.probe_loss() <= highest
+            else (math.isnan(highest) or self._replay.probe_loss() <= highest)
+            and self._replay.is_alive()
         )
         self._experiments.append(
             Experiment(
@@ -90,14 +91,15 @@ class Trials:
             if slow is not None:
                 return Cause.LEARNING_RATE, start
         training = self._replay.training
-        widened = self.run(
+        # Written down and no cause: there is no more room than float32 to compute in.
+        self.run(
             ExperimentName.FLOAT64,
             starts[-1],
             until,
             prepare=lambda: interventions.double(training),
             convert=interventions.doubled,
         )
-        return None if widened is None else (Cause.PRECISION, starts[-1])
+        return None
 
     def _slow_enough(self, start: Snapshot, until: int) -> Trajectory | None:
         """Lower the rate until it heals, and on as long as that leads further."""

@@ -160,7 +160,8 @@ def test_a_bad_sample_is_named_left_out_and_training_goes_on(value: float, oddit
     outcomes = {one.name: one.is_healed for one in found.experiments}
     assert outcomes[ExperimentName.UNCHANGED] is False
     assert outcomes[ExperimentName.WITHOUT_SAMPLES] is True
-    assert max(trained.losses[30:]) < trained.losses[0]
+    # A finite loss is watched for a while before anything is done.
+    assert max(trained.losses[-3:]) < trained.losses[0]
     assert all(bool(one.isfinite().all()) for one in trained.weights())
 
 
@@ -242,24 +243,24 @@ def test_a_gradient_that_nobody_measured_is_placed_in_its_step() -> None:
     assert found.origin.phase is StepPhase.BACKWARD
 
 
-def test_a_guarded_loss_without_a_gradient_is_the_losss_fault_still() -> None:
-    """The logarithm of a negative number: guarded it is finite, and the same for all weights."""
+def test_a_guarded_loss_without_a_gradient_is_left_to_itself() -> None:
+    """The logarithm of a negative number: guarded it is finite, and the same for all weights.
+
+    Nothing helps that, so nothing more is done about it.
+    """
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         assert isinstance(batch, tuple)
         outputs = model(batch[0])
         return 20 + torch.log(-outputs.abs().sum()), outputs
 
-    diagnoses: list[Diagnosis] = []
-    with pytest.raises(TrainingHalted):
-        Trained(loss=loss, on_diagnosis=diagnoses.append)
-    assert [one.symptom for one in diagnoses] == [Symptom.NON_FINITE_LOSS, Symptom.DEAD_NETWORK]
-    assert {one.cause for one in diagnoses} == {Cause.LOSS_FUNCTION}
-    assert [one.remedy.kind for one in diagnoses] == [RemedyKind.GUARD_LOSS, RemedyKind.NONE]
+    found = Trained(loss=loss).diagnosis
+    assert (found.symptom, found.cause) == (Symptom.NON_FINITE_LOSS, Cause.LOSS_FUNCTION)
+    assert found.remedy.kind is RemedyKind.GUARD_LOSS
 
 
-def test_a_few_more_bad_batches_of_a_known_kind_are_no_new_remedies() -> None:
-    """One step in twenty: after 4, 24 and 44 there were three, and at step 46 that is too many."""
+def test_samples_left_out_one_by_one_are_no_remedies_that_are_counted() -> None:
+    """They are bounded by their share; an error that only one sample raises is that sample's."""
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         assert isinstance(batch, tuple)
@@ -271,8 +272,8 @@ def test_a_few_more_bad_batches_of_a_known_kind_are_no_new_remedies() -> None:
     trained = Trained(spoil=mark(4, 24, 44), loss=loss, settings=one_remedy)
     assert [one.step for one in trained.doctor.diagnoses] == [4, 24, 44]
     assert {one.cause for one in trained.doctor.diagnoses} == {Cause.BAD_DATA}
-    with pytest.raises(TrainingHalted, match="at step 46 "):
-        Trained(spoil=mark(4, 24, 44, 46), loss=loss, settings=one_remedy)
+    assert {one.remedy.kind for one in trained.doctor.diagnoses} == {RemedyKind.DROP_SAMPLES}
+    assert {one.num_samples for one in trained.doctor.diagnoses} == {1}
 
 
 def mark(*steps: int) -> Spoil:

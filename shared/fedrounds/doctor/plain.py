@@ -1,0 +1,217 @@
+"""A step as a plain loop takes it: what is left where the doctor itself has failed.
+
+Nothing here calls the rest of the doctor: that may be what fails.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedrounds.diagnosis.values import Cause, Diagnosis, Origin, StepPhase, Symptom
+from fedrounds.doctor.batches import Batch
+from fedrounds.doctor.history import RandomState
+from fedrounds.doctor.reports import StepReport
+from fedrounds.doctor.stepping import Attempt, TrainingState
+
+
+class Live:
+    """A copy of a training's state, and the things it was copied from."""
+
+    def __init__(self, training: TrainingState) -> None:
+        optimizer = training.optimizer
+        self._training = training
+        self._parameters: list[tuple[Tensor, Tensor]] = [
+            (one, one.detach().clone()) for one in training.model.parameters()
+        ]
+        self._buffers = [
+            (module, name, one.detach().clone())
+            for module in training.model.modules()
+            for name, one in module._buffers.items()
+            if one is not None
+        ]
+        self._state = [
+            (parameter, {key: _copied(value) for key, value in state.items()})
+            for parameter, state in optimizer.state.items()
+        ]
+        self._groups = [
+            (group, {key: _copied(value) for key, value in group.items() if key != "params"})
+            for group in optimizer.param_groups
+        ]
+        scheduler = training.scheduler
+        self._schedule = None if scheduler is None else scheduler.state_dict()
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Put the training back where it was."""
+        for parameter, kept in self._parameters:
+            if parameter.dtype == kept.dtype:
+                parameter.copy_(kept)
+            else:
+                parameter.data = kept.clone()
+            parameter.grad = None
+        for module, name, held in self._buffers:
+            buffer = module._buffers[name]
+            if buffer is not None and (buffer.dtype, buffer.shape) == (held.dtype, held.shape):
+                buffer.copy_(held)
+            else:
+                module._buffers[name] = held.clone()
+        state = self._training.optimizer.state
+        state.clear()
+        for parameter, values in self._state:
+            state[parameter] = {key: _copied(value) for key, value in values.items()}
+        for group, values in self._groups:
+            group.update({key: _copied(value) for key, value in values.items()})
+        if self._training.scheduler is not None and self._schedule is not None:
+            self._training.scheduler.load_state_dict(self._schedule)
+
+
+def _copied(value: Any) -> Any:  # noqa: ANN401  # optimizers keep anything
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a watched step has come; changed on the way.
+
+    `random_state` is that before the step. `attempt` is what forward, backward and the optimizer
+    did so far. `live` is the state after the step, kept while experiments change it.
+    """
+
+    random_state: RandomState | None = None
+    attempt: Attempt | None = None
+    live: Live | None = None
+    live_random_state: RandomState | None = None
+
+    def set_aside(self, training: TrainingState, device: torch.device) -> None:
+        """Keep the state as it is, before experiments change it."""
+        self.live = Live(training)
+        self.live_random_state = RandomState.now(device)
+
+    def put_back(self, device: torch.device) -> None:
+        """Put the state back as it was before the experiments."""
+        assert self.live is not None
+        self.live.put_back()
+        self.restore_random_state(device)
+
+    def restore_random_state(self, device: torch.device) -> None:
+        """Put the generators where they were before the experiments."""
+        assert self.live_random_state is not None
+        self.live_random_state.restore(device)
+
+
+def go_on(
+    training: TrainingState,
+    batch: Batch,
+    progress: Progress,
+    *,
+    step: int,
+    device: torch.device,
+) -> StepReport:
+    """Finish a step in which the doctor failed as a plain loop would have taken it.
+
+    Raises:
+        Exception: what the model or the loss raised in this step.
+    """
+    attempt = progress.attempt
+    if progress.live is not None:
+        progress.live.put_back()
+    if attempt is None or not attempt.is_computed:
+        if progress.random_state is not None:
+            _rewind(progress.random_state, device)
+        return plain_step(training, batch, step=step)
+    if not attempt.is_stepped:
+        if progress.live is not None:
+            # Putting the state back has cleared the gradients.
+            assert progress.random_state is not None
+            _rewind(progress.random_state, device)
+            return plain_step(training, batch, step=step)
+        descend_plainly(training)
+    elif progress.live_random_state is not None:
+        _rewind(progress.live_random_state, device)
+    assert attempt.loss is not None
+    return report(training, batch, float(attempt.loss), attempt.outputs, step=step)
+
+
+def plain_step(training: TrainingState, batch: Batch, *, step: int) -> StepReport:
+    """Take a step: zero_grad, forward, loss, backward, clipping, optimizer, scheduler."""
+    training.optimizer.zero_grad()
+    computed = training.compute_loss(training.model, batch)
+    loss, outputs = computed if isinstance(computed, tuple) else (computed, None)
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    descend_plainly(training)
+    return report(training, batch, float(loss.detach()), outputs, step=step)
+
+
+def descend_plainly(training: TrainingState) -> None:
+    """Clip as the training says, and take the optimizer's and the scheduler's step."""
+    if training.clip_norm is not None:
+        learned = [one for one in training.model.parameters() if one.grad is not None]
+        torch.nn.utils.clip_grad_norm_(learned, training.clip_norm)
+    training.optimizer.step()
+    if training.scheduler is not None:
+        training.scheduler.step()
+
+
+def report(
+    training: TrainingState, batch: Batch, loss: float, outputs: Tensor | None, *, step: int
+) -> StepReport:
+    """Return what a step's caller is told of it."""
+    tensors = _tensors_of(batch)
+    return StepReport(
+        step=step,
+        loss=loss,
+        grad_norm=None,
+        lr=float(training.optimizer.param_groups[0]["lr"]),
+        outputs=None if outputs is None else outputs.detach(),
+        targets=tensors[-1] if tensors else None,
+        batch_size=next((len(one) for one in tensors if one.ndim), 0),
+    )
+
+
+def last_word(training: TrainingState, *, step: int) -> Diagnosis | None:
+    """Return what to say of a model that isn't finite at the end, None if it is."""
+    entries: Mapping[str, object] = training.model.state_dict()
+    bad = next(
+        (
+            name
+            for name, one in entries.items()
+            if isinstance(one, Tensor)
+            and (one.is_floating_point() or one.is_complex())
+            and name not in training.infinite
+            and not bool(torch.isfinite(one).all())
+        ),
+        None,
+    )
+    if bad is None:
+        return None
+    return Diagnosis(
+        symptom=Symptom.NON_FINITE_PARAMETER,
+        cause=Cause.UNKNOWN,
+        step=step,
+        noticed_at_step=step,
+        epoch=1,
+        batch=step,
+        batch_size=0,
+        lr=math.nan,
+        origin=Origin(phase=StepPhase.OPTIMIZER, tensor=bad),
+    )
+
+
+def _rewind(random_state: RandomState, device: torch.device) -> None:
+    torch.default_generator.set_state(random_state.cpu)
+    if random_state.cuda is not None:
+        torch.cuda.set_rng_state(random_state.cuda, device)
+
+
+def _tensors_of(batch: Batch) -> list[Tensor]:
+    """Return the tensors of a batch of any form, as far as they are to be seen."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return (
+        [one for one in values if isinstance(one, Tensor)] if isinstance(values, Iterable) else []
+    )

@@ -1,0 +1,43 @@
+"""One training under the doctor: what its parts share and change."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from fedrounds.diagnosis.values import Diagnosis
+from fedrounds.doctor.batches import Batch
+from fedrounds.doctor.history import StepHistory
+from fedrounds.doctor.monitor import Monitor
+from fedrounds.doctor.stepping import Attempt, Overrides, StepOutcome, TrainingState, take_step
+
+
+@dataclass(kw_only=True)
+class Session:
+    """The training, what is known of it, the newest step's number, and the overrides in force."""
+
+    training: TrainingState
+    history: StepHistory
+    monitor: Monitor
+    device: torch.device
+    treatment: Overrides
+    on_replay: Callable[[], None]
+    on_diagnosis: Callable[[Diagnosis], None]
+    step: int = 0
+    diagnoses: list[Diagnosis] = field(default_factory=list)
+
+    def take(self, batch: Batch, attempt: Attempt) -> StepOutcome:
+        """Take the newest step on a batch, under the overrides in force."""
+        return take_step(
+            self.training,
+            batch,
+            self.treatment,
+            step=self.step,
+            is_measured=self.monitor.needs_measure(self.step),
+            attempt=attempt,
+        )
+
+    def tell(self, diagnosis: Diagnosis) -> None:
+        """Keep a diagnosis, and tell of it."""
+        self.diagnoses.append(diagnosis)
+        self.on_diagnosis(diagnosis)

@@ -1,0 +1,388 @@
+"""Treating a training: from a symptom to a remedy in force, and its release."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from fedrounds.diagnosis.values import (
+    Cause,
+    Diagnosis,
+    DoctorSettings,
+    Oddity,
+    Remedy,
+    RemedyKind,
+    RemedyPolicy,
+    Symptom,
+    TrendPoint,
+)
+from fedrounds.doctor import interventions
+from fedrounds.doctor.batches import Batch
+from fedrounds.doctor.examination import examine
+from fedrounds.doctor.findings import Case, Finding, diagnosis_of
+from fedrounds.doctor.history import (
+    Recorded,
+    Snapshot,
+    StepHistory,
+    is_finite,
+    take_snapshot,
+)
+from fedrounds.doctor.left_out import LeftOut
+from fedrounds.doctor.nan_guard import trend_point
+from fedrounds.doctor.plain import Progress
+from fedrounds.doctor.release import Release
+from fedrounds.doctor.remedies import (
+    OF_THE_RATE,
+    OF_THE_START,
+    Allowance,
+    applied,
+    candidates_for,
+)
+from fedrounds.doctor.reports import TrainingHalted
+from fedrounds.doctor.retaking import Preparation, Retaking, nothing, preparation
+from fedrounds.doctor.session import Session
+from fedrounds.doctor.stepping import UNTREATED, Attempt, Overrides, StepOutcome
+from fedrounds.doctor.suspicion import Quiet, Suspicion, choose
+
+logger = logging.getLogger(__name__)
+
+_NUM_TREND = 5
+_APART = 32
+"""Two bad steps so far apart may be two single ones; nearer to each other, skipping doesn't do."""
+_NUM_ALIKE = 3
+"""After so many batches left out for the same symptom the next is left out without asking why."""
+
+
+class StepError(Exception):
+    """The step fails with an error that no experiment explains: the loop is to see it."""
+
+
+class Treatments:
+    """Decides what is done about a training's symptoms, and does it.
+
+    Owns what was learned about them: the suspicion that is watched, the remedies left, what is left
+    out, and whether a remedy is being eased. `is_over` once nothing more is to be treated.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        settings: DoctorSettings,
+        *,
+        is_initial: bool,
+        fresh_state: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
+        self._session = session
+        self._settings = settings
+        self._is_initial = is_initial
+        self._fresh_state = fresh_state
+        self._allowance = Allowance(settings.max_remedies, max_share=settings.max_left_out)
+        self._dismissed: set[Symptom] = set()
+        self._quiet = Quiet()
+        self._skipped_for_rate = -math.inf
+        self.left_out = LeftOut(max_share=settings.max_left_out)
+        self.suspicion: Suspicion | None = None
+        self.release = Release()
+        self.is_over = False
+
+    def is_dismissed(self, symptom: Symptom) -> bool:
+        """Whether a symptom was looked into before, and was none."""
+        return symptom in self._dismissed
+
+    def begin_anew(self) -> None:
+        """Forget what was being watched or eased: from here on the training is another one."""
+        self.suspicion = None
+        self.release.stop()
+
+    def suspect(self, symptom: Symptom, outcome: StepOutcome) -> None:
+        """Watch from here on whether a suspicion persists, if none is being watched."""
+        is_known = symptom in self._dismissed or self._quiet.holds(self._session.step)
+        if self.suspicion is not None or is_known:
+            return
+        earlier = [one for one in self._session.history.snapshots if one.step < self._session.step]
+        if not earlier:
+            return
+        self.suspicion = Suspicion(
+            symptom=symptom,
+            step=self._session.step,
+            start=earlier[-1],
+            usual=self._session.monitor.usual_loss(before=self._session.step),
+            bar=self._session.monitor.bar(outcome),
+        )
+        self._session.history.pin(earlier[-1])
+
+    def _examined(
+        self, symptom: Symptom, history: StepHistory, *, is_tried: bool = True
+    ) -> Finding | None:
+        """Return what an examination of the newest step of a history comes to."""
+        return examine(
+            Case(
+                training=self._session.training,
+                history=history,
+                symptom=symptom,
+                is_tried=is_tried,
+                level=self._session.monitor.first_level,
+                usual_norm=self._session.monitor.usual_norm,
+                is_initial=self._is_initial,
+                fresh_state=self._fresh_state,
+                on_replay=self._session.on_replay,
+            )
+        )
+
+    def treat(
+        self,
+        symptom: Symptom,
+        outcome: StepOutcome,
+        progress: Progress,
+        *,
+        is_tried: bool = True,
+    ) -> StepOutcome:
+        """Find out why, and go on if that can be; returns how the newest step went then."""
+        began = time.monotonic()
+        progress.set_aside(self._session.training, self._session.device)
+        self.suspicion = None
+        steps = list(self._session.history.steps)
+        if self._is_known(symptom):
+            again = self._skip_again(steps, progress)
+            if again is not None:
+                return again
+            progress.put_back(self._session.device)
+        finding = self._examined(symptom, self._session.history, is_tried=is_tried)
+        if finding is None:
+            progress.put_back(self._session.device)
+            return self._dismiss(symptom, outcome)
+        if outcome.error is not None and finding.cause is Cause.UNKNOWN:
+            # Nothing says that it isn't a mistake in the model's code: its author is to see it.
+            raise StepError from outcome.error
+        diagnosis = self._diagnosis(finding, noticed_at=self._session.step)
+        candidates = self._candidates(finding)
+        for remedy in candidates:
+            num_skipped = len(self._session.treatment.skips)
+            if not self._allowance.grants(remedy, finding, num_skipped=num_skipped):
+                continue
+            again = self._apply(remedy, finding, steps)
+            if again is not None:
+                progress.restore_random_state(self._session.device)
+                self._note_cure(diagnosis, remedy, finding, began)
+                return again
+        tried = candidates[-1] if candidates else diagnosis.remedy
+        self._session.tell(replace(diagnosis, remedy=tried, seconds=time.monotonic() - began))
+        raise TrainingHalted(self._session.diagnoses[-1]) from outcome.error
+
+    def look_into(self, outcome: StepOutcome, progress: Progress) -> StepOutcome:
+        """Treat what a suspicion was about, if it persists and a remedy is shown to help."""
+        began = time.monotonic()
+        suspicion, self.suspicion = self.suspicion, None
+        assert suspicion is not None
+        is_kept = self._session.history.has_pinned()
+        self._session.history.pin(None)
+        # Where hardly any steps went before, going on from the same state has to tell.
+        persists = suspicion.usual is None or self._session.monitor.persists(
+            suspicion.symptom, bar=suspicion.bar
+        )
+        if not is_kept or not persists:
+            return outcome
+        progress.set_aside(self._session.training, self._session.device)
+        steps = list(self._session.history.steps)
+        earlier = self._session.history.until(suspicion.step)
+        finding = self._examined(suspicion.symptom, earlier)
+        remedy = None
+        if finding is not None:
+            remedy = self._best_remedy(suspicion, finding, self._retaking(steps))
+        if finding is None or remedy is None:
+            progress.put_back(self._session.device)
+            self._quiet.begin(self._session.step)
+            if suspicion.symptom is not Symptom.LOSS_EXPLOSION:
+                self._dismissed.add(suspicion.symptom)
+            return outcome
+        diagnosis = self._diagnosis(finding, noticed_at=suspicion.step)
+        is_report = self._settings.policy_for(finding.cause) is RemedyPolicy.REPORT
+        if remedy.kind is RemedyKind.NONE or is_report:
+            self._session.tell(replace(diagnosis, seconds=time.monotonic() - began))
+            raise TrainingHalted(self._session.diagnoses[-1])
+        num_skipped = len(self._session.treatment.skips)
+        if self._allowance.grants(remedy, finding, num_skipped=num_skipped):
+            again = self._apply(remedy, finding, steps)
+            if again is not None:
+                progress.restore_random_state(self._session.device)
+                self._note_cure(diagnosis, remedy, finding, began)
+                return again
+        progress.put_back(self._session.device)
+        self._quiet.begin(self._session.step)
+        return outcome
+
+    def _best_remedy(
+        self, suspicion: Suspicion, finding: Finding, retaking: Retaking
+    ) -> Remedy | None:
+        """Return the mildest remedy that going on shows to help, None if none does.
+
+        Where the first weights are at fault, it is none of the client's to make: kind NONE.
+        """
+        if finding.cause in OF_THE_START:
+            candidates = [Remedy(kind=RemedyKind.NONE)]
+            start = next(iter(self._session.history.snapshots))
+            fresh = self._fresh_state()
+            levels = [retaking.level_of_fresh_weights(start, fresh, self._session.treatment)]
+        else:
+            candidates = self._candidates(finding, is_finite=True)
+            levels = [
+                retaking.level_under(one, finding, self._session.treatment) for one in candidates
+            ]
+        is_explosion = suspicion.symptom is Symptom.LOSS_EXPLOSION
+        place = choose(
+            retaking.live_level(),
+            levels,
+            usual=suspicion.usual if is_explosion else None,
+            is_learning=is_explosion,
+        )
+        return None if place is None else candidates[place]
+
+    def _candidates(self, finding: Finding, *, is_finite: bool = False) -> list[Remedy]:
+        """Return what may be done about a cause, the mildest first."""
+        since_skip = finding.bad_step.step - self._skipped_for_rate
+        return candidates_for(
+            finding,
+            self._settings.policy_for(finding.cause),
+            is_finite=is_finite,
+            is_alone=since_skip > _APART,
+        )
+
+    def _is_known(self, symptom: Symptom) -> bool:
+        """Whether the last diagnoses say that a step that shows this is best left out."""
+        last = self._session.diagnoses[-_NUM_ALIKE:]
+        return len(last) == _NUM_ALIKE and all(
+            (one.remedy.kind, one.symptom) == (RemedyKind.SKIP_BATCH, symptom) for one in last
+        )
+
+    def _skip_again(self, steps: Sequence[Recorded], progress: Progress) -> StepOutcome | None:
+        """Leave the newest step out, and say nothing new."""
+        treatment = interventions.skipping(self._session.step)(self._session.treatment)
+        again = self._take_again(self._session.history.snapshots[-1], steps, treatment)
+        if again is not None:
+            progress.restore_random_state(self._session.device)
+            self._session.treatment = treatment
+        return again
+
+    def _note_cure(
+        self, diagnosis: Diagnosis, remedy: Remedy, finding: Finding, began: float
+    ) -> None:
+        """Tell of a cure, and remember what it asks for later."""
+        if remedy.kind in (RemedyKind.LOWER_RATE, RemedyKind.CLIP_GRADIENT):
+            self.release.begin(self._session.treatment, step=self._session.step)
+        if remedy.kind is RemedyKind.SKIP_BATCH and finding.cause in OF_THE_RATE:
+            self._skipped_for_rate = finding.bad_step.step
+        if remedy.kind is RemedyKind.DROP_SAMPLES and remedy.oddity is Oddity.NONE:
+            self.left_out.indices |= {one.index for one in finding.samples if one.index >= 0}
+        cured = replace(remedy, is_working=True)
+        self._session.tell(replace(diagnosis, remedy=cured, seconds=time.monotonic() - began))
+
+    def _dismiss(self, symptom: Symptom, outcome: StepOutcome) -> StepOutcome:
+        """Go on as if nothing had been noticed; the same suspicion isn't followed for ever."""
+        assert is_finite(self._session.training), symptom
+        self._dismissed.add(symptom)
+        if not outcome.is_taken or math.isnan(outcome.loss):
+            newest = self._session.history.steps.pop()
+            outcome = self._session.take(newest.batch, Attempt())
+            self._session.history.steps.append(newest._replace(outcome=outcome.without_tensors()))
+        if self._session.history.is_snapshot_due(self._session.step) and is_finite(
+            self._session.training
+        ):
+            self._session.history.keep(
+                take_snapshot(self._session.training, step=self._session.step)
+            )
+        return outcome
+
+    def _apply(
+        self, remedy: Remedy, finding: Finding, recorded: Sequence[Recorded]
+    ) -> StepOutcome | None:
+        """Go back and take the steps since again under a remedy; None if that fails."""
+        treatment = applied(self._session.treatment, remedy, finding)
+        outcome = self._take_again(
+            finding.return_to,
+            recorded,
+            treatment,
+            prepare=preparation(self._session.training, remedy),
+            is_strict=remedy.kind is RemedyKind.REPEAT,
+        )
+        if outcome is not None:
+            self._session.treatment = treatment
+        return outcome
+
+    def _take_again(
+        self,
+        start: Snapshot,
+        recorded: Sequence[Recorded],
+        treatment: Overrides,
+        *,
+        prepare: Preparation = nothing,
+        is_strict: bool = False,
+    ) -> StepOutcome | None:
+        """Go back to a state and take the steps since once more; None if that fails."""
+        return self._retaking(recorded).commit(
+            start,
+            treatment,
+            self._session.history,
+            self._session.monitor,
+            prepare=prepare,
+            is_strict=is_strict,
+        )
+
+    def _retaking(self, steps: Sequence[Recorded]) -> Retaking:
+        return Retaking(
+            training=self._session.training, steps=steps, on_replay=self._session.on_replay
+        )
+
+    def ease(self, outcome: StepOutcome, progress: Progress) -> StepOutcome:
+        """Ease the treatment once more, or take the last easing back where it did harm."""
+        losses = self._session.monitor.losses
+        if not self.release.does_well(losses, first_level=self._session.monitor.first_level):
+            return self.take_back(progress)
+        start = take_snapshot(self._session.training, step=self._session.step)
+        self._session.treatment = self.release.ease(
+            self._session.treatment, start, losses, step=self._session.step
+        )
+        if self.release.easing is not None:
+            self._session.history.keep(start)
+            self._session.history.pin(start)
+        return outcome
+
+    def take_back(self, progress: Progress) -> StepOutcome:
+        """Go back to before the last easing, and ease no more."""
+        progress.set_aside(self._session.training, self._session.device)
+        easing = self.release.easing
+        assert easing is not None
+        self.release.stop()
+        self._session.history.pin(None)
+        steps = [one for one in self._session.history.steps if one.step > easing.start.step]
+        skips = self._session.treatment.skips
+        treatment = replace(easing.before, skips=skips, without=self._session.treatment.without)
+        again = self._take_again(easing.start, steps, treatment)
+        if again is None:
+            raise RuntimeError("the steps before an easing don't go well any more")
+        self._session.treatment = treatment
+        progress.restore_random_state(self._session.device)
+        return again
+
+    def count(self, given: Batch, outcome: StepOutcome) -> None:
+        """Count what is left out; stop, or go on with all of it, where that is too much."""
+        self.left_out.count(given, outcome, self._session.training)
+        excess = self.left_out.excess()
+        if excess is None or not self._session.diagnoses:
+            return
+        logger.warning("the doctor leaves too much out: %s", excess)
+        last = self._session.diagnoses[-1]
+        if not self._settings.goes_on_beyond:
+            self._session.tell(replace(last, remedy=replace(last.remedy, is_working=False)))
+            raise TrainingHalted(self._session.diagnoses[-1])
+        self._session.treatment = UNTREATED
+        self.is_over = True
+
+    def _diagnosis(self, finding: Finding, *, noticed_at: int) -> Diagnosis:
+        return diagnosis_of(finding, noticed_at=noticed_at, trend=self._trend())
+
+    def _trend(self) -> tuple[TrendPoint, ...]:
+        newest = list(self._session.history.steps)[-_NUM_TREND:]
+        return tuple(trend_point(one.step, one.outcome) for one in newest)
