@@ -29,7 +29,9 @@ class RemedyDecay:
         still holds is released, but for leaving samples out as long as there are any to leave out.
         A step that was skipped is no step of the next round.
         """
-        lasting = replace(treatment, skips=frozenset(), warmup_steps=0, warmup_from=0)
+        lasting = replace(
+            treatment, skips=frozenset(), without=frozenset(), warmup_steps=0, warmup_from=0
+        )
         if not was_healthy:
             return RemedyDecay(treatment=lasting)
         num_healthy = self.num_healthy_rounds + 1

@@ -71,9 +71,10 @@ def choose(
     """Return which remedy to take, the mildest being the first; None if none helps enough.
 
     `live` is the loss that the training came to without any, `levels` what it came to under each.
-    Harm is what lies between `live` and the `usual` loss before, or the best of the levels where
-    that is not known; of several that help about as much the first is taken. Where nothing is
-    learned any more (not `is_learning`), a little less loss is evidence enough.
+    Harm is what lies between `live` and the `usual` loss before, of which half has to go; where
+    that isn't known the loss has to fall by half. Of several that help about as much the first is
+    taken. Where nothing is learned any more (not `is_learning`), a little less loss is evidence
+    enough.
     """
     best = min(levels, default=math.inf)
     if not best < live:
@@ -82,7 +83,7 @@ def choose(
         least = _REMOVED if is_learning else _NEAR_BEST
         is_enough = best < least * live if live > 0 else True
     else:
-        harm = live - min(max(usual, best), live)
+        harm = live - usual
         is_enough = harm > 0 and live - best >= _REMOVED * harm
     if not is_enough:
         return None
