@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedrounds.diagnosis.values import Diagnosis, Symptom
-from fedrounds.doctor import UNTREATED, Doctor, DoctorSettings, StepReport, Overrides
+from fedrounds.doctor import UNTREATED, Doctor, DoctorSettings, Overrides, StepReport
 from fedrounds.doctor.batches import Batch
 from fedrounds.errors import InvalidInput
 from fedrounds.training.corrections import Correction, correct_gradients
