@@ -175,7 +175,8 @@ def test_a_received_model_is_examined_on_this_clients_data(
     code, checks, _ = doctor("well", "--model", str(path))
     assert code == 1
     assert checks["weights"].startswith("error: unlike what torch draws: 3.weight ")
-    assert checks["first steps"].startswith("error: received-model at step 1 ")
+    # Its loss falls to what is usual by itself, so nothing is said against training from it.
+    assert checks["first steps"].startswith("ok: ")
     blown_up["3.bias"][0] = torch.nan
     write_state(path, blown_up)
     _, checks, _ = doctor("well", "--model", str(path))
