@@ -90,6 +90,22 @@ def test_refusals_are_why_a_round_fails_that_would_have_had_enough(tmp_path: Pat
     assert (due.event, due.failure) == (RoundEvent.FAIL, RunFailure.UPDATES_REFUSED)
 
 
+def test_of_several_refusals_the_reason_is_that_of_the_first_client(tmp_path: Path) -> None:
+    """By client id, whichever came first."""
+
+    async def collect(server: ServerRun) -> Due | None:
+        current, _ = await server.begin(0, 1)
+        await server.answer(1, num_steps=10**9)
+        await server.answer(0, **NO_EXAMPLES)
+        return await server.collecting.due(current)
+
+    with serving(tmp_path, min_clients=2) as server:
+        due = asyncio.run(collect(server))
+    assert due is not None
+    words = "the updates of clients 0 to 1 were refused, that of client 0: num_examples is 0"
+    assert words in due.reason
+
+
 def test_a_round_without_refusals_fails_for_want_of_updates(tmp_path: Path) -> None:
     """At its deadline; nobody is named."""
 
