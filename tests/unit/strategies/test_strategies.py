@@ -161,5 +161,5 @@ def test_the_command_tells_of_every_row_and_parameter(
     for name, row in COMPONENTS.items():
         assert f" {name}: " in told
         assert " ".join((inspect.getdoc(row) or "").splitlines()[0].split()) in told
-    assert "trim: share of the values dropped at either end, rounded down. [0.2]" in told
+    assert "trim: share of the values to drop at each end, rounded down. [0.2]" in told
     assert "tau: how much the step adapts: the less, the more. [0.001]" in told
