@@ -152,14 +152,14 @@ def test_a_row_of_ones_own_is_named_by_its_module() -> None:
         find(f"{THIS}:quoted", {"place": 0.5})
 
 
-def test_the_command_tells_of_every_row_and_parameter(
+def test_the_command_describes_every_component_and_parameter(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each by its name, a line and its defaults."""
     run([])
-    told = " ".join(capsys.readouterr().out.split())
-    for name, row in COMPONENTS.items():
-        assert f" {name}: " in told
-        assert " ".join((inspect.getdoc(row) or "").splitlines()[0].split()) in told
-    assert "trim: share of the values to drop at each end, rounded down. [0.2]" in told
-    assert "tau: how much the step adapts: the less, the more. [0.001]" in told
+    output = " ".join(capsys.readouterr().out.split())
+    for name, factory in COMPONENTS.items():
+        assert f" {name}: " in output
+        assert " ".join((inspect.getdoc(factory) or "").splitlines()[0].split()) in output
+    assert "trim: share of the values to drop at each end, rounded down. [0.2]" in output
+    assert "tau: degree of adaptivity; smaller values adapt more. [0.001]" in output
