@@ -1,11 +1,11 @@
-"""Components of your own: a mean with other weights, and a robust rule.
+"""Components of your own for a strategy: a mean with other weights, and a robust aggregator.
 
     python -m fedserver --strategy examples.own_strategy:by_root
     python -m fedserver --strategy nnm+examples.own_strategy:midmean+fedadam
 
-A component is a function whose parameters are given by name and have defaults; it returns one of
-the kinds in fedrounds.strategies. What it computes must depend on nothing but its arguments, or
-`verify` can't compute it again.
+A component is a function with keyword parameters that have defaults. It returns one of the classes
+in fedrounds.strategies. Its results must depend on its arguments alone, or `verify` can't compute
+them again.
 """
 
 import math
@@ -41,7 +41,7 @@ def midmean(*, middle: float = 0.5) -> RobustAggregator:
     """Mean of the middle share of each coordinate's values.
 
     Args:
-        middle: the share, above 0 and up to 1; at least one or two values, so that it is even.
+        middle: the share to average, above 0 and up to 1; at least the one or two middle values.
     """
     if not 0 < middle <= 1:
         raise InvalidInput(f"middle is {middle:g}; it must be above 0 and at most 1")
