@@ -1,7 +1,7 @@
 """Settings from defaults, a TOML file, the environment and flags, in rising order of precedence.
 
-A side declares one frozen class derived from `Settings`; `parse` gives a validated value of it or
-ends the process with a sentence and exit code 2.
+Each side declares a frozen class derived from `Settings`. `parse` returns a validated value of it,
+or ends the process with a sentence and exit code 2.
 """
 
 import argparse
@@ -68,13 +68,13 @@ class Settings(BaseSettings):
         default=False, description="show each setting and where it came from, then exit"
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        default="INFO", description="how much the log tells"
+        default="INFO", description="lowest level of log lines"
     )
 
     @field_validator("*", mode="before")
     @classmethod
     def _keep_the_word_none(cls, value: object, info: ValidationInfo) -> object:
-        """Where "none" is one of the words to choose from, it doesn't stand for nothing."""
+        """Keep "none" as a word where it is among the choices; elsewhere it means no value."""
         assert info.field_name is not None
         words = get_args(cls.model_fields[info.field_name].annotation)
         return "none" if value is None and "none" in words else value
@@ -88,9 +88,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Order the sources: whoever comes first wins; flags come before all of them.
+        """Order the sources by precedence, highest first; flags precede all of them.
 
-        Without a prefix of its own a name in the environment may be anybody's: RUN, SEED, TASK.
+        Without a prefix a variable such as RUN, SEED or TASK may belong to another program.
         """
         toml = TomlConfigSettingsSource(settings_cls, toml_file=cls._config_file)
         if not settings_cls.model_config.get("env_prefix"):
@@ -99,12 +99,12 @@ class Settings(BaseSettings):
 
 
 def parse(settings_class: type[S], argv: list[str], *, commands: Sequence[str] = ()) -> S:
-    """Return the validated settings that `argv`, the environment and the TOML file make.
+    """Return the validated settings from `argv`, the environment and the TOML file.
 
-    `commands` are the words that may stand in place of the first setting.
+    `commands` are the words that may come instead of the first setting.
 
-    Ends the process with exit code 2 and a sentence on standard error where one of them is wrong or
-    a variable with the side's prefix is no setting, and with 0 after --help and --print-config.
+    Ends the process with exit code 2 and a sentence on standard error if a setting is wrong or a
+    variable with the side's prefix is no setting, and with 0 after --help and --print-config.
     """
     parser = _Parser(settings_class, commands)
     config_file = _find_config(settings_class, argv)
@@ -134,14 +134,14 @@ def parse(settings_class: type[S], argv: list[str], *, commands: Sequence[str] =
     return settings
 
 
-def _pairs_sentence(told: str, settings_class: type[Settings]) -> str:
-    """Return how a setting of several values is written; `told` names the one that isn't."""
-    in_environment = re.search(r'for field "(\w+)" from source "EnvSettingsSource"', told)
+def _pairs_sentence(message: str, settings_class: type[Settings]) -> str:
+    """Return a sentence on how to write the setting of several values that `message` names."""
+    in_environment = re.search(r'for field "(\w+)" from source "EnvSettingsSource"', message)
     if in_environment:
         prefix = settings_class.model_config.get("env_prefix") or ""
         name = f"{prefix}{in_environment[1].upper()}"
         return f'{name} can\'t be read; write it as JSON, such as {{"name": 1}}'
-    flag = re.search(r"encountered for (\w+)", told)
+    flag = re.search(r"encountered for (\w+)", message)
     name = _flag(flag[1]) if flag else "a setting"
     return f"{name} can't be read; write it as name=value,name=value"
 
@@ -172,7 +172,7 @@ class _Parser(argparse.ArgumentParser):
         return self._titles[title].add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
-        """End with the sentence; for an unknown flag name the nearest one there is."""
+        """End the process with a sentence; for an unknown flag, suggest the nearest flag."""
         _, is_unknown, rest = message.partition("unrecognized arguments: ")
         if is_unknown:
             unknown = rest.split()[0].partition("=")[0]
@@ -188,7 +188,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def group_title(settings_class: type[Settings], name: str) -> str:
-    """Return the heading a setting stands under: the docstring of the class that declares it."""
+    """Return a setting's heading: the first line of the docstring of the class that declares it."""
     for declaring in settings_class.__mro__:
         if name in inspect.get_annotations(declaring):
             if declaring is settings_class:
@@ -198,35 +198,38 @@ def group_title(settings_class: type[Settings], name: str) -> str:
 
 
 def _described(settings: Settings, flags: dict[str, Any]) -> list[str]:
-    """Return the settings in force as lines of TOML, each with where its value came from."""
+    """Return the settings as lines of TOML, each with the source of its value."""
     origins = _origins(type(settings), flags)
     lines = []
-    # A settings file can't name another one, nor ask for this.
+    # A settings file can't contain `config` and `print_config`.
     for name, value in settings.model_dump(
         mode="json", by_alias=True, exclude=set(_NOT_IN_A_FILE)
     ).items():
         shown = f"{name} = {json.dumps(value)}" if value is not None else f"# {name} is not set"
-        place, _ = origins.get(name, ("default", name))
-        lines.append(f"{shown}  # {place}")
+        source, _ = origins.get(name, ("default", name))
+        lines.append(f"{shown}  # {source}")
     return lines
 
 
 def _origins(
     settings_class: type[Settings], flags: Mapping[str, Any]
 ) -> dict[str, tuple[str, str]]:
-    """Return of each setting given where its value in force is from, and what it's called there."""
+    """Return the source of each given setting, and the setting's name there."""
     file = settings_class._config_file
     in_file = TomlConfigSettingsSource(settings_class, toml_file=file)()
     in_environment = _in_environment(settings_class)
     return {
         **{name: (f"{file}", f"in {file}, {name}") for name in in_file},
-        **{name: (f"environment ({one})", one) for name, one in in_environment.items()},
+        **{
+            name: (f"environment ({variable})", variable)
+            for name, variable in in_environment.items()
+        },
         **{name: ("flag", _flag(name)) for name in flags},
     }
 
 
 def _in_environment(settings_class: type[Settings]) -> dict[str, str]:
-    """Return the variables that begin with this side's prefix, by the setting each is for."""
+    """Return the variables with this side's prefix, by setting."""
     prefix = settings_class.model_config.get("env_prefix")
     if not prefix:
         return {}
@@ -236,16 +239,16 @@ def _in_environment(settings_class: type[Settings]) -> dict[str, str]:
 
 
 def silence_grpc() -> None:
-    """Keep gRPC's own lines, with its source files in them, away from our sentences.
+    """Turn off gRPC's own log lines; set GRPC_VERBOSITY to get them.
 
-    To be called before gRPC is imported. Whoever wants them sets GRPC_VERBOSITY.
+    Call this before gRPC is imported.
     """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 @functools.cache
 def stderr_console() -> Console:
-    """Return the console on standard error; one, or log lines would write into a live view."""
+    """Return the one console on standard error; a second would write into a live view."""
     return Console(stderr=True)
 
 
@@ -263,10 +266,10 @@ def _utc(at: datetime) -> str:
 
 
 def log_to_stderr(level: str) -> None:
-    """Send log lines to standard error with the time: a person's in a terminal, plain elsewhere."""
+    """Send log lines with the time to standard error: coloured in a terminal, plain elsewhere."""
     console = stderr_console()
     if console.is_terminal:
-        # Writes above a live view, where a plain handler would write into it.
+        # It writes above a live view; a plain handler would write into it.
         handler: logging.Handler = RichHandler(
             console=console, show_path=False, log_time_format=lambda at: Text(_utc(at))
         )
@@ -280,16 +283,16 @@ def log_to_stderr(level: str) -> None:
 
 
 def print_error(program: str, error: FederationError) -> None:
-    """Print an error's sentence on standard error, under the whole error of a task's own code."""
+    """Print an error's sentence on standard error, after the traceback of a task's own code."""
     if isinstance(error, OwnCodeFailed) and error.__cause__ is not None:
         print(show_error(error.__cause__), file=sys.stderr)
     print(f"{program}: {error}", file=sys.stderr)
 
 
 def _find_config(settings_class: type[Settings], argv: list[str]) -> Path | None:
-    """Return the settings file that is named; a flag beats the environment."""
+    """Return the path of the settings file; a flag precedes the environment."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    # Where its value is missing, the parser of all flags says so.
+    # If its value is missing, the parser of all flags says so.
     finder.add_argument("--config", nargs="?")
     name = _in_environment(settings_class).get("config", "")
     path = finder.parse_known_args(argv)[0].config or os.environ.get(name)

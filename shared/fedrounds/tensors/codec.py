@@ -67,9 +67,9 @@ def digest_bytes(payload: bytes | bytearray | memoryview) -> str:
 
 
 def digest_file(path: Path, *, offset: int = 0, size_bytes: int | None = None) -> str:
-    """Return the BLAKE3-256 digest of a file's content, read in blocks of 1 MiB.
+    """Return the BLAKE3-256 digest of `size_bytes` bytes of a file from `offset` on.
 
-    Of `size_bytes` from byte `offset` on, or of all that follows where that is None.
+    None: to the end of the file. It reads blocks of 1 MiB.
     """
     hasher = blake3()
     buffer = memoryview(bytearray(1 << 20))
@@ -114,9 +114,9 @@ def write_state(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
         try:
             safetensors_torch.save_file(_without_sharing(state_dict), path)
         except SafetensorError as error:
-            # The library hides the operating system's error in a text of its own.
-            if found := re.search(r"\(os error (\d+)\)", str(error)):
-                number = int(found[1])
+            # The library gives the operating system's error only as text.
+            if match := re.search(r"\(os error (\d+)\)", str(error)):
+                number = int(match[1])
                 raise OSError(number, os.strerror(number)) from error
             raise
 
@@ -124,14 +124,14 @@ def write_state(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
 def load_state_into(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
     """Fill the tensors of a state_dict (such as a model's own) from a safetensors file.
 
-    Bytes go straight to where they belong: no second copy of the model comes into being.
+    The bytes go directly into the tensors, without a second copy of the model in memory.
 
     Raises:
         InvalidInput: the file isn't a safetensors file, or names, shapes or dtypes differ.
     """
     layout = read_layout(path)
-    ours = {name: _kind(one) for name, one in state_dict.items()}
-    theirs = {name: _kind(one) for name, one in layout.entries.items()}
+    ours = {name: _describe(tensor) for name, tensor in state_dict.items()}
+    theirs = {name: _describe(entry) for name, entry in layout.entries.items()}
     if differing := sorted(
         name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
     ):
@@ -156,8 +156,8 @@ def load_state_into(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
                 target.copy_(landing)
 
 
-def _kind(one: torch.Tensor | Entry) -> str:
-    return f"{list(one.shape)} {one.dtype}"
+def _describe(tensor: torch.Tensor | Entry) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"
 
 
 def read_layout(
@@ -167,13 +167,14 @@ def read_layout(
     size_bytes: int | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> Layout:
-    """Read where each tensor lies in the safetensors file at [offset, offset + size_bytes).
+    """Return the layout of the safetensors file at [offset, offset + size_bytes) of `path`.
 
-    Every byte must belong to the header or to exactly one tensor, as the format demands. A header
-    of more than `max_header_bytes` isn't read: parsed it takes many times its size in memory.
+    Every byte must belong to the header or to exactly one tensor, as the format requires. A header
+    larger than `max_header_bytes` is refused unread: parsed, it takes many times its size in
+    memory.
 
     Raises:
-        InvalidInput: the bytes aren't such a file; the message says where it breaks.
+        InvalidInput: the bytes aren't such a file; the message says why.
     """
     total = (path.stat().st_size - offset) if size_bytes is None else size_bytes
     with path.open("rb") as file:
@@ -215,7 +216,7 @@ def read_layout(
 def make_layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Layout:
     """Return the layout of a file with tensors of these dtypes and shapes, in their order.
 
-    For writing it block by block: the file is the header, then the tensors' bytes.
+    It serves to write the file block by block: first the header, then the tensors' bytes.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     described, position = {}, 0
@@ -228,7 +229,7 @@ def make_layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> L
         }
         position = end
     text = json.dumps(described, separators=(",", ":")).encode()
-    # The format aligns the tensors by spaces behind the header's text.
+    # The format aligns the tensors by spaces after the header's text.
     text += b" " * (-len(text) % _LENGTH_BYTES)
     header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
     entries = {
@@ -273,7 +274,7 @@ def _parse_entry(name: str, fields: Mapping[str, object], data_start: int) -> En
 
 
 def _is_list_of_counts(value: object) -> TypeGuard[list[int]]:
-    # Bounded, so that nothing computed or printed from them can be absurdly long.
+    # Bounded, so that no number computed or printed from them can be extremely long.
     return (
         isinstance(value, list)
         and len(value) <= _MAX_DIMENSIONS

@@ -1,11 +1,11 @@
-"""What the entries of a state_dict are, and how each is aggregated: the one table of it.
+"""The kinds of a state_dict's entries, and how each kind is aggregated.
 
 | entry | kind | its value in the next global model |
 | --- | --- | --- |
-| floating-point parameter | PARAMETER | what the strategy makes of the updates |
+| floating-point parameter | PARAMETER | the strategy's aggregate, then the server optimizer |
 | any other floating-point entry | MEAN | the mean; unchanged, bit for bit, where it is constant |
 | `num_batches_tracked` | MAX | the largest value of the global model and the updates |
-| any other integer or boolean | KEEP | the value that the global model has |
+| any other integer or boolean | KEEP | the global model's value |
 
 A task may declare KEEP, MAX, MEAN or LOCAL for entries that match a pattern (see `entry_kinds`).
 docs/own_task.md holds the same table for users; fedrounds.strategies.buffers says how far a single
@@ -25,7 +25,7 @@ from fedrounds.tensors.codec import DTYPES
 from fedrounds.types import EntryKind
 
 DECLARABLE = (EntryKind.KEEP, EntryKind.MAX, EntryKind.MEAN, EntryKind.LOCAL)
-"""What a task may declare for entries."""
+"""The kinds that a task may declare for entries."""
 
 
 def entry_kinds(
@@ -33,8 +33,8 @@ def entry_kinds(
 ) -> dict[str, EntryKind]:
     """Return the kind of every entry of the model's state_dict, tied weights under each name.
 
-    `declared` maps patterns (as of fnmatch, such as "*.queue") to the values of DECLARABLE; the
-    first pattern that matches a name holds for it.
+    `declared` maps patterns (of fnmatch, such as "*.queue") to values of DECLARABLE. The first
+    pattern that matches a name decides.
 
     Raises:
         InvalidInput: a pattern matches no entry, or its kind makes no sense for an entry.
@@ -50,7 +50,8 @@ def entry_kinds(
             )
     kinds: dict[str, EntryKind] = {}
     for name, tensor in entries.items():
-        wanted = next((kind for one, kind in patterns.items() if fnmatchcase(name, one)), None)
+        matching = (kind for pattern, kind in patterns.items() if fnmatchcase(name, pattern))
+        wanted = next(matching, None)
         kinds[name] = (
             _usual_kind(name, tensor, is_parameter=name in parameters)
             if wanted is None
@@ -115,7 +116,7 @@ def norm_entries(model: nn.Module) -> list[str]:
 def unfold_expanded(model: nn.Module) -> None:
     """Give each expanded tensor of the model (with a stride of 0) memory for all its elements.
 
-    Nothing can be loaded into a tensor several elements of which lie at one place.
+    No values can be loaded into a tensor whose elements share memory.
     """
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -127,13 +128,13 @@ def unfold_expanded(model: nn.Module) -> None:
 
 
 def validate_entries(model: nn.Module) -> None:
-    """Make sure that the model's state_dict can be sent, aggregated and loaded again.
+    """Refuse a model whose state_dict can't be sent, aggregated and loaded again.
 
     Raises:
-        InvalidInput: it can't; the message names the entry and what to do.
+        InvalidInput: the message names the entry and what to do.
     """
-    for name, one in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(one, UninitializedParameter | UninitializedBuffer):
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise InvalidInput(
                 f"entry {name!r} of a lazy module has no shape yet; call the model once on an "
                 "example in build_model, or give the layer its size"
@@ -142,8 +143,7 @@ def validate_entries(model: nn.Module) -> None:
     for name, value in entries.items():
         _validate_entry(name, value)
     _validate_aliases(model, entries)
-    learning = [one for one in model.parameters() if one.requires_grad and one.numel()]
-    if not learning:
+    if not any(tensor.requires_grad and tensor.numel() for tensor in model.parameters()):
         raise InvalidInput(
             "the model has no parameter that learns (with requires_grad and at least one element); "
             "give it one"
@@ -151,10 +151,10 @@ def validate_entries(model: nn.Module) -> None:
 
 
 def validate_first_values(model: nn.Module, kinds: Mapping[str, EntryKind], *, task: str) -> None:
-    """Make sure that the parameters of a task's model are finite before the first training.
+    """Refuse a task's model whose parameters aren't finite before the first training.
 
     Raises:
-        InvalidInput: one isn't.
+        InvalidInput: a parameter isn't finite.
     """
     for name, tensor in model.state_dict().items():
         if kinds[name] is EntryKind.PARAMETER and not bool(torch.isfinite(tensor).all()):
@@ -194,16 +194,16 @@ def _validate_entry(name: str, value: object) -> None:
     if value.is_quantized or value.dtype not in DTYPES.values():
         raise InvalidInput(
             f"entry {name!r} has dtype {value.dtype}, which can't be sent; use one of "
-            f"{', '.join(str(one) for one in DTYPES.values())}"
+            f"{', '.join(str(dtype) for dtype in DTYPES.values())}"
         )
 
 
 def _validate_aliases(model: nn.Module, entries: Mapping[str, Tensor]) -> None:
-    """Make sure that what is loaded into the entries reaches the model."""
+    """Refuse a state_dict with copies: values loaded into them wouldn't reach the model."""
     owned = {
-        one.untyped_storage().data_ptr()
-        for one in (*model.parameters(), *model.buffers())
-        if one.numel()
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.numel()
     }
     for name, tensor in entries.items():
         if tensor.numel() and tensor.untyped_storage().data_ptr() not in owned:

@@ -13,7 +13,7 @@ from fedrounds.types import Section
 
 
 def write_payload(path: Path, sections: Mapping[str, Mapping[str, Tensor]]) -> tuple[Section, ...]:
-    """Write sections in the mapping's order; returns what is to be said of each.
+    """Write sections in the mapping's order; return their names, digests and sizes.
 
     Raises:
         InvalidInput: an entry's dtype has no place in the format.
@@ -40,24 +40,24 @@ def read_payload(
     *,
     max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> dict[str, tuple[int, Layout]]:
-    """Return where each section begins in a payload, and its layout counted from there.
+    """Return the offset of each section in a payload, and its layout relative to that offset.
 
-    `sections` are their names and sizes in bytes, in order; `max_header_bytes` is how long the
-    header of each may be.
+    `sections` are the names and sizes in bytes, in order. `max_header_bytes` bounds the header of
+    each.
 
     Raises:
         InvalidInput: a section isn't a safetensors file, or they don't fill the payload.
     """
-    found = {}
+    layouts = {}
     offset = 0
     for name, size_bytes in sections:
         layout = read_layout(
             path, offset=offset, size_bytes=size_bytes, max_header_bytes=max_header_bytes
         )
-        found[name] = (offset, layout)
+        layouts[name] = (offset, layout)
         offset += size_bytes
     if offset != path.stat().st_size:
         raise InvalidInput(
             f"the payload has {path.stat().st_size} bytes, its sections have {offset}"
         )
-    return found
+    return layouts

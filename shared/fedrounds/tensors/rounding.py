@@ -1,7 +1,7 @@
-"""float64 values in another dtype, rounded once.
+"""Conversion of float64 values to another dtype with a single rounding.
 
-torch rounds float64 to float32 on its way to bfloat16 and float16. Of 1 + 2^-8 + 2^-30 the first
-rounding makes the middle between two bfloat16 numbers, and the second one rounds that down to 1.
+torch converts float64 to bfloat16 and float16 by way of float32, which rounds twice: it rounds
+1 + 2^-8 + 2^-30 first to the middle between two bfloat16 numbers, and then down to 1.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return float64 values in `dtype`, each rounded once to the nearest number, ties to even.
 
-    In integer dtypes values beyond the range become its ends. The result owns its memory.
+    For integer dtypes, values beyond the range become its ends. The result owns its memory.
     """
     if dtype in (torch.bfloat16, torch.float16):
         return _to_odd(values).to(dtype)
@@ -23,15 +23,15 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 def _to_odd(values: Tensor) -> Tensor:
     """Return float64 values in float32, rounded to odd.
 
-    What float32 can't hold becomes the neighbour whose last bit is 1, so that a second rounding to
-    a type with at least two bits less sees on which side of its own middle a value lies (Boldo and
-    Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding
-    to odd").
+    A value that float32 can't hold becomes the neighbour whose last bit is 1. A second rounding, to
+    a type with at least two bits less, then still knows on which side of a midpoint the value was
+    (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using
+    rounding to odd").
     """
     narrow = values.float()
     back = narrow.double()
     bits = narrow.view(torch.int32)
-    # Sign and magnitude: one less is the next number towards 0.
+    # Sign and magnitude: subtracting 1 from the bits gives the next number towards 0.
     bits -= (back.abs() > values.abs()).int()
     bits |= (back != values).int()
     return narrow
@@ -42,5 +42,5 @@ def _whole(values: Tensor, dtype: torch.dtype) -> Tensor:
     # float64 holds neither end of int64 exactly: the comparison decides, not the conversion.
     nearest = values.round()
     inside = nearest.clamp(float(limits.min), float(limits.max))
-    found = inside.to(dtype)
-    return torch.where(nearest >= float(limits.max), limits.max, found)
+    converted = inside.to(dtype)
+    return torch.where(nearest >= float(limits.max), limits.max, converted)

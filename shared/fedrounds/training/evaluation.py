@@ -1,4 +1,4 @@
-"""Measuring a model on examples it isn't trained on. Pure PyTorch, like fedrounds.training.loop."""
+"""Evaluation of a model. Pure PyTorch, like fedrounds.training.loop."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from fedrounds.errors import InvalidInput
 
 Batches = Iterable[tuple[Tensor, ...] | list[Tensor]]
 Loss = Callable[[Any, Tensor], Tensor]
-"""(what the model returns, targets) to the mean loss of a batch."""
+"""Takes (the model's output, targets) of a batch to its mean loss."""
 
 _MAIN_NAMES = ("logits", "out", "main")
 
@@ -23,9 +23,9 @@ _MAIN_NAMES = ("logits", "out", "main")
 class Evaluation:
     """Accuracy in 0..1 and mean loss over `num_examples`; the loss of a broken model is nan.
 
-    `metrics` are the means of those asked for, by name. `confusion`, if asked for, is int64
-    [num_classes, num_classes + 1]: row the true class, column the one that was answered, each entry
-    a number of targets; the last column holds the answers that name no class (a nan, say).
+    `metrics` holds the means of the requested metrics, by name. `confusion`, if requested, is int64
+    [num_classes, num_classes + 1]: rows are true classes, columns predicted classes, each entry a
+    number of targets. The last column counts outputs that predict no class, such as nan.
     """
 
     accuracy: float
@@ -44,12 +44,12 @@ def evaluate(
     metrics: Mapping[str, Loss] = MappingProxyType({}),
     num_classes: int | None = None,
 ) -> Evaluation:
-    """Measure `model` on all batches, in evaluation mode; its own modes are restored after.
+    """Evaluate `model` on all batches, in evaluation mode; restore its modes afterwards.
 
-    Batches, outputs and `loss` are those of `train_model`; each of `metrics` is like `loss`. With
-    `num_classes`, which bounds the targets, a confusion matrix is counted too. An output with a
-    nan is never correct: argmax would call it class 0, and a model full of nan would score the
-    share of that class.
+    Batches, outputs and `loss` are as in `train_model`; each of `metrics` is like `loss`. With
+    `num_classes`, which bounds the targets, it counts a confusion matrix too. An output with a nan
+    is never correct: argmax would call it class 0, and a model full of nan would get the share of
+    that class as its accuracy.
 
     Raises:
         InvalidInput: no examples, or outputs that don't fit the targets.
@@ -69,7 +69,7 @@ def evaluate(
             inputs, targets = batch_inputs.to(device), batch_targets.to(device)
             outputs = model(inputs)
             mean_loss = loss(outputs, targets)
-            others = [one(outputs, targets).to(mean_loss) for one in metrics.values()]
+            others = [metric(outputs, targets).to(mean_loss) for metric in metrics.values()]
             means.append(torch.stack([mean_loss, *others]))
             sizes.append(len(targets))
             answers = main_output(outputs)
@@ -80,31 +80,31 @@ def evaluate(
     num_examples = sum(sizes)
     if num_examples == 0:
         raise InvalidInput("there are no examples to evaluate the model on")
-    # Read only now, so that the device never waits for this side.
+    # Read the values only now, so that the device never waits for the CPU.
     weights = torch.tensor(sizes, dtype=torch.float64) / num_examples
-    found_loss, *found_metrics = (weights @ torch.stack(means).cpu().double()).tolist()
+    overall_loss, *overall_metrics = (weights @ torch.stack(means).cpu().double()).tolist()
     return Evaluation(
         accuracy=num_correct.item() / num_targets,
-        loss=found_loss,
+        loss=overall_loss,
         num_examples=num_examples,
-        metrics=dict(zip(metrics, found_metrics, strict=True)),
+        metrics=dict(zip(metrics, overall_metrics, strict=True)),
         confusion=None if confusion is None else confusion.cpu(),
     )
 
 
 def main_output(outputs: object) -> Tensor:
-    """Return the tensor that answers the targets among what a model returns.
+    """Return the tensor among a model's outputs that predicts the targets.
 
-    Of a dictionary it is the entry "logits", "out" or "main", the first of these that is there, or
-    else the first value; of a tuple or a list, named or not, the first item. Both may be nested.
+    In a dictionary it is the first entry of "logits", "out" and "main" that exists, or else the
+    first value; in a tuple or a list, named or not, the first item. Both may be nested.
 
     Raises:
-        InvalidInput: there is no tensor in that place.
+        InvalidInput: there is no such tensor.
     """
     if isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping) and outputs:
-        name = next((one for one in _MAIN_NAMES if one in outputs), next(iter(outputs)))
+        name = next((key for key in _MAIN_NAMES if key in outputs), next(iter(outputs)))
         return main_output(outputs[name])
     if isinstance(outputs, tuple | list) and outputs:
         return main_output(outputs[0])

@@ -1,4 +1,4 @@
-"""The optimizers there are, by name, and how the step size changes over a training."""
+"""The optimizers by name, and the schedules of the step size."""
 
 import inspect
 import math
@@ -18,15 +18,15 @@ T = TypeVar("T", bound=Optimizer)
 
 
 def _without_compiler(optimizer: type[T]) -> type[T]:
-    """Return a class that computes what this one does, and doesn't import torch's compiler.
+    """Return a class that computes the same and doesn't import torch's compiler.
 
-    Some methods of torch's optimizers import the compiler before they do their work, only to tell
-    it to leave them alone: 150 MB, seconds of processor time, and an error where no temporary
-    folder can be written to. The work itself is in the functions that they wrap.
+    Some methods of torch's optimizers import the compiler only to exclude themselves from it. That
+    costs 150 MB and seconds of processor time, and is an error if no temporary folder can be
+    written to. The work itself is in the functions that these methods wrap.
     """
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
     methods = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
-    # What `step` wraps relies on its wrapper for this.
+    # The function that `step` wraps relies on its wrapper for no_grad.
     methods["step"] = torch.no_grad()(inspect.unwrap(optimizer.step))
     return type(optimizer.__name__, (optimizer,), methods)
 
@@ -52,7 +52,7 @@ OPTIMIZERS: Mapping[str, Callable[[list[nn.Parameter], float, float, float], Opt
     )
 )
 
-# From the share of the way behind the warm-up, 0 up to 1 (excluded), and the epoch, from 0.
+# share: the part of the way after the warm-up, from 0 to below 1; epoch: from 0.
 _DECAYS: Mapping[str, Callable[[Schedule, float, int], float]] = MappingProxyType(
     {
         "constant": lambda schedule, share, epoch: 1.0,
@@ -86,9 +86,9 @@ def make_optimizer(
 
 
 def lr_factor(schedule: Schedule, *, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """Return what lr is multiplied by in a training's step `step` (from 0).
+    """Return the factor on lr in step `step` (from 0) of a training.
 
-    `epochs` is how many the training itself has: the schedule's length if it names none.
+    `epochs` is the number of epochs of this training, and the schedule's length if it names none.
     """
     position = schedule.first_epoch * steps_per_epoch + step
     warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
@@ -103,10 +103,10 @@ def lr_factor(schedule: Schedule, *, step: int, steps_per_epoch: int, epochs: in
 def make_scheduler(
     optimizer: Optimizer, schedule: Schedule, *, steps_per_epoch: int | None, epochs: int
 ) -> LambdaLR | None:
-    """Return what sets the step size before each step, None if it never changes.
+    """Return the scheduler of the step size, None if the step size never changes.
 
-    Sets that of the first step at once; call its `step` after each of the optimizer's.
-    `steps_per_epoch` is None if it isn't known.
+    It sets the step size of the first step at once; call its `step` after each step of the
+    optimizer. `steps_per_epoch` is None if it isn't known.
 
     Raises:
         InvalidInput: no such schedule, a number out of range, or an unknown number of steps.

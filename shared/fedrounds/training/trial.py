@@ -1,6 +1,6 @@
-"""A trial step: whether a task's model, loss and data fit each other, before a run begins.
+"""A trial step: checks that a task's model, loss and data fit each other, before a run begins.
 
-It leaves no trace: the model is one of its own, and every random stream goes on from where it was.
+It leaves no trace: it trains a model of its own, and restores every random stream.
 """
 
 import random
@@ -26,9 +26,9 @@ _NUM_FOR_THE_DOCTOR = 64
 def try_training_step(task: Task, examples: Examples, *, device: torch.device) -> None:
     """Compute the loss, gradient and accuracy of the task's model on its first 8 examples.
 
-    Where that raises an error the doctor looks at a step on more of them: what it would cure, or
-    report, in a run is no reason not to join. Numbers that aren't finite aren't either, nor is a
-    device that is full, since the batches of a run may be smaller.
+    If that raises an error, the doctor takes a step on more examples. A failure that it would cure
+    or report in a run is no reason not to join. Neither are values that aren't finite, nor a full
+    device, since the batches of a run may be smaller.
 
     Raises:
         OwnCodeFailed: the step raised an error, which is the cause.
@@ -38,7 +38,7 @@ def try_training_step(task: Task, examples: Examples, *, device: torch.device) -
     few, more = (min(size, num_examples) for size in (_NUM_EXAMPLES, _NUM_FOR_THE_DOCTOR))
     with keeping_random_streams(device):
         if not _goes_well(task, _first(few, examples), device):
-            # The error is raised again here, unless the doctor deals with it.
+            # The doctor's step raises the error again, unless the doctor can deal with it.
             _step_with_doctor(task, _first(more, examples), device)
 
 
@@ -49,7 +49,7 @@ def _first(num: int, examples: Examples) -> NumberedLoader:
 
 def _goes_well(task: Task, batches: NumberedLoader, device: torch.device) -> bool:
     try:
-        inputs, targets = (one.to(device) for one in next(iter(batches)))
+        inputs, targets = (tensor.to(device) for tensor in next(iter(batches)))
         model = task.build_model().to(device).train()
         outputs = model(inputs)
         task.loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
@@ -78,11 +78,11 @@ def _step_with_doctor(task: Task, batches: NumberedLoader, device: torch.device)
 
 @contextmanager
 def keeping_random_streams(device: torch.device) -> Iterator[None]:
-    """Let every global random stream go on after this block as if the block hadn't been there."""
-    pythons, numpys = random.getstate(), np.random.get_state()
+    """Restore every global random stream after this block."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
-        random.setstate(pythons)
-        np.random.set_state(numpys)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
