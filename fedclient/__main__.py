@@ -44,7 +44,7 @@ COMMANDS = ("partitions", "doctor")
 def main(argv: list[str]) -> int:
     """Return the exit code.
 
-    0: done or stopped; 1: failed or not well; 2: wrong usage; 3: the server didn't answer.
+    0: done or stopped; 1: failed or not ready; 2: wrong usage; 3: the server didn't answer.
     """
     silence_grpc()
     try:
@@ -136,9 +136,9 @@ def _run(settings: ClientSettings, signals: StopSignals) -> None:
 def _prepare_while_reaching(
     settings: ClientSettings, connection: "Connection", patience: "Patience", stop: threading.Event
 ) -> "ClientData":
-    """Import torch and examine what needs it, while another thread reaches the server.
+    """Import torch and load the task, while another thread reaches the server.
 
-    torch takes seconds to import, and whether the server answers is to be known before.
+    torch takes seconds to import; a server that doesn't answer should show sooner.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="reach") as pool:
         reached = pool.submit(patience.reach, connection)
@@ -154,7 +154,7 @@ def _prepare_while_reaching(
 
 
 def _prepare(settings: ClientSettings) -> "ClientData":
-    """Import torch; what is wrong with the device or the task is said now, without a server."""
+    """Import torch; refuse a wrong device or task now, without a server."""
     with importing_what_stays():
         import torch  # noqa: PLC0415
 

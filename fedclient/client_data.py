@@ -1,8 +1,8 @@
-"""What a client process learns from: the run's task, and the examples of each of its clients.
+"""The data of a client process: the run's task, and the examples of each of its clients.
 
-Many clients in one process hold shares of one data set. Where the task says what a partitioning
-goes by, that set is read once and a share is cut out of it when its client's turn comes; otherwise
-the task is asked for the share, and the last few are kept.
+The clients of one process hold shares of one data set. If the task has load_labels, the set is read
+once, and a client's share is cut out of it when its turn comes. Otherwise the task loads each
+share, and the last few are kept.
 """
 
 import functools
@@ -36,12 +36,12 @@ class ClientData:
     """The task and the examples of a run, once `load` has read them.
 
     Raises:
-        InvalidInput: the task that the settings insist on can't be had.
+        InvalidInput: there is no task of the name in the settings.
     """
 
     def __init__(self, settings: ClientSettings) -> None:
         if settings.task is not None:
-            # What is wrong with it is told now: a server may be long in coming.
+            # Refuse a wrong task now: the server may take long to answer.
             with interrupting():
                 find_task(settings.task)
         self._settings = settings
@@ -62,18 +62,18 @@ class ClientData:
         return self._examples_of(client_id)
 
     def load(self, session: SessionInfo) -> tuple[int, ...]:
-        """Return how many examples each client has in a run; reads them once a run.
+        """Return each client's number of examples in a run; read them once a run.
 
         The data may have changed since the last run, so each run reads them anew.
 
         Raises:
-            WrongSettings: the run's task is somebody's own code, and nobody here said to run it.
-            OwnCodeFailed: the task goes wrong where it reads the data or in a trial step.
-            FederationError: the task or its data can't be had, or not so many shares of it.
+            WrongSettings: the run's task is custom code, and the settings here don't name it.
+            OwnCodeFailed: the task's code fails when it reads the data or in a trial step.
+            FederationError: the task, its data, or one of the shares doesn't exist.
         """
         if self._loaded_run_id == session.run_id:
             return self._num_examples
-        # The last run's examples are let go first: there may not be room for both.
+        # Free the last run's examples first: there may not be room for both.
         self._loaded_run_id, self._examples_of = "", None
         if ":" in session.task and self._settings.task is None:
             raise WrongSettings(
@@ -95,9 +95,10 @@ class ClientData:
         return self._num_examples
 
     def _try_step(self) -> None:
-        """Take a trial step on the examples of a client with many; one client can't stop others.
+        """Take a trial step on the examples of the client that has most.
 
-        Where it fails for the three clients that have most, it is the task that fails.
+        If it fails, the next two are tried, so that one client's bad data doesn't stop the others.
+        If it fails for all three, the task fails.
         """
         sizes = zip(self._num_examples, self._settings.client_ids, strict=True)
         candidates = [client_id for size, client_id in sorted(sizes, reverse=True) if size > 0]
@@ -115,7 +116,7 @@ class ClientData:
             raise failure
 
     def _count_examples(self, client_id: int) -> int:
-        """Return how many examples a client has; warn of those that will stop its training."""
+        """Return a client's number of examples; warn of those that would stop its training."""
         examples = self.examples_of(client_id)
         if not len(examples):  # type: ignore[arg-type]  # Dataset itself declares no length
             return 0
@@ -123,7 +124,9 @@ class ClientData:
             logger.warning(
                 "client %d: %d examples hold a NaN or an infinity, the first is number %d (from "
                 "0); training will stop where it meets one",
-                *(client_id, len(bad), bad[0]),
+                client_id,
+                len(bad),
+                bad[0],
             )
         return len(examples)  # type: ignore[arg-type]  # Dataset itself declares no length
 
@@ -131,7 +134,7 @@ class ClientData:
 def _share_reader(
     task: Task, dealt: Partitioning, settings: ClientSettings
 ) -> Callable[[int], Examples]:
-    """Return what gives the examples of each of the clients."""
+    """Return a function from client id to examples."""
     root, client_ids = settings.data_root, settings.client_ids
     if settings.source == "local":
         return functools.cache(lambda _: task.load_train(DataRequest(data_root=root)))
@@ -179,7 +182,7 @@ def _share_reader(
 
 
 def _cut(whole: Examples, share: NDArray[np.int64]) -> Examples:
-    """Return the examples of a share; of tensors a copy, which is batched at once."""
+    """Return the examples of a share; tensors are copied, so that batches are quick."""
     if isinstance(whole, TensorDataset):
         chosen = torch.from_numpy(share)
         return TensorDataset(*(tensor[chosen] for tensor in whole.tensors))

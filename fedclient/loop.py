@@ -1,7 +1,7 @@
-"""The client's life: register, pull, train, push, until the run is done.
+"""The client's main loop: register, pull, train, push, until the run is done.
 
-Everything it needs after a crash is in the state-dir: who it is, the updates not yet acknowledged,
-the blobs it holds. Everything else it asks the server for again.
+After a crash it needs only what is in the state-dir: the instance key, the updates not acknowledged
+yet, and the blobs. It asks the server for everything else again.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _STAY_PAUSE_S = 1.0
 _FIRST_WAIT_S = 1.0
-"""The first pull for work is answered that soon: a person learns what there is to wait for."""
+"""The wait of the first pull for work; short, to show soon what the client waits for."""
 _FAILURES = {
     RunFailure.TOO_FEW_UPDATES: "too few clients delivered an update, again and again",
     RunFailure.TOO_MANY_EXCLUDED: "too many updates were excluded, again and again",
@@ -48,25 +48,28 @@ def take_part(
     stop: threading.Event,
     when_stopped: Callable[[Callable[[], None]], None],
 ) -> None:
-    """Work until the run is done (or for ever, if told to stay); `state_dir` is locked.
+    """Work until the run is done (or forever, with --stay); `state_dir` is locked.
 
-    Where the process ends before the run does, the server is told. `when_stopped(act)` lets another
-    thread call `act` when somebody asks for a stop.
+    If the process ends before the run does, it says goodbye to the server. `when_stopped(act)`
+    makes another thread call `act` when somebody asks for a stop.
 
     Raises:
-        Stopped: somebody asked for it.
+        Stopped: somebody asked the process to end.
         RunFailed: the run failed.
         TaskFailed: the task's own code failed for some of the ids.
         NoAnswer: the server didn't answer for too long.
-        FederationError: a person's mistake, with a sentence that says which.
+        FederationError: a mistake in settings or data; the message says which.
         Exception: what the task's own code raised for the last id that was left.
     """
 
     def load(info: SessionInfo) -> tuple[int, ...]:
-        """Load the run's data; says which run it is, and how many examples there are."""
+        """Load the run's data and return the numbers of examples; log both."""
         logger.info(
             "connected to %s: run %s, task %s, %d rounds",
-            *(settings.server, info.run_id, info.task, info.total_rounds),
+            settings.server,
+            info.run_id,
+            info.task,
+            info.total_rounds,
         )
         screen.wait_for("loading the data")
         screen.expect_rounds(info.total_rounds)
@@ -106,7 +109,7 @@ def take_part(
         goodbye.say(LeaveReason.STOPPED)
         raise
     except (RunFailed, TaskFailed, NoAnswer):
-        # The run is over, or there is nobody to tell.
+        # The run is over, or the server doesn't answer: no goodbye.
         raise
     except OwnCodeFailed:
         goodbye.say(LeaveReason.TASK_FAILED)
@@ -126,7 +129,7 @@ def _work(
     worker: OrderWorker,
     screen: Screen,
 ) -> None:
-    """Work on orders until the run is over; show and log what an order has to wait for."""
+    """Work on orders until the run is over; show and log why there is no order yet."""
     num_failed = 0
     logged: Waiting | None = None
     longest_s = _FIRST_WAIT_S
@@ -179,14 +182,14 @@ def _work(
             session.pause(_STAY_PAUSE_S)
 
 
-def _is_same_wait(one: Waiting, other: Waiting) -> bool:
-    """Whether two answers differ in their numbers alone, which change as clients come and go."""
-    is_same_for_rounds = bool(one.round_number) == bool(other.round_number)
-    return is_same_for_rounds and one.clients_needed == other.clients_needed
+def _is_same_wait(before: Waiting, now: Waiting) -> bool:
+    """Return whether two answers have the same reason; their numbers change all the time."""
+    is_same_for_rounds = bool(before.round_number) == bool(now.round_number)
+    return is_same_for_rounds and before.clients_needed == now.clients_needed
 
 
 def _waiting_text(waiting: Waiting) -> str:
-    """Return in words what an order has to wait for."""
+    """Return in words why there is no order yet."""
     if waiting.round_number:
         return f"round {waiting.round_number} is running; waiting for an order"
     if waiting.clients_needed:
@@ -202,14 +205,14 @@ def _failure_text(run_end: RunEnd) -> str:
 
 
 def _described(settings: ClientSettings, num_examples: tuple[int, ...]) -> str:
-    """Return in words who this process is and how much data it has."""
+    """Return the clients of this process and their numbers of examples, in words."""
     if settings.ids is None:
         return f"client {settings.id} has {num_examples[0]} examples"
     return f"{len(num_examples)} clients ({settings.ids}) have {sum(num_examples)} examples"
 
 
 def _instance_key(state_dir: Path) -> str:
-    """Return the random text that tells this state-dir from all others, made once."""
+    """Return the random text that identifies this state-dir; create it once."""
     path = state_dir / "instance.key"
     if not path.exists():
         replace_file(path, uuid.uuid4().hex.encode(), survive_power_loss=True)

@@ -1,4 +1,4 @@
-"""`python -m fedclient partitions`: who would hold what under a partitioning."""
+"""`python -m fedclient partitions`: the labels of each client under a partitioning."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +61,7 @@ def _labels_of_shares(
 ) -> list[NDArray[np.int64]]:
     """Return each partition's labels, int64 [its examples].
 
-    A task that doesn't say what its labels are is asked for every share, and its targets count.
+    If the task has no load_labels, it loads every share, and the targets are the labels.
     """
     if task.load_labels is not None:
         labels = task.load_labels(settings.data_root)
@@ -74,7 +74,7 @@ def _labels_of_shares(
         )
         return [labels[share] for share in shares]
     validate_scheme(settings.partition, parameters)
-    found = []
+    shares_of_labels = []
     for index in range(settings.num_partitions):
         partition = Partition(
             scheme=settings.partition,
@@ -84,8 +84,8 @@ def _labels_of_shares(
             parameters=parameters,
         )
         request = DataRequest(data_root=settings.data_root, partition=partition)
-        found.append(_targets_as_labels(task, task.load_train(request), index))
-    return found
+        shares_of_labels.append(_targets_as_labels(task, task.load_train(request), index))
+    return shares_of_labels
 
 
 def _targets_as_labels(task: Task, examples: Examples, index: int) -> NDArray[np.int64]:
@@ -130,7 +130,7 @@ def _share(row: NDArray[np.int64]) -> str:
 
 
 def _draw(counts: NDArray[np.int64], path: Path, *, title: str) -> None:
-    """Draw one bar a client, stacked by label; counts are [num_clients, num_labels]."""
+    """Draw a bar for each client, stacked by label; counts is [num_clients, num_labels]."""
     try:
         from matplotlib import colormaps  # noqa: PLC0415
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415

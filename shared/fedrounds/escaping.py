@@ -1,16 +1,16 @@
-"""Texts from the other side, before they are shown to a person or logged."""
+"""Escaping of texts from the other side, before they are shown or logged."""
 
 MAX_CHARACTERS = 1000
 
 
 def printable(text: str) -> str:
-    r"""Return a text of somebody else's as one line of at most `MAX_CHARACTERS` that obeys nothing.
+    r"""Return an untrusted text as one printable line of at most `MAX_CHARACTERS`.
 
-    What isn't printable stands escaped (`\x1b`, `\n`), or it could move the cursor, hide what was
-    said before, or look like another line of the log.
+    Other characters are escaped (`\x1b`, `\n`): they could move the cursor, hide earlier output, or
+    look like another line of the log.
     """
     escaped = (
-        one if one.isprintable() else one.encode("unicode_escape").decode()
-        for one in text[:MAX_CHARACTERS]
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text[:MAX_CHARACTERS]
     )
     return "".join(escaped)[:MAX_CHARACTERS]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the locked folder of a process."""
+"""Atomic and durable writing of files, and the locked folder of a process."""
 
 import ctypes
 import errno
@@ -27,7 +27,7 @@ _NEEDS_A_PERSON = {
 }
 
 WRITE_BACK_BYTES = 8 << 20
-"""How much is worth to begin with at a time."""
+"""The number of bytes for which `begin_write_back` is worth a call."""
 
 _SYNC_FILE_RANGE_WRITE = 2
 _SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
@@ -36,9 +36,9 @@ if _SYNC_FILE_RANGE is not None:
 
 
 def exhaustion(error: OSError, *, folder: Path | None = None) -> OutOfSpace | None:
-    """Return what an error of the operating system means if something is used up, else None.
+    """Return the error to raise for an OSError if a resource is used up, else None.
 
-    That is room on a disk (OutOfSpace), in `folder` where it is known, or the file descriptors of
+    The resource is room on a disk (OutOfSpace), in `folder` if known, or the file descriptors of
     this process or machine (OutOfFiles).
     """
     if error.errno in _FULL:
@@ -56,10 +56,10 @@ def exhaustion(error: OSError, *, folder: Path | None = None) -> OutOfSpace | No
 
 
 def unusable(error: OSError) -> StorageUnusable | None:
-    """Return what an error of the operating system means if only a person can mend it, else None.
+    """Return the error to raise for an OSError if only a person can fix it, else None.
 
-    That is a right that this process lacks, a read-only disk, or something else than the file or
-    folder that belongs there. Other errors may pass by themselves: a network drive may come back.
+    Examples are a missing permission, a read-only disk, or a wrong file or folder. Other errors may
+    pass by themselves: a network drive may come back.
     """
     if error.errno not in _NEEDS_A_PERSON:
         return None
@@ -72,7 +72,7 @@ def unusable(error: OSError) -> StorageUnusable | None:
 
 @contextmanager
 def naming_full_disk(folder: Path) -> Iterator[None]:
-    """Raise what `exhaustion` makes of an OSError in the block; other errors pass."""
+    """Raise the error that `exhaustion` returns for an OSError in the block; others pass."""
     try:
         yield
     except OSError as error:
@@ -82,7 +82,7 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
 
 
 def out_of_files() -> OutOfSpace | None:
-    """Return OutOfFiles if no file can be opened now: some libraries don't say why they fail."""
+    """Return OutOfFiles if no file can be opened now; some libraries hide why they fail."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
@@ -91,7 +91,7 @@ def out_of_files() -> OutOfSpace | None:
 
 
 def raise_file_limit() -> None:
-    """Let this process open as many files as the system allows it: the soft limit becomes the hard.
+    """Raise the soft limit on open files to the hard limit.
 
     Each connection and each update under way takes a descriptor; 1024 is the usual soft limit.
     """
@@ -107,15 +107,15 @@ def raise_file_limit() -> None:
 def begin_write_back(descriptor: int, *, offset: int, count: int) -> None:
     """Let the operating system begin to write a part of a file to the disk, without waiting.
 
-    So that a later sync_file of a large file has little left to wait for; it promises nothing by
-    itself. Where the system doesn't offer it nothing happens.
+    It shortens a later sync_file of a large file, and guarantees nothing by itself. On systems
+    without this call it does nothing.
     """
     if _SYNC_FILE_RANGE is not None:
         _SYNC_FILE_RANGE(descriptor, offset, count, _SYNC_FILE_RANGE_WRITE)
 
 
 def sync_file(descriptor: int) -> None:
-    """Return when the content of an open file survives a loss of power.
+    """Wait until the content of an open file survives a power loss.
 
     macOS has no fdatasync, and its fsync stops at the drive's cache: F_FULLFSYNC goes on, unless
     the file system doesn't know it (fsync(2) and fcntl(2) of macOS).
@@ -131,7 +131,7 @@ def sync_file(descriptor: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when the entries of `folder` (new and renamed files) survive a loss of power."""
+    """Wait until the entries of `folder` (new and renamed files) survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -142,8 +142,8 @@ def sync_folder(folder: Path) -> None:
 def replace_file(path: Path, *parts: bytes | memoryview, survive_power_loss: bool) -> None:
     """Write the parts to `path` so that a reader finds the old content or the new, never a mix.
 
-    With `survive_power_loss` the content is on the disk when this returns; without, it survives
-    the death of the process only.
+    With `survive_power_loss` the content is on the disk when this returns. Without it, the content
+    survives a crash of the process only.
 
     Raises:
         OutOfSpace: the disk is full; the old content stands.
@@ -162,13 +162,13 @@ def replace_file(path: Path, *parts: bytes | memoryview, survive_power_loss: boo
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[Path]:
-    """Make `folder` if it isn't there and hold its lock; the lock ends with the process.
+    """Create `folder` if it doesn't exist and hold its lock; the lock ends with the process.
 
-    Nobody else may look into it: who reads the id of a session or an instance key can pass for that
-    client, and a personal model tells of the data it was trained on.
+    Other users must not read it: with the id of a session or an instance key they could act as that
+    client, and a personal model reveals something of its training data.
 
     Raises:
-        InvalidInput: the folder can't be made or written to.
+        InvalidInput: the folder can't be created or written to.
         Locked: another process holds it.
     """
     try:
@@ -178,7 +178,7 @@ def locked_folder(folder: Path) -> Iterator[Path]:
         lock.acquire()
     except Timeout:
         raise Locked(
-            f"the state-dir {folder} is in use by another process; stop that one "
+            f"the state-dir {folder} is in use by another process; stop that process "
             "or give this one another --state-dir"
         ) from None
     except OSError as error:
@@ -193,15 +193,15 @@ def locked_folder(folder: Path) -> Iterator[Path]:
 
 
 def _keep_others_out(folder: Path) -> None:
-    """Take away what an older version, or `mkdir`, left everybody: to look into a folder.
+    """Remove the access of all users that an older version, or `mkdir`, has left.
 
-    One that is open to a group alone was shared on purpose. A sticky bit says that a folder is
-    everybody's, as /tmp is.
+    A folder that only a group may read was shared on purpose. A sticky bit marks a folder that
+    belongs to everybody, such as /tmp.
     """
-    found = folder.stat()
-    if not found.st_mode & stat.S_IRWXO:
+    status = folder.stat()
+    if not status.st_mode & stat.S_IRWXO:
         return
-    if found.st_uid == os.geteuid() and not found.st_mode & stat.S_ISVTX:
+    if status.st_uid == os.geteuid() and not status.st_mode & stat.S_ISVTX:
         try:
             folder.chmod(_OURS_ALONE)
         except PermissionError:

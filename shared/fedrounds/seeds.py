@@ -1,4 +1,4 @@
-"""Where every random stream begins: a function of what it is for, never of what ran before."""
+"""Seeds of random streams: each depends on its purpose, and never on what ran before."""
 
 from blake3 import blake3
 
@@ -8,7 +8,7 @@ def derive_seed(
 ) -> int:
     """Return a seed in [0, 2^63) for one purpose in one piece of work.
 
-    The same arguments give the same seed on every machine; any other gives one that is unrelated
+    The same arguments give the same seed on every machine; other arguments give an unrelated seed
     (BLAKE3 of the arguments' text).
     """
     text = f"{seed}/{purpose}/{round_number}/{attempt}/{client_id}"

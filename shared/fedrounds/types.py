@@ -1,4 +1,4 @@
-"""The values both sides speak of. Frozen, without behaviour that knows a wire or a database."""
+"""The values that both sides share: frozen, and independent of wire and database."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,10 +24,10 @@ InitialisationName = Literal[
 class Schedule:
     """How the step size changes over `total_epochs` epochs (0: this training's own).
 
-    This training begins at `first_epoch` of them, from 0. Over the first `warmup_epochs` the step
-    size grows evenly from nearly nothing to lr. After them it stays ("constant"), is multiplied
-    by `decay` every `decay_epochs` epochs, counted from the very first ("step"), or falls to 0
-    along half a cosine ("cosine").
+    This training begins at epoch `first_epoch` of them, from 0. Over the first `warmup_epochs` the
+    step size grows linearly from nearly 0 to lr. After them it stays constant ("constant"), is
+    multiplied by `decay` every `decay_epochs` epochs, counted from the first epoch ("step"), or
+    falls to 0 along half a cosine ("cosine").
     """
 
     name: str = "constant"
@@ -51,8 +51,8 @@ class TrainingConfig:
     """How a client trains in one round; sent with every order.
 
     `lr` is the step size, `clip_norm` the largest global L2 norm of a gradient (None: no clipping),
-    `augmentation` what is done at random to the inputs of each batch. With a `work_deadline_s`
-    training ends after the step at which so many seconds are over: what was done is the update.
+    `augmentation` the random change of each batch's inputs. With a `work_deadline_s` training ends
+    after the first step beyond that many seconds; the update is what was learned by then.
     """
 
     epochs: int = 2
@@ -69,22 +69,22 @@ class TrainingConfig:
 
 
 class IncidentKind(StrEnum):
-    """What can go wrong in a run, by its name on the wire and in the history."""
+    """What can go wrong in a run; the values are the names in the history."""
 
     NON_FINITE_LOSS = "non-finite-loss"
     NON_FINITE_GRADIENT = "non-finite-gradient"
     NON_FINITE_PARAMETER = "non-finite-parameter"
     TRAINING_FAILED = "training-failed"
     TRAINING_DIAGNOSED = "training-diagnosed"
-    """Training went wrong; the diagnosis says why, and whether it was cured and went on."""
+    """Training went wrong; the diagnosis says why, and whether the doctor cured it."""
     UPDATE_REFUSED = "update-refused"
     UPDATE_CONTRADICTED = "update-contradicted"
     UPDATE_EXCLUDED = "update-excluded"
     BUFFER_BOUNDED = "buffer-bounded"
-    """An update counts, but a buffer of it lay so far from its cohort's that it was bounded."""
+    """An update counts, but a buffer of it was bounded, since it was far from its cohort's."""
     UPDATE_LATE = "update-late"
     ORDER_STALE = "order-stale"
-    """More rounds have gone on without its update than an asynchronous run waits for."""
+    """More rounds have finished without its update than an asynchronous run waits for."""
     CLIENT_STALLED = "client-stalled"
     CLIENT_LOST = "client-lost"
     CLIENT_LEFT = "client-left"
@@ -94,15 +94,15 @@ class IncidentKind(StrEnum):
     ROUND_FAILED = "round-failed"
     SERVER_RESTARTED = "server-restarted"
     SERVER_AWAY = "server-away"
-    """It was stopped, or starved, and came back; nobody's time ran meanwhile."""
+    """The server was stopped or starved and came back; no client's time ran meanwhile."""
     DISK_LOW = "disk-low"
     DISK_FULL = "disk-full"
     OUT_OF_FILES = "out-of-files"
     """The server can't open another file."""
     SERVER_FAILED = "server-failed"
-    """A call or a step of the round loop failed in a way that the server doesn't foresee."""
+    """A call or a step of the round loop failed in an unexpected way."""
     EVALUATION_COLLAPSED = "evaluation-collapsed"
-    """Something is wrong with the new global model: its loss, or that it answers one class only."""
+    """The new global model is bad: by its loss, or because it predicts one class only."""
     MODEL_ROLLED_BACK = "model-rolled-back"
     ROUND_ABANDONED = "round-abandoned"
     CAUSE_SHARED = "cause-shared"
@@ -127,9 +127,9 @@ class Incident:
 
 
 class Encoding(StrEnum):
-    """How the bytes of an update say what its client has learned.
+    """How an update is encoded.
 
-    STATE_DICT is the whole updated state_dict; the others are the delta, compressed: see
+    STATE_DICT is the whole trained state_dict. The others are the compressed delta: see
     fedrounds.tensors.compression.
     """
 
@@ -144,7 +144,7 @@ class Encoding(StrEnum):
 class Compression:
     """How updates are compressed; STATE_DICT: not at all.
 
-    `block_size` is how many values share a scale under INT8, `fraction` the share of the
+    `block_size` is the number of values that share a scale under INT8, `fraction` the share of
     coordinates that TOP_K sends.
     """
 
@@ -157,14 +157,16 @@ NO_COMPRESSION = Compression()
 
 MAX_CLIENT_ID = 2**53
 MAX_CLIENT_IDS = 10_000
-"""How many client ids one process, and so one session, may serve."""
+"""The largest number of client ids in one process, and so in one session."""
 
 MODEL_SECTION = "model"
 """The payload section that holds a whole state_dict."""
 
 CONTROL_SECTION = "control"
-"""SCAFFOLD's control variates: to a client the server's, of each parameter's shape with a dimension
-of 1 more at the end (absent: all are 0); from a client by how much its own change."""
+"""SCAFFOLD's control variates.
+
+To a client: the server's, of each parameter's shape with a last dimension of 1 (absent: all are 0).
+From a client: the changes of its own."""
 
 
 class EntryKind(StrEnum):
@@ -199,7 +201,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Partitioning:
-    """How a simulation deals one data set out over `num_partitions` clients."""
+    """How a simulation partitions one data set over `num_partitions` clients."""
 
     scheme: str
     num_partitions: int
@@ -209,10 +211,10 @@ class Partitioning:
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """What a client says of itself; `num_examples` is empty until it has read its data.
+    """What a client reports about itself; `num_examples` is empty until it has read its data.
 
-    `capabilities` name the encodings it can send beside the whole state_dict. `process_key` is the
-    random text of this process; empty: a client that doesn't send any.
+    `capabilities` are the encodings that it can send beside the whole state_dict. `process_key` is
+    a random text of this process; empty if the client doesn't send one.
     """
 
     client_ids: tuple[int, ...]
@@ -226,9 +228,10 @@ class Registration:
 
 @dataclass(frozen=True, kw_only=True)
 class SessionInfo:
-    """What the server answers a registration; durations in seconds.
+    """The server's answer to a registration; durations in seconds.
 
-    `entry_kinds` say how each entry of the model's state_dict is aggregated; empty: not told.
+    `entry_kinds` say how each entry of the model's state_dict is aggregated; empty: the server
+    doesn't say.
     """
 
     session_id: str
@@ -246,8 +249,8 @@ class SessionInfo:
 class WorkOrder:
     """One piece of work for one client; ends exactly once.
 
-    With `evaluate` the client also says how good the global model is on its own examples: on the
-    share `holdout` of them that it never trains on, or on all where that is 0.
+    With `evaluate` the client also reports how good the global model is on its own examples: on the
+    share `holdout` of them that it never trains on, or on all of them if that is 0.
     """
 
     order_id: str
@@ -263,7 +266,7 @@ class WorkOrder:
 
 
 class WorkState(StrEnum):
-    """What a pull for work may answer."""
+    """The kinds of answers to a pull for work."""
 
     ORDER = "order"
     WAIT = "wait"
@@ -282,7 +285,7 @@ class RunFailure(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnd:
-    """How a run ended; `failure` is why, where `has_failed` and the server says so."""
+    """How a run ended; `failure` is the reason, if `has_failed` and the server gives it."""
 
     has_failed: bool
     failure: RunFailure | None = None
@@ -292,8 +295,9 @@ class RunEnd:
 class Waiting:
     """Why there is no order yet.
 
-    `round_number` is the round that collects updates, from 1. Where too few clients are there to
-    open the next round, `clients_here` are and it needs `clients_needed`. Whatever isn't so is 0.
+    `round_number` is the round that collects updates, from 1. If too few clients are present to
+    open the next round, `clients_here` is their number and `clients_needed` the number required.
+    Fields that don't apply are 0.
     """
 
     round_number: int = 0
@@ -305,8 +309,8 @@ class Waiting:
 class Work:
     """The answer to a pull for work.
 
-    `order` is set if `state` is ORDER, `run_end` if it is FINISHED, `waiting` if it is WAIT and the
-    server says why.
+    `order` is set if `state` is ORDER, `run_end` if it is FINISHED, and `waiting` if it is WAIT and
+    the server gives the reason.
     """
 
     state: WorkState
@@ -317,10 +321,10 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientUpdate:
-    """What a client says of the payload it sends for an order.
+    """A client's description of the payload that it sends for an order.
 
-    `num_examples` is the update's weight in the mean, `num_steps` counts optimizer steps; the
-    payload is the sections' bytes one after another and `digest` its content's name.
+    `num_examples` is the update's weight in the mean, `num_steps` its number of optimizer steps.
+    The payload is the concatenation of the sections, and `digest` the digest of the payload.
     """
 
     order_id: str
@@ -343,7 +347,7 @@ class Receipt(StrEnum):
 
 
 class LeaveReason(StrEnum):
-    """Why a client leaves a run before its end."""
+    """The reason why a client leaves a run before its end."""
 
     STOPPED = "stopped"
     """Somebody stopped its process."""
@@ -355,9 +359,9 @@ class LeaveReason(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Leave:
-    """What a client says when it leaves: see Leave in federation.proto.
+    """A client's goodbye: see Leave in federation.proto.
 
-    `client_ids` is empty where all of the session's leave.
+    `client_ids` is empty if all ids of the session leave.
     """
 
     reason: LeaveReason
@@ -370,7 +374,7 @@ class OrderEnd(StrEnum):
     """How an order ended without an update that counts."""
 
     ROUND_CLOSED = "round-closed"
-    """The round closed without the update, or went on too far without it: it was late."""
+    """The update was late: the round closed without it, or it is too stale."""
     ATTEMPT_FAILED = "attempt-failed"
     """The attempt failed for a reason that isn't this client's; the round is tried again."""
     GIVEN_UP = "given-up"
@@ -385,8 +389,8 @@ class OrderEnd(StrEnum):
 class UploadAnswer:
     """A receipt.
 
-    `reason` says what is wrong where it is REFUSED, `order_end` how the order had ended where it is
-    LATE.
+    If it is REFUSED, `reason` says what is wrong; if it is LATE, `order_end` says how the order had
+    ended.
     """
 
     receipt: Receipt
@@ -396,10 +400,9 @@ class UploadAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class Counters:
-    """How far a client is with an order; each number only ever grows.
+    """A client's progress with an order; the numbers never decrease.
 
-    `batches` counts training steps and batches on which a model is evaluated; `evaluation_batches`
-    counts the latter alone.
+    `batches` counts training steps and evaluation batches, `evaluation_batches` the latter alone.
     """
 
     bytes_received: int = 0
@@ -412,17 +415,17 @@ class Counters:
 
     @property
     def steps(self) -> int:
-        """The number of training steps done."""
+        """The number of finished training steps."""
         return max(0, self.batches - self.evaluation_batches)
 
     @property
     def steps_total(self) -> int:
-        """The number of training steps that the order takes; 0: not known yet."""
+        """The number of training steps in the order; 0: not known yet."""
         return max(0, self.batches_total - self.evaluation_batches_total)
 
     @property
     def work(self) -> str:
-        """Which step or batch of an evaluation was done last, in words; empty before the first."""
+        """The last finished step or evaluation batch in words; empty before the first."""
         if not self.batches:
             return ""
         if not self.steps:
@@ -432,7 +435,7 @@ class Counters:
 
 
 MAX_INCIDENTS = 64
-"""Incidents that one order may have; they are numbered from 1."""
+"""The largest number of incidents of an order; they are numbered from 1."""
 
 INCIDENT_NUMBERS = frozenset({"lr", "batch", "loss", *(f"grad_norm_{age}" for age in range(5))})
 """The numbers an incident may carry; `fedrounds.training.loop.NonFiniteError` explains them."""

@@ -1,6 +1,6 @@
-"""The image data sets that come built in: where their bytes are, and how they become tensors.
+"""The built-in image data sets: their files, and their conversion to tensors.
 
-`mnist-sample` lies beside this file and needs nothing. `mnist` and `fashion-mnist` are read
+`mnist-sample` is beside this file. `mnist` and `fashion-mnist` are read
 from a data root in torchvision's layout (`MNIST/raw/train-images-idx3-ubyte`, or the same with
 `.gz`). The idx format is four lines to read, so torchvision, which costs a second and 100 MB to
 import and insists on training and test files both, is imported for downloading only.
@@ -181,17 +181,17 @@ def _load_sample(split: Split) -> ImageClassificationData:
 
 def _find_files(source: _IdxSource, split: Split, root: Path) -> tuple[Path, Path] | None:
     raw = root / source.folder / "raw"
-    found = []
+    paths = []
     try:
         for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
             plain = raw / f"{_FILE_PREFIX[split]}-{kind}"
             path = plain if plain.exists() else plain.with_name(plain.name + ".gz")
             if not path.exists():
                 return None
-            found.append(path)
+            paths.append(path)
     except OSError as error:
         raise unreadable(error, root) from error
-    return found[0], found[1]
+    return paths[0], paths[1]
 
 
 def _download(name: str, source: _IdxSource, root: Path) -> None:

@@ -1,4 +1,4 @@
-"""From a data set to batches."""
+"""Batches of a data set."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,19 +17,19 @@ from fedrounds.errors import InvalidInput
 
 
 class NumberedSampler(BatchSampler):
-    """Batches of examples' numbers; `newest` is the one given last."""
+    """Batches of example numbers; `newest` is the last batch that was yielded."""
 
     newest: list[int]
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Give the batches of one pass."""
+        """Yield the batches of one pass."""
         for numbers in super().__iter__():
             self.newest = numbers
             yield numbers
 
 
 class NumberedLoader(DataLoader[tuple[Tensor, ...]]):
-    """A DataLoader in one process that tells which examples the newest batch is made of."""
+    """A DataLoader in one process that knows the numbers of the newest batch's examples."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class NumberedLoader(DataLoader[tuple[Tensor, ...]]):
             super().__init__(dataset, sampler=batches, batch_size=None, generator=generator)
         else:
             super().__init__(dataset, batch_sampler=batches, generator=generator)
-        # Among a DataLoader's attributes it would be one more that can't be set later.
+        # A private attribute: DataLoader forbids setting some of its public ones later.
         self._numbered = batches
 
     @property
@@ -62,12 +62,12 @@ def make_loader(
     shuffle: bool = True,
     numbers: Sequence[int] | None = None,
 ) -> NumberedLoader:
-    """Return batches of a map-style data set, the last one smaller if it must be.
+    """Return a loader of batches of a map-style data set; the last batch may be smaller.
 
-    `numbers` are the examples to take, from 0; None: all. With `shuffle` the order comes from
-    `generator`, or from a new one seeded with `seed`, and is another one in each epoch. The global
-    generator isn't touched. Everything happens in this process: a forked worker may crash once gRPC
-    runs.
+    `numbers` are the examples to use, from 0; None: all. With `shuffle` the order comes from
+    `generator`, or from a new generator seeded with `seed`, and differs in each epoch. The global
+    generator isn't used. Everything happens in this process, since a forked worker may crash once
+    gRPC runs.
 
     Raises:
         InvalidInput: batch_size below 1, no examples, or shuffling without exactly one of seed
@@ -96,11 +96,11 @@ def make_loader(
 
 
 def set_aside(num_examples: int, *, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Return which examples, from 0, are for training and which are held out, both ascending.
+    """Return the numbers, from 0, of training examples and of held-out examples, both ascending.
 
-    The share is rounded to a number of examples, but is at least one and leaves at least one; none
-    is held out where `share` is 0 or there is only one example. Of two shares with one seed the
-    smaller one is part of the larger one.
+    The share is rounded to a number of examples. At least 1 example is held out and at least 1 is
+    left, but none is held out if `share` is 0 or there is only 1 example. With the same seed, a
+    smaller share is part of a larger share.
     """
     num_held_out = min(max(1, round(share * num_examples)), num_examples - 1) if share else 0
     order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -19,7 +19,7 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 class Columns:
     """What is read of a table: the feature columns in this order, and the label's.
 
-    `classes` are the label's values as they stand in the file; a label's number is its place.
+    `classes` are the label's values as in the file; a label's number is its index among them.
     """
 
     label: str
@@ -76,7 +76,7 @@ def _read_rows(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, list[st
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             names = [name.strip() for name in next(reader, [])]
-            places = [_place(name, names, path) for name in wanted]
+            indices = [_column_index(name, names, path) for name in wanted]
             for cells in reader:
                 if not cells:
                     continue
@@ -85,7 +85,7 @@ def _read_rows(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, list[st
                         f"{path}, line {reader.line_num}: there are {len(cells)} cells, but "
                         f"{len(names)} column names in line 1"
                     )
-                yield reader.line_num, [cells[place].strip() for place in places]
+                yield reader.line_num, [cells[index].strip() for index in indices]
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{path} is not UTF-8 ({error.reason}); convert the file") from error
     except OSError as error:
@@ -94,7 +94,7 @@ def _read_rows(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, list[st
         raise InvalidInput(f"{path}, line {reader.line_num}: {error}") from error
 
 
-def _place(name: str, names: list[str], path: Path) -> int:
+def _column_index(name: str, names: list[str], path: Path) -> int:
     if names.count(name) != 1:
         how_many = "no column" if name not in names else "more than one column"
         raise InvalidInput(

@@ -13,9 +13,9 @@ from fedrounds.errors import DataUnavailable, InvalidInput
 logger = logging.getLogger(__name__)
 
 CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
-"""What is told apart, as classes 1, 2, ...: the line end and printable ASCII. Class 0 is the rest.
+"""The characters of classes 1, 2, ...: the line end and printable ASCII. All others are class 0.
 
-Fixed, so that clients that never talk number their characters alike.
+They are fixed, so that all clients number characters alike.
 """
 
 NUM_CHARACTERS = 1 + len(CHARACTERS)

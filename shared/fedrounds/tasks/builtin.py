@@ -25,7 +25,7 @@ from fedrounds.tasks.task import DataRequest, Examples, Partition, Task, choose_
 def find_task(name: str) -> Task:
     """Return the built-in task `name`, or the Task at `package.module:attribute`.
 
-    `tabular` is told its columns behind its name (see `tabular_task`).
+    The name of `tabular` also holds its columns (see `tabular_task`).
 
     Naming a module imports it, that is, runs its code: the name comes from this side's own
     settings, never from the other side of the wire.
@@ -47,13 +47,13 @@ def find_task(name: str) -> Task:
             f"task {name!r}: {module_name} has no {attribute}; the tasks in it are: "
             f"{', '.join(tasks) or 'none'}"
         )
-    found = getattr(module, attribute)
-    if not isinstance(found, Task):
+    task = getattr(module, attribute)
+    if not isinstance(task, Task):
         raise InvalidInput(
-            f"task {name!r} is a {type(found).__name__}, not a fedrounds.Task; name the "
+            f"task {name!r} is a {type(task).__name__}, not a fedrounds.Task; name the "
             f"attribute that holds the Task"
         )
-    return found
+    return task
 
 
 def need_root(name: str, root: Path | None) -> Path:
@@ -135,7 +135,7 @@ def tabular_task(name: str) -> Task:
         key, _, value = word.partition("=")
         if key not in parts or not value or parts[key]:
             raise InvalidInput(
-                f"task {name!r}: {word!r} is unknown, empty or there twice; {_TABULAR_USAGE}"
+                f"task {name!r}: {word!r} is unknown, empty or given twice; {_TABULAR_USAGE}"
             )
         parts[key] = value
     if missing := [key for key, value in parts.items() if not value]:

@@ -1,4 +1,4 @@
-"""How torch computes while results must repeat."""
+"""Repeatable computation with torch."""
 
 import sys
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ import torch
 
 @contextmanager
 def repeatable(*, num_threads: int) -> Iterator[None]:
-    """Let torch compute in this block so that the same numbers come out each time.
+    """Make torch's results repeatable within this block.
 
-    Deterministic algorithms, with a warning where an operation has none, and so many threads: sums
-    in other parts differ in their last bits. Afterwards both are as they were, since a task's own
-    code may want them otherwise where it loads its data.
+    It uses deterministic algorithms, with a warning for an operation that has none, and
+    `num_threads` threads: another number splits sums differently, which changes their last bits.
+    Both are restored afterwards, since a task's own code may want other values when it loads data.
     """
     before = (
         torch.are_deterministic_algorithms_enabled(),
@@ -31,9 +31,9 @@ def repeatable(*, num_threads: int) -> Iterator[None]:
 def _set(*, is_deterministic: bool, warn_only: bool, num_threads: int) -> None:
     """Set the flags without torch's compiler, unless it is loaded.
 
-    The public function imports the compiler to set a flag of it: 150 MB, seconds of processor time,
-    and an error where no temporary folder can be written to. The private function is all the rest
-    that it does, also in torch 2.6; without it the public one is right, if dear.
+    The public function imports the compiler to set one of its flags: 150 MB, seconds of processor
+    time, and an error if no temporary folder can be written to. The private function does all the
+    rest, also in torch 2.6. If it is missing, the public function is correct but expensive.
     """
     torch.set_num_threads(num_threads)
     set_flags = getattr(torch._C, "_set_deterministic_algorithms", None)
