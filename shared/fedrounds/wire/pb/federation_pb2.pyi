@@ -1029,21 +1029,21 @@ class TrainingConfig(_message.Message):
     clip_norm: _builtins.float
     """The largest global L2 norm of a gradient; absent: no clipping."""
     augmentation: _builtins.str
-    """What is done at random to the inputs of each batch: "shift" (images, by up to 2 pixels);
-    "none" or empty: nothing.
+    """The random change of each batch's inputs: "shift" (images, by up to 2 pixels); "none" or empty:
+    no change.
     """
     @_builtins.property
     def schedule(self) -> Global___Schedule:
-        """Absent: lr is the same throughout."""
+        """Absent: lr is constant."""
 
     @_builtins.property
     def local_rule(self) -> Global___LocalRule:
-        """What the client does otherwise than plain training; absent: nothing."""
+        """The client algorithm; absent: plain training."""
 
     @_builtins.property
     def work_deadline(self) -> _duration_pb2.Duration:
-        """Training ends after the step at which it is over, and what was done by then is the update;
-        absent: it takes as long as it takes.
+        """Training ends after the first step beyond this time, and the update is what was learned by then;
+        absent: no limit.
         """
 
     def __init__(
@@ -1073,8 +1073,8 @@ Global___TrainingConfig: _TypeAlias = TrainingConfig  # noqa: Y015
 
 @_typing.final
 class LocalRule(_message.Message):
-    """A rule of how a client trains. One that doesn't know the name must not train without it: it
-    stops and says that it is to be updated.
+    """A client algorithm. A client that doesn't know the name must not train without it: it stops and
+    asks its user to update it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1138,7 +1138,7 @@ class Schedule(_message.Message):
     name: _builtins.str
     """"constant", "step" or "cosine" (to 0 at the end)."""
     warmup_epochs: _builtins.float
-    """Over these first epochs lr grows evenly from nearly nothing."""
+    """Over these first epochs lr grows linearly from nearly 0."""
     decay_epochs: _builtins.int
     """"step": lr is multiplied by `decay` every `decay_epochs`."""
     decay: _builtins.float
