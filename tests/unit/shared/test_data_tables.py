@@ -142,7 +142,7 @@ def test_numbered_classes_and_names_with_spaces(tmp_path: Path) -> None:
         ("tabular", "lacks label, features, classes; write it as tabular,label=NAME"),
         ("tabular,label=y,features=a", "lacks classes"),
         ("tabular,label=y,features=a,classes=2,colour=red", "'colour=red' is unknown"),
-        ("tabular,label=y,label=z,features=a,classes=2", "'label=z' is unknown, empty or there tw"),
+        ("tabular,label=y,label=z,features=a,classes=2", "'label=z' is unknown, empty or given tw"),
         ("tabular,label=,features=a,classes=2", "'label=' is unknown, empty"),
         ("tabular,label=y,features=a,classes=1", "two classes or more"),
         ("tabular,label=y,features=a,classes=x", "two classes or more"),
