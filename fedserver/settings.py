@@ -357,7 +357,13 @@ class ServerSettings(
     model_config = SettingsConfigDict(env_prefix="FEDSERVER_", cli_prog_name="python -m fedserver")
 
     @model_validator(mode="after")
-    def _examine_numbers(self) -> Self:
+    def _validate_together(self) -> Self:
+        """Refuse settings that contradict each other.
+
+        Here and not in fedserver.preflight, so that it is said with the other wrong flags, with
+        exit code 2 and before torch is imported. What contradicts the strategy, the task or its
+        model is refused there.
+        """
         needed = self.updates_needed
         if self.clients_per_round and self.clients_per_round < needed:
             raise ValueError(

@@ -155,7 +155,7 @@ class Evaluations:
         if not self._is_model_suspect:
             return None
         self._is_model_suspect = False
-        bad = await self._store.alarmed_round(run_id)
+        bad = await self._store.regressed_round(run_id)
         if bad is None:
             return None
         may_repeat = await may_be_repeated(

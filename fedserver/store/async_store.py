@@ -43,7 +43,7 @@ class AsyncStore:
     latest_round = _awaited(Store.latest_round)
     phases_of = _awaited(Store.phases_of)
     last_done_round = _awaited(Store.last_done_round)
-    alarmed_round = _awaited(Store.alarmed_round)
+    regressed_round = _awaited(Store.regressed_round)
     unevaluated_rounds = _awaited(Store.unevaluated_rounds)
     good_evaluations = _awaited(Store.good_evaluations)
     models_let_go = _awaited(Store.models_let_go)

@@ -331,7 +331,7 @@ class Rounds(Database):
             ).scalar()
         return spent_s or 0.0
 
-    def alarmed_round(self, run_id: str) -> Round | None:
+    def regressed_round(self, run_id: str) -> Round | None:
         """Return the last DONE round if something is wrong with its model."""
         with self.reading() as connection:
             row = connection.execute(_last_done(run_id)).first()

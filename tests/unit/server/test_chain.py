@@ -184,10 +184,38 @@ def test_a_rolled_back_round_is_not_in_force() -> None:
     assert "attempt 1 was rolled back, in the table of rounds it is DONE" in finding
 
 
-def test_an_entry_with_another_digest_is_not_relied_on() -> None:
-    """It is a finding of its own; the tables aren't compared with it."""
+def test_a_round_that_is_rolled_back_and_not_repeated_yet_has_no_model() -> None:
+    """No entry of it is in force."""
+    ledger = make_ledger(2)
+    entry = RollbackEntry(
+        run_id="run1",
+        round_number=2,
+        attempt=1,
+        base_digest="model-1",
+        model_digest="model-2",
+        previous=ledger.entries[1].digest,
+    )
+    bad = replace(ledger.attempts[1], phase=Phase.ROLLED_BACK)
+    ledger = replace(
+        ledger,
+        head=row_of(entry).digest,
+        entries=[*ledger.entries, row_of(entry)],
+        attempts=[ledger.attempts[0], bad],
+    )
+    assert findings_of(ledger) == []
+    assert finished_rounds(ledger) == [1]
+    assert whole_entries(ledger).keys() == {1}
+
+
+@pytest.mark.parametrize("column", ["digest", "entry"])
+def test_an_entry_with_another_digest_is_not_relied_on(column: str) -> None:
+    """It is one finding, whichever of the two is damaged; the tables aren't compared with it."""
     ledger = make_ledger()
-    damaged = replace(ledger.entries[1], digest="ff" * 32)
+    row = ledger.entries[1]
+    if column == "digest":
+        damaged = replace(row, digest="ff" * 32)
+    else:
+        damaged = replace(row, entry=row.entry.replace("model-2", "model-9"))
     broken = replace(ledger, entries=[ledger.entries[0], damaged, ledger.entries[2]])
     (finding,) = findings_of(broken)
     assert "round 2: its entry in the ledger isn't what was written" in finding

@@ -75,7 +75,7 @@ def two_rounds(store: Store) -> tuple[Run, Round, Round, Round]:
 
 def roll_back(store: Store, run: Run, abandoned: Round | None) -> None:
     """Take the model of the second round back."""
-    bad = store.alarmed_round(run.run_id) or latest(store, run)
+    bad = store.regressed_round(run.run_id) or latest(store, run)
     store.roll_back(
         bad,
         [make_event("model-rolled-back", round_number=2)],
@@ -105,9 +105,9 @@ def repeat(store: Store, run: Run) -> tuple[Round, Round]:
 def test_a_rollback_ends_both_attempts_at_once(store: Store) -> None:
     """The bad round's and that which goes on with its model; nothing of them is in force."""
     run, first, second, third = two_rounds(store)
-    assert store.alarmed_round(run.run_id) is None
+    assert store.regressed_round(run.run_id) is None
     alarm(store, second)
-    bad = store.alarmed_round(run.run_id)
+    bad = store.regressed_round(run.run_id)
     assert bad is not None
     assert place(bad) == (2, 1, Phase.DONE)
     roll_back(store, run, third)
@@ -121,7 +121,7 @@ def test_a_rollback_ends_both_attempts_at_once(store: Store) -> None:
         one.client_id: one.order_id for one in first.orders
     }
     assert store.good_evaluations(run.run_id) == {}
-    assert store.alarmed_round(run.run_id) is None
+    assert store.regressed_round(run.run_id) is None
     with pytest.raises(ForbiddenTransition):
         store.roll_back(bad, [make_event("again")], adjustments_after=LOWERED, abandoned=None)
 
