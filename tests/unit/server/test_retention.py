@@ -38,7 +38,10 @@ def test_updates_of_the_last_rounds_are_kept(
         assert rounds_in_spool(tmp_path) == kept
 
 
-def test_what_the_open_round_needs_stays_and_what_was_never_finished_goes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep_updates", [0, "all"])
+def test_what_the_open_round_needs_stays_and_what_was_never_finished_goes(
+    tmp_path: Path, keep_updates: object
+) -> None:
     """A stored update of the round that collects; half an update of an order that has ended."""
 
     async def drop(server: ServerRun) -> None:
@@ -56,7 +59,7 @@ def test_what_the_open_round_needs_stays_and_what_was_never_finished_goes(tmp_pa
             f"{stored[0].update.order_id}.{stored[0].update.digest}"
         ]
 
-    with serving(tmp_path, keep_updates=0, **SETTINGS) as server:
+    with serving(tmp_path, keep_updates=keep_updates, **SETTINGS) as server:
         asyncio.run(drop(server))
 
 
