@@ -11,6 +11,7 @@ import torch
 from fedrounds.errors import (
     CorruptPayload,
     InvalidInput,
+    OutOfSpace,
     ServerUnreachable,
     StreamFenced,
     WrongOffset,
@@ -54,6 +55,28 @@ def test_a_receipt_is_given_for_what_is_in_the_spool_and_in_the_store(tmp_path: 
         committed = server.client_api.committed_bytes
         assert await committed(server.session_ids[0], order.order_id, update.digest) == (0, True)
         assert await committed(server.session_ids[0], order.order_id, "0" * 64) == (0, False)
+
+    with serving(tmp_path, **SETTINGS) as server:
+        asyncio.run(upload(server))
+
+
+def test_an_update_is_durable_before_it_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its file can't be made durable, there is no receipt, and the order stays open."""
+
+    async def upload(server: ServerRun) -> None:
+        await server.begin(0, 1)
+        order = server.order_of(0)
+
+        def fail(_: object) -> None:
+            raise OutOfSpace("full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(server.spool, "make_durable", fail)
+            with pytest.raises(OutOfSpace):
+                await server.answer(0)
+        assert server.store.find_order(order.order_id).state is OrderState.OPEN
 
     with serving(tmp_path, **SETTINGS) as server:
         asyncio.run(upload(server))
@@ -106,7 +129,9 @@ def test_an_update_with_a_bad_header_is_refused_before_any_byte(
 
     with serving(tmp_path, **SETTINGS) as server:
         asyncio.run(upload(server))
-        assert b"my-own" not in (tmp_path / "federation.sqlite").read_bytes()
+        with server.store.reading() as connection:
+            row = connection.exec_driver_sql("SELECT metrics, sections FROM updates").one()
+        assert "my-own" not in f"{row}"
 
 
 def test_an_update_with_a_nan_is_refused_and_kept(tmp_path: Path) -> None:
