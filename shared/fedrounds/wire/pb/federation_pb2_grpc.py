@@ -5,7 +5,7 @@ import warnings
 
 from fedrounds.wire.pb import federation_pb2 as fedrounds_dot_wire_dot_pb_dot_federation__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.78.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class FederationServiceStub:
+class FederationServiceStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -71,7 +71,7 @@ class FederationServiceStub:
                 _registered_method=True)
 
 
-class FederationServiceServicer:
+class FederationServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Register(self, request, context):
@@ -222,7 +222,7 @@ def add_FederationServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class FederationService:
+class FederationService(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
