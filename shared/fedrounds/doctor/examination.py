@@ -174,7 +174,7 @@ def _look_at_samples(evidence: Evidence) -> Cause | None:
             suspects=list(odd),
             max_tries=_MAX_TRIES if odd else _MAX_TRIES // 4,
         )
-    is_whole = count > 0 and len(odd) >= _MOST * count
+    is_whole = count > 0 and len(odd) > _MOST * count
     if is_whole:
         positions = tuple(range(count))
     if not positions:
