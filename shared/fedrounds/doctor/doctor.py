@@ -179,7 +179,9 @@ class Doctor:
         except Exception as error:
             if isinstance(error, InvalidInput) and self._session.step == 1:
                 raise
-            return self._go_on(error, batch, progress)
+            failure = error
+        # Outside of the handler: the step's own error is no consequence of the doctor's.
+        return self._go_on(failure, batch, progress)
 
     def finish(self) -> None:
         """Make sure that the last steps left the model well; call it after the last one.
