@@ -20,6 +20,8 @@ _NUM_JUDGED = 8
 _REMOVED = 0.5
 """A remedy takes away at least this share of the harm, or there was none that it could heal."""
 _NEAR_BEST = 0.9
+_AS_GOOD = 0.25
+"""A remedy is as good as the best if its loss is higher by at most this share of the usual loss."""
 _LONGEST_QUIET = 4096
 
 
@@ -87,7 +89,7 @@ def choose(
         is_enough = harm > 0 and live - best >= _REMOVED * harm
     if not is_enough:
         return None
-    if math.isinf(live):
-        return next(place for place, one in enumerate(levels) if math.isfinite(one))
-    enough = _NEAR_BEST * (live - best)
-    return next(place for place, one in enumerate(levels) if live - one >= enough)
+    # Beside a loss that exploded by powers of ten every remedy looks as good as the best: what
+    # counts then is what is left, on the scale of the usual loss.
+    room = min((1 - _NEAR_BEST) * (live - best), _AS_GOOD * max(abs(best), abs(usual or 0.0)))
+    return next(place for place, one in enumerate(levels) if one - best <= room)

@@ -333,6 +333,8 @@ def test_a_remedy_is_chosen_only_for_harm_that_it_removes() -> None:
     # From a usual 1 to 9: of that harm of 8 half is taken away by the second, all by the third.
     assert choose(9.0, [8.5, 5.0, 1.0], usual=1.0) == 2
     assert choose(9.0, [1.2, 1.0], usual=1.0) == 0
+    # Beside a loss of 1e22 a loss of 1e13 is no cure, though nearly all of the harm is gone.
+    assert choose(1e22, [1e13, 2.0, 1.0], usual=1.0) == 2
     assert choose(9.0, [6.0, 5.5], usual=1.0) is None
     assert choose(1.1, [1.0], usual=1.0) == 0
     # Without anything usual to compare with the loss has to fall by half.
