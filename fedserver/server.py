@@ -1,4 +1,4 @@
-"""Wires the coordinator together and serves it until the run is done or somebody stops it."""
+"""Serves one run from its beginning, or from where it was, until it is done or is stopped."""
 
 import asyncio
 import contextlib
@@ -18,26 +18,18 @@ from fedrounds.files import locked_folder, raise_file_limit
 from fedrounds.memory import keep_one_heap
 from fedrounds.stop_signals import StopSignals, interrupting
 from fedrounds.types import RunEnd
-from fedserver.api.client_api import ClientApi
-from fedserver.api.downloads import Downloads
 from fedserver.api.service import start_server
-from fedserver.api.uploads import Uploads
-from fedserver.clients.sessions import Sessions
-from fedserver.events import EventBus, event_of
-from fedserver.housekeeping.disk import DiskWatch
+from fedserver.composition import Composition, compose
+from fedserver.events import event_of
 from fedserver.housekeeping.recovery import note_absence, salvageable
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.monitoring.terminal import showing_progress
 from fedserver.preflight import Prepared, best_beside, expect_database, prepare, validate_export
 from fedserver.records import Run, RunState
-from fedserver.rounds.coordinator import Coordinator
-from fedserver.rounds.open_orders import OpenOrders
 from fedserver.run_context import RunContext
 from fedserver.runtime import ServingClock, Threads
 from fedserver.settings import RUN_SETTINGS, ServerSettings, settings_begun_with
 from fedserver.store import AsyncStore, Store
-from fedserver.updates.quarantine import QuarantineFolder
-from fedserver.updates.spool import Spool
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +72,16 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
             if as_begun != settings:
                 with interrupting():
                     prepared = prepare(as_begun)
-            serving = _serve(
-                *(as_begun, prepared), run=run, store=store, threads=threads, stop_signals=signals
+            asyncio.run(
+                _serve(
+                    as_begun,
+                    prepared,
+                    run=run,
+                    store=store,
+                    threads=threads,
+                    stop_signals=signals,
+                )
             )
-            asyncio.run(serving)
         finally:
             threads.close()
             store.close()
@@ -122,92 +120,23 @@ async def _serve(
     threads: Threads,
     stop_signals: StopSignals,
 ) -> None:
-    state_dir = settings.state_dir
-    checkpoints = Checkpoints(state_dir / "models", prepared.kinds)
     clock = ServingClock()
-    bus, open_orders = EventBus(), OpenOrders(clock)
-    recording = AsyncStore(store, threads=threads, publish=bus.publish)
-    context = RunContext(
-        settings=settings,
-        run=run,
-        strategy=prepared.strategy,
-        kinds=prepared.kinds,
-        ties=prepared.ties,
-        modules=prepared.modules,
-    )
-    sessions = Sessions(
-        store.load_sessions(run.run_id),
-        lease_s=settings.lease,
-        max_num_examples=settings.max_num_examples,
-        clock=clock,
-    )
-    spool = Spool(state_dir / "spool")
-    quarantine = QuarantineFolder(state_dir / "quarantine", max_bytes=settings.quarantine_bytes)
-    downloads = Downloads(checkpoints, threads, idle_s=settings.stall_after)
-    disk = DiskWatch(
-        state_dir,
-        min_free_bytes=settings.min_free_bytes,
-        run_id=run.run_id,
-        store=recording,
-        bus=bus,
-        open_orders=open_orders,
-    )
-    uploads = Uploads(
-        context,
-        open_orders=open_orders,
-        store=recording,
-        spool=spool,
-        quarantine=quarantine,
-        threads=threads,
-    )
-    client_api = ClientApi(
-        context,
-        sessions=sessions,
-        open_orders=open_orders,
-        store=recording,
-        uploads=uploads,
-        downloads=downloads,
-        disk=disk,
-    )
-    coordinator = Coordinator(
-        context,
-        task=prepared.task,
-        evaluator=prepared.evaluator,
-        sessions=sessions,
-        open_orders=open_orders,
-        store=recording,
-        spool=spool,
-        quarantine=quarantine,
-        checkpoints=checkpoints,
-        downloads=downloads,
-        disk=disk,
-        threads=threads,
-    )
-
+    parts = compose(settings, prepared, run=run, store=store, threads=threads, clock=clock)
     stop = _stop_event(stop_signals)
     last_done = store.last_done_round(run.run_id)
     evaluated = store.good_evaluations(run.run_id)
     spent_s = store.time_spent_s(run.run_id)
-    server, address = await start_server(client_api, host=settings.host, port=settings.port)
+    server, address = await start_server(parts.client_api, host=settings.host, port=settings.port)
     print(f"fedserver listening on {address}", flush=True)
-    completing = asyncio.create_task(
-        _complete(
-            context,
-            coordinator,
-            client_api,
-            store=recording,
-            checkpoints=checkpoints,
-            threads=threads,
-        )
-    )
+    completing = asyncio.create_task(_complete(parts, threads))
     stopping = asyncio.create_task(stop.wait())
     keeping_time = asyncio.create_task(
-        clock.keep(functools.partial(note_absence, open_orders=open_orders, disk=disk))
+        clock.keep(functools.partial(note_absence, open_orders=parts.open_orders, disk=parts.disk))
     )
     try:
         with showing_progress(
-            bus,
-            open_orders,
+            parts.bus,
+            parts.open_orders,
             total_rounds=settings.rounds,
             num_done=0 if last_done is None else last_done.round_number,
             evaluated=evaluated,
@@ -219,7 +148,7 @@ async def _serve(
         else:
             logger.info("stopping; the same command goes on with %s", run.run_id)
     finally:
-        client_api.stop()
+        parts.client_api.stop()
         prepared.evaluator.stop()
         await server.stop(_GRACE_S)
         tasks = {completing, stopping, keeping_time}
@@ -243,25 +172,24 @@ def _stop_event(signals: StopSignals) -> asyncio.Event:
     return stop
 
 
-async def _complete(
-    context: RunContext,
-    coordinator: Coordinator,
-    client_api: ClientApi,
-    *,
-    store: AsyncStore,
-    checkpoints: Checkpoints,
-    threads: Threads,
-) -> None:
+async def _complete(parts: Composition, threads: Threads) -> None:
+    """Run the run to its end, export its models, and tell the clients."""
+    context, coordinator, client_api = parts.context, parts.coordinator, parts.client_api
     try:
         digest = await coordinator.complete()
     except RunFailed:
-        _, failure = await store.last_failure(context.run_id)
+        _, failure = await parts.store.last_failure(context.run_id)
         await client_api.finish(RunEnd(has_failed=True, failure=failure))
         raise
     # Killed here, the run is still open: started again it exports and ends it.
     await coordinator.with_room(
         functools.partial(
-            _export, context, digest, store=store, checkpoints=checkpoints, threads=threads
+            _export,
+            context,
+            digest,
+            store=parts.store,
+            checkpoints=parts.checkpoints,
+            threads=threads,
         )
     )
     failpoint(FailPoint.RUN_EXPORTED)

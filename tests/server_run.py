@@ -13,31 +13,13 @@ import torch
 
 from fedrounds.tensors.codec import decode_state, digest_bytes, encode_state
 from fedrounds.types import MODEL_SECTION, ClientUpdate, Section, UploadAnswer, WorkOrder
-from fedserver.api.client_api import ClientApi
-from fedserver.api.downloads import Downloads
-from fedserver.api.uploads import Uploads
-from fedserver.clients.sessions import Sessions
-from fedserver.events import EventBus
-from fedserver.housekeeping.disk import DiskWatch
-from fedserver.housekeeping.retention import Retention
-from fedserver.models.checkpoints import Checkpoints, GlobalModel
-from fedserver.models.evaluation import Evaluations
+from fedserver.composition import compose
+from fedserver.models.checkpoints import GlobalModel
 from fedserver.preflight import prepare
 from fedserver.records import Event, Round
-from fedserver.rounds.asynchronous import AsynchronousCollecting
-from fedserver.rounds.closing import Closer
-from fedserver.rounds.collecting import Collecting, SynchronousCollecting
-from fedserver.rounds.coordinator import Coordinator
-from fedserver.rounds.last_counted import LastCounted
-from fedserver.rounds.open_orders import OpenOrders
-from fedserver.rounds.opening import Opener
-from fedserver.rounds.resuming import resume
-from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.settings import ServerSettings
-from fedserver.store import AsyncStore, Store
-from fedserver.updates.quarantine import QuarantineFolder
-from fedserver.updates.spool import Spool
+from fedserver.store import Store
 from tests.factories import make_registration
 
 NUM_EXAMPLES = 32
@@ -71,138 +53,34 @@ class ServerRun:
         self.threads = Threads()
         self.store = Store(folder / "federation.sqlite")
         self.run = self.store.latest_run() or self.store.begin_run(self.settings.run_settings())
-        bus = EventBus()
-        bus.subscribe(self.events.append)
-        self.recording = AsyncStore(self.store, threads=self.threads, publish=bus.publish)
-        self.context = RunContext(
-            settings=self.settings,
+        parts = compose(
+            self.settings,
+            prepared,
             run=self.run,
-            strategy=prepared.strategy,
-            kinds=prepared.kinds,
-            ties=prepared.ties,
-            modules=prepared.modules,
-        )
-        self.sessions = Sessions(
-            self.store.load_sessions(self.run.run_id),
-            lease_s=self.settings.lease,
-            max_num_examples=self.settings.max_num_examples,
+            store=self.store,
+            threads=self.threads,
             clock=self.clock,
         )
-        self.open_orders = OpenOrders(self.clock)
-        self.checkpoints = Checkpoints(folder / "models", prepared.kinds)
-        self.spool = Spool(folder / "spool")
-        self.quarantine = QuarantineFolder(
-            folder / "quarantine", max_bytes=self.settings.quarantine_bytes
-        )
-        self.downloads = Downloads(self.checkpoints, self.threads, idle_s=self.settings.stall_after)
-        self.disk = DiskWatch(
-            folder,
-            min_free_bytes=self.settings.min_free_bytes,
-            run_id=self.run.run_id,
-            store=self.recording,
-            bus=bus,
-            open_orders=self.open_orders,
-        )
-        self.uploads = Uploads(
-            self.context,
-            open_orders=self.open_orders,
-            store=self.recording,
-            spool=self.spool,
-            quarantine=self.quarantine,
-            threads=self.threads,
-        )
-        self.client_api = ClientApi(
-            self.context,
-            sessions=self.sessions,
-            open_orders=self.open_orders,
-            store=self.recording,
-            uploads=self.uploads,
-            downloads=self.downloads,
-            disk=self.disk,
-        )
-        self.evaluations = Evaluations(
-            prepared.evaluator,
-            max_rollbacks=self.settings.max_rollbacks,
-            detects_regressions=True,
-            store=self.recording,
-            checkpoints=self.checkpoints,
-            open_orders=self.open_orders,
-            threads=self.threads,
-        )
-        self.retention = Retention(
-            self.context,
-            open_orders=self.open_orders,
-            store=self.recording,
-            spool=self.spool,
-            quarantine=self.quarantine,
-            checkpoints=self.checkpoints,
-            downloads=self.downloads,
-            threads=self.threads,
-        )
-        self.last_counted = LastCounted(
-            self.recording,
-            self.run.run_id,
-            counts_stored=self.context.strategy.buffer_size > 0,
-        )
-        self.asynchronous = AsynchronousCollecting(
-            self.context,
-            last_counted=self.last_counted,
-            sessions=self.sessions,
-            open_orders=self.open_orders,
-            store=self.recording,
-            checkpoints=self.checkpoints,
-            disk=self.disk,
-            threads=self.threads,
-        )
-        self.synchronous = SynchronousCollecting(
-            self.context,
-            last_counted=self.last_counted,
-            open_orders=self.open_orders,
-            store=self.recording,
-        )
-        self.collecting: Collecting = (
-            self.asynchronous if self.context.strategy.buffer_size else self.synchronous
-        )
-        self.opener = Opener(
-            self.context,
-            self.task,
-            collecting=self.collecting,
-            last_counted=self.last_counted,
-            tick_s=TICK_S,
-            sessions=self.sessions,
-            open_orders=self.open_orders,
-            store=self.recording,
-            checkpoints=self.checkpoints,
-            downloads=self.downloads,
-            disk=self.disk,
-            threads=self.threads,
-        )
-        self.closer = Closer(
-            self.context,
-            collecting=self.collecting,
-            opener=self.opener,
-            evaluations=self.evaluations,
-            retention=self.retention,
-            open_orders=self.open_orders,
-            store=self.recording,
-            spool=self.spool,
-            checkpoints=self.checkpoints,
-            threads=self.threads,
-        )
-        self.coordinator = Coordinator(
-            self.context,
-            task=self.task,
-            evaluator=prepared.evaluator,
-            sessions=self.sessions,
-            open_orders=self.open_orders,
-            store=self.recording,
-            spool=self.spool,
-            quarantine=self.quarantine,
-            checkpoints=self.checkpoints,
-            downloads=self.downloads,
-            disk=self.disk,
-            threads=self.threads,
-        )
+        parts.bus.subscribe(self.events.append)
+        self.recording = parts.store
+        self.context = parts.context
+        self.sessions = parts.sessions
+        self.open_orders = parts.open_orders
+        self.checkpoints = parts.checkpoints
+        self.spool = parts.spool
+        self.quarantine = parts.quarantine
+        self.downloads = parts.downloads
+        self.disk = parts.disk
+        self.uploads = parts.uploads
+        self.client_api = parts.client_api
+        self.evaluations = parts.evaluations
+        self.retention = parts.retention
+        self.last_counted = parts.last_counted
+        self.collecting = parts.collecting
+        self.opener = parts.opener
+        self.closer = parts.closer
+        self._resume = parts.resume
+        self.coordinator = parts.coordinator
 
     def close(self) -> None:
         """Give threads and files back, as the end of the process would."""
@@ -221,20 +99,7 @@ class ServerRun:
 
     async def resume(self) -> tuple[Round, GlobalModel]:
         """Go on where the run is, or open its first round; see `fedserver.rounds.resuming`."""
-        return await resume(
-            self.context,
-            self.task,
-            opener=self.opener,
-            closer=self.closer,
-            evaluations=self.evaluations,
-            retention=self.retention,
-            last_counted=self.last_counted,
-            store=self.recording,
-            spool=self.spool,
-            quarantine=self.quarantine,
-            checkpoints=self.checkpoints,
-            threads=self.threads,
-        )
+        return await self._resume()
 
     async def register(self, *client_ids: int, num_examples: int = NUM_EXAMPLES) -> str:
         """Let a process that serves these clients register; returns its session's id."""

@@ -14,35 +14,26 @@ from typing import TypeVar
 
 from fedrounds.errors import OutOfSpace, RunFailed
 from fedrounds.files import unusable
-from fedrounds.tasks.task import Task
-from fedrounds.types import EntryKind
-from fedserver.api.downloads import Downloads
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.housekeeping.recovery import note_restart
 from fedserver.housekeeping.retention import Retention
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
-from fedserver.models.evaluation import Evaluations, Evaluator
+from fedserver.models.evaluation import Evaluations
 from fedserver.phases import Phase, RoundEvent
 from fedserver.records import Round, RunState
-from fedserver.rounds.asynchronous import AsynchronousCollecting
 from fedserver.rounds.closing import Closer, latest_round
-from fedserver.rounds.collecting import Collecting, SynchronousCollecting, wait_until_due
+from fedserver.rounds.collecting import Collecting, wait_until_due
 from fedserver.rounds.last_counted import LastCounted
 from fedserver.rounds.open_orders import OpenOrders
 from fedserver.rounds.opening import Opener
-from fedserver.rounds.resuming import resume
 from fedserver.rounds.rollback import roll_back
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
-from fedserver.updates.quarantine import QuarantineFolder
-from fedserver.updates.spool import Spool
 
 T = TypeVar("T")
-
-_MAX_TICK_S = 1.0
 
 
 class Coordinator:
@@ -52,108 +43,40 @@ class Coordinator:
         self,
         context: RunContext,
         *,
-        task: Task,
-        evaluator: Evaluator,
+        resume: Callable[[], Awaitable[tuple[Round, GlobalModel]]],
+        tick_s: float,
+        collecting: Collecting,
+        opener: Opener,
+        closer: Closer,
+        evaluations: Evaluations,
+        retention: Retention,
+        last_counted: LastCounted,
         sessions: Sessions,
         open_orders: OpenOrders,
         store: AsyncStore,
-        spool: Spool,
-        quarantine: QuarantineFolder,
         checkpoints: Checkpoints,
-        downloads: Downloads,
         disk: DiskWatch,
         threads: Threads,
     ) -> None:
-        settings = context.settings
+        """`resume` returns the attempt with which the run goes on; see fedserver.rounds.resuming.
+
+        Every `tick_s` seconds late orders are given up, and what the disk refused is tried again.
+        """
         self._context = context
+        self._resume = resume
+        self._tick_s = tick_s
+        self._collecting = collecting
+        self._opener = opener
+        self._closer = closer
+        self._evaluations = evaluations
+        self._retention = retention
+        self._last_counted = last_counted
         self._sessions = sessions
         self._open_orders = open_orders
         self._store = store
         self._checkpoints = checkpoints
         self._disk = disk
         self._threads = threads
-        shortest_s = min(settings.stall_after, settings.first_step, settings.lease)
-        self._tick_s = min(_MAX_TICK_S, shortest_s / 4)
-        # With entries or whole models of the clients' own, nobody uses the global one as it is.
-        is_used = not (context.strategy.is_personal or EntryKind.LOCAL in context.kinds.values())
-        self._evaluations = Evaluations(
-            evaluator,
-            max_rollbacks=settings.max_rollbacks,
-            detects_regressions=is_used,
-            store=store,
-            checkpoints=checkpoints,
-            open_orders=open_orders,
-            threads=threads,
-        )
-        self._retention = Retention(
-            context,
-            open_orders=open_orders,
-            store=store,
-            spool=spool,
-            quarantine=quarantine,
-            checkpoints=checkpoints,
-            downloads=downloads,
-            threads=threads,
-        )
-        is_asynchronous = context.strategy.buffer_size > 0
-        self._last_counted = LastCounted(store, context.run_id, counts_stored=is_asynchronous)
-        self._collecting: Collecting
-        if is_asynchronous:
-            self._collecting = AsynchronousCollecting(
-                context,
-                last_counted=self._last_counted,
-                sessions=sessions,
-                open_orders=open_orders,
-                store=store,
-                checkpoints=checkpoints,
-                disk=disk,
-                threads=threads,
-            )
-        else:
-            self._collecting = SynchronousCollecting(
-                context, last_counted=self._last_counted, open_orders=open_orders, store=store
-            )
-        self._opener = Opener(
-            context,
-            task,
-            collecting=self._collecting,
-            last_counted=self._last_counted,
-            tick_s=self._tick_s,
-            sessions=sessions,
-            open_orders=open_orders,
-            store=store,
-            checkpoints=checkpoints,
-            downloads=downloads,
-            disk=disk,
-            threads=threads,
-        )
-        self._closer = Closer(
-            context,
-            collecting=self._collecting,
-            opener=self._opener,
-            evaluations=self._evaluations,
-            retention=self._retention,
-            open_orders=open_orders,
-            store=store,
-            spool=spool,
-            checkpoints=checkpoints,
-            threads=threads,
-        )
-        self._resume = partial(
-            resume,
-            context,
-            task,
-            opener=self._opener,
-            closer=self._closer,
-            evaluations=self._evaluations,
-            retention=self._retention,
-            last_counted=self._last_counted,
-            store=store,
-            spool=spool,
-            quarantine=quarantine,
-            checkpoints=checkpoints,
-            threads=threads,
-        )
 
     async def complete(self) -> str:
         """Run every round that is left; returns the final model's digest.

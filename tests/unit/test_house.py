@@ -150,14 +150,16 @@ WORKING = (
 def test_who_works_knows_nobody_who_watches() -> None:
     """Take the live view or the reports away, and nothing else changes."""
     watching = ("fedserver.monitoring", "fedserver.reporting", "fedserver.commands")
-    assert breaches(under(*WORKING), *watching, "fedserver.server", "rich", "matplotlib") == []
+    roots = ("fedserver.server", "fedserver.composition")
+    assert breaches(under(*WORKING), *watching, *roots, "rich", "matplotlib") == []
     rest = outside("fedserver/server.py", "fedserver/monitoring/")
     assert breaches(rest, "fedserver.monitoring") == []
 
 
 def test_only_the_composition_root_knows_the_api_and_the_round_loop() -> None:
     """The two meet in the store and the open orders, never in each other."""
-    rest = outside("fedserver/server.py", "fedserver/api/", "fedserver/rounds/")
+    roots = ("fedserver/server.py", "fedserver/composition.py")
+    rest = outside(*roots, "fedserver/api/", "fedserver/rounds/")
     assert breaches(rest, "fedserver.api.service", "fedserver.rounds.coordinator") == []
     assert breaches(under("fedserver/api/"), "fedserver.rounds.coordinator") == []
     assert breaches(under("fedserver/rounds/"), "fedserver.api", but=(DOWNLOADS,)) == []

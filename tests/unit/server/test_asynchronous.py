@@ -6,6 +6,7 @@ from typing import Any
 
 from fedrounds.types import Counters, Receipt, RunFailure
 from fedserver.phases import RoundEvent
+from fedserver.rounds.asynchronous import AsynchronousCollecting
 from tests.factories import make_registration
 from tests.server_run import ServerRun, serving
 
@@ -34,8 +35,9 @@ def test_a_client_that_comes_back_without_its_data_sizes_meanwhile_isnt_asked(
     with serving(tmp_path, strategy="fedbuff", min_clients=1) as server:
 
         async def give_more() -> set[int]:
+            assert isinstance(server.collecting, AsynchronousCollecting)
             server.sessions.register(make_registration(0, instance_key="zero", num_examples=(10,)))
-            await server.coordinator._resume()
+            await server.resume()
             server.sessions.register(make_registration(1, 2, num_examples=(10, 10)))
             server.sessions.register(make_registration(3, instance_key="three", num_examples=(10,)))
 
@@ -43,7 +45,7 @@ def test_a_client_that_comes_back_without_its_data_sizes_meanwhile_isnt_asked(
                 server.sessions.register(make_registration(1))
 
             # The second one runs when the first one waits for the first time.
-            await asyncio.gather(server.asynchronous.give_more(), come_back())
+            await asyncio.gather(server.collecting.give_more(), come_back())
             return {order.order.client_id for order in server.open_orders.list_open()}
 
         assert asyncio.run(give_more()) == {0, 3}
