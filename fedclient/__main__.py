@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,12 @@ except ModuleNotFoundError as error:
         ".venv/bin/python -m fedclient; or install the project with pip"
     )
 
-from fedclient.settings import ClientSettings
+from fedclient.devices import refuse_absent_device
+from fedclient.settings import (
+    ClientSettings,
+    DoctorCommandSettings,
+    PartitionsSettings,
+)
 from fedrounds.cli import log_to_stderr, parse, print_error, silence_grpc
 from fedrounds.errors import FederationError, NoAnswer
 from fedrounds.memory import importing_what_stays, keep_freed_memory
@@ -38,7 +44,10 @@ logger = logging.getLogger("fedclient")
 
 _GRACE_S = 1.0
 
-COMMANDS = ("partitions", "doctor")
+COMMANDS: Mapping[str, type[PartitionsSettings | DoctorCommandSettings]] = {
+    "partitions": PartitionsSettings,
+    "doctor": DoctorCommandSettings,
+}
 
 
 def main(argv: list[str]) -> int:
@@ -49,12 +58,8 @@ def main(argv: list[str]) -> int:
     silence_grpc()
     try:
         if argv and argv[0] in COMMANDS:
-            # They run the task's own code too, and keep nothing that a stop could harm.
-            with StopSignals(exit_code=130), interrupting():
-                command = importlib.import_module(f"fedclient.commands.{argv[0]}")
-                code: int | None = command.run(argv[1:])
-                return code or 0
-        settings = parse(ClientSettings, argv, commands=COMMANDS)
+            return _run_command(argv[0], parse(COMMANDS[argv[0]], argv[1:]))
+        settings = parse(ClientSettings, argv, commands=tuple(COMMANDS))
         log_to_stderr(settings.log_level)
         with StopSignals(exit_code=0) as signals:
             _run(settings, signals)
@@ -73,10 +78,26 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _run_command(name: str, settings: PartitionsSettings | DoctorCommandSettings) -> int:
+    """Return the exit code of a command, which keeps nothing that a stop could harm."""
+    # The command runs the task's own code, so a signal must end it at any time.
+    with StopSignals(exit_code=130), interrupting():
+        device = settings.device if isinstance(settings, DoctorCommandSettings) else "cpu"
+        _refuse_before_torch(task=settings.task, device=device)
+        code: int = importlib.import_module(f"fedclient.commands.{name}").run(settings)
+        return code
+
+
+def _refuse_before_torch(*, task: str | None, device: str) -> None:
+    """Refuse a task or device that can't be here: importing torch would take seconds more."""
+    if task is not None:
+        validate_task_name(task)
+    refuse_absent_device(device)
+
+
 def _run(settings: ClientSettings, signals: StopSignals) -> None:
-    if settings.task is not None:
-        with interrupting():
-            validate_task_name(settings.task)
+    with interrupting():
+        _refuse_before_torch(task=settings.task, device=settings.device)
     stop = threading.Event()
     signals.when_asked(lambda: logger.info("stopping"))
     signals.when_asked(stop.set)

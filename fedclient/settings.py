@@ -12,9 +12,10 @@ from pydantic_settings import SettingsConfigDict
 from fedclient.routes import Route, choose_route, read_proxy
 from fedrounds.cli import Settings
 from fedrounds.diagnosis.values import Cause, DoctorSettings, RemedyPolicy
-from fedrounds.types import MAX_CLIENT_ID, MAX_CLIENT_IDS
+from fedrounds.types import MAX_CLIENT_ID, MAX_CLIENT_IDS, OptimizerName, TrainingConfig
 
 _MAX_NAME_LENGTH = 100
+_DEFAULTS = TrainingConfig()
 
 
 class ConnectionSettings(Settings):
@@ -253,3 +254,43 @@ class ClientSettings(DoctorOptions, ComputeSettings, DataSettings, ConnectionSet
                 "process with --id for each"
             )
         return self
+
+
+class DoctorCommandSettings(SharesSettings, ComputeSettings, DataSettings):
+    """Check a client's data, its initial weights (or a received model) and its first steps.
+
+    Exit code 0: ready to train; 1: not ready. Nothing leaves this machine.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m fedclient doctor")
+
+    id: int = Field(default=0, ge=0, le=2**53, description="this client's number")
+    model: Path | None = Field(
+        default=None,
+        description="safetensors file of a model to check instead of initial weights: one from "
+        "the server's state-dir or its export command",
+    )
+    steps: int = Field(default=50, ge=1, description="training steps to try")
+    batch_size: int = Field(default=_DEFAULTS.batch_size, ge=1, description="examples in a step")
+    optimizer: OptimizerName = Field(default="sgd", description="as the run's")
+    lr: float = Field(default=_DEFAULTS.lr, gt=0, description="the run's learning rate")
+    momentum: float = Field(default=_DEFAULTS.momentum, ge=0, lt=1, description="the run's")
+    weight_decay: float = Field(default=_DEFAULTS.weight_decay, ge=0, description="the run's")
+    clip_norm: float | None = Field(
+        default=_DEFAULTS.clip_norm, gt=0, description="largest L2 norm of a gradient"
+    )
+    doctor_bytes: int = Field(
+        default=512 * 2**20, ge=0, description="bytes of memory for earlier states and batches"
+    )
+
+
+class PartitionsSettings(SharesSettings):
+    """Show how many examples of each label every client would hold, and draw it."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m fedclient partitions")
+
+    task: str = Field(
+        default="mnist-sample", description="a built-in task, or package.module:attribute"
+    )
+    data_root: Path | None = Field(default=None, description="folder of the data sets")
+    out: Path | None = Field(default=None, description="draw it into this PNG (extra: plot)")

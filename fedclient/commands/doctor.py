@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import torch
-from pydantic import Field
-from pydantic_settings import SettingsConfigDict
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -23,8 +21,7 @@ from fedclient.preflight import (
     inspect_weights,
     take_first_steps,
 )
-from fedclient.settings import ComputeSettings, DataSettings, SharesSettings
-from fedrounds.cli import parse
+from fedclient.settings import DoctorCommandSettings
 from fedrounds.diagnosis.text import (
     EXPERIMENT_HEADINGS,
     TREND_HEADINGS,
@@ -42,44 +39,14 @@ from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.task import DataRequest, Examples, Partition, Task, build_model
 from fedrounds.tensors.codec import load_state_into
 from fedrounds.training.determinism import repeatable
-from fedrounds.types import OptimizerName, TrainingConfig
+from fedrounds.types import TrainingConfig
 
-_TRAINING = TrainingConfig()
 _NUM_TREND = 4
 _STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
 
 
-class DoctorCommandSettings(SharesSettings, ComputeSettings, DataSettings):
-    """Check a client's data, its initial weights (or a received model) and its first steps.
-
-    Exit code 0: ready to train; 1: not ready. Nothing leaves this machine.
-    """
-
-    model_config = SettingsConfigDict(cli_prog_name="python -m fedclient doctor")
-
-    id: int = Field(default=0, ge=0, le=2**53, description="this client's number")
-    model: Path | None = Field(
-        default=None,
-        description="safetensors file of a model to check instead of initial weights: one from "
-        "the server's state-dir or its export command",
-    )
-    steps: int = Field(default=50, ge=1, description="training steps to try")
-    batch_size: int = Field(default=_TRAINING.batch_size, ge=1, description="examples in a step")
-    optimizer: OptimizerName = Field(default="sgd", description="as the run's")
-    lr: float = Field(default=_TRAINING.lr, gt=0, description="the run's learning rate")
-    momentum: float = Field(default=_TRAINING.momentum, ge=0, lt=1, description="the run's")
-    weight_decay: float = Field(default=_TRAINING.weight_decay, ge=0, description="the run's")
-    clip_norm: float | None = Field(
-        default=_TRAINING.clip_norm, gt=0, description="largest L2 norm of a gradient"
-    )
-    doctor_bytes: int = Field(
-        default=512 * 2**20, ge=0, description="bytes of memory for earlier states and batches"
-    )
-
-
-def run(argv: list[str]) -> int:
-    """Print the checks; returns the exit code."""
-    settings = parse(DoctorCommandSettings, argv)
+def run(settings: DoctorCommandSettings) -> int:
+    """Print the checks; return the exit code."""
     torch.set_num_threads(settings.threads)
     device = find_device(settings.device)
     task = find_task(settings.task or "mnist-sample")

@@ -6,15 +6,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic_settings import SettingsConfigDict
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import TensorDataset
 
-from fedclient.settings import SharesSettings
-from fedrounds.cli import parse
+from fedclient.settings import PartitionsSettings
 from fedrounds.data import partition_indices, validate_scheme
 from fedrounds.errors import InvalidInput
 from fedrounds.tasks.builtin import find_task
@@ -23,21 +20,8 @@ from fedrounds.tasks.task import DataRequest, Examples, Partition, Task
 _FEW_LABELS = 10
 
 
-class PartitionsSettings(SharesSettings):
-    """Show how many examples of each label every client would hold, and draw it."""
-
-    model_config = SettingsConfigDict(cli_prog_name="python -m fedclient partitions")
-
-    task: str = Field(
-        default="mnist-sample", description="a built-in task, or package.module:attribute"
-    )
-    data_root: Path | None = Field(default=None, description="folder of the data sets")
-    out: Path | None = Field(default=None, description="draw it into this PNG (extra: plot)")
-
-
-def run(argv: list[str]) -> None:
-    """Print the histogram of labels per client; with --out, draw it."""
-    settings = parse(PartitionsSettings, argv)
+def run(settings: PartitionsSettings) -> int:
+    """Print the histogram of labels per client; with --out, draw it. Return the exit code."""
     parameters = settings.scheme_parameters
     task = find_task(settings.task)
     shares = _labels_of_shares(task, settings, parameters)
@@ -54,6 +38,7 @@ def run(argv: list[str]) -> None:
             title=" ".join([title, *(f"{name} {value}" for name, value in parameters.items())]),
         )
         print(f"drawn into {settings.out}")
+    return 0
 
 
 def _labels_of_shares(

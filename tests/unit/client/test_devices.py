@@ -1,10 +1,14 @@
 """Where a client trains: by name, and with the same outcome wherever that is."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from fedclient.devices import available_devices, find_device
+from fedclient import devices
+from fedclient.devices import available_devices, find_device, may_have_gpu, refuse_absent_device
 from fedrounds.data import make_loader
 from fedrounds.doctor import TrainingHalted
 from fedrounds.errors import InvalidInput
@@ -36,6 +40,29 @@ def test_a_device_is_found_by_name() -> None:
 def test_a_device_that_isnt_there_lists_those_that_are(name: str) -> None:
     with pytest.raises(InvalidInput, match=f"--device {name} isn't there; there are: cpu"):
         find_device(name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is judged without torch")
+def test_without_a_driver_a_gpu_is_refused_in_the_same_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two drivers' names are replaced, first by those of no file, then by those of files."""
+    monkeypatch.setattr(devices, "_AMD_DRIVER", tmp_path / "kfd")
+    monkeypatch.setattr(devices, "_NVIDIA_DRIVER", str(tmp_path / "libcuda.so.1"))
+    for name in ("cpu", "auto"):
+        refuse_absent_device(name)
+    for name in ("cuda", "cuda:1", "mps"):
+        with pytest.raises(InvalidInput, match=f"--device {name} isn't there; there are: cpu. "):
+            refuse_absent_device(name)
+    (tmp_path / "kfd").touch()
+    refuse_absent_device("cuda")
+    (tmp_path / "kfd").unlink()
+    monkeypatch.setattr(devices, "_NVIDIA_DRIVER", "libc.so.6")
+    refuse_absent_device("cuda")
+
+
+def test_a_gpu_that_torch_finds_has_a_driver() -> None:
+    assert may_have_gpu() or not ACCELERATORS
 
 
 @needs_accelerator

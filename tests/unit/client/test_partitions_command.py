@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from fedclient.commands.partitions import run
+from fedclient.commands import partitions
+from fedclient.settings import PartitionsSettings
+from fedrounds.cli import parse
 from fedrounds.errors import InvalidInput
 from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.task import DataRequest, Partition, Task
@@ -46,9 +48,14 @@ measured = _own(lambda _: TensorDataset(torch.zeros(3, 2), torch.rand(3)))
 nothing = _own(lambda _: Pairs([]))
 
 
+def run(*argv: str) -> None:
+    """Run the command with these flags."""
+    assert partitions.run(parse(PartitionsSettings, list(argv))) == 0
+
+
 def _counted(capsys: pytest.CaptureFixture[str], *argv: str) -> list[list[int]]:
     """Return the numbers of each row that is printed: client, examples, labels that are there."""
-    run(list(argv))
+    run(*argv)
     rows = re.findall(r"^ +(\d+(?: +\d+)*) *$", capsys.readouterr().out, re.MULTILINE)
     return [[int(number) for number in row.split()] for row in rows]
 
@@ -116,7 +123,7 @@ def test_more_labels_than_fit_are_summed_up(
     for number in range(40):
         (tmp_path / f"author{number:02}.txt").write_text("x" * (WINDOW + 64 * number))
     argv = ["--task", "text", "--data-root", str(tmp_path), "--num-partitions", "2"]
-    run([*argv, "--out", str(tmp_path / "split.png")])
+    run(*argv, "--out", str(tmp_path / "split.png"))
     shown = capsys.readouterr().out
     assert re.search(r"commonest +share", shown)
     assert re.search(r"^ +0 +410 +\d+ of 40 +\d+ +\d+% *$", shown, re.MULTILINE)
@@ -126,15 +133,15 @@ def test_more_labels_than_fit_are_summed_up(
 def test_more_shards_than_examples_are_told() -> None:
     """They are counted before any is cut: an empty one takes memory too."""
     with pytest.raises(InvalidInput, match="are more shards than the 10000 examples; use fewer"):
-        run(["--partition", "shards", "--shards-per-client", "1000000000"])
+        run("--partition", "shards", "--shards-per-client", "1000000000")
 
 
 def test_targets_that_are_no_labels_are_told() -> None:
     with pytest.raises(InvalidInput, match=r"no labels to count.*float32.*give the Task load_labe"):
-        run(["--task", f"{__name__}:measured", "--num-partitions", "2"])
+        run("--task", f"{__name__}:measured", "--num-partitions", "2")
 
 
 def test_a_parameter_of_another_scheme_is_told() -> None:
     """Also where a task of one's own would have passed it over."""
     with pytest.raises(InvalidInput, match="'iid' has no parameter 'alpha'"):
-        run(["--task", f"{__name__}:dealt", "--alpha", "0.5"])
+        run("--task", f"{__name__}:dealt", "--alpha", "0.5")

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedclient.__main__ import COMMANDS as CLIENT_COMMANDS
-from fedclient.commands.doctor import DoctorCommandSettings
-from fedclient.settings import ClientSettings
+from fedclient.settings import ClientSettings, DoctorCommandSettings
 from fedrounds.cli import parse
 from fedserver.__main__ import COMMANDS as SERVER_COMMANDS
 from fedserver.commands.history import HistorySettings

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedclient.devices import may_have_gpu
 from fedclient.settings import ClientSettings
 from fedrounds.cli import parse
 from fedrounds.errors import InvalidInput
@@ -43,6 +44,44 @@ def test_a_mistyped_task_is_refused_before_torch_is_imported(
     sentence, last = ended.stderr.splitlines()
     assert sentence.startswith(f"{side[0]}: task 'no_such_module:task': importing no_such_module")
     assert last == "exit code 1, imported []"
+    assert list(tmp_path.iterdir()) == []
+
+
+SEVERAL_WITHOUT_TORCH = """
+import sys
+from fedclient.__main__ import main
+for argv in sys.argv[1:]:
+    try:
+        code = main(argv.split())
+    except SystemExit as ended:
+        code = ended.code
+    heavy = sorted({"torch", "numpy", "grpc"} & sys.modules.keys())
+    print(f"{argv}: exit code {code}, imported {heavy}", file=sys.stderr)
+"""
+
+
+def test_the_clients_commands_read_their_flags_before_torch_is_imported(tmp_path: Path) -> None:
+    """In one process: help, a wrong flag or value, a mistyped task, and a GPU without a driver."""
+    expected = {
+        "doctor --help": 0,
+        "partitions --help": 0,
+        "doctor --no-such-flag": 2,
+        "partitions --num-partitions 0": 2,
+        "doctor --task no_such_module:task": 1,
+        "partitions --task no_such_module:task": 1,
+    }
+    if not may_have_gpu():
+        expected |= {"doctor --device cuda": 1, "--id 0 --device mps": 1}
+    ended = subprocess.run(
+        [sys.executable, "-c", SEVERAL_WITHOUT_TORCH, *expected],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    results = [line for line in ended.stderr.splitlines() if "exit code" in line]
+    assert results == [f"{argv}: exit code {code}, imported []" for argv, code in expected.items()]
     assert list(tmp_path.iterdir()) == []
 
 
