@@ -199,7 +199,7 @@ def _history(state_dir: Path) -> list[dict[str, Any]]:
         return []
     store = Store(state_dir / "federation.sqlite", read_only=True)
     try:
-        run = store.latest_run()
+        run = store.runs.latest_run()
         attempts = [] if run is None else read_history(store, run)
     finally:
         store.close()

@@ -92,7 +92,7 @@ def compose(
     quarantine = QuarantineFolder(state_dir / "quarantine", max_bytes=settings.quarantine_bytes)
     checkpoints = Checkpoints(state_dir / "models", prepared.kinds)
     sessions = Sessions(
-        store.load_sessions(run.run_id),
+        store.runs.load_sessions(run.run_id),
         lease_s=settings.lease,
         max_num_examples=settings.max_num_examples,
         clock=clock,

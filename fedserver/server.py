@@ -62,7 +62,7 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
         try:
             expect_database(state_dir)
             store = Store(state_dir / "federation.sqlite", upgrades=True)
-            store.examine()
+            store.database.examine()
         except StorageDamaged as error:
             raise StorageDamaged(f"{error}; {salvageable(state_dir / 'models')}") from error
         threads = Threads()
@@ -89,19 +89,19 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
 
 def _open_run(store: Store, settings: ServerSettings) -> Run:
     """Return the unfinished run, or begin the next one."""
-    latest = store.latest_run()
+    latest = store.runs.latest_run()
     if latest is None or latest.state is not RunState.OPEN:
-        return store.begin_run(settings.run_settings())
+        return store.runs.begin_run(settings.run_settings())
     wanted = settings.going_on_with(latest.settings).run_settings()
     begun_with = settings_begun_with(latest.settings)
     differing = [name for name in RUN_SETTINGS if begun_with[name] != wanted[name]]
     if not differing:
         logger.info("going on with %s", latest.run_id)
         return latest
-    if store.latest_round(latest.run_id) is None:
+    if store.rounds.latest_round(latest.run_id) is None:
         reason = "no round had begun when the server was started again with other settings"
-        store.end_run(latest.run_id, RunState.FAILED, event_of("run-failed", reason=reason))
-        return store.begin_run(settings.run_settings())
+        store.runs.end_run(latest.run_id, RunState.FAILED, event_of("run-failed", reason=reason))
+        return store.runs.begin_run(settings.run_settings())
     listed = "; ".join(
         f"{name} was {begun_with[name]!r}, is now {wanted[name]!r}" for name in differing
     )
@@ -123,9 +123,9 @@ async def _serve(
     clock = ServingClock()
     parts = compose(settings, prepared, run=run, store=store, threads=threads, clock=clock)
     stop = _stop_event(stop_signals)
-    last_done = store.last_done_round(run.run_id)
-    evaluated = store.good_evaluations(run.run_id)
-    spent_s = store.time_spent_s(run.run_id)
+    last_done = store.rounds.last_done_round(run.run_id)
+    evaluated = store.rounds.good_evaluations(run.run_id)
+    spent_s = store.rounds.time_spent_s(run.run_id)
     server, address = await start_server(parts.client_api, host=settings.host, port=settings.port)
     print(f"fedserver listening on {address}", flush=True)
     completing = asyncio.create_task(_complete(parts, threads))
@@ -178,7 +178,7 @@ async def _complete(parts: Composition, threads: Threads) -> None:
     try:
         digest = await coordinator.complete()
     except RunFailed:
-        _, failure = await parts.store.last_failure(context.run_id)
+        _, failure = await parts.store.events.last_failure(context.run_id)
         await client_api.finish(RunEnd(has_failed=True, failure=failure))
         raise
     # Killed here, the run is still open: started again it exports and ends it.
@@ -208,7 +208,7 @@ async def _export(
     """Write the last model, and beside it the best one if that is another."""
     last = _exported(context.settings)
     await threads.on_disk(checkpoints.export, last_digest, last)
-    best_digest = await store.best_model(context.run_id)
+    best_digest = await store.rounds.best_model(context.run_id)
     if best_digest is not None and best_digest != last_digest:
         await threads.on_disk(checkpoints.export, best_digest, best_beside(last))
 

@@ -198,9 +198,9 @@ def begin_round(
     store: Store, *, clients: Sequence[int] = (0, 1), base_digest: str = DIGEST
 ) -> tuple[Run, Round]:
     """Begin a run and open its first round."""
-    run = store.begin_run({"rounds": 3})
+    run = store.runs.begin_run({"rounds": 3})
     opened = make_round(run.run_id, clients=clients, base_digest=base_digest)
-    store.open_round(opened, make_event("round-opened"))
+    store.rounds.open_round(opened, make_event("round-opened"))
     return run, opened
 
 
@@ -215,7 +215,7 @@ def end_order(
 ) -> tuple[OrderState, bool]:
     """Apply an event to an order with the update it rests on; see `Store.end_order`."""
     refusal = None if reason is None else Refusal(reason=reason, evidence={"kind": "test"})
-    return store.end_order(
+    return store.orders.end_order(
         run.run_id,
         Arrival(
             update=update,
@@ -231,7 +231,7 @@ def store_updates(store: Store, run: Run, opened: Round) -> list[StoredUpdate]:
     """Record an update for every order of a round; returns what the round rests on."""
     for order in opened.orders:
         end_order(store, run, make_update(order.order_id, payload=order.order_id.encode()))
-    return store.stored_updates(opened)
+    return store.orders.stored_updates(opened)
 
 
 def make_diagnosis(**changes: Any) -> Diagnosis:  # noqa: ANN401

@@ -52,7 +52,9 @@ class ServerRun:
         self.session_ids: dict[int, str] = {}
         self.threads = Threads()
         self.store = Store(folder / "federation.sqlite")
-        self.run = self.store.latest_run() or self.store.begin_run(self.settings.run_settings())
+        self.run = self.store.runs.latest_run() or self.store.runs.begin_run(
+            self.settings.run_settings()
+        )
         parts = compose(
             self.settings,
             prepared,
@@ -93,7 +95,7 @@ class ServerRun:
 
     def latest(self) -> Round:
         """Return the attempt with which the run goes on, as the store has it."""
-        latest = self.store.latest_round(self.run.run_id)
+        latest = self.store.rounds.latest_round(self.run.run_id)
         assert latest is not None
         return latest
 
@@ -139,7 +141,7 @@ class ServerRun:
     def states(self, current: Round) -> dict[int, str]:
         """Return the states of an attempt's orders in the store, by client id."""
         return {
-            order.client_id: str(self.store.find_order(order.order_id).state)
+            order.client_id: str(self.store.orders.find_order(order.order_id).state)
             for order in current.orders
         }
 

@@ -66,7 +66,7 @@ class StateDir:
         """Return the findings and the summary."""
         findings: list[str] = []
         store = Store(self.folder / "federation.sqlite", read_only=True)
-        runs = store.all_runs()
+        runs = store.runs.all_runs()
         verdict = verify(store, self.folder, runs, round_number=round_number, tell=findings.append)
         store.close()
         assert verdict.num_findings == len(findings)
@@ -88,12 +88,12 @@ def write_state_dir(
     (folder / "quarantine").mkdir()
     store = Store(folder / "federation.sqlite")
     settings = ServerSettings(strategy=strategy, task=task, lr=0.1, compression=compression)
-    run = store.begin_run(settings.run_settings())
+    run = store.runs.begin_run(settings.run_settings())
     made.run_id = run.run_id
     base = checkpoints.save_initial(model.state_dict())
     current: Round | None = _round(run.run_id, 1, base)
     assert current is not None
-    store.open_round(current, make_event("round-opened"))
+    store.rounds.open_round(current, make_event("round-opened"))
     while current is not None:
         counted = []
         for order in current.orders:
@@ -128,7 +128,9 @@ def write_state_dir(
                 end_order(store, run, update)
                 counted.append((path, update))
             path.write_bytes(payload)
-        store.close_round(current, make_event("round-closed", round_number=current.round_number))
+        store.rounds.close_round(
+            current, make_event("round-closed", round_number=current.round_number)
+        )
         cohort = Cohort(
             base=base.file,
             updates=[
@@ -158,7 +160,7 @@ def write_state_dir(
         happened = [make_event("round-done", round_number=current.round_number)]
         if following is not None:
             happened.append(make_event("round-opened", round_number=number))
-        store.finish_round(
+        store.rounds.finish_round(
             current,
             model_digest=base.digest,
             state_digest=base.state_digest,

@@ -110,8 +110,8 @@ class ClientApi:
         # Memory has the new session already. Killed before this is recorded, the client is unknown
         # at the next start, and registers again.
         for session_id in replaced:
-            await self._store.remove_session(session_id)
-        await self._store.save_session(self._context.run_id, session)
+            await self._store.runs.remove_session(session_id)
+        await self._store.runs.save_session(self._context.run_id, session)
         return SessionInfo(
             session_id=session.session_id,
             run_id=self._context.run_id,
@@ -132,7 +132,7 @@ class ClientApi:
             is_incident=True,
             **({"clients": sorted(client_ids)} if len(client_ids) > 1 else {}),
         )
-        await self._store.add_events(self._context.run_id, [event])
+        await self._store.events.add_events(self._context.run_id, [event])
 
     def _compression_for(self, registration: Registration) -> Compression:
         """Return how a client is to compress its updates; not at all if it doesn't know how."""
@@ -262,7 +262,7 @@ class ClientApi:
                 client_id=record.client_id,
             )
             # The key makes a report that is sent again, because its answer was lost, one event.
-            await self._store.add_events(
+            await self._store.events.add_events(
                 record.run_id, [event], report_key=f"{order_id}#{sequence}"
             )
         if gave_up:
@@ -274,7 +274,7 @@ class ClientApi:
                 attempt=attempt,
                 client_id=record.client_id,
             )
-            was_open = await self._store.abandon_order(record.run_id, order_id, event)
+            was_open = await self._store.orders.abandon_order(record.run_id, order_id, event)
             failpoint(FailPoint.ORDER_ABANDONED)
             if was_open:
                 self._open_orders.settle(order_id, OrderState.ABANDONED)
@@ -331,12 +331,12 @@ class ClientApi:
         session = self._sessions.touch(session_id)
         record = self._open_orders.open_record(order_id)
         if record is None:
-            record = await self._store.find_order(order_id)
+            record = await self._store.orders.find_order(order_id)
         self._validate_holder(session, record.client_id, order_id)
         return record
 
     async def _order_end(self, order_id: str) -> OrderEnd | None:
-        return await self._store.find_order_end(order_id)
+        return await self._store.orders.find_order_end(order_id)
 
     def _validate_holder(self, session: Session, client_id: int, order_id: str) -> None:
         if client_id not in session.client_ids:

@@ -311,7 +311,7 @@ class Uploads:
         )
         while True:
             collecting = self._open_orders.current
-            state, is_recorded = await self._store.end_order(
+            state, is_recorded = await self._store.orders.end_order(
                 record.run_id, arrival, buffer_size=self._context.strategy.buffer_size
             )
             if state is not OrderState.OPEN:
@@ -325,7 +325,7 @@ class Uploads:
         # Memory follows the store: this wakes the round loop, which may close the round.
         self._open_orders.settle(update.order_id, state)
         if not is_recorded:
-            record = await self._store.find_order(update.order_id)
+            record = await self._store.orders.find_order(update.order_id)
             if record.digest == update.digest and record.state not in _GOOD:
                 # An older stream of the same bytes was recorded; this stream holds their file.
                 await self._hold(update, stream)
@@ -337,7 +337,7 @@ class Uploads:
         return UploadAnswer(receipt=_ANSWERS[state], reason=refusal.reason if refusal else "")
 
     async def _late_answer(self, update: ClientUpdate) -> UploadAnswer:
-        order_end = await self._store.find_order_end(update.order_id)
+        order_end = await self._store.orders.find_order_end(update.order_id)
         return UploadAnswer(receipt=Receipt.LATE, order_end=order_end)
 
     async def _hold(self, update: ClientUpdate, stream: UpdateStream | None) -> None:
@@ -353,7 +353,7 @@ class Uploads:
 
     async def _answer_ended_meanwhile(self, update: ClientUpdate) -> UploadAnswer:
         """Answer a stream whose order isn't open in memory any more, as the store has it."""
-        record = await self._store.find_order(update.order_id)
+        record = await self._store.orders.find_order(update.order_id)
         if record.state is OrderState.OPEN:
             raise ServerUnreachable(f"order {update.order_id}: the round is changing; try again")
         return await self._answer_ended(record, update)
@@ -384,7 +384,7 @@ class Uploads:
             is_incident=True,
             fields={"first": record.digest, "second": update.digest},
         )
-        await self._store.add_events(
+        await self._store.events.add_events(
             record.run_id, [event], report_key=f"{update.order_id}=contradicted"
         )
 

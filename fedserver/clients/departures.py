@@ -57,7 +57,7 @@ async def leave(
             **({"clients": others} if len(others) > 1 else {}),
             **fields,
         )
-        await store.add_events(run_id, [left])
+        await store.events.add_events(run_id, [left])
     # Whoever has registered meanwhile is back.
     gone = {client for client in leaving - expected if sessions.away_s(client) is not None}
     await _take_out(gone, run_id=run_id, sessions=sessions, store=store)
@@ -80,7 +80,7 @@ async def end_order(
         **fields,
     )
     order_id = order.order.order_id
-    was_open = await store.abandon_order(run_id, order_id, left)
+    was_open = await store.orders.abandon_order(run_id, order_id, left)
     failpoint(FailPoint.ORDER_ABANDONED)
     if was_open:
         open_orders.forget(order_id)
@@ -106,6 +106,6 @@ async def _take_out(
 ) -> None:
     changed, ended = sessions.leave(client_ids)
     for session in changed:
-        await store.save_session(run_id, session)
+        await store.runs.save_session(run_id, session)
     for session_id in ended:
-        await store.remove_session(session_id)
+        await store.runs.remove_session(session_id)

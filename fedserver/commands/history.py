@@ -29,7 +29,7 @@ def run(argv: list[str]) -> None:
     with opened_run(settings) as (store, run):
         first = 1
         if settings.last is not None:
-            first = (store.latest_round_number(run.run_id) or 0) - settings.last + 1
+            first = (store.rounds.latest_round_number(run.run_id) or 0) - settings.last + 1
         history = read_history(store, run, first_round=first)
     if settings.json_:
         print(json.dumps([attempt_json(attempt) for attempt in history], indent=2))

@@ -34,7 +34,7 @@ def opened_run(
     # Looked at first: opened to write, a store that isn't there would be made.
     store = Store(path, read_only=not (to_write and path.exists()))
     try:
-        run = store.latest_run(number=settings.run)
+        run = store.runs.latest_run(number=settings.run)
         if run is None:
             which = "no run yet" if settings.run is None else f"no run {settings.run}"
             raise NotFound(f"{settings.state_dir} holds {which}; check --state-dir and --run")

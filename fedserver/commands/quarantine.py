@@ -56,7 +56,7 @@ def run(argv: list[str]) -> None:
 
 
 def _list(settings: QuarantineSettings, store: Store, found: Run) -> None:
-    held = store.held_updates(found.run_id)
+    held = store.quarantine.held_updates(found.run_id)
     if not held:
         print(f"{found.run_id}: nothing was refused or excluded")
         return
@@ -93,7 +93,7 @@ def _end(settings: QuarantineSettings, store: Store, state: HeldState) -> HeldUp
     happened = event_of(
         f"quarantine-{state.lower()}", client_id=held.client_id, order_id=held.order_id
     )
-    if not store.free_held(held, state, happened):
+    if not store.quarantine.free_held(held, state, happened):
         raise InvalidInput(f"order {held.order_id} is {held.state.lower()} already")
     _payload(settings, held).unlink(missing_ok=True)
     return held
@@ -107,7 +107,7 @@ def _payload(settings: QuarantineSettings, held: HeldUpdate) -> Path:
 def _find(settings: QuarantineSettings, store: Store) -> HeldUpdate:
     if not settings.order:
         raise InvalidInput("say which update with --order; `quarantine list` shows them")
-    return store.find_held(settings.order)
+    return store.quarantine.find_held(settings.order)
 
 
 Action = Callable[[QuarantineSettings, Store, Run], None]

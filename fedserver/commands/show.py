@@ -41,7 +41,7 @@ def run(argv: list[str]) -> None:
     """Print the round's report, or its JSON, and draw a diagnosis if asked to."""
     settings = parse(ShowSettings, argv)
     with opened_run(settings) as (store, run):
-        latest = store.latest_round_number(run.run_id)
+        latest = store.rounds.latest_round_number(run.run_id)
         if latest is None:
             raise NotFound(
                 f"{run.run_id} has no round yet; it begins when enough clients are there"
@@ -49,9 +49,11 @@ def run(argv: list[str]) -> None:
         number = latest if settings.round is None else settings.round
         # The round before it says what the model was that it began with.
         history = read_history(store, run, first_round=number - 1, last_round=number)
-        digest = store.entry_digest(run.run_id, number)
-        suspensions = store.suspensions(run.run_id)
-        if settings.client is not None and not store.knows_client(run.run_id, settings.client):
+        digest = store.ledger.entry_digest(run.run_id, number)
+        suspensions = store.quarantine.suspensions(run.run_id)
+        if settings.client is not None and not store.orders.knows_client(
+            run.run_id, settings.client
+        ):
             raise NotFound(
                 f"{run.run_id} has no client {settings.client}: it was never asked, and it isn't "
                 "connected; check --client"

@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     num_gaps = 0
     try:
         with opened_run(settings) as (store, found):
-            runs = [found] if settings.run else store.all_runs()
+            runs = [found] if settings.run else store.runs.all_runs()
             numbers = [one.number for one in runs]
             for before, number in pairwise(numbers if settings.run else [0, *numbers]):
                 if number > before + 1:

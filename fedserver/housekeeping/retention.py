@@ -43,8 +43,8 @@ class Retention:
         but still lies in the spool moves there first. What was never finished goes with its order.
         The database's log is shortened too.
         """
-        await self._store.shorten_log()
-        if held := await self._store.held_updates():
+        await self._store.database.shorten_log()
+        if held := await self._store.quarantine.held_updates():
             await self._threads.on_disk(self._quarantine.fill, held, self._spool)
             await evict_updates(
                 store=self._store, quarantine=self._quarantine, threads=self._threads
@@ -56,7 +56,7 @@ class Retention:
             return
         # Only the round loop gives orders, and it waits here: no order that may get an update
         # meanwhile is missing from what is kept.
-        kept = await self._store.updates_to_keep(
+        kept = await self._store.orders.updates_to_keep(
             self._context.run_id, since_round=done_round - keep_updates + 1
         )
         await self._threads.on_disk(self._spool.drop_all_but, kept)
@@ -70,7 +70,7 @@ class Retention:
         keep_rounds = self._context.settings.keep_rounds
         if keep_rounds == "all":
             return
-        let_go = await self._store.models_let_go(
+        let_go = await self._store.rounds.models_let_go(
             self._context.run_id,
             await self._threads.on_disk(self._checkpoints.digests),
             since_round=done_round - keep_rounds + 1,
@@ -84,8 +84,8 @@ async def evict_updates(
     *, store: AsyncStore, quarantine: QuarantineFolder, threads: Threads
 ) -> None:
     """Give up the oldest payloads in quarantine until the others fit into `--quarantine-bytes`."""
-    for held in quarantine.excess(await store.held_updates()):
+    for held in quarantine.excess(await store.quarantine.held_updates()):
         event = event_of("quarantine-evicted", client_id=held.client_id, order_id=held.order_id)
         # Recorded first: bytes without a record are tidied away, a record without bytes misleads.
-        if await store.free_held(held, HeldState.EVICTED, event):
+        if await store.quarantine.free_held(held, HeldState.EVICTED, event):
             await threads.on_disk(quarantine.drop, held)

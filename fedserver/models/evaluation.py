@@ -155,7 +155,7 @@ class Evaluations:
         if not self._is_model_suspect:
             return None
         self._is_model_suspect = False
-        bad = await self._store.regressed_round(run_id)
+        bad = await self._store.rounds.regressed_round(run_id)
         if bad is None:
             return None
         may_repeat = await may_be_repeated(
@@ -186,7 +186,7 @@ class Evaluations:
         evaluation = _as_recorded(measured)
         regression = None
         if self._detects_regressions:
-            before = await self._store.good_evaluations(evaluated.run_id)
+            before = await self._store.rounds.good_evaluations(evaluated.run_id)
             regression = detect_regression(evaluation, list(before.values()))
         reason = None if regression is None else regression.reason
         if regression is not None and not await may_be_repeated(
@@ -200,7 +200,7 @@ class Evaluations:
             reason=reason,
             **dict[str, Any](evaluation.numbers),
         )
-        await self._store.record_evaluation(
+        await self._store.rounds.record_evaluation(
             evaluated,
             evaluation,
             event,
@@ -230,7 +230,7 @@ def _finite(value: float) -> float | None:
 
 async def may_be_repeated(bad: Round, *, store: AsyncStore, max_rollbacks: int) -> bool:
     """Return whether a round may be repeated once more because its model is bad."""
-    phases = await store.phases_of(bad.run_id, bad.round_number)
+    phases = await store.rounds.phases_of(bad.run_id, bad.round_number)
     return phases.count(Phase.ROLLED_BACK) < max_rollbacks
 
 

@@ -88,7 +88,7 @@ class AsynchronousCollecting:
             if self._disk.is_low() or not idle_clients(here, open_orders.list_all()):
                 break
             record, base = open_orders.current.record, open_orders.current.base
-            suspensions = await self._store.suspensions(record.run_id)
+            suspensions = await self._store.quarantine.suspensions(record.run_id)
             past = await read_participation(settings, store=self._store, run_id=record.run_id)
             if self._disk.is_low():
                 break
@@ -100,7 +100,7 @@ class AsynchronousCollecting:
                 break
             # Recorded before they are handed out: a client never has an order that a server which
             # starts again doesn't know.
-            await self._store.add_orders(record, more)
+            await self._store.rounds.add_orders(record, more)
             self._note_stored()
             open_orders.add_orders(
                 replace(record, orders=(*record.orders, *more)),
@@ -132,7 +132,7 @@ class AsynchronousCollecting:
             for order in self._open_orders.list_all()
         }
         carried_over: list[tuple[OpenRound, Sequence[WorkOrder]]] = []
-        for record in await self._store.carried_over(opened):
+        for record in await self._store.rounds.carried_over(opened):
             given_in = in_memory.get((record.round_number, record.attempt))
             if given_in is None:
                 base = await self._threads.on_disk(self._checkpoints.load, record.base_digest)

@@ -68,7 +68,7 @@ class Closer:
         failpoint(FailPoint.ROUND_CLOSING)
         # The store closes first: an update whose transaction comes before this one's is in the
         # round, one that comes after is late (or carried over), whatever memory says meanwhile.
-        await self._store.close_round(
+        await self._store.rounds.close_round(
             collecting, event_of("round-closed", collecting), carries_over=carries_over
         )
         failpoint(FailPoint.ROUND_CLOSED)
@@ -86,16 +86,16 @@ class Closer:
         await self._evaluations.done()
         if self._evaluations.is_model_suspect:
             return closed, base
-        stored = await self._store.stored_updates(closed)
+        stored = await self._store.orders.stored_updates(closed)
         exclusions = screen(
             closed,
             stored,
-            before=await self._store.counted_updates(
+            before=await self._store.orders.counted_updates(
                 closed.run_id, compared_rounds(closed.round_number, stored)
             ),
             settings=self._context.settings,
             model_norm=base.parameter_norm,
-            trusted=await self._store.trusted_clients(closed.run_id),
+            trusted=await self._store.quarantine.trusted_clients(closed.run_id),
         )
         excluded = {exclusion.order_id for exclusion in exclusions}
         counted = [update for update in stored if update.update.order_id not in excluded]
@@ -168,7 +168,7 @@ class Closer:
         failed = event_of(
             IncidentKind.ROUND_FAILED, failing, is_incident=True, reason=reason, failure=failure
         )
-        await self._store.fail_round(
+        await self._store.rounds.fail_round(
             failing,
             [failed, *decision.events],
             adjustments_after=decision.adjustments,
@@ -221,7 +221,7 @@ class Closer:
         ]
         if following is not None:
             events.append(opened_event(following))
-        await self._store.finish_round(
+        await self._store.rounds.finish_round(
             closed,
             model_digest=model.digest,
             state_digest=model.state_digest,
@@ -246,12 +246,12 @@ class Closer:
         number = closed.round_number + 1
         # This round's verdicts aren't recorded yet, but decide already whom the next one asks.
         suspensions = suspensions_after(
-            await self._store.suspensions(closed.run_id),
+            await self._store.quarantine.suspensions(closed.run_id),
             closed,
             exclusions,
             {update.client_id for update in counted},
         )
-        num_attempts = len(await self._store.phases_of(closed.run_id, number))
+        num_attempts = len(await self._store.rounds.phases_of(closed.run_id, number))
         return await self._opener.plan(
             number,
             attempt=num_attempts + 1,
@@ -263,7 +263,7 @@ class Closer:
 
 async def latest_round(store: AsyncStore, run_id: str) -> Round:
     """Return the attempt with which a run that has begun goes on."""
-    latest = await store.latest_round(run_id)
+    latest = await store.rounds.latest_round(run_id)
     assert latest is not None
     return latest
 

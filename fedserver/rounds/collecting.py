@@ -179,7 +179,7 @@ async def too_few_updates(
     }
     if not refused:
         return Due(event=RoundEvent.FAIL, reason=reason)
-    record = await store.find_order(refused[min(refused)])
+    record = await store.orders.find_order(refused[min(refused)])
     return Due(
         event=RoundEvent.FAIL,
         reason=f"{reason}; {verdict_text('refused', refused, f'{record.reason}')}",

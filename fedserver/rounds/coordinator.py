@@ -111,7 +111,7 @@ class Coordinator:
 
     async def end(self) -> None:
         """Record that the run is over."""
-        await self._store.end_run(
+        await self._store.runs.end_run(
             self._context.run_id,
             RunState.FINISHED,
             event_of("run-finished"),
@@ -172,7 +172,7 @@ class Coordinator:
             RunFailed: the round has failed as often as it may.
         """
         round_number = ended.round_number + (ended.phase is Phase.DONE)
-        phases = await self._store.phases_of(ended.run_id, round_number)
+        phases = await self._store.rounds.phases_of(ended.run_id, round_number)
         if phases.count(Phase.FAILED) >= self._context.settings.max_attempts:
             await self._fail_run(ended)
         return await self._opener.open_next(ended, base, attempt=len(phases) + 1)
@@ -197,8 +197,8 @@ class Coordinator:
 
     async def _fail_run(self, failed: Round) -> None:
         event = event_of("run-failed", failed, is_incident=True)
-        await self._store.end_run(self._context.run_id, RunState.FAILED, event)
-        reason, _ = await self._store.last_failure(self._context.run_id)
+        await self._store.runs.end_run(self._context.run_id, RunState.FAILED, event)
+        reason, _ = await self._store.events.last_failure(self._context.run_id)
         raise RunFailed(
             f"round {failed.round_number} failed {self._context.settings.max_attempts} times, the "
             f"last time because of this: {reason}. See more with `python -m fedserver history "

@@ -29,7 +29,7 @@ class LastCounted:
 
     async def read(self) -> None:
         """Read them anew from the store: after a start, or when what counted doesn't any more."""
-        self._order_ids = await self._store.last_counted_orders(
+        self._order_ids = await self._store.orders.last_counted_orders(
             self._run_id, stored_too=self._counts_stored
         )
 

@@ -94,7 +94,7 @@ class Opener:
                 attempt=attempt,
                 base=base,
                 adjustments=adjustments,
-                suspensions=await self._store.suspensions(self._context.run_id),
+                suspensions=await self._store.quarantine.suspensions(self._context.run_id),
             )
             if planned is not None:
                 break
@@ -110,7 +110,7 @@ class Opener:
         self._open_orders.clients_here = None
         # Recorded before it is handed out: a client never has an order that a server which starts
         # again doesn't know.
-        await self._store.open_round(
+        await self._store.rounds.open_round(
             planned,
             opened_event(planned),
             stale_before=stale_before(self._context.settings, round_number),
@@ -199,7 +199,7 @@ async def read_participation(
     settings: ServerSettings, *, store: AsyncStore, run_id: str
 ) -> Mapping[int, Participation]:
     """Return the participation of clients in a run; empty where cohorts don't rest on it."""
-    return await store.participation(run_id) if rests_on_past(settings) else {}
+    return await store.orders.participation(run_id) if rests_on_past(settings) else {}
 
 
 def opened_event(opened: Round) -> Event:

@@ -43,10 +43,10 @@ async def resume(
     Raises:
         StorageDamaged: that model, or an acknowledged update, isn't what was written.
     """
-    latest = await store.latest_round(context.run_id)
+    latest = await store.rounds.latest_round(context.run_id)
     await last_counted.read()
     # Before anything new comes into the quarantine: what a kill left there has no record.
-    await threads.on_disk(quarantine.tidy, await store.held_updates())
+    await threads.on_disk(quarantine.tidy, await store.quarantine.held_updates())
     await retention.drop_updates(done_round=0 if latest is None else latest.round_number - 1)
     # A bad model that was recorded before the server ended may not have been taken back.
     evaluations.suspect_model()
@@ -62,12 +62,14 @@ async def resume(
     base = await threads.on_disk(checkpoints.load, digest, state_digest=state_digest)
     if latest.phase in (Phase.COLLECTING, Phase.AGGREGATING):
         # They were acknowledged: no client sends them again, and aggregation would read them.
-        damaged = await threads.on_disk(damaged_updates, spool, await store.stored_updates(latest))
+        damaged = await threads.on_disk(
+            damaged_updates, spool, await store.orders.stored_updates(latest)
+        )
         if damaged:
             latest = await _give_up_damaged(
                 latest, damaged, closer=closer, is_allowed=context.settings.give_up_damaged
             )
-    for done in await store.unevaluated_rounds(context.run_id):
+    for done in await store.rounds.unevaluated_rounds(context.run_id):
         assert done.model_digest is not None
         await evaluations.start(done, done.model_digest)
     if latest.phase is Phase.COLLECTING:

@@ -53,7 +53,7 @@ async def decide_after(
     failed because its aggregate isn't finite.
     """
     settings = context.settings
-    diagnosed, updating = await store.answers(ending)
+    diagnosed, updating = await store.events.answers(ending)
     reports = [(client_id, read_diagnosis(fields)) for client_id, fields in diagnosed]
     after, shared = after_attempt(
         ending.adjustments,
@@ -63,8 +63,8 @@ async def decide_after(
         num_answers=len(updating | {client_id for client_id, _ in reports}),
         max_steps=settings.max_adjustments,
     )
-    before = await store.last_done_round(ending.run_id)
-    phases = await store.phases_of(ending.run_id, ending.round_number)
+    before = await store.rounds.last_done_round(ending.run_id)
+    phases = await store.rounds.phases_of(ending.run_id, ending.round_number)
     is_base_blamed = (
         not is_done
         and Cause.RECEIVED_MODEL in {shared_cause.cause for shared_cause in shared}
@@ -134,7 +134,7 @@ async def roll_back(
         events.append(
             event_of(IncidentKind.ROUND_ABANDONED, current, is_incident=True, reason=reason)
         )
-    await store.roll_back(
+    await store.rounds.roll_back(
         bad,
         events,
         adjustments_after=adjustments,

@@ -241,7 +241,7 @@ async def _abandon(
         **({"total_s": open_orders.total_s(order)} if why is Lateness.TOO_LONG else {}),
     )
     order_id = order.order.order_id
-    was_open = await store.abandon_order(run_id, order_id, given_up, strikes=True)
+    was_open = await store.orders.abandon_order(run_id, order_id, given_up, strikes=True)
     failpoint(FailPoint.ORDER_ABANDONED)
     if was_open:
         open_orders.settle(order_id, OrderState.ABANDONED)

@@ -1,10 +1,11 @@
 """The database: examined, upgraded, used in transactions whose errors have the service's names."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DatabaseError, NoResultFound
@@ -19,8 +20,11 @@ from fedrounds.errors import (
 )
 from fedrounds.files import out_of_files
 from fedserver.records import Event
+from fedserver.runtime import Threads
 from fedserver.store import schema
 from fedserver.store.engine import BUSY_TIMEOUT_S, open_engine, stored_revision
+
+R = TypeVar("R")
 
 RECORDED = "recorded"
 """Where a connection's `info` holds the list of the events that its transaction records."""
@@ -164,6 +168,16 @@ class Database:
                 yield connection
             self._recorded += recorded
 
+    def read(self, work: Callable[[Connection], R]) -> R:
+        """Return what `work` reads in one transaction; see `reading`."""
+        with self.reading() as connection:
+            return work(connection)
+
+    def write(self, work: Callable[[Connection], R]) -> R:
+        """Return what `work` returns once all that it wrote is durable; see `writing`."""
+        with self.writing() as connection:
+            return work(connection)
+
     def take_recorded(self) -> list[Event]:
         """Return the events recorded since the last call, in order; what was rolled back isn't."""
         taken, self._recorded = self._recorded, []
@@ -180,6 +194,41 @@ class Database:
             raise _named(self._path, error) or error from error
         except UnicodeDecodeError as error:
             raise _damaged(self._path, str(error)) from error
+
+
+class AsyncDatabase:
+    """Runs a database's transactions on a thread of its own, one after another in order.
+
+    A call returns when what it wrote is durable and the events that it recorded are published: no
+    listener hears of an event that a loss of power could undo.
+    """
+
+    def __init__(
+        self, database: Database, *, threads: Threads, publish: Callable[[Event], None]
+    ) -> None:
+        self._database = database
+        self._threads = threads
+        self._publish = publish
+
+    async def read(self, work: Callable[[Connection], R]) -> R:
+        """Return what `work` reads; see `Database.read`."""
+        return await self._threads.in_store(self._database.read, work)
+
+    async def write(self, work: Callable[[Connection], R], *, publishes: bool = True) -> R:
+        """Return what `work` returns, its events published if so wanted; see `Database.write`."""
+
+        def write() -> tuple[R, list[Event]]:
+            # On the database's thread: the next transaction's events aren't among them.
+            return self._database.write(work), self._database.take_recorded()
+
+        result, recorded = await self._threads.in_store(write)
+        for event in recorded if publishes else ():
+            self._publish(event)
+        return result
+
+    async def shorten_log(self) -> bool:
+        """Empty a large write-ahead log; see `Database.shorten_log`."""
+        return await self._threads.in_store(self._database.shorten_log)
 
 
 def _named(path: Path, error: sqlite3.Error) -> FederationError | None:

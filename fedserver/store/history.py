@@ -26,7 +26,7 @@ def read_history(
     wanted = select(table).where(table.c.run_id == run.run_id, table.c.round >= first_round)
     if last_round is not None:
         wanted = wanted.where(table.c.round <= last_round)
-    with store.reading() as connection:
+    with store.database.reading() as connection:
         rows = connection.execute(wanted.order_by(table.c.round, table.c.attempt)).all()
         return [_read_attempt(connection, row) for row in rows]
 
@@ -50,7 +50,7 @@ def read_rounds(store: Store, run: Run) -> list[AttemptResult]:
         table.c.evaluation.is_not(None).label("is_evaluated"),
         table.c.evaluation["confusion"].as_string().is_not(None).label("has_confusion"),
     ).where(table.c.run_id == run.run_id)
-    with store.reading() as connection:
+    with store.database.reading() as connection:
         rows = connection.execute(wanted.order_by(table.c.round, table.c.attempt)).all()
         return [
             AttemptResult(

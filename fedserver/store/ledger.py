@@ -15,72 +15,72 @@ from fedserver.ledger import (
 from fedserver.phases import RoundEvent
 from fedserver.records import Attempt, Ledger, LedgerRow, Round
 from fedserver.store import schema
-from fedserver.store.database import Database
 from fedserver.store.rows import updates_in
+from fedserver.store.tables import D_co, Tables, reads
 
 
-class LedgerTable(Database):
+class LedgerTable(Tables[D_co]):
     """The ledger of every run."""
 
-    def read_ledger(self, run_id: str) -> Ledger:
+    @reads
+    def read_ledger(self, connection: Connection, run_id: str) -> Ledger:
         """Return a run's entries by round, and its attempts at rounds with their updates."""
         table, rounds = schema.ledger, schema.rounds
-        with self.reading() as connection:
-            settings, head = connection.execute(
-                select(schema.runs.c.settings, schema.runs.c.ledger_head).where(
-                    schema.runs.c.run_id == run_id
-                )
-            ).one()
-            entries = connection.execute(
-                select(table)
-                .where(table.c.run_id == run_id)
-                .order_by(table.c.round, table.c.attempt, table.c.kind)
-            ).all()
-            attempts = connection.execute(
-                select(rounds)
-                .where(rounds.c.run_id == run_id)
-                .order_by(rounds.c.round, rounds.c.attempt)
-            ).all()
-            return Ledger(
-                run_id=run_id,
-                settings=settings,
-                head=head,
-                entries=[
-                    LedgerRow(
-                        round_number=row.round,
-                        attempt=row.attempt,
-                        kind=row.kind,
-                        entry=row.entry,
-                        digest=row.digest,
-                    )
-                    for row in entries
-                ],
-                attempts=[
-                    Attempt(
-                        round_number=row.round,
-                        attempt=row.attempt,
-                        phase=row.phase,
-                        base_digest=row.base_digest,
-                        base_state_digest=row.base_state_digest,
-                        model_digest=row.model_digest,
-                        state_digest=row.state_digest,
-                        adjustments=row.adjustments,
-                        updates=read_verdicts(connection, run_id, row.round, row.attempt),
-                    )
-                    for row in attempts
-                ],
+        settings, head = connection.execute(
+            select(schema.runs.c.settings, schema.runs.c.ledger_head).where(
+                schema.runs.c.run_id == run_id
             )
+        ).one()
+        entries = connection.execute(
+            select(table)
+            .where(table.c.run_id == run_id)
+            .order_by(table.c.round, table.c.attempt, table.c.kind)
+        ).all()
+        attempts = connection.execute(
+            select(rounds)
+            .where(rounds.c.run_id == run_id)
+            .order_by(rounds.c.round, rounds.c.attempt)
+        ).all()
+        return Ledger(
+            run_id=run_id,
+            settings=settings,
+            head=head,
+            entries=[
+                LedgerRow(
+                    round_number=row.round,
+                    attempt=row.attempt,
+                    kind=row.kind,
+                    entry=row.entry,
+                    digest=row.digest,
+                )
+                for row in entries
+            ],
+            attempts=[
+                Attempt(
+                    round_number=row.round,
+                    attempt=row.attempt,
+                    phase=row.phase,
+                    base_digest=row.base_digest,
+                    base_state_digest=row.base_state_digest,
+                    model_digest=row.model_digest,
+                    state_digest=row.state_digest,
+                    adjustments=row.adjustments,
+                    updates=read_verdicts(connection, run_id, row.round, row.attempt),
+                )
+                for row in attempts
+            ],
+        )
 
-    def entry_digest(self, run_id: str, round_number: int) -> str | None:
+    @reads
+    def entry_digest(self, connection: Connection, run_id: str, round_number: int) -> str | None:
         """Return the digest of a round's last entry; None while it has none."""
         table = schema.ledger
-        with self.reading() as connection:
-            return connection.execute(
-                select(table.c.digest)
-                .where(table.c.run_id == run_id, table.c.round == round_number)
-                .order_by(table.c.attempt.desc(), table.c.kind.desc())
-                .limit(1)
-            ).scalar()
+        return connection.execute(
+            select(table.c.digest)
+            .where(table.c.run_id == run_id, table.c.round == round_number)
+            .order_by(table.c.attempt.desc(), table.c.kind.desc())
+            .limit(1)
+        ).scalar()
 
 
 def read_verdicts(

@@ -1,14 +1,12 @@
-"""Orders, the updates they end with, and events."""
+"""Orders, and the updates that they end with."""
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import asdict
-from itertools import takewhile
-from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Table, func, insert, select
+from sqlalchemy import Connection, func, insert, select
 
-from fedrounds.types import IncidentKind, OrderEnd, RunFailure
+from fedrounds.types import OrderEnd
 from fedserver.clients.sampling import Participation
 from fedserver.events import update_event
 from fedserver.phases import OrderEvent, OrderState, Phase
@@ -22,9 +20,9 @@ from fedserver.records import (
     json_number,
 )
 from fedserver.store import schema
-from fedserver.store.database import Database
 from fedserver.store.rows import read_stored, updates_in, updates_of
 from fedserver.store.run_clock import read_clock
+from fedserver.store.tables import D_co, Tables, reads, writes
 from fedserver.store.transitions import (
     add_events,
     find_order,
@@ -35,38 +33,41 @@ from fedserver.store.transitions import (
 )
 
 
-class Orders(Database):
+class Orders(Tables[D_co]):
     """What was asked of whom, and how it ended."""
 
-    def find_order(self, order_id: str) -> OrderRecord:
+    @reads
+    def find_order(self, connection: Connection, order_id: str) -> OrderRecord:
         """Return what is known of an order.
 
         Raises:
             NotFound: no such order was ever given.
         """
-        with self.reading() as connection:
-            return find_order(connection, order_id)
+        return find_order(connection, order_id)
 
-    def find_order_end(self, order_id: str) -> OrderEnd | None:
+    @reads
+    def find_order_end(self, connection: Connection, order_id: str) -> OrderEnd | None:
         """Return how an order ended without an update that counts; None while it goes on."""
-        with self.reading() as connection:
-            return find_order_end(connection, order_id)
+        return find_order_end(connection, order_id)
 
-    def knows_client(self, run_id: str, client_id: int) -> bool:
+    @reads
+    def knows_client(self, connection: Connection, run_id: str, client_id: int) -> bool:
         """Return whether a client was ever asked in a run, or has a session in it."""
         orders, sessions = schema.orders, schema.sessions
-        with self.reading() as connection:
-            asked = connection.execute(
-                select(orders.c.order_id)
-                .where(orders.c.run_id == run_id, orders.c.client_id == client_id)
-                .limit(1)
-            ).first()
-            served = connection.execute(
-                select(sessions.c.client_ids).where(sessions.c.run_id == run_id)
-            ).scalars()
-            return asked is not None or any(client_id in one for one in served)
+        asked = connection.execute(
+            select(orders.c.order_id)
+            .where(orders.c.run_id == run_id, orders.c.client_id == client_id)
+            .limit(1)
+        ).first()
+        served = connection.execute(
+            select(sessions.c.client_ids).where(sessions.c.run_id == run_id)
+        ).scalars()
+        return asked is not None or any(client_id in one for one in served)
 
-    def last_counted_orders(self, run_id: str, *, stored_too: bool = False) -> dict[int, str]:
+    @reads
+    def last_counted_orders(
+        self, connection: Connection, run_id: str, *, stored_too: bool = False
+    ) -> dict[int, str]:
         """Return each client's last COUNTED order; those of a round rolled back are undone.
 
         With `stored_too` those whose updates are to be counted next count already.
@@ -74,48 +75,47 @@ class Orders(Database):
         table, updates, rounds = schema.orders, schema.updates, schema.rounds
         states = [OrderState.COUNTED, *([OrderState.STORED] if stored_too else [])]
         came_into = (rounds.c.round == updates.c.round) & (rounds.c.attempt == updates.c.attempt)
-        with self.reading() as connection:
-            rows = connection.execute(
-                select(table.c.client_id, table.c.order_id)
-                .join(updates, updates.c.order_id == table.c.order_id)
-                .join(rounds, (rounds.c.run_id == table.c.run_id) & came_into)
-                .where(
-                    table.c.run_id == run_id,
-                    table.c.state.in_(states),
-                    (rounds.c.phase == Phase.DONE) | (table.c.state == OrderState.STORED),
-                )
-                .order_by(
-                    updates.c.round,
-                    func.coalesce(updates.c.received_s, 0.0),
-                    updates.c.received_at,
-                )
-            ).all()
+        rows = connection.execute(
+            select(table.c.client_id, table.c.order_id)
+            .join(updates, updates.c.order_id == table.c.order_id)
+            .join(rounds, (rounds.c.run_id == table.c.run_id) & came_into)
+            .where(
+                table.c.run_id == run_id,
+                table.c.state.in_(states),
+                (rounds.c.phase == Phase.DONE) | (table.c.state == OrderState.STORED),
+            )
+            .order_by(
+                updates.c.round,
+                func.coalesce(updates.c.received_s, 0.0),
+                updates.c.received_at,
+            )
+        ).all()
         return {row.client_id: row.order_id for row in rows}
 
-    def participation(self, run_id: str) -> dict[int, Participation]:
+    @reads
+    def participation(self, connection: Connection, run_id: str) -> dict[int, Participation]:
         """Return what every client that was ever asked has done so far."""
         orders, updates = schema.orders, schema.updates
         of_run = orders.c.run_id == run_id
         has_answered = orders.c.state.in_([OrderState.STORED, OrderState.COUNTED])
-        with self.reading() as connection:
-            counts = connection.execute(
-                select(
-                    orders.c.client_id,
-                    func.count().label("num_asked"),
-                    func.count().filter(has_answered).label("num_answered"),
-                    func.max(orders.c.round).filter(has_answered).label("last_round"),
-                )
-                .where(of_run)
-                .group_by(orders.c.client_id)
-            ).all()
-            last = {row.client_id: row.last_round for row in counts}
-            told = connection.execute(
-                select(orders.c.client_id, orders.c.round, updates.c.metrics)
-                .join(updates, updates.c.order_id == orders.c.order_id)
-                .where(of_run, has_answered, orders.c.round.in_(set(last.values()) - {None}))
-                # A round that was rolled back has more than one attempt with answers.
-                .order_by(orders.c.round, orders.c.attempt)
-            ).all()
+        counts = connection.execute(
+            select(
+                orders.c.client_id,
+                func.count().label("num_asked"),
+                func.count().filter(has_answered).label("num_answered"),
+                func.max(orders.c.round).filter(has_answered).label("last_round"),
+            )
+            .where(of_run)
+            .group_by(orders.c.client_id)
+        ).all()
+        last = {row.client_id: row.last_round for row in counts}
+        told = connection.execute(
+            select(orders.c.client_id, orders.c.round, updates.c.metrics)
+            .join(updates, updates.c.order_id == orders.c.order_id)
+            .where(of_run, has_answered, orders.c.round.in_(set(last.values()) - {None}))
+            # A round that was rolled back has more than one attempt with answers.
+            .order_by(orders.c.round, orders.c.attempt)
+        ).all()
         losses = {
             row.client_id: row.metrics.get("global_loss", row.metrics.get("loss"))
             for row in told
@@ -130,8 +130,9 @@ class Orders(Database):
             for row in counts
         }
 
+    @writes
     def end_order(
-        self, run_id: str, arrival: Arrival, *, buffer_size: int = 0
+        self, connection: Connection, run_id: str, arrival: Arrival, *, buffer_size: int = 0
     ) -> tuple[OrderState, bool]:
         """Apply STORE, REFUSE or MISS with the update it rests on, if the order is still open.
 
@@ -147,99 +148,105 @@ class Orders(Database):
         came too late is in quarantine if bytes of it have arrived.
         """
         received, order_event, refusal = arrival.update, arrival.order_event, arrival.refusal
-        with self.writing() as connection:
-            order = find_order(connection, received.order_id)
-            state = order.state
-            if order.digest is not None:
+        order = find_order(connection, received.order_id)
+        state = order.state
+        if order.digest is not None:
+            return state, False
+        at = time.time()
+        round_key: tuple[int, int] | None = order.round_number, order.attempt
+        if state is OrderState.OPEN:
+            if buffer_size:
+                round_key = _buffer(connection, run_id, order_event, buffer_size)
+            if round_key is None:
                 return state, False
-            at = time.time()
-            round_key: tuple[int, int] | None = order.round_number, order.attempt
-            if state is OrderState.OPEN:
-                if buffer_size:
-                    round_key = _buffer(connection, run_id, order_event, buffer_size)
-                if round_key is None:
-                    return state, False
-                state = move_order(
-                    connection,
-                    received.order_id,
-                    state,
-                    order_event,
-                    handed_out_at=arrival.handed_out_at,
-                    ended_at=None if order_event is OrderEvent.STORE else at,
-                )
-            metrics = {name: json_number(value) for name, value in received.metrics.items()}
-            assert round_key is not None
-            values = asdict(received) | {
-                "round": round_key[0],
-                "attempt": round_key[1],
-                "metrics": metrics,
-                "delta_norm": arrival.delta_norm,
-                "received_at": at,
-                "received_s": read_clock(connection, run_id),
-                "answered_s": arrival.answered_s,
-                "reason": refusal.reason if refusal else None,
-            }
-            connection.execute(insert(schema.updates), values)
-            is_kept = arrival.kept_bytes > 0 and state is not OrderState.STORED
-            if state is OrderState.REFUSED or is_kept:
-                hold_update(
-                    connection,
-                    run_id,
-                    received.order_id,
-                    refusal.evidence if refusal else {"kind": "stale"},
-                    kept_bytes=arrival.kept_bytes,
-                    at=at,
-                )
-            event = update_event(
-                arrival,
+            state = move_order(
+                connection,
+                received.order_id,
                 state,
-                order_end=find_order_end(connection, received.order_id),
-                client_id=order.client_id,
-                round_key=round_key,
+                order_event,
+                handed_out_at=arrival.handed_out_at,
+                ended_at=None if order_event is OrderEvent.STORE else at,
+            )
+        metrics = {name: json_number(value) for name, value in received.metrics.items()}
+        assert round_key is not None
+        values = asdict(received) | {
+            "round": round_key[0],
+            "attempt": round_key[1],
+            "metrics": metrics,
+            "delta_norm": arrival.delta_norm,
+            "received_at": at,
+            "received_s": read_clock(connection, run_id),
+            "answered_s": arrival.answered_s,
+            "reason": refusal.reason if refusal else None,
+        }
+        connection.execute(insert(schema.updates), values)
+        is_kept = arrival.kept_bytes > 0 and state is not OrderState.STORED
+        if state is OrderState.REFUSED or is_kept:
+            hold_update(
+                connection,
+                run_id,
+                received.order_id,
+                refusal.evidence if refusal else {"kind": "stale"},
+                kept_bytes=arrival.kept_bytes,
                 at=at,
             )
-            if state is OrderState.REFUSED:
-                assert refusal is not None
-                event = suspend_client(
-                    connection,
-                    run_id,
-                    event,
-                    client_id=order.client_id,
-                    reason=refusal.reason,
-                )
-            add_events(connection, run_id, [event])
-            return state, True
+        event = update_event(
+            arrival,
+            state,
+            order_end=find_order_end(connection, received.order_id),
+            client_id=order.client_id,
+            round_key=round_key,
+            at=at,
+        )
+        if state is OrderState.REFUSED:
+            assert refusal is not None
+            event = suspend_client(
+                connection,
+                run_id,
+                event,
+                client_id=order.client_id,
+                reason=refusal.reason,
+            )
+        add_events(connection, run_id, [event])
+        return state, True
 
+    @writes
     def abandon_order(
-        self, run_id: str, order_id: str, happened: Event, *, strikes: bool = False
+        self,
+        connection: Connection,
+        run_id: str,
+        order_id: str,
+        happened: Event,
+        *,
+        strikes: bool = False,
     ) -> bool:
         """Give an open order up; returns whether it was still open.
 
         With `strikes` its client is suspended.
         """
-        with self.writing() as connection:
-            order = find_order(connection, order_id)
-            if order.state is not OrderState.OPEN:
-                return False
-            move_order(connection, order_id, order.state, OrderEvent.ABANDON, ended_at=happened.at)
-            if strikes:
-                happened = suspend_client(
-                    connection, run_id, happened, client_id=order.client_id, reason=happened.kind
-                )
-            add_events(connection, run_id, [happened])
-            return True
+        order = find_order(connection, order_id)
+        if order.state is not OrderState.OPEN:
+            return False
+        move_order(connection, order_id, order.state, OrderEvent.ABANDON, ended_at=happened.at)
+        if strikes:
+            happened = suspend_client(
+                connection, run_id, happened, client_id=order.client_id, reason=happened.kind
+            )
+        add_events(connection, run_id, [happened])
+        return True
 
-    def stored_updates(self, collected: Round) -> list[StoredUpdate]:
+    @reads
+    def stored_updates(self, connection: Connection, collected: Round) -> list[StoredUpdate]:
         """Return what a round rests on, in the order of aggregation: by client id."""
         wanted = updates_in(collected.run_id, collected.round_number, collected.attempt).where(
             schema.orders.c.state.in_([OrderState.STORED, OrderState.COUNTED])
         )
-        with self.reading() as connection:
-            rows = connection.execute(wanted).all()
+        rows = connection.execute(wanted).all()
         return [read_stored(row) for row in rows]
 
+    @reads
     def counted_updates(
-        self, run_id: str, round_numbers: Collection[int]
+        self, connection: Connection, run_id: str, round_numbers: Collection[int]
     ) -> dict[int, list[StoredUpdate]]:
         """Return the updates that count in these rounds of a run, by round; of those DONE alone."""
         rounds, updates = schema.rounds.alias("came_into"), schema.updates
@@ -257,87 +264,14 @@ class Orders(Database):
             )
         )
         found: dict[int, list[StoredUpdate]] = {}
-        with self.reading() as connection:
-            for row in connection.execute(wanted):
-                found.setdefault(row.round, []).append(read_stored(row))
+        for row in connection.execute(wanted):
+            found.setdefault(row.round, []).append(read_stored(row))
         return found
 
-    def add_events(
-        self, run_id: str, happened: Iterable[Event], *, report_key: str | None = None
-    ) -> bool:
-        """Record events; with a `report_key` known already, nothing. Returns whether it did."""
-        with self.writing() as connection:
-            if report_key is not None and connection.scalar(
-                select(schema.events.c.sequence).where(schema.events.c.report_key == report_key)
-            ):
-                return False
-            add_events(connection, run_id, happened, report_key=report_key)
-            return True
-
-    def last_failure(self, run_id: str) -> tuple[str, RunFailure | None]:
-        """Return why the run's last failed attempt failed: in words, and what clients are told.
-
-        The words are empty if no attempt has failed; None: the kind isn't known.
-        """
-        events = schema.events
-        with self.reading() as connection:
-            fields = connection.execute(
-                select(events.c.fields)
-                .where(events.c.run_id == run_id, events.c.kind == IncidentKind.ROUND_FAILED)
-                .order_by(events.c.sequence.desc())
-                .limit(1)
-            ).scalar()
-        if not fields:
-            return "", None
-        # An attempt that failed under an earlier version doesn't name its kind.
-        failure = RunFailure(fields["failure"]) if "failure" in fields else None
-        return fields["reason"], failure
-
-    def answers(self, ending: Round) -> tuple[list[tuple[int, Mapping[str, Any]]], set[int]]:
-        """Return what clients have answered to a round under the adjustments in force.
-
-        That is in this attempt and in those before it with the same adjustments and model, since
-        the first client to give up may end an attempt before the others can say why they do. First
-        who reported a diagnosis, with the incident's fields, in order; then who has sent an update.
-        """
-        rounds, orders, updates = schema.rounds, schema.orders, schema.updates
-        events = schema.events
-
-        def in_attempts(table: Table) -> tuple[ColumnElement[bool], ...]:
-            return (table.c.round == ending.round_number, table.c.attempt.in_(alike))
-
-        with self.reading() as connection:
-            tried = connection.execute(
-                select(rounds.c.attempt, rounds.c.adjustments, rounds.c.base_digest)
-                .where(
-                    rounds.c.run_id == ending.run_id,
-                    rounds.c.round == ending.round_number,
-                    rounds.c.attempt <= ending.attempt,
-                )
-                .order_by(rounds.c.attempt.desc())
-            ).all()
-            same = (ending.adjustments.as_json(), ending.base_digest)
-            alike = [
-                one.attempt
-                for one in takewhile(lambda o: (o.adjustments, o.base_digest) == same, tried)
-            ]
-            diagnosed = connection.execute(
-                select(events.c.client_id, events.c.fields)
-                .where(
-                    *in_attempts(events),
-                    events.c.run_id == ending.run_id,
-                    events.c.kind == IncidentKind.TRAINING_DIAGNOSED,
-                )
-                .order_by(events.c.sequence)
-            ).all()
-            updating = connection.execute(
-                select(orders.c.client_id)
-                .join(updates, updates.c.order_id == orders.c.order_id)
-                .where(*in_attempts(updates), orders.c.run_id == ending.run_id)
-            ).scalars()
-            return [(row.client_id, row.fields) for row in diagnosed], set(updating)
-
-    def updates_to_keep(self, run_id: str, *, since_round: int) -> dict[str, str | None]:
+    @reads
+    def updates_to_keep(
+        self, connection: Connection, run_id: str, *, since_round: int
+    ) -> dict[str, str | None]:
         """Return the orders whose updates the spool must not lose, each with its update's digest.
 
         Those that go on, those COUNTED from `since_round` on, and those HELD: a stream that was
@@ -350,19 +284,18 @@ class Orders(Database):
             .outerjoin(updates, updates.c.order_id == orders.c.order_id)
             .where(orders.c.run_id == run_id)
         )
-        with self.reading() as connection:
-            going_on = connection.execute(
-                asked.where(orders.c.state.in_([OrderState.OPEN, OrderState.STORED]))
-            ).all()
-            counted = connection.execute(
-                asked.where(orders.c.state == OrderState.COUNTED, updates.c.round >= since_round)
-            ).all()
-            kept = connection.execute(
-                asked.join(held, held.c.order_id == orders.c.order_id).where(
-                    held.c.state == HeldState.HELD, held.c.kept_bytes > 0
-                )
-            ).all()
-            return {row.order_id: row.digest for row in (*going_on, *counted, *kept)}
+        going_on = connection.execute(
+            asked.where(orders.c.state.in_([OrderState.OPEN, OrderState.STORED]))
+        ).all()
+        counted = connection.execute(
+            asked.where(orders.c.state == OrderState.COUNTED, updates.c.round >= since_round)
+        ).all()
+        kept = connection.execute(
+            asked.join(held, held.c.order_id == orders.c.order_id).where(
+                held.c.state == HeldState.HELD, held.c.kept_bytes > 0
+            )
+        ).all()
+        return {row.order_id: row.digest for row in (*going_on, *counted, *kept)}
 
 
 def _number(value: float | str | None) -> float | None:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Select, func, or_, select, update
+from sqlalchemy import Connection, Select, func, or_, select, update
 
 from fedrounds.diagnosis.values import Cause
 from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState, Phase, RoundEvent
@@ -19,10 +19,10 @@ from fedserver.records import (
     Round,
 )
 from fedserver.store import schema
-from fedserver.store.database import Database
 from fedserver.store.ledger import append_entry, append_rollback, read_verdicts
 from fedserver.store.rows import measured, read_round, same_attempt
 from fedserver.store.run_clock import read_clock
+from fedserver.store.tables import D_co, Tables, reads, writes
 from fedserver.store.transitions import (
     add_events,
     came_into,
@@ -38,10 +38,11 @@ from fedserver.store.transitions import (
 )
 
 
-class Rounds(Database):
+class Rounds(Tables[D_co]):
     """The attempts at rounds, the last of which goes on."""
 
-    def latest_round(self, run_id: str) -> Round | None:
+    @reads
+    def latest_round(self, connection: Connection, run_id: str) -> Round | None:
         """Return the attempt from which the run goes on, with its orders; None before the first.
 
         It is the last one at the first round that isn't done, if that began with the model that
@@ -49,111 +50,116 @@ class Rounds(Database):
         rolled back, attempts at the round after it that began with its model are left behind.
         """
         table = schema.rounds
-        with self.reading() as connection:
-            done = connection.execute(_last_done(run_id)).first()
-            tried = connection.execute(
-                select(table)
-                .where(
-                    table.c.run_id == run_id,
-                    table.c.round == (1 if done is None else done.round + 1),
-                )
-                .order_by(table.c.attempt.desc())
-                .limit(1)
-            ).first()
-            if done is not None and (
-                tried is None
-                or (tried.base_digest, tried.base_state_digest)
-                != (done.model_digest, done.state_digest)
-            ):
-                return read_round(connection, done)
-            return None if tried is None else read_round(connection, tried)
+        done = connection.execute(_last_done(run_id)).first()
+        tried = connection.execute(
+            select(table)
+            .where(
+                table.c.run_id == run_id,
+                table.c.round == (1 if done is None else done.round + 1),
+            )
+            .order_by(table.c.attempt.desc())
+            .limit(1)
+        ).first()
+        if done is not None and (
+            tried is None
+            or (tried.base_digest, tried.base_state_digest)
+            != (done.model_digest, done.state_digest)
+        ):
+            return read_round(connection, done)
+        return None if tried is None else read_round(connection, tried)
 
-    def latest_round_number(self, run_id: str) -> int | None:
+    @reads
+    def latest_round_number(self, connection: Connection, run_id: str) -> int | None:
         """Return the highest number of a round that was ever opened; None before the first."""
         table = schema.rounds
-        with self.reading() as connection:
-            return connection.execute(
-                select(func.max(table.c.round)).where(table.c.run_id == run_id)
-            ).scalar()
+        return connection.execute(
+            select(func.max(table.c.round)).where(table.c.run_id == run_id)
+        ).scalar()
 
-    def phases_of(self, run_id: str, round_number: int) -> list[Phase]:
+    @reads
+    def phases_of(self, connection: Connection, run_id: str, round_number: int) -> list[Phase]:
         """Return how the attempts at a round stand, the first one first."""
         table = schema.rounds
-        with self.reading() as connection:
-            phases = connection.execute(
-                select(table.c.phase)
-                .where(table.c.run_id == run_id, table.c.round == round_number)
-                .order_by(table.c.attempt)
-            ).scalars()
-            return [Phase(one) for one in phases]
+        phases = connection.execute(
+            select(table.c.phase)
+            .where(table.c.run_id == run_id, table.c.round == round_number)
+            .order_by(table.c.attempt)
+        ).scalars()
+        return [Phase(one) for one in phases]
 
-    def open_round(self, opened: Round, happened: Event, *, stale_before: int = 0) -> None:
+    @writes
+    def open_round(
+        self, connection: Connection, opened: Round, happened: Event, *, stale_before: int = 0
+    ) -> None:
         """Record a round that begins to collect, with its orders.
 
         Orders given before round `stale_before` that are still open are LATE from here on.
         """
-        with self.writing() as connection:
-            end_stale_orders(connection, opened, stale_before, at=happened.at)
-            insert_round(connection, opened, happened)
+        end_stale_orders(connection, opened, stale_before, at=happened.at)
+        insert_round(connection, opened, happened)
 
-    def add_orders(self, collecting: Round, orders: Sequence[Order]) -> None:
+    @writes
+    def add_orders(
+        self, connection: Connection, collecting: Round, orders: Sequence[Order]
+    ) -> None:
         """Record further orders that are given in a round which collects.
 
         Raises:
             ForbiddenTransition: it doesn't any more; nothing was changed.
         """
-        with self.writing() as connection:
-            phase = connection.execute(
-                select(schema.rounds.c.phase).where(*in_round(schema.rounds, collecting))
-            ).scalar_one()
-            if phase != Phase.COLLECTING:
-                raise ForbiddenTransition(f"a round in phase {phase} gives no orders")
-            insert_orders(connection, collecting, orders)
+        phase = connection.execute(
+            select(schema.rounds.c.phase).where(*in_round(schema.rounds, collecting))
+        ).scalar_one()
+        if phase != Phase.COLLECTING:
+            raise ForbiddenTransition(f"a round in phase {phase} gives no orders")
+        insert_orders(connection, collecting, orders)
 
-    def carried_over(self, current: Round) -> list[Round]:
+    @reads
+    def carried_over(self, connection: Connection, current: Round) -> list[Round]:
         """Return earlier attempts with orders that are at work in `current`, those orders alone.
 
         They are OPEN, or their updates are STORED to be counted in it.
         """
         orders, rounds = schema.orders, schema.rounds
         going_on = [OrderState.OPEN, OrderState.STORED]
-        with self.reading() as connection:
-            rows = connection.execute(
-                select(rounds)
-                .distinct()
-                .join(orders, same_attempt(orders, rounds))
-                .where(orders.c.run_id == current.run_id, orders.c.state.in_(going_on))
-                .order_by(rounds.c.round, rounds.c.attempt)
-            ).all()
-            attempts = [
-                read_round(connection, row)
-                for row in rows
-                if (row.round, row.attempt) != (current.round_number, current.attempt)
-            ]
+        rows = connection.execute(
+            select(rounds)
+            .distinct()
+            .join(orders, same_attempt(orders, rounds))
+            .where(orders.c.run_id == current.run_id, orders.c.state.in_(going_on))
+            .order_by(rounds.c.round, rounds.c.attempt)
+        ).all()
+        attempts = [
+            read_round(connection, row)
+            for row in rows
+            if (row.round, row.attempt) != (current.round_number, current.attempt)
+        ]
         return [
             replace(one, orders=tuple(order for order in one.orders if order.state in going_on))
             for one in attempts
         ]
 
-    def close_round(self, closing: Round, happened: Event, *, carries_over: bool = False) -> None:
+    @writes
+    def close_round(
+        self, connection: Connection, closing: Round, happened: Event, *, carries_over: bool = False
+    ) -> None:
         """Close a collecting round: orders still open are LATE from here on, or carried over."""
-        with self.writing() as connection:
-            closed_s = read_clock(connection, closing.run_id)
-            move_round(
-                connection, closing, RoundEvent.CLOSE, closed_at=happened.at, closed_s=closed_s
+        closed_s = read_clock(connection, closing.run_id)
+        move_round(connection, closing, RoundEvent.CLOSE, closed_at=happened.at, closed_s=closed_s)
+        if not carries_over:
+            move_orders(
+                connection,
+                *in_round(schema.orders, closing),
+                state=OrderState.OPEN,
+                order_event=OrderEvent.MISS,
+                at=happened.at,
             )
-            if not carries_over:
-                move_orders(
-                    connection,
-                    *in_round(schema.orders, closing),
-                    state=OrderState.OPEN,
-                    order_event=OrderEvent.MISS,
-                    at=happened.at,
-                )
-            add_events(connection, closing.run_id, [happened])
+        add_events(connection, closing.run_id, [happened])
 
+    @writes
     def fail_round(
         self,
+        connection: Connection,
         failing: Round,
         happened: Sequence[Event],
         *,
@@ -166,24 +172,25 @@ class Rounds(Database):
         `is_base_blamed` says that the model it began with, the last DONE round's, is bad.
         """
         at = happened[0].at
-        with self.writing() as connection:
-            exclude_orders(connection, failing, exclusions)
-            end_attempt(
-                *(connection, failing, RoundEvent.FAIL),
-                at=at,
-                adjustments_after=adjustments_after.as_json(),
+        exclude_orders(connection, failing, exclusions)
+        end_attempt(
+            *(connection, failing, RoundEvent.FAIL),
+            at=at,
+            adjustments_after=adjustments_after.as_json(),
+        )
+        if is_base_blamed:
+            done = connection.execute(_last_done(failing.run_id)).one()
+            connection.execute(
+                update(schema.rounds)
+                .where(*in_round(schema.rounds, read_round(connection, done)))
+                .values(alarm=Cause.RECEIVED_MODEL)
             )
-            if is_base_blamed:
-                done = connection.execute(_last_done(failing.run_id)).one()
-                connection.execute(
-                    update(schema.rounds)
-                    .where(*in_round(schema.rounds, read_round(connection, done)))
-                    .values(alarm=Cause.RECEIVED_MODEL)
-                )
-            add_events(connection, failing.run_id, happened)
+        add_events(connection, failing.run_id, happened)
 
+    @writes
     def roll_back(
         self,
+        connection: Connection,
         bad: Round,
         happened: Sequence[Event],
         *,
@@ -195,16 +202,17 @@ class Rounds(Database):
         `abandoned` is the attempt that goes on with the bad model, if there is one.
         """
         at = happened[0].at
-        with self.writing() as connection:
-            if abandoned is not None:
-                end_attempt(connection, abandoned, RoundEvent.ABANDON, at=at)
-            values = {"adjustments_after": adjustments_after.as_json()}
-            move_round(connection, bad, RoundEvent.ROLL_BACK, **values)
-            append_rollback(connection, bad)
-            add_events(connection, bad.run_id, happened)
+        if abandoned is not None:
+            end_attempt(connection, abandoned, RoundEvent.ABANDON, at=at)
+        values = {"adjustments_after": adjustments_after.as_json()}
+        move_round(connection, bad, RoundEvent.ROLL_BACK, **values)
+        append_rollback(connection, bad)
+        add_events(connection, bad.run_id, happened)
 
+    @writes
     def finish_round(
         self,
+        connection: Connection,
         finishing: Round,
         *,
         model_digest: str,
@@ -222,48 +230,49 @@ class Rounds(Database):
         `stale_before` that are still open are LATE.
         """
         run_id, at = finishing.run_id, happened[0].at
-        with self.writing() as connection:
-            exclude_orders(connection, finishing, exclusions)
-            move_round(
-                connection,
-                finishing,
-                RoundEvent.FINISH,
-                model_digest=model_digest,
-                state_digest=state_digest,
-                client_evaluation=client_evaluation and client_evaluation.as_json(),
-                adjustments_after=adjustments_after.as_json(),
-                finished_at=at,
-                finished_s=read_clock(connection, run_id),
-            )
-            move_orders(
-                connection,
-                came_into(finishing),
-                state=OrderState.STORED,
-                order_event=OrderEvent.COUNT,
-                at=at,
-            )
-            verdicts = read_verdicts(connection, run_id, finishing.round_number, finishing.attempt)
-            reinstate_clients(
-                connection,
-                run_id,
-                [update.client_id for update in verdicts if update.verdict == OrderState.COUNTED],
-            )
-            append_entry(
-                connection,
-                finishing,
-                model_digest=model_digest,
-                state_digest=state_digest,
-                updates=verdicts,
-            )
-            if next_round is None:
-                add_events(connection, run_id, happened)
-                return
-            add_events(connection, run_id, happened[:-1])
-            end_stale_orders(connection, next_round, stale_before, at=at)
-            insert_round(connection, next_round, happened[-1])
+        exclude_orders(connection, finishing, exclusions)
+        move_round(
+            connection,
+            finishing,
+            RoundEvent.FINISH,
+            model_digest=model_digest,
+            state_digest=state_digest,
+            client_evaluation=client_evaluation and client_evaluation.as_json(),
+            adjustments_after=adjustments_after.as_json(),
+            finished_at=at,
+            finished_s=read_clock(connection, run_id),
+        )
+        move_orders(
+            connection,
+            came_into(finishing),
+            state=OrderState.STORED,
+            order_event=OrderEvent.COUNT,
+            at=at,
+        )
+        verdicts = read_verdicts(connection, run_id, finishing.round_number, finishing.attempt)
+        reinstate_clients(
+            connection,
+            run_id,
+            [update.client_id for update in verdicts if update.verdict == OrderState.COUNTED],
+        )
+        append_entry(
+            connection,
+            finishing,
+            model_digest=model_digest,
+            state_digest=state_digest,
+            updates=verdicts,
+        )
+        if next_round is None:
+            add_events(connection, run_id, happened)
+            return
+        add_events(connection, run_id, happened[:-1])
+        end_stale_orders(connection, next_round, stale_before, at=at)
+        insert_round(connection, next_round, happened[-1])
 
+    @writes
     def record_evaluation(
         self,
+        connection: Connection,
         evaluated: Round,
         evaluation: ModelEvaluation,
         event: Event,
@@ -271,75 +280,89 @@ class Rounds(Database):
         regression: str | None = None,
     ) -> None:
         """Record how good the model is that a DONE round produced, and what is wrong with it."""
-        with self.writing() as connection:
-            connection.execute(
-                update(schema.rounds)
-                .where(*in_round(schema.rounds, evaluated), schema.rounds.c.phase == Phase.DONE)
-                .values(
-                    evaluation=evaluation.as_json(),
-                    # Clients may have said meanwhile that it is bad.
-                    alarm=schema.rounds.c.alarm if regression is None else regression,
-                )
+        connection.execute(
+            update(schema.rounds)
+            .where(*in_round(schema.rounds, evaluated), schema.rounds.c.phase == Phase.DONE)
+            .values(
+                evaluation=evaluation.as_json(),
+                # Clients may have said meanwhile that it is bad.
+                alarm=schema.rounds.c.alarm if regression is None else regression,
             )
-            add_events(connection, evaluated.run_id, [event])
+        )
+        add_events(connection, evaluated.run_id, [event])
 
-    def unevaluated_rounds(self, run_id: str) -> list[Round]:
+    @reads
+    def unevaluated_rounds(self, connection: Connection, run_id: str) -> list[Round]:
         """Return the DONE rounds without an evaluation."""
         table = schema.rounds
-        with self.reading() as connection:
-            rows = connection.execute(
-                select(table)
-                .where(
-                    table.c.run_id == run_id,
-                    table.c.phase == Phase.DONE,
-                    table.c.evaluation.is_(None),
-                )
-                .order_by(table.c.round)
-            ).all()
-            return [read_round(connection, row) for row in rows]
+        rows = connection.execute(
+            select(table)
+            .where(
+                table.c.run_id == run_id,
+                table.c.phase == Phase.DONE,
+                table.c.evaluation.is_(None),
+            )
+            .order_by(table.c.round)
+        ).all()
+        return [read_round(connection, row) for row in rows]
 
-    def good_evaluations(self, run_id: str) -> dict[int, ModelEvaluation]:
+    @reads
+    def good_evaluations(self, connection: Connection, run_id: str) -> dict[int, ModelEvaluation]:
         """Return loss and accuracy of the good models of DONE rounds by round, in order."""
         table = schema.rounds
-        with self.reading() as connection:
-            rows = connection.execute(
-                select(table.c.round, measured("loss"), measured("accuracy"))
-                .where(
-                    table.c.run_id == run_id,
-                    table.c.phase == Phase.DONE,
-                    table.c.evaluation.is_not(None),
-                    table.c.alarm.is_(None),
-                )
-                .order_by(table.c.round)
-            ).all()
+        rows = connection.execute(
+            select(table.c.round, measured("loss"), measured("accuracy"))
+            .where(
+                table.c.run_id == run_id,
+                table.c.phase == Phase.DONE,
+                table.c.evaluation.is_not(None),
+                table.c.alarm.is_(None),
+            )
+            .order_by(table.c.round)
+        ).all()
         return {row.round: ModelEvaluation(accuracy=row.accuracy, loss=row.loss) for row in rows}
 
-    def last_done_round(self, run_id: str) -> Round | None:
+    @reads
+    def last_done_round(self, connection: Connection, run_id: str) -> Round | None:
         """Return the last DONE round, None if there is none."""
-        with self.reading() as connection:
-            row = connection.execute(_last_done(run_id)).first()
-            return None if row is None else read_round(connection, row)
+        row = connection.execute(_last_done(run_id)).first()
+        return None if row is None else read_round(connection, row)
 
-    def time_spent_s(self, run_id: str) -> float:
+    @reads
+    def time_spent_s(self, connection: Connection, run_id: str) -> float:
         """Return how many seconds all attempts of a run that have ended took together."""
         table = schema.rounds
-        with self.reading() as connection:
-            spent_s = connection.execute(
-                select(func.sum(table.c.finished_s - table.c.opened_s)).where(
-                    table.c.run_id == run_id
-                )
-            ).scalar()
+        spent_s = connection.execute(
+            select(func.sum(table.c.finished_s - table.c.opened_s)).where(table.c.run_id == run_id)
+        ).scalar()
         return spent_s or 0.0
 
-    def regressed_round(self, run_id: str) -> Round | None:
+    @reads
+    def regressed_round(self, connection: Connection, run_id: str) -> Round | None:
         """Return the last DONE round if something is wrong with its model."""
-        with self.reading() as connection:
-            row = connection.execute(_last_done(run_id)).first()
-            if row is None or row.alarm is None:
-                return None
-            return read_round(connection, row)
+        row = connection.execute(_last_done(run_id)).first()
+        if row is None or row.alarm is None:
+            return None
+        return read_round(connection, row)
 
-    def models_let_go(self, run_id: str, digests: Collection[str], *, since_round: int) -> set[str]:
+    @reads
+    def best_model(self, connection: Connection, run_id: str) -> str | None:
+        """Return the digest of the run's model with the highest accuracy, the earliest of equals.
+
+        None while no model was evaluated.
+        """
+        table, accuracy = schema.rounds, measured("accuracy")
+        return connection.execute(
+            select(table.c.model_digest)
+            .where(table.c.run_id == run_id, table.c.phase == Phase.DONE, accuracy.is_not(None))
+            .order_by(accuracy.desc(), table.c.round)
+            .limit(1)
+        ).scalar()
+
+    @reads
+    def models_let_go(
+        self, connection: Connection, run_id: str, digests: Collection[str], *, since_round: int
+    ) -> set[str]:
         """Return those of `digests` that only rounds of this run before `since_round` know of.
 
         They name models and server states. The run's best model stays, with the state that goes
@@ -350,21 +373,20 @@ class Rounds(Database):
             *(table.c.base_digest, table.c.base_state_digest),
             *(table.c.model_digest, table.c.state_digest),
         )
-        with self.reading() as connection:
-            rows = connection.execute(
-                select(
-                    *(table.c.run_id, table.c.round, table.c.attempt, table.c.phase, *named),
-                    measured("accuracy"),
-                ).where(or_(*(column.in_(digests) for column in named)))
-            ).all()
-            going_on = connection.execute(
-                select(orders.c.round, orders.c.attempt)
-                .distinct()
-                .where(
-                    orders.c.run_id == run_id,
-                    orders.c.state.in_([OrderState.OPEN, OrderState.STORED]),
-                )
-            ).all()
+        rows = connection.execute(
+            select(
+                *(table.c.run_id, table.c.round, table.c.attempt, table.c.phase, *named),
+                measured("accuracy"),
+            ).where(or_(*(column.in_(digests) for column in named)))
+        ).all()
+        going_on = connection.execute(
+            select(orders.c.round, orders.c.attempt)
+            .distinct()
+            .where(
+                orders.c.run_id == run_id,
+                orders.c.state.in_([OrderState.OPEN, OrderState.STORED]),
+            )
+        ).all()
         old = [row for row in rows if row.run_id == run_id and row.round < since_round]
         kept = _blobs_of(row for row in rows if row not in old)
         began_with = {(one.round, one.attempt) for one in going_on}

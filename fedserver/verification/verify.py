@@ -107,10 +107,10 @@ def verify(
         tell(finding)
 
     try:
-        store.examine()
+        store.database.examine()
     except StorageDamaged as error:
         find(str(error))
-    ledgers = [store.read_ledger(run.run_id) for run in runs]
+    ledgers = [store.ledger.read_ledger(run.run_id) for run in runs]
     finished = {ledger.run_id: finished_rounds(ledger) for ledger in ledgers}
     wanted = [
         (ledger, number)
@@ -126,7 +126,9 @@ def verify(
         for finding in found:
             find(finding)
         words.append(f"{name} {State.DAMAGED if found else State.WHOLE}")
-    blobs = known_blobs(state_dir, ledgers, store.held_updates(), round_number=round_number)
+    blobs = known_blobs(
+        state_dir, ledgers, store.quarantine.held_updates(), round_number=round_number
+    )
     states = {blob.name: examine_blob(blob, find) for blob in blobs}
     for blob in _gone(store, ledgers, [one for one in blobs if states[one.name] is State.NOT_KEPT]):
         states[blob.name] = State.DAMAGED
@@ -342,9 +344,9 @@ def _gone(store: Store, ledgers: Iterable[Ledger], missing: Collection[Blob]) ->
     if not missing:
         return []
     # Asked now: a server may have finished with them since the ledgers were read.
-    needed = {one.order_id for one in store.held_updates() if _is_held(one)}
+    needed = {one.order_id for one in store.quarantine.held_updates() if _is_held(one)}
     for ledger in ledgers:
-        for attempt in store.read_ledger(ledger.run_id).attempts[-1:]:
+        for attempt in store.ledger.read_ledger(ledger.run_id).attempts[-1:]:
             needed.add(attempt.model_digest or attempt.base_digest)
             state = attempt.state_digest if attempt.model_digest else attempt.base_state_digest
             if state is not None:

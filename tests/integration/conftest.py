@@ -61,7 +61,7 @@ def history(session_scene: Scene, server: Server) -> History:
     def read() -> list[dict[str, Any]]:
         store = Store(session_scene.folder / "server" / "federation.sqlite", read_only=True)
         try:
-            run = store.latest_run()
+            run = store.runs.latest_run()
             assert run is not None
             return [attempt_json(attempt) for attempt in read_history(store, run)]
         finally:

@@ -53,7 +53,7 @@ def held(scene: Scene) -> list[HeldUpdate]:
     """Return what is on record of the quarantine."""
     store = Store(scene.folder / "server" / "federation.sqlite", read_only=True)
     try:
-        return store.held_updates()
+        return store.quarantine.held_updates()
     finally:
         store.close()
 

@@ -54,9 +54,9 @@ for argument in sys.argv[1:]:
     assert torch.get_num_threads() == threads
     store, spool = Store(folder / "federation.sqlite"), Spool(folder / "spool")
     checkpoints = Checkpoints(folder / "models", kinds)
-    collected = store.latest_round(store.latest_run().run_id)
+    collected = store.rounds.latest_round(store.runs.latest_run().run_id)
     updates = []
-    for stored in store.stored_updates(collected):
+    for stored in store.orders.stored_updates(collected):
         path = spool.path(stored.update.order_id, stored.update.digest)
         weight = stored.update.num_examples
         updates.append(StateFile(path=path, layout=read_layout(path), num_examples=weight))
@@ -101,7 +101,7 @@ def record_round(folder: Path, arrival: Sequence[int]) -> None:
             stream.append(memoryview(payload))
             stream.make_durable()
         assert end_order(store, run, update)[0] is OrderState.STORED
-    assert [one.client_id for one in store.stored_updates(opened)] == [0, 1, 2, 3]
+    assert [one.client_id for one in store.orders.stored_updates(opened)] == [0, 1, 2, 3]
     store.close()
 
 
@@ -143,7 +143,7 @@ def test_the_store_hands_updates_out_by_client_however_they_arrived(tmp_path: Pa
         random.Random(number).shuffle(orders)
         for order in orders:
             end_order(store, run, make_update(order.order_id, num_examples=order.client_id))
-        seen.add(tuple(one.client_id for one in store.stored_updates(opened)))
+        seen.add(tuple(one.client_id for one in store.orders.stored_updates(opened)))
         store.close()
     assert seen == {(2, 7, 10, 33, 100)}
 

@@ -22,7 +22,7 @@ class Scene:
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder / "federation.sqlite")
         self.run, self.opened = begin_round(self.store)
-        self.store.take_recorded()
+        self.store.database.take_recorded()
         self.published: list[str] = []
         self.threads = Threads()
         self.awaited = AsyncStore(self.store, threads=self.threads, publish=self._hear)
@@ -51,10 +51,12 @@ def finished(call: Coroutine[Any, Any, T]) -> T:
 
 def test_what_a_call_records_is_published_in_its_order(scene: Scene) -> None:
     """Also what the store's own rules add, here an order that has become too stale."""
-    finished(scene.awaited.close_round(scene.opened, make_event("closed"), carries_over=True))
+    finished(
+        scene.awaited.rounds.close_round(scene.opened, make_event("closed"), carries_over=True)
+    )
     following = make_round(scene.run.run_id, round_number=2)
     finished(
-        scene.awaited.finish_round(
+        scene.awaited.rounds.finish_round(
             scene.opened,
             model_digest="cd" * 32,
             next_round=following,
@@ -67,23 +69,25 @@ def test_what_a_call_records_is_published_in_its_order(scene: Scene) -> None:
 
 def test_a_call_returns_what_the_stores_method_returns(scene: Scene) -> None:
     """Reads publish nothing."""
-    assert finished(scene.awaited.latest_round(scene.run.run_id)) == scene.opened
+    assert finished(scene.awaited.rounds.latest_round(scene.run.run_id)) == scene.opened
     assert not scene.published
 
 
 def test_what_is_rolled_back_is_not_published(scene: Scene) -> None:
     """A transition that isn't allowed leaves neither a row nor an event."""
-    finished(scene.awaited.close_round(scene.opened, make_event("closed")))
+    finished(scene.awaited.rounds.close_round(scene.opened, make_event("closed")))
     with pytest.raises(ForbiddenTransition):
-        finished(scene.awaited.close_round(scene.opened, make_event("closed again")))
-    finished(scene.awaited.add_events(scene.run.run_id, [make_event("after")]))
+        finished(scene.awaited.rounds.close_round(scene.opened, make_event("closed again")))
+    finished(scene.awaited.events.add_events(scene.run.run_id, [make_event("after")]))
     assert scene.published == ["closed", "after"]
 
 
 def test_a_report_that_is_known_is_not_published_again(scene: Scene) -> None:
     """A client repeats a report that it got no answer to."""
     for _ in range(2):
-        report = scene.awaited.add_events(scene.run.run_id, [make_event("nan")], report_key="o#1")
+        report = scene.awaited.events.add_events(
+            scene.run.run_id, [make_event("nan")], report_key="o#1"
+        )
         finished(report)
     assert scene.published == ["nan"]
 
@@ -91,5 +95,5 @@ def test_a_report_that_is_known_is_not_published_again(scene: Scene) -> None:
 def test_events_heard_before_are_recorded_without_a_second_word(scene: Scene) -> None:
     """Listeners heard of them when nothing could be written."""
     finished(scene.awaited.add_heard_events(scene.run.run_id, [make_event("disk-full")]))
-    finished(scene.awaited.add_events(scene.run.run_id, [make_event("disk-recovered")]))
+    finished(scene.awaited.events.add_events(scene.run.run_id, [make_event("disk-recovered")]))
     assert scene.published == ["disk-recovered"]

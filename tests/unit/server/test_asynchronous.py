@@ -144,7 +144,7 @@ def test_open_orders_go_on_in_the_next_round_and_after_a_kill(tmp_path: Path) ->
             server.session_ids[client_id] = await server.register(client_id)
             assert (await server.answer(client_id)).receipt is Receipt.STORED
         closed = await server.closer.close(current)
-        stored = server.store.stored_updates(closed)
+        stored = server.store.orders.stored_updates(closed)
         assert [(update.client_id, update.staleness) for update in stored] == [(0, 0), (2, 1)]
 
     with serving(tmp_path, **FEDBUFF | {"min_clients": 3}) as server:

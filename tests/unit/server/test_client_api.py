@@ -51,7 +51,7 @@ def test_a_session_is_durable_when_its_client_has_it(tmp_path: Path) -> None:
     """A server that starts again knows it; another task is refused with what to type."""
     with serving(tmp_path, **SETTINGS) as server:
         session_id = asyncio.run(server.register(0, 1))
-        assert [one.session_id for one in server.store.load_sessions(server.run.run_id)] == [
+        assert [one.session_id for one in server.store.runs.load_sessions(server.run.run_id)] == [
             session_id
         ]
         other = Registration(
@@ -62,7 +62,7 @@ def test_a_session_is_durable_when_its_client_has_it(tmp_path: Path) -> None:
         # With other ids the same instance opens another session, and the old one is gone.
         registration = make_registration(1, instance_key="instance-(0, 1)", num_examples=(9,))
         asyncio.run(server.client_api.register(registration))
-        (session,) = server.store.load_sessions(server.run.run_id)
+        (session,) = server.store.runs.load_sessions(server.run.run_id)
         assert session.client_ids == (1,)
 
 

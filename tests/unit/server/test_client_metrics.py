@@ -85,7 +85,7 @@ def play(store: Store, run: Run, number: int) -> None:
     opened = make_round(
         run.run_id, round_number=number, clients=(0, 1, 2), base_digest=MODELS[number - 1]
     )
-    store.open_round(opened, make_event("round-opened", round_number=number))
+    store.rounds.open_round(opened, make_event("round-opened", round_number=number))
     updates = []
     for order, accuracy in zip(opened.orders, ACCURACIES[number - 1], strict=True):
         said = told(accuracy, measured=20, loss=2 - accuracy)
@@ -97,13 +97,13 @@ def play(store: Store, run: Run, number: int) -> None:
         )
         end_order(store, run, update)
         updates.append(update)
-    store.close_round(opened, make_event("round-closed", round_number=number))
+    store.rounds.close_round(opened, make_event("round-closed", round_number=number))
     summary = summarise_clients(updates, holdout=0.2)
     happened = [
         *client_evaluation_events(opened, summary),
         make_event("round-done", round_number=number),
     ]
-    store.finish_round(
+    store.rounds.finish_round(
         opened,
         model_digest=MODELS[number],
         next_round=None,
@@ -111,14 +111,14 @@ def play(store: Store, run: Run, number: int) -> None:
         happened=happened,
     )
     evaluation = ModelEvaluation(accuracy=0.6, loss=1.25)
-    store.record_evaluation(opened, evaluation, make_event("evaluated", round_number=number))
+    store.rounds.record_evaluation(opened, evaluation, make_event("evaluated", round_number=number))
 
 
 @pytest.fixture
 def state_dir(tmp_path: Path) -> Path:
     """Give a run of two rounds, both done."""
     store = Store(tmp_path / "federation.sqlite")
-    run = store.begin_run(
+    run = store.runs.begin_run(
         {"rounds": 2, "seed": 7, "clients_per_round": 3, "cohort": "power-of-choice"}
     )
     for number in (1, 2):
@@ -211,7 +211,7 @@ def test_show_has_each_client_before_and_while_it_trained(
 def test_the_picture_of_the_clients_and_the_curve_are_pngs(state_dir: Path) -> None:
     """Drawn from the history alone; a model that was taken back has told of nobody."""
     store = Store(state_dir / "federation.sqlite", read_only=True)
-    run = store.latest_run()
+    run = store.runs.latest_run()
     assert run is not None
     history = read_history(store, run)
     store.close()

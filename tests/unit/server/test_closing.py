@@ -126,11 +126,11 @@ def test_a_round_fails_of_which_too_few_updates_are_left(tmp_path: Path) -> None
         assert (failed.phase, same) == (Phase.FAILED, base)
         assert server.states(closed)[4] == OrderState.EXCLUDED
         assert server.states(closed)[0] == OrderState.ABANDONED
-        reason, failure = server.store.last_failure(server.run.run_id)
+        reason, failure = server.store.events.last_failure(server.run.run_id)
         assert failure is RunFailure.TOO_MANY_EXCLUDED
         assert reason.startswith("1 of 5 updates were excluded, too many to go on; the update of ")
         assert "client 4 was excluded: the update is " in reason
-        assert list(server.store.suspensions(server.run.run_id)) == [4]
+        assert list(server.store.quarantine.suspensions(server.run.run_id)) == [4]
         assert server.last_counted.order_ids == {}
 
     with serving(tmp_path, min_clients=5, min_updates=5, norm_band=3) as server:
@@ -149,7 +149,7 @@ def test_an_aggregate_that_is_not_finite_fails_the_round(tmp_path: Path) -> None
         failed, same = await server.closer.finish(closed, base)
         assert (failed.phase, same) == (Phase.FAILED, base)
         assert failed.adjustments_after.lr_factor == 0.5
-        assert server.store.last_failure(server.run.run_id)[1] is RunFailure.NOT_AGGREGATED
+        assert server.store.events.last_failure(server.run.run_id)[1] is RunFailure.NOT_AGGREGATED
         assert server.states(closed) == {0: "ABANDONED", 1: "ABANDONED"}
 
     with serving(
@@ -171,7 +171,7 @@ def test_a_cohort_that_a_strategy_cannot_take_fails_the_round(tmp_path: Path) ->
         failed, _ = await server.closer.finish(closed, base)
         assert failed.phase is Phase.FAILED
         assert failed.adjustments_after == failed.adjustments
-        assert server.store.last_failure(server.run.run_id) == (
+        assert server.store.events.last_failure(server.run.run_id) == (
             "no cohort fits",
             RunFailure.NOT_AGGREGATED,
         )
@@ -191,7 +191,10 @@ def test_a_failed_attempt_takes_its_orders_with_it(tmp_path: Path) -> None:
         assert failed.phase is Phase.FAILED
         assert server.states(current) == dict.fromkeys((0, 1, 2), "ABANDONED")
         assert server.open_orders.list_all() == []
-        assert server.store.last_failure(server.run.run_id) == ("why", RunFailure.TOO_FEW_UPDATES)
+        assert server.store.events.last_failure(server.run.run_id) == (
+            "why",
+            RunFailure.TOO_FEW_UPDATES,
+        )
         assert not server.evaluations.is_model_suspect
 
     with serving(tmp_path, min_clients=3, min_updates=1) as server:

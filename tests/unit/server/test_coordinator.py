@@ -38,7 +38,7 @@ async def run_with(server: ServerRun, *client_ids: int, **changes: Any) -> str: 
 
 def phases_of(server: ServerRun, round_number: int) -> list[Phase]:
     """Return how the attempts at a round stand."""
-    return server.store.phases_of(server.run.run_id, round_number)
+    return server.store.rounds.phases_of(server.run.run_id, round_number)
 
 
 def test_a_run_goes_round_by_round_to_its_last_model(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_run_goes_round_by_round_to_its_last_model(tmp_path: Path) -> None:
         assert server.latest().model_digest == digest
         assert server.kinds_of_events().count("evaluated") == 3
         asyncio.run(server.coordinator.end())
-        run = server.store.latest_run()
+        run = server.store.runs.latest_run()
         assert run is not None
         assert run.state is RunState.FINISHED
 
@@ -60,7 +60,7 @@ def test_a_run_fails_with_the_reason_of_its_last_attempt(tmp_path: Path) -> None
         with pytest.raises(RunFailed, match=r"^round 1 failed 2 times, .* num_examples is 0"):
             asyncio.run(run_with(server, 0, num_examples=0))
         assert phases_of(server, 1) == [Phase.FAILED] * 2
-        run = server.store.latest_run()
+        run = server.store.runs.latest_run()
         assert run is not None
         assert run.state is RunState.FAILED
 

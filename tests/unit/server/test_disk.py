@@ -77,14 +77,14 @@ def test_what_could_not_be_recorded_is_recorded_with_the_next_event(tmp_path: Pa
 
     async def record(server: ServerRun) -> list[str]:
         table = "ALTER TABLE events RENAME TO {}"
-        with server.store.writing() as connection:
+        with server.store.database.writing() as connection:
             connection.exec_driver_sql(table.format("events_away"))
         await server.disk.note_end("first", StorageDamaged("torn"))
-        with server.store.writing() as connection:
+        with server.store.database.writing() as connection:
             connection.exec_driver_sql("ALTER TABLE events_away RENAME TO events")
         for what in ("second", "third"):
             await server.disk.note_end(what, StorageDamaged("torn"))
-        with server.store.reading() as connection:
+        with server.store.database.reading() as connection:
             rows = connection.exec_driver_sql("SELECT fields FROM events ORDER BY sequence")
             return [str(row.fields) for row in rows.all()]
 

@@ -28,8 +28,8 @@ def test_a_stored_order_counts_where_nobody_waits_for_the_round(
         )
         asyncio.run(last_counted.read())
         assert last_counted.order_ids == ({1: order_id} if counts_stored else {})
-        store.close_round(opened, make_event("round-closed"))
-        store.finish_round(
+        store.rounds.close_round(opened, make_event("round-closed"))
+        store.rounds.finish_round(
             opened, model_digest="ee" * 32, next_round=None, happened=[make_event("round-done")]
         )
         asyncio.run(last_counted.read())

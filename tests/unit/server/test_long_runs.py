@@ -46,14 +46,14 @@ def make_run(folder: Path, *, num_rounds: int) -> None:
         for order in opened.orders:
             metrics = {"accuracy": 0.5, "loss": 1.25, "global_accuracy": 0.5, "global_loss": 1.0}
             end_order(store, run, make_update(order.order_id, metrics=metrics))
-        store.close_round(opened, make_event("round-closed", round_number=number))
+        store.rounds.close_round(opened, make_event("round-closed", round_number=number))
         digest = f"{number:064x}"
         following = None
         happened = [make_event("round-done", round_number=number)]
         if number < num_rounds:
             following = make_round(run.run_id, round_number=number + 1, base_digest=digest)
             happened.append(make_event("round-opened", round_number=number + 1))
-        store.finish_round(
+        store.rounds.finish_round(
             opened,
             model_digest=digest,
             client_evaluation=ABOUT_CLIENTS,
@@ -66,7 +66,9 @@ def make_run(folder: Path, *, num_rounds: int) -> None:
             class_accuracy=[0.5, 0.5],
             confusion=[[number, 1, 0], [1, number, 0]],
         )
-        store.record_evaluation(opened, evaluation, make_event("evaluated", round_number=number))
+        store.rounds.record_evaluation(
+            opened, evaluation, make_event("evaluated", round_number=number)
+        )
         if following is not None:
             opened = following
     store.close()

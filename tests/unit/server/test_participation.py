@@ -17,15 +17,15 @@ def play_round(
 ) -> None:
     """Play a round to its end; a client with None doesn't answer."""
     opened = make_round(run.run_id, round_number=number, clients=list(told))
-    store.open_round(opened, make_event(round_number=number))
+    store.rounds.open_round(opened, make_event(round_number=number))
     for order in opened.orders:
         metrics = told[order.client_id]
         if metrics is not None:
             payload = order.order_id.encode()
             end_order(store, run, make_update(order.order_id, payload=payload, metrics=metrics))
     happened = make_event(round_number=number)
-    store.close_round(opened, happened)
-    store.finish_round(opened, model_digest="model", next_round=None, happened=[happened])
+    store.rounds.close_round(opened, happened)
+    store.rounds.finish_round(opened, model_digest="model", next_round=None, happened=[happened])
 
 
 def test_the_past_is_how_often_a_client_was_asked_answered_and_what_it_told_last(
@@ -33,31 +33,31 @@ def test_the_past_is_how_often_a_client_was_asked_answered_and_what_it_told_last
 ) -> None:
     """Over rounds, of this run alone; the global model's loss before that of the local epochs."""
     store = Store(tmp_path / "federation.sqlite")
-    run = store.begin_run({})
-    assert store.participation(run.run_id) == {}
+    run = store.runs.begin_run({})
+    assert store.orders.participation(run.run_id) == {}
     play_round(store, run, 1, {0: {"loss": 3.0}, 1: {"loss": 1.0, "global_loss": 2.5}, 2: None})
     play_round(store, run, 2, {0: {"loss": 0.5}, 2: None})
-    assert store.participation(run.run_id) == {
+    assert store.orders.participation(run.run_id) == {
         0: Participation(num_asked=2, num_answered=2, loss=0.5),
         1: Participation(num_asked=1, num_answered=1, loss=2.5),
         2: Participation(num_asked=2, num_answered=0),
     }
-    assert store.participation(store.begin_run({}).run_id) == {}
+    assert store.orders.participation(store.runs.begin_run({}).run_id) == {}
     store.close()
 
 
 def test_the_round_that_goes_on_counts_and_what_was_refused_is_no_answer(tmp_path: Path) -> None:
     """The next cohort is chosen before its round is recorded as done; a NaN comes back as one."""
     store = Store(tmp_path / "federation.sqlite")
-    run = store.begin_run({})
+    run = store.runs.begin_run({})
     opened = make_round(run.run_id, clients=(0, 1, 2))
-    store.open_round(opened, make_event())
+    store.rounds.open_round(opened, make_event())
     first, second, _ = (order.order_id for order in opened.orders)
     end_order(store, run, make_update(first, metrics={"loss": float("nan")}))
     refused = make_update(second, payload=b"bad", metrics={"loss": 9.0})
     end_order(store, run, refused, OrderEvent.REFUSE, reason="its norm is absurd")
     nan: Any = pytest.approx(float("nan"), nan_ok=True)
-    assert store.participation(run.run_id) == {
+    assert store.orders.participation(run.run_id) == {
         0: Participation(num_asked=1, num_answered=1, loss=nan),
         1: Participation(num_asked=1),
         2: Participation(num_asked=1),

@@ -41,7 +41,7 @@ def test_an_acknowledged_update_is_whole_gone_or_damaged(tmp_path: Path) -> None
 
     with serving(tmp_path, min_clients=3) as server:
         asyncio.run(store(server))
-        stored = server.store.stored_updates(server.latest())
+        stored = server.store.orders.stored_updates(server.latest())
         assert damaged_updates(server.spool, stored) == []
         paths = [server.spool.path(one.update.order_id, one.update.digest) for one in stored]
         paths[1].unlink()

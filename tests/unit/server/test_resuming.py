@@ -84,7 +84,7 @@ def test_a_round_that_was_opened_begins_with_the_model_that_was_made(tmp_path: P
     with serving(tmp_path, **SETTINGS) as server:
         current, base = asyncio.run(server.resume())
         assert (current.round_number, current.phase) == (2, Phase.COLLECTING)
-        done = server.store.last_done_round(server.run.run_id)
+        done = server.store.rounds.last_done_round(server.run.run_id)
         assert done is not None
         assert base.digest == done.model_digest
         order_id = done.orders[0].order_id
@@ -105,7 +105,7 @@ def test_a_model_without_its_evaluation_is_evaluated(tmp_path: Path) -> None:
 
     before_a_kill(tmp_path, finish_unevaluated)
     with serving(tmp_path, **SETTINGS) as server:
-        (unevaluated,) = server.store.unevaluated_rounds(server.run.run_id)
+        (unevaluated,) = server.store.rounds.unevaluated_rounds(server.run.run_id)
         assert unevaluated.round_number == 1
 
         async def go_on() -> None:
@@ -113,7 +113,7 @@ def test_a_model_without_its_evaluation_is_evaluated(tmp_path: Path) -> None:
             await server.evaluations.done()
 
         asyncio.run(go_on())
-        assert server.store.unevaluated_rounds(server.run.run_id) == []
+        assert server.store.rounds.unevaluated_rounds(server.run.run_id) == []
 
 
 def damage(folder: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_damaged_update_is_given_up_with_its_attempt_where_that_is_allowed(
     with serving(tmp_path, give_up_damaged=True, **SETTINGS) as server:
         failed, _ = asyncio.run(server.resume())
         assert failed.phase is Phase.FAILED
-        reason, failure = server.store.last_failure(server.run.run_id)
+        reason, failure = server.store.events.last_failure(server.run.run_id)
         assert failure is RunFailure.UPDATES_DAMAGED
         assert reason.startswith("damaged on the disk: the update of client 0 holds other bytes")
 
@@ -156,7 +156,7 @@ def test_files_in_quarantine_that_no_record_knows_are_deleted(tmp_path: Path) ->
         order = server.order_of(1)
         answer = await server.upload(server.session_ids[1], order, b"no safetensors")
         assert answer.receipt is Receipt.REFUSED
-        held = server.store.held_updates()[-1]
+        held = server.store.quarantine.held_updates()[-1]
         server.quarantine.path(held.order_id, held.digest).rename(
             server.spool.path(held.order_id, held.digest)
         )
@@ -164,7 +164,7 @@ def test_files_in_quarantine_that_no_record_knows_are_deleted(tmp_path: Path) ->
     before_a_kill(tmp_path, refuse)
     with serving(tmp_path, **SETTINGS) as server:
         asyncio.run(server.resume())
-        held = server.store.held_updates()[-1]
+        held = server.store.quarantine.held_updates()[-1]
         assert held.state is HeldState.HELD
         assert list((tmp_path / "quarantine").iterdir()) == [
             server.quarantine.path(held.order_id, held.digest)

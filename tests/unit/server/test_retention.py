@@ -54,7 +54,7 @@ def test_what_the_open_round_needs_stays_and_what_was_never_finished_goes(
         assert len(rounds_in_spool(tmp_path)) == 2
         closed = await server.closer.close(current)
         await server.retention.drop_updates(done_round=0)
-        stored = server.store.stored_updates(closed)
+        stored = server.store.orders.stored_updates(closed)
         assert [path.name for path in (tmp_path / "spool").iterdir()] == [
             f"{stored[0].update.order_id}.{stored[0].update.digest}"
         ]
@@ -83,7 +83,7 @@ def test_models_of_the_last_rounds_and_the_best_one_are_kept(tmp_path: Path) -> 
             current, base = await server.closer.finish(await server.closer.close(current), base)
             await server.evaluations.done()
             digests.append(base.digest)
-        best = server.store.best_model(server.run.run_id)
+        best = server.store.rounds.best_model(server.run.run_id)
         assert server.checkpoints.digests() == {digests[0], digests[3], digests[2], best}
         reading.set()
         await download
@@ -113,7 +113,7 @@ def test_the_oldest_in_quarantine_make_room_for_the_newest(tmp_path: Path) -> No
 
     with serving(tmp_path / "small", quarantine_bytes=3000, **SETTINGS) as server:
         asyncio.run(refuse(server))
-        first, second = server.store.held_updates()
+        first, second = server.store.quarantine.held_updates()
         assert 1500 < first.kept_bytes < 3000
         assert (first.state, second.state) == (HeldState.EVICTED, HeldState.HELD)
         assert [path.name for path in (tmp_path / "small/quarantine").iterdir()] == [
@@ -122,4 +122,6 @@ def test_the_oldest_in_quarantine_make_room_for_the_newest(tmp_path: Path) -> No
         assert server.kinds_of_events().count("quarantine-evicted") == 1
     with serving(tmp_path / "large", **SETTINGS) as server:
         asyncio.run(refuse(server))
-        assert [held.state for held in server.store.held_updates()] == [HeldState.HELD] * 2
+        assert [held.state for held in server.store.quarantine.held_updates()] == [
+            HeldState.HELD
+        ] * 2

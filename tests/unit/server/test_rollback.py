@@ -40,7 +40,7 @@ async def finish_round_1(server: ServerRun) -> tuple[Round, Round]:
     await server.answer(0)
     following, _ = await server.closer.finish(await server.closer.close(opened), base)
     await server.evaluations.done()
-    done = server.store.last_done_round(server.run.run_id)
+    done = server.store.rounds.last_done_round(server.run.run_id)
     assert done is not None
     return done, following
 
@@ -138,7 +138,7 @@ def test_a_model_taken_back_takes_the_round_on_it_along(tmp_path: Path) -> None:
             store=server.recording,
             open_orders=server.open_orders,
         )
-        phases = [server.store.phases_of(server.run.run_id, number) for number in (1, 2)]
+        phases = [server.store.rounds.phases_of(server.run.run_id, number) for number in (1, 2)]
         assert phases == [[Phase.ROLLED_BACK], [Phase.ABANDONED]]
         assert server.open_orders.list_all() == []
         taken_back, abandoned = server.events

@@ -40,26 +40,28 @@ def state_dir(tmp_path: Path) -> Path:
     happened = event_of(
         IncidentKind.ROUND_FAILED, failed, is_incident=True, reason="too few updates can still come"
     )
-    store.fail_round(failed, [happened])
+    store.rounds.fail_round(failed, [happened])
     opened = make_round(run.run_id, attempt=2, clients=(0, 1, 2, 3))
-    store.open_round(opened, make_event("round-opened", attempt=2))
+    store.rounds.open_round(opened, make_event("round-opened", attempt=2))
     good, bad, stalled, late = (one.order_id for one in opened.orders)
     end_order(store, run, make_update(good, num_examples=123, metrics={"accuracy": 0.8125}))
     end_order(store, run, make_update(bad), OrderEvent.REFUSE, reason=REASON)
-    store.abandon_order(run.run_id, stalled, _incident(opened, 2, idle_s=61.2345), strikes=True)
+    store.orders.abandon_order(
+        run.run_id, stalled, _incident(opened, 2, idle_s=61.2345), strikes=True
+    )
     disk_low = event_of(IncidentKind.DISK_LOW, opened, is_incident=True, free_bytes=1_000_000)
-    store.add_events(run.run_id, [disk_low])
-    store.close_round(opened, event_of("round-closed", opened))
+    store.events.add_events(run.run_id, [disk_low])
+    store.rounds.close_round(opened, event_of("round-closed", opened))
     end_order(store, run, make_update(late), OrderEvent.MISS)
     following = make_round(run.run_id, round_number=2, clients=(0, 3), base_digest="ee" * 32)
-    store.finish_round(
+    store.rounds.finish_round(
         opened,
         model_digest="ee" * 32,
         next_round=following,
         happened=[event_of("round-done", opened), event_of("round-opened", following)],
     )
     evaluation = ModelEvaluation(accuracy=0.75, loss=0.5)
-    store.record_evaluation(opened, evaluation, event_of("evaluated", opened))
+    store.rounds.record_evaluation(opened, evaluation, event_of("evaluated", opened))
     store.close()
     return tmp_path
 
@@ -121,10 +123,10 @@ def test_history_tells_each_incident_in_words(
 ) -> None:
     """In which round, who, what and why, the reason of a refusal too."""
     store = Store(state_dir / "federation.sqlite")
-    run = store.latest_run()
+    run = store.runs.latest_run()
     assert run is not None
     refused = event_of(
-        *(IncidentKind.UPDATE_REFUSED, store.latest_round(run.run_id)),
+        *(IncidentKind.UPDATE_REFUSED, store.rounds.latest_round(run.run_id)),
         client_id=1,
         is_incident=True,
         reason=REASON,
@@ -132,7 +134,7 @@ def test_history_tells_each_incident_in_words(
     early = event_of(
         IncidentKind.CLIENT_LEFT, client_id=4, is_incident=True, reason=LeaveReason.TASK_FAILED
     )
-    store.add_events(run.run_id, [refused, early])
+    store.events.add_events(run.run_id, [refused, early])
     store.close()
     words = " ".join(shown(capsys, monkeypatch, "history", state_dir, width=120).split())
     for told in (
@@ -148,9 +150,9 @@ def test_history_tells_each_incident_in_words(
 def diagnosed(state_dir: Path) -> Path:
     """Give the same run, in whose second round clients 3 and 0 had something to report."""
     store = Store(state_dir / "federation.sqlite")
-    run = store.latest_run()
+    run = store.runs.latest_run()
     assert run is not None
-    current = store.latest_round(run.run_id)
+    current = store.rounds.latest_round(run.run_id)
     stopped = make_diagnosis(cause=Cause.LEARNING_RATE, remedy=Remedy(kind=RemedyKind.NONE))
     for client_id, found in ((3, make_diagnosis()), (0, stopped)):
         happened = event_of(
@@ -159,7 +161,7 @@ def diagnosed(state_dir: Path) -> Path:
             client_id=client_id,
             is_incident=True,
         )
-        store.add_events(run.run_id, [happened])
+        store.events.add_events(run.run_id, [happened])
     store.close()
     return state_dir
 

@@ -162,7 +162,7 @@ def test_a_late_order_ends_and_its_client_is_suspended(tmp_path: Path) -> None:
         assert server.events[0].fields["why"] == "silent"
         assert "total_s" not in server.events[0].fields
         assert server.states(server.latest()) == {0: "ABANDONED", 1: "ABANDONED"}
-        assert sorted(server.store.suspensions(server.run.run_id)) == [0, 1]
+        assert sorted(server.store.quarantine.suspensions(server.run.run_id)) == [0, 1]
         assert await give_up(server) == []
 
     with serving(tmp_path, **SETTINGS) as server:
@@ -178,7 +178,7 @@ def test_an_order_of_a_client_in_no_session_ends_without_a_strike(tmp_path: Path
         server.sessions.register(make_registration(1, instance_key="instance-(0, 1)"))
         assert await give_up(server) == [("client-left", 0)]
         assert server.events[0].fields == {"reason": "not here any more"}
-        assert server.store.suspensions(server.run.run_id) == {}
+        assert server.store.quarantine.suspensions(server.run.run_id) == {}
 
     with serving(tmp_path, **SETTINGS) as server:
         asyncio.run(come_back(server))
@@ -214,7 +214,7 @@ def test_a_client_that_is_expected_back_has_a_lease_to_come(tmp_path: Path) -> N
         assert await give_up(server) == []
         server.clock.now_s += 0.5
         assert await give_up(server) == [("client-left", 0)]
-        assert server.store.suspensions(server.run.run_id) == {}
+        assert server.store.quarantine.suspensions(server.run.run_id) == {}
 
     with serving(tmp_path, **SETTINGS) as server:
         asyncio.run(leave(server))

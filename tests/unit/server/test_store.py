@@ -52,16 +52,16 @@ def store(path: Path) -> Iterator[Store]:
 
 def states_of(store: Store, opened: Round) -> list[OrderState]:
     """Return the states of a round's orders, as the database holds them."""
-    return [store.find_order(order.order_id).state for order in opened.orders]
+    return [store.orders.find_order(order.order_id).state for order in opened.orders]
 
 
 def finish(store: Store, run: Run, opened: Round, *, following: Round | None = None) -> None:
     """Close the round and finish it with what it has."""
-    store.close_round(opened, make_event("round-closed"))
+    store.rounds.close_round(opened, make_event("round-closed"))
     happened = [make_event("round-done")]
     if following is not None:
         happened.append(make_event("round-opened", round_number=following.round_number))
-    store.finish_round(
+    store.rounds.finish_round(
         opened,
         model_digest="ee" * 32,
         next_round=following,
@@ -83,12 +83,12 @@ def test_an_update_is_recorded_with_its_order(store: Store) -> None:
     run, opened = begin_round(store)
     update = make_update(opened.orders[1].order_id, num_examples=7)
     assert end_order(store, run, update) == (OrderState.STORED, True)
-    assert [one.update for one in store.stored_updates(opened)] == [update]
-    record = store.find_order(update.order_id)
+    assert [one.update for one in store.orders.stored_updates(opened)] == [update]
+    record = store.orders.find_order(update.order_id)
     assert (record.state, record.digest, record.client_id) == (OrderState.STORED, update.digest, 1)
     other = make_update(update.order_id, payload=b"other bytes")
     assert end_order(store, run, other) == (OrderState.STORED, False)
-    assert [one.update for one in store.stored_updates(opened)] == [update]
+    assert [one.update for one in store.orders.stored_updates(opened)] == [update]
 
 
 def test_a_refused_update_is_kept_with_its_reason(store: Store) -> None:
@@ -97,8 +97,8 @@ def test_a_refused_update_is_kept_with_its_reason(store: Store) -> None:
     bad = make_update(opened.orders[0].order_id, metrics={"loss": float("nan"), "accuracy": 0.5})
     state, _ = end_order(store, run, bad, OrderEvent.REFUSE, reason="loss is nan")
     assert state is OrderState.REFUSED
-    assert store.find_order(bad.order_id).reason == "loss is nan"
-    assert store.stored_updates(opened) == []
+    assert store.orders.find_order(bad.order_id).reason == "loss is nan"
+    assert store.orders.stored_updates(opened) == []
     (entry,) = read_history(store, run)
     (kept,) = json.loads(json.dumps(attempt_json(entry), allow_nan=False))["updates"]
     assert (kept["verdict"], kept["reason"]) == ("REFUSED", "loss is nan")
@@ -114,40 +114,40 @@ def test_the_spool_keeps_what_a_round_needs_and_what_is_held(store: Store) -> No
     end_order(store, run, make_update(bad), OrderEvent.REFUSE, reason="bad", kept_bytes=9)
     # Refused by its header: there are no bytes of it.
     end_order(store, run, make_update(early), OrderEvent.REFUSE, reason="bad")
-    assert store.updates_to_keep(run.run_id, since_round=2) == kept | {going_on: None}
+    assert store.orders.updates_to_keep(run.run_id, since_round=2) == kept | {going_on: None}
     finish(store, run, opened)
-    assert store.updates_to_keep(run.run_id, since_round=1) == kept
-    assert store.updates_to_keep(run.run_id, since_round=2) == {bad: kept[bad]}
-    (held,) = (one for one in store.held_updates() if one.order_id == bad)
-    store.free_held(held, HeldState.DROPPED, make_event("quarantine-dropped"))
-    assert store.updates_to_keep(run.run_id, since_round=2) == {}
+    assert store.orders.updates_to_keep(run.run_id, since_round=1) == kept
+    assert store.orders.updates_to_keep(run.run_id, since_round=2) == {bad: kept[bad]}
+    (held,) = (one for one in store.quarantine.held_updates() if one.order_id == bad)
+    store.quarantine.free_held(held, HeldState.DROPPED, make_event("quarantine-dropped"))
+    assert store.orders.updates_to_keep(run.run_id, since_round=2) == {}
 
 
 def test_an_update_that_comes_too_late_is_on_record_and_counts_for_nothing(store: Store) -> None:
     """After the close its order is LATE, whatever event comes with it."""
     run, opened = begin_round(store)
     end_order(store, run, make_update(opened.orders[0].order_id))
-    store.close_round(opened, make_event("round-closed"))
+    store.rounds.close_round(opened, make_event("round-closed"))
     assert states_of(store, opened) == [OrderState.STORED, OrderState.LATE]
     late = make_update(opened.orders[1].order_id)
-    store.take_recorded()
+    store.database.take_recorded()
     assert end_order(store, run, late) == (OrderState.LATE, True)
-    assert [event.kind for event in store.take_recorded()] == ["update-late"]
+    assert [event.kind for event in store.database.take_recorded()] == ["update-late"]
     assert end_order(store, run, late) == (OrderState.LATE, False)
-    assert not store.take_recorded()
-    assert [one.client_id for one in store.stored_updates(opened)] == [0]
-    assert store.find_order(late.order_id).digest == late.digest
+    assert not store.database.take_recorded()
+    assert [one.client_id for one in store.orders.stored_updates(opened)] == [0]
+    assert store.orders.find_order(late.order_id).digest == late.digest
 
 
 def test_an_abandoned_order_takes_no_update_any_more(store: Store) -> None:
     """Given up once; the second time it says no, and a stored update can't be given up so."""
     run, opened = begin_round(store)
     first, second = (order.order_id for order in opened.orders)
-    assert store.abandon_order(run.run_id, first, make_event("client-stalled"))
-    assert not store.abandon_order(run.run_id, first, make_event("client-stalled"))
+    assert store.orders.abandon_order(run.run_id, first, make_event("client-stalled"))
+    assert not store.orders.abandon_order(run.run_id, first, make_event("client-stalled"))
     assert end_order(store, run, make_update(first))[0] is OrderState.ABANDONED
     end_order(store, run, make_update(second))
-    assert not store.abandon_order(run.run_id, second, make_event("client-stalled"))
+    assert not store.orders.abandon_order(run.run_id, second, make_event("client-stalled"))
     assert states_of(store, opened) == [OrderState.ABANDONED, OrderState.STORED]
 
 
@@ -175,27 +175,29 @@ def test_of_two_threads_that_record_one_order_exactly_one_wins(store: Store) -> 
             thread.join()
         assert [state for state, _ in results] == [OrderState.STORED] * 3
         assert sum(is_recorded for _, is_recorded in results) == 1
-    assert len(store.stored_updates(opened)) == 20
+    assert len(store.orders.stored_updates(opened)) == 20
 
 
 def test_an_update_and_the_close_never_both_have_their_way(store: Store) -> None:
     """Racing with the close, an update is STORED and counted, or LATE: never lost between."""
-    run = store.begin_run({})
+    run = store.runs.begin_run({})
     for number in range(1, 16):
         opened = make_round(run.run_id, round_number=number, clients=[0])
-        store.open_round(opened, make_event("round-opened"))
+        store.rounds.open_round(opened, make_event("round-opened"))
         update = make_update(opened.orders[0].order_id)
         threads = [
             threading.Thread(target=end_order, args=(store, run, update)),
-            threading.Thread(target=store.close_round, args=(opened, make_event("round-closed"))),
+            threading.Thread(
+                target=store.rounds.close_round, args=(opened, make_event("round-closed"))
+            ),
         ]
         for thread in threads if number % 2 else reversed(threads):
             thread.start()
         for thread in threads:
             thread.join()
-        state = store.find_order(update.order_id).state
+        state = store.orders.find_order(update.order_id).state
         assert state in (OrderState.STORED, OrderState.LATE)
-        assert len(store.stored_updates(opened)) == (state is OrderState.STORED)
+        assert len(store.orders.stored_updates(opened)) == (state is OrderState.STORED)
 
 
 def test_finishing_records_verdicts_ledger_and_the_next_round_at_once(store: Store) -> None:
@@ -204,14 +206,14 @@ def test_finishing_records_verdicts_ledger_and_the_next_round_at_once(store: Sto
     store_updates(store, run, first)
     second = make_round(run.run_id, round_number=2, base_digest="ee" * 32)
     finish(store, run, first, following=second)
-    assert store.latest_round(run.run_id) == second
+    assert store.rounds.latest_round(run.run_id) == second
     assert states_of(store, first) == [OrderState.COUNTED] * 2
-    assert store.last_counted_orders(run.run_id) == {
+    assert store.orders.last_counted_orders(run.run_id) == {
         order.client_id: order.order_id for order in first.orders
     }
     end_order(store, run, make_update(second.orders[0].order_id))
     finish(store, run, second)
-    with store.reading() as connection:
+    with store.database.reading() as connection:
         rows = connection.exec_driver_sql(
             "SELECT round, entry, digest FROM ledger ORDER BY round"
         ).all()
@@ -226,7 +228,7 @@ def test_finishing_records_verdicts_ledger_and_the_next_round_at_once(store: Sto
     assert [one["client"] for one in first_entry["updates"]] == [0, 1]
     assert [one["client"] for one in second_entry["updates"]] == [0]
     assert first_entry["settings"] == run.settings
-    latest = store.latest_round(run.run_id)
+    latest = store.rounds.latest_round(run.run_id)
     assert latest is not None
     assert (latest.phase, latest.model_digest) == (Phase.DONE, "ee" * 32)
 
@@ -238,7 +240,7 @@ def test_a_failure_amid_finishing_leaves_nothing_half_done(
     """Cut off before the ledger's entry or at the next round, the database is as it was."""
     run, opened = begin_round(store)
     store_updates(store, run, opened)
-    store.close_round(opened, make_event("round-closed"))
+    store.rounds.close_round(opened, make_event("round-closed"))
     before = dump(path)
 
     def fail(*_: object, **__: object) -> bytes:
@@ -248,7 +250,7 @@ def test_a_failure_amid_finishing_leaves_nothing_half_done(
     monkeypatch.setattr(f"fedserver.store.{name}", fail)
     following = make_round(run.run_id, round_number=2, base_digest="ee" * 32)
     with pytest.raises(RuntimeError, match="cut off"):
-        store.finish_round(
+        store.rounds.finish_round(
             opened,
             model_digest="ee" * 32,
             next_round=following,
@@ -256,13 +258,13 @@ def test_a_failure_amid_finishing_leaves_nothing_half_done(
         )
     assert dump(path) == before
     monkeypatch.undo()
-    store.finish_round(
+    store.rounds.finish_round(
         opened,
         model_digest="ee" * 32,
         next_round=following,
         happened=[make_event("round-done"), make_event("round-opened", round_number=2)],
     )
-    assert store.latest_round(run.run_id) == following
+    assert store.rounds.latest_round(run.run_id) == following
 
 
 def test_a_failure_amid_recording_leaves_the_order_open(store: Store, path: Path) -> None:
@@ -275,7 +277,7 @@ def test_a_failure_amid_recording_leaves_the_order_open(store: Store, path: Path
         refusal=Refusal(reason="bad", evidence={"kind": object()}),
     )
     with pytest.raises(StatementError, match="not JSON serializable"):
-        store.end_order(run.run_id, arrival)
+        store.orders.end_order(run.run_id, arrival)
     assert dump(path) == before
 
 
@@ -283,20 +285,20 @@ def test_no_phase_is_entered_twice_or_out_of_turn(store: Store, path: Path) -> N
     """The phase in the database decides, not what the caller believes; nothing is changed."""
     _, opened = begin_round(store)
     with pytest.raises(ForbiddenTransition, match="COLLECTING can't finish"):
-        store.finish_round(
+        store.rounds.finish_round(
             opened,
             model_digest="ee" * 32,
             next_round=None,
             happened=[make_event("round-done")],
         )
-    store.close_round(opened, make_event("round-closed"))
+    store.rounds.close_round(opened, make_event("round-closed"))
     before = dump(path)
     with pytest.raises(ForbiddenTransition, match="AGGREGATING can't close"):
-        store.close_round(opened, make_event("round-closed"))
+        store.rounds.close_round(opened, make_event("round-closed"))
     assert dump(path) == before
-    store.fail_round(opened, [make_event("round-failed")])
+    store.rounds.fail_round(opened, [make_event("round-failed")])
     with pytest.raises(ForbiddenTransition, match="FAILED can't fail"):
-        store.fail_round(opened, [make_event("round-failed")])
+        store.rounds.fail_round(opened, [make_event("round-failed")])
 
 
 def test_a_failed_round_ends_every_order(store: Store) -> None:
@@ -304,38 +306,38 @@ def test_a_failed_round_ends_every_order(store: Store) -> None:
     run, opened = begin_round(store, clients=(0, 1, 2))
     end_order(store, run, make_update(opened.orders[0].order_id))
     end_order(store, run, make_update(opened.orders[1].order_id), OrderEvent.REFUSE, reason="bad")
-    store.fail_round(opened, [make_event("round-failed")])
+    store.rounds.fail_round(opened, [make_event("round-failed")])
     assert states_of(store, opened) == [
         OrderState.ABANDONED,
         OrderState.REFUSED,
         OrderState.ABANDONED,
     ]
-    assert store.stored_updates(opened) == []
+    assert store.orders.stored_updates(opened) == []
     again = make_round(run.run_id, attempt=2, clients=(0, 1, 2))
-    store.open_round(again, make_event("round-opened", attempt=2))
-    assert store.latest_round(run.run_id) == again
+    store.rounds.open_round(again, make_event("round-opened", attempt=2))
+    assert store.rounds.latest_round(run.run_id) == again
 
 
 def test_an_unknown_order_is_not_found(store: Store) -> None:
     """Asking for it, ending it, abandoning it: NotFound with its name."""
     run, _ = begin_round(store)
     with pytest.raises(NotFound, match="no-such-order"):
-        store.find_order("no-such-order")
+        store.orders.find_order("no-such-order")
     with pytest.raises(NotFound, match="no-such-order"):
         end_order(store, run, make_update("no-such-order"))
     with pytest.raises(NotFound, match="no-such-order"):
-        store.abandon_order(run.run_id, "no-such-order", make_event())
+        store.orders.abandon_order(run.run_id, "no-such-order", make_event())
 
 
 def test_a_report_made_twice_is_one_event(store: Store) -> None:
     """The same report key is recorded once; without a key every event counts."""
     run, _ = begin_round(store)
     incident = Event(kind="non-finite-loss", at=1.0, round_number=1, attempt=1, is_incident=True)
-    assert store.add_events(run.run_id, [incident], report_key="order#1")
-    assert not store.add_events(run.run_id, [incident], report_key="order#1")
-    assert store.add_events(run.run_id, [incident], report_key="order#2")
-    assert store.add_events(run.run_id, [incident])
-    assert store.add_events(run.run_id, [incident])
+    assert store.events.add_events(run.run_id, [incident], report_key="order#1")
+    assert not store.events.add_events(run.run_id, [incident], report_key="order#1")
+    assert store.events.add_events(run.run_id, [incident], report_key="order#2")
+    assert store.events.add_events(run.run_id, [incident])
+    assert store.events.add_events(run.run_id, [incident])
     assert len(read_history(store, run)[0].incidents) == 4
 
 
@@ -345,23 +347,23 @@ def test_what_went_wrong_before_the_first_round_is_told_with_its_first_attempt(
     """And with no other one."""
     run, opened = begin_round(store)
     early = Event(kind="client-left", at=1.0, client_id=7, is_incident=True)
-    store.add_events(run.run_id, [early])
-    store.fail_round(opened, [make_event("round-failed")])
-    store.open_round(make_round(run.run_id, attempt=2), make_event("round-opened"))
+    store.events.add_events(run.run_id, [early])
+    store.rounds.fail_round(opened, [make_event("round-failed")])
+    store.rounds.open_round(make_round(run.run_id, attempt=2), make_event("round-opened"))
     incidents = [attempt.incidents for attempt in read_history(store, run)]
     assert [[event.client_id for event in of_attempt] for of_attempt in incidents] == [[7], []]
 
 
 def test_sessions_are_remembered_until_they_are_replaced(store: Store) -> None:
     """Saved again, a session is brought up to date; removed, it is gone."""
-    run = store.begin_run({})
-    store.save_session(run.run_id, make_session(1, 2))
+    run = store.runs.begin_run({})
+    store.runs.save_session(run.run_id, make_session(1, 2))
     newer = make_session(1, 2, instance_key="newer")
-    store.save_session(run.run_id, newer)
-    assert store.load_sessions(run.run_id) == [newer]
-    assert store.load_sessions("other-run") == []
-    store.remove_session(newer.session_id)
-    assert store.load_sessions(run.run_id) == []
+    store.runs.save_session(run.run_id, newer)
+    assert store.runs.load_sessions(run.run_id) == [newer]
+    assert store.runs.load_sessions("other-run") == []
+    store.runs.remove_session(newer.session_id)
+    assert store.runs.load_sessions(run.run_id) == []
 
 
 def test_the_history_tells_everything_of_a_round(store: Store) -> None:
@@ -378,21 +380,21 @@ def test_the_history_tells_everything_of_a_round(store: Store) -> None:
         is_incident=True,
         fields={"idle_s": 3.5},
     )
-    store.abandon_order(run.run_id, opened.orders[1].order_id, incident)
+    store.orders.abandon_order(run.run_id, opened.orders[1].order_id, incident)
     (collecting,) = read_history(store, run)
     assert (collecting.phase, collecting.finished_at) == ("COLLECTING", None)
     assert (collecting.model_digest, collecting.evaluation) == (None, None)
-    assert store.unevaluated_rounds(run.run_id) == []
-    store.record_evaluation(
+    assert store.rounds.unevaluated_rounds(run.run_id) == []
+    store.rounds.record_evaluation(
         opened, ModelEvaluation(accuracy=0.1, loss=2.0), make_event("evaluated")
     )
     assert read_history(store, run)[0].evaluation is None, "there is no model to be so good"
     finish(store, run, opened)
-    assert [one.round_number for one in store.unevaluated_rounds(run.run_id)] == [1]
+    assert [one.round_number for one in store.rounds.unevaluated_rounds(run.run_id)] == [1]
     good = ModelEvaluation(accuracy=0.9, loss=0.3)
-    store.record_evaluation(opened, good, make_event("evaluated"))
-    assert store.unevaluated_rounds(run.run_id) == []
-    store.end_run(run.run_id, RunState.FINISHED, make_event("run-finished", round_number=None))
+    store.rounds.record_evaluation(opened, good, make_event("evaluated"))
+    assert store.rounds.unevaluated_rounds(run.run_id) == []
+    store.runs.end_run(run.run_id, RunState.FINISHED, make_event("run-finished", round_number=None))
     (attempt,) = read_history(store, run)
     entry = json.loads(json.dumps(attempt_json(attempt), allow_nan=False))
     assert entry["round"] == 1
@@ -426,6 +428,6 @@ def test_the_history_tells_everything_of_a_round(store: Store) -> None:
             "idle_s": 3.5,
         }
     ]
-    latest = store.latest_run()
+    latest = store.runs.latest_run()
     assert latest is not None
     assert latest.state is RunState.FINISHED

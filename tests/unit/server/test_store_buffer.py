@@ -25,7 +25,7 @@ class Asynchronous:
 
     def arrive(self, order_id: str, order_event: OrderEvent = OrderEvent.STORE) -> OrderState:
         """Let the update of an order arrive; returns the order's state afterwards."""
-        state, _ = self.store.end_order(
+        state, _ = self.store.orders.end_order(
             self.run.run_id,
             Arrival(
                 update=make_update(order_id, payload=order_id.encode()),
@@ -38,7 +38,7 @@ class Asynchronous:
 
     def close(self) -> None:
         """Close the round; what is open is carried over."""
-        self.store.close_round(self.current, make_event("round-closed"), carries_over=True)
+        self.store.rounds.close_round(self.current, make_event("round-closed"), carries_over=True)
 
     def go_on(self, *clients: int, stale_before: int = 0) -> list[str]:
         """Finish the closed round and open the next with orders for these; returns the events."""
@@ -47,8 +47,8 @@ class Asynchronous:
         following = make_round(
             self.run.run_id, round_number=number, clients=clients, base_digest=digest
         )
-        self.store.take_recorded()
-        self.store.finish_round(
+        self.store.database.take_recorded()
+        self.store.rounds.finish_round(
             self.current,
             model_digest=digest,
             next_round=following,
@@ -56,7 +56,7 @@ class Asynchronous:
             happened=[make_event("round-done"), make_event("round-opened")],
         )
         self.current = following
-        return [event.kind for event in self.store.take_recorded()]
+        return [event.kind for event in self.store.database.take_recorded()]
 
     def states(self) -> dict[str, str]:
         """Return the state of every order."""
@@ -79,8 +79,8 @@ def test_the_newest_of_many_orders_of_one_client_comes_last(asynchronous: Asynch
     zero = first.orders[0].order_id
     for number in range(2, 12):
         again = Order(order_id=zero.replace("-s1", f"-s{number}"), client_id=0)
-        store.add_orders(first, [again])
-    latest = store.latest_round(run.run_id)
+        store.rounds.add_orders(first, [again])
+    latest = store.rounds.latest_round(run.run_id)
     assert latest is not None
     numbers = [one.sequence for one in latest.orders if one.client_id == 0]
     assert numbers == list(range(1, 12))
@@ -94,29 +94,29 @@ def test_a_buffer_never_holds_more_than_its_size_and_the_rest_comes_into_the_nex
     zero, one, two = (order.order_id for order in first.orders)
     again = Order(order_id=zero.replace("-s1", "-s2"), client_id=0)
     assert asynchronous.arrive(zero) is OrderState.STORED
-    store.add_orders(first, [again])
+    store.rounds.add_orders(first, [again])
     assert asynchronous.arrive(one) is OrderState.STORED
     assert asynchronous.arrive(two) is OrderState.OPEN
     asynchronous.close()
     assert asynchronous.arrive(two) is OrderState.OPEN
     with pytest.raises(ForbiddenTransition):
-        store.add_orders(first, [again])
+        store.rounds.add_orders(first, [again])
     asynchronous.go_on(1)
-    (carried,) = store.carried_over(asynchronous.current)
+    (carried,) = store.rounds.carried_over(asynchronous.current)
     assert [order.order_id for order in carried.orders] == [again.order_id, two]
     assert asynchronous.arrive(two) is OrderState.STORED
     assert asynchronous.arrive(two) is OrderState.STORED, "a second time changes nothing"
     assert asynchronous.arrive(again.order_id) is OrderState.STORED
-    stored = store.stored_updates(asynchronous.current)
+    stored = store.orders.stored_updates(asynchronous.current)
     assert [(found.update.order_id, found.own_base, found.staleness) for found in stored] == [
         (again.order_id, first.base_digest, 1),
         (two, first.base_digest, 1),
     ]
     # What it began with must stay, its bytes too, and its client's state counts already.
-    assert store.updates_to_keep(run.run_id, since_round=9).keys() >= {two, again.order_id}
-    assert store.models_let_go(run.run_id, [first.base_digest], since_round=9) == set()
-    assert store.last_counted_orders(run.run_id, stored_too=True)[0] == again.order_id
-    assert store.last_counted_orders(run.run_id)[0] == zero
+    assert store.orders.updates_to_keep(run.run_id, since_round=9).keys() >= {two, again.order_id}
+    assert store.rounds.models_let_go(run.run_id, [first.base_digest], since_round=9) == set()
+    assert store.orders.last_counted_orders(run.run_id, stored_too=True)[0] == again.order_id
+    assert store.orders.last_counted_orders(run.run_id)[0] == zero
     asynchronous.close()
     asynchronous.go_on()
     assert asynchronous.states() == {
@@ -132,7 +132,7 @@ def test_a_buffer_never_holds_more_than_its_size_and_the_rest_comes_into_the_nex
         [0, 0],
         [1, 1],
     ]
-    ledger = store.read_ledger(run.run_id)
+    ledger = store.ledger.read_ledger(run.run_id)
     assert [*chain_findings(ledger), *row_findings(ledger)] == []
 
 
@@ -150,7 +150,7 @@ def test_an_order_ends_late_when_it_is_too_stale_and_all_do_with_the_run(
     assert kinds == ["round-done", "order-stale", "round-opened"]
     assert asynchronous.arrive(two) is OrderState.LATE
     assert asynchronous.states()[zero] == "OPEN"
-    asynchronous.store.end_run(
+    asynchronous.store.runs.end_run(
         asynchronous.run.run_id, RunState.FINISHED, make_event("run-finished", round_number=None)
     )
     assert set(asynchronous.states().values()) == {"COUNTED", "LATE"}
@@ -168,7 +168,7 @@ def test_an_attempt_that_fails_ends_what_came_into_it_and_its_own_orders_alone(
     second = asynchronous.current
     own, other = (order.order_id for order in second.orders)
     asynchronous.arrive(own)
-    asynchronous.store.fail_round(second, [make_event("round-failed", round_number=2)])
+    asynchronous.store.rounds.fail_round(second, [make_event("round-failed", round_number=2)])
     assert asynchronous.arrive(two) is OrderState.OPEN, "there is no round to come into"
     again = make_round(
         asynchronous.run.run_id,
@@ -177,7 +177,9 @@ def test_an_attempt_that_fails_ends_what_came_into_it_and_its_own_orders_alone(
         clients=(0,),
         base_digest=second.base_digest,
     )
-    asynchronous.store.open_round(again, make_event("round-opened", round_number=2, attempt=2))
+    asynchronous.store.rounds.open_round(
+        again, make_event("round-opened", round_number=2, attempt=2)
+    )
     assert asynchronous.arrive(two) is OrderState.STORED
     states = asynchronous.states()
     assert (states[own], states[other], states[two]) == ("ABANDONED", "ABANDONED", "STORED")
@@ -192,8 +194,8 @@ def test_a_refused_update_is_told_of_the_round_that_it_came_into(
     asynchronous.arrive(one)
     asynchronous.close()
     asynchronous.go_on(0, 1)
-    asynchronous.store.take_recorded()
-    state, is_recorded = asynchronous.store.end_order(
+    asynchronous.store.database.take_recorded()
+    state, is_recorded = asynchronous.store.orders.end_order(
         asynchronous.run.run_id,
         Arrival(
             update=make_update(two),
@@ -203,6 +205,6 @@ def test_a_refused_update_is_told_of_the_round_that_it_came_into(
         buffer_size=K,
     )
     assert (state, is_recorded) == (OrderState.REFUSED, True)
-    assert [event.round_number for event in asynchronous.store.take_recorded()] == [2]
+    assert [event.round_number for event in asynchronous.store.database.take_recorded()] == [2]
     entry = read_history(asynchronous.store, asynchronous.run)[1]
     assert [(update.client_id, update.verdict) for update in entry.updates] == [(2, "REFUSED")]

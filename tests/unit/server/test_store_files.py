@@ -33,7 +33,7 @@ def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (folder / "federation.sqlite").is_file()
     reader = Store(folder / "federation.sqlite", read_only=True)
-    assert reader.latest_run() == run
+    assert reader.runs.latest_run() == run
     reader.close()
 
 
@@ -45,12 +45,12 @@ def test_everything_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
     update = make_update(opened.orders[0].order_id)
     end_order(writer, run, update)
     for store in (Store(path), Store(path, read_only=True)):
-        assert store.latest_run() == run
-        assert store.latest_run(number=2) is None
-        latest = store.latest_round(run.run_id)
+        assert store.runs.latest_run() == run
+        assert store.runs.latest_run(number=2) is None
+        latest = store.rounds.latest_round(run.run_id)
         assert latest is not None
         assert [one.state for one in latest.orders] == [OrderState.STORED, OrderState.OPEN]
-        assert [one.update for one in store.stored_updates(opened)] == [update]
+        assert [one.update for one in store.orders.stored_updates(opened)] == [update]
         assert len(read_history(store, run)) == 1
         store.close()
     writer.close()
@@ -59,7 +59,7 @@ def test_everything_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
 def test_what_is_written_survives_a_loss_of_power(tmp_path: Path) -> None:
     """SQLite is told so: write-ahead log, and every commit synced (synchronous = FULL, 2)."""
     store = Store(tmp_path / "federation.sqlite")
-    with store.reading() as connection:
+    with store.database.reading() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
@@ -154,7 +154,7 @@ def test_a_database_that_isnt_ones_own_is_a_sentence_with_the_way_out(
         with as_somebody_else(path.parent, mode=0o555):
             for read_only in (True, False):
                 with pytest.raises(InvalidInput, match=r"by this user .* server's user, or copy"):
-                    Store(path, read_only=read_only).latest_run()
+                    Store(path, read_only=read_only).runs.latest_run()
         for mode in (0o555, 0o000):
             capsys.readouterr()
             with as_somebody_else(path.parent, mode=mode):
@@ -178,13 +178,13 @@ def test_looking_at_the_quarantine_makes_no_folder(
 def test_runs_are_numbered_one_after_the_other(tmp_path: Path) -> None:
     """Each run has its own id and number; the latest is the last begun."""
     store = Store(tmp_path / "federation.sqlite")
-    assert store.latest_run() is None
-    first, second = store.begin_run({"lr": 0.1}), store.begin_run({"lr": 0.2})
+    assert store.runs.latest_run() is None
+    first, second = store.runs.begin_run({"lr": 0.1}), store.runs.begin_run({"lr": 0.2})
     assert (first.number, second.number) == (1, 2)
     assert first.run_id != second.run_id
-    assert store.latest_run() == second
-    assert store.latest_run(number=1) == first
-    assert store.latest_round(second.run_id) is None
+    assert store.runs.latest_run() == second
+    assert store.runs.latest_run(number=1) == first
+    assert store.rounds.latest_round(second.run_id) is None
     store.close()
 
 
@@ -192,21 +192,21 @@ def write_much(store: Store, run_id: str) -> None:
     """Write more than a log may be long: 8 MB of events."""
     happened = replace(make_event(), fields={"text": "x" * 1_000_000})
     for _ in range(8):
-        store.add_events(run_id, [happened])
+        store.events.add_events(run_id, [happened])
 
 
 def test_the_log_is_emptied_beside_open_readers(tmp_path: Path) -> None:
     """Whoever has read and keeps the database open doesn't let it grow for ever."""
     path, log = tmp_path / "federation.sqlite", tmp_path / "federation.sqlite-wal"
     writer = Store(path)
-    run = writer.begin_run({})
+    run = writer.runs.begin_run({})
     reader = Store(path, read_only=True)
-    assert reader.latest_run() == run
+    assert reader.runs.latest_run() == run
     write_much(writer, run.run_id)
     assert log.stat().st_size > 2_000_000
-    assert writer.shorten_log()
+    assert writer.database.shorten_log()
     assert log.stat().st_size == 0
-    assert reader.latest_run() == run
+    assert reader.runs.latest_run() == run
     reader.close()
     writer.close()
 
@@ -215,18 +215,18 @@ def test_a_reader_at_work_keeps_the_log_until_it_is_done(tmp_path: Path) -> None
     """It still sees the state it began with; nobody waits for it, and the next call succeeds."""
     path, log = tmp_path / "federation.sqlite", tmp_path / "federation.sqlite-wal"
     writer = Store(path)
-    run = writer.begin_run({})
+    run = writer.runs.begin_run({})
     reader = Store(path, read_only=True)
     count = "SELECT count(*) FROM events"
-    with reader.reading() as connection:
+    with reader.database.reading() as connection:
         assert connection.exec_driver_sql(count).scalar_one() == 0
         write_much(writer, run.run_id)
-        assert not writer.shorten_log()
+        assert not writer.database.shorten_log()
         assert log.stat().st_size > 8_000_000
         assert connection.exec_driver_sql(count).scalar_one() == 0
-    assert writer.shorten_log()
+    assert writer.database.shorten_log()
     assert log.stat().st_size == 0
-    with reader.reading() as connection:
+    with reader.database.reading() as connection:
         assert connection.exec_driver_sql(count).scalar_one() == 8
     reader.close()
     writer.close()

@@ -38,16 +38,16 @@ def store(path: Path) -> Iterator[Store]:
 def finish(store: Store, run: Run, opened: Round, model: str, following: Round | None) -> None:
     """Let everybody deliver to a round, and finish it."""
     store_updates(store, run, opened)
-    store.close_round(opened, make_event("round-closed", round_number=opened.round_number))
+    store.rounds.close_round(opened, make_event("round-closed", round_number=opened.round_number))
     happened = [make_event("round-done", round_number=opened.round_number)]
     if following is not None:
         happened.append(make_event("round-opened", round_number=following.round_number))
-    store.finish_round(opened, model_digest=model, next_round=following, happened=happened)
+    store.rounds.finish_round(opened, model_digest=model, next_round=following, happened=happened)
 
 
 def latest(store: Store, run: Run) -> Round:
     """Return the attempt from which a run goes on."""
-    found = store.latest_round(run.run_id)
+    found = store.rounds.latest_round(run.run_id)
     assert found is not None
     return found
 
@@ -59,7 +59,7 @@ def place(found: Round) -> tuple[int, int, Phase]:
 
 def findings(store: Store, run: Run) -> list[str]:
     """Return what is wrong with a run's ledger and rows."""
-    ledger = store.read_ledger(run.run_id)
+    ledger = store.ledger.read_ledger(run.run_id)
     return [*chain_findings(ledger), *row_findings(ledger)]
 
 
@@ -75,8 +75,8 @@ def two_rounds(store: Store) -> tuple[Run, Round, Round, Round]:
 
 def roll_back(store: Store, run: Run, abandoned: Round | None) -> None:
     """Take the model of the second round back."""
-    bad = store.regressed_round(run.run_id) or latest(store, run)
-    store.roll_back(
+    bad = store.rounds.regressed_round(run.run_id) or latest(store, run)
+    store.rounds.roll_back(
         bad,
         [make_event("model-rolled-back", round_number=2)],
         adjustments_after=LOWERED,
@@ -88,14 +88,14 @@ def alarm(store: Store, second: Round) -> None:
     """Record that the second round's model is bad."""
     evaluation = ModelEvaluation(accuracy=0.1, loss=None)
     event = make_event("evaluation-collapsed", round_number=2)
-    store.record_evaluation(second, evaluation, event, regression="non-finite-loss")
+    store.rounds.record_evaluation(second, evaluation, event, regression="non-finite-loss")
 
 
 def repeat(store: Store, run: Run) -> tuple[Round, Round]:
     """Do the second round again, open the third again, and do it; returns these attempts."""
     again = make_round(run.run_id, round_number=2, attempt=2, base_digest=FIRST)
-    store.open_round(again, make_event("round-opened", round_number=2, attempt=2))
-    number = 1 + len(store.phases_of(run.run_id, 3))
+    store.rounds.open_round(again, make_event("round-opened", round_number=2, attempt=2))
+    number = 1 + len(store.rounds.phases_of(run.run_id, 3))
     third = make_round(run.run_id, round_number=3, attempt=number, base_digest=GOOD)
     finish(store, run, again, GOOD, third)
     finish(store, run, third, LAST, None)
@@ -105,31 +105,33 @@ def repeat(store: Store, run: Run) -> tuple[Round, Round]:
 def test_a_rollback_ends_both_attempts_at_once(store: Store) -> None:
     """The bad round's and that which goes on with its model; nothing of them is in force."""
     run, first, second, third = two_rounds(store)
-    assert store.regressed_round(run.run_id) is None
+    assert store.rounds.regressed_round(run.run_id) is None
     alarm(store, second)
-    bad = store.regressed_round(run.run_id)
+    bad = store.rounds.regressed_round(run.run_id)
     assert bad is not None
     assert place(bad) == (2, 1, Phase.DONE)
     roll_back(store, run, third)
     after = latest(store, run)
     assert place(after) == (2, 1, Phase.ROLLED_BACK)
     assert (after.base_digest, after.adjustments_after) == (FIRST, LOWERED)
-    assert store.phases_of(run.run_id, 3) == [Phase.ABANDONED]
-    assert store.find_order(third.orders[0].order_id).state is OrderState.ABANDONED
-    assert store.find_order(second.orders[0].order_id).state is OrderState.COUNTED
-    assert store.last_counted_orders(run.run_id) == {
+    assert store.rounds.phases_of(run.run_id, 3) == [Phase.ABANDONED]
+    assert store.orders.find_order(third.orders[0].order_id).state is OrderState.ABANDONED
+    assert store.orders.find_order(second.orders[0].order_id).state is OrderState.COUNTED
+    assert store.orders.last_counted_orders(run.run_id) == {
         one.client_id: one.order_id for one in first.orders
     }
-    assert store.good_evaluations(run.run_id) == {}
-    assert store.regressed_round(run.run_id) is None
+    assert store.rounds.good_evaluations(run.run_id) == {}
+    assert store.rounds.regressed_round(run.run_id) is None
     with pytest.raises(ForbiddenTransition):
-        store.roll_back(bad, [make_event("again")], adjustments_after=LOWERED, abandoned=None)
+        store.rounds.roll_back(
+            bad, [make_event("again")], adjustments_after=LOWERED, abandoned=None
+        )
 
 
 def test_of_evaluations_no_more_is_read_than_is_compared(store: Store) -> None:
     """Loss and accuracy, without the confusion; the best model is the earliest of equals."""
     run, first, second, third = two_rounds(store)
-    assert store.best_model(run.run_id) is None
+    assert store.rounds.best_model(run.run_id) is None
     finish(store, run, third, LAST, None)
     for done, accuracy in ((first, 0.5), (second, 0.75), (third, 0.75)):
         measured = ModelEvaluation(
@@ -138,28 +140,28 @@ def test_of_evaluations_no_more_is_read_than_is_compared(store: Store) -> None:
             confusion=[[1, 0], [0, 1]],
         )
         event = make_event("evaluated", round_number=done.round_number)
-        store.record_evaluation(done, measured, event)
-    assert store.good_evaluations(run.run_id) == {
+        store.rounds.record_evaluation(done, measured, event)
+    assert store.rounds.good_evaluations(run.run_id) == {
         1: ModelEvaluation(accuracy=0.5, loss=None),
         2: ModelEvaluation(accuracy=0.75, loss=0.3),
         3: ModelEvaluation(accuracy=0.75, loss=0.3),
     }
-    assert store.best_model(run.run_id) == BAD
+    assert store.rounds.best_model(run.run_id) == BAD
 
 
 def test_a_run_goes_on_from_the_repetition(store: Store) -> None:
     """Whatever attempts at the round after it were left behind, also failed ones."""
     run, _, second, third = two_rounds(store)
-    store.fail_round(third, [make_event("round-failed", round_number=3)])
+    store.rounds.fail_round(third, [make_event("round-failed", round_number=3)])
     alarm(store, second)
     roll_back(store, run, None)
     assert place(latest(store, run)) == (2, 1, Phase.ROLLED_BACK)
     again = make_round(run.run_id, round_number=2, attempt=2, base_digest=FIRST)
-    store.open_round(again, make_event("round-opened", round_number=2, attempt=2))
+    store.rounds.open_round(again, make_event("round-opened", round_number=2, attempt=2))
     assert place(latest(store, run)) == (2, 2, Phase.COLLECTING)
     finish(store, run, again, GOOD, None)
     assert place(latest(store, run)) == (2, 2, Phase.DONE)
-    assert store.phases_of(run.run_id, 3) == [Phase.FAILED]
+    assert store.rounds.phases_of(run.run_id, 3) == [Phase.FAILED]
     assert findings(store, run) == []
 
 
@@ -170,10 +172,10 @@ def test_the_ledger_holds_a_rollback_as_a_fact(store: Store) -> None:
     alarm(store, second)
     roll_back(store, run, third)
     assert findings(store, run) == []
-    assert finished_rounds(store.read_ledger(run.run_id)) == [1]
+    assert finished_rounds(store.ledger.read_ledger(run.run_id)) == [1]
     repeat(store, run)
     assert findings(store, run) == []
-    ledger = store.read_ledger(run.run_id)
+    ledger = store.ledger.read_ledger(run.run_id)
     assert [(row.round_number, row.attempt, row.kind) for row in ledger.entries] == [
         (1, 1, "finish"),
         (2, 1, "finish"),
@@ -250,9 +252,9 @@ def test_attempts_at_the_first_round_share_their_model_unless_it_was_drawn_anew(
 ) -> None:
     """Another base without a redraw on record is found."""
     run, first = begin_round(store)
-    store.fail_round(first, [make_event("round-failed")])
+    store.rounds.fail_round(first, [make_event("round-failed")])
     redrawn = make_round(run.run_id, attempt=2, base_digest=FIRST)
-    store.open_round(redrawn, make_event("round-opened", attempt=2))
+    store.rounds.open_round(redrawn, make_event("round-opened", attempt=2))
     (found,) = findings(store, run)
     assert "attempt 2 began with model 111111111111" in found
 
@@ -261,12 +263,14 @@ def test_the_best_model_that_stays_is_one_that_was_not_taken_back(store: Store) 
     """However well the one that was taken back had scored before its alarm."""
     run, _, second, third = two_rounds(store)
     event = make_event("evaluated", round_number=2)
-    store.record_evaluation(
+    store.rounds.record_evaluation(
         second, ModelEvaluation(accuracy=0.95, loss=9.0), event, regression="loss-explosion"
     )
     roll_back(store, run, third)
     again, newest = repeat(store, run)
     for one, accuracy in ((again, 0.94), (newest, 0.90)):
         event = make_event("evaluated", round_number=one.round_number, attempt=one.attempt)
-        store.record_evaluation(one, ModelEvaluation(accuracy=accuracy, loss=0.1), event)
-    assert GOOD not in store.models_let_go(run.run_id, [FIRST, BAD, GOOD, LAST], since_round=4)
+        store.rounds.record_evaluation(one, ModelEvaluation(accuracy=accuracy, loss=0.1), event)
+    assert GOOD not in store.rounds.models_let_go(
+        run.run_id, [FIRST, BAD, GOOD, LAST], since_round=4
+    )

@@ -34,9 +34,9 @@ def state_dir(tmp_path: Path) -> Path:
     run, opened = begin_round(store)
     for order in opened.orders:
         end_order(store, run, make_update(order.order_id))
-    store.close_round(opened, make_event("round-closed"))
+    store.rounds.close_round(opened, make_event("round-closed"))
     happened = [make_event("round-done")]
-    store.finish_round(opened, model_digest="00" * 32, next_round=None, happened=happened)
+    store.rounds.finish_round(opened, model_digest="00" * 32, next_round=None, happened=happened)
     store.close()
     return folder
 

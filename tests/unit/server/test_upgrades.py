@@ -96,13 +96,13 @@ def test_an_earlier_database_is_upgraded_in_place_and_a_copy_is_kept(
     """The tables are today's, the rows are those of before; the log names the copy."""
     path, copy = earlier / "federation.sqlite", earlier / COPY
     reader = Store(path, read_only=True)
-    before = [read_history(reader, run) for run in reader.all_runs()]
+    before = [read_history(reader, run) for run in reader.runs.all_runs()]
     reader.close()
     with caplog.at_level(logging.INFO):
         store = Store(path, upgrades=True)
     assert f"upgraded {path}; a copy of it as it was is in {copy}" in caplog.text
-    assert [read_history(store, run) for run in store.all_runs()] == before
-    store.examine()
+    assert [read_history(store, run) for run in store.runs.all_runs()] == before
+    store.database.examine()
     store.close()
     assert tables_in(path) == tables_of_schema()
     assert rows_of(copy, "SELECT schema_version FROM about") == [(6,)]

@@ -49,7 +49,7 @@ def test_a_receipt_is_given_for_what_is_in_the_spool_and_in_the_store(tmp_path: 
         answer = await server.upload(server.session_ids[0], order, payload)
         assert answer.receipt is Receipt.STORED
         assert server.spool.path(order.order_id, update.digest).read_bytes() == payload
-        (stored,) = server.store.stored_updates(server.latest())
+        (stored,) = server.store.orders.stored_updates(server.latest())
         assert stored.update.digest == update.digest
         assert stored.delta_norm > 0
         committed = server.client_api.committed_bytes
@@ -76,7 +76,7 @@ def test_an_update_is_durable_before_it_is_recorded(
             patched.setattr(server.spool, "make_durable", fail)
             with pytest.raises(OutOfSpace):
                 await server.answer(0)
-        assert server.store.find_order(order.order_id).state is OrderState.OPEN
+        assert server.store.orders.find_order(order.order_id).state is OrderState.OPEN
 
     with serving(tmp_path, **SETTINGS) as server:
         asyncio.run(upload(server))
@@ -97,7 +97,7 @@ def test_the_same_bytes_again_are_a_duplicate_and_others_are_refused(tmp_path: P
             assert refused.receipt is Receipt.REFUSED
             assert refused.reason.endswith("has an update with other bytes; the first one stands")
         assert server.kinds_of_events().count("update-contradicted") == 1
-        (stored,) = server.store.stored_updates(server.latest())
+        (stored,) = server.store.orders.stored_updates(server.latest())
         assert stored.update.digest == update_of(order, payload).digest
 
     with serving(tmp_path, **SETTINGS) as server:
@@ -121,15 +121,15 @@ def test_an_update_with_a_bad_header_is_refused_before_any_byte(
         await server.begin(0, 1)
         answer = await server.answer(0, **changes)
         assert answer.receipt is Receipt.REFUSED
-        (held,) = server.store.held_updates()
+        (held,) = server.store.quarantine.held_updates()
         assert (held.refusal.evidence["kind"], held.kept_bytes) == (kind, 0)
         assert list((tmp_path / "spool").iterdir()) == []
         assert list((tmp_path / "quarantine").iterdir()) == []
-        assert list(server.store.suspensions(server.run.run_id)) == [0]
+        assert list(server.store.quarantine.suspensions(server.run.run_id)) == [0]
 
     with serving(tmp_path, **SETTINGS) as server:
         asyncio.run(upload(server))
-        with server.store.reading() as connection:
+        with server.store.database.reading() as connection:
             row = connection.exec_driver_sql("SELECT metrics, sections FROM updates").one()
         assert "my-own" not in f"{row}"
 
@@ -144,7 +144,7 @@ def test_an_update_with_a_nan_is_refused_and_kept(tmp_path: Path) -> None:
         answer = await server.upload(server.session_ids[0], order, payload)
         assert answer.receipt is Receipt.REFUSED
         assert "holds nan at element 0" in answer.reason
-        (held,) = server.store.held_updates()
+        (held,) = server.store.quarantine.held_updates()
         assert (held.state, held.verdict) == (HeldState.HELD, OrderState.REFUSED)
         assert server.quarantine.path(held.order_id, held.digest).read_bytes() == payload
         assert list((tmp_path / "spool").iterdir()) == []
@@ -164,7 +164,7 @@ def test_bytes_that_are_no_model_are_refused(tmp_path: Path) -> None:
             server.session_ids[0], server.order_of(0), b"no safetensors at all"
         )
         assert answer.receipt is Receipt.REFUSED
-        (held,) = server.store.held_updates()
+        (held,) = server.store.quarantine.held_updates()
         assert held.refusal.evidence == {"kind": "malformed"}
 
     with serving(tmp_path, **SETTINGS) as server:
@@ -272,7 +272,7 @@ def test_an_update_that_comes_after_its_round_is_late(tmp_path: Path) -> None:
             assert answer.receipt is Receipt.LATE
             assert answer.order_end is OrderEnd.ROUND_CLOSED
         assert server.kinds_of_events().count("update-late") == 1
-        assert server.store.find_order(order.order_id).digest is not None
+        assert server.store.orders.find_order(order.order_id).digest is not None
 
     with serving(tmp_path, **SETTINGS) as server:
         asyncio.run(upload(server))
@@ -329,7 +329,7 @@ def test_an_update_that_finds_the_buffer_full_comes_into_the_next_round(tmp_path
         closed = await server.closer.close(opened)
         following, _ = await server.closer.finish(closed, base)
         assert (await waiting).receipt is Receipt.STORED
-        (stored,) = server.store.stored_updates(following)
+        (stored,) = server.store.orders.stored_updates(following)
         assert (stored.client_id, stored.staleness) == (1, 1)
         await server.evaluations.done()
 
@@ -382,7 +382,7 @@ def test_an_update_whose_client_hangs_up_at_its_end_is_stored_all_the_same(tmp_p
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        while server.store.find_order(order.order_id).state is OrderState.OPEN:
+        while server.store.orders.find_order(order.order_id).state is OrderState.OPEN:
             await asyncio.sleep(0.01)
         assert server.states(server.latest())[0] == OrderState.STORED
 
@@ -472,7 +472,7 @@ def test_a_section_with_another_digest_is_refused(tmp_path: Path) -> None:
         section = Section(name="model", digest="0" * 64, size_bytes=len(payload))
         answer = await server.upload(server.session_ids[0], order, payload, sections=(section,))
         assert answer.receipt is Receipt.REFUSED
-        (held,) = server.store.held_updates()
+        (held,) = server.store.quarantine.held_updates()
         assert held.refusal.evidence == {"kind": "section-digest", "section": "model"}
 
     with serving(tmp_path, **SETTINGS) as server:

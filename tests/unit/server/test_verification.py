@@ -356,6 +356,6 @@ def test_a_task_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     findings: list[str] = []
     store = Store(tmp_path / "federation.sqlite", read_only=True)
     with pytest.raises(InvalidInput, match="importing no_such_module failed"):
-        verify(store, tmp_path, store.all_runs(), round_number=None, tell=findings.append)
+        verify(store, tmp_path, store.runs.all_runs(), round_number=None, tell=findings.append)
     store.close()
     assert len(findings) == 1

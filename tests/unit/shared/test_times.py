@@ -37,9 +37,9 @@ def finish(store: Store, run: Run, opened: Round) -> dict[str, object]:
     """Let both clients answer, close and finish a round; returns its history."""
     for order in opened.orders:
         end_order(store, run, make_update(order.order_id))
-    store.close_round(opened, make_event("round-closed"))
+    store.rounds.close_round(opened, make_event("round-closed"))
     happened = [make_event("round-done")]
-    store.finish_round(opened, model_digest="00" * 32, next_round=None, happened=happened)
+    store.rounds.finish_round(opened, model_digest="00" * 32, next_round=None, happened=happened)
     return attempt_json(read_history(store, run)[0])
 
 
