@@ -36,7 +36,7 @@ from fedrounds.tensors.payloads import write_payload
 from fedrounds.types import CONTROL_SECTION, MODEL_SECTION, ClientUpdate, EntryKind, WorkOrder
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.phases import Phase
-from fedserver.records import Adjustments, Order, Round, StoredUpdate
+from fedserver.records import Adjustments, Attempt, Order, StoredUpdate
 from fedserver.rounds.planning import admission_limits, work_orders
 from fedserver.run_settings import compression_of, run_compression
 from fedserver.settings import ServerSettings
@@ -225,7 +225,7 @@ class Given:
 
     order: WorkOrder
     base: GlobalModel
-    given_in: Round
+    given_in: Attempt
 
 
 class Simulation:
@@ -306,12 +306,12 @@ class Simulation:
             for _, one in stored
         ]
 
-    def _opened(self) -> Round:
+    def _opened(self) -> Attempt:
         busy = {one.order.client_id for one in self.at_work}
         idle = [one for one in range(self.federation.num_clients) if one not in busy]
         size = 0 if self.strategy.buffer_size else self.settings.clients_per_round
         cohort = sorted(self.draw.sample(idle, size)) if size else idle
-        return Round(
+        return Attempt(
             run_id="run1",
             round_number=self.number,
             attempt=1,
@@ -480,7 +480,7 @@ class Simulation:
         )
 
     def _screened(
-        self, opened: Round, stored: Sequence[StoredUpdate], *, factor: float
+        self, opened: Attempt, stored: Sequence[StoredUpdate], *, factor: float
     ) -> set[str]:
         """Return the orders whose updates are excluded where the band is `factor` as wide."""
         exclusions = screen(

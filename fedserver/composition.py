@@ -19,7 +19,7 @@ from fedserver.housekeeping.retention import Retention
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.models.evaluation import Evaluations
 from fedserver.preflight import Prepared
-from fedserver.records import Round, Run
+from fedserver.records import Attempt, Run
 from fedserver.rounds.asynchronous import AsynchronousCollecting
 from fedserver.rounds.closing import Closer
 from fedserver.rounds.collecting import Collecting, SynchronousCollecting
@@ -60,7 +60,7 @@ class Composition:
     collecting: Collecting
     opener: Opener
     closer: Closer
-    resume: Callable[[], Awaitable[tuple[Round, GlobalModel]]]
+    resume: Callable[[], Awaitable[tuple[Attempt, GlobalModel]]]
     coordinator: Coordinator
 
 

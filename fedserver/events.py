@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from fedrounds.types import IncidentKind, OrderEnd
 from fedserver.phases import OrderState
-from fedserver.records import Arrival, Event, Round
+from fedserver.records import Arrival, Attempt, Event
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class EventBus:
 
 def event_of(
     kind: str,
-    of: Round | None = None,
+    of: Attempt | None = None,
     *,
     client_id: int | None = None,
     is_incident: bool = False,

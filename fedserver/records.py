@@ -120,7 +120,7 @@ NO_ADJUSTMENTS = Adjustments()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
+class Attempt:
     """An attempt at a round; `max_delta_norm` is the norm cap frozen when it opened.
 
     `base_bytes` is the size of the base model. `base_state_digest` and `state_digest` are the
@@ -324,7 +324,7 @@ class LedgerRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempt:
+class AttemptRow:
     """An attempt at a round as its rows are, unconverted; `updates` as an entry holds them."""
 
     round_number: int
@@ -349,4 +349,4 @@ class Ledger:
     settings: Mapping[str, Any]
     head: str | None
     entries: Sequence[LedgerRow]
-    attempts: Sequence[Attempt]
+    attempts: Sequence[AttemptRow]

@@ -98,7 +98,7 @@ def _open_run(store: Store, settings: ServerSettings) -> Run:
     if not differing:
         logger.info("going on with %s", latest.run_id)
         return latest
-    if store.rounds.latest_round(latest.run_id) is None:
+    if store.rounds.latest_attempt(latest.run_id) is None:
         reason = "no round had begun when the server was started again with other settings"
         store.runs.end_run(latest.run_id, RunState.FAILED, event_of("run-failed", reason=reason))
         return store.runs.begin_run(settings.run_settings())

@@ -38,7 +38,7 @@ from fedrounds.types import (
     WorkOrder,
 )
 from fedserver.phases import OrderEvent, OrderState, Phase
-from fedserver.records import Arrival, Event, Order, Refusal, Round, Run, Session, StoredUpdate
+from fedserver.records import Arrival, Attempt, Event, Order, Refusal, Run, Session, StoredUpdate
 from fedserver.store import Store
 from fedserver.updates.admission import AdmissionLimits
 
@@ -93,9 +93,9 @@ def make_round(
     attempt: int = 1,
     clients: Sequence[int] = (0, 1),
     base_digest: str = DIGEST,
-) -> Round:
+) -> Attempt:
     """Return a round that begins to collect, with an order for each client."""
-    return Round(
+    return Attempt(
         run_id=run_id,
         round_number=round_number,
         attempt=attempt,
@@ -196,7 +196,7 @@ def write_state(folder: Path, state: State, *, num_examples: int = 0) -> StateFi
 
 def begin_round(
     store: Store, *, clients: Sequence[int] = (0, 1), base_digest: str = DIGEST
-) -> tuple[Run, Round]:
+) -> tuple[Run, Attempt]:
     """Begin a run and open its first round."""
     run = store.runs.begin_run({"rounds": 3})
     opened = make_round(run.run_id, clients=clients, base_digest=base_digest)
@@ -204,7 +204,7 @@ def begin_round(
     return run, opened
 
 
-def end_order(
+def record_arrival(
     store: Store,
     run: Run,
     update: ClientUpdate,
@@ -213,9 +213,9 @@ def end_order(
     reason: str | None = None,
     kept_bytes: int = 0,
 ) -> tuple[OrderState, bool]:
-    """Apply an event to an order with the update it rests on; see `Store.end_order`."""
+    """Apply an event to an order with the update it rests on; see `Orders.record_arrival`."""
     refusal = None if reason is None else Refusal(reason=reason, evidence={"kind": "test"})
-    return store.orders.end_order(
+    return store.orders.record_arrival(
         run.run_id,
         Arrival(
             update=update,
@@ -227,10 +227,10 @@ def end_order(
     )
 
 
-def store_updates(store: Store, run: Run, opened: Round) -> list[StoredUpdate]:
+def store_updates(store: Store, run: Run, opened: Attempt) -> list[StoredUpdate]:
     """Record an update for every order of a round; returns what the round rests on."""
     for order in opened.orders:
-        end_order(store, run, make_update(order.order_id, payload=order.order_id.encode()))
+        record_arrival(store, run, make_update(order.order_id, payload=order.order_id.encode()))
     return store.orders.stored_updates(opened)
 
 

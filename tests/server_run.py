@@ -16,7 +16,7 @@ from fedrounds.types import MODEL_SECTION, ClientUpdate, Section, UploadAnswer, 
 from fedserver.composition import compose
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.preflight import prepare
-from fedserver.records import Event, Round
+from fedserver.records import Attempt, Event
 from fedserver.runtime import Threads
 from fedserver.settings import ServerSettings
 from fedserver.store import Store
@@ -93,13 +93,13 @@ class ServerRun:
         """Return the kinds of the events that were published, in order."""
         return [event.kind for event in self.events]
 
-    def latest(self) -> Round:
+    def latest(self) -> Attempt:
         """Return the attempt with which the run goes on, as the store has it."""
-        latest = self.store.rounds.latest_round(self.run.run_id)
+        latest = self.store.rounds.latest_attempt(self.run.run_id)
         assert latest is not None
         return latest
 
-    async def resume(self) -> tuple[Round, GlobalModel]:
+    async def resume(self) -> tuple[Attempt, GlobalModel]:
         """Go on where the run is, or open its first round; see `fedserver.rounds.resuming`."""
         return await self._resume()
 
@@ -112,13 +112,13 @@ class ServerRun:
         )
         return (await self.client_api.register(registration)).session_id
 
-    async def go_on(self) -> tuple[Round, GlobalModel]:
+    async def go_on(self) -> tuple[Attempt, GlobalModel]:
         """Go on as the round loop does: it looks for a bad model before the first step."""
         current, base = await self.resume()
         assert await self.evaluations.take_bad_round(self.run.run_id) is None
         return current, base
 
-    async def begin(self, *client_ids: int) -> tuple[Round, GlobalModel]:
+    async def begin(self, *client_ids: int) -> tuple[Attempt, GlobalModel]:
         """Register these clients, each by itself, and open the first round for them."""
         for client_id in client_ids:
             self.session_ids[client_id] = await self.register(client_id)
@@ -138,7 +138,7 @@ class ServerRun:
         payload = self.payload_of(work.order, shift=shift)
         return await self.upload(session_id, work.order, payload, **changes)
 
-    def states(self, current: Round) -> dict[int, str]:
+    def states(self, current: Attempt) -> dict[int, str]:
         """Return the states of an attempt's orders in the store, by client id."""
         return {
             order.client_id: str(self.store.orders.find_order(order.order_id).state)

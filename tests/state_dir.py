@@ -15,14 +15,14 @@ from fedrounds.tensors.codec import decode_state, encode_state
 from fedrounds.tensors.entries import entry_kinds
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.phases import OrderEvent
-from fedserver.records import Round
+from fedserver.records import Attempt
 from fedserver.run_settings import run_compression, strategy_seed
 from fedserver.settings import ServerSettings
 from fedserver.store import Store
 from fedserver.updates.payload import update_file
 from fedserver.updates.spool import Spool
 from fedserver.verification.verify import verify
-from tests.factories import end_order, make_event, make_round, make_update
+from tests.factories import make_event, make_round, make_update, record_arrival
 from tests.tiny_task import tiny
 
 NUM_ROUNDS = 4
@@ -91,7 +91,7 @@ def write_state_dir(
     run = store.runs.begin_run(settings.run_settings())
     made.run_id = run.run_id
     base = checkpoints.save_initial(model.state_dict())
-    current: Round | None = _round(run.run_id, 1, base)
+    current: Attempt | None = _round(run.run_id, 1, base)
     assert current is not None
     store.rounds.open_round(current, make_event("round-opened"))
     while current is not None:
@@ -118,14 +118,14 @@ def write_state_dir(
             )
             if order.client_id == BAD_CLIENT:
                 path = folder / "quarantine" / f"{order.order_id}.{update.digest}"
-                end_order(
+                record_arrival(
                     *(store, run, update, OrderEvent.REFUSE),
                     reason="its norm is absurd",
                     kept_bytes=len(payload),
                 )
             else:
                 path = spool.path(order.order_id, update.digest)
-                end_order(store, run, update)
+                record_arrival(store, run, update)
                 counted.append((path, update))
             path.write_bytes(payload)
         store.rounds.close_round(
@@ -172,7 +172,7 @@ def write_state_dir(
     return made
 
 
-def _round(run_id: str, number: int, base: GlobalModel) -> Round:
+def _round(run_id: str, number: int, base: GlobalModel) -> Attempt:
     clients = (*CLIENTS, BAD_CLIENT) if number == BAD_ROUND else CLIENTS
     opened = make_round(run_id, round_number=number, clients=clients, base_digest=base.digest)
     return replace(opened, base_state_digest=base.state_digest)

@@ -311,7 +311,7 @@ class Uploads:
         )
         while True:
             collecting = self._open_orders.current
-            state, is_recorded = await self._store.orders.end_order(
+            state, is_recorded = await self._store.orders.record_arrival(
                 record.run_id, arrival, buffer_size=self._context.strategy.buffer_size
             )
             if state is not OrderState.OPEN:

@@ -15,7 +15,7 @@ from fedserver.updates.spool import Spool
 
 async def note_restart(store: AsyncStore, run_id: str) -> None:
     """Record that the server was started again, if the run has begun."""
-    latest = await store.rounds.latest_round(run_id)
+    latest = await store.rounds.latest_attempt(run_id)
     if latest is not None:
         restarted = event_of(IncidentKind.SERVER_RESTARTED, latest, is_incident=True)
         await store.events.add_events(run_id, [restarted])

@@ -8,7 +8,7 @@ from fedrounds.strategies.server_step import next_blocks, state_layout
 from fedrounds.types import IncidentKind
 from fedserver.events import event_of
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
-from fedserver.records import Event, Round, StoredUpdate, json_number
+from fedserver.records import Attempt, Event, StoredUpdate, json_number
 from fedserver.run_context import RunContext
 from fedserver.run_settings import compression_of, strategy_seed
 from fedserver.updates.payload import update_file
@@ -17,7 +17,7 @@ from fedserver.updates.spool import Spool
 
 def reduce_updates(
     context: RunContext,
-    closed: Round,
+    closed: Attempt,
     base: GlobalModel,
     counted: Sequence[StoredUpdate],
     *,
@@ -67,7 +67,7 @@ def reduce_updates(
 
 
 def _bounded_events(
-    closed: Round, client_ids: Sequence[int], bounded: Sequence[Bounded]
+    closed: Attempt, client_ids: Sequence[int], bounded: Sequence[Bounded]
 ) -> list[Event]:
     """Return an incident for each client of whose update an entry was bounded."""
     by_client: dict[int, list[Bounded]] = {}

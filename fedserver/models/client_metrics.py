@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from fedrounds.types import ClientUpdate
 from fedserver.events import event_of
-from fedserver.records import ClientEvaluation, Event, Round
+from fedserver.records import Attempt, ClientEvaluation, Event
 
 
 def summarise_clients(
@@ -41,7 +41,7 @@ def summarise_clients(
     )
 
 
-def client_evaluation_events(asked: Round, evaluation: ClientEvaluation | None) -> list[Event]:
+def client_evaluation_events(asked: Attempt, evaluation: ClientEvaluation | None) -> list[Event]:
     """Return the event of the clients' evaluation of a round's base model, if there is one."""
     if evaluation is None:
         return []

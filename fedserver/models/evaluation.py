@@ -24,7 +24,7 @@ from fedserver.events import event_of
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.models.regression import detect_regression
 from fedserver.phases import Phase
-from fedserver.records import ModelEvaluation, Round
+from fedserver.records import Attempt, ModelEvaluation
 from fedserver.rounds.open_orders import OpenOrders
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
@@ -147,7 +147,7 @@ class Evaluations:
         """Have the last model looked at: the store may hold that it is bad."""
         self._is_model_suspect = True
 
-    async def take_bad_round(self, run_id: str) -> Round | None:
+    async def take_bad_round(self, run_id: str) -> Attempt | None:
         """Return the last DONE round if its model is bad and the round may be repeated.
 
         After this no model is suspect until something new comes up.
@@ -163,7 +163,7 @@ class Evaluations:
         )
         return bad if may_repeat else None
 
-    async def start(self, evaluated: Round, digest: str) -> None:
+    async def start(self, evaluated: Attempt, digest: str) -> None:
         """Begin to evaluate a round's model, once the evaluation before is done."""
         await self.done()
         if self._evaluator.has_data:
@@ -175,7 +175,7 @@ class Evaluations:
         if evaluating is not None:
             await evaluating
 
-    async def _evaluate(self, evaluated: Round, digest: str) -> None:
+    async def _evaluate(self, evaluated: Attempt, digest: str) -> None:
         try:
             measured = await self._threads.on_disk(
                 self._evaluator.evaluate, self._checkpoints.path(digest)
@@ -228,7 +228,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-async def may_be_repeated(bad: Round, *, store: AsyncStore, max_rollbacks: int) -> bool:
+async def may_be_repeated(bad: Attempt, *, store: AsyncStore, max_rollbacks: int) -> bool:
     """Return whether a round may be repeated once more because its model is bad."""
     phases = await store.rounds.phases_of(bad.run_id, bad.round_number)
     return phases.count(Phase.ROLLED_BACK) < max_rollbacks

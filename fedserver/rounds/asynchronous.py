@@ -12,7 +12,7 @@ from fedserver.clients.sessions import Sessions
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.phases import OrderState, RoundEvent, due_of_buffer
-from fedserver.records import Exclusion, Round, StoredUpdate
+from fedserver.records import Attempt, Exclusion, StoredUpdate
 from fedserver.rounds.collecting import Due, too_few_updates
 from fedserver.rounds.last_counted import LastCounted
 from fedserver.rounds.open_orders import OpenOrders, OpenRound
@@ -51,7 +51,7 @@ class AsynchronousCollecting:
         self._buffer_size = context.strategy.buffer_size
         self.max_at_work = context.settings.concurrency
 
-    async def due(self, current: Round) -> Due | None:
+    async def due(self, current: Attempt) -> Due | None:
         """See `Collecting`; the rule is `due_of_buffer`. Gives further orders while it can."""
         # Once the buffer is full, orders are better given with the model that comes out of it.
         event = self._due_event(can_go_on=True)
@@ -115,11 +115,11 @@ class AsynchronousCollecting:
         is_anybody_here = bool(self._sessions.ready_clients(only_live=True))
         return bool(open_orders.list_open()) or not is_anybody_here or self._disk.is_low()
 
-    def updates_to_count(self, closed: Round) -> int:
+    def updates_to_count(self, closed: Attempt) -> int:
         """See `Collecting`: a buffer of which one update is left is a round."""
         return 1
 
-    async def carried_over(self, opened: Round) -> list[tuple[OpenRound, Sequence[WorkOrder]]]:
+    async def carried_over(self, opened: Attempt) -> list[tuple[OpenRound, Sequence[WorkOrder]]]:
         """See `Collecting`.
 
         Raises:

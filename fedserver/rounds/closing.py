@@ -19,7 +19,7 @@ from fedserver.models.aggregation import reduce_updates
 from fedserver.models.checkpoints import Checkpoints, GlobalModel, NonFiniteAggregate
 from fedserver.models.client_metrics import client_evaluation_events, summarise_clients
 from fedserver.models.evaluation import Evaluations
-from fedserver.records import Adjustments, Event, Exclusion, Round, StoredUpdate
+from fedserver.records import Adjustments, Attempt, Event, Exclusion, StoredUpdate
 from fedserver.rounds.collecting import Collecting, verdict_text
 from fedserver.rounds.open_orders import OpenOrders
 from fedserver.rounds.opening import Opener, opened_event
@@ -62,7 +62,7 @@ class Closer:
         # Orders that are carried over began with the model of an earlier round.
         self._is_base_shared = not collecting.carries_over
 
-    async def close(self, collecting: Round) -> Round:
+    async def close(self, collecting: Attempt) -> Attempt:
         """Let no further update into a round that collects; return it as it is then."""
         carries_over = self._collecting.carries_over
         failpoint(FailPoint.ROUND_CLOSING)
@@ -74,9 +74,9 @@ class Closer:
         failpoint(FailPoint.ROUND_CLOSED)
         self._collecting.note_closed()
         self._open_orders.close_round(carries_over=carries_over)
-        return await latest_round(self._store, collecting.run_id)
+        return await latest_attempt(self._store, collecting.run_id)
 
-    async def finish(self, closed: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
+    async def finish(self, closed: Attempt, base: GlobalModel) -> tuple[Attempt, GlobalModel]:
         """Make the next global model of a closed round, and open the round after it.
 
         Returns the round to go on with, and the model that it begins with: the round after; the
@@ -141,17 +141,17 @@ class Closer:
         await self._retention.drop_updates(done_round=closed.round_number)
         await self._evaluations.start(closed, model.digest)
         await self._retention.drop_models(done_round=closed.round_number)
-        return following or await latest_round(self._store, closed.run_id), model
+        return following or await latest_attempt(self._store, closed.run_id), model
 
     async def fail(
         self,
-        failing: Round,
+        failing: Attempt,
         reason: str,
         *,
         failure: RunFailure,
         exclusions: Sequence[Exclusion] = (),
         is_model_bad: bool = False,
-    ) -> Round:
+    ) -> Attempt:
         """Give an attempt up for a reason in words; return it as it is then.
 
         `failure` is what clients are told if the run fails with it; `is_model_bad` says that its
@@ -181,17 +181,17 @@ class Closer:
         if decision.is_base_blamed:
             self._evaluations.suspect_model()
         await self._retention.drop_updates(done_round=failing.round_number - 1)
-        return await latest_round(self._store, failing.run_id)
+        return await latest_attempt(self._store, failing.run_id)
 
     async def _record(
         self,
-        closed: Round,
+        closed: Attempt,
         model: GlobalModel,
         *,
         counted: Sequence[StoredUpdate],
         exclusions: Sequence[Exclusion],
         bounded: Sequence[Event],
-    ) -> Round | None:
+    ) -> Attempt | None:
         """Record a round as done, and the round after it in the same transaction.
 
         Returns the round after; None after the last one, or while there are too few clients or too
@@ -236,13 +236,13 @@ class Closer:
 
     async def _plan_next(
         self,
-        closed: Round,
+        closed: Attempt,
         model: GlobalModel,
         adjustments: Adjustments,
         *,
         counted: Sequence[StoredUpdate],
         exclusions: Sequence[Exclusion],
-    ) -> Round | None:
+    ) -> Attempt | None:
         number = closed.round_number + 1
         # This round's verdicts aren't recorded yet, but decide already whom the next one asks.
         suspensions = suspensions_after(
@@ -261,9 +261,9 @@ class Closer:
         )
 
 
-async def latest_round(store: AsyncStore, run_id: str) -> Round:
+async def latest_attempt(store: AsyncStore, run_id: str) -> Attempt:
     """Return the attempt with which a run that has begun goes on."""
-    latest = await store.rounds.latest_round(run_id)
+    latest = await store.rounds.latest_attempt(run_id)
     assert latest is not None
     return latest
 

@@ -15,7 +15,7 @@ from fedserver.clients.sessions import Sessions
 from fedserver.models.evaluation import Evaluations
 from fedserver.numbers import numbers_text
 from fedserver.phases import OrderState, RoundEvent, due_event, shortfall
-from fedserver.records import Exclusion, Round, StoredUpdate
+from fedserver.records import Attempt, Exclusion, StoredUpdate
 from fedserver.rounds.last_counted import LastCounted
 from fedserver.rounds.open_orders import OpenOrder, OpenOrders, OpenRound
 from fedserver.rounds.planning import updates_needed
@@ -45,13 +45,13 @@ class Collecting(Protocol):
     def max_at_work(self) -> int:
         """The number of clients that may be at work at a time; 0: all."""
 
-    async def due(self, current: Round) -> Due | None:
+    async def due(self, current: Attempt) -> Due | None:
         """Return the event that is due for a round, or None to wait. May give further orders."""
 
-    def updates_to_count(self, closed: Round) -> int:
+    def updates_to_count(self, closed: Attempt) -> int:
         """Return the number of updates that must be left after screening."""
 
-    async def carried_over(self, opened: Round) -> list[tuple[OpenRound, Sequence[WorkOrder]]]:
+    async def carried_over(self, opened: Attempt) -> list[tuple[OpenRound, Sequence[WorkOrder]]]:
         """Return the orders of earlier attempts that go on in a round that opens."""
 
     def note_closed(self) -> None:
@@ -85,7 +85,7 @@ class SynchronousCollecting:
         self._store = store
         self.max_at_work = context.settings.cohort_size
 
-    async def due(self, current: Round) -> Due | None:
+    async def due(self, current: Attempt) -> Due | None:
         """See `Collecting`; the rule is `due_event`."""
         settings, open_orders = self._settings, self._open_orders
         states, needed = open_orders.states(), updates_needed(settings, current)
@@ -109,11 +109,11 @@ class SynchronousCollecting:
             store=self._store,
         )
 
-    def updates_to_count(self, closed: Round) -> int:
+    def updates_to_count(self, closed: Attempt) -> int:
         """See `Collecting`: as many as the round needed to close, even under --require-all."""
         return min(self._settings.updates_needed, len(closed.orders))
 
-    async def carried_over(self, opened: Round) -> list[tuple[OpenRound, Sequence[WorkOrder]]]:
+    async def carried_over(self, opened: Attempt) -> list[tuple[OpenRound, Sequence[WorkOrder]]]:
         """See `Collecting`: none, all orders end with their round."""
         return []
 
@@ -131,7 +131,7 @@ class SynchronousCollecting:
 
 
 async def wait_until_due(
-    current: Round,
+    current: Attempt,
     collecting: Collecting,
     *,
     settings: ServerSettings,

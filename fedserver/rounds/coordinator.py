@@ -22,8 +22,8 @@ from fedserver.housekeeping.retention import Retention
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.models.evaluation import Evaluations
 from fedserver.phases import Phase, RoundEvent
-from fedserver.records import Round, RunState
-from fedserver.rounds.closing import Closer, latest_round
+from fedserver.records import Attempt, RunState
+from fedserver.rounds.closing import Closer, latest_attempt
 from fedserver.rounds.collecting import Collecting, wait_until_due
 from fedserver.rounds.last_counted import LastCounted
 from fedserver.rounds.open_orders import OpenOrders
@@ -43,7 +43,7 @@ class Coordinator:
         self,
         context: RunContext,
         *,
-        resume: Callable[[], Awaitable[tuple[Round, GlobalModel]]],
+        resume: Callable[[], Awaitable[tuple[Attempt, GlobalModel]]],
         tick_s: float,
         collecting: Collecting,
         opener: Opener,
@@ -144,7 +144,7 @@ class Coordinator:
             else:
                 current, base = await self._open_next(current, base)
 
-    async def _collect(self, current: Round) -> Round:
+    async def _collect(self, current: Attempt) -> Attempt:
         """Wait until the round closes or fails; return it as it is then.
 
         It comes back as it was if its base may be bad.
@@ -165,7 +165,7 @@ class Coordinator:
             return await self._closer.close(current)
         return await self._closer.fail(current, due.reason, failure=due.failure)
 
-    async def _open_next(self, ended: Round, base: GlobalModel) -> tuple[Round, GlobalModel]:
+    async def _open_next(self, ended: Attempt, base: GlobalModel) -> tuple[Attempt, GlobalModel]:
         """Open the attempt that follows an attempt that has ended, if there may be another.
 
         Raises:
@@ -177,7 +177,7 @@ class Coordinator:
             await self._fail_run(ended)
         return await self._opener.open_next(ended, base, attempt=len(phases) + 1)
 
-    async def _roll_back(self, bad: Round, current: Round) -> tuple[Round, GlobalModel]:
+    async def _roll_back(self, bad: Attempt, current: Attempt) -> tuple[Attempt, GlobalModel]:
         """Take the bad round's model back; return the attempt to go on from, and its base."""
         await roll_back(
             bad,
@@ -187,7 +187,7 @@ class Coordinator:
             open_orders=self._open_orders,
         )
         await self._retention.drop_updates(done_round=bad.round_number - 1)
-        latest = await latest_round(self._store, bad.run_id)
+        latest = await latest_attempt(self._store, bad.run_id)
         base = await self._threads.on_disk(
             self._checkpoints.load, bad.base_digest, state_digest=bad.base_state_digest
         )
@@ -195,7 +195,7 @@ class Coordinator:
         await self._last_counted.read()
         return latest, base
 
-    async def _fail_run(self, failed: Round) -> None:
+    async def _fail_run(self, failed: Attempt) -> None:
         event = event_of("run-failed", failed, is_incident=True)
         await self._store.runs.end_run(self._context.run_id, RunState.FAILED, event)
         reason, _ = await self._store.events.last_failure(self._context.run_id)

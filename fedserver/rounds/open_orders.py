@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from fedrounds.types import Counters, WorkOrder
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState
-from fedserver.records import OrderRecord, Round
+from fedserver.records import Attempt, OrderRecord
 from fedserver.runtime import Broadcast
 from fedserver.updates.admission import AdmissionLimits
 
@@ -46,7 +46,7 @@ class OpenRound:
     `record` has the orders that were given when it opened, or when it was read from the store.
     """
 
-    record: Round
+    record: Attempt
     base: GlobalModel
     limits: AdmissionLimits
     opened_at: float
@@ -59,7 +59,7 @@ class OpenOrders:
         self.work_changed = Broadcast()
         self.round_changed = Broadcast()
         self.current: OpenRound | None = None
-        self.latest: Round | None = None
+        self.latest: Attempt | None = None
         self.clients_here: int | None = None
         """The number of clients that are here while they are too few to open a round, else None."""
         self._clock = clock
@@ -68,7 +68,7 @@ class OpenOrders:
 
     def open_round(
         self,
-        record: Round,
+        record: Attempt,
         *,
         base: GlobalModel,
         limits: AdmissionLimits,
@@ -88,7 +88,7 @@ class OpenOrders:
         self._take_in(self.current, orders, known={})
         self.work_changed.notify()
 
-    def add_orders(self, record: Round, orders: Iterable[WorkOrder]) -> None:
+    def add_orders(self, record: Attempt, orders: Iterable[WorkOrder]) -> None:
         """Hand out further orders of the round that collects, which has become `record`."""
         assert self.current is not None
         self.latest = record
@@ -114,7 +114,7 @@ class OpenOrders:
         self.current = None
         self._keep(self.list_open() if carries_over else [])
 
-    def abandon_round(self, abandoned: Round) -> None:
+    def abandon_round(self, abandoned: Attempt) -> None:
         """End an attempt and the orders it has given; those that it didn't give go on."""
         self.current = None
         ended = (abandoned.round_number, abandoned.attempt)

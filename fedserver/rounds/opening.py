@@ -13,7 +13,7 @@ from fedserver.housekeeping.disk import DiskWatch
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.numbers import numbers_text
 from fedserver.phases import Phase
-from fedserver.records import Adjustments, Event, Round, Suspension
+from fedserver.records import Adjustments, Attempt, Event, Suspension
 from fedserver.rounds.collecting import Collecting
 from fedserver.rounds.last_counted import LastCounted
 from fedserver.rounds.open_orders import OpenOrders
@@ -67,8 +67,8 @@ class Opener:
         self._threads = threads
 
     async def open_next(
-        self, ended: Round, base: GlobalModel, *, attempt: int
-    ) -> tuple[Round, GlobalModel]:
+        self, ended: Attempt, base: GlobalModel, *, attempt: int
+    ) -> tuple[Attempt, GlobalModel]:
         """Open the attempt that follows an attempt that has ended; return it with its base."""
         adjustments = ended.adjustments_after
         if adjustments.num_redraws > ended.adjustments.num_redraws:
@@ -84,7 +84,7 @@ class Opener:
 
     async def open(
         self, round_number: int, base: GlobalModel, adjustments: Adjustments, *, attempt: int = 1
-    ) -> Round:
+    ) -> Attempt:
         """Wait until there are clients enough, then open the round."""
         logged: set[int] | None = None
         while True:
@@ -127,7 +127,7 @@ class Opener:
         base: GlobalModel,
         adjustments: Adjustments,
         suspensions: Mapping[int, Suspension],
-    ) -> Round | None:
+    ) -> Attempt | None:
         """Return the round to open, or None while there are too few clients or too little disk."""
         settings = self._context.settings
         past = await read_participation(settings, store=self._store, run_id=self._context.run_id)
@@ -151,7 +151,7 @@ class Opener:
             max_at_work=self._collecting.max_at_work,
         )
 
-    async def hand_out(self, opened: Round, base: GlobalModel) -> None:
+    async def hand_out(self, opened: Attempt, base: GlobalModel) -> None:
         """Give the orders of a round that is recorded to those who ask.
 
         Raises:
@@ -202,6 +202,6 @@ async def read_participation(
     return await store.orders.participation(run_id) if rests_on_past(settings) else {}
 
 
-def opened_event(opened: Round) -> Event:
+def opened_event(opened: Attempt) -> Event:
     """Return the event of a round that opens."""
     return event_of("round-opened", opened, clients=len(opened.orders))

@@ -18,7 +18,7 @@ from fedserver.clients.sampling import (
 from fedserver.clients.suspension import after_exclusion, eligible_clients
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState, Phase
-from fedserver.records import Adjustments, Exclusion, Order, Round, Suspension
+from fedserver.records import Adjustments, Attempt, Exclusion, Order, Suspension
 from fedserver.rounds.adjustments import adjusted
 from fedserver.rounds.open_orders import OpenOrder
 from fedserver.run_context import RunContext
@@ -56,7 +56,7 @@ def plan_round(
     adjustments: Adjustments,
     clients: Clients,
     max_at_work: int,
-) -> Round | None:
+) -> Attempt | None:
     """Return the round to open, or None while there are too few clients.
 
     `max_at_work` is how many may be at work in it, with those whose orders go on; 0: all.
@@ -81,7 +81,7 @@ def plan_round(
     if settings.straggler_work == "none":
         late = draw_stragglers(cohort, settings, round_number=round_number, attempt=attempt)
         cohort = tuple(client_id for client_id in cohort if client_id not in late) or cohort[:1]
-    return Round(
+    return Attempt(
         run_id=run_id,
         round_number=round_number,
         attempt=attempt,
@@ -112,7 +112,7 @@ def idle_clients(ready: Set[int], orders: Sequence[OpenOrder]) -> Set[int]:
     }
 
 
-def plan_more(context: RunContext, collecting: Round, clients: Clients) -> tuple[Order, ...]:
+def plan_more(context: RunContext, collecting: Attempt, clients: Clients) -> tuple[Order, ...]:
     """Return the orders to give beside those at work, so that they are --concurrency.
 
     A client gets a second order in a round only where no client without an update in it is idle.
@@ -210,7 +210,7 @@ def _order_id(
     return f"{run_id}-r{round_number}-a{attempt}-c{client_id}-s{sequence}"
 
 
-def updates_needed(settings: ServerSettings, opened: Round) -> int:
+def updates_needed(settings: ServerSettings, opened: Attempt) -> int:
     """Return the number of updates that an attempt needs to close."""
     if settings.require_all:
         return len(opened.orders)
@@ -218,7 +218,7 @@ def updates_needed(settings: ServerSettings, opened: Round) -> int:
 
 
 def admission_limits(
-    settings: ServerSettings, opened: Round, *, strategy: Strategy
+    settings: ServerSettings, opened: Attempt, *, strategy: Strategy
 ) -> AdmissionLimits:
     """Return the bounds that were frozen when a round opened."""
     algorithm = strategy.client_algorithm
@@ -253,7 +253,7 @@ def draw_stragglers(
 
 def work_orders(
     settings: ServerSettings,
-    opened: Round,
+    opened: Attempt,
     base: GlobalModel,
     last_counted: Mapping[int, str],
     *,
@@ -307,7 +307,7 @@ def work_orders(
 
 def suspensions_after(
     suspensions: Mapping[int, Suspension],
-    finished: Round,
+    finished: Attempt,
     exclusions: Sequence[Exclusion],
     counted: Set[int],
 ) -> dict[int, Suspension]:

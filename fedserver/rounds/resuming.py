@@ -8,7 +8,7 @@ from fedserver.housekeeping.retention import Retention
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.models.evaluation import Evaluations
 from fedserver.phases import Phase
-from fedserver.records import NO_ADJUSTMENTS, Round
+from fedserver.records import NO_ADJUSTMENTS, Attempt
 from fedserver.rounds.closing import Closer
 from fedserver.rounds.last_counted import LastCounted
 from fedserver.rounds.opening import Opener
@@ -34,7 +34,7 @@ async def resume(
     quarantine: QuarantineFolder,
     checkpoints: Checkpoints,
     threads: Threads,
-) -> tuple[Round, GlobalModel]:
+) -> tuple[Attempt, GlobalModel]:
     """Return the attempt with which the run goes on, and the model that it begins with.
 
     Opens the first round of a run that hasn't begun. Of an attempt that has ended DONE it is the
@@ -43,7 +43,7 @@ async def resume(
     Raises:
         StorageDamaged: that model, or an acknowledged update, isn't what was written.
     """
-    latest = await store.rounds.latest_round(context.run_id)
+    latest = await store.rounds.latest_attempt(context.run_id)
     await last_counted.read()
     # Before anything new comes into the quarantine: what a kill left there has no record.
     await threads.on_disk(quarantine.tidy, await store.quarantine.held_updates())
@@ -78,8 +78,8 @@ async def resume(
 
 
 async def _give_up_damaged(
-    latest: Round, damaged: list[str], *, closer: Closer, is_allowed: bool
-) -> Round:
+    latest: Attempt, damaged: list[str], *, closer: Closer, is_allowed: bool
+) -> Attempt:
     """Fail the attempt whose updates are damaged, if --give-up-damaged allows it."""
     if not is_allowed:
         raise StorageDamaged(

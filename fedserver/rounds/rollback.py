@@ -17,7 +17,7 @@ from fedserver.events import event_of
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.models.evaluation import initial_state, may_be_repeated
 from fedserver.phases import Phase
-from fedserver.records import Adjustments, Event, Round
+from fedserver.records import Adjustments, Attempt, Event
 from fedserver.rounds.adjustments import adjustment_text, after_attempt, after_bad_model
 from fedserver.rounds.open_orders import OpenOrders
 from fedserver.run_context import RunContext
@@ -40,7 +40,7 @@ class Decision:
 
 async def decide_after(
     context: RunContext,
-    ending: Round,
+    ending: Attempt,
     *,
     store: AsyncStore,
     is_done: bool,
@@ -111,7 +111,12 @@ async def first_model(
 
 
 async def roll_back(
-    bad: Round, current: Round, *, max_adjustments: int, store: AsyncStore, open_orders: OpenOrders
+    bad: Attempt,
+    current: Attempt,
+    *,
+    max_adjustments: int,
+    store: AsyncStore,
+    open_orders: OpenOrders,
 ) -> None:
     """Take back the model that a round has made.
 

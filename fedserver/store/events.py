@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Table, select
 
 from fedrounds.types import IncidentKind, RunFailure
-from fedserver.records import Event, Round
+from fedserver.records import Attempt, Event
 from fedserver.store import schema
 from fedserver.store.tables import D_co, Tables, reads, writes
 from fedserver.store.transitions import add_events
@@ -54,7 +54,7 @@ class Events(Tables[D_co]):
 
     @reads
     def answers(
-        self, connection: Connection, ending: Round
+        self, connection: Connection, ending: Attempt
     ) -> tuple[list[tuple[int, Mapping[str, Any]]], set[int]]:
         """Return what clients have answered to a round under the adjustments in force.
 

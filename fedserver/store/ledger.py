@@ -13,7 +13,7 @@ from fedserver.ledger import (
     entry_digest,
 )
 from fedserver.phases import RoundEvent
-from fedserver.records import Attempt, Ledger, LedgerRow, Round
+from fedserver.records import Attempt, AttemptRow, Ledger, LedgerRow
 from fedserver.store import schema
 from fedserver.store.rows import updates_in
 from fedserver.store.tables import D_co, Tables, reads
@@ -56,7 +56,7 @@ class LedgerTable(Tables[D_co]):
                 for row in entries
             ],
             attempts=[
-                Attempt(
+                AttemptRow(
                     round_number=row.round,
                     attempt=row.attempt,
                     phase=row.phase,
@@ -116,7 +116,7 @@ def _sections(sections: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, int], .
 
 def append_entry(
     connection: Connection,
-    finished: Round,
+    finished: Attempt,
     *,
     model_digest: str,
     state_digest: str | None,
@@ -140,7 +140,7 @@ def append_entry(
     _append(connection, finished, RoundEvent.FINISH, entry.to_bytes())
 
 
-def append_rollback(connection: Connection, bad: Round) -> None:
+def append_rollback(connection: Connection, bad: Attempt) -> None:
     """Write the entry of a round that is rolled back, chained to the one before."""
     assert bad.model_digest is not None
     _, previous = _settings_and_head(connection, bad.run_id)
@@ -164,7 +164,7 @@ def _settings_and_head(connection: Connection, run_id: str) -> tuple[dict[str, A
     return settings, head or GENESIS
 
 
-def _append(connection: Connection, attempt: Round, kind: RoundEvent, entry: bytes) -> None:
+def _append(connection: Connection, attempt: Attempt, kind: RoundEvent, entry: bytes) -> None:
     digest = entry_digest(entry)
     connection.execute(
         insert(schema.ledger).values(

@@ -12,10 +12,10 @@ from fedserver.events import update_event
 from fedserver.phases import OrderEvent, OrderState, Phase
 from fedserver.records import (
     Arrival,
+    Attempt,
     Event,
     HeldState,
     OrderRecord,
-    Round,
     StoredUpdate,
     json_number,
 )
@@ -131,7 +131,7 @@ class Orders(Tables[D_co]):
         }
 
     @writes
-    def end_order(
+    def record_arrival(
         self, connection: Connection, run_id: str, arrival: Arrival, *, buffer_size: int = 0
     ) -> tuple[OrderState, bool]:
         """Apply STORE, REFUSE or MISS with the update it rests on, if the order is still open.
@@ -236,7 +236,7 @@ class Orders(Tables[D_co]):
         return True
 
     @reads
-    def stored_updates(self, connection: Connection, collected: Round) -> list[StoredUpdate]:
+    def stored_updates(self, connection: Connection, collected: Attempt) -> list[StoredUpdate]:
         """Return what a round rests on, in the order of aggregation: by client id."""
         wanted = updates_in(collected.run_id, collected.round_number, collected.attempt).where(
             schema.orders.c.state.in_([OrderState.STORED, OrderState.COUNTED])

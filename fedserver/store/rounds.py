@@ -11,16 +11,16 @@ from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState, Phase,
 from fedserver.records import (
     NO_ADJUSTMENTS,
     Adjustments,
+    Attempt,
     ClientEvaluation,
     Event,
     Exclusion,
     ModelEvaluation,
     Order,
-    Round,
 )
 from fedserver.store import schema
 from fedserver.store.ledger import append_entry, append_rollback, read_verdicts
-from fedserver.store.rows import measured, read_round, same_attempt
+from fedserver.store.rows import measured, read_attempt, same_attempt
 from fedserver.store.run_clock import read_clock
 from fedserver.store.tables import D_co, Tables, reads, writes
 from fedserver.store.transitions import (
@@ -29,11 +29,11 @@ from fedserver.store.transitions import (
     end_attempt,
     end_stale_orders,
     exclude_orders,
-    in_round,
+    insert_attempt,
     insert_orders,
-    insert_round,
+    move_attempt,
     move_orders,
-    move_round,
+    of_attempt,
     reinstate_clients,
 )
 
@@ -42,7 +42,7 @@ class Rounds(Tables[D_co]):
     """The attempts at rounds, the last of which goes on."""
 
     @reads
-    def latest_round(self, connection: Connection, run_id: str) -> Round | None:
+    def latest_attempt(self, connection: Connection, run_id: str) -> Attempt | None:
         """Return the attempt from which the run goes on, with its orders; None before the first.
 
         It is the last one at the first round that isn't done, if that began with the model that
@@ -65,8 +65,8 @@ class Rounds(Tables[D_co]):
             or (tried.base_digest, tried.base_state_digest)
             != (done.model_digest, done.state_digest)
         ):
-            return read_round(connection, done)
-        return None if tried is None else read_round(connection, tried)
+            return read_attempt(connection, done)
+        return None if tried is None else read_attempt(connection, tried)
 
     @reads
     def latest_round_number(self, connection: Connection, run_id: str) -> int | None:
@@ -89,18 +89,18 @@ class Rounds(Tables[D_co]):
 
     @writes
     def open_round(
-        self, connection: Connection, opened: Round, happened: Event, *, stale_before: int = 0
+        self, connection: Connection, opened: Attempt, happened: Event, *, stale_before: int = 0
     ) -> None:
         """Record a round that begins to collect, with its orders.
 
         Orders given before round `stale_before` that are still open are LATE from here on.
         """
         end_stale_orders(connection, opened, stale_before, at=happened.at)
-        insert_round(connection, opened, happened)
+        insert_attempt(connection, opened, happened)
 
     @writes
     def add_orders(
-        self, connection: Connection, collecting: Round, orders: Sequence[Order]
+        self, connection: Connection, collecting: Attempt, orders: Sequence[Order]
     ) -> None:
         """Record further orders that are given in a round which collects.
 
@@ -108,14 +108,14 @@ class Rounds(Tables[D_co]):
             ForbiddenTransition: it doesn't any more; nothing was changed.
         """
         phase = connection.execute(
-            select(schema.rounds.c.phase).where(*in_round(schema.rounds, collecting))
+            select(schema.rounds.c.phase).where(*of_attempt(schema.rounds, collecting))
         ).scalar_one()
         if phase != Phase.COLLECTING:
             raise ForbiddenTransition(f"a round in phase {phase} gives no orders")
         insert_orders(connection, collecting, orders)
 
     @reads
-    def carried_over(self, connection: Connection, current: Round) -> list[Round]:
+    def carried_over(self, connection: Connection, current: Attempt) -> list[Attempt]:
         """Return earlier attempts with orders that are at work in `current`, those orders alone.
 
         They are OPEN, or their updates are STORED to be counted in it.
@@ -130,7 +130,7 @@ class Rounds(Tables[D_co]):
             .order_by(rounds.c.round, rounds.c.attempt)
         ).all()
         attempts = [
-            read_round(connection, row)
+            read_attempt(connection, row)
             for row in rows
             if (row.round, row.attempt) != (current.round_number, current.attempt)
         ]
@@ -141,15 +141,22 @@ class Rounds(Tables[D_co]):
 
     @writes
     def close_round(
-        self, connection: Connection, closing: Round, happened: Event, *, carries_over: bool = False
+        self,
+        connection: Connection,
+        closing: Attempt,
+        happened: Event,
+        *,
+        carries_over: bool = False,
     ) -> None:
         """Close a collecting round: orders still open are LATE from here on, or carried over."""
         closed_s = read_clock(connection, closing.run_id)
-        move_round(connection, closing, RoundEvent.CLOSE, closed_at=happened.at, closed_s=closed_s)
+        move_attempt(
+            connection, closing, RoundEvent.CLOSE, closed_at=happened.at, closed_s=closed_s
+        )
         if not carries_over:
             move_orders(
                 connection,
-                *in_round(schema.orders, closing),
+                *of_attempt(schema.orders, closing),
                 state=OrderState.OPEN,
                 order_event=OrderEvent.MISS,
                 at=happened.at,
@@ -160,7 +167,7 @@ class Rounds(Tables[D_co]):
     def fail_round(
         self,
         connection: Connection,
-        failing: Round,
+        failing: Attempt,
         happened: Sequence[Event],
         *,
         adjustments_after: Adjustments = NO_ADJUSTMENTS,
@@ -182,7 +189,7 @@ class Rounds(Tables[D_co]):
             done = connection.execute(_last_done(failing.run_id)).one()
             connection.execute(
                 update(schema.rounds)
-                .where(*in_round(schema.rounds, read_round(connection, done)))
+                .where(*of_attempt(schema.rounds, read_attempt(connection, done)))
                 .values(alarm=Cause.RECEIVED_MODEL)
             )
         add_events(connection, failing.run_id, happened)
@@ -191,11 +198,11 @@ class Rounds(Tables[D_co]):
     def roll_back(
         self,
         connection: Connection,
-        bad: Round,
+        bad: Attempt,
         happened: Sequence[Event],
         *,
         adjustments_after: Adjustments,
-        abandoned: Round | None,
+        abandoned: Attempt | None,
     ) -> None:
         """Take a DONE round's model back: the one it began with is the global model again.
 
@@ -205,7 +212,7 @@ class Rounds(Tables[D_co]):
         if abandoned is not None:
             end_attempt(connection, abandoned, RoundEvent.ABANDON, at=at)
         values = {"adjustments_after": adjustments_after.as_json()}
-        move_round(connection, bad, RoundEvent.ROLL_BACK, **values)
+        move_attempt(connection, bad, RoundEvent.ROLL_BACK, **values)
         append_rollback(connection, bad)
         add_events(connection, bad.run_id, happened)
 
@@ -213,11 +220,11 @@ class Rounds(Tables[D_co]):
     def finish_round(
         self,
         connection: Connection,
-        finishing: Round,
+        finishing: Attempt,
         *,
         model_digest: str,
         state_digest: str | None = None,
-        next_round: Round | None,
+        next_round: Attempt | None,
         happened: Sequence[Event],
         adjustments_after: Adjustments = NO_ADJUSTMENTS,
         exclusions: Sequence[Exclusion] = (),
@@ -231,7 +238,7 @@ class Rounds(Tables[D_co]):
         """
         run_id, at = finishing.run_id, happened[0].at
         exclude_orders(connection, finishing, exclusions)
-        move_round(
+        move_attempt(
             connection,
             finishing,
             RoundEvent.FINISH,
@@ -267,13 +274,13 @@ class Rounds(Tables[D_co]):
             return
         add_events(connection, run_id, happened[:-1])
         end_stale_orders(connection, next_round, stale_before, at=at)
-        insert_round(connection, next_round, happened[-1])
+        insert_attempt(connection, next_round, happened[-1])
 
     @writes
     def record_evaluation(
         self,
         connection: Connection,
-        evaluated: Round,
+        evaluated: Attempt,
         evaluation: ModelEvaluation,
         event: Event,
         *,
@@ -282,7 +289,7 @@ class Rounds(Tables[D_co]):
         """Record how good the model is that a DONE round produced, and what is wrong with it."""
         connection.execute(
             update(schema.rounds)
-            .where(*in_round(schema.rounds, evaluated), schema.rounds.c.phase == Phase.DONE)
+            .where(*of_attempt(schema.rounds, evaluated), schema.rounds.c.phase == Phase.DONE)
             .values(
                 evaluation=evaluation.as_json(),
                 # Clients may have said meanwhile that it is bad.
@@ -292,7 +299,7 @@ class Rounds(Tables[D_co]):
         add_events(connection, evaluated.run_id, [event])
 
     @reads
-    def unevaluated_rounds(self, connection: Connection, run_id: str) -> list[Round]:
+    def unevaluated_rounds(self, connection: Connection, run_id: str) -> list[Attempt]:
         """Return the DONE rounds without an evaluation."""
         table = schema.rounds
         rows = connection.execute(
@@ -304,7 +311,7 @@ class Rounds(Tables[D_co]):
             )
             .order_by(table.c.round)
         ).all()
-        return [read_round(connection, row) for row in rows]
+        return [read_attempt(connection, row) for row in rows]
 
     @reads
     def good_evaluations(self, connection: Connection, run_id: str) -> dict[int, ModelEvaluation]:
@@ -323,10 +330,10 @@ class Rounds(Tables[D_co]):
         return {row.round: ModelEvaluation(accuracy=row.accuracy, loss=row.loss) for row in rows}
 
     @reads
-    def last_done_round(self, connection: Connection, run_id: str) -> Round | None:
+    def last_done_round(self, connection: Connection, run_id: str) -> Attempt | None:
         """Return the last DONE round, None if there is none."""
         row = connection.execute(_last_done(run_id)).first()
-        return None if row is None else read_round(connection, row)
+        return None if row is None else read_attempt(connection, row)
 
     @reads
     def time_spent_s(self, connection: Connection, run_id: str) -> float:
@@ -338,12 +345,12 @@ class Rounds(Tables[D_co]):
         return spent_s or 0.0
 
     @reads
-    def regressed_round(self, connection: Connection, run_id: str) -> Round | None:
+    def regressed_round(self, connection: Connection, run_id: str) -> Attempt | None:
         """Return the last DONE round if something is wrong with its model."""
         row = connection.execute(_last_done(run_id)).first()
         if row is None or row.alarm is None:
             return None
-        return read_round(connection, row)
+        return read_attempt(connection, row)
 
     @reads
     def best_model(self, connection: Connection, run_id: str) -> str | None:

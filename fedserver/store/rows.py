@@ -9,13 +9,13 @@ from fedrounds.types import ClientUpdate, Encoding, Section
 from fedserver.phases import OrderState, Phase
 from fedserver.records import (
     Adjustments,
+    Attempt,
     ClientEvaluation,
     HeldState,
     HeldUpdate,
     ModelEvaluation,
     Order,
     Refusal,
-    Round,
     Run,
     RunState,
     StoredUpdate,
@@ -66,7 +66,7 @@ def updates_in(run_id: str, round_number: int, attempt: int) -> Select[Any]:
     return updates_of(run_id).where(updates.c.round == round_number, updates.c.attempt == attempt)
 
 
-def read_round(connection: Connection, row: Row[Any]) -> Round:
+def read_attempt(connection: Connection, row: Row[Any]) -> Attempt:
     """Return the attempt that a row of `rounds` holds, with its orders by client and sequence."""
     orders = schema.orders
     rows = connection.execute(
@@ -86,7 +86,7 @@ def read_round(connection: Connection, row: Row[Any]) -> Round:
         )
         for one in rows
     ]
-    return Round(
+    return Attempt(
         run_id=row.run_id,
         round_number=row.round,
         attempt=row.attempt,

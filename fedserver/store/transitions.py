@@ -29,12 +29,12 @@ from fedserver.phases import (
     next_phase,
 )
 from fedserver.records import (
+    Attempt,
     Event,
     Exclusion,
     HeldState,
     Order,
     OrderRecord,
-    Round,
 )
 from fedserver.store import schema
 from fedserver.store.database import RECORDED
@@ -50,7 +50,7 @@ _FIND_ORDER = (
 _MOVE_ORDER = update(schema.orders).where(schema.orders.c.order_id == bindparam("moved_id"))
 
 
-def in_round(table: Table, wanted: Round) -> tuple[ColumnElement[bool], ...]:
+def of_attempt(table: Table, wanted: Attempt) -> tuple[ColumnElement[bool], ...]:
     """Return the conditions that pick the rows of one attempt at a round."""
     return (
         table.c.run_id == wanted.run_id,
@@ -59,7 +59,7 @@ def in_round(table: Table, wanted: Round) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def came_into(wanted: Round) -> ColumnElement[bool]:
+def came_into(wanted: Attempt) -> ColumnElement[bool]:
     """Return the condition that picks the orders whose updates came into one attempt."""
     orders, updates = schema.orders, schema.updates
     return (orders.c.run_id == wanted.run_id) & orders.c.order_id.in_(
@@ -69,7 +69,7 @@ def came_into(wanted: Round) -> ColumnElement[bool]:
     )
 
 
-def insert_round(connection: Connection, opened: Round, happened: Event) -> None:
+def insert_attempt(connection: Connection, opened: Attempt, happened: Event) -> None:
     """Record a round that begins to collect, with its orders."""
     table = schema.orders
     num_open = connection.scalar(
@@ -98,7 +98,7 @@ def insert_round(connection: Connection, opened: Round, happened: Event) -> None
     add_events(connection, opened.run_id, [happened])
 
 
-def insert_orders(connection: Connection, given_in: Round, orders: Iterable[Order]) -> None:
+def insert_orders(connection: Connection, given_in: Attempt, orders: Iterable[Order]) -> None:
     """Record the orders that are given in an attempt."""
     rows = [
         {
@@ -117,11 +117,11 @@ def insert_orders(connection: Connection, given_in: Round, orders: Iterable[Orde
         connection.execute(insert(schema.orders), rows)
 
 
-def move_round(
-    connection: Connection, moving: Round, round_event: RoundEvent, **values: object
+def move_attempt(
+    connection: Connection, moving: Attempt, round_event: RoundEvent, **values: object
 ) -> None:
     """Apply an event to the phase the database holds, and write `values` beside it."""
-    where = in_round(schema.rounds, moving)
+    where = of_attempt(schema.rounds, moving)
     phase = Phase(connection.execute(select(schema.rounds.c.phase).where(*where)).scalar_one())
     connection.execute(
         update(schema.rounds).where(*where).values(phase=next_phase(phase, round_event), **values)
@@ -130,7 +130,7 @@ def move_round(
 
 def end_attempt(
     connection: Connection,
-    ending: Round,
+    ending: Attempt,
     round_event: RoundEvent,
     *,
     at: float,
@@ -141,16 +141,16 @@ def end_attempt(
     That is what came into it, and the orders given in it; those of earlier rounds go on.
     """
     finished_s = read_clock(connection, ending.run_id)
-    move_round(connection, ending, round_event, finished_at=at, finished_s=finished_s, **values)
+    move_attempt(connection, ending, round_event, finished_at=at, finished_s=finished_s, **values)
     for state, where in (
-        (OrderState.OPEN, in_round(schema.orders, ending)),
+        (OrderState.OPEN, of_attempt(schema.orders, ending)),
         (OrderState.STORED, (came_into(ending),)),
     ):
         move_orders(connection, *where, state=state, order_event=OrderEvent.ABANDON, at=at)
 
 
 def end_stale_orders(
-    connection: Connection, opened: Round, stale_before: int, *, at: float
+    connection: Connection, opened: Attempt, stale_before: int, *, at: float
 ) -> None:
     """End the open orders given before a round, each with an event."""
     table = schema.orders
@@ -273,7 +273,7 @@ def hold_update(
 
 
 def exclude_orders(
-    connection: Connection, screened: Round, exclusions: Iterable[Exclusion]
+    connection: Connection, screened: Attempt, exclusions: Iterable[Exclusion]
 ) -> None:
     """Take stored updates out of their round, each with its event."""
     for one in exclusions:

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 
 from fedrounds.types import IncidentKind
 from fedserver.events import event_of
-from fedserver.records import Exclusion, Refusal, Round, StoredUpdate
+from fedserver.records import Attempt, Exclusion, Refusal, StoredUpdate
 from fedserver.settings import ServerSettings
 
 MIN_OTHERS = 3
@@ -80,7 +80,7 @@ Before = Mapping[int, Sequence[StoredUpdate]]
 
 
 def screen(
-    closed: Round,
+    closed: Attempt,
     stored: Sequence[StoredUpdate],
     *,
     before: Before,
@@ -112,7 +112,7 @@ def screen(
     ]
 
 
-def _exclusion(closed: Round, outlier: Outlier) -> Exclusion:
+def _exclusion(closed: Attempt, outlier: Outlier) -> Exclusion:
     """Return the exclusion of an outlier, with the numbers that show it."""
     evidence = {
         "norm": outlier.norm,

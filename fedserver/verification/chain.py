@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from fedserver.ledger import GENESIS, LedgerEntry, entry_digest, read_entry
 from fedserver.phases import OrderState, Phase, RoundEvent
-from fedserver.records import Attempt, Ledger, LedgerRow
+from fedserver.records import AttemptRow, Ledger, LedgerRow
 
 Key = tuple[int, int]
 """A round and an attempt at it."""
@@ -120,7 +120,7 @@ def _rollback_findings(ledger: Ledger) -> Iterator[str]:
 
 
 def _base_findings(
-    ledger: Ledger, entries: Mapping[int, LedgerEntry], finished: Mapping[int, Attempt]
+    ledger: Ledger, entries: Mapping[int, LedgerEntry], finished: Mapping[int, AttemptRow]
 ) -> Iterator[str]:
     """Say which attempt didn't begin with the model that the round before it ended with.
 
@@ -226,7 +226,7 @@ def _settings_findings(ledger: Ledger, entries: Mapping[int, LedgerEntry]) -> It
         yield f"{ledger.run_id}: {what} ({len(numbers)} rounds, from round {numbers[0]} on)"
 
 
-def _differences(entry: LedgerEntry, row: Attempt) -> Iterator[str]:
+def _differences(entry: LedgerEntry, row: AttemptRow) -> Iterator[str]:
     """Say in what the rows of a finished attempt differ from its entry."""
     for what, ours, written in (
         ("the attempt that finished", row.attempt, entry.attempt),

@@ -27,7 +27,7 @@ from fedrounds.types import MODEL_SECTION, EntryKind
 from fedserver.ledger import LedgerEntry, LedgerUpdate
 from fedserver.models.checkpoints import digest_blocks, model_path, state_path
 from fedserver.phases import OrderState
-from fedserver.records import Attempt, HeldState, HeldUpdate, Ledger, Run
+from fedserver.records import AttemptRow, HeldState, HeldUpdate, Ledger, Run
 from fedserver.run_settings import compression_of, recorded_settings, strategy_seed
 from fedserver.store import Store
 from fedserver.updates.payload import update_file
@@ -188,7 +188,7 @@ def known_blobs(
             add(BlobKind.HELD, update.order_id, what, where, update.digest)
     for ledger in ledgers:
         # Entries come first: where a row differs from one, that is found elsewhere.
-        attempts: list[LedgerEntry | Attempt] = [*every_entry(ledger).values(), *ledger.attempts]
+        attempts: list[LedgerEntry | AttemptRow] = [*every_entry(ledger).values(), *ledger.attempts]
         for attempt in attempts:
             if round_number not in (None, attempt.round_number):
                 continue

@@ -24,7 +24,7 @@ from fedserver.models.checkpoints import Checkpoints
 from fedserver.phases import OrderState
 from fedserver.store import Store
 from fedserver.updates.spool import Spool
-from tests.factories import begin_round, end_order, make_update, write_state
+from tests.factories import begin_round, make_update, record_arrival, write_state
 
 NUM_ELEMENTS = 1_000_003
 WEIGHTS = (3, 5, 3, 5)
@@ -54,7 +54,7 @@ for argument in sys.argv[1:]:
     assert torch.get_num_threads() == threads
     store, spool = Store(folder / "federation.sqlite"), Spool(folder / "spool")
     checkpoints = Checkpoints(folder / "models", kinds)
-    collected = store.rounds.latest_round(store.runs.latest_run().run_id)
+    collected = store.rounds.latest_attempt(store.runs.latest_run().run_id)
     updates = []
     for stored in store.orders.stored_updates(collected):
         path = spool.path(stored.update.order_id, stored.update.digest)
@@ -100,7 +100,7 @@ def record_round(folder: Path, arrival: Sequence[int]) -> None:
         with spool.open_stream(update.order_id, update.digest, offset=0) as stream:
             stream.append(memoryview(payload))
             stream.make_durable()
-        assert end_order(store, run, update)[0] is OrderState.STORED
+        assert record_arrival(store, run, update)[0] is OrderState.STORED
     assert [one.client_id for one in store.orders.stored_updates(opened)] == [0, 1, 2, 3]
     store.close()
 
@@ -142,7 +142,7 @@ def test_the_store_hands_updates_out_by_client_however_they_arrived(tmp_path: Pa
         orders = list(opened.orders)
         random.Random(number).shuffle(orders)
         for order in orders:
-            end_order(store, run, make_update(order.order_id, num_examples=order.client_id))
+            record_arrival(store, run, make_update(order.order_id, num_examples=order.client_id))
         seen.add(tuple(one.client_id for one in store.orders.stored_updates(opened)))
         store.close()
     assert seen == {(2, 7, 10, 33, 100)}

@@ -69,7 +69,7 @@ def test_what_a_call_records_is_published_in_its_order(scene: Scene) -> None:
 
 def test_a_call_returns_what_the_stores_method_returns(scene: Scene) -> None:
     """Reads publish nothing."""
-    assert finished(scene.awaited.rounds.latest_round(scene.run.run_id)) == scene.opened
+    assert finished(scene.awaited.rounds.latest_attempt(scene.run.run_id)) == scene.opened
     assert not scene.published
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from fedserver.ledger import GENESIS, LedgerEntry, LedgerUpdate, RollbackEntry, entry_digest
 from fedserver.phases import OrderState, Phase, RoundEvent
-from fedserver.records import Attempt, Ledger, LedgerRow
+from fedserver.records import AttemptRow, Ledger, LedgerRow
 from fedserver.verification.chain import (
     chain_findings,
     every_entry,
@@ -62,9 +62,9 @@ def row_of(entry: LedgerEntry | RollbackEntry, **changes: Any) -> LedgerRow:  # 
     return replace(row, **changes)
 
 
-def attempt_of(entry: LedgerEntry, **changes: Any) -> Attempt:  # noqa: ANN401
+def attempt_of(entry: LedgerEntry, **changes: Any) -> AttemptRow:  # noqa: ANN401
     """Return the attempt that an entry is of, as the tables have it, and `changes`."""
-    attempt = Attempt(
+    attempt = AttemptRow(
         round_number=entry.round_number,
         attempt=entry.attempt,
         phase=Phase.DONE,

@@ -20,7 +20,7 @@ from fedserver.records import ModelEvaluation, Run
 from fedserver.reporting.client_report import client_table, draw_clients
 from fedserver.reporting.tables import draw_curve
 from fedserver.store import Store, read_history
-from tests.factories import end_order, make_event, make_round, make_update
+from tests.factories import make_event, make_round, make_update, record_arrival
 
 shares = st.floats(0, 1)
 
@@ -95,7 +95,7 @@ def play(store: Store, run: Run, number: int) -> None:
             digest=order.order_id,
             metrics={**said.metrics, "personal_accuracy": (1 + accuracy) / 2},
         )
-        end_order(store, run, update)
+        record_arrival(store, run, update)
         updates.append(update)
     store.rounds.close_round(opened, make_event("round-closed", round_number=number))
     summary = summarise_clients(updates, holdout=0.2)

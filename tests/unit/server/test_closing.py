@@ -9,7 +9,7 @@ from fedrounds.strategies.means import Weights, mean_by
 from fedrounds.types import Receipt, RunFailure
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState, Phase
-from fedserver.records import Round
+from fedserver.records import Attempt
 from tests.server_run import ServerRun, serving
 
 
@@ -22,7 +22,7 @@ def never_fits() -> WeightedAggregator:
     return WeightedAggregator(aggregator=mean_by(weigh))
 
 
-async def close_with(server: ServerRun, *client_ids: int) -> tuple[Round, GlobalModel]:
+async def close_with(server: ServerRun, *client_ids: int) -> tuple[Attempt, GlobalModel]:
     """Begin with clients 0, 1 and 2, let these answer, and close the round."""
     current, base = await server.begin(0, 1, 2)
     for client_id in client_ids:

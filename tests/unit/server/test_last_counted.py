@@ -8,7 +8,7 @@ import pytest
 from fedserver.rounds.last_counted import LastCounted
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore, Store
-from tests.factories import begin_round, end_order, make_event, make_update
+from tests.factories import begin_round, make_event, make_update, record_arrival
 
 
 @pytest.mark.parametrize("counts_stored", [False, True])
@@ -20,7 +20,7 @@ def test_a_stored_order_counts_where_nobody_waits_for_the_round(
     try:
         run, opened = begin_round(store, clients=(0, 1))
         order_id = opened.orders[1].order_id
-        end_order(store, run, make_update(order_id))
+        record_arrival(store, run, make_update(order_id))
         last_counted = LastCounted(
             AsyncStore(store, threads=threads, publish=lambda _: None),
             run.run_id,

@@ -9,7 +9,7 @@ from sqlalchemy.engine import Engine
 from fedserver.__main__ import main
 from fedserver.records import ClientEvaluation, ModelEvaluation
 from fedserver.store import Store
-from tests.factories import begin_round, end_order, make_event, make_round, make_update
+from tests.factories import begin_round, make_event, make_round, make_update, record_arrival
 
 ABOUT_CLIENTS = ClientEvaluation(
     accuracy=0.5,
@@ -45,7 +45,7 @@ def make_run(folder: Path, *, num_rounds: int) -> None:
     for number in range(1, num_rounds + 1):
         for order in opened.orders:
             metrics = {"accuracy": 0.5, "loss": 1.25, "global_accuracy": 0.5, "global_loss": 1.0}
-            end_order(store, run, make_update(order.order_id, metrics=metrics))
+            record_arrival(store, run, make_update(order.order_id, metrics=metrics))
         store.rounds.close_round(opened, make_event("round-closed", round_number=number))
         digest = f"{number:064x}"
         following = None

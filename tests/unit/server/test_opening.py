@@ -60,7 +60,7 @@ def test_no_round_opens_while_the_disk_is_low(tmp_path: Path) -> None:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         assert not opening.done()
-        assert server.store.rounds.latest_round(server.run.run_id) is None
+        assert server.store.rounds.latest_attempt(server.run.run_id) is None
         server.disk._min_free_bytes = 0
         await opening
         assert server.kinds_of_events() == ["disk-low", "disk-recovered", "round-opened"]

@@ -9,7 +9,7 @@ from fedserver.clients.sampling import Participation
 from fedserver.phases import OrderEvent
 from fedserver.records import Run
 from fedserver.store import Store
-from tests.factories import end_order, make_event, make_round, make_update
+from tests.factories import make_event, make_round, make_update, record_arrival
 
 
 def play_round(
@@ -22,7 +22,9 @@ def play_round(
         metrics = told[order.client_id]
         if metrics is not None:
             payload = order.order_id.encode()
-            end_order(store, run, make_update(order.order_id, payload=payload, metrics=metrics))
+            record_arrival(
+                store, run, make_update(order.order_id, payload=payload, metrics=metrics)
+            )
     happened = make_event(round_number=number)
     store.rounds.close_round(opened, happened)
     store.rounds.finish_round(opened, model_digest="model", next_round=None, happened=[happened])
@@ -53,9 +55,9 @@ def test_the_round_that_goes_on_counts_and_what_was_refused_is_no_answer(tmp_pat
     opened = make_round(run.run_id, clients=(0, 1, 2))
     store.rounds.open_round(opened, make_event())
     first, second, _ = (order.order_id for order in opened.orders)
-    end_order(store, run, make_update(first, metrics={"loss": float("nan")}))
+    record_arrival(store, run, make_update(first, metrics={"loss": float("nan")}))
     refused = make_update(second, payload=b"bad", metrics={"loss": 9.0})
-    end_order(store, run, refused, OrderEvent.REFUSE, reason="its norm is absurd")
+    record_arrival(store, run, refused, OrderEvent.REFUSE, reason="its norm is absurd")
     nan: Any = pytest.approx(float("nan"), nan_ok=True)
     assert store.orders.participation(run.run_id) == {
         0: Participation(num_asked=1, num_answered=1, loss=nan),

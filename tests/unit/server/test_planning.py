@@ -8,7 +8,7 @@ import pytest
 from fedrounds.strategies.registry import find_strategy
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState
-from fedserver.records import NO_ADJUSTMENTS, Exclusion, Refusal, Round, Run, RunState, Suspension
+from fedserver.records import NO_ADJUSTMENTS, Attempt, Exclusion, Refusal, Run, RunState, Suspension
 from fedserver.rounds.open_orders import OpenOrder, OpenRound
 from fedserver.rounds.planning import (
     Clients,
@@ -87,7 +87,7 @@ def make_open_order(base: GlobalModel, client_id: int, state: OrderState) -> Ope
 
 def plan(
     context: RunContext, base: GlobalModel, clients: Clients, *, round_number: int = 1
-) -> Round | None:
+) -> Attempt | None:
     """Return the first attempt at a round."""
     settings = context.settings
     return plan_round(
@@ -101,7 +101,7 @@ def plan(
     )
 
 
-def asked(planned: Round | None) -> list[int]:
+def asked(planned: Attempt | None) -> list[int]:
     """Return whom a round asks."""
     assert planned is not None
     return [order.client_id for order in planned.orders]

@@ -7,7 +7,7 @@ from typing import Any
 from fedrounds.diagnosis.values import Cause
 from fedrounds.types import Counters, Incident, IncidentKind, RunFailure
 from fedserver.phases import Phase
-from fedserver.records import Round
+from fedserver.records import Attempt
 from fedserver.rounds.rollback import Decision, decide_after, first_model, roll_back
 from tests.factories import make_diagnosis
 from tests.server_run import ServerRun, serving
@@ -34,7 +34,7 @@ async def report(server: ServerRun, *client_ids: int, cause: Cause) -> None:
         )
 
 
-async def finish_round_1(server: ServerRun) -> tuple[Round, Round]:
+async def finish_round_1(server: ServerRun) -> tuple[Attempt, Attempt]:
     """Let round 1 be done; returns it, and round 2 that collects."""
     opened, base = await server.begin(0, 1)
     await server.answer(0)
@@ -45,7 +45,7 @@ async def finish_round_1(server: ServerRun) -> tuple[Round, Round]:
     return done, following
 
 
-async def decide(server: ServerRun, ending: Round, **changes: bool) -> Decision:
+async def decide(server: ServerRun, ending: Attempt, **changes: bool) -> Decision:
     """Return what is decided when this attempt fails."""
     flags = {"is_done": False, "is_base_shared": True} | changes
     return await decide_after(server.context, ending, store=server.recording, **flags)
@@ -104,7 +104,7 @@ def test_clients_that_agree_on_a_bad_base_take_it_back(tmp_path: Path) -> None:
 def test_the_first_model_and_one_taken_back_as_often_as_allowed_stand(tmp_path: Path) -> None:
     """There is none before it; --max-rollbacks says how often a round is repeated."""
 
-    async def blame(server: ServerRun, current: Round) -> bool:
+    async def blame(server: ServerRun, current: Attempt) -> bool:
         await report(server, 0, 1, cause=Cause.RECEIVED_MODEL)
         return (await decide(server, current)).is_base_blamed
 

@@ -12,15 +12,15 @@ from fedrounds.types import IncidentKind, LeaveReason
 from fedserver.__main__ import main
 from fedserver.events import event_of
 from fedserver.phases import OrderEvent
-from fedserver.records import Event, ModelEvaluation, Round
+from fedserver.records import Attempt, Event, ModelEvaluation
 from fedserver.store import Store
 from tests.factories import (
     begin_round,
-    end_order,
     make_diagnosis,
     make_event,
     make_round,
     make_update,
+    record_arrival,
 )
 
 REASON = (
@@ -44,15 +44,15 @@ def state_dir(tmp_path: Path) -> Path:
     opened = make_round(run.run_id, attempt=2, clients=(0, 1, 2, 3))
     store.rounds.open_round(opened, make_event("round-opened", attempt=2))
     good, bad, stalled, late = (one.order_id for one in opened.orders)
-    end_order(store, run, make_update(good, num_examples=123, metrics={"accuracy": 0.8125}))
-    end_order(store, run, make_update(bad), OrderEvent.REFUSE, reason=REASON)
+    record_arrival(store, run, make_update(good, num_examples=123, metrics={"accuracy": 0.8125}))
+    record_arrival(store, run, make_update(bad), OrderEvent.REFUSE, reason=REASON)
     store.orders.abandon_order(
         run.run_id, stalled, _incident(opened, 2, idle_s=61.2345), strikes=True
     )
     disk_low = event_of(IncidentKind.DISK_LOW, opened, is_incident=True, free_bytes=1_000_000)
     store.events.add_events(run.run_id, [disk_low])
     store.rounds.close_round(opened, event_of("round-closed", opened))
-    end_order(store, run, make_update(late), OrderEvent.MISS)
+    record_arrival(store, run, make_update(late), OrderEvent.MISS)
     following = make_round(run.run_id, round_number=2, clients=(0, 3), base_digest="ee" * 32)
     store.rounds.finish_round(
         opened,
@@ -66,7 +66,7 @@ def state_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _incident(of: Round, client_id: int, *, idle_s: float) -> Event:
+def _incident(of: Attempt, client_id: int, *, idle_s: float) -> Event:
     return event_of(
         IncidentKind.CLIENT_STALLED, of, client_id=client_id, is_incident=True, idle_s=idle_s
     )
@@ -126,7 +126,7 @@ def test_history_tells_each_incident_in_words(
     run = store.runs.latest_run()
     assert run is not None
     refused = event_of(
-        *(IncidentKind.UPDATE_REFUSED, store.rounds.latest_round(run.run_id)),
+        *(IncidentKind.UPDATE_REFUSED, store.rounds.latest_attempt(run.run_id)),
         client_id=1,
         is_incident=True,
         reason=REASON,
@@ -152,7 +152,7 @@ def diagnosed(state_dir: Path) -> Path:
     store = Store(state_dir / "federation.sqlite")
     run = store.runs.latest_run()
     assert run is not None
-    current = store.rounds.latest_round(run.run_id)
+    current = store.rounds.latest_attempt(run.run_id)
     stopped = make_diagnosis(cause=Cause.LEARNING_RATE, remedy=Remedy(kind=RemedyKind.NONE))
     for client_id, found in ((3, make_diagnosis()), (0, stopped)):
         happened = event_of(

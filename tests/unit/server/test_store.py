@@ -14,11 +14,11 @@ from fedserver import ledger
 from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState, Phase
 from fedserver.records import (
     Arrival,
+    Attempt,
     Event,
     HeldState,
     ModelEvaluation,
     Refusal,
-    Round,
     Run,
     RunState,
 )
@@ -27,11 +27,11 @@ from fedserver.store import Store, read_history
 from tests.factories import (
     DIGEST,
     begin_round,
-    end_order,
     make_event,
     make_round,
     make_session,
     make_update,
+    record_arrival,
     store_updates,
 )
 
@@ -50,12 +50,12 @@ def store(path: Path) -> Iterator[Store]:
     opened.close()
 
 
-def states_of(store: Store, opened: Round) -> list[OrderState]:
+def states_of(store: Store, opened: Attempt) -> list[OrderState]:
     """Return the states of a round's orders, as the database holds them."""
     return [store.orders.find_order(order.order_id).state for order in opened.orders]
 
 
-def finish(store: Store, run: Run, opened: Round, *, following: Round | None = None) -> None:
+def finish(store: Store, run: Run, opened: Attempt, *, following: Attempt | None = None) -> None:
     """Close the round and finish it with what it has."""
     store.rounds.close_round(opened, make_event("round-closed"))
     happened = [make_event("round-done")]
@@ -82,12 +82,12 @@ def test_an_update_is_recorded_with_its_order(store: Store) -> None:
     """STORE puts the update on record and moves the order; asked again, nothing more happens."""
     run, opened = begin_round(store)
     update = make_update(opened.orders[1].order_id, num_examples=7)
-    assert end_order(store, run, update) == (OrderState.STORED, True)
+    assert record_arrival(store, run, update) == (OrderState.STORED, True)
     assert [one.update for one in store.orders.stored_updates(opened)] == [update]
     record = store.orders.find_order(update.order_id)
     assert (record.state, record.digest, record.client_id) == (OrderState.STORED, update.digest, 1)
     other = make_update(update.order_id, payload=b"other bytes")
-    assert end_order(store, run, other) == (OrderState.STORED, False)
+    assert record_arrival(store, run, other) == (OrderState.STORED, False)
     assert [one.update for one in store.orders.stored_updates(opened)] == [update]
 
 
@@ -95,7 +95,7 @@ def test_a_refused_update_is_kept_with_its_reason(store: Store) -> None:
     """REFUSED is final; metrics that JSON lacks are kept by name, and the history stays JSON."""
     run, opened = begin_round(store)
     bad = make_update(opened.orders[0].order_id, metrics={"loss": float("nan"), "accuracy": 0.5})
-    state, _ = end_order(store, run, bad, OrderEvent.REFUSE, reason="loss is nan")
+    state, _ = record_arrival(store, run, bad, OrderEvent.REFUSE, reason="loss is nan")
     assert state is OrderState.REFUSED
     assert store.orders.find_order(bad.order_id).reason == "loss is nan"
     assert store.orders.stored_updates(opened) == []
@@ -110,10 +110,10 @@ def test_the_spool_keeps_what_a_round_needs_and_what_is_held(store: Store) -> No
     run, opened = begin_round(store, clients=(0, 1, 2, 3))
     good, bad, early, going_on = (one.order_id for one in opened.orders)
     kept = {one: make_update(one).digest for one in (good, bad)}
-    end_order(store, run, make_update(good))
-    end_order(store, run, make_update(bad), OrderEvent.REFUSE, reason="bad", kept_bytes=9)
+    record_arrival(store, run, make_update(good))
+    record_arrival(store, run, make_update(bad), OrderEvent.REFUSE, reason="bad", kept_bytes=9)
     # Refused by its header: there are no bytes of it.
-    end_order(store, run, make_update(early), OrderEvent.REFUSE, reason="bad")
+    record_arrival(store, run, make_update(early), OrderEvent.REFUSE, reason="bad")
     assert store.orders.updates_to_keep(run.run_id, since_round=2) == kept | {going_on: None}
     finish(store, run, opened)
     assert store.orders.updates_to_keep(run.run_id, since_round=1) == kept
@@ -126,14 +126,14 @@ def test_the_spool_keeps_what_a_round_needs_and_what_is_held(store: Store) -> No
 def test_an_update_that_comes_too_late_is_on_record_and_counts_for_nothing(store: Store) -> None:
     """After the close its order is LATE, whatever event comes with it."""
     run, opened = begin_round(store)
-    end_order(store, run, make_update(opened.orders[0].order_id))
+    record_arrival(store, run, make_update(opened.orders[0].order_id))
     store.rounds.close_round(opened, make_event("round-closed"))
     assert states_of(store, opened) == [OrderState.STORED, OrderState.LATE]
     late = make_update(opened.orders[1].order_id)
     store.database.take_recorded()
-    assert end_order(store, run, late) == (OrderState.LATE, True)
+    assert record_arrival(store, run, late) == (OrderState.LATE, True)
     assert [event.kind for event in store.database.take_recorded()] == ["update-late"]
-    assert end_order(store, run, late) == (OrderState.LATE, False)
+    assert record_arrival(store, run, late) == (OrderState.LATE, False)
     assert not store.database.take_recorded()
     assert [one.client_id for one in store.orders.stored_updates(opened)] == [0]
     assert store.orders.find_order(late.order_id).digest == late.digest
@@ -145,8 +145,8 @@ def test_an_abandoned_order_takes_no_update_any_more(store: Store) -> None:
     first, second = (order.order_id for order in opened.orders)
     assert store.orders.abandon_order(run.run_id, first, make_event("client-stalled"))
     assert not store.orders.abandon_order(run.run_id, first, make_event("client-stalled"))
-    assert end_order(store, run, make_update(first))[0] is OrderState.ABANDONED
-    end_order(store, run, make_update(second))
+    assert record_arrival(store, run, make_update(first))[0] is OrderState.ABANDONED
+    record_arrival(store, run, make_update(second))
     assert not store.orders.abandon_order(run.run_id, second, make_event("client-stalled"))
     assert states_of(store, opened) == [OrderState.ABANDONED, OrderState.STORED]
 
@@ -166,7 +166,7 @@ def test_of_two_threads_that_record_one_order_exactly_one_wins(store: Store) -> 
         ) -> None:
             update = make_update(order_id, payload=payload)
             gate.wait()
-            found.append(end_order(store, run, update))
+            found.append(record_arrival(store, run, update))
 
         threads = [threading.Thread(target=record, args=(bytes([one]),)) for one in range(3)]
         for thread in threads:
@@ -186,7 +186,7 @@ def test_an_update_and_the_close_never_both_have_their_way(store: Store) -> None
         store.rounds.open_round(opened, make_event("round-opened"))
         update = make_update(opened.orders[0].order_id)
         threads = [
-            threading.Thread(target=end_order, args=(store, run, update)),
+            threading.Thread(target=record_arrival, args=(store, run, update)),
             threading.Thread(
                 target=store.rounds.close_round, args=(opened, make_event("round-closed"))
             ),
@@ -206,12 +206,12 @@ def test_finishing_records_verdicts_ledger_and_the_next_round_at_once(store: Sto
     store_updates(store, run, first)
     second = make_round(run.run_id, round_number=2, base_digest="ee" * 32)
     finish(store, run, first, following=second)
-    assert store.rounds.latest_round(run.run_id) == second
+    assert store.rounds.latest_attempt(run.run_id) == second
     assert states_of(store, first) == [OrderState.COUNTED] * 2
     assert store.orders.last_counted_orders(run.run_id) == {
         order.client_id: order.order_id for order in first.orders
     }
-    end_order(store, run, make_update(second.orders[0].order_id))
+    record_arrival(store, run, make_update(second.orders[0].order_id))
     finish(store, run, second)
     with store.database.reading() as connection:
         rows = connection.exec_driver_sql(
@@ -228,7 +228,7 @@ def test_finishing_records_verdicts_ledger_and_the_next_round_at_once(store: Sto
     assert [one["client"] for one in first_entry["updates"]] == [0, 1]
     assert [one["client"] for one in second_entry["updates"]] == [0]
     assert first_entry["settings"] == run.settings
-    latest = store.rounds.latest_round(run.run_id)
+    latest = store.rounds.latest_attempt(run.run_id)
     assert latest is not None
     assert (latest.phase, latest.model_digest) == (Phase.DONE, "ee" * 32)
 
@@ -264,7 +264,7 @@ def test_a_failure_amid_finishing_leaves_nothing_half_done(
         next_round=following,
         happened=[make_event("round-done"), make_event("round-opened", round_number=2)],
     )
-    assert store.rounds.latest_round(run.run_id) == following
+    assert store.rounds.latest_attempt(run.run_id) == following
 
 
 def test_a_failure_amid_recording_leaves_the_order_open(store: Store, path: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_failure_amid_recording_leaves_the_order_open(store: Store, path: Path
         refusal=Refusal(reason="bad", evidence={"kind": object()}),
     )
     with pytest.raises(StatementError, match="not JSON serializable"):
-        store.orders.end_order(run.run_id, arrival)
+        store.orders.record_arrival(run.run_id, arrival)
     assert dump(path) == before
 
 
@@ -304,8 +304,10 @@ def test_no_phase_is_entered_twice_or_out_of_turn(store: Store, path: Path) -> N
 def test_a_failed_round_ends_every_order(store: Store) -> None:
     """Open and stored ones are ABANDONED, refused ones stay; nothing of it is aggregated."""
     run, opened = begin_round(store, clients=(0, 1, 2))
-    end_order(store, run, make_update(opened.orders[0].order_id))
-    end_order(store, run, make_update(opened.orders[1].order_id), OrderEvent.REFUSE, reason="bad")
+    record_arrival(store, run, make_update(opened.orders[0].order_id))
+    record_arrival(
+        store, run, make_update(opened.orders[1].order_id), OrderEvent.REFUSE, reason="bad"
+    )
     store.rounds.fail_round(opened, [make_event("round-failed")])
     assert states_of(store, opened) == [
         OrderState.ABANDONED,
@@ -315,7 +317,7 @@ def test_a_failed_round_ends_every_order(store: Store) -> None:
     assert store.orders.stored_updates(opened) == []
     again = make_round(run.run_id, attempt=2, clients=(0, 1, 2))
     store.rounds.open_round(again, make_event("round-opened", attempt=2))
-    assert store.rounds.latest_round(run.run_id) == again
+    assert store.rounds.latest_attempt(run.run_id) == again
 
 
 def test_an_unknown_order_is_not_found(store: Store) -> None:
@@ -324,7 +326,7 @@ def test_an_unknown_order_is_not_found(store: Store) -> None:
     with pytest.raises(NotFound, match="no-such-order"):
         store.orders.find_order("no-such-order")
     with pytest.raises(NotFound, match="no-such-order"):
-        end_order(store, run, make_update("no-such-order"))
+        record_arrival(store, run, make_update("no-such-order"))
     with pytest.raises(NotFound, match="no-such-order"):
         store.orders.abandon_order(run.run_id, "no-such-order", make_event())
 
@@ -370,7 +372,7 @@ def test_the_history_tells_everything_of_a_round(store: Store) -> None:
     """One object an attempt, JSON throughout, with the keys that programs rely on."""
     run, opened = begin_round(store)
     update = make_update(opened.orders[0].order_id, num_examples=7)
-    end_order(store, run, update)
+    record_arrival(store, run, update)
     incident = Event(
         kind="client-stalled",
         at=0.5,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState
-from fedserver.records import Arrival, Order, Refusal, Round, Run, RunState
+from fedserver.records import Arrival, Attempt, Order, Refusal, Run, RunState
 from fedserver.store import Store, read_history
 from fedserver.verification.chain import chain_findings, row_findings
 from tests.factories import begin_round, make_event, make_round, make_update
@@ -21,11 +21,11 @@ class Asynchronous:
 
     store: Store
     run: Run
-    current: Round
+    current: Attempt
 
     def arrive(self, order_id: str, order_event: OrderEvent = OrderEvent.STORE) -> OrderState:
         """Let the update of an order arrive; returns the order's state afterwards."""
-        state, _ = self.store.orders.end_order(
+        state, _ = self.store.orders.record_arrival(
             self.run.run_id,
             Arrival(
                 update=make_update(order_id, payload=order_id.encode()),
@@ -80,7 +80,7 @@ def test_the_newest_of_many_orders_of_one_client_comes_last(asynchronous: Asynch
     for number in range(2, 12):
         again = Order(order_id=zero.replace("-s1", f"-s{number}"), client_id=0)
         store.rounds.add_orders(first, [again])
-    latest = store.rounds.latest_round(run.run_id)
+    latest = store.rounds.latest_attempt(run.run_id)
     assert latest is not None
     numbers = [one.sequence for one in latest.orders if one.client_id == 0]
     assert numbers == list(range(1, 12))
@@ -195,7 +195,7 @@ def test_a_refused_update_is_told_of_the_round_that_it_came_into(
     asynchronous.close()
     asynchronous.go_on(0, 1)
     asynchronous.store.database.take_recorded()
-    state, is_recorded = asynchronous.store.orders.end_order(
+    state, is_recorded = asynchronous.store.orders.record_arrival(
         asynchronous.run.run_id,
         Arrival(
             update=make_update(two),

@@ -14,7 +14,7 @@ from fedrounds.errors import InvalidInput, NotFound, StorageDamaged, WrongSettin
 from fedserver.__main__ import main
 from fedserver.phases import OrderState
 from fedserver.store import Store, read_history, schema
-from tests.factories import begin_round, end_order, make_event, make_update
+from tests.factories import begin_round, make_event, make_update, record_arrival
 
 NOBODY = 65534
 """A user's number that owns no files."""
@@ -43,11 +43,11 @@ def test_everything_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
     writer = Store(path)
     run, opened = begin_round(writer)
     update = make_update(opened.orders[0].order_id)
-    end_order(writer, run, update)
+    record_arrival(writer, run, update)
     for store in (Store(path), Store(path, read_only=True)):
         assert store.runs.latest_run() == run
         assert store.runs.latest_run(number=2) is None
-        latest = store.rounds.latest_round(run.run_id)
+        latest = store.rounds.latest_attempt(run.run_id)
         assert latest is not None
         assert [one.state for one in latest.orders] == [OrderState.STORED, OrderState.OPEN]
         assert [one.update for one in store.orders.stored_updates(opened)] == [update]
@@ -184,7 +184,7 @@ def test_runs_are_numbered_one_after_the_other(tmp_path: Path) -> None:
     assert first.run_id != second.run_id
     assert store.runs.latest_run() == second
     assert store.runs.latest_run(number=1) == first
-    assert store.rounds.latest_round(second.run_id) is None
+    assert store.rounds.latest_attempt(second.run_id) is None
     store.close()
 
 

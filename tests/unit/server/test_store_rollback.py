@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedserver.phases import ForbiddenTransition, OrderState, Phase
-from fedserver.records import Adjustments, ModelEvaluation, Round, Run
+from fedserver.records import Adjustments, Attempt, ModelEvaluation, Run
 from fedserver.store import Store
 from fedserver.verification.chain import (
     chain_findings,
@@ -35,7 +35,7 @@ def store(path: Path) -> Iterator[Store]:
     opened.close()
 
 
-def finish(store: Store, run: Run, opened: Round, model: str, following: Round | None) -> None:
+def finish(store: Store, run: Run, opened: Attempt, model: str, following: Attempt | None) -> None:
     """Let everybody deliver to a round, and finish it."""
     store_updates(store, run, opened)
     store.rounds.close_round(opened, make_event("round-closed", round_number=opened.round_number))
@@ -45,14 +45,14 @@ def finish(store: Store, run: Run, opened: Round, model: str, following: Round |
     store.rounds.finish_round(opened, model_digest=model, next_round=following, happened=happened)
 
 
-def latest(store: Store, run: Run) -> Round:
+def latest(store: Store, run: Run) -> Attempt:
     """Return the attempt from which a run goes on."""
-    found = store.rounds.latest_round(run.run_id)
+    found = store.rounds.latest_attempt(run.run_id)
     assert found is not None
     return found
 
 
-def place(found: Round) -> tuple[int, int, Phase]:
+def place(found: Attempt) -> tuple[int, int, Phase]:
     """Return where an attempt is and how it stands."""
     return found.round_number, found.attempt, found.phase
 
@@ -63,7 +63,7 @@ def findings(store: Store, run: Run) -> list[str]:
     return [*chain_findings(ledger), *row_findings(ledger)]
 
 
-def two_rounds(store: Store) -> tuple[Run, Round, Round, Round]:
+def two_rounds(store: Store) -> tuple[Run, Attempt, Attempt, Attempt]:
     """Begin a run with two rounds done, the third open; returns the run and the rounds."""
     run, first = begin_round(store)
     second = make_round(run.run_id, round_number=2, base_digest=FIRST)
@@ -73,7 +73,7 @@ def two_rounds(store: Store) -> tuple[Run, Round, Round, Round]:
     return run, first, second, third
 
 
-def roll_back(store: Store, run: Run, abandoned: Round | None) -> None:
+def roll_back(store: Store, run: Run, abandoned: Attempt | None) -> None:
     """Take the model of the second round back."""
     bad = store.rounds.regressed_round(run.run_id) or latest(store, run)
     store.rounds.roll_back(
@@ -84,14 +84,14 @@ def roll_back(store: Store, run: Run, abandoned: Round | None) -> None:
     )
 
 
-def alarm(store: Store, second: Round) -> None:
+def alarm(store: Store, second: Attempt) -> None:
     """Record that the second round's model is bad."""
     evaluation = ModelEvaluation(accuracy=0.1, loss=None)
     event = make_event("evaluation-collapsed", round_number=2)
     store.rounds.record_evaluation(second, evaluation, event, regression="non-finite-loss")
 
 
-def repeat(store: Store, run: Run) -> tuple[Round, Round]:
+def repeat(store: Store, run: Run) -> tuple[Attempt, Attempt]:
     """Do the second round again, open the third again, and do it; returns these attempts."""
     again = make_round(run.run_id, round_number=2, attempt=2, base_digest=FIRST)
     store.rounds.open_round(again, make_event("round-opened", round_number=2, attempt=2))

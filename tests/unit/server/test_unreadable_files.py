@@ -6,7 +6,7 @@ import pytest
 
 from fedserver.__main__ import main
 from fedserver.store import Store
-from tests.factories import begin_round, end_order, make_event, make_update
+from tests.factories import begin_round, make_event, make_update, record_arrival
 
 LOOKING = {
     "history": [],
@@ -33,7 +33,7 @@ def state_dir(tmp_path: Path) -> Path:
     store = Store(folder / "federation.sqlite")
     run, opened = begin_round(store)
     for order in opened.orders:
-        end_order(store, run, make_update(order.order_id))
+        record_arrival(store, run, make_update(order.order_id))
     store.rounds.close_round(opened, make_event("round-closed"))
     happened = [make_event("round-done")]
     store.rounds.finish_round(opened, model_digest="00" * 32, next_round=None, happened=happened)

@@ -9,10 +9,10 @@ import pytest
 
 from fedrounds import cli
 from fedrounds.times import iso_time, length_text
-from fedserver.records import Round, Run
+from fedserver.records import Attempt, Run
 from fedserver.reporting.as_json import attempt_json
 from fedserver.store import Store, read_history, run_clock
-from tests.factories import begin_round, end_order, make_event, make_update
+from tests.factories import begin_round, make_event, make_update, record_arrival
 
 THREE_DAYS_S = 259_192.0
 
@@ -33,10 +33,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return added
 
 
-def finish(store: Store, run: Run, opened: Round) -> dict[str, object]:
+def finish(store: Store, run: Run, opened: Attempt) -> dict[str, object]:
     """Let both clients answer, close and finish a round; returns its history."""
     for order in opened.orders:
-        end_order(store, run, make_update(order.order_id))
+        record_arrival(store, run, make_update(order.order_id))
     store.rounds.close_round(opened, make_event("round-closed"))
     happened = [make_event("round-done")]
     store.rounds.finish_round(opened, model_digest="00" * 32, next_round=None, happened=happened)
