@@ -45,9 +45,9 @@ from fedrounds.types import (
 from fedrounds.wire.framing import CHUNK_BYTES, frame_upload, unframe_download
 from fedrounds.wire.limits import examine_limits
 from fedrounds.wire.messages import (
-    directive_of,
     duration_message,
     leave_message,
+    order_end_of,
     progress_message,
     receipt_of,
     registration_message,
@@ -253,7 +253,7 @@ class Connection:
         )
         with _errors_translated(self._proxy):
             answer = self._stub.ReportProgress(request, timeout=_CALL_TIMEOUT_S)
-        return directive_of(answer)
+        return order_end_of(answer)
 
 
 def _open_channel(route: Route) -> grpc.Channel:

@@ -16,7 +16,7 @@ from fedclient.cache import BlobCache
 from fedclient.client_data import ClientData
 from fedclient.devices import find_device
 from fedclient.outbox import Outbox
-from fedclient.progress import OrderAbandoned, ProgressReporter, Stopped
+from fedclient.progress import OrderEnded, ProgressReporter, Stopped
 from fedclient.session import FIRST_PAUSE_S, LONGEST_PAUSE_S, ServerSession
 from fedclient.settings import ClientSettings
 from fedclient.state import ClientState, ClientStates, StateLost
@@ -141,11 +141,11 @@ class OrderWorker:
                     on_sent=lambda count: progress.add(bytes_sent=count),
                 )
                 self._screen.count_sent(order.round_number)
-            except OrderAbandoned as abandoned:
+            except OrderEnded as ended:
                 logger.info(
                     "%s: the server wants no update any more: %s",
                     _order_label(order),
-                    _ORDER_ENDS[abandoned.order_end],
+                    _ORDER_ENDS[ended.order_end],
                 )
             except (TrainingHalted, NothingLearned) as error:
                 # The error that the step raised goes to this client's log only.

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 _INTERVAL_S = 1.0
 
 
-class OrderAbandoned(Exception):
+class OrderEnded(Exception):
     """The server wants no update of this order any more; `order_end` is how the order ended."""
 
     def __init__(self, order_end: OrderEnd) -> None:
@@ -139,13 +139,13 @@ class ProgressReporter:
         """Raise if there is no reason to go on with the order.
 
         Raises:
-            OrderAbandoned: the server wants no update any more.
+            OrderEnded: the server wants no update any more.
             Stopped: somebody asked the process to end.
         """
         if self._stop.is_set():
             raise Stopped
         if self._order_end is not None:
-            raise OrderAbandoned(self._order_end)
+            raise OrderEnded(self._order_end)
 
     def _run(self) -> None:
         while not self._ended.wait(_INTERVAL_S):

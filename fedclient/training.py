@@ -115,7 +115,7 @@ def train_order(
         NothingLearned: there is nothing to send.
         WrongSettings: the task's model isn't the server's, the server aggregates its entries
             otherwise than the task says, or this client doesn't know the order's client algorithm.
-        OrderAbandoned: the server wants no update any more.
+        OrderEnded: the server wants no update any more.
     """
     order, task, state = inputs.order, inputs.task, inputs.state
     model, kinds, global_values = _begin_model(inputs, settings.device)

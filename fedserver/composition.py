@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from fedrounds.types import EntryKind
 from fedserver.api.client_api import ClientApi
-from fedserver.api.downloads import Downloads
 from fedserver.api.uploads import Uploads
+from fedserver.clients.open_orders import OpenOrders
 from fedserver.clients.sessions import Sessions
 from fedserver.events import EventBus
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.housekeeping.retention import Retention
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
+from fedserver.models.downloads import Downloads
 from fedserver.models.evaluation import Evaluations
 from fedserver.preflight import Prepared
 from fedserver.records import Attempt, Run
@@ -25,7 +26,6 @@ from fedserver.rounds.closing import Closer
 from fedserver.rounds.collecting import Collecting, SynchronousCollecting
 from fedserver.rounds.coordinator import Coordinator
 from fedserver.rounds.last_counted import LastCounted
-from fedserver.rounds.open_orders import OpenOrders
 from fedserver.rounds.opening import Opener
 from fedserver.rounds.resuming import resume
 from fedserver.run_context import RunContext
@@ -132,7 +132,7 @@ def compose(
         detects_regressions=is_used,
         store=recording,
         checkpoints=checkpoints,
-        open_orders=open_orders,
+        on_suspect=open_orders.round_changed.notify,
         threads=threads,
     )
     retention = Retention(

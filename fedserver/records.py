@@ -294,6 +294,20 @@ class Suspension:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Participation:
+    """What a client has done in a run so far.
+
+    `num_asked` counts its orders, `num_answered` those it has sent an admitted update for. `loss`
+    is the last one it reported: of the global model on its data, if it is asked for that, else of
+    its last local epoch; None before the first.
+    """
+
+    num_asked: int = 0
+    num_answered: int = 0
+    loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """Something that happened; an incident is an event of something that went wrong.
 

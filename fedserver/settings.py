@@ -20,7 +20,6 @@ from fedrounds.types import (
     ScheduleName,
     TrainingConfig,
 )
-from fedserver.clients.sampling import CohortName
 
 RUN_SETTINGS = (
     "task",
@@ -81,6 +80,7 @@ BEFORE_THEY_WERE_RECORDED: Mapping[str, Any] = {"keep_rounds": "all"}
 _TRAINING = TrainingConfig()
 _SCHEDULE = Schedule()
 
+CohortName = Literal["uniform", "data-size", "round-robin", "power-of-choice", "availability"]
 Kept = Annotated[int, Field(ge=0)] | Literal["all"]
 
 

@@ -124,6 +124,16 @@ class ServerRun:
             self.session_ids[client_id] = await self.register(client_id)
         return await self.go_on()
 
+    async def finish_first_round(self, *client_ids: int) -> tuple[Attempt, Attempt]:
+        """Let round 1 be done with the first client's update; returns it, and round 2."""
+        opened, base = await self.begin(*client_ids)
+        await self.answer(client_ids[0])
+        following, _ = await self.closer.finish(await self.closer.close(opened), base)
+        await self.evaluations.done()
+        done = self.store.rounds.last_done_round(self.run.run_id)
+        assert done is not None
+        return done, following
+
     async def answer(
         self,
         client_id: int,

@@ -39,15 +39,15 @@ from fedrounds.types import (
     Work,
     WorkState,
 )
-from fedserver.api.downloads import Downloads
 from fedserver.api.uploads import Uploads
 from fedserver.clients.departures import leave
+from fedserver.clients.open_orders import OpenOrders
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
 from fedserver.housekeeping.disk import DiskWatch
+from fedserver.models.downloads import Downloads
 from fedserver.phases import OrderState
 from fedserver.records import Event, OrderRecord, Session, json_number
-from fedserver.rounds.open_orders import OpenOrders
 from fedserver.run_context import RunContext
 from fedserver.run_settings import run_compression
 from fedserver.store import AsyncStore

@@ -25,9 +25,9 @@ from fedrounds.wire.limits import examine_limits
 from fedrounds.wire.messages import (
     counters_of,
     digest_of,
-    directive_message,
     incident_of,
     leave_of,
+    order_end_message,
     receipt_message,
     registration_of,
     seconds_of,
@@ -37,7 +37,7 @@ from fedrounds.wire.messages import (
 )
 from fedrounds.wire.pb import federation_pb2 as pb
 from fedserver.api.client_api import ClientApi
-from fedserver.api.flow_control import StreamFence, first_message
+from fedserver.flow_control import StreamFence, first_message
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FederationService"].full_name
 
@@ -105,7 +105,7 @@ class Servicer:
             ],
             gave_up=request.gave_up,
         )
-        return directive_message(order_end)
+        return order_end_message(order_end)
 
     async def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
         """See federation.proto."""

@@ -30,11 +30,11 @@ from fedrounds.types import (
     Receipt,
     UploadAnswer,
 )
-from fedserver.api.flow_control import Slots, StreamFence
+from fedserver.clients.open_orders import OpenOrders, OpenRound
+from fedserver.flow_control import Slots, StreamFence
 from fedserver.housekeeping.retention import evict_updates
 from fedserver.phases import OrderEvent, OrderState
 from fedserver.records import Arrival, Event, OrderRecord, Refusal
-from fedserver.rounds.open_orders import OpenOrders, OpenRound
 from fedserver.run_context import RunContext
 from fedserver.run_settings import compression_of
 from fedserver.runtime import Threads
@@ -188,7 +188,7 @@ class Uploads:
     ) -> None:
         clock, counted = asyncio.get_running_loop().time, stream.offset
         try:
-            async with asyncio.timeout(self._idle_s) as patience:
+            async with asyncio.timeout(self._idle_s) as idle_timeout:
                 async for chunk in chunks:
                     if not chunk:
                         # No progress: a client that sends nothing else gives its slot to others.
@@ -204,7 +204,7 @@ class Uploads:
                     self._open_orders.note_bytes(update.order_id)
                     is_enough = stream.offset - counted >= self._idle_s * _LEAST_BYTES_PER_S
                     if is_enough or not self._slots.are_wanted:
-                        patience.reschedule(clock() + self._idle_s)
+                        idle_timeout.reschedule(clock() + self._idle_s)
                         counted = stream.offset
         except TimeoutError:
             what = "nothing" if stream.offset == counted else "too little"

@@ -1,1 +1,1 @@
-"""Who is there, and who may be asked."""
+"""Clients: who is there, who is asked, what they work on, who has stalled or left."""

@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping
 
 from fedrounds.failpoints import FailPoint, failpoint
 from fedrounds.types import IncidentKind, Leave, LeaveReason
+from fedserver.clients.open_orders import OpenOrder, OpenOrders
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
 from fedserver.records import Session
-from fedserver.rounds.open_orders import OpenOrder, OpenOrders
 from fedserver.store import AsyncStore
 
 
@@ -46,7 +46,9 @@ async def leave(
     ended = [order for order in orders if order not in awaited]
     fields = {"reason": request.reason, **({"coming_back": True} if request.coming_back else {})}
     for order in ended:
-        await end_order(order, fields, run_id=run_id, open_orders=open_orders, store=store)
+        await abandon_for_departure(
+            order, fields, run_id=run_id, open_orders=open_orders, store=store
+        )
     others = sorted(leaving - {order.order.client_id for order in ended})
     if others:
         left = event_of(
@@ -63,7 +65,7 @@ async def leave(
     await _take_out(gone, run_id=run_id, sessions=sessions, store=store)
 
 
-async def end_order(
+async def abandon_for_departure(
     order: OpenOrder,
     fields: Mapping[str, object],
     *,
@@ -98,7 +100,7 @@ async def stop_expecting(
     """End an order whose client is expected back, and isn't back after `away_s` seconds."""
     await _take_out({order.order.client_id}, run_id=run_id, sessions=sessions, store=store)
     fields = {"reason": "did not come back", "away_s": away_s}
-    await end_order(order, fields, run_id=run_id, open_orders=open_orders, store=store)
+    await abandon_for_departure(order, fields, run_id=run_id, open_orders=open_orders, store=store)
 
 
 async def _take_out(

@@ -5,25 +5,12 @@ import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from fedrounds.seeds import derive_seed
+from fedserver.records import Participation
+from fedserver.settings import CohortName
 
-CohortName = Literal["uniform", "data-size", "round-robin", "power-of-choice", "availability"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Participation:
-    """What a client has done in a run so far.
-
-    `num_asked` counts its orders, `num_answered` those it has sent an admitted update for. `loss`
-    is the last one it reported: of the global model on its data, if it is asked for that, else of
-    its last local epoch; None before the first.
-    """
-
-    num_asked: int = 0
-    num_answered: int = 0
-    loss: float | None = None
+_NO_PAST = Participation()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +19,7 @@ class Candidate:
 
     client_id: int
     num_examples: int = 1
-    past: Participation = Participation()
+    past: Participation = _NO_PAST
 
 
 def cohort_seed(seed: int, *, round_number: int, attempt: int) -> int:

@@ -13,9 +13,9 @@ from typing import Any
 from fedrounds.errors import FederationError, OutOfFiles, OutOfSpace
 from fedrounds.escaping import printable
 from fedrounds.types import IncidentKind
+from fedserver.clients.open_orders import OpenOrders
 from fedserver.events import EventBus, event_of
 from fedserver.records import Event
-from fedserver.rounds.open_orders import OpenOrders
 from fedserver.store import AsyncStore
 
 logger = logging.getLogger(__name__)

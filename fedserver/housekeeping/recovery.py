@@ -5,10 +5,10 @@ from pathlib import Path
 
 from fedrounds.tensors.codec import digest_file
 from fedrounds.types import IncidentKind
+from fedserver.clients.open_orders import OpenOrders
 from fedserver.events import event_of
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.records import StoredUpdate
-from fedserver.rounds.open_orders import OpenOrders
 from fedserver.store import AsyncStore
 from fedserver.updates.spool import Spool
 

@@ -1,10 +1,10 @@
 """What finished rounds leave behind, and for how long it is kept."""
 
-from fedserver.api.downloads import Downloads
+from fedserver.clients.open_orders import OpenOrders
 from fedserver.events import event_of
 from fedserver.models.checkpoints import Checkpoints
+from fedserver.models.downloads import Downloads
 from fedserver.records import HeldState
-from fedserver.rounds.open_orders import OpenOrders
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore

@@ -1,1 +1,1 @@
-"""Global models: made, kept, judged."""
+"""Global models: made, kept, sent, judged."""

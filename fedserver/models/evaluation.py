@@ -3,7 +3,7 @@
 import asyncio
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ from fedrounds.data import make_loader
 from fedrounds.errors import InvalidInput
 from fedrounds.failpoints import FailPoint, failpoint
 from fedrounds.plugins import naming_task_errors
-from fedrounds.tasks.models import initialise
-from fedrounds.tasks.task import Task, build_model, inspect_examples
+from fedrounds.tasks.task import Task, inspect_examples
 from fedrounds.tensors.codec import load_state_into
 from fedrounds.training.evaluation import Batches, Evaluation, evaluate
 from fedrounds.training.trial import keeping_random_streams
@@ -25,7 +24,6 @@ from fedserver.models.checkpoints import Checkpoints
 from fedserver.models.regression import detect_regression
 from fedserver.phases import Phase
 from fedserver.records import Attempt, ModelEvaluation
-from fedserver.rounds.open_orders import OpenOrders
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
 
@@ -125,14 +123,15 @@ class Evaluations:
         detects_regressions: bool,
         store: AsyncStore,
         checkpoints: Checkpoints,
-        open_orders: OpenOrders,
+        on_suspect: Callable[[], None],
         threads: Threads,
     ) -> None:
+        """`on_suspect` is called when an evaluation has shown that a model may be bad."""
         self._max_rollbacks = max_rollbacks
         self._detects_regressions = detects_regressions
         self._store = store
         self._checkpoints = checkpoints
-        self._open_orders = open_orders
+        self._on_suspect = on_suspect
         self._threads = threads
         self._evaluator = evaluator
         self._evaluating: asyncio.Task[None] | None = None
@@ -209,7 +208,7 @@ class Evaluations:
         if regression is not None:
             failpoint(FailPoint.ALARM_RECORDED)
             self.suspect_model()
-            self._open_orders.round_changed.notify()
+            self._on_suspect()
 
 
 def _as_recorded(measured: Evaluation) -> ModelEvaluation:
@@ -243,16 +242,3 @@ def class_accuracies(confusion: torch.Tensor) -> list[float | None]:
         int(row[number]) / int(row.sum()) if row.any() else None
         for number, row in enumerate(confusion)
     ]
-
-
-def initial_state(task: Task, *, seed: int, init: str = "default") -> dict[str, torch.Tensor]:
-    """Return the weights a run begins with, a function of the task, `seed` and `init`.
-
-    `init` is a name in fedrounds.tasks.models.INITIALISATIONS; "default" leaves the weights to the
-    task.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_model(task)
-        initialise(model, init)
-        return model.state_dict()

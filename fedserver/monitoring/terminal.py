@@ -18,11 +18,11 @@ from rich.text import Text
 from fedrounds.cli import stderr_console
 from fedrounds.times import length_text
 from fedrounds.types import IncidentKind
+from fedserver.clients.open_orders import OpenOrder, OpenOrders
 from fedserver.events import EventBus, log_event
 from fedserver.phases import OrderState
 from fedserver.records import Event, ModelEvaluation
 from fedserver.reporting.round_report import incident_text
-from fedserver.rounds.open_orders import OpenOrder, OpenOrders
 
 _NUM_CLIENTS_SHOWN = 20
 _NUM_INCIDENTS_SHOWN = 5

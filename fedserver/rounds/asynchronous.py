@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedrounds.types import WorkOrder
+from fedserver.clients.open_orders import OpenOrders, OpenRound
 from fedserver.clients.sessions import Sessions
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.models.checkpoints import Checkpoints
@@ -15,7 +16,6 @@ from fedserver.phases import OrderState, RoundEvent, due_of_buffer
 from fedserver.records import Attempt, Exclusion, StoredUpdate
 from fedserver.rounds.collecting import Due, too_few_updates
 from fedserver.rounds.last_counted import LastCounted
-from fedserver.rounds.open_orders import OpenOrders, OpenRound
 from fedserver.rounds.opening import clients_now, read_participation
 from fedserver.rounds.planning import admission_limits, idle_clients, plan_more, work_orders
 from fedserver.run_context import RunContext

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from fedrounds.failpoints import FailPoint, failpoint
 from fedrounds.strategies.components import UnfitCohort
 from fedrounds.types import IncidentKind, RunFailure
+from fedserver.clients.open_orders import OpenOrders
 from fedserver.events import event_of
 from fedserver.housekeeping.retention import Retention
 from fedserver.models.aggregation import reduce_updates
@@ -21,10 +22,9 @@ from fedserver.models.client_metrics import client_evaluation_events, summarise_
 from fedserver.models.evaluation import Evaluations
 from fedserver.records import Adjustments, Attempt, Event, Exclusion, StoredUpdate
 from fedserver.rounds.collecting import Collecting, verdict_text
-from fedserver.rounds.open_orders import OpenOrders
+from fedserver.rounds.deciding import decide_after
 from fedserver.rounds.opening import Opener, opened_event
 from fedserver.rounds.planning import stale_before, suspensions_after
-from fedserver.rounds.rollback import decide_after
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
@@ -137,7 +137,7 @@ class Closer:
         await self._collecting.note_finished(counted, exclusions)
         if following is not None:
             # Clients train while the rest is done.
-            await self._opener.hand_out(following, model)
+            await self._opener.publish(following, model)
         await self._retention.drop_updates(done_round=closed.round_number)
         await self._evaluations.start(closed, model.digest)
         await self._retention.drop_models(done_round=closed.round_number)

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedrounds.types import RunFailure, WorkOrder
+from fedserver.clients.open_orders import OpenOrder, OpenOrders, OpenRound
 from fedserver.clients.sessions import Sessions
+from fedserver.clients.stalls import give_up_orders
 from fedserver.models.evaluation import Evaluations
 from fedserver.numbers import numbers_text
 from fedserver.phases import OrderState, RoundEvent, due_event, shortfall
 from fedserver.records import Attempt, Exclusion, StoredUpdate
 from fedserver.rounds.last_counted import LastCounted
-from fedserver.rounds.open_orders import OpenOrder, OpenOrders, OpenRound
 from fedserver.rounds.planning import updates_needed
-from fedserver.rounds.stalls import give_up_orders
 from fedserver.run_context import RunContext
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
@@ -67,7 +67,7 @@ class Collecting(Protocol):
 
 
 class SynchronousCollecting:
-    """A round asks its cohort once, and waits until enough have answered or the rest is late."""
+    """A round asks its cohort once, and waits until enough answer or the rest has stalled."""
 
     carries_over = False
 
@@ -141,7 +141,7 @@ async def wait_until_due(
     store: AsyncStore,
     tick_s: float,
 ) -> Due | None:
-    """Wait until a round has to close or to fail, and give up late orders meanwhile.
+    """Wait until a round has to close or to fail, and give up stalled orders meanwhile.
 
     Returns None as soon as the model that the round began with may be bad.
     """

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from fedrounds.errors import OutOfSpace, RunFailed
 from fedrounds.files import unusable
+from fedserver.clients.open_orders import OpenOrders
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
 from fedserver.housekeeping.disk import DiskWatch
@@ -26,7 +27,6 @@ from fedserver.records import Attempt, RunState
 from fedserver.rounds.closing import Closer, latest_attempt
 from fedserver.rounds.collecting import Collecting, wait_until_due
 from fedserver.rounds.last_counted import LastCounted
-from fedserver.rounds.open_orders import OpenOrders
 from fedserver.rounds.opening import Opener
 from fedserver.rounds.rollback import roll_back
 from fedserver.run_context import RunContext
@@ -60,7 +60,7 @@ class Coordinator:
     ) -> None:
         """`resume` returns the attempt with which the run goes on; see fedserver.rounds.resuming.
 
-        Every `tick_s` seconds late orders are given up, and what the disk refused is tried again.
+        Every `tick_s` seconds it gives stalled orders up, and tries again what the disk refused.
         """
         self._context = context
         self._resume = resume

@@ -5,18 +5,18 @@ from collections.abc import Mapping
 
 from fedrounds.failpoints import FailPoint, failpoint
 from fedrounds.tasks.task import Task
-from fedserver.api.downloads import Downloads
-from fedserver.clients.sampling import Participation
+from fedserver.clients.open_orders import OpenOrders
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
+from fedserver.models.downloads import Downloads
+from fedserver.models.first_model import first_model
 from fedserver.numbers import numbers_text
 from fedserver.phases import Phase
-from fedserver.records import Adjustments, Attempt, Event, Suspension
+from fedserver.records import Adjustments, Attempt, Event, Participation, Suspension
 from fedserver.rounds.collecting import Collecting
 from fedserver.rounds.last_counted import LastCounted
-from fedserver.rounds.open_orders import OpenOrders
 from fedserver.rounds.planning import (
     Clients,
     admission_limits,
@@ -25,7 +25,6 @@ from fedserver.rounds.planning import (
     stale_before,
     work_orders,
 )
-from fedserver.rounds.rollback import first_model
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.settings import ServerSettings
@@ -116,7 +115,7 @@ class Opener:
             stale_before=stale_before(self._context.settings, round_number),
         )
         failpoint(FailPoint.ROUND_OPENED)
-        await self.hand_out(planned, base)
+        await self.publish(planned, base)
         return planned
 
     async def plan(
@@ -151,7 +150,7 @@ class Opener:
             max_at_work=self._collecting.max_at_work,
         )
 
-    async def hand_out(self, opened: Attempt, base: GlobalModel) -> None:
+    async def publish(self, opened: Attempt, base: GlobalModel) -> None:
         """Give the orders of a round that is recorded to those who ask.
 
         Raises:
@@ -162,7 +161,7 @@ class Opener:
         carried_over = await self._collecting.carried_over(opened)
         # Before parked clients are woken: they ask for the model at once.
         self._downloads.publish(base.digest)
-        self._open_orders.open_round(
+        self._open_orders.start_round(
             opened,
             base=base,
             limits=admission_limits(settings, opened, strategy=strategy),

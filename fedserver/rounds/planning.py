@@ -8,22 +8,21 @@ from dataclasses import dataclass, replace
 from fedrounds.seeds import derive_seed
 from fedrounds.strategies.components import ClientAlgorithm, Strategy
 from fedrounds.types import CONTROL_SECTION, MODEL_SECTION, Section, WorkOrder
+from fedserver.clients.open_orders import OpenOrder
 from fedserver.clients.sampling import (
     RESTS_ON_THE_PAST,
     Candidate,
-    Participation,
     choose_cohort,
     cohort_seed,
 )
-from fedserver.clients.suspension import after_exclusion, eligible_clients
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState, Phase
-from fedserver.records import Adjustments, Attempt, Exclusion, Order, Suspension
+from fedserver.records import Adjustments, Attempt, Exclusion, Order, Participation, Suspension
 from fedserver.rounds.adjustments import adjusted
-from fedserver.rounds.open_orders import OpenOrder
 from fedserver.run_context import RunContext
 from fedserver.run_settings import run_compression
 from fedserver.settings import ServerSettings
+from fedserver.suspension import after_exclusion, eligible_clients
 from fedserver.updates.admission import AdmissionLimits
 
 
@@ -79,8 +78,10 @@ def plan_round(
         seed=cohort_seed(settings.seed, round_number=round_number, attempt=attempt),
     )
     if settings.straggler_work == "none":
-        late = draw_stragglers(cohort, settings, round_number=round_number, attempt=attempt)
-        cohort = tuple(client_id for client_id in cohort if client_id not in late) or cohort[:1]
+        stragglers = draw_stragglers(cohort, settings, round_number=round_number, attempt=attempt)
+        cohort = (
+            tuple(client_id for client_id in cohort if client_id not in stragglers) or cohort[:1]
+        )
     return Attempt(
         run_id=run_id,
         round_number=round_number,

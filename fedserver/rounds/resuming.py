@@ -7,12 +7,12 @@ from fedserver.housekeeping.recovery import damaged_updates
 from fedserver.housekeeping.retention import Retention
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.models.evaluation import Evaluations
+from fedserver.models.first_model import first_model
 from fedserver.phases import Phase
 from fedserver.records import NO_ADJUSTMENTS, Attempt
 from fedserver.rounds.closing import Closer
 from fedserver.rounds.last_counted import LastCounted
 from fedserver.rounds.opening import Opener
-from fedserver.rounds.rollback import first_model
 from fedserver.run_context import RunContext
 from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
@@ -73,7 +73,7 @@ async def resume(
         assert done.model_digest is not None
         await evaluations.start(done, done.model_digest)
     if latest.phase is Phase.COLLECTING:
-        await opener.hand_out(latest, base)
+        await opener.publish(latest, base)
     return latest, base
 
 

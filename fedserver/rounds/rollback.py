@@ -1,113 +1,17 @@
-"""What is decided when an attempt has ended: the next attempt's adjustments, and the way back.
+"""The way back from a bad model: its round is repeated from the model before it.
 
-The rules are in fedserver.rounds.adjustments and fedserver.models.regression; here they meet the
-store. A model is taken back because its evaluation says so, or because clients agree that it
-was bad when it came.
+A model is bad by its evaluation (fedserver.models.regression), or because the clients that it was
+sent to agree on that (fedserver.rounds.deciding).
 """
 
-from dataclasses import dataclass
-
-from fedrounds.diagnosis.as_json import read_diagnosis
-from fedrounds.diagnosis.values import Cause
 from fedrounds.failpoints import FailPoint, failpoint
-from fedrounds.seeds import derive_seed
-from fedrounds.tasks.task import Task
 from fedrounds.types import IncidentKind
+from fedserver.clients.open_orders import OpenOrders
 from fedserver.events import event_of
-from fedserver.models.checkpoints import Checkpoints, GlobalModel
-from fedserver.models.evaluation import initial_state, may_be_repeated
 from fedserver.phases import Phase
-from fedserver.records import Adjustments, Attempt, Event
-from fedserver.rounds.adjustments import adjustment_text, after_attempt, after_bad_model
-from fedserver.rounds.open_orders import OpenOrders
-from fedserver.run_context import RunContext
-from fedserver.runtime import Threads
-from fedserver.settings import ServerSettings
+from fedserver.records import Attempt
+from fedserver.rounds.adjustments import adjustment_text, after_bad_model
 from fedserver.store import AsyncStore
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What is decided when an attempt has ended: the adjustments after it, and the events.
-
-    `is_base_blamed` says that its clients agree on the model they were sent being bad.
-    """
-
-    adjustments: Adjustments
-    events: list[Event]
-    is_base_blamed: bool = False
-
-
-async def decide_after(
-    context: RunContext,
-    ending: Attempt,
-    *,
-    store: AsyncStore,
-    is_done: bool,
-    is_base_shared: bool,
-    is_model_bad: bool = False,
-) -> Decision:
-    """Return what to do after an attempt, by the diagnoses that its clients have reported.
-
-    `is_base_shared` says that all of its clients were sent the same model, `is_model_bad` that it
-    failed because its aggregate isn't finite.
-    """
-    settings = context.settings
-    diagnosed, updating = await store.events.answers(ending)
-    reports = [(client_id, read_diagnosis(fields)) for client_id, fields in diagnosed]
-    after, shared = after_attempt(
-        ending.adjustments,
-        reports,
-        round_number=ending.round_number,
-        is_done=is_done,
-        num_answers=len(updating | {client_id for client_id, _ in reports}),
-        max_steps=settings.max_adjustments,
-    )
-    before = await store.rounds.last_done_round(ending.run_id)
-    phases = await store.rounds.phases_of(ending.run_id, ending.round_number)
-    is_base_blamed = (
-        not is_done
-        and Cause.RECEIVED_MODEL in {shared_cause.cause for shared_cause in shared}
-        and is_base_shared
-        # One step back is all there is: older models may be gone.
-        and Phase.ROLLED_BACK not in phases
-        and before is not None
-        and await may_be_repeated(before, store=store, max_rollbacks=settings.max_rollbacks)
-    )
-    events = [
-        event_of(
-            IncidentKind.CAUSE_SHARED,
-            ending,
-            is_incident=True,
-            cause=str(shared_cause.cause),
-            clients=list(shared_cause.clients),
-            answers=shared_cause.num_answers,
-            change=(
-                "the model is taken back, its round repeated"
-                if shared_cause.cause is Cause.RECEIVED_MODEL and is_base_blamed
-                else shared_cause.change
-            ),
-        )
-        for shared_cause in shared
-    ]
-    if is_model_bad:
-        after = after_bad_model(after, max_steps=settings.max_adjustments)
-    return Decision(adjustments=after, events=events, is_base_blamed=is_base_blamed)
-
-
-async def first_model(
-    task: Task,
-    settings: ServerSettings,
-    *,
-    num_redraws: int,
-    checkpoints: Checkpoints,
-    threads: Threads,
-) -> GlobalModel:
-    """Return the model that a run begins with, after `num_redraws` further draws."""
-    # The first draw's seed is as it was before there were others.
-    seed = derive_seed(settings.seed, "init", attempt=num_redraws)
-    state_dict = await threads.on_disk(initial_state, task, seed=seed, init=settings.init)
-    return await threads.on_disk(checkpoints.save_initial, state_dict)
 
 
 async def roll_back(

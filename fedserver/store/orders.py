@@ -7,7 +7,6 @@ from dataclasses import asdict
 from sqlalchemy import Connection, func, insert, select
 
 from fedrounds.types import OrderEnd
-from fedserver.clients.sampling import Participation
 from fedserver.events import update_event
 from fedserver.phases import OrderEvent, OrderState, Phase
 from fedserver.records import (
@@ -16,6 +15,7 @@ from fedserver.records import (
     Event,
     HeldState,
     OrderRecord,
+    Participation,
     StoredUpdate,
     json_number,
 )

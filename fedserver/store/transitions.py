@@ -19,7 +19,6 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from fedrounds.errors import NotFound
 from fedrounds.types import IncidentKind, OrderEnd
-from fedserver.clients.suspension import after_exclusion, after_strike
 from fedserver.phases import (
     OrderEvent,
     OrderState,
@@ -40,6 +39,7 @@ from fedserver.store import schema
 from fedserver.store.database import RECORDED
 from fedserver.store.rows import read_suspension
 from fedserver.store.run_clock import read_clock
+from fedserver.suspension import after_exclusion, after_strike
 
 # Made once: putting a statement together takes longer than running it.
 _FIND_ORDER = (
@@ -219,7 +219,7 @@ def suspend_client(
 ) -> Event:
     """Suspend a client for an event; returns the event with the round the client comes back in.
 
-    For how long: see fedserver.clients.suspension. `is_strike` is False after an exclusion.
+    For how long: see fedserver.suspension. `is_strike` is False after an exclusion.
     """
     table = schema.standings
     row = connection.execute(

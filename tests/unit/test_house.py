@@ -80,7 +80,6 @@ def outside(*folders: str) -> list[str]:
 
 
 OURS = ("fedrounds", "fedserver", "fedclient")
-DOWNLOADS = "fedserver.api.downloads"
 
 
 def test_the_two_sides_never_import_each_other_nor_fedrounds_them() -> None:
@@ -162,7 +161,43 @@ def test_only_the_composition_root_knows_the_api_and_the_round_loop() -> None:
     rest = outside(*roots, "fedserver/api/", "fedserver/rounds/")
     assert breaches(rest, "fedserver.api.service", "fedserver.rounds.coordinator") == []
     assert breaches(under("fedserver/api/"), "fedserver.rounds.coordinator") == []
-    assert breaches(under("fedserver/rounds/"), "fedserver.api", but=(DOWNLOADS,)) == []
+    assert breaches(under("fedserver/api/"), "fedserver.rounds") == []
+    assert breaches(under("fedserver/rounds/"), "fedserver.api") == []
+
+
+LAYERS = (
+    ("store", "updates"),
+    ("models",),
+    ("clients",),
+    ("housekeeping",),
+    ("rounds", "api"),
+    ("reporting", "verification"),
+    ("commands", "monitoring"),
+)
+"""The server's packages, the lowest layer first."""
+
+ROOTS = tuple(f"fedserver/{name}.py" for name in ("__main__", "server", "composition", "preflight"))
+
+
+def test_the_servers_packages_are_layers() -> None:
+    """A package imports only packages of lower layers; the modules beside them import none.
+
+    The exceptions are the command, and the modules that examine and build everything.
+    """
+    packages = {name for layer in LAYERS for name in layer}
+    assert packages == {path.parent.name for path in (ROOT / "fedserver").glob("*/__init__.py")}
+    lower: set[str] = set()
+    modules = [name for name in under("fedserver/") if name.count("/") == 1]
+    allowed = {name: lower for name in modules if name not in ROOTS}
+    for layer in LAYERS:
+        for package in layer:
+            allowed |= {name: lower | {package} for name in under(f"fedserver/{package}/")}
+        lower = lower | set(layer)
+    assert [
+        breach
+        for name, known in allowed.items()
+        for breach in breaches([name], *(f"fedserver.{package}" for package in packages - known))
+    ] == []
 
 
 def test_the_lines_above_are_drawn_where_something_is() -> None:

@@ -522,7 +522,7 @@ def incident_of(message: pb.Incident) -> Incident:
     )
 
 
-def directive_message(order_end: OrderEnd | None) -> pb.ReportProgressResponse:
+def order_end_message(order_end: OrderEnd | None) -> pb.ReportProgressResponse:
     """Return the answer to a report: go on with the order, or how it has ended."""
     if order_end is None:
         return pb.ReportProgressResponse(directive=pb.DIRECTIVE_CONTINUE)
@@ -531,7 +531,7 @@ def directive_message(order_end: OrderEnd | None) -> pb.ReportProgressResponse:
     )
 
 
-def directive_of(message: pb.ReportProgressResponse) -> OrderEnd | None:
+def order_end_of(message: pb.ReportProgressResponse) -> OrderEnd | None:
     """Return how the order has ended by the answer to a report; None: it goes on."""
     if message.directive == pb.DIRECTIVE_CONTINUE:
         return None

@@ -11,8 +11,8 @@ import torch
 from fedrounds.errors import NotFound, ServerUnreachable
 from fedrounds.types import EntryKind
 from fedrounds.wire.framing import unframe_download
-from fedserver.api.downloads import Downloads
 from fedserver.models.checkpoints import Checkpoints
+from fedserver.models.downloads import Downloads
 from fedserver.runtime import Threads
 
 P = ParamSpec("P")

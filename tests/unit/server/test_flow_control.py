@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from fedrounds.errors import ServerUnreachable, StreamFenced
-from fedserver.api import flow_control
-from fedserver.api.flow_control import Slots, StreamFence, first_message
+from fedserver import flow_control
+from fedserver.flow_control import Slots, StreamFence, first_message
 
 
 def test_slots_are_given_in_the_order_of_coming() -> None:

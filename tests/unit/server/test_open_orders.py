@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fedrounds.types import Counters, EntryKind
+from fedserver.clients.open_orders import OpenOrder, OpenOrders
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.phases import OrderState
-from fedserver.rounds.open_orders import OpenOrder, OpenOrders
 from tests.factories import make_limits, make_order, make_round
 
 
@@ -36,7 +36,7 @@ def open_orders(clock: Clock, tmp_path: Path) -> OpenOrders:
     opened = make_round()
     base = Checkpoints(tmp_path, {"w": EntryKind.PARAMETER}).save_initial({"w": torch.zeros(1)})
     open_orders = OpenOrders(clock)
-    open_orders.open_round(
+    open_orders.start_round(
         opened,
         base=base,
         limits=make_limits(),
@@ -213,7 +213,7 @@ def test_a_round_resumed_keeps_the_ends_of_its_orders(open_orders: OpenOrders) -
     stored = replace(resumed.orders[0], state=OrderState.STORED)
     resumed = replace(resumed, orders=(stored, resumed.orders[1]))
     assert open_orders.current is not None
-    open_orders.open_round(
+    open_orders.start_round(
         resumed,
         base=open_orders.current.base,
         limits=open_orders.current.limits,
@@ -247,7 +247,7 @@ def test_orders_carried_over_go_on_with_what_they_began_with(open_orders: OpenOr
     assert open_orders.states() == [OrderState.OPEN]
     second = make_round(round_number=2, clients=(0,), base_digest="cd" * 32)
     (order,) = second.orders
-    open_orders.open_round(
+    open_orders.start_round(
         second,
         base=first.base,
         limits=make_limits(max_num_examples=5),

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from fedserver.clients.sampling import Participation
 from fedserver.phases import OrderEvent
-from fedserver.records import Run
+from fedserver.records import Participation, Run
 from fedserver.store import Store
 from tests.factories import make_event, make_round, make_update, record_arrival
 

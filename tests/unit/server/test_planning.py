@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fedrounds.strategies.registry import find_strategy
+from fedserver.clients.open_orders import OpenOrder, OpenRound
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState
 from fedserver.records import NO_ADJUSTMENTS, Attempt, Exclusion, Refusal, Run, RunState, Suspension
-from fedserver.rounds.open_orders import OpenOrder, OpenRound
 from fedserver.rounds.planning import (
     Clients,
     draw_stragglers,

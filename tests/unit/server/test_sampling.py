@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedserver.clients.sampling import Candidate, CohortName, Participation, choose_cohort
+from fedserver.clients.sampling import Candidate, choose_cohort
+from fedserver.records import Participation
+from fedserver.settings import CohortName
 
 COHORTS: Sequence[CohortName] = get_args(CohortName)
 

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedserver.clients.suspension import (
+from fedserver.records import Suspension
+from fedserver.suspension import (
     MAX_SPAN,
     after_exclusion,
     after_strike,
     eligible_clients,
 )
-from fedserver.records import Suspension
 
 
 def make_suspension(client_id: int, suspended_until: int) -> Suspension:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fedrounds.diagnosis.as_json import diagnosis_fields
 from fedrounds.types import Counters, EntryKind
+from fedserver.clients.open_orders import OpenOrders
 from fedserver.history import AttemptResult
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.models.client_metrics import client_evaluation_events, summarise_clients
@@ -17,7 +18,6 @@ from fedserver.monitoring.terminal import LiveView
 from fedserver.phases import OrderState, Phase
 from fedserver.records import Event, ModelEvaluation
 from fedserver.reporting.tables import draw_curve
-from fedserver.rounds.open_orders import OpenOrders
 from tests.factories import (
     make_diagnosis,
     make_event,
@@ -38,7 +38,7 @@ def open_orders(tmp_path: Path) -> OpenOrders:
     opened = make_round()
     base = Checkpoints(tmp_path, {"w": EntryKind.PARAMETER}).save_initial({"w": torch.zeros(1)})
     open_orders = OpenOrders()
-    open_orders.open_round(
+    open_orders.start_round(
         opened,
         base=base,
         limits=make_limits(),

@@ -31,12 +31,12 @@ from fedrounds.types import (
 from fedrounds.wire.messages import (
     REPORTED_KINDS,
     counters_of,
-    directive_message,
-    directive_of,
     duration_message,
     incident_of,
     leave_message,
     leave_of,
+    order_end_message,
+    order_end_of,
     order_message,
     order_of,
     progress_message,
@@ -299,9 +299,9 @@ def test_a_diagnosis_belongs_to_the_kind_that_has_one() -> None:
 def test_the_answer_to_a_report_says_whether_the_order_goes_on() -> None:
     """None is to go on; an end of a later version is one that isn't known."""
     for end in (None, *OrderEnd):
-        assert directive_of(directive_message(end)) is end
+        assert order_end_of(order_end_message(end)) is end
     later = pb.ReportProgressResponse(directive=pb.DIRECTIVE_ABANDON, order_end=UNKNOWN)  # type: ignore[arg-type]
-    assert directive_of(later) is OrderEnd.OTHER
+    assert order_end_of(later) is OrderEnd.OTHER
 
 
 @pytest.mark.parametrize("reason", LeaveReason)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedrounds.errors import InvalidInput
 from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.models import INITIALISATIONS, CharGRU, SimpleCNN, TabularMLP, initialise
-from fedserver.models.evaluation import initial_state
+from fedserver.models.first_model import initial_state
 
 
 def test_names_and_shapes_of_the_state_dict_are_pinned() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedrounds.errors import NotFound, ServerUnreachable, WrongOffset
 from fedrounds.wire.framing import CHUNK_BYTES, frame_download
-from fedserver.api.flow_control import Slots
+from fedserver.flow_control import Slots
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.runtime import Threads
 

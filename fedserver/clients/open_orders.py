@@ -23,7 +23,7 @@ class OpenOrder:
     `given_in` is the attempt that gave it: the attempt that collects, or in an asynchronous run an
     earlier attempt. `handed_out_at` is the time of day at which it was first pulled, `began_at` the
     same moment by the clock. `stepped_at` is when the client last finished a step (see
-    fedserver.rounds.stalls), `longest_step_s` the longest time between two steps, None before the
+    fedserver.clients.stalls), `longest_step_s` the longest time between two steps, None before the
     second step.
     """
 
@@ -66,7 +66,7 @@ class OpenOrders:
         self._orders: dict[str, OpenOrder] = {}
         self._by_client: dict[int, OpenOrder] = {}
 
-    def open_round(
+    def start_round(
         self,
         record: Attempt,
         *,

@@ -1,6 +1,6 @@
-"""When a client is late with its order, and how a late order ends.
+"""What happens when a client dies or stalls: when its order is given up, and how the order ends.
 
-A client that works on an order is late if
+A client that works on an order has stalled if
 
 - it is silent for `silence_s`: no call of its session, no byte of its payload; or
 - it isn't silent but makes no progress for ten times its own longest step so far, and at least for
@@ -8,16 +8,20 @@ A client that works on an order is late if
 - it takes longer in all than its order can honestly take: `first_step_s`, and the time that its
   examples and bytes take at the slowest rates that the server accepts.
 
-A step is what passes between two reports of which the second counts more batches or replays than
-the first; bytes are progress too. So a long batch isn't late, a site with a hundred times the data
-has a hundred times the time, and whoever makes tiny progress for ever ends at the third rule.
+A step is the time between two reports of which the second counts more batches or replays than the
+first; bytes are progress too. So a client with a long batch hasn't stalled, a site with a hundred
+times the data has a hundred times the time, and a client that makes tiny progress for ever ends at
+the third rule.
 
-An order that nobody has pulled is lost with the lease of its client's session, and after
-`first_step_s` however alive that session is. It doesn't age while its session works on another
+An order that nobody has pulled is lost when the lease of its client's session ends, and after
+`first_step_s` even if the lease goes on. Its time doesn't count while its session works on another
 order: one process may serve many clients in turn.
 
-Times are of a monotonic clock that stands still while the server is away (fedserver.runtime). What
-a client waits for the server itself, such as a slot for its upload, is left out of all of them.
+An order that is given up ends ABANDONED, and its client is suspended (fedserver.suspension). A
+client that says goodbye loses its order without that (fedserver.clients.departures).
+
+Times are of a monotonic clock that stands still while the server is away (fedserver.runtime). The
+time that a client waits for the server itself, such as for a slot for its upload, doesn't count.
 """
 
 from dataclasses import dataclass
@@ -25,11 +29,11 @@ from enum import StrEnum
 
 from fedrounds.failpoints import FailPoint, failpoint
 from fedrounds.types import IncidentKind, WorkOrder
-from fedserver.clients.departures import end_order, stop_expecting
+from fedserver.clients.departures import abandon_for_departure, stop_expecting
+from fedserver.clients.open_orders import OpenOrder, OpenOrders
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
 from fedserver.phases import OrderState
-from fedserver.rounds.open_orders import OpenOrder, OpenOrders
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
 
@@ -43,8 +47,8 @@ _NUM_TRANSFERS = 3
 """A model comes down, and an update of at most two models' bytes (SCAFFOLD's) goes up."""
 
 
-class Lateness(StrEnum):
-    """Why an order isn't waited for any longer."""
+class Stall(StrEnum):
+    """Why the server doesn't wait for an order any longer."""
 
     GONE = "gone"
     """The lease of its client's session ended before the order was pulled."""
@@ -55,7 +59,7 @@ class Lateness(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class StallBounds:
     """How long clients are waited for; the rates are the slowest that count as honest work."""
 
     silence_s: float
@@ -92,49 +96,49 @@ class Progress:
     longest_step_s: float | None = None
 
 
-def find_lateness(progress: Progress, work: Work, patience: Patience) -> Lateness | None:
-    """Return why the client of a pulled order is late, None if it isn't."""
-    if progress.silent_s > patience.silence_s:
-        return Lateness.SILENT
-    if progress.idle_s > idle_bound_s(progress, work, patience):
-        return Lateness.NO_PROGRESS
-    if progress.total_s > total_bound_s(work, patience):
-        return Lateness.TOO_LONG
+def find_stall(progress: Progress, work: Work, bounds: StallBounds) -> Stall | None:
+    """Return why the client of a pulled order has stalled, None if it hasn't."""
+    if progress.silent_s > bounds.silence_s:
+        return Stall.SILENT
+    if progress.idle_s > idle_bound_s(progress, work, bounds):
+        return Stall.NO_PROGRESS
+    if progress.total_s > total_bound_s(work, bounds):
+        return Stall.TOO_LONG
     return None
 
 
-def idle_bound_s(progress: Progress, work: Work, patience: Patience) -> float:
+def idle_bound_s(progress: Progress, work: Work, bounds: StallBounds) -> float:
     """Return the seconds that a client that isn't silent may make no progress."""
     if progress.longest_step_s is None:
-        return patience.first_step_s
+        return bounds.first_step_s
     longest_s = _STEP_MULTIPLE * work.step_ratio * progress.longest_step_s
-    return max(patience.silence_s, longest_s)
+    return max(bounds.silence_s, longest_s)
 
 
-def total_bound_s(work: Work, patience: Patience) -> float:
+def total_bound_s(work: Work, bounds: StallBounds) -> float:
     """Return the seconds that an order may take in all."""
     return (
-        patience.first_step_s
-        + work.num_examples / patience.examples_per_s
-        + work.num_bytes / patience.bytes_per_s
+        bounds.first_step_s
+        + work.num_examples / bounds.examples_per_s
+        + work.num_bytes / bounds.bytes_per_s
     )
 
 
-def find_loss(*, is_session_live: bool, waiting_s: float, patience: Patience) -> Lateness | None:
+def find_loss(*, is_session_live: bool, waiting_s: float, bounds: StallBounds) -> Stall | None:
     """Return why an order that nobody has pulled is lost, None if it isn't.
 
     `waiting_s` is the time in which its client could have pulled it.
     """
     if not is_session_live:
-        return Lateness.GONE
-    if waiting_s > patience.first_step_s:
-        return Lateness.NEVER_PULLED
+        return Stall.GONE
+    if waiting_s > bounds.first_step_s:
+        return Stall.NEVER_PULLED
     return None
 
 
-def patience_of(settings: ServerSettings) -> Patience:
-    """Return the settings' bounds on how long clients are waited for."""
-    return Patience(
+def stall_bounds(settings: ServerSettings) -> StallBounds:
+    """Return the bounds that the settings name."""
+    return StallBounds(
         silence_s=settings.stall_after,
         first_step_s=settings.first_step,
         examples_per_s=settings.min_examples_per_s,
@@ -166,20 +170,22 @@ async def give_up_orders(
     open_orders: OpenOrders,
     store: AsyncStore,
 ) -> None:
-    """End the open orders whose clients are late, lost, or have left."""
-    patience = patience_of(settings)
+    """End the open orders whose clients have stalled, are lost, or have left."""
+    bounds = stall_bounds(settings)
     busy = {
         sessions.holder_of(order.order.client_id)
         for order in open_orders.list_open()
         if order.handed_out_at is not None
     }
     for order in open_orders.list_open():
-        # An order may end while the store is awaited for one before it: `abandon_order` asks the
-        # store whether it is still open, and changes nothing if it isn't.
+        # An order may end while the store is awaited for an order before it: `abandon_order` asks
+        # the store whether it is still open, and changes nothing if it isn't.
         client_id = order.order.client_id
         if (holder := sessions.holder_of(client_id)) is None:
             fields = {"reason": "not here any more"}
-            await end_order(order, fields, run_id=run_id, open_orders=open_orders, store=store)
+            await abandon_for_departure(
+                order, fields, run_id=run_id, open_orders=open_orders, store=store
+            )
             continue
         if settings.require_all:
             continue
@@ -197,23 +203,23 @@ async def give_up_orders(
         if order.handed_out_at is None and holder in busy:
             open_orders.note_waiting(order.order.order_id)
         if (
-            why := _lateness_of(order, patience, sessions=sessions, open_orders=open_orders)
+            why := _stall_of(order, bounds, sessions=sessions, open_orders=open_orders)
         ) is not None:
             await _abandon(order, why, run_id=run_id, open_orders=open_orders, store=store)
 
 
-def _lateness_of(
-    order: OpenOrder, patience: Patience, *, sessions: Sessions, open_orders: OpenOrders
-) -> Lateness | None:
+def _stall_of(
+    order: OpenOrder, bounds: StallBounds, *, sessions: Sessions, open_orders: OpenOrders
+) -> Stall | None:
     client_id = order.order.client_id
     idle_s = open_orders.idle_s(order)
     if order.handed_out_at is None:
         return find_loss(
             is_session_live=sessions.has_live_holder(client_id),
             waiting_s=idle_s,
-            patience=patience,
+            bounds=bounds,
         )
-    return find_lateness(
+    return find_stall(
         Progress(
             silent_s=min(idle_s, sessions.silent_s(client_id)),
             idle_s=idle_s,
@@ -221,16 +227,16 @@ def _lateness_of(
             longest_step_s=order.longest_step_s,
         ),
         work_of(order.order, num_examples=sessions.num_examples_of(client_id)),
-        patience,
+        bounds,
     )
 
 
 async def _abandon(
-    order: OpenOrder, why: Lateness, *, run_id: str, open_orders: OpenOrders, store: AsyncStore
+    order: OpenOrder, why: Stall, *, run_id: str, open_orders: OpenOrders, store: AsyncStore
 ) -> None:
     """End an order without an update, suspend its client, and record why."""
     assert open_orders.current is not None
-    is_lost = why in (Lateness.GONE, Lateness.NEVER_PULLED)
+    is_lost = why in (Stall.GONE, Stall.NEVER_PULLED)
     given_up = event_of(
         IncidentKind.CLIENT_LOST if is_lost else IncidentKind.CLIENT_STALLED,
         open_orders.current.record,
@@ -238,7 +244,7 @@ async def _abandon(
         is_incident=True,
         why=why,
         idle_s=open_orders.idle_s(order),
-        **({"total_s": open_orders.total_s(order)} if why is Lateness.TOO_LONG else {}),
+        **({"total_s": open_orders.total_s(order)} if why is Stall.TOO_LONG else {}),
     )
     order_id = order.order.order_id
     was_open = await store.orders.abandon_order(run_id, order_id, given_up, strikes=True)
