@@ -19,7 +19,7 @@ from fedserver.housekeeping.retention import Retention
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.models.downloads import Downloads
 from fedserver.models.evaluation import Evaluations
-from fedserver.preflight import Prepared
+from fedserver.prepared import Prepared
 from fedserver.records import Attempt, Run
 from fedserver.rounds.asynchronous import AsynchronousCollecting
 from fedserver.rounds.closing import Closer

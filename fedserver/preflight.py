@@ -1,68 +1,156 @@
-"""Settings that can't work are refused here, before a run begins or goes on with them.
+"""Refuses settings that can't work, before a run begins or goes on with them.
 
-What a single setting may be, and what two of them may be together, is in fedserver.settings; here
-they meet the task, its model, the strategy and the folders.
+All refusals of settings stand here, but two kinds. What a single setting may be is declared in
+fedserver.settings. What a strategy, a task or its model asks for by itself (fednova's optimizer,
+fedbn's normalisation layers) is refused by fedrounds.strategies and fedrounds.tasks.
+
+Nothing here imports torch: most refusals come before that.
 """
 
-import math
 import tempfile
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from fedrounds.errors import InvalidInput, StorageDamaged, WrongSettings
+from fedserver.quorum import cohort_size, updates_needed
 
-from fedrounds.data import validate_scheme
-from fedrounds.errors import InvalidInput, StorageDamaged
-from fedrounds.strategies.client_algorithms import validate_model
-from fedrounds.strategies.components import Strategy
-from fedrounds.strategies.registry import find_strategy
-from fedrounds.tasks.builtin import find_task
-from fedrounds.tasks.task import Task, build_model, kinds_of
-from fedrounds.tensors.compression import Shape, compressed_shapes
-from fedrounds.tensors.entries import tied_entries, validate_first_values
-from fedrounds.types import Encoding, EntryKind
-from fedserver.models.evaluation import Evaluator
-from fedserver.run_settings import run_compression
-from fedserver.settings import ServerSettings
+if TYPE_CHECKING:
+    # Settings are validated here.
+    from fedrounds.strategies.components import Strategy
+    from fedserver.settings import ServerSettings
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """What the settings name, examined before a run begins or goes on with it."""
-
-    task: Task
-    strategy: Strategy
-    kinds: Mapping[str, EntryKind]
-    ties: Mapping[str, str]
-    modules: Set[str]
-    evaluator: Evaluator
-
-
-def prepare(settings: ServerSettings) -> Prepared:
-    """Return what the settings name.
+def validate_together(settings: "ServerSettings") -> None:
+    """Refuse settings that contradict each other.
 
     Raises:
-        InvalidInput: a setting can't be what it is.
-        OwnCodeFailed: the task's own code raised an error.
+        ValueError: two of them do.
     """
-    task = find_task(settings.task)
-    strategy = _validate_strategy(settings)
-    validate_scheme(settings.partition, settings.partitioning.parameters)
-    model = build_model(task)
-    kinds = kinds_of(task, model)
-    validate_first_values(model, kinds, task=task.name)
-    validate_model(strategy.client_algorithm, model, kinds)
-    _validate_compression(settings, model, kinds)
-    evaluator = Evaluator(task, model, data_root=settings.data_root)
-    evaluator.try_batch()
-    return Prepared(
-        task=task,
-        strategy=strategy,
-        kinds=kinds,
-        ties=tied_entries(model),
-        modules={name for name, _ in model.named_modules()},
-        evaluator=evaluator,
+    needed = updates_needed(settings)
+    if settings.clients_per_round and settings.clients_per_round < needed:
+        raise ValueError(
+            f"--clients-per-round {settings.clients_per_round} is less than the {needed} updates "
+            "a round needs; lower --min-updates"
+        )
+    if settings.cohort != "uniform" and not (settings.clients_per_round or settings.concurrency):
+        raise ValueError(
+            f"--cohort {settings.cohort} has nothing to choose where a round asks everybody; say "
+            "how many it asks with --clients-per-round (of fedbuff: --concurrency)"
+        )
+    if settings.cohort_candidates and settings.cohort != "power-of-choice":
+        raise ValueError("--cohort-candidates is of --cohort power-of-choice alone; leave it out")
+    if 0 < settings.cohort_candidates < cohort_size(settings):
+        raise ValueError(
+            f"--cohort-candidates {settings.cohort_candidates} is less than the "
+            f"{cohort_size(settings)} clients that a round asks; there must be some to choose from"
+        )
+    if settings.over_select > 1 and not settings.clients_per_round:
+        raise ValueError(
+            f"--over-select {settings.over_select:g} asks more clients than a round is to have; "
+            "say how many those are with --clients-per-round"
+        )
+    if settings.over_select > 1 and settings.require_all:
+        raise ValueError(
+            "--over-select leaves the slowest behind and --require-all waits for everybody; "
+            "give one of them"
+        )
+    if settings.work_deadline and settings.require_all:
+        raise ValueError(
+            "--work-deadline lets time decide how much a client does and --require-all is for "
+            "runs in which time decides nothing; give one of them"
+        )
+    if settings.straggler_work == "none" and not settings.stragglers:
+        raise ValueError("--straggler-work is of --stragglers; say which share they are")
+    if settings.holdout and not settings.evaluate_on_clients:
+        raise ValueError(
+            f"--holdout {settings.holdout:g} keeps examples from training that nobody is asked "
+            "about; add --evaluate-on-clients"
+        )
+    if settings.warmup_epochs >= settings.schedule_epochs:
+        raise ValueError(
+            f"--warmup-epochs {settings.warmup_epochs:g} is all of the {settings.schedule_epochs} "
+            f"epochs of a {settings.schedule_over}; lower it"
+        )
+
+
+def validate_strategy(settings: "ServerSettings", strategy: "Strategy") -> None:
+    """Refuse settings with which a strategy can't work.
+
+    Raises:
+        InvalidInput: there are such settings.
+    """
+    if strategy.buffer_size:
+        _validate_asynchrony(settings, strategy)
+        return
+    if settings.concurrency or settings.max_staleness is not None:
+        raise InvalidInput(
+            "--concurrency and --max-staleness are of asynchronous strategies alone; add "
+            "--strategy fedbuff, or leave them out"
+        )
+    if updates_needed(settings) < strategy.min_updates:
+        raise InvalidInput(
+            f"strategy {strategy.name} needs at least {strategy.min_updates} updates in a round, "
+            f"but {updates_needed(settings)} are enough to close one; raise --min-updates (or "
+            "--min-clients)"
+        )
+    if strategy.min_updates > 1 and settings.straggler_work == "none":
+        raise InvalidInput(
+            f"strategy {strategy.name} needs at least {strategy.min_updates} updates in a round, "
+            "and --straggler-work none leaves clients out after a round's have been chosen; leave "
+            "it away, or take another strategy"
+        )
+
+
+def _validate_asynchrony(settings: "ServerSettings", strategy: "Strategy") -> None:
+    for flag, is_given, instead in (
+        ("--clients-per-round", settings.clients_per_round, "say how many work with --concurrency"),
+        ("--min-updates", settings.min_updates, "say how many it is with buffer_size"),
+        ("--require-all", settings.require_all, "every order's update is waited for anyway"),
+        ("--stragglers", settings.stragglers, "its slow clients are slow by themselves"),
+        ("--round-deadline", settings.round_deadline is not None, "nobody waits for a slow client"),
+    ):
+        if is_given:
+            raise InvalidInput(
+                f"strategy {strategy.name} is asynchronous, a round is {strategy.buffer_size} "
+                f"updates whoever they come from: leave out {flag}, {instead}"
+            )
+
+
+def validate_compression(
+    settings: "ServerSettings", *, compressed_bytes: int, model_bytes: int
+) -> None:
+    """Refuse a compression that makes updates larger: more than the model is never admitted.
+
+    `model_bytes` are those of the model's parameters, `compressed_bytes` what they become.
+
+    Raises:
+        InvalidInput: it does.
+    """
+    if settings.compression != "none" and compressed_bytes >= model_bytes:
+        raise InvalidInput(
+            f"--compression {settings.compression} makes {compressed_bytes} bytes of the "
+            f"{model_bytes} of this model's parameters; choose another one, or none"
+        )
+
+
+def validate_going_on(state_dir: Path, differing: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuse to go on with an unfinished run with other settings.
+
+    `differing` has the recorded value and the value given now, by the setting's name.
+
+    Raises:
+        WrongSettings: a setting differs.
+    """
+    if not differing:
+        return
+    listed = "; ".join(
+        f"{name} was {recorded!r}, is now {wanted!r}"
+        for name, (recorded, wanted) in differing.items()
+    )
+    raise WrongSettings(
+        f"{state_dir} holds an unfinished run with other settings ({listed}); "
+        "start with the old ones to go on, or with another --state-dir for a new run"
     )
 
 
@@ -70,10 +158,10 @@ def validate_export(path: Path) -> None:
     """Refuse a place for the final model that can't be written to, before days of training."""
     if not path.absolute().parent.is_dir():
         raise InvalidInput(f"--export {path}: there is no such folder; make it first")
-    for one in (path, best_beside(path)):
-        if one.is_dir():
+    for file in (path, best_beside(path)):
+        if file.is_dir():
             raise InvalidInput(
-                f"--export {path}: {one} is a folder; name a file, such as "
+                f"--export {path}: {file} is a folder; name a file, such as "
                 f"{path / 'model.safetensors'}"
             )
     try:
@@ -89,69 +177,6 @@ def validate_export(path: Path) -> None:
 def best_beside(last: Path) -> Path:
     """Return where the best model goes if it isn't the last."""
     return last.with_stem(f"{last.stem}-best")
-
-
-def _validate_strategy(settings: ServerSettings) -> Strategy:
-    strategy = find_strategy(settings.run_settings())
-    if strategy.buffer_size:
-        _validate_asynchrony(settings, strategy)
-        return strategy
-    if settings.concurrency or settings.max_staleness is not None:
-        raise InvalidInput(
-            "--concurrency and --max-staleness are of asynchronous strategies alone; add "
-            "--strategy fedbuff, or leave them out"
-        )
-    if settings.updates_needed < strategy.min_updates:
-        raise InvalidInput(
-            f"strategy {strategy.name} needs at least {strategy.min_updates} updates in a round, "
-            f"but {settings.updates_needed} are enough to close one; raise --min-updates (or "
-            "--min-clients)"
-        )
-    if strategy.min_updates > 1 and settings.straggler_work == "none":
-        raise InvalidInput(
-            f"strategy {strategy.name} needs at least {strategy.min_updates} updates in a round, "
-            "and --straggler-work none leaves clients out after a round's have been chosen; leave "
-            "it away, or take another strategy"
-        )
-    return strategy
-
-
-def _validate_asynchrony(settings: ServerSettings, strategy: Strategy) -> None:
-    for flag, is_given, instead in (
-        ("--clients-per-round", settings.clients_per_round, "say how many work with --concurrency"),
-        ("--min-updates", settings.min_updates, "say how many it is with buffer_size"),
-        ("--require-all", settings.require_all, "every order's update is waited for anyway"),
-        ("--stragglers", settings.stragglers, "its slow clients are slow by themselves"),
-        ("--round-deadline", settings.round_deadline is not None, "nobody waits for a slow client"),
-    ):
-        if is_given:
-            raise InvalidInput(
-                f"strategy {strategy.name} is asynchronous, a round is {strategy.buffer_size} "
-                f"updates whoever they come from: leave out {flag}, {instead}"
-            )
-
-
-def _validate_compression(
-    settings: ServerSettings, model: torch.nn.Module, kinds: Mapping[str, EntryKind]
-) -> None:
-    """Refuse what would make updates larger: more than the model is never admitted."""
-    compression = run_compression(settings)
-    if compression.encoding is Encoding.STATE_DICT:
-        return
-    shapes: dict[str, Shape] = {
-        name: (one.dtype, tuple(one.shape))
-        for name, one in model.state_dict().items()
-        if kinds[name] is EntryKind.PARAMETER
-    }
-    compressed_bytes, model_bytes = (
-        sum(math.prod(shape) * dtype.itemsize for dtype, shape in one.values())
-        for one in (compressed_shapes(shapes, compression), shapes)
-    )
-    if compressed_bytes >= model_bytes:
-        raise InvalidInput(
-            f"--compression {settings.compression} makes {compressed_bytes} bytes of the "
-            f"{model_bytes} of this model's parameters; choose another one, or none"
-        )
 
 
 def expect_database(state_dir: Path) -> None:

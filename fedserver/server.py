@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fedrounds.cli import stderr_console
-from fedrounds.errors import RunFailed, StorageDamaged, WrongSettings
+from fedrounds.errors import RunFailed, StorageDamaged
 from fedrounds.failpoints import FailPoint, failpoint
 from fedrounds.files import locked_folder, raise_file_limit
 from fedrounds.memory import keep_one_heap
@@ -24,11 +24,17 @@ from fedserver.events import event_of
 from fedserver.housekeeping.recovery import note_absence, salvageable
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.monitoring.terminal import showing_progress
-from fedserver.preflight import Prepared, best_beside, expect_database, prepare, validate_export
+from fedserver.preflight import (
+    best_beside,
+    expect_database,
+    validate_export,
+    validate_going_on,
+)
+from fedserver.prepared import Prepared, prepare
 from fedserver.records import Run, RunState
 from fedserver.run_context import RunContext
 from fedserver.runtime import ServingClock, Threads
-from fedserver.settings import RUN_SETTINGS, ServerSettings, settings_begun_with
+from fedserver.settings import ServerSettings, differing_settings
 from fedserver.store import AsyncStore, Store
 
 logger = logging.getLogger(__name__)
@@ -92,23 +98,14 @@ def _open_run(store: Store, settings: ServerSettings) -> Run:
     latest = store.runs.latest_run()
     if latest is None or latest.state is not RunState.OPEN:
         return store.runs.begin_run(settings.run_settings())
-    wanted = settings.going_on_with(latest.settings).run_settings()
-    begun_with = settings_begun_with(latest.settings)
-    differing = [name for name in RUN_SETTINGS if begun_with[name] != wanted[name]]
-    if not differing:
-        logger.info("going on with %s", latest.run_id)
-        return latest
-    if store.rounds.latest_attempt(latest.run_id) is None:
+    differing = differing_settings(settings, latest.settings)
+    if differing and store.rounds.latest_attempt(latest.run_id) is None:
         reason = "no round had begun when the server was started again with other settings"
         store.runs.end_run(latest.run_id, RunState.FAILED, event_of("run-failed", reason=reason))
         return store.runs.begin_run(settings.run_settings())
-    listed = "; ".join(
-        f"{name} was {begun_with[name]!r}, is now {wanted[name]!r}" for name in differing
-    )
-    raise WrongSettings(
-        f"{settings.state_dir} holds an unfinished run with other settings ({listed}); "
-        "start with the old ones to go on, or with another --state-dir for a new run"
-    )
+    validate_going_on(settings.state_dir, differing)
+    logger.info("going on with %s", latest.run_id)
+    return latest
 
 
 async def _serve(

@@ -1,6 +1,5 @@
 """The coordinator's settings."""
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from fedrounds.types import (
     ScheduleName,
     TrainingConfig,
 )
+from fedserver.preflight import validate_together
 
 RUN_SETTINGS = (
     "task",
@@ -118,7 +118,7 @@ class ListeningSettings(Settings):
 
     @field_validator("host")
     @classmethod
-    def _examine_host(cls, host: str) -> str:
+    def _validate_host(cls, host: str) -> str:
         """Refuse what can be no host; an IPv6 address may stand in brackets."""
         host = host.removeprefix("[").removesuffix("]")
         if not re.fullmatch(r"[^][/\s]+", host):
@@ -360,81 +360,16 @@ class ServerSettings(
     def _validate_together(self) -> Self:
         """Refuse settings that contradict each other.
 
-        Here and not in fedserver.preflight, so that it is said with the other wrong flags, with
-        exit code 2 and before torch is imported. What contradicts the strategy, the task or its
-        model is refused there.
+        As a validator: the process ends with exit code 2 before torch is imported, as it does for
+        a single wrong flag.
         """
-        needed = self.updates_needed
-        if self.clients_per_round and self.clients_per_round < needed:
-            raise ValueError(
-                f"--clients-per-round {self.clients_per_round} is less than the {needed} updates "
-                "a round needs; lower --min-updates"
-            )
-        if self.cohort != "uniform" and not (self.clients_per_round or self.concurrency):
-            raise ValueError(
-                f"--cohort {self.cohort} has nothing to choose where a round asks everybody; say "
-                "how many it asks with --clients-per-round (of fedbuff: --concurrency)"
-            )
-        if self.cohort_candidates and self.cohort != "power-of-choice":
-            raise ValueError(
-                "--cohort-candidates is of --cohort power-of-choice alone; leave it out"
-            )
-        if 0 < self.cohort_candidates < self.cohort_size:
-            raise ValueError(
-                f"--cohort-candidates {self.cohort_candidates} is less than the "
-                f"{self.cohort_size} clients that a round asks; there must be some to choose from"
-            )
-        if self.over_select > 1 and not self.clients_per_round:
-            raise ValueError(
-                f"--over-select {self.over_select:g} asks more clients than a round is to have; "
-                "say how many those are with --clients-per-round"
-            )
-        if self.over_select > 1 and self.require_all:
-            raise ValueError(
-                "--over-select leaves the slowest behind and --require-all waits for everybody; "
-                "give one of them"
-            )
-        if self.work_deadline and self.require_all:
-            raise ValueError(
-                "--work-deadline lets time decide how much a client does and --require-all is for "
-                "runs in which time decides nothing; give one of them"
-            )
-        if self.straggler_work == "none" and not self.stragglers:
-            raise ValueError("--straggler-work is of --stragglers; say which share they are")
-        if self.holdout and not self.evaluate_on_clients:
-            raise ValueError(
-                f"--holdout {self.holdout:g} keeps examples from training that nobody is asked "
-                "about; add --evaluate-on-clients"
-            )
-        if self.warmup_epochs >= self._schedule_epochs:
-            raise ValueError(
-                f"--warmup-epochs {self.warmup_epochs:g} is all of the {self._schedule_epochs} "
-                f"epochs of a {self.schedule_over}; lower it"
-            )
+        validate_together(self)
         return self
 
     @property
-    def _schedule_epochs(self) -> int:
+    def schedule_epochs(self) -> int:
+        """The epochs that a learning rate's schedule goes over."""
         return self.epochs * (self.rounds if self.schedule_over == "run" else 1)
-
-    @property
-    def updates_needed(self) -> int:
-        """How many updates a round needs to close."""
-        if self.min_updates:
-            return self.min_updates
-        if self.over_select > 1:
-            return self.clients_per_round
-        return min(self.min_clients, self.clients_per_round or self.min_clients)
-
-    @property
-    def clients_needed(self) -> int:
-        """How many clients must be there before a round opens."""
-        return max(self.min_clients, self.min_updates)
-
-    @property
-    def cohort_size(self) -> int:
-        """How many clients a round asks; 0: all there are."""
-        return math.ceil(self.clients_per_round * self.over_select)
 
     def training_in(self, round_number: int) -> TrainingConfig:
         """What is sent to clients with every order of a round, from 1."""
@@ -453,7 +388,7 @@ class ServerSettings(
                 decay_epochs=self.decay_epochs,
                 decay=self.decay,
                 first_epoch=(round_number - 1) * self.epochs if is_over_run else 0,
-                total_epochs=self._schedule_epochs,
+                total_epochs=self.schedule_epochs,
             ),
             augmentation=self.augment,
             work_deadline_s=self.work_deadline,
@@ -501,3 +436,19 @@ def settings_begun_with(recorded: Mapping[str, Any]) -> dict[str, Any]:
         for name in (*RUN_SETTINGS, *CHANGEABLE_SETTINGS)
     }
     return {**defaults, **BEFORE_THEY_WERE_RECORDED, **recorded}
+
+
+def differing_settings(
+    settings: ServerSettings, recorded: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that make this another run than the one begun with `recorded`.
+
+    The values are the recorded one and the one given now, by name.
+    """
+    wanted = settings.going_on_with(recorded).run_settings()
+    begun_with = settings_begun_with(recorded)
+    return {
+        name: (begun_with[name], wanted[name])
+        for name in RUN_SETTINGS
+        if begun_with[name] != wanted[name]
+    }

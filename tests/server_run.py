@@ -15,7 +15,7 @@ from fedrounds.tensors.codec import decode_state, digest_bytes, encode_state
 from fedrounds.types import MODEL_SECTION, ClientUpdate, Section, UploadAnswer, WorkOrder
 from fedserver.composition import compose
 from fedserver.models.checkpoints import GlobalModel
-from fedserver.preflight import prepare
+from fedserver.prepared import prepare
 from fedserver.records import Attempt, Event
 from fedserver.runtime import Threads
 from fedserver.settings import ServerSettings

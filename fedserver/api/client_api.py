@@ -47,6 +47,7 @@ from fedserver.events import event_of
 from fedserver.housekeeping.disk import DiskWatch
 from fedserver.models.downloads import Downloads
 from fedserver.phases import OrderState
+from fedserver.quorum import clients_to_open
 from fedserver.records import Event, OrderRecord, Session, json_number
 from fedserver.run_context import RunContext
 from fedserver.run_settings import run_compression
@@ -178,7 +179,7 @@ class ClientApi:
         if current is not None:
             return Waiting(round_number=current.record.round_number)
         if here is not None:
-            needed = self._context.settings.clients_needed
+            needed = clients_to_open(self._context.settings)
             return Waiting(clients_here=here, clients_needed=needed)
         return Waiting()
 

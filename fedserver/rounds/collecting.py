@@ -17,9 +17,9 @@ from fedserver.clients.stalls import give_up_orders
 from fedserver.models.evaluation import Evaluations
 from fedserver.numbers import numbers_text
 from fedserver.phases import OrderState, RoundEvent, due_event, shortfall
+from fedserver.quorum import cohort_size, updates_to_close, updates_to_count
 from fedserver.records import Attempt, Exclusion, StoredUpdate
 from fedserver.rounds.last_counted import LastCounted
-from fedserver.rounds.planning import updates_needed
 from fedserver.run_context import RunContext
 from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
@@ -83,12 +83,15 @@ class SynchronousCollecting:
         self._last_counted = last_counted
         self._open_orders = open_orders
         self._store = store
-        self.max_at_work = context.settings.cohort_size
+        self.max_at_work = cohort_size(context.settings)
 
     async def due(self, current: Attempt) -> Due | None:
         """See `Collecting`; the rule is `due_event`."""
         settings, open_orders = self._settings, self._open_orders
-        states, needed = open_orders.states(), updates_needed(settings, current)
+        states, needed = (
+            open_orders.states(),
+            updates_to_close(settings, num_orders=len(current.orders)),
+        )
         deadline_s = settings.round_deadline
         event = due_event(
             states,
@@ -111,7 +114,7 @@ class SynchronousCollecting:
 
     def updates_to_count(self, closed: Attempt) -> int:
         """See `Collecting`: as many as the round needed to close, even under --require-all."""
-        return min(self._settings.updates_needed, len(closed.orders))
+        return updates_to_count(self._settings, num_orders=len(closed.orders))
 
     async def carried_over(self, opened: Attempt) -> list[tuple[OpenRound, Sequence[WorkOrder]]]:
         """See `Collecting`: none, all orders end with their round."""

@@ -14,6 +14,7 @@ from fedserver.models.downloads import Downloads
 from fedserver.models.first_model import first_model
 from fedserver.numbers import numbers_text
 from fedserver.phases import Phase
+from fedserver.quorum import clients_to_open
 from fedserver.records import Adjustments, Attempt, Event, Participation, Suspension
 from fedserver.rounds.collecting import Collecting
 from fedserver.rounds.last_counted import LastCounted
@@ -98,7 +99,7 @@ class Opener:
             if planned is not None:
                 break
             here = self._sessions.ready_clients(only_live=True)
-            needed = self._context.settings.clients_needed
+            needed = clients_to_open(self._context.settings)
             self._open_orders.clients_here = len(here) if len(here) < needed else None
             if here != logged and not self._disk.is_low():
                 left = logged - here if logged else set()

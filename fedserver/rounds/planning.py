@@ -17,6 +17,7 @@ from fedserver.clients.sampling import (
 )
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState, Phase
+from fedserver.quorum import clients_to_ask, clients_to_open
 from fedserver.records import Adjustments, Attempt, Exclusion, Order, Participation, Suspension
 from fedserver.rounds.adjustments import adjusted
 from fedserver.run_context import RunContext
@@ -61,14 +62,14 @@ def plan_round(
     `max_at_work` is how many may be at work in it, with those whose orders go on; 0: all.
     """
     settings, run_id = context.settings, context.run_id
-    if len(clients.ready) < settings.clients_needed:
+    if len(clients.ready) < clients_to_open(settings):
         return None
     at_work = _carried_clients(settings, clients.orders, round_number)
     eligible = eligible_clients(
         clients.ready - at_work,
         clients.suspensions,
         round_number=round_number,
-        num_needed=max(settings.min_clients, settings.updates_needed) - len(at_work),
+        num_needed=clients_to_ask(settings) - len(at_work),
     )
     cohort = _chosen(
         settings,
@@ -209,13 +210,6 @@ def _order_id(
     run_id: str, round_number: int, attempt: int, client_id: int, *, sequence: int = 1
 ) -> str:
     return f"{run_id}-r{round_number}-a{attempt}-c{client_id}-s{sequence}"
-
-
-def updates_needed(settings: ServerSettings, opened: Attempt) -> int:
-    """Return the number of updates that an attempt needs to close."""
-    if settings.require_all:
-        return len(opened.orders)
-    return min(settings.updates_needed, len(opened.orders))
 
 
 def admission_limits(

@@ -176,7 +176,7 @@ LAYERS = (
 )
 """The server's packages, the lowest layer first."""
 
-ROOTS = tuple(f"fedserver/{name}.py" for name in ("__main__", "server", "composition", "preflight"))
+ROOTS = tuple(f"fedserver/{name}.py" for name in ("__main__", "server", "composition", "prepared"))
 
 
 def test_the_servers_packages_are_layers() -> None:

@@ -9,6 +9,7 @@ from fedrounds.strategies.registry import find_strategy
 from fedserver.clients.open_orders import OpenOrder, OpenRound
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState
+from fedserver.quorum import cohort_size
 from fedserver.records import NO_ADJUSTMENTS, Attempt, Exclusion, Refusal, Run, RunState, Suspension
 from fedserver.rounds.planning import (
     Clients,
@@ -18,7 +19,6 @@ from fedserver.rounds.planning import (
     plan_round,
     stale_before,
     suspensions_after,
-    updates_needed,
     work_orders,
 )
 from fedserver.run_context import RunContext
@@ -97,7 +97,7 @@ def plan(
         base=base,
         adjustments=NO_ADJUSTMENTS,
         clients=clients,
-        max_at_work=settings.cohort_size or settings.concurrency,
+        max_at_work=cohort_size(settings) or settings.concurrency,
     )
 
 
@@ -196,21 +196,6 @@ def test_further_orders_go_first_to_those_without_an_update_in_the_round(
     assert more(1) == []
     assert more(2) == ["run1-r1-a1-c2-s1"]
     assert more(3) == ["run1-r1-a1-c2-s1", "run1-r1-a1-c0-s2"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "needed"),
-    [
-        ({"min_clients": 2}, 2),
-        ({"min_clients": 1, "min_updates": 2}, 2),
-        ({"min_clients": 1, "min_updates": 9}, 3),
-        ({"min_clients": 1, "min_updates": 2, "require_all": True}, 3),
-    ],
-)
-def test_how_many_updates_close_a_round_of_three(settings: dict[str, object], needed: int) -> None:
-    """As --min-updates or --min-clients says, of those that were asked; or all of them."""
-    context = make_context(**settings)
-    assert updates_needed(context.settings, make_round(clients=(0, 1, 2))) == needed
 
 
 def test_stragglers_do_a_part_of_the_work_or_are_left_out(base: GlobalModel) -> None:

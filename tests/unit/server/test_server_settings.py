@@ -49,27 +49,6 @@ def test_what_contradicts_itself_is_told(settings: dict[str, object], words: str
         ServerSettings(**settings)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("settings", "cohort_size", "updates_needed"),
-    [
-        ({}, 0, 2),
-        ({"min_clients": 5}, 0, 5),
-        ({"min_clients": 5, "min_updates": 3}, 0, 3),
-        ({"clients_per_round": 10}, 10, 2),
-        ({"min_clients": 1000, "clients_per_round": 100}, 100, 100),
-        ({"clients_per_round": 10, "over_select": 1.3}, 13, 10),
-        ({"clients_per_round": 10, "over_select": 1.25, "min_updates": 8}, 13, 8),
-    ],
-    ids=str,
-)
-def test_how_many_are_asked_and_how_many_must_answer(
-    settings: dict[str, object], cohort_size: int, updates_needed: int
-) -> None:
-    """Over-selection asks more, rounded up, and is content with the round's own number."""
-    made = ServerSettings(**settings)  # type: ignore[arg-type]
-    assert (made.cohort_size, made.updates_needed) == (cohort_size, updates_needed)
-
-
 def test_a_run_goes_on_with_the_models_it_was_begun_to_keep() -> None:
     """--keep-rounds may change when the server is started again; not given it stays what it was."""
     begun = ServerSettings(keep_rounds=3).run_settings()
