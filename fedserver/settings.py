@@ -85,36 +85,59 @@ Kept = Annotated[int, Field(ge=0)] | Literal["all"]
 
 
 class ListeningSettings(Settings):
-    """Where it listens and keeps things."""
+    """Where the server listens and keeps its files."""
 
-    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for all")
-    port: int = Field(default=50051, ge=0, le=65535, description="0: any free port")
-    state_dir: Path = Field(default=Path("state/server"), description="everything durable is here")
+    host: str = Field(
+        default="127.0.0.1",
+        description="address to listen on; 0.0.0.0: all addresses of this machine",
+    )
+    port: int = Field(
+        default=50051,
+        ge=0,
+        le=65535,
+        description="port to listen on; 0: any free port",
+    )
+    state_dir: Path = Field(
+        default=Path("state/server"),
+        description="folder in which the server keeps everything that it needs after a restart",
+    )
     export: Path | None = Field(
-        default=None, description="where the final model goes; model.safetensors in the state-dir"
+        default=None,
+        description="file for the final model; none: model.safetensors in the state-dir",
     )
     summary: bool = Field(
         default=True,
-        description="print the table of rounds at the end, and draw curve.png in the state-dir",
+        description="at the end print the table of rounds, and draw curve.png in the state-dir",
     )
     keep_updates: Kept = Field(
-        default=0, description="of how many finished rounds the updates are kept, or all"
+        default=0,
+        description="keep the updates of this many finished rounds, or all",
     )
     keep_rounds: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
         default=10,
-        description="of how many finished rounds the models are kept, or all; the best too",
+        description="keep the models of this many finished rounds, or all; the best model is "
+        "always kept",
     )
     quarantine_bytes: int = Field(
-        default=1_000_000_000, ge=0, description="bytes of refused updates that are kept"
+        default=1_000_000_000,
+        ge=0,
+        description="keep at most this many bytes of refused updates; the oldest are deleted first",
     )
     min_free_bytes: int = Field(
-        default=200_000_000, ge=0, description="bytes free on the disk without which no round opens"
+        default=200_000_000,
+        ge=0,
+        description="open no round while the disk has fewer free bytes than this",
     )
     give_up_damaged: bool = Field(
         default=False,
-        description="start though updates on the disk are damaged; asks for them anew",
+        description="start although updates on the disk are damaged; clients are asked for new "
+        "ones",
     )
-    threads: int = Field(default=1, ge=1, description="threads of tensor work")
+    threads: int = Field(
+        default=1,
+        ge=1,
+        description="number of threads for tensor work",
+    )
 
     @field_validator("host")
     @classmethod
@@ -129,229 +152,369 @@ class ListeningSettings(Settings):
 
 
 class LearningSettings(Settings):
-    """What is learned."""
+    """Task and data."""
 
-    task: str = Field(default="mnist-sample", description="a task's name, or package.module:task")
-    data_root: Path | None = Field(default=None, description="folder of the data sets")
+    task: str = Field(
+        default="mnist-sample",
+        description="name of a task, or package.module:task",
+    )
+    data_root: Path | None = Field(
+        default=None,
+        description="folder of the data sets; none: the task chooses it",
+    )
     partition: str = Field(
         default="iid",
-        description="how a simulation deals data out: iid, shards, classes, dirichlet, "
-        "class-dirichlet, quantity",
+        description="how a simulation splits the data among clients: iid, shards, classes, "
+        "dirichlet, class-dirichlet, quantity",
     )
-    num_partitions: int = Field(default=10, ge=1, description="into how many parts")
+    num_partitions: int = Field(
+        default=10,
+        ge=1,
+        description="number of parts that a simulation splits the data into",
+    )
     alpha: float | None = Field(
-        default=None, gt=0, description="of dirichlet, class-dirichlet, quantity"
+        default=None,
+        gt=0,
+        description="concentration of the partitions dirichlet, class-dirichlet and quantity",
     )
-    shards_per_client: int | None = Field(default=None, ge=1, description="of partition shards")
-    classes_per_client: int | None = Field(default=None, ge=1, description="of partition classes")
-    seed: int = Field(default=0, ge=0, description="every random stream derives from it")
+    shards_per_client: int | None = Field(
+        default=None,
+        ge=1,
+        description="number of shards for each client, for --partition shards",
+    )
+    classes_per_client: int | None = Field(
+        default=None,
+        ge=1,
+        description="number of classes for each client, for --partition classes",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="seed of all random numbers of the run",
+    )
     init: InitialisationName = Field(
-        default="default", description="how the first global model's weights are drawn (torch.nn)"
+        default="default",
+        description="how to initialise the first global model (torch.nn.init); default: as the "
+        "task does",
     )
 
 
 class RoundSettings(Settings):
     """Rounds."""
 
-    rounds: int = Field(default=10, ge=1, description="rounds in the run")
+    rounds: int = Field(
+        default=10,
+        ge=1,
+        description="number of rounds in the run",
+    )
     strategy: str = Field(
         default="fedavg",
-        description="how updates become the next model, such as krum or nnm+median+fedadam; the "
-        "command strategies lists all",
+        description="how updates become the next model, such as krum or nnm+median+fedadam; "
+        "`python -m fedserver strategies` lists all",
     )
     strategy_parameters: dict[str, float] = Field(
         default_factory=dict,
-        description="numbers of the strategy by name: f=2,server_lr=0.03; a table in TOML",
+        description="numbers for the strategy, such as f=2,server_lr=0.03; in a TOML file a table",
     )
-    min_clients: int = Field(default=2, ge=1, description="clients that must be there to begin")
-    clients_per_round: int = Field(default=0, ge=0, description="size of a cohort; 0: everybody")
+
+
+class CohortSettings(Settings):
+    """Which clients a round asks, and how many must answer."""
+
+    min_clients: int = Field(
+        default=2,
+        ge=1,
+        description="number of clients that must be there before a round opens",
+    )
+    clients_per_round: int = Field(
+        default=0,
+        ge=0,
+        description="number of clients in a cohort; 0: all that are there",
+    )
     cohort: CohortName = Field(
         default="uniform",
-        description="whom a round asks, of those there are: any (uniform), by the size of their "
-        "data, whoever was asked least (round-robin), where the model is worst (power-of-choice), "
-        "who is likely to answer",
+        description="how a cohort is chosen: at random (uniform), at random in proportion to "
+        "the number of examples (data-size), the clients that were asked least "
+        "(round-robin), the clients with the largest losses (power-of-choice), at "
+        "random by how likely a client is to answer (availability)",
     )
     cohort_candidates: int = Field(
         default=0,
         ge=0,
-        description="how many power-of-choice draws to choose from; 0: twice as many as it asks",
+        description="number of clients from which power-of-choice chooses; 0: twice the size of "
+        "the cohort",
     )
     concurrency: int = Field(
         default=0,
         ge=0,
-        description="clients that an asynchronous strategy keeps at work; 0: everybody",
+        description="number of clients that an asynchronous strategy keeps at work; 0: all that "
+        "are there",
     )
     max_staleness: int | None = Field(
         default=None,
         ge=0,
-        description="rounds after which an asynchronous run waits for an order's update no more",
+        description="end an order of an asynchronous run when its model is more than this many "
+        "rounds old; none: never",
     )
     over_select: float = Field(
-        default=1, ge=1, description="ask this many times --clients-per-round; the slowest are late"
+        default=1,
+        ge=1,
+        description="ask this many times --clients-per-round clients; the round closes without "
+        "the slowest",
     )
     min_updates: int = Field(
         default=0,
         ge=0,
-        description="updates a round needs; 0: as many as --min-clients or --clients-per-round, "
-        "whichever is less, or with --over-select as --clients-per-round",
+        description="number of updates that a round needs; 0: the smaller of --min-clients and "
+        "--clients-per-round, with --over-select --clients-per-round",
     )
+
+
+class WaitingSettings(Settings):
+    """How long the server waits for clients."""
+
+    require_all: bool = Field(
+        default=False,
+        description="wait for every client of the cohort, without any time limit",
+    )
+    stall_after: float = Field(
+        default=60,
+        gt=0,
+        description="give an order up when its client has been silent for this many seconds, or "
+        "has made no progress for ten times its longest step so far and for at "
+        "least this many seconds",
+    )
+    first_step: float = Field(
+        default=600,
+        gt=0,
+        description="seconds that a client may take to pull its order, and again to finish its "
+        "first training step",
+    )
+    min_examples_per_s: float = Field(
+        default=0.1,
+        gt=0,
+        description="slowest training that the server waits for, in examples per second",
+    )
+    min_bytes_per_s: float = Field(
+        default=10_000,
+        gt=0,
+        description="slowest transfer that the server waits for, in bytes per second",
+    )
+    round_deadline: float | None = Field(
+        default=None,
+        gt=0,
+        description="close a round after this many seconds with the updates that are there; "
+        "none: never",
+    )
+    lease: float = Field(
+        default=30,
+        gt=0,
+        description="seconds without a call after which a client counts as gone",
+    )
+    farewell: float = Field(
+        default=10,
+        ge=0,
+        description="seconds that the server waits at the end until all clients know that the "
+        "run is over",
+    )
+
+
+class RepairSettings(Settings):
+    """What the server does when a round goes wrong."""
+
+    max_attempts: int = Field(
+        default=5,
+        ge=1,
+        description="number of attempts at one round before the run fails",
+    )
+    max_adjustments: int = Field(
+        default=3,
+        ge=0,
+        description="number of steps by which the server may lower the learning rate, or clip "
+        "gradients, when several clients report the same cause; 0: never",
+    )
+    max_rollbacks: int = Field(
+        default=2,
+        ge=0,
+        description="number of times that each round may be repeated because its model is bad; "
+        "0: never",
+    )
+
+
+class ClientEvaluationSettings(Settings):
+    """How clients evaluate the global model."""
+
     evaluate_on_clients: bool = Field(
-        default=False, description="clients also say how good the global model is on their data"
+        default=False,
+        description="clients also evaluate the global model on their own data and report the "
+        "result",
     )
     holdout: float = Field(
         default=0,
         ge=0,
         lt=1,
-        description="share of its examples that a client never trains on and says so of; 0: it is "
-        "asked about those it trains on",
-    )
-    max_attempts: int = Field(default=5, ge=1, description="tries at one round before giving up")
-    max_adjustments: int = Field(
-        default=3,
-        ge=0,
-        description="steps by which rate and clipping may be changed when several clients report "
-        "the same cause; 0: never",
-    )
-    max_rollbacks: int = Field(
-        default=2,
-        ge=0,
-        description="times that a round is repeated because its model is bad; 0: never",
-    )
-    require_all: bool = Field(
-        default=False, description="wait for every client of the cohort, however long it takes"
-    )
-    stall_after: float = Field(
-        default=60,
-        gt=0,
-        description="seconds until an order is given up whose client isn't heard of, or makes no "
-        "progress for ten times its longest step so far",
-    )
-    first_step: float = Field(
-        default=600,
-        gt=0,
-        description="seconds that a client may take for its first step of training, as long as it "
-        "is heard of, or to pull its order",
-    )
-    min_examples_per_s: float = Field(
-        default=0.1,
-        gt=0,
-        description="slowest training that an order is waited for, in examples a second",
-    )
-    min_bytes_per_s: float = Field(
-        default=10_000,
-        gt=0,
-        description="slowest transfer that an order is waited for, in bytes a second",
-    )
-    round_deadline: float | None = Field(
-        default=None, gt=0, description="seconds after which a round closes with what it has"
-    )
-    lease: float = Field(
-        default=30, gt=0, description="seconds without a call until a client counts as gone"
-    )
-    farewell: float = Field(
-        default=10, ge=0, description="seconds to wait at the end for clients to hear of it"
+        description="share of its examples that a client never trains on, and evaluates the "
+        "global model on; 0: it evaluates on the examples that it trains on",
     )
 
 
 class TrainingSettings(Settings):
     """How clients train."""
 
-    epochs: int = Field(default=_TRAINING.epochs, ge=1, description="local epochs a round")
-    batch_size: int = Field(default=_TRAINING.batch_size, ge=1, description="examples a step")
-    optimizer: OptimizerName = Field(default="sgd", description="local optimizer")
-    lr: float = Field(default=_TRAINING.lr, gt=0, description="local learning rate")
-    momentum: float = Field(default=_TRAINING.momentum, ge=0, lt=1, description="local momentum")
-    weight_decay: float = Field(default=_TRAINING.weight_decay, ge=0, description="L2 penalty")
+    epochs: int = Field(
+        default=_TRAINING.epochs,
+        ge=1,
+        description="local epochs in a round",
+    )
+    batch_size: int = Field(
+        default=_TRAINING.batch_size,
+        ge=1,
+        description="examples in a training step",
+    )
+    optimizer: OptimizerName = Field(
+        default="sgd",
+        description="optimizer of the clients",
+    )
+    lr: float = Field(
+        default=_TRAINING.lr,
+        gt=0,
+        description="learning rate of the clients",
+    )
+    momentum: float = Field(
+        default=_TRAINING.momentum,
+        ge=0,
+        lt=1,
+        description="momentum of the clients' optimizer",
+    )
+    weight_decay: float = Field(
+        default=_TRAINING.weight_decay,
+        ge=0,
+        description="weight decay of the clients' optimizer",
+    )
     clip_norm: float | None = Field(
-        default=_TRAINING.clip_norm, gt=0, description="largest L2 norm of a gradient"
+        default=_TRAINING.clip_norm,
+        gt=0,
+        description="clip gradients to this L2 norm; none: no clipping",
     )
     schedule: ScheduleName = Field(
-        default="constant", description="how the learning rate falls; cosine: to 0"
+        default="constant",
+        description="how the learning rate falls: not at all (constant), by --decay every "
+        "--decay-epochs epochs (step), or along a cosine to 0 (cosine)",
     )
     schedule_over: Literal["run", "round"] = Field(
-        default="run", description="once over the run's epochs, or anew in every round"
+        default="run",
+        description="whether the schedule goes over all epochs of the run, or begins again in "
+        "each round",
     )
     warmup_epochs: float = Field(
-        default=_SCHEDULE.warmup_epochs, ge=0, description="over which the learning rate grows"
+        default=_SCHEDULE.warmup_epochs,
+        ge=0,
+        description="number of epochs in which the learning rate rises to its full value",
     )
     decay_epochs: int = Field(
-        default=_SCHEDULE.decay_epochs, ge=1, description="epochs a step of schedule step"
+        default=_SCHEDULE.decay_epochs,
+        ge=1,
+        description="epochs between two decays of --schedule step",
     )
     decay: float = Field(
-        default=_SCHEDULE.decay, gt=0, le=1, description="factor at each step of schedule step"
+        default=_SCHEDULE.decay,
+        gt=0,
+        le=1,
+        description="factor of each decay of --schedule step",
     )
     augment: AugmentationName = Field(
-        default="none", description="change inputs at random; shift: images, by up to 2 pixels"
+        default="none",
+        description="random changes of the training inputs; shift: move images by up to 2 pixels",
     )
     work_deadline: float | None = Field(
         default=None,
         gt=0,
-        description="seconds after which a client ends training and sends what it has done",
+        description="seconds after which a client stops training and sends what it has done; "
+        "none: never",
     )
     stragglers: float = Field(
         default=0,
         ge=0,
         le=1,
-        description="for experiments: this share of a round's clients, drawn anew in each, does "
-        "only 1 to --epochs epochs, drawn too",
+        description="for experiments: in each round this share of the clients, chosen at "
+        "random, trains only a random number of epochs from 1 to --epochs",
     )
     straggler_work: Literal["partial", "none"] = Field(
         default="partial",
-        description="none: stragglers aren't asked, as where their work comes too late",
+        description="partial: stragglers send what they have done; none: stragglers aren't asked",
     )
 
 
 class CompressionSettings(Settings):
-    """How clients send what they have learned."""
+    """How clients compress their updates."""
 
     compression: Literal["none", "float16", "bfloat16", "int8", "top-k"] = Field(
         default="none",
-        description="how clients compress their updates: by half (float16, bfloat16), to a quarter "
-        "(int8), to the largest changes alone (top-k)",
+        description="how clients compress their updates: to 16 bits a value (float16, "
+        "bfloat16), to 8 bits (int8), or to the largest changes alone (top-k)",
     )
     compression_block: int = Field(
-        default=256, ge=8, le=65536, description="values that share a scale, of int8"
+        default=256,
+        ge=8,
+        le=65536,
+        description="number of values that share one scale, for --compression int8",
     )
     compression_fraction: float = Field(
-        default=0.05, gt=0, le=0.5, description="share of the changes that top-k sends"
+        default=0.05,
+        gt=0,
+        le=0.5,
+        description="share of the changes that --compression top-k sends",
     )
 
 
 class AdmissionSettings(Settings):
-    """What is admitted."""
+    """Which updates are accepted."""
 
     max_num_examples: int = Field(
-        default=10_000_000, ge=1, lt=MAX_WEIGHT + 1, description="largest weight of an update"
+        default=10_000_000,
+        ge=1,
+        lt=MAX_WEIGHT + 1,
+        description="largest number of examples that an update may report; it is the update's "
+        "weight",
     )
     max_delta_norm: float | None = Field(
         default=None,
         gt=0,
-        description="largest L2 norm of local minus global; 100 * (1 + norm of the global model)",
+        description="largest L2 norm of an update (local minus global model); none: 100 * (1 + "
+        "norm of the global model)",
     )
     norm_band: float = Field(
         default=10,
         ge=0,
-        description="an update is excluded if its L2 norm of local minus global is so many times "
-        "what other clients' updates allow for its work (more with few clients, and never with "
-        "fewer than four); 0: none is",
+        description="exclude an update whose L2 norm is more than this many times what other "
+        "clients' updates allow for its work; more with few clients, never with "
+        "fewer than four; 0: never",
     )
-    max_uploads: int = Field(default=16, ge=1, description="uploads written at the same time")
+    max_uploads: int = Field(
+        default=16,
+        ge=1,
+        description="number of uploads that the server receives at the same time",
+    )
 
 
 class ServerSettings(
     AdmissionSettings,
     CompressionSettings,
+    ClientEvaluationSettings,
     TrainingSettings,
+    RepairSettings,
+    WaitingSettings,
+    CohortSettings,
     RoundSettings,
     LearningSettings,
     ListeningSettings,
 ):
     """Run a federated-learning coordinator; it exits with 0 when the run is done.
 
-    Also: `history`, `show`, `curve`, `confusion`, `clients`, `export` and `verify` look at a run,
-    also while it goes on (`history --help`); `quarantine` decides about refused updates;
-    `strategies` lists what --strategy can name.
-    Started again with the same settings, an unfinished run goes on where it was.
+    An unfinished run goes on when the server is started again with the same settings.
+    Other commands: `history`, `show`, `curve`, `confusion`, `clients`, `export` and `verify`
+    inspect a run, even while it goes on; `quarantine` decides on refused updates; `strategies`
+    lists the values of --strategy. Each has its own --help.
     """
 
     model_config = SettingsConfigDict(env_prefix="FEDSERVER_", cli_prog_name="python -m fedserver")

@@ -228,7 +228,10 @@ def _finite(value: float) -> float | None:
 
 
 async def may_be_repeated(bad: Attempt, *, store: AsyncStore, max_rollbacks: int) -> bool:
-    """Return whether a round may be repeated once more because its model is bad."""
+    """Return whether a round may be repeated once more because its model is bad.
+
+    `max_rollbacks` is of each round by itself: how often another round was repeated doesn't matter.
+    """
     phases = await store.rounds.phases_of(bad.run_id, bad.round_number)
     return phases.count(Phase.ROLLED_BACK) < max_rollbacks
 

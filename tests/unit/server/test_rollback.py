@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+from fedserver.models.evaluation import may_be_repeated
 from fedserver.phases import Phase
 from fedserver.rounds.rollback import roll_back
 from tests.server_run import ServerRun, serving
@@ -54,3 +55,24 @@ def test_a_last_round_is_taken_back_alone(tmp_path: Path) -> None:
 
     with serving(tmp_path, rounds=1, **SETTINGS) as server:
         asyncio.run(take_back(server))
+
+
+def test_each_round_may_be_repeated_as_often_as_any_other(tmp_path: Path) -> None:
+    """--max-rollbacks counts the repetitions of each round by itself."""
+
+    async def take_back(server: ServerRun) -> list[bool]:
+        first, second = await server.finish_first_round(0, 1)
+        await roll_back(
+            first,
+            second,
+            max_adjustments=0,
+            store=server.recording,
+            open_orders=server.open_orders,
+        )
+        return [
+            await may_be_repeated(bad, store=server.recording, max_rollbacks=1)
+            for bad in (first, second)
+        ]
+
+    with serving(tmp_path, **SETTINGS) as server:
+        assert asyncio.run(take_back(server)) == [False, True]
