@@ -128,7 +128,7 @@ def _aggregate(strategy: str, folder: Path, *, f: int) -> None:
     ]
     cohort = Cohort(base=base, updates=updates, kinds=kinds)
     parameters = {"f": f} if {"krum", "multi-krum", "bulyan"} & set(strategy.split("+")) else {}
-    found = find_strategy({"strategy": strategy, "strategy_parameters": parameters})
+    found = find_strategy(strategy, parameters)
     Checkpoints(folder / "models", kinds).save(
         base, next_blocks(found, cohort), state_layout=state_layout(found, cohort)
     )

@@ -145,7 +145,7 @@ def _run(
 ) -> float:
     """Return the last model's accuracy on the test set; the last clients are the attackers."""
     strategy_name, parameters = STRATEGIES[name]
-    strategy = find_strategy({"strategy": strategy_name, "strategy_parameters": parameters})
+    strategy = find_strategy(strategy_name, parameters)
     torch.manual_seed(derive_seed(0, "init"))
     model = two_nn.build_model()
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}

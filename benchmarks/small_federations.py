@@ -27,7 +27,6 @@ from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.doctor import TrainingHalted
 from fedrounds.seeds import derive_seed
 from fedrounds.strategies.blocks import Cohort, StateFile
-from fedrounds.strategies.registry import find_strategy
 from fedrounds.strategies.server_step import control_layout, next_blocks, state_layout
 from fedrounds.tasks.task import Task
 from fedrounds.tensors.codec import decode_state
@@ -38,6 +37,7 @@ from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.phases import Phase
 from fedserver.records import Adjustments, Attempt, Order, StoredUpdate
 from fedserver.rounds.planning import admission_limits, work_orders
+from fedserver.run_context import strategy_of
 from fedserver.run_settings import compression_of, run_compression
 from fedserver.settings import ServerSettings
 from fedserver.updates.admission import validate_content, validate_control, validate_header
@@ -252,7 +252,7 @@ class Simulation:
             **federation.settings,
         }
         self.settings = ServerSettings(**given)
-        self.strategy = find_strategy(self.settings.run_settings())
+        self.strategy = strategy_of(self.settings)
         self.folder = folder
         self.draw = draw
         torch.manual_seed(derive_seed(seed, "init"))

@@ -9,7 +9,6 @@ import torch
 from fedrounds.data import validate_scheme
 from fedrounds.strategies.client_algorithms import validate_model
 from fedrounds.strategies.components import Strategy
-from fedrounds.strategies.registry import find_strategy
 from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.task import Task, build_model, kinds_of
 from fedrounds.tensors.compression import Shape, compressed_shapes
@@ -17,6 +16,7 @@ from fedrounds.tensors.entries import tied_entries, validate_first_values
 from fedrounds.types import Encoding, EntryKind
 from fedserver.models.evaluation import Evaluator
 from fedserver.preflight import validate_compression, validate_strategy
+from fedserver.run_context import strategy_of
 from fedserver.run_settings import run_compression
 from fedserver.settings import ServerSettings
 
@@ -41,7 +41,7 @@ def prepare(settings: ServerSettings) -> Prepared:
         OwnCodeFailed: the task's own code raised an error.
     """
     task = find_task(settings.task)
-    strategy = find_strategy(settings.run_settings())
+    strategy = strategy_of(settings)
     validate_strategy(settings, strategy)
     validate_scheme(settings.partition, settings.partitioning.parameters)
     model = build_model(task)

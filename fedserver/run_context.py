@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
-from fedrounds.strategies.components import Strategy
+from fedrounds.strategies.components import Strategy, StrategySettings
+from fedrounds.strategies.registry import find_strategy
 from fedrounds.types import EntryKind
 from fedserver.records import Run
 from fedserver.settings import ServerSettings
@@ -29,3 +30,22 @@ class RunContext:
     def run_id(self) -> str:
         """The run's id."""
         return self.run.run_id
+
+
+def strategy_of(settings: ServerSettings) -> Strategy:
+    """Return the strategy that a run's settings name.
+
+    Raises:
+        InvalidInput: see `find_strategy`.
+    """
+    return find_strategy(
+        settings.strategy,
+        settings.strategy_parameters,
+        settings=StrategySettings(
+            optimizer=settings.optimizer,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            num_partitions=settings.num_partitions,
+            evaluate_on_clients=settings.evaluate_on_clients,
+        ),
+    )

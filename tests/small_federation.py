@@ -20,7 +20,6 @@ from fedclient.state import ClientStates
 from fedclient.training import LocalSettings, OrderInputs, train_order
 from fedrounds.diagnosis.values import Diagnosis, DoctorSettings
 from fedrounds.strategies.blocks import Cohort, StateFile
-from fedrounds.strategies.registry import find_strategy
 from fedrounds.strategies.server_step import next_blocks, state_layout
 from fedrounds.tasks.task import Task, build_model, kinds_of
 from fedrounds.tensors.codec import decode_state
@@ -28,6 +27,7 @@ from fedrounds.tensors.entries import tied_entries
 from fedrounds.types import CONTROL_SECTION, ClientUpdate, WorkOrder
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.rounds.planning import work_orders
+from fedserver.run_context import strategy_of
 from fedserver.run_settings import compression_of, run_compression
 from fedserver.settings import ServerSettings
 from fedserver.updates.payload import update_file
@@ -78,7 +78,7 @@ class SmallFederation:
     def __init__(self, folder: Path, *, task: Task = small, **settings: Any) -> None:  # noqa: ANN401
         given: dict[str, Any] = {"epochs": 5, "batch_size": 1000, "lr": 0.1, "momentum": 0.0}
         self.settings = ServerSettings(**(given | settings))
-        self.strategy = find_strategy(self.settings.run_settings())
+        self.strategy = strategy_of(self.settings)
         self.task = task
         self.round_number = 0
         self.diagnoses: list[Diagnosis] = []

@@ -9,13 +9,13 @@ import torch
 
 from fedclient.update_encoding import encode_update
 from fedrounds.strategies.blocks import Cohort
-from fedrounds.strategies.registry import find_strategy
 from fedrounds.strategies.server_step import next_blocks, state_layout
 from fedrounds.tensors.codec import decode_state, encode_state
 from fedrounds.tensors.entries import entry_kinds
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.phases import OrderEvent
 from fedserver.records import Attempt
+from fedserver.run_context import strategy_of
 from fedserver.run_settings import run_compression, strategy_seed
 from fedserver.settings import ServerSettings
 from fedserver.store import Store
@@ -148,7 +148,7 @@ def write_state_dir(
             kinds=kinds,
             seed=strategy_seed(settings, current.round_number, current.attempt),
         )
-        made_by = find_strategy(settings.run_settings())
+        made_by = strategy_of(settings)
         before = None if base.server_state is None else base.server_state.file
         base = checkpoints.save(
             base.file,

@@ -55,7 +55,7 @@ def aggregate(
         [{"w": torch.from_numpy(one.copy())} for one in updates],
         seed=seed,
     )
-    found = find_strategy({"strategy": strategy, "strategy_parameters": parameters})
+    found = find_strategy(strategy, parameters)
     return np.concatenate([one.values.numpy() for one in next_blocks(found, cohort)])
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from fedrounds.errors import InvalidInput, NotFound, StorageDamaged
 from fedrounds.strategies.blocks import Cohort, StateFile
 from fedrounds.strategies.components import UnfitCohort
-from fedrounds.strategies.registry import find_strategy
 from fedrounds.strategies.server_step import next_blocks, state_layout
 from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.task import build_model, kinds_of
@@ -28,6 +27,7 @@ from fedserver.ledger import LedgerEntry, LedgerUpdate
 from fedserver.models.checkpoints import digest_blocks, model_path, state_path
 from fedserver.phases import OrderState
 from fedserver.records import AttemptRow, HeldState, HeldUpdate, Ledger, Run
+from fedserver.run_context import strategy_of
 from fedserver.run_settings import compression_of, recorded_settings, strategy_seed
 from fedserver.store import Store
 from fedserver.updates.payload import update_file
@@ -290,7 +290,7 @@ def _made_again(
 ) -> tuple[str, str | None]:
     """Return the digests of what a round's strategy makes of its files: model and server state."""
     settings, models = recorded_settings(entry.settings), state_dir / "models"
-    strategy = find_strategy(entry.settings)
+    strategy = strategy_of(settings)
     kinds, ties = _entries_of(settings.task)
     base_path = model_path(models, entry.base_digest)
     base = StateFile(path=base_path, layout=read_layout(base_path))

@@ -13,6 +13,7 @@ from fedrounds.strategies.components import (
     RobustAggregator,
     ServerOptimizer,
     Strategy,
+    StrategySettings,
     UnfitCohort,
     WeightedAggregator,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "RobustAggregator",
     "ServerOptimizer",
     "Strategy",
+    "StrategySettings",
     "UnfitCohort",
     "WeightedAggregator",
     "Weights",

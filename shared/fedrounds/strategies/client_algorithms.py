@@ -7,12 +7,16 @@ it.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from fedrounds.errors import InvalidInput
-from fedrounds.strategies.components import ClientAlgorithm, ServerOptimizer, UnfitCohort
+from fedrounds.strategies.components import (
+    ClientAlgorithm,
+    ServerOptimizer,
+    StrategySettings,
+    UnfitCohort,
+)
 from fedrounds.tensors.entries import norm_entries
 from fedrounds.types import ClientAlgorithmConfig, EntryKind
 
@@ -39,7 +43,7 @@ def fedprox(*, mu: float = 0.01) -> ClientAlgorithm:
 
 
 def scaffold(
-    *, server_lr: float = 1.0, num_clients: int = 0, settings: Mapping[str, Any]
+    *, server_lr: float = 1.0, num_clients: int = 0, settings: StrategySettings
 ) -> ClientAlgorithm:
     """Correct client drift by control variates (Karimireddy et al. 2020).
 
@@ -55,10 +59,10 @@ def scaffold(
         num_clients: the paper's N, the number of all clients; 0: --num-partitions.
         settings: the run's; the local optimizer must be SGD.
     """
-    if settings.get("optimizer", "sgd") != "sgd":
+    if settings.optimizer != "sgd":
         raise InvalidInput(
             "strategy scaffold corrects the gradients of local SGD, but --optimizer is "
-            f"{settings['optimizer']}, which would take them apart; give --optimizer sgd"
+            f"{settings.optimizer}, which would take them apart; give --optimizer sgd"
         )
     _validate_positive("server_lr", server_lr)
     share = _share_of(num_clients, settings, what="scaffold")
@@ -76,7 +80,7 @@ def scaffold(
 
 
 def feddyn(
-    *, alpha: float = 0.01, num_clients: int = 0, settings: Mapping[str, Any]
+    *, alpha: float = 0.01, num_clients: int = 0, settings: StrategySettings
 ) -> ClientAlgorithm:
     """Align the clients' minima by dynamic regularisation (Acar et al. 2021, algorithm 1).
 
@@ -168,11 +172,9 @@ def validate_model(
             )
 
 
-def _share_of(
-    num_clients: int, settings: Mapping[str, Any], *, what: str
-) -> Callable[[int], float]:
+def _share_of(num_clients: int, settings: StrategySettings, *, what: str) -> Callable[[int], float]:
     """Return a function from the number of updates to their share of all clients."""
-    total = num_clients or int(settings.get("num_partitions", 0))
+    total = num_clients or settings.num_partitions
     if total < 1:
         raise InvalidInput(
             f"strategy {what} must know how many clients there are in all; give "

@@ -1,7 +1,7 @@
 """The components of a strategy, one class for each kind, and the whole strategy.
 
-A row of the table of strategies is a function with keyword parameters that returns a component.
-The parameter `settings`, where a function has it, is filled with the run's settings.
+A component is made by a function with keyword parameters. If the function has a parameter
+`settings`, it is called with the run's `StrategySettings`.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,13 +13,32 @@ import torch
 
 from fedrounds.errors import FederationError
 from fedrounds.strategies.blocks import Aggregator
-from fedrounds.types import ClientAlgorithmConfig
+from fedrounds.types import ClientAlgorithmConfig, TrainingConfig
 
 Matrix = npt.NDArray[np.float64]
 
 
 class UnfitCohort(FederationError):
     """A strategy can't be applied to these updates; the attempt at the round fails."""
+
+
+_TRAINING = TrainingConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategySettings:
+    """The settings of a run that a strategy may rest on.
+
+    `optimizer`, `lr` and `momentum` are those of local training (--optimizer, --lr, --momentum).
+    `num_partitions` is the number of parts of a simulation's data (--num-partitions), 0 if it isn't
+    known. `evaluate_on_clients`: clients report their loss of the global model.
+    """
+
+    optimizer: str = _TRAINING.optimizer
+    lr: float = _TRAINING.lr
+    momentum: float = _TRAINING.momentum
+    num_partitions: int = 0
+    evaluate_on_clients: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

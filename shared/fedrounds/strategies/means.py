@@ -5,9 +5,8 @@ the cohort are in fedrounds.strategies.robust.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from fedrounds.strategies.blocks import (
 )
 from fedrounds.strategies.components import (
     Requirement,
+    StrategySettings,
     UnfitCohort,
     WeightedAggregator,
     no_requirement,
@@ -53,7 +53,7 @@ def fedavg() -> WeightedAggregator:
 
 
 def qfedavg(
-    *, q: float = 1.0, lipschitz: float = 0.0, settings: Mapping[str, Any]
+    *, q: float = 1.0, lipschitz: float = 0.0, settings: StrategySettings
 ) -> WeightedAggregator:
     """Clients with a higher loss of the global model count more (Li et al. 2020, algorithm 2).
 
@@ -70,12 +70,12 @@ def qfedavg(
     """
     if not 0 <= q < math.inf or not 0 <= lipschitz < math.inf:
         raise InvalidInput(f"q is {q:g}, lipschitz {lipschitz:g}; neither may be below 0")
-    if not settings.get("evaluate_on_clients"):
+    if not settings.evaluate_on_clients:
         raise InvalidInput(
             "strategy qfedavg needs the loss of the global model on each client's data; add "
             "--evaluate-on-clients"
         )
-    smoothness = lipschitz or 1 / float(settings["lr"])
+    smoothness = lipschitz or 1 / settings.lr
 
     def powers(loss: float) -> tuple[float, float]:
         """Return F^q and its derivative."""
@@ -119,7 +119,7 @@ def qfedavg(
     return WeightedAggregator(aggregator=mean_by(weigh, unmet), unmet=unmet)
 
 
-def fednova(*, settings: Mapping[str, Any]) -> WeightedAggregator:
+def fednova(*, settings: StrategySettings) -> WeightedAggregator:
     """Divide each delta by the norm of its effective local steps (Wang et al. 2020).
 
     "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", equation
@@ -132,12 +132,12 @@ def fednova(*, settings: Mapping[str, Any]) -> WeightedAggregator:
     Args:
         settings: the run's; the local optimizer must be SGD, its momentum is --momentum.
     """
-    if settings.get("optimizer", "sgd") != "sgd":
+    if settings.optimizer != "sgd":
         raise InvalidInput(
             f"strategy fednova is defined for local SGD, but --optimizer is "
-            f"{settings['optimizer']}; give --optimizer sgd or another strategy"
+            f"{settings.optimizer}; give --optimizer sgd or another strategy"
         )
-    momentum = float(settings.get("momentum", 0.0))
+    momentum = settings.momentum
 
     def unmet(num_steps: int, _: float | None) -> str:
         if num_steps >= 1:

@@ -28,6 +28,7 @@ from fedrounds.strategies.components import (
     RobustAggregator,
     ServerOptimizer,
     Strategy,
+    StrategySettings,
     WeightedAggregator,
 )
 from fedrounds.strategies.server_step import map_and_reduce
@@ -63,19 +64,25 @@ COMPONENTS: Mapping[str, Factory] = {
 }
 
 
-def find_strategy(settings: Mapping[str, Any]) -> Strategy:
-    """Return the strategy that a run's settings name.
+_DEFAULT_SETTINGS = StrategySettings()
 
-    The settings are `strategy`, `strategy_parameters` (numbers by name, for all its components
-    together) and those that single components need. A name `package.module:function` imports that
-    module, which runs its code.
+
+def find_strategy(
+    name: str,
+    parameters: Mapping[str, float] | None = None,
+    *,
+    settings: StrategySettings = _DEFAULT_SETTINGS,
+) -> Strategy:
+    """Return the strategy of this name, such as nnm+krum, with these parameters by name.
+
+    The parameters are those of all its components together. A name `package.module:function`
+    imports that module, which runs its code.
 
     Raises:
-        InvalidInput: there is no such component or parameter, a number is out of range, or the
-            components don't go together.
+        InvalidInput: there is no such component or parameter, a number is out of range, the
+            components don't go together, or the settings aren't what a component needs.
     """
-    name = settings["strategy"]
-    values = dict(settings.get("strategy_parameters") or {})
+    values = dict(parameters or {})
     factories = [(part, _find_factory(part)) for part in name.split("+")]
     known = {key for _, factory in factories for key in parameters_of(factory)}
     for key in values.keys() - known:
@@ -120,7 +127,7 @@ def _find_factory(name: str) -> Factory:
 
 
 def _make(
-    name: str, factory: Factory, values: Mapping[str, float], settings: Mapping[str, Any]
+    name: str, factory: Factory, values: Mapping[str, float], settings: StrategySettings
 ) -> Component:
     """Call a component's function with those of the values that are its parameters."""
     arguments: dict[str, Any] = {}

@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from fedrounds.strategies import StrategySettings
 from fedrounds.strategies.blocks import BLOCK_ELEMENTS, StateFile
 from fedrounds.strategies.registry import find_strategy
 from fedrounds.tensors.codec import decode_state
@@ -101,13 +102,12 @@ def test_a_header_that_the_strategy_cant_weigh_is_refused(
     base: StateFile, strategy: str, changed: dict[str, object], words: str
 ) -> None:
     """It is its sender's fault, before the round closes; any other strategy takes it."""
-    settings = {
-        "strategy": strategy,
-        "strategy_parameters": {"q": 20} if strategy == "qfedavg" else {},
-        "lr": 0.05,
-        "evaluate_on_clients": True,
-    }
-    limits = make_limits(unmet=find_strategy(settings).unmet)
+    chosen = find_strategy(
+        strategy,
+        {"q": 20} if strategy == "qfedavg" else {},
+        settings=StrategySettings(lr=0.05, evaluate_on_clients=True),
+    )
+    limits = make_limits(unmet=chosen.unmet)
     with pytest.raises(UpdateRefused, match=words):
         validate_header(header(base, **changed), base, limits)
     validate_header(header(base, metrics={"global_loss": 0.0}), base, limits)

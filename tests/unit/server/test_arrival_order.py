@@ -31,7 +31,7 @@ WEIGHTS = (3, 5, 3, 5)
 """Clients two apart have equal weights, so that their +1e30 and -1e30 cancel."""
 
 KINDS = {"w": EntryKind.PARAMETER}
-FEDAVG = find_strategy({"strategy": "fedavg"})
+FEDAVG = find_strategy("fedavg")
 
 # What a server does with a recorded round; each argument is a folder and a number of threads.
 AGGREGATE = """
@@ -62,7 +62,7 @@ for argument in sys.argv[1:]:
         updates.append(StateFile(path=path, layout=read_layout(path), num_examples=weight))
     base = checkpoints.load(collected.base_digest).file
     cohort = Cohort(base=base, updates=updates, kinds=kinds)
-    blocks = next_blocks(find_strategy({"strategy": "fedavg"}), cohort)
+    blocks = next_blocks(find_strategy("fedavg"), cohort)
     print(checkpoints.save(base, blocks).digest)
     store.close()
 """

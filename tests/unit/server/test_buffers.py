@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedrounds.strategies import StrategySettings
 from fedrounds.strategies.blocks import BLOCK_ELEMENTS, Cohort
 from fedrounds.strategies.buffers import RARITY, REACH, Bounded
 from fedrounds.strategies.registry import find_strategy
@@ -44,9 +45,8 @@ def next_state(
     ties: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], list[Bounded]]:
     """Return what a strategy makes of updates of equal weight, and what was bounded."""
-    chosen = find_strategy(
-        {"strategy": strategy, "strategy_parameters": STRATEGIES.get(strategy, {}), "lr": 0.1}
-    )
+    settings = StrategySettings(lr=0.1)
+    chosen = find_strategy(strategy, STRATEGIES.get(strategy), settings=settings)
     files = [write_state(folder, one, num_examples=10) for one in updates]
     cohort = Cohort(
         base=write_state(folder, base),

@@ -13,6 +13,7 @@ from fedclient.state import ClientStates
 from fedclient.training import LocalSettings, OrderInputs, train_order
 from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.errors import InvalidInput, WrongSettings
+from fedrounds.strategies import StrategySettings
 from fedrounds.strategies.client_algorithms import validate_model
 from fedrounds.strategies.registry import find_strategy
 from fedrounds.tasks.task import DataRequest, Task, kinds_of
@@ -55,7 +56,7 @@ def counting(**entries: str) -> Task:
 def test_a_parameter_that_isnt_aggregated_is_refused(rule: str, kind: str) -> None:
     """One sentence that names the parameter and what the task declares of it."""
     task = counting(**{"linear.bias": kind})
-    strategy = find_strategy({"strategy": rule, "num_partitions": 3, "optimizer": "sgd", "lr": 0.1})
+    strategy = find_strategy(rule, settings=StrategySettings(lr=0.1, num_partitions=3))
     model = task.build_model()
     with pytest.raises(InvalidInput, match=f"declares parameter 'linear.bias' {kind}; take"):
         validate_model(strategy.client_algorithm, model, kinds_of(task, model))

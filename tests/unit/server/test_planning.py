@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from fedrounds.strategies.registry import find_strategy
 from fedserver.clients.open_orders import OpenOrder, OpenRound
 from fedserver.models.checkpoints import GlobalModel
 from fedserver.phases import OrderState
@@ -21,7 +20,7 @@ from fedserver.rounds.planning import (
     suspensions_after,
     work_orders,
 )
-from fedserver.run_context import RunContext
+from fedserver.run_context import RunContext, strategy_of
 from fedserver.settings import ServerSettings
 from tests.factories import (
     TinyNet,
@@ -47,7 +46,7 @@ def make_context(**settings: object) -> RunContext:
     return RunContext(
         settings=chosen,
         run=Run(run_id="run1", number=1, settings=recorded, state=RunState.OPEN),
-        strategy=find_strategy(recorded),
+        strategy=strategy_of(chosen),
         kinds={},
         ties={},
         modules=set(),

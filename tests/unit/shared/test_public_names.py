@@ -21,7 +21,14 @@ PUBLIC = {
     "fedrounds.diagnosis.text": ("experiment_rows", "facts", "verdict"),
     "fedrounds.diagnosis.values": ("Cause", "Diagnosis", "DoctorSettings", "Remedy"),
     "fedrounds.errors": ("DataUnavailable", "FederationError", "InvalidInput"),
-    "fedrounds.strategies": ("Cohort", "Matrix", "ServerOptimizer", "Weights", "mean_by"),
+    "fedrounds.strategies": (
+        "Cohort",
+        "Matrix",
+        "ServerOptimizer",
+        "StrategySettings",
+        "Weights",
+        "mean_by",
+    ),
 }
 """A name may be added; one that is taken away or moved breaks somebody's task or strategy."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedclient.client_algorithms import NOTHING, TrainingStart, begin
 from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.errors import InvalidInput, WrongSettings
+from fedrounds.strategies import StrategySettings
 from fedrounds.strategies.client_algorithms import validate_model
 from fedrounds.strategies.components import UnfitCohort
 from fedrounds.strategies.registry import find_strategy
@@ -283,7 +284,7 @@ def test_ditto_trains_a_model_of_its_own_beside_the_global_one(tmp_path: Path) -
 
 def test_fedbn_needs_norm_layers() -> None:
     """The server says so before a run is begun; so does a client."""
-    strategy = find_strategy({"strategy": "fedbn"})
+    strategy = find_strategy("fedbn")
     validate_model(strategy.client_algorithm, normed(), {})
     with pytest.raises(InvalidInput, match="the task's model has none"):
         validate_model(strategy.client_algorithm, nn.Linear(2, 2), {})
@@ -359,19 +360,18 @@ def test_the_doctor_s_replays_repeat_a_correction_and_it_is_added_behind_clippin
 def test_what_makes_no_sense_is_a_sentence(
     name: str, parameters: dict[str, float], words: str
 ) -> None:
-    settings = {"strategy": name, "strategy_parameters": parameters, "num_partitions": 3}
     with pytest.raises(InvalidInput, match=words):
-        find_strategy(settings)
+        find_strategy(name, parameters, settings=StrategySettings(num_partitions=3))
 
 
 def test_what_a_rule_rests_on_must_be_set() -> None:
     """SCAFFOLD corrects SGD; both rules with controls must know how many clients there are."""
-    settings = {"strategy": "scaffold", "num_partitions": 3, "optimizer": "adam"}
+    settings = StrategySettings(optimizer="adam", num_partitions=3)
     with pytest.raises(InvalidInput, match="give --optimizer sgd"):
-        find_strategy(settings)
+        find_strategy("scaffold", settings=settings)
     with pytest.raises(InvalidInput, match="num_clients="):
-        find_strategy({"strategy": "feddyn"})
-    strategy = find_strategy({"strategy": "feddyn", "strategy_parameters": {"num_clients": 4}})
+        find_strategy("feddyn")
+    strategy = find_strategy("feddyn", {"num_clients": 4})
     with pytest.raises(UnfitCohort, match="expects 4 clients in all, but 5 sent updates"):
         strategy.optimizer_for(5)
 

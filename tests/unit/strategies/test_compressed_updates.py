@@ -14,6 +14,7 @@ from torch import Tensor
 from fedclient.state import ClientStates
 from fedclient.update_encoding import RESIDUAL, encode_update
 from fedrounds.errors import InvalidInput
+from fedrounds.strategies import StrategySettings
 from fedrounds.strategies.blocks import Block, BlockReader, Cohort, StateFile, blocks_of
 from fedrounds.strategies.registry import find_strategy
 from fedrounds.strategies.server_step import next_blocks
@@ -165,7 +166,7 @@ def test_every_rule_works_on_compressed_updates(
         replace(write_state(tmp_path, read_whole(one, step=4096)), num_examples=3, num_steps=2)
         for one in opened
     ]
-    rule = find_strategy({"strategy": strategy, "lr": 0.1})
+    rule = find_strategy(strategy, settings=StrategySettings(lr=0.1))
     models = [
         list(next_blocks(rule, Cohort(base=sent[0].base, updates=updates, kinds=KINDS)))
         for updates in (opened, plain)
@@ -368,7 +369,7 @@ def test_a_late_update_is_read_from_its_own_base(tmp_path: Path, compression: Co
     )
     expected = received.expected()
     assert all(torch.equal(one, expected[name]) for name, one in read_whole(late, step=999).items())
-    rule = find_strategy({"strategy": "fedbuff"})
+    rule = find_strategy("fedbuff")
     made: dict[str, list[Tensor]] = {}
     for one in next_blocks(rule, Cohort(base=newest, updates=[late], kinds=KINDS)):
         made.setdefault(one.block.name, []).append(one.values.clone())

@@ -49,7 +49,7 @@ def step(
         own_base = None if one.base is None else write_state(place, one.base)
         file = write_state(place, one.state, num_examples=one.num_examples)
         updates.append(replace(file, base=own_base, staleness=one.staleness))
-    strategy = find_strategy({"strategy": name, "strategy_parameters": given})
+    strategy = find_strategy(name, given)
     cohort = Cohort(base=start, updates=updates, kinds=KINDS)
     made = Checkpoints(folder / "models", KINDS).save(start, next_blocks(strategy, cohort))
     return decode_state(made.file.path.read_bytes())
@@ -194,14 +194,14 @@ def test_whatever_comes_the_step_stays_within_what_it_is_made_of(
 )
 def test_a_senseless_number_is_refused(parameters: dict[str, float], match: str) -> None:
     with pytest.raises(InvalidInput, match=match):
-        find_strategy({"strategy": "fedbuff", "strategy_parameters": parameters})
+        find_strategy("fedbuff", parameters)
 
 
 @pytest.mark.parametrize("name", ["nnm+fedbuff", "fedbuff+krum", "median+fedbuff"])
 def test_robust_rules_do_not_go_with_it(name: str) -> None:
     """They compare models that began alike."""
     with pytest.raises(InvalidInput, match=r"more than one aggregator|use uniform or a robust"):
-        find_strategy({"strategy": name})
+        find_strategy(name)
 
 
 @pytest.mark.parametrize(

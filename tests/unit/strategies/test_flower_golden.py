@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from fedrounds.strategies import StrategySettings
 from fedrounds.strategies.blocks import Cohort
 from fedrounds.strategies.registry import find_strategy
 from fedrounds.strategies.server_step import next_blocks, state_layout
@@ -40,12 +41,9 @@ def state_of(values: Vectors) -> dict[str, torch.Tensor]:
 def found(strategy: str, parameters: dict[str, float]) -> Any:  # noqa: ANN401
     """Return the strategy."""
     return find_strategy(
-        {
-            "strategy": strategy,
-            "strategy_parameters": parameters,
-            "lr": LOCAL_LR,
-            "evaluate_on_clients": True,
-        }
+        strategy,
+        parameters,
+        settings=StrategySettings(lr=LOCAL_LR, momentum=0.0, evaluate_on_clients=True),
     )
 
 

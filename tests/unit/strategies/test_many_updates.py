@@ -47,7 +47,7 @@ def peak_bytes():
 updates = [files[number % len(files)] for number in range(int(sys.argv[3]))]
 cohort = Cohort(base=files[0], updates=updates, kinds={"w": EntryKind.PARAMETER})
 before = peak_bytes()
-for _ in next_blocks(find_strategy({"strategy": name}), cohort):
+for _ in next_blocks(find_strategy(name), cohort):
     pass
 print(peak_bytes() - before)
 """

@@ -26,7 +26,7 @@ from tests.unit.shared.test_rounding import PRECISIONS, nearest
 KINDS = entry_kinds(TinyNet())
 AVERAGED = (EntryKind.PARAMETER, EntryKind.MEAN)
 ONE_PARAMETER = {"w": EntryKind.PARAMETER}
-FEDAVG = find_strategy({"strategy": "fedavg"})
+FEDAVG = find_strategy("fedavg")
 
 
 def aggregate(

@@ -329,7 +329,7 @@ def test_float_buffers_go_by_coordinate_and_the_rest_by_its_rule(tmp_path: Path)
         }
 
     cohort = cohort_of(tmp_path, state(0), [state(one) for one in range(5)], kinds=kinds)
-    strategy = find_strategy({"strategy": "krum", "strategy_parameters": {"f": 1}})
+    strategy = find_strategy("krum", {"f": 1})
     found = {one.block.name: one.values.item() for one in next_blocks(strategy, cohort)}
     # With n - f - 2 = 2 neighbours the middle one of the three is nearest.
     assert found == {
@@ -348,7 +348,7 @@ def test_a_buffer_cannot_do_what_a_step_prevents(tmp_path: Path, strategy: str) 
         for variance in (1.0, 1.25, 1e12, 1.5, 0.75, 0.5, 2.0)
     ]
     cohort = cohort_of(tmp_path, states[0], states, kinds=kinds)
-    found = next_blocks(find_strategy({"strategy": strategy}), cohort)
+    found = next_blocks(find_strategy(strategy), cohort)
     assert {one.block.name: one.values.item() for one in found} == {
         "w": 1,
         "norm.running_var": 1.25,
@@ -373,7 +373,7 @@ def test_too_few_updates_are_a_sentence(
 ) -> None:
     """One fewer than the rule can bear its bad ones with is refused, exactly that many aren't."""
     updates = attacked()
-    found = find_strategy({"strategy": strategy, "strategy_parameters": parameters})
+    found = find_strategy(strategy, parameters)
     assert found.min_updates == needed
     aggregate(tmp_path, strategy, updates[:needed], parameters)
     if needed > 1:
@@ -389,7 +389,7 @@ def test_threads_and_block_sizes_change_no_bit(
 ) -> None:
     """One thread of torch's or more, one of ours or three: the same bytes, also in float64."""
     generator = torch.Generator().manual_seed(1)
-    found = find_strategy({"strategy": strategy, "strategy_parameters": {}})
+    found = find_strategy(strategy, {})
     for num_updates in (7, 8, 11):
         # Of float64, as float32's rounding would hide in which order a sum was made.
         states = [

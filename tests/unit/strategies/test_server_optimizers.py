@@ -40,7 +40,7 @@ def run_rounds(
     num_rounds: int = NUM_ROUNDS,
 ) -> tuple[list[Tensor], list[Tensor], GlobalModel]:
     """Run rounds of two clients that count alike; returns models, pseudo-gradients, the last."""
-    found = find_strategy({"strategy": strategy, "strategy_parameters": parameters})
+    found = find_strategy(strategy, parameters)
     checkpoints = Checkpoints(folder / "models", KINDS)
     model = checkpoints.save_initial(
         {"norm.running_mean": torch.zeros(2, dtype=dtype), "w": torch.ones(SIZE, dtype=dtype)}
@@ -193,7 +193,7 @@ def test_a_state_that_is_not_finite_is_no_state(tmp_path: Path) -> None:
     start = write_state(tmp_path, base)
     update = write_state(tmp_path, {"w": torch.full((2,), 1e25)}, num_examples=1)
     cohort = Cohort(base=start, updates=[update], kinds=kinds)
-    found = find_strategy({"strategy": "fedadam"})
+    found = find_strategy("fedadam")
     checkpoints = Checkpoints(tmp_path / "models", kinds)
     with pytest.raises(NonFiniteAggregate, match="server state of tensor 'w'"):
         checkpoints.save(

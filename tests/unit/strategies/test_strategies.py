@@ -1,30 +1,24 @@
 """The table of strategies: rows by name, put together, and refused where they make no sense."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedrounds.errors import InvalidInput
+from fedrounds.strategies import StrategySettings
 from fedrounds.strategies.components import RobustAggregator
 from fedrounds.strategies.registry import COMPONENTS, find_strategy, parameters_of
 from fedserver.commands.strategies import run
 
-SETTINGS = {
-    "lr": 0.1,
-    "num_partitions": 10,
-    "momentum": 0.5,
-    "optimizer": "sgd",
-    "evaluate_on_clients": True,
-}
+SETTINGS = StrategySettings(lr=0.1, momentum=0.5, num_partitions=10, evaluate_on_clients=True)
 
 
 def find(strategy: str, parameters: dict[str, float] | None = None, **changed: Any) -> Any:  # noqa: ANN401
     """Return the strategy that a run's settings name."""
-    return find_strategy(
-        SETTINGS | {"strategy": strategy, "strategy_parameters": parameters or {}} | changed
-    )
+    return find_strategy(strategy, parameters, settings=replace(SETTINGS, **changed))
 
 
 def last(*, place: int = -1, of_many: bool = True) -> RobustAggregator:

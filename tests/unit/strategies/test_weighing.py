@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from fedrounds.strategies import StrategySettings
 from fedrounds.strategies.blocks import Cohort
 from fedrounds.strategies.components import UnfitCohort
 from fedrounds.strategies.registry import find_strategy
@@ -58,14 +59,9 @@ def aggregate(
         for number, vector in enumerate(UPDATES)
     ]
     cohort = Cohort(base=write_state(folder, state(BASE, 0.0)), updates=updates, kinds=KINDS)
-    settings = {
-        "strategy": strategy,
-        "strategy_parameters": parameters or {},
-        "lr": 0.05,
-        "momentum": momentum,
-        "evaluate_on_clients": True,
-    }
-    found = {one.block.name: one.values for one in next_blocks(find_strategy(settings), cohort)}
+    settings = StrategySettings(lr=0.05, momentum=momentum, evaluate_on_clients=True)
+    rule = find_strategy(strategy, parameters, settings=settings)
+    found = {one.block.name: one.values for one in next_blocks(rule, cohort)}
     return found["w"].numpy(), found["norm.running_var"].item()
 
 
