@@ -92,10 +92,7 @@ class ListeningSettings(Settings):
         description="address to listen on; 0.0.0.0: all addresses of this machine",
     )
     port: int = Field(
-        default=50051,
-        ge=0,
-        le=65535,
-        description="port to listen on; 0: any free port",
+        default=50051, ge=0, le=65535, description="port to listen on; 0: any free port"
     )
     state_dir: Path = Field(
         default=Path("state/server"),
@@ -110,8 +107,7 @@ class ListeningSettings(Settings):
         description="at the end print the table of rounds, and draw curve.png in the state-dir",
     )
     keep_updates: Kept = Field(
-        default=0,
-        description="keep the updates of this many finished rounds, or all",
+        default=0, description="keep the updates of this many finished rounds, or all"
     )
     keep_rounds: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
         default=10,
@@ -133,11 +129,7 @@ class ListeningSettings(Settings):
         description="start although updates on the disk are damaged; clients are asked for new "
         "ones",
     )
-    threads: int = Field(
-        default=1,
-        ge=1,
-        description="number of threads for tensor work",
-    )
+    threads: int = Field(default=1, ge=1, description="number of threads for tensor work")
 
     @field_validator("host")
     @classmethod
@@ -154,13 +146,9 @@ class ListeningSettings(Settings):
 class LearningSettings(Settings):
     """Task and data."""
 
-    task: str = Field(
-        default="mnist-sample",
-        description="name of a task, or package.module:task",
-    )
+    task: str = Field(default="mnist-sample", description="name of a task, or package.module:task")
     data_root: Path | None = Field(
-        default=None,
-        description="folder of the data sets; none: the task chooses it",
+        default=None, description="folder of the data sets; none: the task chooses it"
     )
     partition: str = Field(
         default="iid",
@@ -168,9 +156,7 @@ class LearningSettings(Settings):
         "dirichlet, class-dirichlet, quantity",
     )
     num_partitions: int = Field(
-        default=10,
-        ge=1,
-        description="number of parts that a simulation splits the data into",
+        default=10, ge=1, description="number of parts that a simulation splits the data into"
     )
     alpha: float | None = Field(
         default=None,
@@ -178,20 +164,12 @@ class LearningSettings(Settings):
         description="concentration of the partitions dirichlet, class-dirichlet and quantity",
     )
     shards_per_client: int | None = Field(
-        default=None,
-        ge=1,
-        description="number of shards for each client, for --partition shards",
+        default=None, ge=1, description="number of shards for each client, for --partition shards"
     )
     classes_per_client: int | None = Field(
-        default=None,
-        ge=1,
-        description="number of classes for each client, for --partition classes",
+        default=None, ge=1, description="number of classes for each client, for --partition classes"
     )
-    seed: int = Field(
-        default=0,
-        ge=0,
-        description="seed of all random numbers of the run",
-    )
+    seed: int = Field(default=0, ge=0, description="seed of all random numbers of the run")
     init: InitialisationName = Field(
         default="default",
         description="how to initialise the first global model (torch.nn.init); default: as the "
@@ -202,11 +180,7 @@ class LearningSettings(Settings):
 class RoundSettings(Settings):
     """Rounds."""
 
-    rounds: int = Field(
-        default=10,
-        ge=1,
-        description="number of rounds in the run",
-    )
+    rounds: int = Field(default=10, ge=1, description="number of rounds in the run")
     strategy: str = Field(
         default="fedavg",
         description="how updates become the next model, such as krum or nnm+median+fedadam; "
@@ -222,14 +196,10 @@ class CohortSettings(Settings):
     """Which clients a round asks, and how many must answer."""
 
     min_clients: int = Field(
-        default=2,
-        ge=1,
-        description="number of clients that must be there before a round opens",
+        default=2, ge=1, description="number of clients that must be there before a round opens"
     )
     clients_per_round: int = Field(
-        default=0,
-        ge=0,
-        description="number of clients in a cohort; 0: all that are there",
+        default=0, ge=0, description="number of clients in a cohort; 0: all that are there"
     )
     cohort: CohortName = Field(
         default="uniform",
@@ -274,8 +244,7 @@ class WaitingSettings(Settings):
     """How long the server waits for clients."""
 
     require_all: bool = Field(
-        default=False,
-        description="wait for every client of the cohort, without any time limit",
+        default=False, description="wait for every client of the cohort, without any time limit"
     )
     stall_after: float = Field(
         default=60,
@@ -307,9 +276,7 @@ class WaitingSettings(Settings):
         "none: never",
     )
     lease: float = Field(
-        default=30,
-        gt=0,
-        description="seconds without a call after which a client counts as gone",
+        default=30, gt=0, description="seconds without a call after which a client counts as gone"
     )
     farewell: float = Field(
         default=10,
@@ -323,9 +290,7 @@ class RepairSettings(Settings):
     """What the server does when a round goes wrong."""
 
     max_attempts: int = Field(
-        default=5,
-        ge=1,
-        description="number of attempts at one round before the run fails",
+        default=5, ge=1, description="number of attempts at one round before the run fails"
     )
     max_adjustments: int = Field(
         default=3,
@@ -361,35 +326,17 @@ class ClientEvaluationSettings(Settings):
 class TrainingSettings(Settings):
     """How clients train."""
 
-    epochs: int = Field(
-        default=_TRAINING.epochs,
-        ge=1,
-        description="local epochs in a round",
-    )
+    epochs: int = Field(default=_TRAINING.epochs, ge=1, description="local epochs in a round")
     batch_size: int = Field(
-        default=_TRAINING.batch_size,
-        ge=1,
-        description="examples in a training step",
+        default=_TRAINING.batch_size, ge=1, description="examples in a training step"
     )
-    optimizer: OptimizerName = Field(
-        default="sgd",
-        description="optimizer of the clients",
-    )
-    lr: float = Field(
-        default=_TRAINING.lr,
-        gt=0,
-        description="learning rate of the clients",
-    )
+    optimizer: OptimizerName = Field(default="sgd", description="optimizer of the clients")
+    lr: float = Field(default=_TRAINING.lr, gt=0, description="learning rate of the clients")
     momentum: float = Field(
-        default=_TRAINING.momentum,
-        ge=0,
-        lt=1,
-        description="momentum of the clients' optimizer",
+        default=_TRAINING.momentum, ge=0, lt=1, description="momentum of the clients' optimizer"
     )
     weight_decay: float = Field(
-        default=_TRAINING.weight_decay,
-        ge=0,
-        description="weight decay of the clients' optimizer",
+        default=_TRAINING.weight_decay, ge=0, description="weight decay of the clients' optimizer"
     )
     clip_norm: float | None = Field(
         default=_TRAINING.clip_norm,
@@ -417,10 +364,7 @@ class TrainingSettings(Settings):
         description="epochs between two decays of --schedule step",
     )
     decay: float = Field(
-        default=_SCHEDULE.decay,
-        gt=0,
-        le=1,
-        description="factor of each decay of --schedule step",
+        default=_SCHEDULE.decay, gt=0, le=1, description="factor of each decay of --schedule step"
     )
     augment: AugmentationName = Field(
         default="none",
@@ -491,9 +435,7 @@ class AdmissionSettings(Settings):
         "fewer than four; 0: never",
     )
     max_uploads: int = Field(
-        default=16,
-        ge=1,
-        description="number of uploads that the server receives at the same time",
+        default=16, ge=1, description="number of uploads that the server receives at the same time"
     )
 
 
