@@ -1,7 +1,8 @@
 """Every block of the README and of docs/ does what a reader expects of it, as it stands.
 
-They are typed one after another in one folder, where the README's "By hand" was done before. Only
-the environment is a test's: a free port, three rounds, two steps a round on smaller shares.
+They are typed one after another in one folder, after the README's "The first federation of your
+own". Only the environment is a test's: a free port, three rounds, two steps a round on smaller
+shares.
 """
 
 import os
@@ -99,7 +100,7 @@ def reader(module_scene: Scene) -> Reader:
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
 TYPED = [block for block in BLOCKS if not (block.is_text or block.needs)]
-BY_HAND = next(block for block in TYPED if "--min-clients 10" in block.text)
+FIRST_FEDERATION = next(block for block in TYPED if "--min-clients 10" in block.text)
 
 
 def place(block: Block) -> str:
@@ -109,8 +110,8 @@ def place(block: Block) -> str:
 
 @pytest.mark.parametrize("block", TYPED, ids=place)
 def test_what_a_document_says_to_type_works(block: Block, reader: Reader) -> None:
-    """By then the reader has done what the README's "By hand" says."""
-    reader.type(BY_HAND)
+    """By then the reader has followed the README's "The first federation of your own"."""
+    reader.type(FIRST_FEDERATION)
     reader.type(block)
 
 

@@ -19,7 +19,7 @@ from tests.integration.peer import (
     open_round,
     payload_of,
 )
-from tests.processes import GENEROUS_S, Scene
+from tests.processes import GENEROUS_S, Scene, wait_until
 
 HALF = 1000
 """Bytes; the tiny model has some 2,000."""
@@ -72,6 +72,10 @@ def test_an_order_that_has_its_update_keeps_no_other_bytes(
 
 def test_a_stream_ends_with_its_order(session_scene: Scene, opened: OpenRound) -> None:
     """The next bytes that come of it are taken no more, and the answer is the order's."""
+    spool = session_scene.folder / "server/spool"
+    # The server tidies the round before while this round goes on, and whatever ended orders left is
+    # deleted then.
+    wait_until(lambda: not any(spool.iterdir()), what="the updates of the round before to go")
     peer, order = opened.peers[0], opened.orders[0]
     payload = payload_of(changed(opened.base))
     upload = peer.stream(order, payload)
@@ -80,7 +84,7 @@ def test_a_stream_ends_with_its_order(session_scene: Scene, opened: OpenRound) -
     assert peer.report(order, gave_up=True) == pb.DIRECTIVE_ABANDON
     upload.send(payload[HALF:-1])
     assert upload.result().receipt == pb.RECEIPT_LATE
-    (left,) = (session_scene.folder / "server/spool").glob(f"{order.order_id}.*")
+    (left,) = spool.glob(f"{order.order_id}.*")
     assert left.stat().st_size == HALF
 
 

@@ -167,14 +167,25 @@ def test_parked_pulls_are_sent_away_when_the_server_stops(tmp_path: Path) -> Non
         asyncio.run(pull(server))
 
 
-def test_the_end_of_a_run_waits_until_every_live_client_knows(tmp_path: Path) -> None:
+def test_the_end_of_a_run_waits_until_every_live_client_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For --farewell at most."""
 
     async def finish(server: ServerRun) -> None:
         session_id = await server.register(0)
         run_end = RunEnd(has_failed=False)
-        finishing = asyncio.create_task(server.client_api.finish(run_end))
-        await asyncio.sleep(0.05)
+        looks, list_live = asyncio.Semaphore(0), server.sessions.live_sessions
+
+        def look() -> set[str]:
+            looks.release()
+            return list_live()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(server.sessions, "live_sessions", look)
+            finishing = asyncio.create_task(server.client_api.finish(run_end))
+            for _ in range(3):
+                await asyncio.wait_for(looks.acquire(), 60)
         assert not finishing.done()
         work = await server.client_api.pull_work(session_id, wait_s=20)
         assert (work.state, work.run_end) == (WorkState.FINISHED, run_end)

@@ -105,7 +105,10 @@ def test_the_newest_streams_of_a_key_go_on() -> None:
         for name, key in (("a", "key"), ("b", "key"), ("other", "other"), ("c", "key")):
             streams.append(asyncio.create_task(stream(name, key)))
             await asyncio.sleep(0)
-        await asyncio.sleep(0.01)
+        while not ended:
+            await asyncio.sleep(0)
+        # Whoever else was fenced has ended by now: fenced at the same moment, woken beside it.
+        await asyncio.sleep(0)
         may_end.set()
         await asyncio.gather(*streams)
         # A key without streams is forgotten, and may be used again.
