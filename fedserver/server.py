@@ -20,7 +20,7 @@ from fedrounds.stop_signals import StopSignals, interrupting
 from fedrounds.types import RunEnd
 from fedserver.api.service import start_server
 from fedserver.composition import Composition, compose
-from fedserver.events import event_of
+from fedserver.events import event_of, log_event
 from fedserver.housekeeping.recovery import note_absence, salvageable
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.monitoring.terminal import showing_progress
@@ -102,6 +102,9 @@ def _open_run(store: Store, settings: ServerSettings) -> Run:
     if differing and store.rounds.latest_attempt(latest.run_id) is None:
         reason = "no round had begun when the server was started again with other settings"
         store.runs.end_run(latest.run_id, RunState.FAILED, event_of("run-failed", reason=reason))
+        # Nobody listens to the store's events yet.
+        for event in store.database.take_recorded():
+            log_event(event)
         return store.runs.begin_run(settings.run_settings())
     validate_going_on(settings.state_dir, differing)
     logger.info("going on with %s", latest.run_id)
