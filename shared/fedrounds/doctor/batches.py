@@ -1,59 +1,90 @@
-"""Batches of any shape: a tensor, or a tuple, list or dict of tensors, samples in dimension 0."""
+"""Batches of any structure: their tensors, their samples, their labels.
+
+The samples are in dimension 0 of the tensors, or are the items of lists of equal length.
+"""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fedrounds.errors import InvalidInput
+from fedrounds.nested import items_of, leaves_of, map_leaves
 
-Batch: TypeAlias = Tensor | tuple[Tensor, ...] | list[Tensor] | Mapping[str, Tensor]
+Batch: TypeAlias = Any
+"""Whatever a data loader returns; `fedrounds.nested` says what is seen of it."""
+
+_LABEL_NAMES = frozenset({"label", "labels", "target", "targets", "y"})
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
-    """Return the batch's tensors in their order."""
-    if isinstance(batch, tuple | list):
+    """Return the batch's tensors in their order; those named as labels come last."""
+    if isinstance(batch, tuple | list) and all(isinstance(one, Tensor) for one in batch):
         return list(batch)
-    return [batch] if isinstance(batch, Tensor) else list(batch.values())
+    items = items_of(batch)
+    if items is None:
+        return [batch] if isinstance(batch, Tensor) else []
+    in_order = sorted(items, key=lambda item: item[0] in _LABEL_NAMES)
+    return [leaf for _, one in in_order for leaf in leaves_of(one) if isinstance(leaf, Tensor)]
 
 
 def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """Return a batch of the same form with every tensor changed."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        return {name: change(one) for name, one in batch.items()}
-    changed = [change(one) for one in batch]
-    if isinstance(batch, list):
-        return changed
-    # A named tuple takes its fields one by one.
-    return type(batch)(*changed) if hasattr(batch, "_fields") else tuple(changed)
+    """Return a batch of the same structure with every tensor changed."""
+    return map_leaves(batch, lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
 def batch_size(batch: Batch) -> int:
     """Return the number of samples: the length of the first tensor that has one.
 
-    Raises:
-        InvalidInput: no tensor of the batch has a dimension.
+    Where the samples are items of lists, it is their length; 1 where no samples can be seen.
     """
-    for one in tensors_of(batch):
-        if one.ndim > 0:
-            return one.shape[0]
-    raise InvalidInput("a batch needs a tensor with the samples in dimension 0, but has none")
+    lists = _lists_of_samples(batch)
+    if lists is not None:
+        return len(lists[0])
+    return next((one.shape[0] for one in tensors_of(batch) if one.ndim > 0), 1)
 
 
 def take(batch: Batch, positions: Sequence[int]) -> Batch:
-    """Return the samples at these positions; tensors without samples stay as they are."""
+    """Return the samples at these positions; what has no samples stays as it is.
+
+    A list of as many strings as there are samples has one for each.
+    """
     num = batch_size(batch)
+    if (lists := _lists_of_samples(batch)) is not None:
+        of_samples = {id(one) for one in lists}
+        return map_leaves(
+            batch,
+            lambda one: [one[position] for position in positions] if id(one) in of_samples else one,
+            is_leaf=lambda one: id(one) in of_samples,
+        )
 
-    def chosen(one: Tensor) -> Tensor:
-        if one.ndim == 0 or len(one) != num:
-            return one
-        return one[torch.tensor(positions, dtype=torch.int64, device=one.device)]
+    def is_text(value: object) -> bool:
+        if not isinstance(value, list | tuple) or len(value) != num:
+            return False
+        return all(isinstance(one, str) for one in value)
 
-    return map_tensors(batch, chosen)
+    def chosen(leaf: Any) -> Any:  # noqa: ANN401  # any leaf
+        if is_text(leaf):
+            return type(leaf)(leaf[position] for position in positions)
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != num:
+            return leaf
+        return leaf[torch.tensor(positions, dtype=torch.int64, device=leaf.device)]
+
+    return map_leaves(batch, chosen, is_leaf=is_text)
+
+
+def _lists_of_samples(batch: Batch) -> list[Sequence[Any]] | None:
+    """Return the lists whose items are the samples, None where tensors hold all samples.
+
+    So do detection's loaders return them: a list of images and a list of their boxes.
+    """
+    items = None if isinstance(batch, Tensor) else items_of(batch)
+    lists: list[Sequence[Any]] = [one for _, one in items or () if isinstance(one, list | tuple)]
+    if not lists or len(lists) != len(items or ()) or len({len(one) for one in lists}) != 1:
+        return None
+    lengths = {one.shape[0] for one in tensors_of(batch) if one.ndim > 0}
+    return lists if len(lengths) > 1 else None
 
 
 IGNORED_LABEL = -100
@@ -92,7 +123,7 @@ def joined(first: Batch, second: Batch) -> Batch:
     Raises:
         RuntimeError: the samples' shapes differ.
     """
-    seconds = iter(tensors_of(second))
+    seconds = iter([one for one in leaves_of(second) if isinstance(one, Tensor)])
 
     def both(one: Tensor) -> Tensor:
         other = next(seconds)
@@ -118,17 +149,21 @@ def blurred(batch: Batch) -> Batch:
 
 
 def inputs_of(batch: Batch) -> list[Tensor]:
-    """Return the floating-point tensors that have samples."""
+    """Return the floating-point tensors that have samples; complex numbers as pairs of floats."""
+    if _lists_of_samples(batch) is not None:
+        return []
     num = batch_size(batch)
     return [
-        one
+        torch.view_as_real(one.resolve_conj()) if one.is_complex() else one
         for one in tensors_of(batch)
-        if one.is_floating_point() and one.ndim > 0 and len(one) == num
+        if (one.is_floating_point() or one.is_complex()) and one.ndim > 0 and len(one) == num
     ]
 
 
 def labels_of(batch: Batch, *, num_classes: int | None = None) -> Tensor | None:
     """Return the batch's labels, None if it has none; see `labels_among`."""
+    if _lists_of_samples(batch) is not None:
+        return None
     return labels_among(tensors_of(batch), batch_size(batch), num_classes=num_classes)
 
 

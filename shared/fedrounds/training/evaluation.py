@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedrounds.errors import InvalidInput
+from fedrounds.nested import to_device
 
 Batches = Iterable[tuple[Tensor, ...] | list[Tensor]]
 Loss = Callable[[Any, Tensor], Tensor]
@@ -66,7 +67,7 @@ def evaluate(
     model.to(device)
     with _evaluation_mode(model), torch.no_grad():
         for batch_inputs, batch_targets in dataloader:
-            inputs, targets = batch_inputs.to(device), batch_targets.to(device)
+            inputs, targets = to_device((batch_inputs, batch_targets), device)
             outputs = model(inputs)
             mean_loss = loss(outputs, targets)
             others = [metric(outputs, targets).to(mean_loss) for metric in metrics.values()]

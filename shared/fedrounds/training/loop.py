@@ -18,6 +18,7 @@ from fedrounds.diagnosis.values import Diagnosis, Symptom
 from fedrounds.doctor import UNTREATED, Doctor, DoctorSettings, Overrides, StepReport
 from fedrounds.doctor.batches import Batch
 from fedrounds.errors import InvalidInput
+from fedrounds.nested import to_device
 from fedrounds.training.corrections import Correction, correct_gradients
 from fedrounds.training.evaluation import Batches, Loss, count_correct, main_output
 from fedrounds.training.optimizers import make_optimizer, make_scheduler
@@ -217,7 +218,7 @@ def train_model(
         means = _EpochMeans(device)
         for batch, (inputs, targets) in enumerate(dataloader, start=1):
             taken = stepper.step(
-                (inputs.to(device), targets.to(device)),
+                to_device((inputs, targets), device),
                 indices=getattr(dataloader, "newest_indices", None),
                 epoch=epoch,
             )

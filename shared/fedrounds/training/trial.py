@@ -14,6 +14,7 @@ from fedrounds.data import make_loader
 from fedrounds.data.loaders import NumberedLoader
 from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.doctor import TrainingHalted
+from fedrounds.nested import to_device
 from fedrounds.plugins import naming_task_errors
 from fedrounds.tasks.task import Examples, Task
 from fedrounds.training.evaluation import count_correct
@@ -49,7 +50,7 @@ def _first(num: int, examples: Examples) -> NumberedLoader:
 
 def _goes_well(task: Task, batches: NumberedLoader, device: torch.device) -> bool:
     try:
-        inputs, targets = (tensor.to(device) for tensor in next(iter(batches)))
+        inputs, targets = to_device(next(iter(batches)), device)
         model = task.build_model().to(device).train()
         outputs = model(inputs)
         task.loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
