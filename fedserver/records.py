@@ -256,7 +256,7 @@ class Exclusion:
     client_id: int
     refusal: Refusal
     kept_bytes: int
-    happened: "Event"
+    event: "Event"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,15 +157,15 @@ def write_state_dir(
         )
         number = current.round_number + 1
         following = _round(run.run_id, number, base) if number <= NUM_ROUNDS else None
-        happened = [make_event("round-done", round_number=current.round_number)]
+        events = [make_event("round-done", round_number=current.round_number)]
         if following is not None:
-            happened.append(make_event("round-opened", round_number=number))
+            events.append(make_event("round-opened", round_number=number))
         store.rounds.finish_round(
             current,
             model_digest=base.digest,
             state_digest=base.state_digest,
             next_round=following,
-            happened=happened,
+            events=events,
         )
         current = following
     store.close()

@@ -230,7 +230,7 @@ class Closer:
             client_evaluation=client_metrics,
             next_round=following,
             stale_before=stale_before(settings, closed.round_number + 1),
-            happened=events,
+            events=events,
         )
         return following
 

@@ -21,7 +21,7 @@ class Events(Tables[D_co]):
         self,
         connection: Connection,
         run_id: str,
-        happened: Iterable[Event],
+        events: Iterable[Event],
         *,
         report_key: str | None = None,
     ) -> bool:
@@ -30,7 +30,7 @@ class Events(Tables[D_co]):
             select(schema.events.c.sequence).where(schema.events.c.report_key == report_key)
         ):
             return False
-        add_events(connection, run_id, happened, report_key=report_key)
+        add_events(connection, run_id, events, report_key=report_key)
         return True
 
     @reads

@@ -166,6 +166,7 @@ class Orders(Tables[D_co]):
                 order_event,
                 handed_out_at=arrival.handed_out_at,
                 ended_at=None if order_event is OrderEvent.STORE else at,
+                order_end=OrderEnd.ROUND_CLOSED if order_event is OrderEvent.MISS else None,
             )
         metrics = {name: json_number(value) for name, value in received.metrics.items()}
         assert round_key is not None
@@ -216,7 +217,7 @@ class Orders(Tables[D_co]):
         connection: Connection,
         run_id: str,
         order_id: str,
-        happened: Event,
+        event: Event,
         *,
         strikes: bool = False,
     ) -> bool:
@@ -227,12 +228,19 @@ class Orders(Tables[D_co]):
         order = find_order(connection, order_id)
         if order.state is not OrderState.OPEN:
             return False
-        move_order(connection, order_id, order.state, OrderEvent.ABANDON, ended_at=happened.at)
+        move_order(
+            connection,
+            order_id,
+            order.state,
+            OrderEvent.ABANDON,
+            ended_at=event.at,
+            order_end=OrderEnd.GIVEN_UP,
+        )
         if strikes:
-            happened = suspend_client(
-                connection, run_id, happened, client_id=order.client_id, reason=happened.kind
+            event = suspend_client(
+                connection, run_id, event, client_id=order.client_id, reason=event.kind
             )
-        add_events(connection, run_id, [happened])
+        add_events(connection, run_id, [event])
         return True
 
     @reads

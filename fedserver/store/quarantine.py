@@ -39,7 +39,7 @@ class Quarantine(Tables[D_co]):
 
     @writes
     def free_held(
-        self, connection: Connection, held: HeldUpdate, state: HeldState, happened: Event
+        self, connection: Connection, held: HeldUpdate, state: HeldState, event: Event
     ) -> bool:
         """Take an update out of quarantine; returns whether it was still HELD.
 
@@ -56,7 +56,7 @@ class Quarantine(Tables[D_co]):
             return False
         if state is HeldState.RELEASED:
             reinstate_clients(connection, held.run_id, [held.client_id])
-        add_events(connection, held.run_id, [happened])
+        add_events(connection, held.run_id, [event])
         return True
 
     @reads

@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, func, or_, select, update
 
 from fedrounds.diagnosis.values import Cause
+from fedrounds.types import OrderEnd
 from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState, Phase, RoundEvent
 from fedserver.records import (
     NO_ADJUSTMENTS,
@@ -89,14 +90,14 @@ class Rounds(Tables[D_co]):
 
     @writes
     def open_round(
-        self, connection: Connection, opened: Attempt, happened: Event, *, stale_before: int = 0
+        self, connection: Connection, opened: Attempt, event: Event, *, stale_before: int = 0
     ) -> None:
         """Record a round that begins to collect, with its orders.
 
         Orders given before round `stale_before` that are still open are LATE from here on.
         """
-        end_stale_orders(connection, opened, stale_before, at=happened.at)
-        insert_attempt(connection, opened, happened)
+        end_stale_orders(connection, opened, stale_before, at=event.at)
+        insert_attempt(connection, opened, event)
 
     @writes
     def add_orders(
@@ -144,31 +145,30 @@ class Rounds(Tables[D_co]):
         self,
         connection: Connection,
         closing: Attempt,
-        happened: Event,
+        event: Event,
         *,
         carries_over: bool = False,
     ) -> None:
         """Close a collecting round: orders still open are LATE from here on, or carried over."""
         closed_s = read_clock(connection, closing.run_id)
-        move_attempt(
-            connection, closing, RoundEvent.CLOSE, closed_at=happened.at, closed_s=closed_s
-        )
+        move_attempt(connection, closing, RoundEvent.CLOSE, closed_at=event.at, closed_s=closed_s)
         if not carries_over:
             move_orders(
                 connection,
                 *of_attempt(schema.orders, closing),
                 state=OrderState.OPEN,
                 order_event=OrderEvent.MISS,
-                at=happened.at,
+                order_end=OrderEnd.ROUND_CLOSED,
+                at=event.at,
             )
-        add_events(connection, closing.run_id, [happened])
+        add_events(connection, closing.run_id, [event])
 
     @writes
     def fail_round(
         self,
         connection: Connection,
         failing: Attempt,
-        happened: Sequence[Event],
+        events: Sequence[Event],
         *,
         adjustments_after: Adjustments = NO_ADJUSTMENTS,
         exclusions: Sequence[Exclusion] = (),
@@ -178,10 +178,13 @@ class Rounds(Tables[D_co]):
 
         `is_base_blamed` says that the model it began with, the last DONE round's, is bad.
         """
-        at = happened[0].at
+        at = events[0].at
         exclude_orders(connection, failing, exclusions)
         end_attempt(
-            *(connection, failing, RoundEvent.FAIL),
+            connection,
+            failing,
+            RoundEvent.FAIL,
+            order_end=OrderEnd.ATTEMPT_FAILED,
             at=at,
             adjustments_after=adjustments_after.as_json(),
         )
@@ -192,14 +195,14 @@ class Rounds(Tables[D_co]):
                 .where(*of_attempt(schema.rounds, read_attempt(connection, done)))
                 .values(alarm=Cause.RECEIVED_MODEL)
             )
-        add_events(connection, failing.run_id, happened)
+        add_events(connection, failing.run_id, events)
 
     @writes
     def roll_back(
         self,
         connection: Connection,
         bad: Attempt,
-        happened: Sequence[Event],
+        events: Sequence[Event],
         *,
         adjustments_after: Adjustments,
         abandoned: Attempt | None,
@@ -208,13 +211,15 @@ class Rounds(Tables[D_co]):
 
         `abandoned` is the attempt that goes on with the bad model, if there is one.
         """
-        at = happened[0].at
+        at = events[0].at
         if abandoned is not None:
-            end_attempt(connection, abandoned, RoundEvent.ABANDON, at=at)
+            end_attempt(
+                connection, abandoned, RoundEvent.ABANDON, order_end=OrderEnd.TAKEN_BACK, at=at
+            )
         values = {"adjustments_after": adjustments_after.as_json()}
         move_attempt(connection, bad, RoundEvent.ROLL_BACK, **values)
         append_rollback(connection, bad)
-        add_events(connection, bad.run_id, happened)
+        add_events(connection, bad.run_id, events)
 
     @writes
     def finish_round(
@@ -225,7 +230,7 @@ class Rounds(Tables[D_co]):
         model_digest: str,
         state_digest: str | None = None,
         next_round: Attempt | None,
-        happened: Sequence[Event],
+        events: Sequence[Event],
         adjustments_after: Adjustments = NO_ADJUSTMENTS,
         exclusions: Sequence[Exclusion] = (),
         client_evaluation: ClientEvaluation | None = None,
@@ -233,10 +238,10 @@ class Rounds(Tables[D_co]):
     ) -> None:
         """Record the next global model, the verdicts, the ledger's entry and the round after.
 
-        With `next_round`, of which the last of `happened` tells, orders given before round
+        With `next_round`, of which the last of `events` tells, orders given before round
         `stale_before` that are still open are LATE.
         """
-        run_id, at = finishing.run_id, happened[0].at
+        run_id, at = finishing.run_id, events[0].at
         exclude_orders(connection, finishing, exclusions)
         move_attempt(
             connection,
@@ -270,11 +275,11 @@ class Rounds(Tables[D_co]):
             updates=verdicts,
         )
         if next_round is None:
-            add_events(connection, run_id, happened)
+            add_events(connection, run_id, events)
             return
-        add_events(connection, run_id, happened[:-1])
+        add_events(connection, run_id, events[:-1])
         end_stale_orders(connection, next_round, stale_before, at=at)
-        insert_attempt(connection, next_round, happened[-1])
+        insert_attempt(connection, next_round, events[-1])
 
     @writes
     def record_evaluation(

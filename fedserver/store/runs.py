@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from fedrounds.types import OrderEnd
 from fedserver.phases import OrderEvent, OrderState
 from fedserver.records import Event, Run, RunState, Session
 from fedserver.store import schema
@@ -60,24 +61,23 @@ class Runs(Tables[D_co]):
         return run
 
     @writes
-    def end_run(
-        self, connection: Connection, run_id: str, state: RunState, happened: Event
-    ) -> None:
+    def end_run(self, connection: Connection, run_id: str, state: RunState, event: Event) -> None:
         """Record that a run is over; orders that are still open end with it."""
-        ending = OrderEvent.MISS if state is RunState.FINISHED else OrderEvent.ABANDON
+        is_finished = state is RunState.FINISHED
         move_orders(
             connection,
             schema.orders.c.run_id == run_id,
             state=OrderState.OPEN,
-            order_event=ending,
-            at=happened.at,
+            order_event=OrderEvent.MISS if is_finished else OrderEvent.ABANDON,
+            order_end=OrderEnd.ROUND_CLOSED if is_finished else OrderEnd.GIVEN_UP,
+            at=event.at,
         )
         connection.execute(
             update(schema.runs)
             .where(schema.runs.c.run_id == run_id)
-            .values(state=state, finished_at=happened.at)
+            .values(state=state, finished_at=event.at)
         )
-        add_events(connection, run_id, [happened])
+        add_events(connection, run_id, [event])
 
     @writes
     def save_session(self, connection: Connection, run_id: str, session: Session) -> None:

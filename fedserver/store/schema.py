@@ -22,7 +22,7 @@ from sqlalchemy import (
 FIRST_REVISION = "0006"
 """The schema that databases had before there were migrations; older ones can't be upgraded."""
 
-REVISION = "0009"
+REVISION = "0010"
 """The newest migration: what its tables are is below (see migrations/__init__.py)."""
 
 metadata = MetaData()
@@ -108,6 +108,9 @@ orders = Table(
     # How many examples the client had registered when it got the order; NULL where an older version
     # gave it.
     Column("num_examples", Integer),
+    # The cause of an end without an update that counts (OrderEnd). NULL: the order goes on, or its
+    # update decided.
+    Column("order_end", String),
     ForeignKeyConstraint(
         ["run_id", "round", "attempt"], ["rounds.run_id", "rounds.round", "rounds.attempt"]
     ),

@@ -65,5 +65,5 @@ class AsyncStore:
         Raises:
             OutOfSpace: nothing can be written yet.
         """
-        record = partial(add_events, run_id=run_id, happened=events)
+        record = partial(add_events, run_id=run_id, events=events)
         await self.database.write(record, publishes=False)

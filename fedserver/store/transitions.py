@@ -69,7 +69,7 @@ def came_into(wanted: Attempt) -> ColumnElement[bool]:
     )
 
 
-def insert_attempt(connection: Connection, opened: Attempt, happened: Event) -> None:
+def insert_attempt(connection: Connection, opened: Attempt, event: Event) -> None:
     """Record a round that begins to collect, with its orders."""
     table = schema.orders
     num_open = connection.scalar(
@@ -90,12 +90,12 @@ def insert_attempt(connection: Connection, opened: Attempt, happened: Event) -> 
             "max_delta_norm": opened.max_delta_norm,
             "adjustments": opened.adjustments.as_json(),
             "num_carried_over": num_open,
-            "started_at": happened.at,
+            "started_at": event.at,
             "opened_s": read_clock(connection, opened.run_id),
         },
     )
     insert_orders(connection, opened, opened.orders)
-    add_events(connection, opened.run_id, [happened])
+    add_events(connection, opened.run_id, [event])
 
 
 def insert_orders(connection: Connection, given_in: Attempt, orders: Iterable[Order]) -> None:
@@ -133,12 +133,14 @@ def end_attempt(
     ending: Attempt,
     round_event: RoundEvent,
     *,
+    order_end: OrderEnd,
     at: float,
     **values: object,
 ) -> None:
-    """End an attempt without a model: nothing of what it had counts.
+    """End an attempt without a model, and abandon its orders with the cause `order_end`.
 
-    That is what came into it, and the orders given in it; those of earlier rounds go on.
+    Its orders are those given in it that are still open, and those whose updates came into it.
+    Open orders of earlier rounds go on.
     """
     finished_s = read_clock(connection, ending.run_id)
     move_attempt(connection, ending, round_event, finished_at=at, finished_s=finished_s, **values)
@@ -146,7 +148,14 @@ def end_attempt(
         (OrderState.OPEN, of_attempt(schema.orders, ending)),
         (OrderState.STORED, (came_into(ending),)),
     ):
-        move_orders(connection, *where, state=state, order_event=OrderEvent.ABANDON, at=at)
+        move_orders(
+            connection,
+            *where,
+            state=state,
+            order_event=OrderEvent.ABANDON,
+            order_end=order_end,
+            at=at,
+        )
 
 
 def end_stale_orders(
@@ -163,10 +172,17 @@ def end_stale_orders(
         )
         .order_by(table.c.order_id)
     ).all()
-    happened = []
+    events = []
     for row in rows:
-        move_order(connection, row.order_id, OrderState.OPEN, OrderEvent.MISS, ended_at=at)
-        happened.append(
+        move_order(
+            connection,
+            row.order_id,
+            OrderState.OPEN,
+            OrderEvent.MISS,
+            ended_at=at,
+            order_end=OrderEnd.ROUND_CLOSED,
+        )
+        events.append(
             Event(
                 kind=IncidentKind.ORDER_STALE,
                 at=at,
@@ -177,7 +193,7 @@ def end_stale_orders(
                 fields={"given_in": row.round},
             )
         )
-    add_events(connection, opened.run_id, happened)
+    add_events(connection, opened.run_id, events)
 
 
 def move_orders(
@@ -186,12 +202,13 @@ def move_orders(
     state: OrderState,
     order_event: OrderEvent,
     at: float,
+    order_end: OrderEnd | None = None,
 ) -> None:
-    """Apply an event that ends them to all orders in `state` that `where` picks."""
+    """End all orders in `state` that `where` picks; `order_end` is the cause if none counts."""
     connection.execute(
         update(schema.orders)
         .where(*where, schema.orders.c.state == state)
-        .values(state=next_order_state(state, order_event), ended_at=at)
+        .values(state=next_order_state(state, order_event), ended_at=at, order_end=order_end)
     )
 
 
@@ -211,7 +228,7 @@ def move_order(
 def suspend_client(
     connection: Connection,
     run_id: str,
-    happened: Event,
+    event: Event,
     *,
     client_id: int,
     reason: str,
@@ -225,11 +242,11 @@ def suspend_client(
     row = connection.execute(
         select(table).where(table.c.run_id == run_id, table.c.client_id == client_id)
     ).first()
-    assert happened.round_number is not None
+    assert event.round_number is not None
     suspension = (after_strike if is_strike else after_exclusion)(
         None if row is None else read_suspension(row),
         client_id=client_id,
-        round_number=happened.round_number,
+        round_number=event.round_number,
         reason=reason,
     )
     values = asdict(suspension) | {"run_id": run_id}
@@ -239,7 +256,7 @@ def suspend_client(
         .on_conflict_do_update(index_elements=["run_id", "client_id"], set_=values)
     )
     back_in = {"suspended_until": suspension.suspended_until}
-    return replace(happened, fields={**happened.fields, **back_in})
+    return replace(event, fields={**event.fields, **back_in})
 
 
 def reinstate_clients(connection: Connection, run_id: str, client_ids: Iterable[int]) -> None:
@@ -276,9 +293,9 @@ def exclude_orders(
     connection: Connection, screened: Attempt, exclusions: Iterable[Exclusion]
 ) -> None:
     """Take stored updates out of their round, each with its event."""
-    for one in exclusions:
-        order_id, reason = one.order_id, one.refusal.reason
-        ended_at = one.happened.at
+    for exclusion in exclusions:
+        order_id, reason = exclusion.order_id, exclusion.refusal.reason
+        ended_at = exclusion.event.at
         move_order(connection, order_id, OrderState.STORED, OrderEvent.EXCLUDE, ended_at=ended_at)
         connection.execute(
             update(schema.updates)
@@ -289,17 +306,19 @@ def exclude_orders(
             connection,
             screened.run_id,
             order_id,
-            one.refusal.evidence,
-            kept_bytes=one.kept_bytes,
+            exclusion.refusal.evidence,
+            kept_bytes=exclusion.kept_bytes,
             at=ended_at,
         )
-        happened = suspend_client(
-            *(connection, screened.run_id, one.happened),
-            client_id=one.client_id,
+        event = suspend_client(
+            connection,
+            screened.run_id,
+            exclusion.event,
+            client_id=exclusion.client_id,
             reason=reason,
             is_strike=False,
         )
-        add_events(connection, screened.run_id, [happened])
+        add_events(connection, screened.run_id, [event])
 
 
 def find_order(connection: Connection, order_id: str) -> OrderRecord:
@@ -324,58 +343,37 @@ def find_order(connection: Connection, order_id: str) -> OrderRecord:
 
 
 def find_order_end(connection: Connection, order_id: str) -> OrderEnd | None:
-    """Return how an order ended without an update that counts; None while it goes on.
-
-    An attempt that ends ABANDONS its orders at the moment of its own end.
-    """
-    orders, updates, rounds = schema.orders, schema.updates, schema.rounds
-    was_in = (rounds.c.run_id == orders.c.run_id) & (
-        (rounds.c.round == func.coalesce(updates.c.round, orders.c.round))
-        & (rounds.c.attempt == func.coalesce(updates.c.attempt, orders.c.attempt))
-    )
+    """Return how an order ended without an update that counts; None while it goes on."""
+    orders = schema.orders
     row = connection.execute(
-        select(orders.c.state, orders.c.ended_at, rounds.c.phase, rounds.c.finished_at)
-        .select_from(orders)
-        .outerjoin(updates, updates.c.order_id == orders.c.order_id)
-        .join(rounds, was_in)
-        .where(orders.c.order_id == order_id)
+        select(orders.c.state, orders.c.order_end).where(orders.c.order_id == order_id)
     ).one()
     if row.state in (OrderState.OPEN, OrderState.STORED):
         return None
-    if row.state == OrderState.LATE:
-        return OrderEnd.ROUND_CLOSED
-    if row.state != OrderState.ABANDONED:
-        return OrderEnd.OTHER
-    ended_with_attempt = {
-        Phase.FAILED: OrderEnd.ATTEMPT_FAILED,
-        Phase.ABANDONED: OrderEnd.TAKEN_BACK,
-    }
-    if row.ended_at == row.finished_at and row.phase in ended_with_attempt:
-        return ended_with_attempt[Phase(row.phase)]
-    return OrderEnd.GIVEN_UP
+    return OrderEnd.OTHER if row.order_end is None else OrderEnd(row.order_end)
 
 
 def add_events(
     connection: Connection,
     run_id: str,
-    happened: Iterable[Event],
+    events: Iterable[Event],
     *,
     report_key: str | None = None,
 ) -> None:
     """Record events in their order."""
-    for one in happened:
-        connection.info[RECORDED].append(one)
+    for event in events:
+        connection.info[RECORDED].append(event)
         connection.execute(
             insert(schema.events),
             {
                 "run_id": run_id,
-                "kind": one.kind,
-                "at": one.at,
-                "round": one.round_number,
-                "attempt": one.attempt,
-                "client_id": one.client_id,
-                "is_incident": one.is_incident,
-                "fields": dict(one.fields),
+                "kind": event.kind,
+                "at": event.at,
+                "round": event.round_number,
+                "attempt": event.attempt,
+                "client_id": event.client_id,
+                "is_incident": event.is_incident,
+                "fields": dict(event.fields),
                 "report_key": report_key,
             },
         )

@@ -132,7 +132,7 @@ def _exclusion(closed: Attempt, outlier: Outlier) -> Exclusion:
         client_id=client_id,
         refusal=Refusal(reason=reason, evidence={"kind": "norm-band", **evidence}),
         kept_bytes=outlier.update.update.size_bytes,
-        happened=event_of(
+        event=event_of(
             IncidentKind.UPDATE_EXCLUDED,
             closed,
             client_id=client_id,

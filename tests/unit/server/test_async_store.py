@@ -61,7 +61,7 @@ def test_what_a_call_records_is_published_in_its_order(scene: Scene) -> None:
             model_digest="cd" * 32,
             next_round=following,
             stale_before=2,
-            happened=[make_event("done"), make_event("opened")],
+            events=[make_event("done"), make_event("opened")],
         )
     )
     assert scene.published == ["closed", "done", "order-stale", "order-stale", "opened"]

@@ -99,7 +99,7 @@ def play(store: Store, run: Run, number: int) -> None:
         updates.append(update)
     store.rounds.close_round(opened, make_event("round-closed", round_number=number))
     summary = summarise_clients(updates, holdout=0.2)
-    happened = [
+    events = [
         *client_evaluation_events(opened, summary),
         make_event("round-done", round_number=number),
     ]
@@ -108,7 +108,7 @@ def play(store: Store, run: Run, number: int) -> None:
         model_digest=MODELS[number],
         next_round=None,
         client_evaluation=summary,
-        happened=happened,
+        events=events,
     )
     evaluation = ModelEvaluation(accuracy=0.6, loss=1.25)
     store.rounds.record_evaluation(opened, evaluation, make_event("evaluated", round_number=number))

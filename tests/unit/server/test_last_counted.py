@@ -30,7 +30,7 @@ def test_a_stored_order_counts_where_nobody_waits_for_the_round(
         assert last_counted.order_ids == ({1: order_id} if counts_stored else {})
         store.rounds.close_round(opened, make_event("round-closed"))
         store.rounds.finish_round(
-            opened, model_digest="ee" * 32, next_round=None, happened=[make_event("round-done")]
+            opened, model_digest="ee" * 32, next_round=None, events=[make_event("round-done")]
         )
         asyncio.run(last_counted.read())
         assert last_counted.order_ids == {1: order_id}

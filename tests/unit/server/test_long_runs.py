@@ -49,16 +49,16 @@ def make_run(folder: Path, *, num_rounds: int) -> None:
         store.rounds.close_round(opened, make_event("round-closed", round_number=number))
         digest = f"{number:064x}"
         following = None
-        happened = [make_event("round-done", round_number=number)]
+        events = [make_event("round-done", round_number=number)]
         if number < num_rounds:
             following = make_round(run.run_id, round_number=number + 1, base_digest=digest)
-            happened.append(make_event("round-opened", round_number=number + 1))
+            events.append(make_event("round-opened", round_number=number + 1))
         store.rounds.finish_round(
             opened,
             model_digest=digest,
             client_evaluation=ABOUT_CLIENTS,
             next_round=following,
-            happened=happened,
+            events=events,
         )
         evaluation = ModelEvaluation(
             accuracy=0.75 if number == 2 else 0.5,

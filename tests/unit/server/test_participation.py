@@ -24,9 +24,9 @@ def play_round(
             record_arrival(
                 store, run, make_update(order.order_id, payload=payload, metrics=metrics)
             )
-    happened = make_event(round_number=number)
-    store.rounds.close_round(opened, happened)
-    store.rounds.finish_round(opened, model_digest="model", next_round=None, happened=[happened])
+    event = make_event(round_number=number)
+    store.rounds.close_round(opened, event)
+    store.rounds.finish_round(opened, model_digest="model", next_round=None, events=[event])
 
 
 def test_the_past_is_how_often_a_client_was_asked_answered_and_what_it_told_last(

@@ -223,7 +223,7 @@ def test_an_excluded_client_sits_out_before_that_is_recorded() -> None:
         client_id=3,
         refusal=Refusal(reason="too long", evidence={}),
         kept_bytes=0,
-        happened=make_event("update-excluded"),
+        event=make_event("update-excluded"),
     )
     after = suspensions_after(before, make_round(round_number=5), [exclusion], {1})
     assert {client_id: one.suspended_until for client_id, one in after.items()} == {2: 9, 3: 7}

@@ -37,10 +37,10 @@ def state_dir(tmp_path: Path) -> Path:
     """
     store = Store(tmp_path / "federation.sqlite")
     run, failed = begin_round(store, clients=(0, 1))
-    happened = event_of(
+    event = event_of(
         IncidentKind.ROUND_FAILED, failed, is_incident=True, reason="too few updates can still come"
     )
-    store.rounds.fail_round(failed, [happened])
+    store.rounds.fail_round(failed, [event])
     opened = make_round(run.run_id, attempt=2, clients=(0, 1, 2, 3))
     store.rounds.open_round(opened, make_event("round-opened", attempt=2))
     good, bad, stalled, late = (one.order_id for one in opened.orders)
@@ -58,7 +58,7 @@ def state_dir(tmp_path: Path) -> Path:
         opened,
         model_digest="ee" * 32,
         next_round=following,
-        happened=[event_of("round-done", opened), event_of("round-opened", following)],
+        events=[event_of("round-done", opened), event_of("round-opened", following)],
     )
     evaluation = ModelEvaluation(accuracy=0.75, loss=0.5)
     store.rounds.record_evaluation(opened, evaluation, event_of("evaluated", opened))
@@ -155,13 +155,13 @@ def diagnosed(state_dir: Path) -> Path:
     current = store.rounds.latest_attempt(run.run_id)
     stopped = make_diagnosis(cause=Cause.LEARNING_RATE, remedy=Remedy(kind=RemedyKind.NONE))
     for client_id, found in ((3, make_diagnosis()), (0, stopped)):
-        happened = event_of(
+        event = event_of(
             *(IncidentKind.TRAINING_DIAGNOSED, current),
             **{"step": 17, **diagnosis_fields(found)},
             client_id=client_id,
             is_incident=True,
         )
-        store.events.add_events(run.run_id, [happened])
+        store.events.add_events(run.run_id, [event])
     store.close()
     return state_dir
 

@@ -80,7 +80,7 @@ def test_the_odd_one_is_excluded_with_the_numbers_that_show_it() -> None:
     }
     for shown in ("30 away", "1.05 is usual", "17.5 times", "18.375"):
         assert shown in found.refusal.reason
-    assert found.happened.is_incident
+    assert found.event.is_incident
 
 
 @pytest.mark.parametrize(

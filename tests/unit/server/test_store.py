@@ -58,14 +58,14 @@ def states_of(store: Store, opened: Attempt) -> list[OrderState]:
 def finish(store: Store, run: Run, opened: Attempt, *, following: Attempt | None = None) -> None:
     """Close the round and finish it with what it has."""
     store.rounds.close_round(opened, make_event("round-closed"))
-    happened = [make_event("round-done")]
+    events = [make_event("round-done")]
     if following is not None:
-        happened.append(make_event("round-opened", round_number=following.round_number))
+        events.append(make_event("round-opened", round_number=following.round_number))
     store.rounds.finish_round(
         opened,
         model_digest="ee" * 32,
         next_round=following,
-        happened=happened,
+        events=events,
     )
 
 
@@ -254,7 +254,7 @@ def test_a_failure_amid_finishing_leaves_nothing_half_done(
             opened,
             model_digest="ee" * 32,
             next_round=following,
-            happened=[make_event("round-done"), make_event("round-opened", round_number=2)],
+            events=[make_event("round-done"), make_event("round-opened", round_number=2)],
         )
     assert dump(path) == before
     monkeypatch.undo()
@@ -262,7 +262,7 @@ def test_a_failure_amid_finishing_leaves_nothing_half_done(
         opened,
         model_digest="ee" * 32,
         next_round=following,
-        happened=[make_event("round-done"), make_event("round-opened", round_number=2)],
+        events=[make_event("round-done"), make_event("round-opened", round_number=2)],
     )
     assert store.rounds.latest_attempt(run.run_id) == following
 
@@ -289,7 +289,7 @@ def test_no_phase_is_entered_twice_or_out_of_turn(store: Store, path: Path) -> N
             opened,
             model_digest="ee" * 32,
             next_round=None,
-            happened=[make_event("round-done")],
+            events=[make_event("round-done")],
         )
     store.rounds.close_round(opened, make_event("round-closed"))
     before = dump(path)

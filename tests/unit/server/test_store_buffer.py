@@ -53,7 +53,7 @@ class Asynchronous:
             model_digest=digest,
             next_round=following,
             stale_before=stale_before,
-            happened=[make_event("round-done"), make_event("round-opened")],
+            events=[make_event("round-done"), make_event("round-opened")],
         )
         self.current = following
         return [event.kind for event in self.store.database.take_recorded()]

@@ -190,9 +190,9 @@ def test_runs_are_numbered_one_after_the_other(tmp_path: Path) -> None:
 
 def write_much(store: Store, run_id: str) -> None:
     """Write more than a log may be long: 8 MB of events."""
-    happened = replace(make_event(), fields={"text": "x" * 1_000_000})
+    event = replace(make_event(), fields={"text": "x" * 1_000_000})
     for _ in range(8):
-        store.events.add_events(run_id, [happened])
+        store.events.add_events(run_id, [event])
 
 
 def test_the_log_is_emptied_beside_open_readers(tmp_path: Path) -> None:

@@ -39,10 +39,10 @@ def finish(store: Store, run: Run, opened: Attempt, model: str, following: Attem
     """Let everybody deliver to a round, and finish it."""
     store_updates(store, run, opened)
     store.rounds.close_round(opened, make_event("round-closed", round_number=opened.round_number))
-    happened = [make_event("round-done", round_number=opened.round_number)]
+    events = [make_event("round-done", round_number=opened.round_number)]
     if following is not None:
-        happened.append(make_event("round-opened", round_number=following.round_number))
-    store.rounds.finish_round(opened, model_digest=model, next_round=following, happened=happened)
+        events.append(make_event("round-opened", round_number=following.round_number))
+    store.rounds.finish_round(opened, model_digest=model, next_round=following, events=events)
 
 
 def latest(store: Store, run: Run) -> Attempt:

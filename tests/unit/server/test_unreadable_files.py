@@ -35,8 +35,8 @@ def state_dir(tmp_path: Path) -> Path:
     for order in opened.orders:
         record_arrival(store, run, make_update(order.order_id))
     store.rounds.close_round(opened, make_event("round-closed"))
-    happened = [make_event("round-done")]
-    store.rounds.finish_round(opened, model_digest="00" * 32, next_round=None, happened=happened)
+    events = [make_event("round-done")]
+    store.rounds.finish_round(opened, model_digest="00" * 32, next_round=None, events=events)
     store.close()
     return folder
 

@@ -38,8 +38,8 @@ def finish(store: Store, run: Run, opened: Attempt) -> dict[str, object]:
     for order in opened.orders:
         record_arrival(store, run, make_update(order.order_id))
     store.rounds.close_round(opened, make_event("round-closed"))
-    happened = [make_event("round-done")]
-    store.rounds.finish_round(opened, model_digest="00" * 32, next_round=None, happened=happened)
+    events = [make_event("round-done")]
+    store.rounds.finish_round(opened, model_digest="00" * 32, next_round=None, events=events)
     return attempt_json(read_history(store, run)[0])
 
 
