@@ -75,12 +75,12 @@ def _send_all(trained: TrainedModel) -> AlgorithmOutput:
 class LocalTraining:
     """An algorithm that has begun to work on an order, which takes `num_trainings` trainings.
 
-    `correction` is added to the gradients of the first. `is_personal`: the client uses, and
+    `correction` is added to the gradients of the first. `has_personal_model`: the client uses, and
     measures, the model that is trained last.
     """
 
     num_trainings: int = 1
-    is_personal: bool = False
+    has_personal_model: bool = False
     correction: Correction = field(default_factory=Correction)
     finish: Callable[[TrainedModel], AlgorithmOutput] = _send_all
 
@@ -188,7 +188,7 @@ def _fedbn(start: TrainingStart) -> LocalTraining:
             kept={"norms": {name: trained.state_dict[name] for name in names}},
         )
 
-    return LocalTraining(is_personal=True, finish=finish)
+    return LocalTraining(has_personal_model=True, finish=finish)
 
 
 def _ditto(start: TrainingStart) -> LocalTraining:
@@ -205,7 +205,7 @@ def _ditto(start: TrainingStart) -> LocalTraining:
         after = trained.train_also(own, pull)
         return AlgorithmOutput(model=trained.state_dict, kept={"ditto": after})
 
-    return LocalTraining(num_trainings=2, is_personal=True, finish=finish)
+    return LocalTraining(num_trainings=2, has_personal_model=True, finish=finish)
 
 
 def _wide(tensor: Tensor) -> Tensor:

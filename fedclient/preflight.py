@@ -21,6 +21,7 @@ from fedrounds.doctor.anomalies import unusual_entries, usual_state
 from fedrounds.doctor.batches import are_out_of_range
 from fedrounds.doctor.history import Snapshot
 from fedrounds.errors import FederationError
+from fedrounds.outliers import OUTLIER_DEVIATIONS, OUTLIER_FACTOR, median_and_deviation
 from fedrounds.plugins import in_one_line
 from fedrounds.tasks.task import Examples, Task
 from fedrounds.training.evaluation import evaluate
@@ -29,10 +30,7 @@ from fedrounds.training.trial import try_training_step
 from fedrounds.types import TrainingConfig
 
 _CHUNK = 256
-_OUTLIER_DEVIATIONS = 20.0
-_OUTLIER_FACTOR = 10.0
 _USUAL_SHARE = 0.99
-_NORMAL_PER_MAD = 1.4826
 _MIN_ENTRIES = 16
 """An input with fewer numbers may rightly hold the same number everywhere."""
 _NUM_LISTED = 5
@@ -297,12 +295,10 @@ def _outliers(largest: Tensor) -> Tensor:
     Far: 20 robust standard deviations (1.4826 times the median absolute deviation, at least a tenth
     of the median) above the median, and 10 times the 99th percentile.
     """
-    median = largest.median()
-    deviation = _NORMAL_PER_MAD * (largest - median).abs().median()
-    deviation = torch.maximum(deviation, median / 10).clamp(min=torch.finfo(torch.float32).tiny)
+    median, deviation = median_and_deviation(largest)
     usual = largest.sort().values[int(_USUAL_SHARE * (len(largest) - 1))]
-    is_far = largest > median + _OUTLIER_DEVIATIONS * deviation
-    return is_far & (largest > _OUTLIER_FACTOR * usual) & (usual > 0)
+    is_far = largest > median + OUTLIER_DEVIATIONS * deviation
+    return is_far & (largest > OUTLIER_FACTOR * usual) & (usual > 0)
 
 
 def _labels_in_words(labels: Tensor | None, task: Task) -> str:

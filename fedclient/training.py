@@ -26,6 +26,7 @@ from fedrounds.tasks.task import Examples, Task, build_model, kinds_of
 from fedrounds.tensors.codec import decode_state, digest_file, load_state_into
 from fedrounds.tensors.payloads import write_payload
 from fedrounds.training.corrections import Correction
+from fedrounds.training.effective_steps import EffectiveSteps
 from fedrounds.training.evaluation import evaluate
 from fedrounds.training.loop import (
     Callbacks,
@@ -37,6 +38,7 @@ from fedrounds.training.loop import (
     train_model,
 )
 from fedrounds.types import (
+    EVALUATION_BATCH_SIZE,
     MAX_METRIC,
     MODEL_SECTION,
     NO_COMPRESSION,
@@ -50,8 +52,6 @@ logger = logging.getLogger(__name__)
 
 LOCAL_ENTRIES = "local"
 """The name under which a client keeps its own values of entries of kind LOCAL."""
-
-_EVALUATION_BATCH_SIZE = 256
 
 
 class NothingLearned(FederationError):
@@ -136,7 +136,7 @@ def train_order(
         inputs, settings, model=model, algorithm=algorithm, numbers=for_training, progress=progress
     )
     evaluated = _evaluation_batches(order, inputs.examples, held_out)
-    num_evaluations = (order.evaluate + algorithm.is_personal) if evaluated else 0
+    num_evaluations = (order.evaluate + algorithm.has_personal_model) if evaluated else 0
     progress.expect_batches(
         steps=trainer.last_step * algorithm.num_trainings,
         evaluation_batches=num_evaluations * len(evaluated or ()),
@@ -146,10 +146,14 @@ def train_order(
         metrics |= _measure(model, evaluated, task, settings.device, progress, prefix="global_")
 
     effective_steps = EffectiveSteps(order.training.momentum)
+
+    def count(step: StepProgress) -> None:
+        # A batch whose examples were all left out makes no step.
+        if step.batch_size:
+            effective_steps.add(step.lr)
+
     began = time.monotonic()
-    result = trainer.train(
-        algorithm.correction, on_step=effective_steps.count, on_diagnosis=on_diagnosis
-    )
+    result = trainer.train(algorithm.correction, on_step=count, on_diagnosis=on_diagnosis)
     train_s = time.monotonic() - began
     report = result.report
     last_epoch = _last_epoch(report)
@@ -162,7 +166,7 @@ def train_order(
             train_also=trainer.train_also,
         )
     )
-    if algorithm.is_personal and evaluated is not None:
+    if algorithm.has_personal_model and evaluated is not None:
         metrics |= _measure(model, evaluated, task, settings.device, progress, prefix="personal_")
     encoded = encode_update(
         {**output.model, **global_values},
@@ -344,22 +348,6 @@ class _Trainer:
         )
 
 
-class EffectiveSteps:
-    """Sums how far a gradient of 1 in every step moves a parameter (FedNova's |a_i|_1 times lr)."""
-
-    def __init__(self, momentum: float) -> None:
-        self.total = 0.0
-        self._momentum = momentum
-        self._velocity = 0.0
-
-    def count(self, step: StepProgress) -> None:
-        """Add a step; a batch whose examples were all left out makes none."""
-        if step.batch_size:
-            # Momentum m makes equal gradients of 1 into 1, 1 + m, 1 + m + m^2, ...
-            self._velocity = self._momentum * self._velocity + 1
-            self.total += step.lr * self._velocity
-
-
 def _own_values(trained: Tensors, *, names: Collection[str]) -> Mapping[str, Tensors]:
     """Return the client's own values of its LOCAL entries, which have these names."""
     return {LOCAL_ENTRIES: {name: trained[name] for name in names}} if names else {}
@@ -478,7 +466,7 @@ def _evaluation_batches(
     """Return the batches to evaluate models on, None if too few examples are held out."""
     if order.holdout and not held_out:
         return None
-    return make_loader(examples, batch_size=_EVALUATION_BATCH_SIZE, shuffle=False, numbers=held_out)
+    return make_loader(examples, batch_size=EVALUATION_BATCH_SIZE, shuffle=False, numbers=held_out)
 
 
 def _measure(

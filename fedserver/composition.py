@@ -124,8 +124,10 @@ def compose(
         downloads=downloads,
         disk=disk,
     )
-    # With entries or whole models of the clients' own, nobody uses the global one as it is.
-    is_used = not (context.strategy.is_personal or EntryKind.LOCAL in context.kinds.values())
+    # With entries of the clients' own nobody uses the global model as it is.
+    is_used = not (
+        context.strategy.keeps_entries_local or EntryKind.LOCAL in context.kinds.values()
+    )
     evaluations = Evaluations(
         prepared.evaluator,
         max_rollbacks=settings.max_rollbacks,

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fedrounds.failpoints import FailPoint, failpoint
-from fedrounds.types import IncidentKind, WorkOrder
+from fedrounds.types import EVALUATION_BATCH_SIZE, IncidentKind, WorkOrder
 from fedserver.clients.departures import abandon_for_departure, stop_expecting
 from fedserver.clients.open_orders import OpenOrder, OpenOrders
 from fedserver.clients.sessions import Sessions
@@ -39,9 +39,6 @@ from fedserver.store import AsyncStore
 
 _STEP_MULTIPLE = 10
 """A client may take so many times its longest step so far."""
-
-_EVALUATION_BATCH_SIZE = 256
-"""Examples that a client evaluates at a time, whatever the batches are that it trains on."""
 
 _NUM_TRANSFERS = 3
 """A model comes down, and an update of at most two models' bytes (SCAFFOLD's) goes up."""
@@ -157,7 +154,7 @@ def work_of(order: WorkOrder, *, num_examples: int) -> Work:
         num_examples=passes * num_examples,
         num_bytes=_NUM_TRANSFERS * sum(section.size_bytes for section in order.sections),
         step_ratio=(
-            max(1.0, order.training.batch_size / _EVALUATION_BATCH_SIZE) if order.evaluate else 1.0
+            max(1.0, order.training.batch_size / EVALUATION_BATCH_SIZE) if order.evaluate else 1.0
         ),
     )
 

@@ -40,6 +40,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedrounds.training.effective_steps import effective_steps
 from fedrounds.types import IncidentKind
 from fedserver.events import event_of
 from fedserver.records import Attempt, Exclusion, Refusal, StoredUpdate
@@ -162,16 +163,16 @@ def landmark_rounds(round_number: int) -> list[int]:
 def travel_of(update: StoredUpdate, settings: ServerSettings) -> float:
     """Return the distance that a constant gradient of norm 1 moves weights, in learning rates.
 
-    It is the number of steps; with SGD's momentum m, whose k-th step is 1 + m + ... + m^(k-1)
-    times as long, the sum of these. The number of steps is what `settings` (the run's) ask for of
-    the registered examples, or what the update reports if that is less.
+    It is the number of SGD's effective steps (fedrounds.training.effective_steps), or the number
+    of another optimizer's steps. The number of steps is the number that `settings` (the run's) ask
+    for with the registered examples, or the number that the update reports if that is less.
     """
     reported = update.update
     registered = update.num_registered or reported.num_examples
     asked = settings.epochs * math.ceil(registered / settings.batch_size)
     steps = max(1, min(asked, reported.num_steps))
     momentum = settings.momentum if settings.optimizer == "sgd" else 0.0
-    return float(steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+    return effective_steps(steps, momentum)
 
 
 def outliers(

@@ -46,6 +46,10 @@ class ClientAlgorithmConfig:
     parameters: Mapping[str, float] = field(default_factory=dict)
 
 
+EVALUATION_BATCH_SIZE = 256
+"""Examples that a client evaluates at a time, whatever the batches are that it trains on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How a client trains in one round; sent with every order.

@@ -26,11 +26,9 @@ from fedrounds.doctor.batches import (
     rows_of,
     take,
 )
+from fedrounds.outliers import OUTLIER_DEVIATIONS, OUTLIER_FACTOR, median_and_deviation
 
-_OUTLIER_DEVIATIONS = 20.0
-_OUTLIER_FACTOR = 10.0
 _OUTLIER_FACTOR_WITHOUT_HEALTHY = 100.0
-_NORMAL_PER_MAD = 1.4826
 _MAX_PROBES = 12
 """If so many samples, chosen at random, each fail alone, it isn't the samples: where half of a
 batch of 32 is bad, this is wrong once in 100,000 times."""
@@ -283,7 +281,7 @@ def oddities(
         others = [_largest(other[number]) for other in healthy_inputs if number < len(other)]
         reference = torch.cat(others) if others else torch.zeros(0, dtype=torch.float64)
         deviations = torch.maximum(deviations, _deviations(_largest(rows), reference))
-    note(deviations >= _OUTLIER_DEVIATIONS, Oddity.OUTLIER, deviations)
+    note(deviations >= OUTLIER_DEVIATIONS, Oddity.OUTLIER, deviations)
 
     empty_before = [bool(_is_empty(other).any()) for other in healthy_inputs if other]
     if inputs and empty_before and not any(empty_before):
@@ -315,14 +313,12 @@ def _deviations(largest: Tensor, healthy: Tensor) -> Tensor:
         others = torch.cat([largest[:position], largest[position + 1 :], healthy])
         if len(others) == 0:
             continue
-        median = others.median()
-        spread = _NORMAL_PER_MAD * (others - median).abs().median()
-        spread = torch.maximum(spread, median / 10).clamp(min=torch.finfo(torch.float32).tiny)
+        median, deviation = median_and_deviation(others)
         limit = (
-            _OUTLIER_FACTOR * healthy.max()
+            OUTLIER_FACTOR * healthy.max()
             if len(healthy)
             else _OUTLIER_FACTOR_WITHOUT_HEALTHY * median
         )
         if largest[position] > limit > 0:
-            result[position] = (largest[position] - median) / spread
+            result[position] = (largest[position] - median) / deviation
     return result

@@ -124,7 +124,7 @@ def fedbn() -> ClientAlgorithm:
     round back.
     """
     return ClientAlgorithm(
-        config=ClientAlgorithmConfig(name="fedbn"), is_personal=True, needs_norms=True
+        config=ClientAlgorithmConfig(name="fedbn"), keeps_entries_local=True, needs_norms=True
     )
 
 

@@ -137,9 +137,10 @@ class ClientAlgorithm:
     control_share(number of updates), to its state, which clients get with their orders.
 
     `only_behind` names the aggregators that may precede it; the default aggregator is then uniform.
-    `not_behind` maps the components that may not precede it to the reason. `is_personal`: nobody
-    uses the global model alone. `needs_norms`: the task's model must have normalisation layers.
-    `needs_whole_model`: the server must aggregate every parameter.
+    `not_behind` maps the components that may not precede it to the reason.
+    `keeps_entries_local`: clients keep entries of their own, so nobody uses the global model alone.
+    `needs_norms`: the task's model must have normalisation layers. `needs_whole_model`: the server
+    must aggregate every parameter.
     """
 
     config: ClientAlgorithmConfig
@@ -147,7 +148,7 @@ class ClientAlgorithm:
     control_share: Callable[[int], float] | None = None
     only_behind: frozenset[str] | None = None
     not_behind: Mapping[str, str] = field(default_factory=dict)
-    is_personal: bool = False
+    keeps_entries_local: bool = False
     needs_norms: bool = False
     needs_whole_model: bool = False
 
@@ -179,9 +180,9 @@ class Strategy:
     unmet: Requirement = no_requirement
 
     @property
-    def is_personal(self) -> bool:
-        """Whether nobody uses the global model alone."""
-        return self.client_algorithm is not None and self.client_algorithm.is_personal
+    def keeps_entries_local(self) -> bool:
+        """Whether clients keep entries of their own, so that nobody uses the global model alone."""
+        return self.client_algorithm is not None and self.client_algorithm.keeps_entries_local
 
     def optimizer_for(self, num_updates: int) -> ServerOptimizer | None:
         """Return the server optimizer of a round in which `num_updates` updates count.

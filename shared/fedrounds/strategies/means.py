@@ -27,6 +27,7 @@ from fedrounds.strategies.components import (
     no_requirement,
 )
 from fedrounds.strategies.geometry import squared_norms
+from fedrounds.training.effective_steps import effective_steps
 from fedrounds.types import EntryKind
 
 # Smaller losses count as this in the derivative of F^q, which is infinite at 0 if q is below 1.
@@ -146,7 +147,7 @@ def fednova(*, settings: StrategySettings) -> WeightedAggregator:
 
     def weigh(cohort: Cohort) -> Weights:
         total = sum(update.num_examples for update in cohort.updates)
-        norms = [step_norm(update.num_steps, momentum) for update in cohort.updates]
+        norms = [effective_steps(update.num_steps, momentum) for update in cohort.updates]
         shares = [update.num_examples / total for update in cohort.updates]
         mean_norm = math.fsum(p * a for p, a in zip(shares, norms, strict=True))
         moves = [mean_norm * p / a for p, a in zip(shares, norms, strict=True)]
@@ -217,8 +218,3 @@ def mean_by(weigh: Callable[[Cohort], Weights], unmet: Requirement = no_requirem
 def _by_num_examples(cohort: Cohort) -> Weights:
     weights = [update.num_examples for update in cohort.updates]
     return Weights(weights, sum(weights))
-
-
-def step_norm(num_steps: int, momentum: float) -> float:
-    """Return FedNova's |a_i|_1: the norm of the effective steps of SGD with momentum."""
-    return (num_steps - momentum * (1 - momentum**num_steps) / (1 - momentum)) / (1 - momentum)

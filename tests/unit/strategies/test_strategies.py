@@ -42,6 +42,12 @@ def quoted(*, place: "int" = -1, needed: "float" = 0.5) -> "RobustAggregator":
     return last(place=place) if needed == 0.5 else picky(needed=needed)
 
 
+def by_rate(*, settings: StrategySettings) -> RobustAggregator:
+    """A row that rests on the run's settings."""
+    assert settings.lr == 0.2
+    return RobustAggregator(reduce=lambda ascending: ascending[:, 0] * settings.lr)
+
+
 def wrong() -> int:
     """No row at all."""
     return 3
@@ -142,6 +148,7 @@ def test_a_row_of_ones_own_is_named_by_its_module() -> None:
         find(f"{THIS}:last", {"plaec": 0})
     assert find(f"{THIS}:bare", {"share": 0.25})
     assert find(f"{THIS}:quoted", {"needed": 0.25, "place": 0})
+    assert find(f"{THIS}:by_rate", lr=0.2)
     with pytest.raises(InvalidInput, match=r"place of strategy .* must be a whole number"):
         find(f"{THIS}:quoted", {"place": 0.5})
 
