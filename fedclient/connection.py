@@ -43,7 +43,7 @@ from fedrounds.types import (
     Work,
 )
 from fedrounds.wire.framing import CHUNK_BYTES, frame_upload, unframe_download
-from fedrounds.wire.limits import examine_limits
+from fedrounds.wire.limits import validate_limits
 from fedrounds.wire.messages import (
     duration_message,
     leave_message,
@@ -309,7 +309,7 @@ def _examined(answer: Answer) -> Answer:
         WrongSettings: a field doesn't.
     """
     try:
-        examine_limits(answer)
+        validate_limits(answer)
     except InvalidInput as error:
         raise WrongSettings(f"the server's answer can't be right: {error}") from error
     return answer

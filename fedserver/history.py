@@ -87,7 +87,7 @@ class AttemptResult:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptHistory(AttemptResult):
-    """An attempt at a round with all that happened in it.
+    """An attempt at a round with all its events.
 
     `adjustments` are what of the settings was changed for it. `num_carried_over` counts the orders
     of earlier rounds that were at work when it opened. `collected_s` is the time from opening to
@@ -152,7 +152,7 @@ def attempts_that_asked(attempts: Sequence[A]) -> dict[int, A]:
 
 
 def models_by_round(attempts: Sequence[AttemptResult]) -> dict[int, str]:
-    """Return the digest of the model of each round that is done; one rolled back isn't one."""
+    """Return the digest of the model of each round that is done, not of rolled back ones."""
     return {
         attempt.round_number: attempt.model_digest
         for attempt in attempts

@@ -155,7 +155,7 @@ def validate_going_on(state_dir: Path, differing: Mapping[str, tuple[Any, Any]])
 
 
 def validate_export(path: Path) -> None:
-    """Refuse a place for the final model that can't be written to, before days of training."""
+    """Refuse a path for the final model that can't be written to, before days of training."""
     if not path.absolute().parent.is_dir():
         raise InvalidInput(f"--export {path}: there is no such folder; make it first")
     for file in (path, best_beside(path)):
@@ -175,7 +175,7 @@ def validate_export(path: Path) -> None:
 
 
 def best_beside(last: Path) -> Path:
-    """Return where the best model goes if it isn't the last."""
+    """Return the path of the best model, for a run whose last model isn't the best."""
     return last.with_stem(f"{last.stem}-best")
 
 

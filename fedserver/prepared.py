@@ -23,7 +23,7 @@ from fedserver.settings import ServerSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What the settings name, examined before a run begins or goes on with it."""
+    """The task, strategy and evaluator that settings name, and facts of the task's model."""
 
     task: Task
     strategy: Strategy
@@ -34,7 +34,7 @@ class Prepared:
 
 
 def prepare(settings: ServerSettings) -> Prepared:
-    """Return what the settings name.
+    """Build what the settings name, and refuse what can't work.
 
     Raises:
         InvalidInput: a setting can't be what it is.

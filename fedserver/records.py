@@ -44,7 +44,9 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """A client process and the ids it serves; `num_examples` is empty until it told.
+    """A client process and the ids that it serves.
+
+    `num_examples` is empty until the process has registered with the sizes of its data.
 
     `processes` are the keys of the processes that had the session in turn, the last one has it; the
     store doesn't keep them. Empty: nobody has registered since the server started, or a client
@@ -94,7 +96,7 @@ class OrderRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Adjustments:
-    """What is changed of the settings for one attempt at a round, after what went wrong before it.
+    """The changes of the settings for one attempt at a round, because of earlier attempts.
 
     `lr_factor` multiplies the clients' rate, `norm_band_factor` the width of the norm band,
     `clip_norm` bounds the L2 norm of their gradients beside the setting's. `num_lowered` counts
@@ -111,7 +113,7 @@ class Adjustments:
     num_redraws: int = 0
 
     def as_json(self) -> dict[str, float | int]:
-        """Return what differs from no adjustment at all."""
+        """Return the fields that differ from those of no adjustment."""
         nothing = asdict(NO_ADJUSTMENTS)
         return {name: value for name, value in asdict(self).items() if value != nothing[name]}
 
@@ -309,7 +311,7 @@ class Participation:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened; an incident is an event of something that went wrong.
+    """An event of a run; an incident is an event of something that went wrong.
 
     `fields` holds what belongs to the kind, JSON values only.
     """

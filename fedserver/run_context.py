@@ -1,4 +1,4 @@
-"""What is fixed for one run; whoever works on the run gets it, and names its resources itself."""
+"""The facts of one run. Its resources are passed as arguments of their own."""
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What follows from a run's settings: how updates are compressed, which seeds are drawn from.
+"""Values that follow from a run's settings: the compression of updates, the seed of a strategy.
 
 The settings of a run that goes on are ServerSettings (see `ServerSettings.going_on_with`); those
 that the store and the ledger hold as JSON are read by `recorded_settings`.
@@ -14,7 +14,7 @@ from fedserver.settings import ServerSettings, settings_begun_with
 
 
 def recorded_settings(recorded: Mapping[str, Any]) -> ServerSettings:
-    """Return the settings of a run, of which `recorded` was written down when it began.
+    """Return the settings of a run from those that were `recorded` when it began.
 
     Settings that came later have the value that means what the run did before there were any;
     settings that don't identify a run have their defaults.
@@ -24,12 +24,12 @@ def recorded_settings(recorded: Mapping[str, Any]) -> ServerSettings:
 
 
 def compression_of(settings: ServerSettings, encoding: Encoding | str) -> Compression:
-    """Return how an update of a run with these settings was compressed that has this encoding."""
+    """Return the compression of an update with this encoding, in a run with these settings."""
     return replace(run_compression(settings), encoding=Encoding(encoding))
 
 
 def run_compression(settings: ServerSettings) -> Compression:
-    """Return how a run asks its clients to compress updates."""
+    """Return the compression that a run asks its clients for."""
     if settings.compression == "none":
         return NO_COMPRESSION
     return Compression(
@@ -40,5 +40,5 @@ def run_compression(settings: ServerSettings) -> Compression:
 
 
 def strategy_seed(settings: ServerSettings, round_number: int, attempt: int) -> int:
-    """Return the seed of what a strategy draws in an attempt at a round."""
+    """Return the seed of a strategy's random draws in an attempt at a round."""
     return derive_seed(settings.seed, "strategy", round_number=round_number, attempt=attempt)

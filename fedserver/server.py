@@ -205,7 +205,7 @@ async def _export(
     checkpoints: Checkpoints,
     threads: Threads,
 ) -> None:
-    """Write the last model, and beside it the best one if that is another."""
+    """Write the last model, and beside it the best model if that is another."""
     last = _exported(context.settings)
     await threads.on_disk(checkpoints.export, last_digest, last)
     best_digest = await store.rounds.best_model(context.run_id)
@@ -214,7 +214,7 @@ async def _export(
 
 
 def _exported(settings: ServerSettings) -> Path:
-    """Return where the final model goes."""
+    """Return the path of the final model."""
     return settings.export or settings.state_dir / "model.safetensors"
 
 

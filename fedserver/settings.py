@@ -69,7 +69,7 @@ RUN_SETTINGS = (
     "max_adjustments",
     "max_rollbacks",
 )
-"""What makes a run this run: with other values of these it would be another one."""
+"""The settings that identify a run: with other values it would be another run."""
 
 CHANGEABLE_SETTINGS = ("keep_rounds",)
 """Recorded too, but a later start may give another value; not given, the recorded one holds."""
@@ -134,7 +134,7 @@ class ListeningSettings(Settings):
     @field_validator("host")
     @classmethod
     def _validate_host(cls, host: str) -> str:
-        """Refuse what can be no host; an IPv6 address may stand in brackets."""
+        """Refuse a text that can't be a host; an IPv6 address may stand in brackets."""
         host = host.removeprefix("[").removesuffix("]")
         if not re.fullmatch(r"[^][/\s]+", host):
             raise ValueError("write a host's name or address, such as 0.0.0.0 or [::1]")
@@ -477,7 +477,7 @@ class ServerSettings(
         return self.epochs * (self.rounds if self.schedule_over == "run" else 1)
 
     def training_in(self, round_number: int) -> TrainingConfig:
-        """What is sent to clients with every order of a round, from 1."""
+        """Return the training configuration that is sent with every order of a round, from 1."""
         is_over_run = self.schedule_over == "run"
         return TrainingConfig(
             epochs=self.epochs,
@@ -501,7 +501,7 @@ class ServerSettings(
 
     @property
     def partitioning(self) -> Partitioning:
-        """How the clients of a simulation deal the data out."""
+        """The partitioning by which the clients of a simulation split the data."""
         given = {
             "alpha": self.alpha,
             "shards_per_client": self.shards_per_client,
@@ -515,7 +515,7 @@ class ServerSettings(
         )
 
     def run_settings(self) -> dict[str, Any]:
-        """Return what is recorded with a run."""
+        """Return the settings that are recorded with a run, as JSON holds them."""
         return self.model_dump(mode="json", include={*RUN_SETTINGS, *CHANGEABLE_SETTINGS})
 
     def going_on_with(self, recorded: Mapping[str, Any]) -> Self:
@@ -532,7 +532,7 @@ class ServerSettings(
 
 
 def settings_begun_with(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all that is recorded with a run today, of a run that was begun with `recorded`.
+    """Return all settings that runs record today, for a run that was begun with `recorded`.
 
     Settings that came later mean what the run did before there were any.
     """

@@ -136,7 +136,7 @@ class ClientApi:
         await self._store.events.add_events(self._context.run_id, [event])
 
     def _compression_for(self, registration: Registration) -> Compression:
-        """Return how a client is to compress its updates; not at all if it doesn't know how."""
+        """Return the compression that a client is to use; none if the client doesn't know it."""
         compression = run_compression(self._context.settings)
         if compression.encoding in (Encoding.STATE_DICT, *registration.capabilities):
             return compression

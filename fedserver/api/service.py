@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from fedrounds.errors import FederationError, InvalidInput
 from fedrounds.escaping import MAX_CHARACTERS, printable
 from fedrounds.wire.framing import unframe_upload
-from fedrounds.wire.limits import examine_limits
+from fedrounds.wire.limits import validate_limits
 from fedrounds.wire.messages import (
     counters_of,
     digest_of,
@@ -270,7 +270,7 @@ def _parse(message_class: type[Request], raw: bytes) -> Request:
         message = message_class.FromString(raw)
     except DecodeError as error:
         raise InvalidInput(f"the bytes aren't a {message_class.__name__}: {error}") from error
-    examine_limits(message)
+    validate_limits(message)
     return message
 
 

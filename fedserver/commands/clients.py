@@ -17,7 +17,7 @@ from fedserver.store import read_history, read_rounds
 
 
 class ClientsSettings(InspectionSettings):
-    """Show how good a model is on each client, as the clients said when the next round began.
+    """Show how good a model is on each client, as the clients reported when the next round began.
 
     A run must ask them (--evaluate-on-clients, best with --holdout). Of its last model nobody has
     been asked. Round 0 is the model that the run began with.
@@ -25,8 +25,10 @@ class ClientsSettings(InspectionSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m fedserver clients")
 
-    round: int | None = Field(default=None, ge=0, description="whose model; the last that is known")
-    out: Path | None = Field(default=None, description="draw it into this PNG too (extra `plot`)")
+    round: int | None = Field(
+        default=None, ge=0, description="show this round's model; none: the last"
+    )
+    out: Path | None = Field(default=None, description="also draw it into this PNG (extra `plot`)")
 
 
 def run(argv: list[str]) -> None:
@@ -38,7 +40,7 @@ def run(argv: list[str]) -> None:
         if wanted is None or wanted not in known:
             which = "any model" if wanted is None else f"the model of round {wanted}"
             raise NotFound(
-                f"no client has said how good {which} is; rounds of which they have: "
+                f"no client has evaluated {which}; rounds that clients have evaluated: "
                 f"{numbers_text(known)} (they are asked with --evaluate-on-clients, and "
                 "answer with the updates of the round after)"
             )

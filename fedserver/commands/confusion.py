@@ -19,8 +19,8 @@ class ConfusionSettings(InspectionSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m fedserver confusion")
 
-    round: int | None = Field(default=None, ge=1, description="which round; the last evaluated")
-    out: Path | None = Field(default=None, description="draw it into this PNG too (extra `plot`)")
+    round: int | None = Field(default=None, ge=1, description="number of the round; none: the last")
+    out: Path | None = Field(default=None, description="also draw it into this PNG (extra `plot`)")
 
 
 def run(argv: list[str]) -> None:

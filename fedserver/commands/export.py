@@ -19,8 +19,8 @@ class ExportSettings(InspectionSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m fedserver export")
 
-    best: bool = Field(default=False, description="the round with the highest accuracy")
-    round: int | None = Field(default=None, ge=1, description="number of the round; the last done")
+    best: bool = Field(default=False, description="export the model with the highest accuracy")
+    round: int | None = Field(default=None, ge=1, description="number of the round; none: the last")
     out: Path = Field(description="the file to write, such as model.safetensors")
 
 

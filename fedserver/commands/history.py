@@ -1,4 +1,4 @@
-"""`python -m fedserver history`: what happened, round by round."""
+"""`python -m fedserver history`: a run, round by round."""
 
 import json
 
@@ -19,8 +19,8 @@ class HistorySettings(InspectionSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m fedserver history")
 
-    last: int | None = Field(default=None, ge=1, description="only the last so many rounds")
-    json_: bool = Field(default=False, alias="json", description="as a JSON list of objects")
+    last: int | None = Field(default=None, ge=1, description="show only this many last rounds")
+    json_: bool = Field(default=False, alias="json", description="print a JSON list of objects")
 
 
 def run(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What every command that looks at a run needs: where it is, and which one."""
+"""The settings of every command that inspects a run, and its store opened."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +16,16 @@ class InspectionSettings(Settings):
     """Which run of which state-dir."""
 
     state_dir: Path = Field(default=Path("state/server"), description="the server's state-dir")
-    run: int | None = Field(default=None, ge=1, description="number of the run; the latest one")
+    run: int | None = Field(
+        default=None, ge=1, description="number of the run; none: the latest run"
+    )
 
 
 @contextmanager
 def opened_run(
     settings: InspectionSettings, *, to_write: bool = False
 ) -> Iterator[tuple[Store, Run]]:
-    """Open the store, for reading unless told otherwise, and find the run.
+    """Open the store, for reading unless `to_write`, and find the run.
 
     A server that runs may go on: readers and writers of different processes take turns.
 

@@ -24,49 +24,51 @@ from fedserver.updates.spool import update_path
 
 
 class QuarantineSettings(InspectionSettings):
-    """Look at updates that were refused or excluded, and decide what becomes of them.
+    """Inspect updates that were refused or excluded, and decide on them.
 
-    list      what is in quarantine, and what was
-    show      one update: why it is there, with the evidence, and where its bytes are
-    release   it was good: its client is asked again, and the norm band doesn't exclude it any more
-              (the round it was sent for is over: it isn't averaged)
-    drop      delete its bytes
+    list      all updates that are or were in quarantine
+    show      an update's verdict, reason and evidence, and the file that holds its bytes
+    release   the update was good: rounds ask its client again, and the norm band doesn't exclude
+              the client any more (the update itself isn't averaged: its round is over)
+    drop      delete the update's bytes
     """
 
     model_config = SettingsConfigDict(
         cli_prog_name="python -m fedserver quarantine list|show|release|drop"
     )
 
-    order: str = Field(default="", description="the update's order, as `list` shows it")
+    order: str = Field(default="", description="id of the update's order; `list` shows it")
 
 
 def run(argv: list[str]) -> None:
-    """Do what the first word says."""
+    """Run the action that the first argument names."""
     if not argv or argv[0] not in ACTIONS:
         if argv and argv[0] in ("-h", "--help"):
             parse(QuarantineSettings, argv)
         print(
-            f"fedserver quarantine: say what to do: {', '.join(ACTIONS)} (--help tells more)",
+            f"fedserver quarantine: say what to do: {', '.join(ACTIONS)} (see --help)",
             file=sys.stderr,
         )
         raise SystemExit(USAGE_EXIT_CODE)
     action, settings = ACTIONS[argv[0]], parse(QuarantineSettings, argv[1:])
-    with opened_run(settings, to_write=action in (_release, _drop)) as (store, found):
-        action(settings, store, found)
+    with opened_run(settings, to_write=action in (_release, _drop)) as (store, inspected):
+        action(settings, store, inspected)
 
 
-def _list(settings: QuarantineSettings, store: Store, found: Run) -> None:
-    held = store.quarantine.held_updates(found.run_id)
+def _list(settings: QuarantineSettings, store: Store, inspected: Run) -> None:
+    held = store.quarantine.held_updates(inspected.run_id)
     if not held:
-        print(f"{found.run_id}: nothing was refused or excluded")
+        print(f"{inspected.run_id}: nothing was refused or excluded")
         return
-    Console().print(held_table(held, title=f"{found.run_id}: quarantine in {settings.state_dir}"))
+    Console().print(
+        held_table(held, title=f"{inspected.run_id}: quarantine in {settings.state_dir}")
+    )
 
 
 def _show(settings: QuarantineSettings, store: Store, _: Run) -> None:
     held = _find(settings, store)
     path = _payload(settings, held)
-    where = f"{path} ({held.kept_bytes} bytes)" if path.exists() else "not kept"
+    payload = f"{path} ({held.kept_bytes} bytes)" if path.exists() else "not kept"
     print(
         f"order     {held.order_id}\n"
         f"client    {held.client_id}, round {held.round_number}\n"
@@ -74,7 +76,7 @@ def _show(settings: QuarantineSettings, store: Store, _: Run) -> None:
         f"reason    {held.refusal.reason or 'the round had closed'}\n"
         f"evidence  {json.dumps(held.refusal.evidence)}\n"
         f"digest    {held.digest}\n"
-        f"payload   {where}"
+        f"payload   {payload}"
     )
 
 
@@ -90,17 +92,17 @@ def _drop(settings: QuarantineSettings, store: Store, _: Run) -> None:
 
 def _end(settings: QuarantineSettings, store: Store, state: HeldState) -> HeldUpdate:
     held = _find(settings, store)
-    happened = event_of(
+    event = event_of(
         f"quarantine-{state.lower()}", client_id=held.client_id, order_id=held.order_id
     )
-    if not store.quarantine.free_held(held, state, happened):
+    if not store.quarantine.free_held(held, state, event):
         raise InvalidInput(f"order {held.order_id} is {held.state.lower()} already")
     _payload(settings, held).unlink(missing_ok=True)
     return held
 
 
 def _payload(settings: QuarantineSettings, held: HeldUpdate) -> Path:
-    """Return where the bytes of an update lie while they are held."""
+    """Return the path of an update's bytes, which are there while it is HELD."""
     return update_path(settings.state_dir / "quarantine", held.order_id, held.digest)
 
 

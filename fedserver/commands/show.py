@@ -22,18 +22,22 @@ from fedserver.store import read_history
 
 
 class ShowSettings(InspectionSettings):
-    """Tell what happened in a round: when, who took part, what came of it, what went wrong."""
+    """Show a round: when it was, who took part, its result, and what went wrong."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m fedserver show")
 
-    round: int | None = Field(default=None, ge=1, description="number of the round; the latest")
-    json_: bool = Field(default=False, alias="json", description="as a JSON object")
+    round: int | None = Field(
+        default=None, ge=1, description="number of the round; none: the latest"
+    )
+    json_: bool = Field(default=False, alias="json", description="print a JSON object")
     diagnosis_out: Path | None = Field(
         default=None,
         description="draw the trend of a client's diagnosis into this PNG (extra `plot`)",
     )
     client: int | None = Field(
-        default=None, ge=0, description="whose diagnosis is drawn; that of the last who has one"
+        default=None,
+        ge=0,
+        description="draw this client's diagnosis; none: the last diagnosis of the round",
     )
 
 

@@ -29,8 +29,10 @@ class VerifySettings(InspectionSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m fedserver verify")
 
-    run: int | None = Field(default=None, ge=1, description="number of the run; all of them")
-    round: int | None = Field(default=None, ge=1, description="files of this round only; of all")
+    run: int | None = Field(default=None, ge=1, description="number of the run; none: all runs")
+    round: int | None = Field(
+        default=None, ge=1, description="verify the files of this round only; none: of all"
+    )
 
 
 def run(argv: list[str]) -> int:
@@ -38,9 +40,9 @@ def run(argv: list[str]) -> int:
     settings = parse(VerifySettings, argv)
     num_gaps = 0
     try:
-        with opened_run(settings) as (store, found):
-            runs = [found] if settings.run else store.runs.all_runs()
-            numbers = [one.number for one in runs]
+        with opened_run(settings) as (store, inspected):
+            runs = [inspected] if settings.run else store.runs.all_runs()
+            numbers = [run.number for run in runs]
             for before, number in pairwise(numbers if settings.run else [0, *numbers]):
                 if number > before + 1:
                     num_gaps += 1

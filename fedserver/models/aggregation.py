@@ -1,4 +1,4 @@
-"""What is made of a closed round's updates: the next global model."""
+"""The next global model, made from the updates of a closed round."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ def reduce_updates(
     spool: Spool,
     checkpoints: Checkpoints,
 ) -> tuple[GlobalModel, list[Event]]:
-    """Write the model, and the server state, that a strategy makes of a closed round's updates.
+    """Write the model and the server state that the strategy makes of a closed round's updates.
 
     Returns:
         The model, and an incident for each client of whose update an entry was bounded.
@@ -39,18 +39,18 @@ def reduce_updates(
         base=base.file,
         updates=[
             update_file(
-                spool.path(one.update.order_id, one.update.digest),
+                spool.path(stored.update.order_id, stored.update.digest),
                 base=base.file,
                 kinds=context.kinds,
-                compression=compression_of(settings, one.update.encoding),
-                sections=[(each.name, each.size_bytes) for each in one.update.sections],
-                num_examples=one.update.num_examples,
-                num_steps=one.update.num_steps,
-                global_loss=one.update.metrics.get("global_loss"),
-                own_base=None if one.own_base is None else checkpoints.path(one.own_base),
-                staleness=one.staleness,
+                compression=compression_of(settings, stored.update.encoding),
+                sections=[(section.name, section.size_bytes) for section in stored.update.sections],
+                num_examples=stored.update.num_examples,
+                num_steps=stored.update.num_steps,
+                global_loss=stored.update.metrics.get("global_loss"),
+                own_base=None if stored.own_base is None else checkpoints.path(stored.own_base),
+                staleness=stored.staleness,
             )
-            for one in counted
+            for stored in counted
         ],
         kinds=context.kinds,
         seed=strategy_seed(settings, closed.round_number, closed.attempt),
@@ -63,7 +63,7 @@ def reduce_updates(
         next_blocks(context.strategy, cohort, server_state, on_bounded=bounded.append),
         state_layout=state_layout(context.strategy, cohort),
     )
-    return model, _bounded_events(closed, [one.client_id for one in counted], bounded)
+    return model, _bounded_events(closed, [stored.client_id for stored in counted], bounded)
 
 
 def _bounded_events(
@@ -71,11 +71,11 @@ def _bounded_events(
 ) -> list[Event]:
     """Return an incident for each client of whose update an entry was bounded."""
     by_client: dict[int, list[Bounded]] = {}
-    for one in bounded:
-        by_client.setdefault(client_ids[one.update], []).append(one)
+    for entry in bounded:
+        by_client.setdefault(client_ids[entry.update], []).append(entry)
     events = []
-    for client_id, found in sorted(by_client.items()):
-        worst = min(found, key=lambda one: one.share)
+    for client_id, entries in sorted(by_client.items()):
+        worst = min(entries, key=lambda entry: entry.share)
         events.append(
             event_of(
                 IncidentKind.BUFFER_BOUNDED,
@@ -85,7 +85,7 @@ def _bounded_events(
                 tensor=worst.name,
                 excess=json_number(worst.excess),
                 share=worst.share,
-                num_tensors=len(found),
+                num_tensors=len(entries),
             )
         )
     return events

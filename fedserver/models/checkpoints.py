@@ -32,12 +32,12 @@ class NonFiniteAggregate(FederationError):
 
 
 def model_path(folder: Path, digest: str) -> Path:
-    """Return where in a folder of models the one of this digest lies."""
+    """Return the path of the model with this digest in a folder of models."""
     return folder / f"{digest}.safetensors"
 
 
 def state_path(folder: Path, digest: str) -> Path:
-    """Return where in a folder of models the server state of this digest lies."""
+    """Return the path of the server state with this digest in a folder of models."""
     return folder / f"{digest}.server-state"
 
 
@@ -47,16 +47,16 @@ def digest_blocks(
     """Return the digests of the files that `Checkpoints.save` writes: model and server state."""
     hasher = blake3(layout.header)
     state_hasher = None if state_layout is None else blake3(state_layout.header)
-    for one in blocks:
-        hasher.update(_content(one.values))
-        if state_hasher is not None and one.moments is not None:
-            state_hasher.update(_content(one.moments))
+    for next_block in blocks:
+        hasher.update(_content(next_block.values))
+        if state_hasher is not None and next_block.moments is not None:
+            state_hasher.update(_content(next_block.moments))
     return hasher.hexdigest(), None if state_hasher is None else state_hasher.hexdigest()
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the server keeps for the next step beside the model: an optimizer's moments."""
+    """The server state beside a model: its server optimizer's moments, or control variates."""
 
     digest: str
     file: StateFile
@@ -90,11 +90,11 @@ class Checkpoints:
         self._kinds = kinds
 
     def path(self, digest: str) -> Path:
-        """Where the model of this digest lies, there or not."""
+        """Return the path of the model with this digest, whether it exists or not."""
         return model_path(self._folder, digest)
 
     def find(self, digest: str) -> Path | None:
-        """Return where the model or the server state of this digest lies, None if it doesn't."""
+        """Return the path of the model or server state with this digest, None if there is none."""
         paths = (self.path(digest), state_path(self._folder, digest))
         return next((path for path in paths if path.is_file()), None)
 
@@ -137,15 +137,15 @@ class Checkpoints:
             if state_layout is not None:
                 draft = _Draft(self._folder / "server-state.draft", state_layout)
                 state = stack.enter_context(draft)
-            for one in blocks:
-                if self._kinds[one.block.name] is EntryKind.PARAMETER:
-                    squares += _square_sum(one.block, one.values)
-                elif not bool(one.values.isfinite().all()):
-                    _examine_non_finite(one, base_reader.read(base, one.block))
-                model.append(one.values)
-                if state is not None and one.moments is not None:
-                    _examine_moments(one.block, one.moments)
-                    state.append(one.moments)
+            for next_block in blocks:
+                if self._kinds[next_block.block.name] is EntryKind.PARAMETER:
+                    squares += _square_sum(next_block.block, next_block.values)
+                elif not bool(next_block.values.isfinite().all()):
+                    _validate_buffer(next_block, base_reader.read(base, next_block.block))
+                model.append(next_block.values)
+                if state is not None and next_block.moments is not None:
+                    _validate_moments(next_block.block, next_block.moments)
+                    state.append(next_block.moments)
             server_state = None
             if state is not None:
                 digest = state.keep(lambda digest: state_path(self._folder, digest))
@@ -182,15 +182,15 @@ class Checkpoints:
         state_path(self._folder, digest).unlink(missing_ok=True)
 
     def load(self, digest: str, *, state_digest: str | None = None) -> GlobalModel:
-        """Find a model written before and examine that its content is still its name.
+        """Return a model that was written before, once its bytes are found to be those written.
 
-        Its server state is that of `state_digest`.
+        `state_digest` is that of its server state.
 
         Raises:
             NotFound: there is no such model or server state.
             StorageDamaged: its bytes aren't those that were written.
         """
-        file = _examined(self.path(digest), digest, what="model")
+        file = _validated_file(self.path(digest), digest, what="model")
         reader = BlockReader()
         squares = 0.0
         for block in blocks_of(file.layout):
@@ -200,7 +200,7 @@ class Checkpoints:
         if state_digest is not None:
             path = state_path(self._folder, state_digest)
             server_state = ServerState(
-                state_digest, _examined(path, state_digest, what="server state")
+                state_digest, _validated_file(path, state_digest, what="server state")
             )
         return GlobalModel(digest, file, squares**0.5, server_state)
 
@@ -260,10 +260,13 @@ def _square_sum(block: Block, values: torch.Tensor) -> float:
     return square_sum
 
 
-def _examine_non_finite(one: NextBlock, base: torch.Tensor) -> None:
-    """Let a value be what the base's is, a mask's -inf for one, but not become NaN or infinite."""
-    if bool((base.isfinite() & ~one.values.isfinite()).any()):
-        raise _non_finite(one.block)
+def _validate_buffer(next_block: NextBlock, base: torch.Tensor) -> None:
+    """Refuse a NaN or an infinity where the base's value is finite.
+
+    The base may hold them, such as a mask's -inf.
+    """
+    if bool((base.isfinite() & ~next_block.values.isfinite()).any()):
+        raise _non_finite(next_block.block)
 
 
 def _non_finite(block: Block) -> NonFiniteAggregate:
@@ -273,7 +276,7 @@ def _non_finite(block: Block) -> NonFiniteAggregate:
     )
 
 
-def _examine_moments(block: Block, moments: torch.Tensor) -> None:
+def _validate_moments(block: Block, moments: torch.Tensor) -> None:
     if not bool(torch.isfinite(moments).all()):
         raise NonFiniteAggregate(
             f"the server state of tensor {block.name!r} holds a NaN or an infinity; the base model "
@@ -281,7 +284,7 @@ def _examine_moments(block: Block, moments: torch.Tensor) -> None:
         )
 
 
-def _examined(path: Path, digest: str, *, what: str) -> StateFile:
+def _validated_file(path: Path, digest: str, *, what: str) -> StateFile:
     if not path.exists():
         raise NotFound(f"there is no {what} {digest} in {path.parent}")
     if (actual := digest_file(path)) != digest:

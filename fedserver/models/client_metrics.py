@@ -11,7 +11,7 @@ from fedserver.records import Attempt, ClientEvaluation, Event
 def summarise_clients(
     updates: Sequence[ClientUpdate], *, holdout: float
 ) -> ClientEvaluation | None:
-    """Return how good a round's base model is on its clients, None if they weren't asked."""
+    """Return the clients' metrics of a round's base model, None if no client evaluated it."""
     reported = [update for update in updates if "global_accuracy" in update.metrics]
     if not reported:
         return None

@@ -1,6 +1,6 @@
-"""Whether something is wrong with a new global model, by its evaluation and those before it.
+"""Detects that a new global model is bad, from its evaluation and the evaluations before it.
 
-It is when
+A model is bad if
 
 - its loss isn't finite; or
 - the loss exploded: it is above all of the run so far, and far above the newest of them: more than
@@ -39,7 +39,7 @@ class Regression:
 def detect_regression(
     evaluation: ModelEvaluation, before: Sequence[ModelEvaluation]
 ) -> Regression | None:
-    """Return what is wrong with a model by its evaluation, None if nothing is.
+    """Return the regression that a model's evaluation shows, None if it shows none.
 
     `before` are the evaluations of the run's good models, oldest first.
     """

@@ -1,6 +1,7 @@
-"""What a person sees while a run goes on: a live view in a terminal, log lines otherwise.
+"""The view of a run that goes on: a live view in a terminal, log lines otherwise.
 
-A listener of events that also looks at the open orders, twice a second, to show who is how far.
+A listener of events. Each time the live view is drawn it also looks at the open orders, to show how
+far each client is.
 """
 
 import time
@@ -27,7 +28,7 @@ from fedserver.reporting.round_report import incident_text
 _NUM_CLIENTS_SHOWN = 20
 _NUM_INCIDENTS_SHOWN = 5
 _NUM_ROUNDS_TIMED = 10
-"""Of so many last rounds the mean says how long the others may take."""
+"""The time that is left is estimated from the mean of so many last rounds."""
 
 
 @contextmanager
@@ -65,7 +66,7 @@ def showing_progress(
 
 
 class LiveView:
-    """The last that was heard of the run, as something to draw."""
+    """The newest events of the run, drawn when asked for."""
 
     def __init__(
         self,
@@ -161,7 +162,7 @@ class LiveView:
             self._last_done_at = now
 
     def _time_line(self) -> Text:
-        """Return how long the rounds have taken so far, and how long the others may take."""
+        """Return the time that the rounds have taken, and an estimate of the time that is left."""
         now = self._clock()
         if self._began_at is None and self._open_orders.current is not None:
             # The round that goes on was opened before the server's start.
@@ -211,7 +212,7 @@ def _client_table(orders: list[OpenOrder]) -> Table:
 
 
 def _distance_from_work(open_order: OpenOrder) -> int:
-    """Return 0 for an order that a client works on, 1 for a waiting order, 2 for an ended one."""
+    """Return 0 for an order that a client works on, 1 for a waiting order, 2 for an ended order."""
     if open_order.state is not OrderState.OPEN:
         return 2
     return 0 if open_order.handed_out_at is not None else 1

@@ -88,7 +88,7 @@ def draw_clients(asked: AttemptHistory, path: Path, *, title: str) -> None:
 
 
 def _measured_by_clients(asked: AttemptHistory) -> list[_Measured]:
-    """Return what the clients whose updates counted report, by accuracy, then client."""
+    """Return the reports of the clients whose updates counted, by accuracy, then client."""
     measured = []
     for update in asked.updates:
         accuracy = update.metrics.get("global_accuracy")

@@ -242,7 +242,7 @@ def _times(attempt: AttemptHistory) -> list[tuple[str, str]]:
 
 
 def _choice(attempt: AttemptHistory, run_settings: ServerSettings) -> list[tuple[str, str]]:
-    """Return how the cohort was chosen, where not everybody was asked."""
+    """Return the method by which the cohort was chosen, where not everybody was asked."""
     if not run_settings.clients_per_round:
         return []
     seed = cohort_seed(
@@ -388,7 +388,7 @@ def _after_text(seconds: float | None) -> str:
 def _metric_cells(
     metrics: Sequence[Mapping[str, float | str]], name: str, shape: str = "{:.4f}"
 ) -> list[str]:
-    """Return a metric of each client as text; one that isn't finite is kept by its name."""
+    """Return a metric of each client as text; a metric that isn't finite is its name."""
     values = [reported.get(name) for reported in metrics]
     return [
         shape.format(value) if isinstance(value, float) else str(value or "") for value in values

@@ -77,7 +77,7 @@ def number_text(value: float | None) -> str:
 
 
 def share_text(value: float | str | None) -> str:
-    """Return a share as per cent, nothing for None; one that isn't finite is kept by its name."""
+    """Return a share as per cent, nothing for None; a share that isn't finite is its name."""
     return f"{100 * value:.3g} %" if isinstance(value, float) else value or ""
 
 
@@ -217,7 +217,7 @@ def draw_curve(attempts: Sequence[AttemptResult], path: Path) -> None:
 
 
 def _drawn(number: float | None) -> float:
-    """Return a number to draw; a gap for one that isn't finite."""
+    """Return a number to draw; a gap for a number that isn't finite."""
     return math.nan if number is None else number
 
 

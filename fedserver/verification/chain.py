@@ -18,7 +18,7 @@ _FINISH = str(RoundEvent.FINISH)
 
 
 def round_label(run_id: str, round_number: int) -> str:
-    """Return how a finding names a round."""
+    """Return the label of a round in findings."""
     return f"{run_id}, round {round_number}"
 
 
@@ -45,7 +45,7 @@ def whole_entries(ledger: Ledger) -> dict[int, LedgerEntry]:
 
 
 def chain_findings(ledger: Ledger) -> Iterator[str]:
-    """Say where there isn't an entry for each finish and rollback, chained to the one before."""
+    """Report each finish and rollback without an entry that is chained to the entry before."""
     rows = {(row.round_number, row.attempt, row.kind): row for row in ledger.entries}
     # In the order in which they were written: a round is rolled back before it is done again, and
     # before the round after it is done.
@@ -82,7 +82,7 @@ def chain_findings(ledger: Ledger) -> Iterator[str]:
 def row_findings(ledger: Ledger) -> Iterator[str]:
     """Say where the tables differ from the ledger's whole entries, or a round from the next."""
     entries = whole_entries(ledger)
-    finished = {one.round_number: one for one in ledger.attempts if one.phase == Phase.DONE}
+    finished = {row.round_number: row for row in ledger.attempts if row.phase == Phase.DONE}
     yield from _settings_findings(ledger, entries)
     for number in finished_rounds(ledger):
         if number not in finished:
@@ -96,8 +96,8 @@ def row_findings(ledger: Ledger) -> Iterator[str]:
     yield from _rollback_findings(ledger)
     yield from _base_findings(ledger, entries, finished)
     attempts: dict[int, set[int]] = {}
-    for one in ledger.attempts:
-        attempts.setdefault(one.round_number, set()).add(one.attempt)
+    for row in ledger.attempts:
+        attempts.setdefault(row.round_number, set()).add(row.attempt)
     for number, there in attempts.items():
         if missing := sorted(set(range(1, max(there))) - there):
             label = round_label(ledger.run_id, number)
@@ -105,9 +105,9 @@ def row_findings(ledger: Ledger) -> Iterator[str]:
 
 
 def _rollback_findings(ledger: Ledger) -> Iterator[str]:
-    """Say where ledger and tables differ about what was rolled back."""
+    """Report where ledger and tables differ about rollbacks."""
     entries = every_entry(ledger)
-    rows = {(one.round_number, one.attempt): one for one in ledger.attempts}
+    rows = {(row.round_number, row.attempt): row for row in ledger.attempts}
     for key in sorted(_rollbacks(ledger)):
         where = round_label(ledger.run_id, key[0])
         row = rows.get(key)
@@ -122,28 +122,28 @@ def _rollback_findings(ledger: Ledger) -> Iterator[str]:
 def _base_findings(
     ledger: Ledger, entries: Mapping[int, LedgerEntry], finished: Mapping[int, AttemptRow]
 ) -> Iterator[str]:
-    """Say which attempt didn't begin with the model that the round before it ended with.
+    """Report each attempt that didn't begin with the model that the round before it ended with.
 
-    An attempt that came to nothing may have begun with one that was rolled back since.
+    An attempt that came to nothing may have begun with a model that was rolled back since.
     """
-    models = {number: one.model_digest for number, one in finished.items()}
+    models = {number: row.model_digest for number, row in finished.items()}
     models |= {number: entry.model_digest for number, entry in entries.items()}
-    undone = [one for one in ledger.attempts if one.phase == Phase.ROLLED_BACK]
+    undone = [row for row in ledger.attempts if row.phase == Phase.ROLLED_BACK]
     first_models: dict[int, str | None] = {}
-    for one in ledger.attempts:
-        number = one.round_number
-        is_in_entry = one.phase == Phase.DONE and number in entries
-        base = entries[number].base_digest if is_in_entry else one.base_digest
+    for row in ledger.attempts:
+        number = row.round_number
+        is_in_entry = row.phase == Phase.DONE and number in entries
+        base = entries[number].base_digest if is_in_entry else row.base_digest
         rolled_back = {two.model_digest for two in undone if two.round_number == number - 1}
         if number == 1:
-            ended_with = first_models.setdefault(one.adjustments.get("num_redraws", 0), base)
+            ended_with = first_models.setdefault(row.adjustments.get("num_redraws", 0), base)
         else:
             ended_with = models.get(number - 1, None if rolled_back else base)
-        came_to_nothing = one.phase in (Phase.FAILED, Phase.ABANDONED, Phase.ROLLED_BACK)
+        came_to_nothing = row.phase in (Phase.FAILED, Phase.ABANDONED, Phase.ROLLED_BACK)
         if base != ended_with and not (came_to_nothing and base in rolled_back):
             before = "the attempts" if number == 1 else "the round"
             yield (
-                f"{round_label(ledger.run_id, number)}: attempt {one.attempt} began with model "
+                f"{round_label(ledger.run_id, number)}: attempt {row.attempt} began with model "
                 f"{_short(base)}, {before} before ended with {_short(ended_with)}"
             )
 
@@ -160,9 +160,9 @@ def _finishes(ledger: Ledger) -> set[Key]:
         *entered,
         *rolled_back,
         *(
-            (one.round_number, one.attempt)
-            for one in ledger.attempts
-            if one.phase == Phase.DONE and one.round_number not in in_force
+            (row.round_number, row.attempt)
+            for row in ledger.attempts
+            if row.phase == Phase.DONE and row.round_number not in in_force
         ),
     }
 
@@ -172,9 +172,9 @@ def _rollbacks(ledger: Ledger) -> set[Key]:
     return {
         *((row.round_number, row.attempt) for row in ledger.entries if row.kind != _FINISH),
         *(
-            (one.round_number, one.attempt)
-            for one in ledger.attempts
-            if one.phase == Phase.ROLLED_BACK
+            (row.round_number, row.attempt)
+            for row in ledger.attempts
+            if row.phase == Phase.ROLLED_BACK
         ),
     }
 
@@ -262,7 +262,7 @@ def _differences(entry: LedgerEntry, row: AttemptRow) -> Iterator[str]:
 
 
 def _digests_of(row: LedgerRow) -> list[str]:
-    """Return what the next entry may name: a damaged row is one finding, not two."""
+    """Return the digests that the next entry may name: a damaged row is one finding, not two."""
     return [row.digest, entry_digest(row.entry.encode())]
 
 

@@ -43,7 +43,7 @@ from fedserver.verification.chain import (
 
 
 class State(StrEnum):
-    """What is found of a file, or of a round that is aggregated again."""
+    """The state of a file, or of a round that is aggregated again."""
 
     WHOLE = "whole"
     DAMAGED = "damaged"
@@ -121,30 +121,34 @@ def verify(
     if round_number is not None and not wanted:
         raise NotFound(f"round {round_number} isn't finished; `history` shows those that are")
     words = []
-    for name, examine in (("chain", chain_findings), ("rows", row_findings)):
-        found = [finding for ledger in ledgers for finding in examine(ledger)]
-        for finding in found:
+    for name, find_in in (("chain", chain_findings), ("rows", row_findings)):
+        findings = [finding for ledger in ledgers for finding in find_in(ledger)]
+        for finding in findings:
             find(finding)
-        words.append(f"{name} {State.DAMAGED if found else State.WHOLE}")
+        words.append(f"{name} {State.DAMAGED if findings else State.WHOLE}")
     blobs = known_blobs(
         state_dir, ledgers, store.quarantine.held_updates(), round_number=round_number
     )
-    states = {blob.name: examine_blob(blob, find) for blob in blobs}
-    for blob in _gone(store, ledgers, [one for one in blobs if states[one.name] is State.NOT_KEPT]):
+    states = {blob.name: inspect_blob(blob, find) for blob in blobs}
+    for blob in _gone(
+        store, ledgers, [blob for blob in blobs if states[blob.name] is State.NOT_KEPT]
+    ):
         states[blob.name] = State.DAMAGED
         find(f"{blob.where}: {blob.what} is gone ({blob.paths[0]})")
     words += [
-        _counted(kind, Counter(states[one.name] for one in blobs if one.kind is kind))
+        _counted(kind, Counter(states[blob.name] for blob in blobs if blob.kind is kind))
         for kind in BlobKind
         # Most strategies keep no state.
-        if kind is not BlobKind.STATE or any(one.kind is kind for one in blobs)
+        if kind is not BlobKind.STATE or any(blob.kind is kind for blob in blobs)
     ]
     entries = {ledger.run_id: whole_entries(ledger) for ledger in ledgers}
     outcomes = Counter(
         re_aggregate(entries[ledger.run_id].get(number), state_dir, states, find)
         for ledger, number in wanted
     )
-    rest = [f"{outcomes[one]} {one}" for one in (State.NOT_KEPT, State.DAMAGED) if outcomes[one]]
+    rest = [
+        f"{outcomes[state]} {state}" for state in (State.NOT_KEPT, State.DAMAGED) if outcomes[state]
+    ]
     words.append(
         f"{outcomes[State.WHOLE]} of {len(wanted)} re-aggregated"
         + (f" ({', '.join(rest)})" if rest else "")
@@ -166,7 +170,7 @@ def known_blobs(
     Of an update only what was acknowledged: others may be half there. Of all rounds, models that
     lie there unnamed belong to it too.
     """
-    found: dict[str, Blob] = {}
+    by_name: dict[str, Blob] = {}
 
     def add(kind: BlobKind, name: str, what: str, where: str, digest: str) -> None:
         if kind is BlobKind.MODEL:
@@ -175,9 +179,11 @@ def known_blobs(
             paths = [state_path(state_dir / "models", digest)]
         else:
             # In this order, since a server may be moving it from the one to the other.
-            paths = [update_path(state_dir / one, name, digest) for one in ("spool", "quarantine")]
+            paths = [
+                update_path(state_dir / folder, name, digest) for folder in ("spool", "quarantine")
+            ]
         blob = Blob(kind=kind, name=name, digest=digest, what=what, where=where, paths=paths)
-        found.setdefault(name, blob)
+        by_name.setdefault(name, blob)
 
     run_ids = {ledger.run_id for ledger in ledgers}
     for update in held:
@@ -187,7 +193,7 @@ def known_blobs(
             where = round_label(update.run_id, update.round_number)
             add(BlobKind.HELD, update.order_id, what, where, update.digest)
     for ledger in ledgers:
-        # Entries come first: where a row differs from one, that is found elsewhere.
+        # Entries come first: that a row differs from its entry is reported elsewhere.
         attempts: list[LedgerEntry | AttemptRow] = [*every_entry(ledger).values(), *ledger.attempts]
         for attempt in attempts:
             if round_number not in (None, attempt.round_number):
@@ -217,10 +223,10 @@ def known_blobs(
         for kind, ending in ((BlobKind.MODEL, "safetensors"), (BlobKind.STATE, "server-state")):
             for path in sorted((state_dir / "models").glob(f"*.{ending}")):
                 add(kind, path.stem, f"a {kind}", str(state_dir), path.stem)
-    return list(found.values())
+    return list(by_name.values())
 
 
-def examine_blob(blob: Blob, find: Callable[[str], None]) -> State:
+def inspect_blob(blob: Blob, find: Callable[[str], None]) -> State:
     """Compare a file's bytes with its digest; say what is wrong with it, if something is."""
     for path in blob.paths:
         try:
@@ -245,8 +251,8 @@ def re_aggregate(
 ) -> State:
     """Make a finished round's model and server state again, and compare the bytes.
 
-    `entry` is the round's whole entry, if there is one; `states` tells of each file, by name.
-    Returns DAMAGED without a word where something the round rests on is damaged: that was said.
+    `entry` is the round's whole entry, if it has any; `states` has each file's state, by name.
+    If a file that the round rests on is damaged, returns DAMAGED without reporting that again.
     """
     if entry is None:
         return State.DAMAGED
@@ -261,7 +267,7 @@ def re_aggregate(
     where = round_label(entry.run_id, entry.round_number)
     paths = [
         *(model_path(state_dir / "models", digest) for digest in models),
-        *(update_path(state_dir / "spool", one.order_id, one.digest) for one in counted),
+        *(update_path(state_dir / "spool", update.order_id, update.digest) for update in counted),
         *(state_path(state_dir / "models", digest) for digest in server_states),
     ]
     try:
@@ -344,7 +350,7 @@ def _gone(store: Store, ledgers: Iterable[Ledger], missing: Collection[Blob]) ->
     if not missing:
         return []
     # Asked now: a server may have finished with them since the ledgers were read.
-    needed = {one.order_id for one in store.quarantine.held_updates() if _is_held(one)}
+    needed = {held.order_id for held in store.quarantine.held_updates() if _is_held(held)}
     for ledger in ledgers:
         for attempt in store.ledger.read_ledger(ledger.run_id).attempts[-1:]:
             needed.add(attempt.model_digest or attempt.base_digest)
@@ -354,11 +360,11 @@ def _gone(store: Store, ledgers: Iterable[Ledger], missing: Collection[Blob]) ->
             needed |= {
                 update.order_id for update in attempt.updates if update.verdict == OrderState.STORED
             }
-    return [one for one in missing if one.name in needed]
+    return [blob for blob in missing if blob.name in needed]
 
 
-def _is_held(one: HeldUpdate) -> bool:
-    return one.state is HeldState.HELD and one.kept_bytes > 0
+def _is_held(held: HeldUpdate) -> bool:
+    return held.state is HeldState.HELD and held.kept_bytes > 0
 
 
 def _short(digest: str | None) -> str:

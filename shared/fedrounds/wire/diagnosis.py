@@ -26,7 +26,7 @@ from fedrounds.diagnosis.values import (
 )
 from fedrounds.errors import InvalidInput
 from fedrounds.wire.enums import numbers_of
-from fedrounds.wire.limits import examine_limits
+from fedrounds.wire.limits import validate_limits
 from fedrounds.wire.pb import federation_pb2 as pb
 
 _OPERATION = re.compile(r"[a-z0-9_]{0,64}")
@@ -116,8 +116,8 @@ def diagnosis_of(message: pb.Diagnosis) -> Diagnosis:
     Raises:
         InvalidInput: a field is outside its limit, or a name isn't a declared one.
     """
-    examine_limits(message)
-    _examine_names(message)
+    validate_limits(message)
+    _validate_names(message)
     return Diagnosis(
         symptom=_member(_SYMPTOMS, message.symptom),
         cause=_member(_CAUSES, message.cause),
@@ -190,7 +190,7 @@ def _member(numbers: Mapping[E, int], number: int) -> E:
     raise InvalidInput(f"a diagnosis holds {kind} {number}, which there isn't")
 
 
-def _examine_names(message: pb.Diagnosis) -> None:
+def _validate_names(message: pb.Diagnosis) -> None:
     for what, pattern, text in (
         ("operation", _OPERATION, message.origin.operation),
         ("dtype", _DTYPE, message.origin.dtype),

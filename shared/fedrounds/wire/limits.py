@@ -94,7 +94,7 @@ LIMITS = {
 """By "Message.field"; with "[]" that of each value of a repeated field."""
 
 
-def examine_limits(message: Message) -> None:
+def validate_limits(message: Message) -> None:
     """Examine every field of a message, and of the messages in it.
 
     Raises:
@@ -105,17 +105,17 @@ def examine_limits(message: Message) -> None:
             continue
         value = getattr(message, field.name)
         if limit is not None:
-            _examine(field, value, limit)
+            _validate(field, value, limit)
         if each is not None:
             for one in value:
-                _examine(field, one, each)
+                _validate(field, one, each)
     for field, value in message.ListFields():
         if field.message_type is not None and not field.message_type.GetOptions().map_entry:
             for one in value if field.is_repeated else (value,):
-                examine_limits(one)
+                validate_limits(one)
 
 
-def _examine(field: FieldDescriptor, value: object, limit: Limit) -> None:
+def _validate(field: FieldDescriptor, value: object, limit: Limit) -> None:
     if isinstance(value, int | float):
         number, is_now, must = value, "is {}", "be"
     else:

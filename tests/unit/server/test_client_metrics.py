@@ -164,7 +164,7 @@ def test_clients_are_shown_the_worst_first(
     assert ["2", "0.0800", "1.9200", "20", "80"] in lines
     assert main(["clients", "--state-dir", str(state_dir), "--round", "2"]) == 1
     refused = capsys.readouterr().err
-    assert "no client has said how good the model of round 2 is" in refused
+    assert "no client has evaluated the model of round 2" in refused
     assert "rounds of which they have: 0 to 1 (" in refused
 
 

@@ -13,7 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from fedrounds.errors import InvalidInput
 from fedrounds.wire.diagnosis import diagnosis_message
-from fedrounds.wire.limits import LIMITS, MAX_COUNT, MAX_INT32, MAX_INT64, Limit, examine_limits
+from fedrounds.wire.limits import LIMITS, MAX_COUNT, MAX_INT32, MAX_INT64, Limit, validate_limits
 from fedrounds.wire.pb import federation_pb2 as pb
 from tests.factories import make_diagnosis
 
@@ -177,7 +177,7 @@ def test_a_number_is_taken_up_to_its_limit_and_refused_beyond(key: str) -> None:
     for value in (limit.least, limit.most):
         report = whole_report()
         assert set_in(report, key, value)
-        examine_limits(report)
+        validate_limits(report)
     for value in beyond:
         report = whole_report()
         try:
@@ -186,7 +186,7 @@ def test_a_number_is_taken_up_to_its_limit_and_refused_beyond(key: str) -> None:
             # The field's type can't hold it.
             continue
         with pytest.raises(InvalidInput, match=re.escape(f"{key.removesuffix('[]')} is {value}")):
-            examine_limits(report)
+            validate_limits(report)
 
 
 @pytest.mark.parametrize("seconds", [2**62, -(2**62), 315_576_000_001])
@@ -194,6 +194,6 @@ def test_a_duration_outside_of_its_definition_is_refused(seconds: int) -> None:
     """Wherever it is in a message, with a sentence."""
     request = pb.PullWorkRequest(wait=Duration(seconds=seconds))
     with pytest.raises(InvalidInput, match=f"Duration.seconds is {seconds}; it must be from"):
-        examine_limits(request)
+        validate_limits(request)
     with pytest.raises(InvalidInput, match=r"Timestamp\.seconds"):
-        examine_limits(pb.Incident(sequence=1, at=Timestamp(seconds=2**62)))
+        validate_limits(pb.Incident(sequence=1, at=Timestamp(seconds=2**62)))
