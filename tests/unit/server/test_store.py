@@ -246,7 +246,7 @@ def test_a_failure_amid_finishing_leaves_nothing_half_done(
     def fail(*_: object, **__: object) -> bytes:
         raise RuntimeError("cut off")
 
-    name = "ledger.entry_digest" if where == "ledger" else "rounds.insert_round"
+    name = "ledger.entry_digest" if where == "ledger" else "rounds.insert_attempt"
     monkeypatch.setattr(f"fedserver.store.{name}", fail)
     following = make_round(run.run_id, round_number=2, base_digest="ee" * 32)
     with pytest.raises(RuntimeError, match="cut off"):
