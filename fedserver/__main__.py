@@ -18,8 +18,15 @@ from fedrounds.tasks.names import validate_task_name
 from fedserver.settings import ServerSettings
 
 COMMANDS = (
-    *("history", "export", "curve", "confusion", "clients", "quarantine", "show"),
-    *("strategies", "verify"),
+    "history",
+    "export",
+    "curve",
+    "confusion",
+    "clients",
+    "quarantine",
+    "show",
+    "strategies",
+    "verify",
 )
 
 
@@ -34,7 +41,7 @@ def main(argv: list[str]) -> int:
             return code or 0
         settings = parse(ServerSettings, argv, commands=COMMANDS)
         log_to_stderr(settings.log_level)
-        # What is wrong with its name is said now: torch takes seconds to import.
+        # A wrong name is refused now: torch takes seconds to import.
         validate_task_name(settings.task)
         with importing_what_stays():
             from fedserver.server import run_server  # noqa: PLC0415
@@ -44,7 +51,7 @@ def main(argv: list[str]) -> int:
         print_error("fedserver", error)
         return 1
     except KeyboardInterrupt:
-        # Before anybody listens for it: there is nothing to end.
+        # Before there are signal handlers: there is nothing to end.
         print("fedserver: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:

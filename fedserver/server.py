@@ -61,7 +61,7 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
     torch.set_num_threads(settings.threads)
     if settings.export is not None:
         validate_export(settings.export)
-    # All that a wrong setting can break comes before a run is begun with it.
+    # Settings are refused before a run begins with them.
     with interrupting():
         prepared = prepare(settings)
     with locked_folder(settings.state_dir) as state_dir:
@@ -156,7 +156,7 @@ async def _serve(
             task_left.cancel()
         await asyncio.wait(tasks)
     if is_complete:
-        # Only now: while this takes its time nobody is served, and no clock may notice that.
+        # Only now: while this takes its time no client is served, and no clock may notice that.
         _show_end(settings)
 
 

@@ -1,7 +1,7 @@
-"""Asynchronous collecting (FedBuff): a round is one fill of a buffer, and nobody waits for others.
+"""Asynchronous collecting (FedBuff): a round closes when its buffer is full of updates.
 
-A client that has sent an update gets a further order at once. Orders that are open when the buffer
-is full are carried over into the next round, and their updates come into that one.
+No client waits for others: a client that has sent an update gets a further order at once. Orders
+that are open when the buffer is full are carried over, and their updates come into the next round.
 """
 
 from collections.abc import Sequence
@@ -78,11 +78,11 @@ class AsynchronousCollecting:
     async def give_more(self) -> bool:
         """Give further orders in the round that collects, up to --concurrency.
 
-        Returns whether its buffer can still be filled: somebody is at work, or may come.
+        Returns whether its buffer can still be filled: a client is at work, or may come.
         """
         open_orders, settings = self._open_orders, self._context.settings
         assert open_orders.current is not None
-        # Again and again: somebody may have become idle while the store was awaited.
+        # Again and again: a client may have become idle while the store was awaited.
         while not self.max_at_work or len(open_orders.list_open()) < self.max_at_work:
             here = self._sessions.ready_clients(only_live=True)
             if self._disk.is_low() or not idle_clients(here, open_orders.list_all()):
@@ -140,7 +140,7 @@ class AsynchronousCollecting:
                     record=record,
                     base=base,
                     limits=admission_limits(settings, record, strategy=strategy),
-                    # Nobody asks how long ago: only the round that collects has a deadline.
+                    # The time isn't used: only the round that collects has a deadline.
                     opened_at=0.0,
                 )
             given_in = replace(given_in, record=record)

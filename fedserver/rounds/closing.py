@@ -4,6 +4,9 @@
     finish:  screen -> aggregate -> checkpoint -> DONE and the next round, one transaction
     fail:    nothing of the attempt counts; the round is tried again
 
+A round closes once `due_event` of fedserver.phases says so (asynchronous: `due_of_buffer`);
+fedserver.rounds.collecting waits for that.
+
 The server may be killed between any two steps: each rests on the phase that the store holds, and
 repeated it has the same result.
 """
@@ -63,7 +66,7 @@ class Closer:
         self._is_base_shared = not collecting.carries_over
 
     async def close(self, collecting: Attempt) -> Attempt:
-        """Let no further update into a round that collects; return it as it is then."""
+        """Close a round that collects: no further update comes in. Returns the closed attempt."""
         carries_over = self._collecting.carries_over
         failpoint(FailPoint.ROUND_CLOSING)
         # The store closes first: an update whose transaction comes before this one's is in the
@@ -152,10 +155,10 @@ class Closer:
         exclusions: Sequence[Exclusion] = (),
         is_model_bad: bool = False,
     ) -> Attempt:
-        """Give an attempt up for a reason in words; return it as it is then.
+        """Fail an attempt, for a reason in words; returns the failed attempt.
 
-        `failure` is what clients are told if the run fails with it; `is_model_bad` says that its
-        aggregate isn't finite.
+        `failure` is the kind of reason, which clients get if the run fails. `is_model_bad` says that
+        the aggregate isn't finite.
         """
         decision = await decide_after(
             self._context,
@@ -244,7 +247,8 @@ class Closer:
         exclusions: Sequence[Exclusion],
     ) -> Attempt | None:
         number = closed.round_number + 1
-        # This round's verdicts aren't recorded yet, but decide already whom the next one asks.
+        # This round's exclusions aren't recorded yet, but they decide which clients the next round
+        # asks.
         suspensions = suspensions_after(
             await self._store.quarantine.suspensions(closed.run_id),
             closed,

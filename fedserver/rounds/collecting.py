@@ -171,9 +171,9 @@ async def wait_until_due(
 async def too_few_updates(
     reason: str, orders: Sequence[OpenOrder], *, is_by_refusals: bool, store: AsyncStore
 ) -> Due:
-    """Return that a round has to fail for want of updates; the reason names refused clients.
+    """Return the failure of a round with too few updates; the reason names refused clients.
 
-    `is_by_refusals` says that refused updates, if there are any, are why it does.
+    `is_by_refusals` says that refused updates, if there are any, are the cause.
     """
     refused = {
         order.order.client_id: order.order.order_id
@@ -193,7 +193,7 @@ async def too_few_updates(
 def verdict_text(verdict: str, clients: Collection[int], first_reason: str) -> str:
     """Return a sentence on clients whose updates were refused or excluded.
 
-    `first_reason` says why that of the client with the lowest id was.
+    `first_reason` is the reason for the client with the lowest id.
     """
     first = min(clients)
     if len(clients) == 1:

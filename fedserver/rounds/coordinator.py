@@ -93,10 +93,10 @@ class Coordinator:
         return await self.with_room(self._run_rounds)
 
     async def with_room(self, step: Callable[[], Awaitable[T]]) -> T:
-        """Take a step that can be repeated, again and again until the operating system lets it.
+        """Take a step, and repeat it until the operating system lets it succeed.
 
         Raises:
-            StorageUnusable: it won't let it before a person has mended something.
+            StorageUnusable: it can't succeed before a person has mended something.
         """
         while True:
             try:
@@ -145,9 +145,9 @@ class Coordinator:
                 current, base = await self._open_next(current, base)
 
     async def _collect(self, current: Attempt) -> Attempt:
-        """Wait until the round closes or fails; return it as it is then.
+        """Wait until the round closes or fails; returns the attempt as it stands then.
 
-        It comes back as it was if its base may be bad.
+        The attempt is unchanged if its base may be bad.
         """
         due = await wait_until_due(
             current,

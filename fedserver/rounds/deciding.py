@@ -1,4 +1,4 @@
-"""What the diagnoses of an attempt's clients change: the next attempt's settings, or the model.
+"""Decides what changes after an attempt, from the diagnoses that its clients have reported.
 
 The rules are in fedserver.rounds.adjustments; here they meet the store.
 """
@@ -19,9 +19,9 @@ from fedserver.store import AsyncStore
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What is decided when an attempt has ended: the adjustments after it, and the events.
+    """The decision after an attempt: the next attempt's adjustments, and the events to record.
 
-    `is_base_blamed` says that its clients agree on the model they were sent being bad.
+    `is_base_blamed` says that its clients agree that the model they were sent is bad.
     """
 
     adjustments: Adjustments
@@ -38,7 +38,7 @@ async def decide_after(
     is_base_shared: bool,
     is_model_bad: bool = False,
 ) -> Decision:
-    """Return what to do after an attempt, by the diagnoses that its clients have reported.
+    """Return the decision after an attempt, by the diagnoses that its clients have reported.
 
     `is_base_shared` says that all of its clients were sent the same model, `is_model_bad` that it
     failed because its aggregate isn't finite.

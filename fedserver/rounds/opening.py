@@ -1,4 +1,4 @@
-"""An attempt at a round is opened: once there are clients enough, recorded, then handed out."""
+"""An attempt at a round opens: there are enough clients, it is recorded, then published."""
 
 import logging
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class Opener:
-    """Opens attempts and hands their orders out."""
+    """Opens attempts and publishes their orders."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Opener:
                 logged = here
             await self._sessions.changed.wait(self._tick_s)
         self._open_orders.clients_here = None
-        # Recorded before it is handed out: a client never has an order that a server which starts
+        # Recorded before it is published: a client never has an order that a server which starts
         # again doesn't know.
         await self._store.rounds.open_round(
             planned,
@@ -152,7 +152,7 @@ class Opener:
         )
 
     async def publish(self, opened: Attempt, base: GlobalModel) -> None:
-        """Give the orders of a round that is recorded to those who ask.
+        """Publish a recorded round: clients that ask get its model and orders from now on.
 
         Raises:
             StorageDamaged: a model that orders of earlier rounds began with isn't what was written.

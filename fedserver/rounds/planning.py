@@ -29,7 +29,7 @@ from fedserver.updates.admission import AdmissionLimits
 
 @dataclass(frozen=True, kw_only=True)
 class Clients:
-    """The clients that are here at this moment, and what a cohort is chosen by.
+    """The clients that are here at this moment, and the facts that a cohort is chosen by.
 
     `num_examples` holds the size of each client's data, `orders` the orders of the round that
     collects; `past` may be empty where the cohort doesn't rest on it (see `rests_on_past`).
@@ -115,7 +115,7 @@ def idle_clients(ready: Set[int], orders: Sequence[OpenOrder]) -> Set[int]:
 
 
 def plan_more(context: RunContext, collecting: Attempt, clients: Clients) -> tuple[Order, ...]:
-    """Return the orders to give beside those at work, so that they are --concurrency.
+    """Return further orders, so that --concurrency clients are at work.
 
     A client gets a second order in a round only where no client without an update in it is idle.
     """
