@@ -157,7 +157,7 @@ class Closer:
     ) -> Attempt:
         """Fail an attempt, for a reason in words; returns the failed attempt.
 
-        `failure` is the kind of reason, which clients get if the run fails. `is_model_bad` says that
+        `failure` is the kind of reason; clients get it if the run fails. `is_model_bad` says that
         the aggregate isn't finite.
         """
         decision = await decide_after(

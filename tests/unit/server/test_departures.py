@@ -25,7 +25,7 @@ async def begin(server: ServerRun) -> str:
 
 
 def test_an_order_ends_with_its_clients_departure(tmp_path: Path) -> None:
-    """It isn't called late, and the client isn't suspended; the others stay."""
+    """It isn't called stalled, and the client isn't suspended; the others stay."""
 
     async def leave(server: ServerRun) -> None:
         session_id = await begin(server)

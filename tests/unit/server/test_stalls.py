@@ -1,4 +1,4 @@
-"""Who is late: a function of values, examined without a server; and how late orders end."""
+"""Which clients have stalled: a function of values; and how their orders end."""
 
 import asyncio
 from dataclasses import replace
@@ -23,12 +23,12 @@ from fedserver.clients.stalls import (
 from tests.factories import make_order, make_registration
 from tests.server_run import ServerRun, serving
 
-PATIENCE = StallBounds(silence_s=60, first_step_s=600, examples_per_s=0.1, bytes_per_s=10_000)
+BOUNDS = StallBounds(silence_s=60, first_step_s=600, examples_per_s=0.1, bytes_per_s=10_000)
 WORK = Work(num_examples=600, num_bytes=3_000_000)
 BOUND_S = 600 + 600 / 0.1 + 3_000_000 / 10_000
 
 
-def lateness(
+def stall_of(
     *,
     silent_s: float = 0,
     idle_s: float = 0,
@@ -36,23 +36,23 @@ def lateness(
     longest_step_s: float | None = None,
     work: Work = WORK,
 ) -> Stall | None:
-    """Return why a client with this progress is late."""
+    """Return why a client with this progress has stalled."""
     progress = Progress(
         silent_s=silent_s, idle_s=idle_s, total_s=total_s, longest_step_s=longest_step_s
     )
-    return find_stall(progress, work, PATIENCE)
+    return find_stall(progress, work, BOUNDS)
 
 
-def test_a_client_nobody_hears_of_is_late() -> None:
+def test_a_silent_client_has_stalled() -> None:
     """Whatever its steps took so far: one that works reports every second."""
-    assert lateness(silent_s=60, idle_s=60, longest_step_s=300) is None
-    assert lateness(silent_s=60.1, idle_s=60.1, longest_step_s=300) is Stall.SILENT
+    assert stall_of(silent_s=60, idle_s=60, longest_step_s=300) is None
+    assert stall_of(silent_s=60.1, idle_s=60.1, longest_step_s=300) is Stall.SILENT
 
 
 def test_a_first_step_has_the_time_of_its_setting() -> None:
-    """A batch longer than the silence allowed isn't late while its client is heard of."""
-    assert lateness(silent_s=1, idle_s=600) is None
-    assert lateness(silent_s=1, idle_s=600.1) is Stall.NO_PROGRESS
+    """A batch longer than the silence allowed hasn't stalled while its client is heard of."""
+    assert stall_of(silent_s=1, idle_s=600) is None
+    assert stall_of(silent_s=1, idle_s=600.1) is Stall.NO_PROGRESS
 
 
 @pytest.mark.parametrize(
@@ -68,31 +68,31 @@ def test_a_first_step_has_the_time_of_its_setting() -> None:
 )
 def test_a_step_has_ten_times_the_longest_so_far(longest_step_s: float, bound_s: float) -> None:
     """A client is compared with itself alone."""
-    assert lateness(idle_s=bound_s, longest_step_s=longest_step_s) is None
-    late = lateness(idle_s=bound_s + 0.1, longest_step_s=longest_step_s)
-    assert late is Stall.NO_PROGRESS
+    assert stall_of(idle_s=bound_s, longest_step_s=longest_step_s) is None
+    stall = stall_of(idle_s=bound_s + 0.1, longest_step_s=longest_step_s)
+    assert stall is Stall.NO_PROGRESS
 
 
 def test_whoever_makes_tiny_progress_for_ever_is_late_in_the_end() -> None:
     """The time of all examples and bytes at the slowest rates, and of a first step, is all."""
-    assert total_bound_s(WORK, PATIENCE) == BOUND_S
-    assert lateness(idle_s=1, total_s=BOUND_S, longest_step_s=2) is None
-    assert lateness(idle_s=1, total_s=BOUND_S + 0.1, longest_step_s=2) is Stall.TOO_LONG
+    assert total_bound_s(WORK, BOUNDS) == BOUND_S
+    assert stall_of(idle_s=1, total_s=BOUND_S, longest_step_s=2) is None
+    assert stall_of(idle_s=1, total_s=BOUND_S + 0.1, longest_step_s=2) is Stall.TOO_LONG
 
 
 def test_a_site_with_a_hundred_times_the_data_has_a_hundred_times_the_time() -> None:
     """At the same pace both are in time, or neither is."""
     large = Work(num_examples=100 * WORK.num_examples, num_bytes=WORK.num_bytes)
     at_own_pace_s = 100 * 600 / 0.2
-    assert lateness(idle_s=1, total_s=at_own_pace_s, longest_step_s=2, work=large) is None
-    assert lateness(idle_s=1, total_s=at_own_pace_s, longest_step_s=2) is Stall.TOO_LONG
+    assert stall_of(idle_s=1, total_s=at_own_pace_s, longest_step_s=2, work=large) is None
+    assert stall_of(idle_s=1, total_s=at_own_pace_s, longest_step_s=2) is Stall.TOO_LONG
 
 
 def test_an_order_nobody_pulls_is_lost_however_alive_its_session_is() -> None:
     """With the session's lease, or when its client could have pulled it for long enough."""
 
     def loss(*, is_session_live: bool, waiting_s: float) -> Stall | None:
-        return find_loss(is_session_live=is_session_live, waiting_s=waiting_s, bounds=PATIENCE)
+        return find_loss(is_session_live=is_session_live, waiting_s=waiting_s, bounds=BOUNDS)
 
     assert loss(is_session_live=True, waiting_s=600) is None
     assert loss(is_session_live=True, waiting_s=600.1) is Stall.NEVER_PULLED
@@ -127,7 +127,7 @@ SETTINGS: dict[str, Any] = {
 
 
 async def give_up(server: ServerRun) -> list[tuple[str, int | None]]:
-    """End the orders that are late; returns the kinds and clients of the events."""
+    """Give up the stalled orders; returns the kinds and clients of the events."""
     server.events.clear()
     await give_up_orders(
         server.settings,
