@@ -1,4 +1,4 @@
-"""All the SQL of the service: tables, transitions in one transaction each, the history's reads."""
+"""The store: all the SQL of the service. Each method of it is one transaction."""
 
 from fedserver.store.history import read_history, read_rounds
 from fedserver.store.store import AsyncStore, Store

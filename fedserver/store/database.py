@@ -35,9 +35,9 @@ _SHORT_LOG_BYTES = 1 << 20
 class Database:
     """One database file, and the way in and out of it.
 
-    A file that isn't there is made, but for one that is opened `read_only`. A database of an
-    earlier version is read by its upgraded copy in the temporary folder; it is upgraded in place
-    where `upgrades` says so, which only a process may that holds the lock of the state-dir.
+    A file that isn't there is made, unless it is opened `read_only`. A database of an earlier
+    version is upgraded in place with `upgrades`, which only the holder of the state-dir's lock may
+    ask for; without it, what is read is an upgraded copy in the temporary folder.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False, upgrades: bool = False) -> None:
@@ -106,12 +106,12 @@ class Database:
         """Let the database look at every page of itself.
 
         Raises:
-            StorageDamaged: it found something.
+            StorageDamaged: SQLite found damage.
         """
         with self.reading() as connection:
-            found = connection.exec_driver_sql("PRAGMA integrity_check(3)").scalars().all()
-        if found != ["ok"]:
-            raise _damaged(self._path, "; ".join(found))
+            findings = connection.exec_driver_sql("PRAGMA integrity_check(3)").scalars().all()
+        if findings != ["ok"]:
+            raise _damaged(self._path, "; ".join(findings))
 
     def shorten_log(self) -> bool:
         """Empty the write-ahead log if it is large; return whether it is short afterwards.
@@ -166,6 +166,7 @@ class Database:
             with self._engine.begin() as connection:
                 connection.info[RECORDED] = recorded
                 yield connection
+            # After the commit: an event is published only if its transaction is durable.
             self._recorded += recorded
 
     def read(self, work: Callable[[Connection], R]) -> R:
@@ -255,8 +256,8 @@ def _named(path: Path, error: sqlite3.Error) -> FederationError | None:
     return None
 
 
-def _damaged(path: Path, found: str) -> StorageDamaged:
+def _damaged(path: Path, finding: str) -> StorageDamaged:
     return StorageDamaged(
-        f"{path} can't be read as this service's database ({found}); nothing was changed: restore "
-        "it from a copy, or start with another --state-dir"
+        f"{path} can't be read as this service's database ({finding}); nothing was changed: "
+        "restore it from a copy, or start with another --state-dir"
     )

@@ -33,6 +33,8 @@ def open_engine(path: Path, *, read_only: bool, checks_references: bool = True) 
             # A text with a flipped bit is to be shown, not to be in the way of all the others.
             connection.text_factory = _readable
         else:
+            # FULL syncs the write-ahead log at each commit, before the call returns: receipts rest
+            # on it. NORMAL, which many use beside WAL, would lose the last commits with the power.
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute(f"PRAGMA foreign_keys = {'ON' if checks_references else 'OFF'}")

@@ -25,7 +25,7 @@ class Events(Tables[D_co]):
         *,
         report_key: str | None = None,
     ) -> bool:
-        """Record events; with a `report_key` known already, nothing. Returns whether it did."""
+        """Record events; returns False, and records none, if the `report_key` is known already."""
         if report_key is not None and connection.scalar(
             select(schema.events.c.sequence).where(schema.events.c.report_key == report_key)
         ):
@@ -35,9 +35,10 @@ class Events(Tables[D_co]):
 
     @reads
     def last_failure(self, connection: Connection, run_id: str) -> tuple[str, RunFailure | None]:
-        """Return why the run's last failed attempt failed: in words, and what clients are told.
+        """Return why the run's last failed attempt failed: a reason in words, and its kind.
 
-        The words are empty if no attempt has failed; None: the kind isn't known.
+        The reason is empty if no attempt has failed. The kind, which clients are told, is None if
+        an earlier version recorded the failure.
         """
         events = schema.events
         fields = connection.execute(
@@ -56,11 +57,11 @@ class Events(Tables[D_co]):
     def answers(
         self, connection: Connection, ending: Attempt
     ) -> tuple[list[tuple[int, Mapping[str, Any]]], set[int]]:
-        """Return what clients have answered to a round under the adjustments in force.
+        """Return the diagnoses that clients reported, and the clients that sent an update.
 
-        That is in this attempt and in those before it with the same adjustments and model, since
-        the first client to give up may end an attempt before the others can say why they do. First
-        who reported a diagnosis, with the incident's fields, in order; then who has sent an update.
+        A diagnosis is a client id and the incident's fields, in the order of their arrival. Both
+        are of this attempt and of those just before it with the same adjustments and base model:
+        the first client to give up may end an attempt before the others can report.
         """
         rounds, orders, updates = schema.rounds, schema.orders, schema.updates
         events = schema.events
@@ -79,8 +80,8 @@ class Events(Tables[D_co]):
         ).all()
         same = (ending.adjustments.as_json(), ending.base_digest)
         alike = [
-            one.attempt
-            for one in takewhile(lambda o: (o.adjustments, o.base_digest) == same, tried)
+            row.attempt
+            for row in takewhile(lambda row: (row.adjustments, row.base_digest) == same, tried)
         ]
         diagnosed = connection.execute(
             select(events.c.client_id, events.c.fields)

@@ -147,7 +147,7 @@ def _read_updates(connection: Connection, attempt: Row[Any]) -> list[UpdateHisto
 
 
 def _read_incidents(connection: Connection, attempt: Row[Any]) -> list[Event]:
-    """Return the incidents of an attempt; the first one has those from before it opened too."""
+    """Return the incidents of an attempt; of the first attempt also those from before it opened."""
     events = schema.events
     belongs_here = (events.c.round == attempt.round) & (events.c.attempt == attempt.attempt)
     if (attempt.round, attempt.attempt) == (1, 1):

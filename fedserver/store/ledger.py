@@ -86,7 +86,7 @@ class LedgerTable(Tables[D_co]):
 def read_verdicts(
     connection: Connection, run_id: str, round_number: int, attempt: int
 ) -> list[LedgerUpdate]:
-    """Return what became of every update of an attempt, in the order of aggregation."""
+    """Return the updates of an attempt with their verdicts, in the order of aggregation."""
     rows = connection.execute(updates_in(run_id, round_number, attempt)).all()
     return [
         LedgerUpdate(

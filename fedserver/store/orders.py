@@ -32,9 +32,12 @@ from fedserver.store.transitions import (
     suspend_client,
 )
 
+_LATE_EVIDENCE = {"kind": "stale"}
+"""The evidence of a LATE update. The kind keeps its old name: databases and scripts hold it."""
+
 
 class Orders(Tables[D_co]):
-    """What was asked of whom, and how it ended."""
+    """The orders of every run, and the updates that they end with."""
 
     @reads
     def find_order(self, connection: Connection, order_id: str) -> OrderRecord:
@@ -62,7 +65,7 @@ class Orders(Tables[D_co]):
         served = connection.execute(
             select(sessions.c.client_ids).where(sessions.c.run_id == run_id)
         ).scalars()
-        return asked is not None or any(client_id in one for one in served)
+        return asked is not None or any(client_id in client_ids for client_ids in served)
 
     @reads
     def last_counted_orders(
@@ -94,7 +97,7 @@ class Orders(Tables[D_co]):
 
     @reads
     def participation(self, connection: Connection, run_id: str) -> dict[int, Participation]:
-        """Return what every client that was ever asked has done so far."""
+        """Return how often each client was asked and answered, and its last loss, by client id."""
         orders, updates = schema.orders, schema.updates
         of_run = orders.c.run_id == run_id
         has_answered = orders.c.state.in_([OrderState.STORED, OrderState.COUNTED])
@@ -109,7 +112,7 @@ class Orders(Tables[D_co]):
             .group_by(orders.c.client_id)
         ).all()
         last = {row.client_id: row.last_round for row in counts}
-        told = connection.execute(
+        metrics = connection.execute(
             select(orders.c.client_id, orders.c.round, updates.c.metrics)
             .join(updates, updates.c.order_id == orders.c.order_id)
             .where(of_run, has_answered, orders.c.round.in_(set(last.values()) - {None}))
@@ -118,7 +121,7 @@ class Orders(Tables[D_co]):
         ).all()
         losses = {
             row.client_id: row.metrics.get("global_loss", row.metrics.get("loss"))
-            for row in told
+            for row in metrics
             if row.round == last[row.client_id]
         }
         return {
@@ -134,18 +137,18 @@ class Orders(Tables[D_co]):
     def record_arrival(
         self, connection: Connection, run_id: str, arrival: Arrival, *, buffer_size: int = 0
     ) -> tuple[OrderState, bool]:
-        """Apply STORE, REFUSE or MISS with the update it rests on, if the order is still open.
+        """Record an update that has arrived, and end its order with STORE, REFUSE or MISS.
 
-        Returns the state of the order afterwards, and whether this call recorded the update. The
-        event (see `update_event`) is of the round that the update came into. Where the order had
-        ended before, it stays as it is: a first update that came too late is put on record, and
-        anything else changes nothing and is no event.
+        Returns the state of the order afterwards, and whether this call recorded the update. Only
+        an OPEN order changes its state. The first update of an order that had ended before is
+        recorded as late; any further update of an order changes nothing and is no event.
 
-        With a `buffer_size` the update comes into whichever round collects, if so many aren't
-        stored in it yet; without one the order stays OPEN and nothing is changed.
+        With a `buffer_size` (an asynchronous run) the update comes into the round that collects.
+        If that round has `buffer_size` updates already, or no round collects, nothing changes and
+        the order stays OPEN: the caller tries again when the next round has opened.
 
-        An update that ends REFUSED is in quarantine from then on and its client suspended; one that
-        came too late is in quarantine if bytes of it have arrived.
+        A REFUSED update is in quarantine from then on, and its client is suspended. A late update
+        is in quarantine if bytes of it have arrived.
         """
         received, order_event, refusal = arrival.update, arrival.order_event, arrival.refusal
         order = find_order(connection, received.order_id)
@@ -168,6 +171,9 @@ class Orders(Tables[D_co]):
                 ended_at=None if order_event is OrderEvent.STORE else at,
                 order_end=OrderEnd.ROUND_CLOSED if order_event is OrderEvent.MISS else None,
             )
+        # State, update, quarantine, suspension and event are one transaction: a kill leaves all
+        # or nothing, and nobody can close the round between the check above and the insert below.
+        # The payload is durable by now, the receipt comes after: see fedserver.updates.spool.
         metrics = {name: json_number(value) for name, value in received.metrics.items()}
         assert round_key is not None
         values = asdict(received) | {
@@ -187,7 +193,7 @@ class Orders(Tables[D_co]):
                 connection,
                 run_id,
                 received.order_id,
-                refusal.evidence if refusal else {"kind": "stale"},
+                refusal.evidence if refusal else _LATE_EVIDENCE,
                 kept_bytes=arrival.kept_bytes,
                 at=at,
             )
@@ -221,9 +227,9 @@ class Orders(Tables[D_co]):
         *,
         strikes: bool = False,
     ) -> bool:
-        """Give an open order up; returns whether it was still open.
+        """End an open order as ABANDONED; returns False if it wasn't open any more.
 
-        With `strikes` its client is suspended.
+        With `strikes` its client gets a strike and is suspended.
         """
         order = find_order(connection, order_id)
         if order.state is not OrderState.OPEN:
@@ -245,7 +251,7 @@ class Orders(Tables[D_co]):
 
     @reads
     def stored_updates(self, connection: Connection, collected: Attempt) -> list[StoredUpdate]:
-        """Return what a round rests on, in the order of aggregation: by client id."""
+        """Return the STORED and COUNTED updates of a round by client id, as aggregation does."""
         wanted = updates_in(collected.run_id, collected.round_number, collected.attempt).where(
             schema.orders.c.state.in_([OrderState.STORED, OrderState.COUNTED])
         )
@@ -256,7 +262,7 @@ class Orders(Tables[D_co]):
     def counted_updates(
         self, connection: Connection, run_id: str, round_numbers: Collection[int]
     ) -> dict[int, list[StoredUpdate]]:
-        """Return the updates that count in these rounds of a run, by round; of those DONE alone."""
+        """Return the COUNTED updates of those of these rounds that are DONE, by round."""
         rounds, updates = schema.rounds.alias("came_into"), schema.updates
         wanted = (
             updates_of(run_id)
@@ -271,20 +277,20 @@ class Orders(Tables[D_co]):
                 schema.orders.c.state == OrderState.COUNTED,
             )
         )
-        found: dict[int, list[StoredUpdate]] = {}
+        by_round: dict[int, list[StoredUpdate]] = {}
         for row in connection.execute(wanted):
-            found.setdefault(row.round, []).append(read_stored(row))
-        return found
+            by_round.setdefault(row.round, []).append(read_stored(row))
+        return by_round
 
     @reads
     def updates_to_keep(
         self, connection: Connection, run_id: str, *, since_round: int
     ) -> dict[str, str | None]:
-        """Return the orders whose updates the spool must not lose, each with its update's digest.
+        """Return the orders whose updates the spool must keep, each with its update's digest.
 
-        Those that go on, those COUNTED from `since_round` on, and those HELD: a stream that was
-        fenced leaves its bytes here, until the quarantine is tidied. The digest is None while any
-        update may come.
+        These are the orders that go on, those COUNTED from round `since_round` on, and those with
+        an update HELD: a fenced stream leaves its bytes in the spool until the quarantine is
+        tidied. The digest is None for an order that has no update yet.
         """
         orders, updates, held = schema.orders, schema.updates, schema.quarantine
         asked = (
@@ -314,9 +320,9 @@ def _number(value: float | str | None) -> float | None:
 def _buffer(
     connection: Connection, run_id: str, order_event: OrderEvent, buffer_size: int
 ) -> tuple[int, int] | None:
-    """Return the round and attempt that an update comes into; None while there is none.
+    """Return the round and attempt that an update comes into; None if it must wait.
 
-    What is refused may also come into one that is closed: it counts for nothing there.
+    A refused update may also come into a round that is closed: it doesn't count there.
     """
     rounds, orders, updates = schema.rounds, schema.orders, schema.updates
     row = connection.execute(

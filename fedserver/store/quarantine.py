@@ -12,11 +12,11 @@ from fedserver.store.transitions import add_events, reinstate_clients
 
 
 class Quarantine(Tables[D_co]):
-    """What is held, why, and who may not take part for now."""
+    """Updates kept out of the global model with the reason, and suspended clients."""
 
     @reads
     def held_updates(self, connection: Connection, run_id: str | None = None) -> list[HeldUpdate]:
-        """Return the updates ever put in quarantine, oldest first; of all runs, or of one."""
+        """Return all updates ever put in quarantine, oldest first; of `run_id` alone if given."""
         query = _held()
         if run_id is not None:
             query = query.where(schema.quarantine.c.run_id == run_id)
@@ -24,7 +24,7 @@ class Quarantine(Tables[D_co]):
 
     @reads
     def find_held(self, connection: Connection, order_id: str) -> HeldUpdate:
-        """Return one update in quarantine.
+        """Return the update of an order that is or was in quarantine.
 
         Raises:
             NotFound: no update of this order was ever put there.
@@ -41,10 +41,10 @@ class Quarantine(Tables[D_co]):
     def free_held(
         self, connection: Connection, held: HeldUpdate, state: HeldState, event: Event
     ) -> bool:
-        """Take an update out of quarantine; returns whether it was still HELD.
+        """Take an update out of quarantine; returns False if it wasn't HELD any more.
 
-        RELEASED says that it was good: its client is active again and the norm band doesn't
-        exclude it from then on.
+        RELEASED means that it was good: its client is active again, and the norm band doesn't
+        exclude that client's updates from then on.
         """
         table = schema.quarantine
         freed = connection.execute(
@@ -68,7 +68,7 @@ class Quarantine(Tables[D_co]):
 
     @reads
     def trusted_clients(self, connection: Connection, run_id: str) -> set[int]:
-        """Return the clients an update of which was excluded by its norm, and released."""
+        """Return the clients with an update that was excluded by its norm and then released."""
         orders, table = schema.orders, schema.quarantine
         return set(
             connection.execute(

@@ -46,9 +46,9 @@ class Rounds(Tables[D_co]):
     def latest_attempt(self, connection: Connection, run_id: str) -> Attempt | None:
         """Return the attempt from which the run goes on, with its orders; None before the first.
 
-        It is the last one at the first round that isn't done, if that began with the model that
-        the round before ended with; else the one that ended the round before. Where a round was
-        rolled back, attempts at the round after it that began with its model are left behind.
+        It is the last attempt at the first round that isn't done, if that attempt began with the
+        model of the last done round; else the attempt that ended the last done round. After a
+        rollback, attempts of the next round that began with the bad model are passed over so.
         """
         table = schema.rounds
         done = connection.execute(_last_done(run_id)).first()
@@ -79,22 +79,22 @@ class Rounds(Tables[D_co]):
 
     @reads
     def phases_of(self, connection: Connection, run_id: str, round_number: int) -> list[Phase]:
-        """Return how the attempts at a round stand, the first one first."""
+        """Return the phases of the attempts at a round, by attempt."""
         table = schema.rounds
         phases = connection.execute(
             select(table.c.phase)
             .where(table.c.run_id == run_id, table.c.round == round_number)
             .order_by(table.c.attempt)
         ).scalars()
-        return [Phase(one) for one in phases]
+        return [Phase(phase) for phase in phases]
 
     @writes
     def open_round(
         self, connection: Connection, opened: Attempt, event: Event, *, stale_before: int = 0
     ) -> None:
-        """Record a round that begins to collect, with its orders.
+        """Record an attempt that begins to collect, with its orders.
 
-        Orders given before round `stale_before` that are still open are LATE from here on.
+        Open orders that were given before round `stale_before` end LATE.
         """
         end_stale_orders(connection, opened, stale_before, at=event.at)
         insert_attempt(connection, opened, event)
@@ -103,10 +103,10 @@ class Rounds(Tables[D_co]):
     def add_orders(
         self, connection: Connection, collecting: Attempt, orders: Sequence[Order]
     ) -> None:
-        """Record further orders that are given in a round which collects.
+        """Record further orders of a round that collects.
 
         Raises:
-            ForbiddenTransition: it doesn't any more; nothing was changed.
+            ForbiddenTransition: the round doesn't collect any more; nothing was changed.
         """
         phase = connection.execute(
             select(schema.rounds.c.phase).where(*of_attempt(schema.rounds, collecting))
@@ -117,9 +117,9 @@ class Rounds(Tables[D_co]):
 
     @reads
     def carried_over(self, connection: Connection, current: Attempt) -> list[Attempt]:
-        """Return earlier attempts with orders that are at work in `current`, those orders alone.
+        """Return the earlier attempts whose orders go on in `current`, with those orders alone.
 
-        They are OPEN, or their updates are STORED to be counted in it.
+        The orders are OPEN, or their updates are STORED to be counted in `current`.
         """
         orders, rounds = schema.orders, schema.rounds
         going_on = [OrderState.OPEN, OrderState.STORED]
@@ -136,8 +136,11 @@ class Rounds(Tables[D_co]):
             if (row.round, row.attempt) != (current.round_number, current.attempt)
         ]
         return [
-            replace(one, orders=tuple(order for order in one.orders if order.state in going_on))
-            for one in attempts
+            replace(
+                attempt,
+                orders=tuple(order for order in attempt.orders if order.state in going_on),
+            )
+            for attempt in attempts
         ]
 
     @writes
@@ -149,7 +152,11 @@ class Rounds(Tables[D_co]):
         *,
         carries_over: bool = False,
     ) -> None:
-        """Close a collecting round: orders still open are LATE from here on, or carried over."""
+        """Close a collecting round; its open orders end LATE, or go on if it `carries_over`.
+
+        From this commit on no update comes into the round: `record_arrival` reads the phase in the
+        transaction in which it writes.
+        """
         closed_s = read_clock(connection, closing.run_id)
         move_attempt(connection, closing, RoundEvent.CLOSE, closed_at=event.at, closed_s=closed_s)
         if not carries_over:
@@ -174,9 +181,9 @@ class Rounds(Tables[D_co]):
         exclusions: Sequence[Exclusion] = (),
         is_base_blamed: bool = False,
     ) -> None:
-        """Give up an attempt; whatever it had stays recorded and counts for nothing.
+        """End an attempt as FAILED; its updates stay recorded and don't count.
 
-        `is_base_blamed` says that the model it began with, the last DONE round's, is bad.
+        `is_base_blamed` says that its base model, which the last DONE round made, is bad.
         """
         at = events[0].at
         exclude_orders(connection, failing, exclusions)
@@ -207,9 +214,9 @@ class Rounds(Tables[D_co]):
         adjustments_after: Adjustments,
         abandoned: Attempt | None,
     ) -> None:
-        """Take a DONE round's model back: the one it began with is the global model again.
+        """Take a DONE round's model back; the round's base model is the global model again.
 
-        `abandoned` is the attempt that goes on with the bad model, if there is one.
+        `abandoned` is the attempt that was training from the bad model, if there is one.
         """
         at = events[0].at
         if abandoned is not None:
@@ -236,11 +243,13 @@ class Rounds(Tables[D_co]):
         client_evaluation: ClientEvaluation | None = None,
         stale_before: int = 0,
     ) -> None:
-        """Record the next global model, the verdicts, the ledger's entry and the round after.
+        """Record the next global model, the verdicts, the ledger's entry and the next round.
 
-        With `next_round`, of which the last of `events` tells, orders given before round
-        `stale_before` that are still open are LATE.
+        With a `next_round` the last of `events` is of its opening, and open orders that were given
+        before round `stale_before` end LATE.
         """
+        # The model's file was synced and renamed before this commit, so a DONE row never names a
+        # model that a loss of power could take away. What the round replaced is deleted after it.
         run_id, at = finishing.run_id, events[0].at
         exclude_orders(connection, finishing, exclusions)
         move_attempt(
@@ -291,13 +300,13 @@ class Rounds(Tables[D_co]):
         *,
         regression: str | None = None,
     ) -> None:
-        """Record how good the model is that a DONE round produced, and what is wrong with it."""
+        """Record the evaluation of a DONE round's model, and its `regression` if it is bad."""
         connection.execute(
             update(schema.rounds)
             .where(*of_attempt(schema.rounds, evaluated), schema.rounds.c.phase == Phase.DONE)
             .values(
                 evaluation=evaluation.as_json(),
-                # Clients may have said meanwhile that it is bad.
+                # Clients may have reported meanwhile that the model is bad: that stays.
                 alarm=schema.rounds.c.alarm if regression is None else regression,
             )
         )
@@ -320,7 +329,7 @@ class Rounds(Tables[D_co]):
 
     @reads
     def good_evaluations(self, connection: Connection, run_id: str) -> dict[int, ModelEvaluation]:
-        """Return loss and accuracy of the good models of DONE rounds by round, in order."""
+        """Return loss and accuracy of the models of DONE rounds that aren't bad, by round."""
         table = schema.rounds
         rows = connection.execute(
             select(table.c.round, measured("loss"), measured("accuracy"))
@@ -342,7 +351,7 @@ class Rounds(Tables[D_co]):
 
     @reads
     def time_spent_s(self, connection: Connection, run_id: str) -> float:
-        """Return how many seconds all attempts of a run that have ended took together."""
+        """Return the sum of the seconds that the ended attempts of a run took."""
         table = schema.rounds
         spent_s = connection.execute(
             select(func.sum(table.c.finished_s - table.c.opened_s)).where(table.c.run_id == run_id)
@@ -351,7 +360,7 @@ class Rounds(Tables[D_co]):
 
     @reads
     def regressed_round(self, connection: Connection, run_id: str) -> Attempt | None:
-        """Return the last DONE round if something is wrong with its model."""
+        """Return the last DONE round if its model is bad; else None."""
         row = connection.execute(_last_done(run_id)).first()
         if row is None or row.alarm is None:
             return None
@@ -375,10 +384,10 @@ class Rounds(Tables[D_co]):
     def models_let_go(
         self, connection: Connection, run_id: str, digests: Collection[str], *, since_round: int
     ) -> set[str]:
-        """Return those of `digests` that only rounds of this run before `since_round` know of.
+        """Return the digests that only rounds of this run before `since_round` name.
 
-        They name models and server states. The run's best model stays, with the state that goes
-        with it, what orders that go on began with, and whatever another run knows of.
+        `digests` are of models and server states. Not returned are the run's best model with its
+        server state, the base models of orders that go on, and whatever another run names.
         """
         table, orders = schema.rounds, schema.orders
         named = (
@@ -401,7 +410,7 @@ class Rounds(Tables[D_co]):
         ).all()
         old = [row for row in rows if row.run_id == run_id and row.round < since_round]
         kept = _blobs_of(row for row in rows if row not in old)
-        began_with = {(one.round, one.attempt) for one in going_on}
+        began_with = {(row.round, row.attempt) for row in going_on}
         kept |= {row.base_digest for row in old if (row.round, row.attempt) in began_with}
         evaluated = [
             row

@@ -40,11 +40,11 @@ def measured(name: str) -> Label[float | None]:
 
 
 def updates_of(run_id: str) -> Select[Any]:
-    """Return the query for all that clients of a run have sent, in the order of aggregation.
+    """Return the query for all updates of a run's clients, in the order of aggregation.
 
     Beside the columns of `updates`: client_id, state, handed_out_at, and of its order
-    `num_registered` (how many examples the client had registered when it got the order) and
-    `given_in`, the round it was given in, with that one's `base_digest`.
+    `num_registered` (how many examples the client had registered when it got the order),
+    `given_in` (the round it was given in) and `base_digest` (the base model of that round).
     """
     orders, updates, rounds = schema.orders, schema.updates, schema.rounds
     return (
@@ -61,7 +61,7 @@ def updates_of(run_id: str) -> Select[Any]:
 
 
 def updates_in(run_id: str, round_number: int, attempt: int) -> Select[Any]:
-    """Return the query for what came into an attempt, as `updates_of` does."""
+    """Return the query for the updates that came into an attempt; its columns: `updates_of`."""
     updates = schema.updates
     return updates_of(run_id).where(updates.c.round == round_number, updates.c.attempt == attempt)
 
@@ -77,14 +77,14 @@ def read_attempt(connection: Connection, row: Row[Any]) -> Attempt:
         )
     ).all()
     # As text the tenth of a client's orders would come before its second.
-    found = [
+    read = [
         Order(
-            order_id=one.order_id,
-            client_id=one.client_id,
-            num_examples=one.num_examples,
-            state=OrderState(one.state),
+            order_id=order.order_id,
+            client_id=order.client_id,
+            num_examples=order.num_examples,
+            state=OrderState(order.state),
         )
-        for one in rows
+        for order in rows
     ]
     return Attempt(
         run_id=row.run_id,
@@ -99,7 +99,7 @@ def read_attempt(connection: Connection, row: Row[Any]) -> Attempt:
         state_digest=row.state_digest,
         adjustments=read_adjustments(row.adjustments),
         adjustments_after=read_adjustments(row.adjustments_after or {}),
-        orders=tuple(sorted(found, key=lambda one: (one.client_id, one.sequence))),
+        orders=tuple(sorted(read, key=lambda order: (order.client_id, order.sequence))),
     )
 
 

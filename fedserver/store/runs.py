@@ -20,11 +20,11 @@ from fedserver.store.transitions import add_events, move_orders
 
 
 class Runs(Tables[D_co]):
-    """Which runs there were, and who is connected to the one that goes on."""
+    """The runs of a state-dir, and the sessions of their clients."""
 
     @reads
     def latest_run(self, connection: Connection, *, number: int | None = None) -> Run | None:
-        """Return the run begun last, or the one of that number; None if there is none."""
+        """Return the latest run, or the run with that number; None if there is none."""
         query = select(schema.runs).order_by(schema.runs.c.number.desc()).limit(1)
         if number is not None:
             query = query.where(schema.runs.c.number == number)
@@ -33,13 +33,13 @@ class Runs(Tables[D_co]):
 
     @reads
     def all_runs(self, connection: Connection) -> list[Run]:
-        """Return every run by number."""
+        """Return all runs, ordered by number."""
         rows = connection.execute(select(schema.runs).order_by(schema.runs.c.number)).all()
         return [read_run(row) for row in rows]
 
     @writes
     def begin_run(self, connection: Connection, settings: Mapping[str, Any]) -> Run:
-        """Record a new run, OPEN, with the number after the latest one's."""
+        """Record a new run, OPEN, with the number after the latest run's."""
         latest = connection.scalar(select(func.max(schema.runs.c.number)))
         number = (latest or 0) + 1
         run = Run(
@@ -62,7 +62,7 @@ class Runs(Tables[D_co]):
 
     @writes
     def end_run(self, connection: Connection, run_id: str, state: RunState, event: Event) -> None:
-        """Record that a run is over; orders that are still open end with it."""
+        """Record that a run is over; its open orders end with it."""
         is_finished = state is RunState.FINISHED
         move_orders(
             connection,
@@ -81,7 +81,7 @@ class Runs(Tables[D_co]):
 
     @writes
     def save_session(self, connection: Connection, run_id: str, session: Session) -> None:
-        """Record a session, or what is new of a known one."""
+        """Record a session; a known session is replaced by its new values."""
         values = asdict(session) | {"run_id": run_id}
         # Of use only while they run: a server that starts again doesn't need to know them.
         del values["processes"]
@@ -93,7 +93,7 @@ class Runs(Tables[D_co]):
 
     @writes
     def remove_session(self, connection: Connection, session_id: str) -> None:
-        """Forget a session that another one has replaced."""
+        """Delete a session that another session has replaced."""
         connection.execute(
             schema.sessions.delete().where(schema.sessions.c.session_id == session_id)
         )

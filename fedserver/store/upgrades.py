@@ -92,6 +92,8 @@ def _copy(source: Path, target: Path) -> None:
         closing(sqlite3.connect(draft)) as writing,
     ):
         reading.backup(writing)
+    # Bytes, then name, then folder: whoever sees the copy under its name has the whole of it, also
+    # after a loss of power. The upgrade changes nothing before that.
     descriptor = os.open(draft, os.O_RDONLY)
     try:
         os.fsync(descriptor)

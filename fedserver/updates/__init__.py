@@ -1,1 +1,1 @@
-"""What makes an update bad, and how a good one is kept."""
+"""What makes an update bad, and how a good update is kept."""

@@ -1,10 +1,31 @@
-"""Updates on disk that are on their way into a round.
+"""How an update is made durable, and the folder of the updates that no round has aggregated yet.
 
-One file an update, named by order and digest. While it arrives, its length is what is committed; it
-becomes durable by `make_durable` (sync_file of the file, then of the folder), and only after that
-may the store record it. Only one stream writes a file at a time: the newest. Of the files
-that streams leave unfinished an order keeps the newest, and none beside a durable file: whatever a
-client sends, it doesn't fill the disk.
+An update goes through these steps, always in this order (fedserver.api.uploads takes them):
+
+1. *Committed.* `UpdateStream.append` writes each chunk to one file, named by order and digest. The
+   file's length says how much has arrived: after a broken connection the client sends the rest.
+2. *Examined.* All bytes are there: their digest is compared with the header's, then admission reads
+   every tensor. A bad update ends in quarantine and never becomes durable here.
+3. *Durable.* `Spool.make_durable` syncs the file, then its folder, without which the name of the
+   file could be lost.
+4. *Recorded.* The store's `record_arrival` inserts the update and moves its order to STORED in one
+   transaction, which SQLite syncs before it returns (WAL, synchronous=FULL).
+5. *Acknowledged.* The client gets the receipt STORED, and only then empties its outbox.
+
+What a kill -9 or a loss of power leaves behind, after each step:
+
+- 1 or 2: bytes that no row names. The order is still open; the client resumes at the file's length.
+- 3: a durable file that no row names. The client, without a receipt, sends the update again: it has
+  no byte left to send, and steps 4 and 5 follow.
+- 4: everything. The client asks again and gets the receipt DUPLICATE, which empties its outbox too.
+
+The other order would lose data: a row before the sync may name bytes that aren't there, and a
+receipt before the row lets the client delete an update that the round doesn't know. At the start,
+fedserver.rounds.resuming compares each recorded update with its file once more.
+
+Only one stream writes a file at a time: the newest fences the older ones. Of the files that streams
+leave unfinished an order keeps the newest, and none beside a durable file, so that a client can't
+fill the disk.
 """
 
 import os
@@ -86,7 +107,8 @@ class UpdateStream:
         """
         with self._lock, naming_full_disk(self.path.parent):
             self._examine_fence()
-            # The folder too: after a loss of power a synced file without its name is lost.
+            # First the bytes, then the name: a name that survives never stands for missing bytes.
+            # The folder must be synced too: after a loss of power a file without a name is lost.
             sync_file(self._descriptor)
             sync_folder(self.path.parent)
 
@@ -132,9 +154,9 @@ class Spool:
 
     @contextmanager
     def open_stream(self, order_id: str, digest: str, *, offset: int) -> Iterator[UpdateStream]:
-        """Write from `offset` on, fencing any older stream of the same update.
+        """Open an update's file to write from `offset` on; an older stream of it is fenced.
 
-        What an earlier stream of the order left unfinished of another update is deleted.
+        The file that an earlier stream of the order left unfinished, of another update, is deleted.
 
         Raises:
             WrongOffset: `offset` isn't what is committed.
@@ -179,7 +201,8 @@ class Spool:
         self._unfinished[order_id] = path
 
     def make_durable(self, stream: UpdateStream) -> None:
-        """Make a stream's file durable; see there. From then on no other stream changes it."""
+        """Make a stream's file durable (see `UpdateStream`); from then on no stream changes it."""
+        # Marked before the sync, not after: a stream that opens meanwhile must not write on.
         with self._lock:
             if self._streams.get(stream.path) is stream:
                 order_id = _order_of(stream.path)
@@ -224,7 +247,7 @@ class Spool:
         self.path(order_id, digest).unlink(missing_ok=True)
 
     def drop_unfinished(self, *, but: Set[str]) -> None:
-        """Delete what streams left unfinished of all orders but these, unless it is written."""
+        """Delete the unfinished files of all orders but these; a file being written stays."""
         with self._lock:
             ended = self._unfinished.keys() - but
             unfinished = [self._unfinished.pop(order_id) for order_id in ended]
