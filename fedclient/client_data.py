@@ -21,7 +21,14 @@ from fedrounds.errors import FederationError, InvalidInput, WrongSettings
 from fedrounds.plugins import naming_task_errors
 from fedrounds.stop_signals import interrupting
 from fedrounds.tasks.builtin import find_task
-from fedrounds.tasks.task import DataRequest, Examples, Partition, Task, inspect_examples
+from fedrounds.tasks.task import (
+    DataRequest,
+    Examples,
+    Partition,
+    Task,
+    count_examples,
+    inspect_examples,
+)
 from fedrounds.training.determinism import repeatable
 from fedrounds.training.trial import try_training_step
 from fedrounds.types import Partitioning, SessionInfo
@@ -118,17 +125,18 @@ class ClientData:
     def _count_examples(self, client_id: int) -> int:
         """Return a client's number of examples; warn of those that would stop its training."""
         examples = self.examples_of(client_id)
-        if not len(examples):  # type: ignore[arg-type]  # Dataset itself declares no length
+        num_examples = count_examples(self.task, examples, loaded_by="load_train")
+        if num_examples == 0:
             return 0
         if bad := inspect_examples(self.task, examples):
             logger.warning(
                 "client %d: %d examples hold a NaN or an infinity, the first is number %d (from "
-                "0); training will stop where it meets one",
+                "0); the first step that uses one goes wrong",
                 client_id,
                 len(bad),
                 bad[0],
             )
-        return len(examples)  # type: ignore[arg-type]  # Dataset itself declares no length
+        return num_examples
 
 
 def _share_reader(

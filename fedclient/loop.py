@@ -21,6 +21,7 @@ from fedclient.settings import ClientSettings
 from fedclient.terminal import Screen
 from fedrounds.errors import FederationError, NoAnswer, OwnCodeFailed, RunFailed, TaskFailed
 from fedrounds.files import replace_file
+from fedrounds.plugins import in_one_line
 from fedrounds.types import LeaveReason, RunEnd, RunFailure, SessionInfo, Waiting, Work
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def take_part(
         TaskFailed: the task's own code failed for some of the ids.
         NoAnswer: the server didn't answer for too long.
         FederationError: a mistake in settings or data; the message says which.
-        Exception: what the task's own code raised for the last id that was left.
+        OwnCodeFailed: the task's own code failed for the last id that was left.
     """
 
     def load(info: SessionInfo) -> tuple[int, ...]:
@@ -104,7 +105,14 @@ def take_part(
     try:
         session.open()
         worker.deliver_waiting()
-        _work(settings, connection, session, worker, screen)
+        _work(
+            settings,
+            connection=connection,
+            session=session,
+            worker=worker,
+            client_data=client_data,
+            screen=screen,
+        )
     except (Stopped, KeyboardInterrupt):
         goodbye.say(LeaveReason.STOPPED)
         raise
@@ -124,9 +132,11 @@ def take_part(
 
 def _work(
     settings: ClientSettings,
+    *,
     connection: Connection,
     session: ServerSession,
     worker: OrderWorker,
+    client_data: ClientData,
     screen: Screen,
 ) -> None:
     """Work on orders until the run is over; show and log why there is no order yet."""
@@ -156,9 +166,12 @@ def _work(
                 worker.work_on(work.order)
             except (FederationError, Stopped):
                 raise
-            except Exception:
+            except (Exception, SystemExit) as error:
                 if len(session.client_ids) == 1:
-                    raise
+                    raise OwnCodeFailed(
+                        f"task {client_data.task.name!r}: training in round "
+                        f"{work.order.round_number} failed with {in_one_line(error)}"
+                    ) from error
                 logger.exception(
                     "client %d leaves the run, since the task's own code failed; the others stay",
                     client_id,

@@ -166,7 +166,7 @@ class OrderWorker:
                 self._session.pause(LONGEST_PAUSE_S)
             except Stopped:
                 raise
-            except Exception:
+            except (Exception, SystemExit):
                 # The task's own code may raise anything. The server gets the kind of incident and
                 # no text; this client's log gets the rest. The order ends when its client leaves: a
                 # client that gave up first could get another order before it has left.

@@ -36,7 +36,14 @@ from fedrounds.errors import InvalidInput
 from fedrounds.plugins import naming_task_errors, show_error
 from fedrounds.seeds import derive_seed
 from fedrounds.tasks.builtin import find_task
-from fedrounds.tasks.task import DataRequest, Examples, Partition, Task, build_model
+from fedrounds.tasks.task import (
+    DataRequest,
+    Examples,
+    Partition,
+    Task,
+    build_model,
+    count_examples,
+)
 from fedrounds.tensors.codec import load_state_into
 from fedrounds.training.determinism import repeatable
 from fedrounds.types import TrainingConfig
@@ -73,10 +80,11 @@ def run(settings: DoctorCommandSettings) -> int:
     )
     with naming_task_errors(f"task {task.name!r}: load_train"):
         examples = task.load_train(DataRequest(data_root=settings.data_root, partition=partition))
+        num_examples = count_examples(task, examples, loaded_by="load_train")
         checks = inspect_data(examples, task)
     diagnosis, failure = None, None
     with repeatable(num_threads=settings.threads):
-        if len(examples):  # type: ignore[arg-type]  # Dataset itself declares no length
+        if num_examples:
             trial, failure = inspect_trial_step(task, examples, device)
             checks.append(trial)
             if failure is None:

@@ -14,7 +14,7 @@ from fedrounds.data import make_loader
 from fedrounds.errors import InvalidInput
 from fedrounds.failpoints import FailPoint, failpoint
 from fedrounds.plugins import naming_task_errors
-from fedrounds.tasks.task import Task, inspect_examples
+from fedrounds.tasks.task import Task, count_examples, inspect_examples, validate_example
 from fedrounds.tensors.codec import load_state_into
 from fedrounds.training.evaluation import Batches, Evaluation, evaluate
 from fedrounds.training.trial import keeping_random_streams
@@ -42,13 +42,13 @@ class Evaluator:
     def __init__(self, task: Task, model: nn.Module, *, data_root: Path | None) -> None:
         with naming_task_errors(f"task {task.name!r}: load_test"):
             examples = task.load_test(data_root)
+        size = None if examples is None else count_examples(task, examples, loaded_by="load_test")
         if examples is not None and (bad := inspect_examples(task, examples)):
             raise InvalidInput(
                 f"task {task.name!r}: held-out example {bad[0]} (from 0) holds a NaN or an "
                 "infinity; correct the data"
             )
-        # Dataset declares no length.
-        if examples is not None and len(examples) == 0:  # type: ignore[arg-type]
+        if size == 0:
             raise InvalidInput(
                 f"task {task.name!r}: the held-out set is empty; give it examples, or let "
                 "load_test return None"
@@ -74,12 +74,14 @@ class Evaluator:
 
         Raises:
             OwnCodeFailed: the task's own code raised an error, which is the cause.
-            InvalidInput: the outputs don't fit the targets.
+            InvalidInput: an example isn't (input, target), the outputs don't fit the targets, or
+                the loss or a metric is no number.
         """
         if self._loader is None:
             return
         what = f"task {self._task.name!r}: evaluating the model on the first held-out examples"
         with keeping_random_streams(torch.device("cpu")), naming_task_errors(what):
+            validate_example(self._task, self._loader.dataset[0])
             self._measure([next(iter(self._loader))])
 
     def evaluate(self, path: Path) -> Evaluation:

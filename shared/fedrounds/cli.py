@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_args
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
@@ -119,8 +119,8 @@ def parse(settings_class: type[S], argv: list[str], *, commands: Sequence[str] =
         settings = CliApp.run(settings_class, cli_args=argv, cli_settings_source=flags)
     except ValidationError as error:
         origins = _origins(settings_class, flags())
-        for problem in error.errors():
-            print(f"{parser.prog}: {_sentence(problem, settings_class, origins)}", file=sys.stderr)
+        for sentence in _sentences(error, settings_class, origins):
+            print(f"{parser.prog}: {sentence}", file=sys.stderr)
         raise SystemExit(USAGE_EXIT_CODE) from None
     except SettingsError as error:
         print(f"{parser.prog}: {_pairs_sentence(str(error), settings_class)}", file=sys.stderr)
@@ -324,10 +324,30 @@ def _validate_toml(path: Path) -> None:
             )
 
 
+def _sentences(
+    error: ValidationError,
+    settings_class: type[Settings],
+    origins: Mapping[str, tuple[str, str]],
+) -> list[str]:
+    """Return a sentence for each setting that is wrong.
+
+    A setting of several types has an error of its own for each of them.
+    """
+    problems: dict[object, dict[str, Any]] = {}
+    for problem in error.errors():
+        name, *rest = problem["loc"] or ("",)
+        is_plain = name not in settings_class.model_fields or _is_mapping(str(name), settings_class)
+        before = problems.setdefault((name, *rest) if is_plain else name, dict(problem))
+        if before["msg"] != problem["msg"]:
+            before["msg"] += f", or {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return [_sentence(one, settings_class, origins) for one in problems.values()]
+
+
 def _sentence(
-    problem: object, settings_class: type[Settings], origins: Mapping[str, tuple[str, str]]
+    problem: Mapping[str, Any],
+    settings_class: type[Settings],
+    origins: Mapping[str, tuple[str, str]],
 ) -> str:
-    assert isinstance(problem, dict)
     name, *rest = (str(part) for part in problem["loc"] or ("",))
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, settings_class.model_fields, n=1)
@@ -339,8 +359,16 @@ def _sentence(
     _, called = origins.get(name, ("default", _flag(name)))
     if problem["type"] == "missing":
         return f"{called} is required"
-    called = ".".join((called, *rest))
+    if _is_mapping(name, settings_class):
+        key, *rest = rest
+        if rest == ["[key]"]:
+            return f"{called} has the name {key!r}: {message[0].lower()}{message[1:]}"
+        called = f"{called}: {key}"
     return f"{called} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _is_mapping(name: str, settings_class: type[Settings]) -> bool:
+    return get_origin(settings_class.model_fields[name].annotation) is dict
 
 
 def _flag(name: str) -> str:

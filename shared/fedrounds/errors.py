@@ -4,7 +4,7 @@
     +- InvalidInput          INVALID_ARGUMENT     somebody's mistake; also a ValueError
     |  +- CorruptPayload     DATA_LOSS, retry     the bytes are not those of the digest
     |  +- WrongSettings      FAILED_PRECONDITION  the state-dir or the client belongs to another run
-    +- OwnCodeFailed         FAILED_PRECONDITION  a task's own code raised something before a run
+    +- OwnCodeFailed         FAILED_PRECONDITION  a task's own code raised an error
     +- DataUnavailable       FAILED_PRECONDITION  a data set can't be had
     +- NotFound              NOT_FOUND            no such order, blob, round or run
     |  +- UnknownSession     UNAUTHENTICATED      register again

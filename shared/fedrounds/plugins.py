@@ -75,11 +75,12 @@ def naming_task_errors(what: str) -> Iterator[None]:
         yield
     except FederationError:
         raise
-    except Exception as error:
+    # SystemExit: a data set may parse arguments, and argparse ends the process.
+    except (Exception, SystemExit) as error:
         raise OwnCodeFailed(f"{what} failed with {in_one_line(error)}") from error
 
 
-def in_one_line(error: Exception) -> str:
+def in_one_line(error: BaseException) -> str:
     """Return an error's type and its text, whatever its line breaks."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

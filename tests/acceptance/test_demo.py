@@ -78,3 +78,11 @@ def test_a_demo_that_never_began_leaves_nothing(clone: Path) -> None:
     assert done.returncode == 2
     assert "did you mean --rounds?" in done.stderr
     assert not (clone / "demo").exists()
+
+
+def test_the_demo_shows_the_servers_help(clone: Path) -> None:
+    """Whatever makes the server end before it listens ends the demo."""
+    done = type_in(clone, "scripts/demo --help")
+    assert done.returncode == 0, done.stderr
+    assert "--rounds" in done.stdout
+    assert not (clone / "demo").exists()

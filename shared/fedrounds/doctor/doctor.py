@@ -22,8 +22,8 @@ from fedrounds.doctor.history import (
     Recorded,
     StepHistory,
     device_of,
-    infinite_buffers,
     is_finite,
+    non_finite_buffers,
     settings_of,
     symptom_of_state,
     take_snapshot,
@@ -103,7 +103,7 @@ class Doctor:
             clip_norm=clip_norm,
             num_classes=num_classes,
             learning=[one for one in model.parameters() if one.requires_grad],
-            infinite=infinite_buffers(model),
+            non_finite=non_finite_buffers(model),
         )
         self._session = Session(
             training=training,

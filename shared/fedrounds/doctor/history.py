@@ -135,30 +135,28 @@ def restore_settings(training: TrainingState, recorded: "Recorded") -> None:
         group.update({key: _copy(value) for key, value in saved.items()})
 
 
-def infinite_buffers(model: nn.Module) -> frozenset[str]:
-    """Return the names of the buffers that hold infinities but no NaN, such as a mask of -inf.
+def non_finite_buffers(model: nn.Module) -> frozenset[str]:
+    """Return the names of the buffers that aren't finite, such as a mask of -inf.
 
-    Before the first step that is what the model is meant to be. Running statistics don't count:
-    nobody means those to be infinite.
+    Before the first step that is what the model is meant to be: where such a value does harm, the
+    forward pass shows it. Running statistics don't count: nobody means those not to be finite.
     """
     return frozenset(
         name
         for name, one in model.named_buffers()
-        if not name.endswith(("running_mean", "running_var"))
-        and bool(one.isinf().any())
-        and not bool(one.isnan().any())
+        if not name.endswith(("running_mean", "running_var")) and not bool(one.isfinite().all())
     )
 
 
 def is_finite(training: TrainingState) -> bool:
-    """Whether parameters, buffers and the optimizer's state are, but for `training.infinite`."""
-    infinite = (
-        {id(one) for name, one in training.model.named_buffers() if name in training.infinite}
-        if training.infinite
+    """Whether parameters, buffers and the optimizer's state are, but for `training.non_finite`."""
+    exempt = (
+        {id(one) for name, one in training.model.named_buffers() if name in training.non_finite}
+        if training.non_finite
         else set()
     )
     tensors = [
-        one for one in entries_of(training) if one.is_floating_point() and id(one) not in infinite
+        one for one in entries_of(training) if one.is_floating_point() and id(one) not in exempt
     ]
     for state in training.optimizer.state.values():
         for one in state.values():
@@ -186,7 +184,7 @@ def first_bad_entry(training: TrainingState) -> str | None:
         (
             name
             for name, one in named
-            if name not in training.infinite and not bool(one.isfinite().all())
+            if name not in training.non_finite and not bool(one.isfinite().all())
         ),
         None,
     )

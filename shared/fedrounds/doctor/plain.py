@@ -181,7 +181,7 @@ def last_word(training: TrainingState, *, step: int) -> Diagnosis | None:
             for name, one in entries.items()
             if isinstance(one, Tensor)
             and (one.is_floating_point() or one.is_complex())
-            and name not in training.infinite
+            and name not in training.non_finite
             and not bool(torch.isfinite(one).all())
         ),
         None,

@@ -89,8 +89,8 @@ NARROW = (torch.float16, torch.bfloat16)
 class TrainingState:
     """What is trained, and how.
 
-    `infinite` buffers are meant to hold infinities; labels in `ignored` are passed over by the
-    loss, though no class has their number.
+    `non_finite` buffers weren't finite before the first step; labels in `ignored` are passed over
+    by the loss, though no class has their number.
     """
 
     model: nn.Module
@@ -100,7 +100,7 @@ class TrainingState:
     clip_norm: float | None = None
     num_classes: int | None = None
     learning: list[nn.Parameter] = field(default_factory=list)
-    infinite: frozenset[str] = frozenset()
+    non_finite: frozenset[str] = frozenset()
     ignored: frozenset[int] = frozenset({IGNORED_LABEL})
 
     def loss_of(self, batch: Batch, treatment: Overrides) -> tuple[Tensor, Tensor | None]:

@@ -14,17 +14,19 @@ same object on the server (which builds the model and holds the test set) and on
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
+from numbers import Number
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fedrounds.data import partition_indices
 from fedrounds.errors import InvalidInput
+from fedrounds.plugins import naming_task_errors
 from fedrounds.tensors.entries import DECLARABLE, entry_kinds, unfold_expanded, validate_entries
 from fedrounds.training.evaluation import Loss
 from fedrounds.types import EntryKind
@@ -120,8 +122,10 @@ def build_model(task: Task) -> nn.Module:
 
     Raises:
         InvalidInput: it isn't a torch.nn.Module, or one of its tensors can't be sent.
+        OwnCodeFailed: build_model raised an error, which is the cause.
     """
-    model = task.build_model()
+    with naming_task_errors(f"task {task.name!r}: build_model"):
+        model = task.build_model()
     if not isinstance(model, nn.Module):
         raise InvalidInput(
             f"task {task.name!r}: build_model returned a {type(model).__name__}, not a "
@@ -147,12 +151,47 @@ def kinds_of(task: Task, model: nn.Module) -> dict[str, EntryKind]:
         raise InvalidInput(f"task {task.name!r}: {error}") from error
 
 
+def count_examples(task: Task, examples: object, *, loaded_by: str) -> int:
+    """Return how many examples there are in what the function `loaded_by` of the task returned.
+
+    Raises:
+        InvalidInput: it isn't a map-style data set.
+    """
+    if (
+        isinstance(examples, IterableDataset | DataLoader)
+        or not isinstance(examples, Sized)
+        or not hasattr(examples, "__getitem__")
+    ):
+        raise InvalidInput(
+            f"task {task.name!r}: {loaded_by} returned a {type(examples).__name__}; it must return "
+            "a map-style data set of (input, target), such as a torch.utils.data.TensorDataset"
+        )
+    return len(examples)
+
+
+def validate_example(task: Task, example: object) -> None:
+    """Refuse an example that can't be put into a batch of inputs and one of targets.
+
+    Raises:
+        InvalidInput: it isn't (input, target), each a tensor, an array or a number.
+    """
+    items = tuple(example) if isinstance(example, tuple | list) else ()
+    if len(items) == 2 and all(isinstance(item, Tensor | np.ndarray | Number) for item in items):
+        return
+    kinds = ", ".join(type(item).__name__ for item in items)
+    got = f"({kinds})" if items else f"a {type(example).__name__}"
+    raise InvalidInput(
+        f"task {task.name!r}: an example is (input, target), each a tensor, an array or a number, "
+        f"but the first of the data set is {got}"
+    )
+
+
 def inspect_examples(task: Task, examples: Examples) -> list[int]:
     """Look for what the task says examples can't be; only tensors are looked at, others can't be.
 
     Returns:
         The examples, from 0, whose inputs hold a NaN or an infinity though the task says they
-        don't: training stops at the first of them, and says in which step.
+        don't: the first step that uses one goes wrong.
 
     Raises:
         InvalidInput: a target is no class of the task, or an example isn't (input, target).

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Number
 from types import MappingProxyType
 from typing import Any
 
@@ -47,13 +48,15 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate `model` on all batches, in evaluation mode; restore its modes afterwards.
 
-    Batches, outputs and `loss` are as in `train_model`; each of `metrics` is like `loss`. With
+    Batches, outputs and `loss` are as in `train_model`; each of `metrics` is like `loss`, but may
+    return a Python number too. With
     `num_classes`, which bounds the targets, it counts a confusion matrix too. An output with a nan
     is never correct: argmax would call it class 0, and a model full of nan would get the share of
     that class as its accuracy.
 
     Raises:
-        InvalidInput: no examples, or outputs that don't fit the targets.
+        InvalidInput: no examples, outputs that don't fit the targets, or a loss or metric that is
+            no single number.
     """
     means: list[Tensor] = []
     sizes: list[int] = []
@@ -69,8 +72,11 @@ def evaluate(
         for batch_inputs, batch_targets in dataloader:
             inputs, targets = to_device((batch_inputs, batch_targets), device)
             outputs = model(inputs)
-            mean_loss = loss(outputs, targets)
-            others = [metric(outputs, targets).to(mean_loss) for metric in metrics.values()]
+            mean_loss = validate_loss(loss(outputs, targets))
+            others = [
+                _metric_value(name, metric(outputs, targets)).to(mean_loss)
+                for name, metric in metrics.items()
+            ]
             means.append(torch.stack([mean_loss, *others]))
             sizes.append(len(targets))
             answers = main_output(outputs)
@@ -91,6 +97,42 @@ def evaluate(
         metrics=dict(zip(metrics, overall_metrics, strict=True)),
         confusion=None if confusion is None else confusion.cpu(),
     )
+
+
+def validate_loss(value: object) -> Tensor:
+    """Return the loss that a loss function returned, without dimensions.
+
+    Raises:
+        InvalidInput: it isn't a tensor of one element.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value if value.ndim == 0 else value.reshape(())
+    raise InvalidInput(
+        f"the loss function returned {_described(value)}; it must return the mean loss of the "
+        "batch, a tensor of one element"
+    )
+
+
+def _metric_value(name: str, value: object) -> Tensor:
+    """Return a metric of a batch as a tensor without dimensions.
+
+    Raises:
+        InvalidInput: it isn't a single number.
+    """
+    if isinstance(value, Number):
+        return torch.as_tensor(value)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.reshape(())
+    raise InvalidInput(
+        f"metric {name!r} returned {_described(value)}; it must return one number for the batch, "
+        "as a tensor of one element or a Python number"
+    )
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def main_output(outputs: object) -> Tensor:

@@ -20,7 +20,7 @@ from fedrounds.doctor.batches import Batch
 from fedrounds.errors import InvalidInput
 from fedrounds.nested import to_device
 from fedrounds.training.corrections import Correction, correct_gradients
-from fedrounds.training.evaluation import Batches, Loss, count_correct, main_output
+from fedrounds.training.evaluation import Batches, Loss, count_correct, main_output, validate_loss
 from fedrounds.training.optimizers import make_optimizer, make_scheduler
 from fedrounds.types import Incident, IncidentKind, Schedule
 
@@ -350,7 +350,7 @@ def _compute_loss(loss: Loss) -> Callable[[nn.Module, Batch], tuple[Tensor, Tens
         assert isinstance(batch, tuple)
         inputs, targets = batch
         outputs = model(inputs)
-        return loss(outputs, targets), main_output(outputs)
+        return validate_loss(loss(outputs, targets)), main_output(outputs)
 
     return compute
 

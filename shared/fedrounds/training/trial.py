@@ -16,7 +16,7 @@ from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.doctor import TrainingHalted
 from fedrounds.nested import to_device
 from fedrounds.plugins import naming_task_errors
-from fedrounds.tasks.task import Examples, Task
+from fedrounds.tasks.task import Examples, Task, validate_example
 from fedrounds.training.evaluation import count_correct
 from fedrounds.training.loop import DoctorContext, train_model
 
@@ -37,7 +37,10 @@ def try_training_step(task: Task, examples: Examples, *, device: torch.device) -
     """
     num_examples = len(examples)  # type: ignore[arg-type]  # Dataset itself declares no length
     few, more = (min(size, num_examples) for size in (_NUM_EXAMPLES, _NUM_FOR_THE_DOCTOR))
+    what = f"task {task.name!r}: reading the first example"
     with keeping_random_streams(device):
+        with naming_task_errors(what):
+            validate_example(task, examples[0])
         if not _goes_well(task, _first(few, examples), device):
             # The doctor's step raises the error again, unless the doctor can deal with it.
             _step_with_doctor(task, _first(more, examples), device)

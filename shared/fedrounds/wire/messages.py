@@ -585,8 +585,13 @@ def seconds_of(message: Duration) -> float:
     """Return a duration in seconds.
 
     Raises:
-        InvalidInput: it is beyond what a duration can be.
+        InvalidInput: it is beyond what a duration can be, or its parts differ in sign.
     """
+    if message.seconds * message.nanos < 0:
+        raise InvalidInput(
+            f"{message.seconds} seconds and {message.nanos} nanoseconds are no duration: the signs "
+            "differ"
+        )
     try:
         return message.ToTimedelta().total_seconds()
     except (OverflowError, ValueError) as error:

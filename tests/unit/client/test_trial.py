@@ -225,3 +225,13 @@ def test_a_client_trains_the_same_with_and_without_it(
     assert seen[0] == seen[1]
     assert len(seen[0][2]) >= 2 * 40
     assert diagnoses == []
+
+
+def test_a_task_that_ends_the_process_fails_with_its_own_words() -> None:
+    """As a data set does that parses arguments."""
+
+    def leave(*_: object) -> Tensor:
+        raise SystemExit("usage: train")
+
+    with pytest.raises(OwnCodeFailed, match="failed with SystemExit: usage: train"):
+        try_training_step(replace(tiny, loss=leave), examples_with(), device=CPU)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fedrounds.doctor
-from fedrounds.diagnosis.values import Cause, DoctorSettings, RemedyKind
+from fedrounds.diagnosis.values import Cause, Diagnosis, DoctorSettings, RemedyKind
 from fedrounds.doctor import Doctor, TrainingHalted
 from fedrounds.doctor.batches import Batch
 from fedrounds.doctor.suspicion import choose
@@ -342,3 +342,21 @@ def test_a_remedy_is_chosen_only_for_harm_that_it_removes() -> None:
     assert choose(9.0, [4.0], usual=None) == 0
     assert choose(float("inf"), [float("inf"), 2.0], usual=1.0) == 1
     assert choose(1.0, [], usual=1.0) is None
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_buffer_that_was_never_finite_is_no_fault(value: float) -> None:
+    """A constant of the model's, such as a mask; the doctor speaks where it does harm."""
+    model = nn.Linear(4, 2)
+    model.register_buffer("constant", torch.tensor([value, 1.0]))
+    diagnoses: list[Diagnosis] = []
+    doctor = Doctor(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        compute_loss,
+        on_diagnosis=diagnoses.append,
+    )
+    for _ in range(3):
+        doctor.step((torch.randn(8, 4), torch.randint(2, (8,))))
+    doctor.finish()
+    assert diagnoses == []

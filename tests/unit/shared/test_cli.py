@@ -142,6 +142,34 @@ def test_a_value_that_cant_be_is_told_with_its_setting(
     assert "--log-level is 'loud': input should be 'DEBUG', 'INFO', 'WARNING' or 'ERROR'" in told
 
 
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (
+            ("--keep-rounds", "0"),
+            "--keep-rounds is '0': input should be greater than or equal to 1, or input should be "
+            "'all'",
+        ),
+        (
+            ("--strategy-parameters", "mu=q"),
+            "--strategy-parameters: mu is 'q': input should be a valid number, unable to parse "
+            "string as a number",
+        ),
+    ],
+)
+def test_a_setting_of_several_types_or_values_is_told_in_one_sentence(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], sentence: str
+) -> None:
+    """In the user's words, not in those of the library that validates."""
+    assert _refusal(capsys, *argv).splitlines() == [f"python -m fedserver: {sentence}"]
+
+
+def test_the_name_of_a_value_is_refused_as_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(ClientSettings, ["--id", "1", "--doctor-policies", "x=cure"])
+    assert "--doctor-policies has the name 'x': input should be " in capsys.readouterr().err
+
+
 def test_the_word_none_can_be_chosen_where_it_is_one_of_the_words() -> None:
     """Elsewhere it takes a setting back, as --data-root none does."""
     settings = parse(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -387,3 +388,34 @@ def test_a_loader_that_is_used_up_or_doesnt_fit_is_an_error() -> None:
     wrong = (torch.randn(4, 5), torch.zeros(4, 1))
     with pytest.raises(InvalidInput, match=r"outputs \(4, 3\) don't fit targets \(4, 1\)"):
         evaluate(make_model(), [wrong], loss=lambda outputs, _: outputs.sum())
+
+
+def test_a_metric_may_be_a_python_number() -> None:
+    """As `.item()` gives it; the mean is the same as of a tensor."""
+    metrics = {
+        "tensor": lambda outputs, _: outputs.mean(),
+        "number": lambda outputs, _: outputs.mean().item(),
+    }
+    measured = evaluate(make_model(), make_batches(), metrics=metrics)
+    assert measured.metrics["number"] == pytest.approx(measured.metrics["tensor"])
+
+
+@pytest.mark.parametrize(
+    ("value", "described"),
+    [("good", "a str"), (None, "a NoneType"), (torch.zeros(3), r"a tensor of shape \(3,\)")],
+)
+def test_what_isnt_one_number_is_refused_by_name(value: Any, described: str) -> None:  # noqa: ANN401
+    with pytest.raises(InvalidInput, match=f"metric 'share' returned {described}"):
+        evaluate(make_model(), make_batches(), metrics={"share": lambda *_: value})
+    with pytest.raises(InvalidInput, match=f"the loss function returned {described}"):
+        evaluate(make_model(), make_batches(), loss=lambda *_: value)
+    with pytest.raises(InvalidInput, match=f"the loss function returned {described}"):
+        train_model(make_model(), make_batches(), loss=lambda *_: value)
+
+
+def test_a_loss_of_one_element_may_have_dimensions() -> None:
+    def with_dimensions(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets)[None]
+
+    model, batches = make_model(), make_batches()
+    assert evaluate(model, batches, loss=with_dimensions) == evaluate(model, batches)

@@ -322,3 +322,10 @@ def test_seconds_arrive_as_they_were_sent() -> None:
     endless.seconds = 2**62
     with pytest.raises(InvalidInput, match="are no duration"):
         seconds_of(endless)
+
+
+def test_a_duration_whose_parts_differ_in_sign_is_refused() -> None:
+    contradictory = duration_message(1)
+    contradictory.nanos = -5
+    with pytest.raises(InvalidInput, match="the signs differ"):
+        seconds_of(contradictory)

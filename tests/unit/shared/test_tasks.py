@@ -3,6 +3,7 @@
 import gzip
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from fedrounds.data import datasets, load_data, load_images, to_dataset
-from fedrounds.errors import DataUnavailable, InvalidInput
+from fedrounds.errors import DataUnavailable, InvalidInput, OwnCodeFailed
 from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.models import SimpleCNN
-from fedrounds.tasks.task import DataRequest, Examples, Partition, Task
+from fedrounds.tasks.task import (
+    DataRequest,
+    Examples,
+    Partition,
+    Task,
+    build_model,
+    count_examples,
+    validate_example,
+)
 
 OWN_TASK = Task(
     name="own",
@@ -330,3 +339,42 @@ def test_load_data_gives_each_client_its_own_order_and_repeats_it() -> None:
     assert first_positions(1) == first_positions(1)
     assert first_positions(1) != first_positions(2)
     assert first_positions(1)[0] != first_positions(1)[1]
+
+
+def test_an_error_of_build_model_names_the_task() -> None:
+    def fail() -> nn.Module:
+        raise ValueError("no such layer")
+
+    with pytest.raises(OwnCodeFailed, match="task 'own': build_model failed with ValueError: no"):
+        build_model(replace(OWN_TASK, build_model=fail))
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [None, iter([1]), {1, 2}, DataLoader(TensorDataset(torch.zeros(2)))],
+    ids=["none", "iterator", "set", "loader"],
+)
+def test_what_is_no_map_style_data_set_is_refused(examples: object) -> None:
+    with pytest.raises(InvalidInput, match=r"load_train returned a .* must return a map-style"):
+        count_examples(OWN_TASK, examples, loaded_by="load_train")
+
+
+@pytest.mark.parametrize(
+    ("example", "described"),
+    [
+        (torch.zeros(2), "a Tensor"),
+        (("a", 1), r"\(str, int\)"),
+        ({"x": 1, "y": 2}, "a dict"),
+        ((torch.zeros(2), 0, 1), r"\(Tensor, int, int\)"),
+    ],
+)
+def test_what_is_no_example_is_refused(example: object, described: str) -> None:
+    with pytest.raises(InvalidInput, match=f"but the first of the data set is {described}$"):
+        validate_example(OWN_TASK, example)
+
+
+@pytest.mark.parametrize(
+    "example", [(torch.zeros(2), 1), [np.zeros(2), np.int64(1)], (0.5, True)], ids=str
+)
+def test_an_example_may_be_of_tensors_arrays_or_numbers(example: object) -> None:
+    validate_example(OWN_TASK, example)
