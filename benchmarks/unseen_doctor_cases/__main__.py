@@ -4,50 +4,31 @@ python -m benchmarks.unseen_doctor_cases [--cases PART,...] [--seeds 0,1,2] [--w
 """
 
 import argparse
-import multiprocessing
+import json
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-import benchmarks.unseen_doctor_cases.cases_finite
-import benchmarks.unseen_doctor_cases.cases_healthy
-import benchmarks.unseen_doctor_cases.cases_healthy_loops
-import benchmarks.unseen_doctor_cases.cases_losses
-import benchmarks.unseen_doctor_cases.cases_models
-import benchmarks.unseen_doctor_cases.cases_optimizers  # noqa: F401
 from benchmarks.federation import machine_line, write_section
 from benchmarks.unseen_doctor_cases.case import REGISTER
-from benchmarks.unseen_doctor_cases.judging import (
-    HealthyResult,
-    PlantedResult,
-    judge_healthy,
-    judge_planted,
-)
+from benchmarks.unseen_doctor_cases.judging import HealthyResult, PlantedResult
+from benchmarks.unseen_doctor_cases.processes import judge_all
 from benchmarks.unseen_doctor_cases.report import healthy_table, planted_table, totals
 
 PAGE = "doctor_unseen.md"
 
 
-def judge(name: str, seed: int) -> PlantedResult | HealthyResult:
-    """Run one case in one seed, on one thread."""
-    torch.set_num_threads(1)
-    if name in REGISTER.planted:
-        return judge_planted(REGISTER.planted[name], seed=seed)
-    return judge_healthy(REGISTER.healthy[name], seed=seed)
-
-
-def judge_all(
-    names: Sequence[str], seeds: Sequence[int], *, num_processes: int
-) -> Iterator[PlantedResult | HealthyResult]:
-    """Yield the result of each case in each seed as it comes."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-        futures = [pool.submit(judge, name, seed) for name in names for seed in seeds]
-        for future in as_completed(futures):
-            yield future.result()
+def load_results(path: Path | None) -> list[PlantedResult | HealthyResult]:
+    """Return the results that a run before this kept, none where there is no file."""
+    if path is None or not path.exists():
+        return []
+    kept = [json.loads(text) for text in path.read_text().splitlines()]
+    return [
+        (PlantedResult if values["name"] in REGISTER.planted else HealthyResult)(**values)
+        for values in kept
+    ]
 
 
 def line(result: PlantedResult | HealthyResult) -> str:
@@ -86,6 +67,7 @@ def main() -> int:
     parser.add_argument("--cases", default="", help="parts of cases' names, by comma; all if empty")
     parser.add_argument("--seeds", default="0,1,2", help="seeds, by comma")
     parser.add_argument("--processes", type=int, default=2, help="cases run at the same time")
+    parser.add_argument("--keep", type=Path, help="keep results in this file; take up what it has")
     parser.add_argument("--write", action="store_true", help=f"write the tables to docs/{PAGE}")
     options = parser.parse_args()
     parts = options.cases.split(",")
@@ -95,10 +77,16 @@ def main() -> int:
         if any(part in name for part in parts)
     ]
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    results = []
-    for result in judge_all(names, seeds, num_processes=options.processes):
+    wanted = [(name, seed) for seed in seeds for name in names]
+    results = [one for one in load_results(options.keep) if (one.name, one.seed) in wanted]
+    known = {(one.name, one.seed) for one in results}
+    left = [run for run in wanted if run not in known]
+    for result in judge_all(left, num_processes=options.processes):
         print(line(result), flush=True)
         results.append(result)
+        if options.keep is not None:
+            with options.keep.open("a") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
     planted = [one for one in results if isinstance(one, PlantedResult)]
     healthy = [one for one in results if isinstance(one, HealthyResult)]
     print(totals(planted, healthy))

@@ -9,7 +9,6 @@ from benchmarks.unseen_doctor_cases.case import Batch, Training, planted
 from benchmarks.unseen_doctor_cases.cases_models import BagOfTokens
 from benchmarks.unseen_doctor_cases.tasks import (
     accuracy,
-    adam,
     blobs,
     cross_entropy,
     minibatches,

@@ -52,7 +52,7 @@ def run_plain(training: Training, *, skips: bool = False) -> Outcome:
             loss = answer[0] if isinstance(answer, tuple) else answer
             loss.backward()  # type: ignore[no-untyped-call]
         # An error of the case's own ends a plain training, whatever it is.
-        except Exception as raised:  # noqa: BLE001
+        except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
             if not skips:
                 break
@@ -95,7 +95,7 @@ def run_doctored(training: Training) -> Outcome:
     except TrainingHalted:
         is_halted = True
     # What else comes out of it is what the judge looks for.
-    except Exception as raised:  # noqa: BLE001
+    except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
     return Outcome(
         score=0.0 if is_halted or error else final_score(training),

@@ -1,4 +1,4 @@
-"""Judges a case in one seed: what the doctor said beside the truth, and what became of the model."""
+"""Judges a case in one seed: the diagnosis beside the truth, and what became of the model."""
 
 import statistics
 from collections.abc import Callable
