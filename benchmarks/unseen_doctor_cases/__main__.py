@@ -15,7 +15,12 @@ from benchmarks.federation import machine_line, write_section
 from benchmarks.unseen_doctor_cases.case import REGISTER
 from benchmarks.unseen_doctor_cases.judging import HealthyResult, PlantedResult
 from benchmarks.unseen_doctor_cases.processes import judge_all
-from benchmarks.unseen_doctor_cases.report import healthy_table, planted_table, totals
+from benchmarks.unseen_doctor_cases.report import (
+    healthy_table,
+    kinds_table,
+    planted_table,
+    totals,
+)
 
 PAGE = "doctor_unseen.md"
 
@@ -89,7 +94,7 @@ def main() -> int:
                 file.write(json.dumps(asdict(result)) + "\n")
     planted = [one for one in results if isinstance(one, PlantedResult)]
     healthy = [one for one in results if isinstance(one, HealthyResult)]
-    print(totals(planted, healthy))
+    print(f"{kinds_table(planted)}\n\n{totals(planted, healthy)}")
     if options.write:
         command = " ".join(["python -m benchmarks.unseen_doctor_cases", *_arguments(options)])
         num_cases = len({one.name for one in planted}), len({one.name for one in healthy})
@@ -97,7 +102,7 @@ def main() -> int:
             "doctor_unseen",
             f"{machine_line()}, torch {torch.__version__}; `{command}`: {num_cases[0]} planted and "
             f"{num_cases[1]} healthy cases in {len(seeds)} seeds\n\n{totals(planted, healthy)}\n\n"
-            f"{planted_table(planted)}\n\n{healthy_table(healthy)}",
+            f"{kinds_table(planted)}\n\n{planted_table(planted)}\n\n{healthy_table(healthy)}",
             page=PAGE,
         )
         print(f"written to {Path('docs') / PAGE}")

@@ -14,29 +14,24 @@ from benchmarks.unseen_doctor_cases.judging import (
 
 Result = TypeVar("Result", PlantedResult, HealthyResult)
 
-PLANTED_HEADINGS = (
-    "case",
-    "what is wrong",
-    "detected",
-    "cause",
-    "phase",
-    "module",
-    "samples",
-    "untreated",
-    "skipping",
-    "doctor",
-    "twin",
-    "bound",
-    "twin's",
-    "halted",
-    "s",
-)
+ANSWERS = ("detected", "cause", "phase", "module", "samples", "bound", "twin's", "halted")
+METRICS = ("untreated", "skipping", "doctor", "twin")
+PLANTED_HEADINGS = ("case", "what is wrong", *ANSWERS, *METRICS, "s")
 HEALTHY_HEADINGS = ("case", "what is odd", "plain", "doctor", "changed", "crashed", "diagnoses")
 
 
 def planted_table(results: Sequence[PlantedResult]) -> str:
     """Return a row for each case: counts over the seeds, means of the metrics."""
     return _table(PLANTED_HEADINGS, [_planted_row(group) for group in by_case(results)])
+
+
+def kinds_table(results: Sequence[PlantedResult]) -> str:
+    """Return a row for each kind of fault: shares of runs, cases of a kind together."""
+    kinds: dict[str, list[PlantedResult]] = {}
+    for group in by_case(results):
+        kinds.setdefault(REGISTER.planted[group[0].name].truth.kind, []).extend(group)
+    rows = [[kind, *_answers(group)] for kind, group in sorted(kinds.items())]
+    return _table(("kind", *ANSWERS), rows)
 
 
 def healthy_table(results: Sequence[HealthyResult]) -> str:
@@ -104,16 +99,22 @@ def _planted_row(group: Sequence[PlantedResult]) -> list[str]:
     return [
         group[0].name,
         REGISTER.planted[group[0].name].story,
+        *_answers(group),
+        *(_mean(map(metric, group)) for metric in _METRICS),
+        f"{statistics.fmean(one.seconds for one in group):.1f}",
+    ]
+
+
+def _answers(group: Sequence[PlantedResult]) -> list[str]:
+    return [
         _count(one.is_detected for one in group),
         _count(one.is_cause_right for one in group),
         _count(one.is_phase_right for one in group),
         _count(one.is_module_right for one in group),
         _count(one.are_samples_exact for one in group),
-        *(_mean(map(metric, group)) for metric in _METRICS),
         _count(one.holds_bound for one in group),
         _count(one.is_near_twin for one in group),
         _count(one.is_halted for one in group),
-        f"{statistics.fmean(one.seconds for one in group):.1f}",
     ]
 
 
