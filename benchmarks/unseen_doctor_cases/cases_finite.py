@@ -243,7 +243,7 @@ def lost_second_moment(seed: int, *, fault: bool) -> Training:
     )
 
 
-@planted("optimizer's state damaged", causes="optimizer-state", is_finite=True)
+@planted("optimizer's state damaged", causes="optimizer-state")
 def momentum_in_other_units(seed: int, *, fault: bool) -> Training:
     """At step 120 the momentum is loaded from a run with gradients 100,000 times larger."""
     train, test = blobs(seed)
