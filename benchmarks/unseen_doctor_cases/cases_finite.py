@@ -116,7 +116,8 @@ def collapse_by_rate(seed: int, *, fault: bool) -> Training:
             self.embed, self.net = nn.EmbeddingBag(31, 16, mode="sum"), mlp(16, 3)
 
         def forward(self, tokens: Tensor) -> Tensor:
-            return self.net(self.embed(tokens))
+            outputs: Tensor = self.net(self.embed(tokens))
+            return outputs
 
     model = Bag()
     return Training(

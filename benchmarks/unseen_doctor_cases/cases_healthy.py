@@ -153,7 +153,8 @@ def annealed_divergence(seed: int) -> Training:
         bound = evidence_bound(model, batch[:1], weight=0.0)
         mean, log_var = model(batch[0])[1:]
         divergence = (mean.square() + log_var.exp() - 1 - log_var).sum(dim=1) / 2
-        return bound + 0.2 * (batch[1] * divergence).mean()
+        loss: Tensor = bound + 0.2 * (batch[1] * divergence).mean()
+        return loss
 
     return Training(
         model=model,
@@ -232,7 +233,8 @@ def illegal_actions(seed: int) -> Training:
             self.net = mlp(10, 4)
 
         def forward(self, inputs: Tensor, mask: Tensor) -> Tensor:
-            return self.net(inputs).masked_fill(~mask, -torch.inf)
+            outputs: Tensor = self.net(inputs).masked_fill(~mask, -torch.inf)
+            return outputs
 
     model = Policy()
     return Training(
@@ -298,7 +300,9 @@ def batches_of_all_sizes(seed: int) -> Training:
             sizes.append(int(2 * 10 ** (2 * torch.rand(1, generator=drawn).item())))
         sizes[-1] -= sum(sizes) - 640
         order = torch.randperm(640, generator=drawn)
-        steps += [Step((inputs[part], labels[part]), part, epoch) for part in order.split(sizes)]
+        steps += [
+            Step((inputs[part], labels[part]), part, epoch) for part in torch.split(order, sizes)
+        ]
     model = mlp(10, 4)
 
     def summed(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

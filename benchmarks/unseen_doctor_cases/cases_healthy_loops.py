@@ -32,7 +32,7 @@ def thawed_half_way(seed: int) -> Training:
     model = mlp(10, 4)
     frozen = [*model[0].parameters(), *model[2].parameters()]
     for weight in frozen:
-        weight.requires_grad_(requires_grad=False)
+        weight.requires_grad_(False)
 
     def thaw(number: int) -> None:
         if number == 80:
@@ -80,11 +80,12 @@ class WithTarget(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.online = mlp(6, 1)
-        self.target = copy.deepcopy(self.online).requires_grad_(requires_grad=False)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, states: Tensor) -> Tensor:
         """Return values [n, 1]."""
-        return self.online(states)
+        outputs: Tensor = self.online(states)
+        return outputs
 
 
 @healthy
@@ -123,10 +124,11 @@ def momentum_teacher(seed: int) -> Training:
         def __init__(self) -> None:
             super().__init__()
             self.student = mlp(10, 4)
-            self.teacher = copy.deepcopy(self.student).requires_grad_(requires_grad=False)
+            self.teacher = copy.deepcopy(self.student).requires_grad_(False)
 
         def forward(self, inputs: Tensor) -> Tensor:
-            return self.student(inputs)
+            outputs: Tensor = self.student(inputs)
+            return outputs
 
     model = Pair()
 
@@ -164,7 +166,7 @@ def rare_class(seed: int) -> Training:
 
     def balanced(model: nn.Module) -> float:
         right = model(inputs[1500:]).argmax(dim=1) == labels[1500:]
-        return sum(right[labels[1500:] == each].float().mean().item() for each in (0, 1)) / 2
+        return float(sum(right[labels[1500:] == each].float().mean().item() for each in (0, 1)) / 2)
 
     return Training(
         model=model,
@@ -183,10 +185,10 @@ def policy_gradient(seed: int) -> Training:
     model = mlp(10, 4)
 
     def reinforce(model: nn.Module, batch: Batch) -> Tensor:
-        policy = torch.distributions.Categorical(logits=model(batch[0]))
-        actions = policy.sample()
-        reward = (actions == batch[1]).float()
-        return -(policy.log_prob(actions) * (10 * reward - 3)).mean()
+        log_p = F.log_softmax(model(batch[0]), dim=1)
+        actions = torch.multinomial(log_p.detach().exp(), 1)
+        reward = 10 * (actions[:, 0] == batch[1]).float() - 3
+        return -(log_p.gather(1, actions)[:, 0] * reward).mean()
 
     return Training(
         model=model,
@@ -232,7 +234,8 @@ def sparse_rows(seed: int) -> Training:
             self.embed = nn.EmbeddingBag(31, 3, mode="sum", sparse=True, padding_idx=0)
 
         def forward(self, tokens: Tensor) -> Tensor:
-            return self.embed(tokens)
+            outputs: Tensor = self.embed(tokens)
+            return outputs
 
     model = Bag()
     return Training(
@@ -290,7 +293,8 @@ def reversed_gradient(seed: int) -> Training:
             self.critic = nn.Linear(32, 2)
 
         def forward(self, inputs: Tensor) -> Tensor:
-            return self.head(self.features(inputs).relu())
+            outputs: Tensor = self.head(self.features(inputs).relu())
+            return outputs
 
     model = Adversarial()
 
@@ -326,7 +330,8 @@ def complex_weights(seed: int) -> Training:
             self.head = nn.Linear(24, 4)
 
         def forward(self, series: Tensor) -> Tensor:
-            return self.head((torch.fft.rfft(series) @ self.weight).abs())
+            outputs: Tensor = self.head((torch.fft.rfft(series) @ self.weight).abs())
+            return outputs
 
     model = Spectral()
     return Training(

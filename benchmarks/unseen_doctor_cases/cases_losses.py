@@ -93,7 +93,7 @@ def cox_without_events(seed: int, *, fault: bool) -> Training:
     def concordance(model: nn.Module) -> float:
         guess = model(test_inputs)[:, 0]
         order = (guess[:, None] > guess) == (test_risk > test_risk[:, 0])
-        return order.float().mean().item()
+        return float(order.float().mean().item())
 
     return Training(
         model=model,
@@ -305,7 +305,7 @@ def contrastive_scale(seed: int, *, fault: bool) -> Training:
 
     def recall(model: nn.Module) -> float:
         outputs = model(left[640:740], right[640:740])
-        return (outputs.argmax(dim=1) == torch.arange(100)).float().mean().item()
+        return float((outputs.argmax(dim=1) == torch.arange(100)).float().mean().item())
 
     return Training(
         model=model,
@@ -382,7 +382,8 @@ def masked_after_the_root(seed: int, *, fault: bool) -> Training:
             self.head = nn.Linear(16, 3)
 
         def forward(self, tokens: Tensor) -> Tensor:
-            return self.head(self.embed(tokens).mean(dim=1))
+            outputs: Tensor = self.head(self.embed(tokens).mean(dim=1))
+            return outputs
 
     model = Gate()
 

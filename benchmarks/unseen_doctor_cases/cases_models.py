@@ -53,7 +53,8 @@ class BagOfTokens(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits [n, 3]."""
-        return self.head(self.pool(self.embed(tokens), tokens))
+        outputs: Tensor = self.head(self.pool(self.embed(tokens), tokens))
+        return outputs
 
 
 @planted("empty sequence", causes="bad-data", phases="forward", modules="pool")
@@ -161,7 +162,8 @@ class GraphNet(nn.Module):
         """Return logits [n, 2]."""
         spread = self.normalise(adjacency)
         hidden = (spread @ self.first(features)).relu()
-        return self.second(hidden + features.mean(2, keepdim=True)).mean(dim=1)
+        outputs: Tensor = self.second(hidden + features.mean(2, keepdim=True)).mean(dim=1)
+        return outputs
 
 
 class DegreeNorm(nn.Module):
@@ -227,7 +229,8 @@ class LogEnergy(nn.Module):
 
     def forward(self, signal: Tensor) -> Tensor:
         """Return [n, bands] of signals [n, length]."""
-        return torch.fft.rfft(signal).abs()[:, 1:].square().log()
+        outputs: Tensor = torch.fft.rfft(signal).abs()[:, 1:].square().log()
+        return outputs
 
 
 @planted("silent signal", causes="bad-data", phases="forward", modules="energy")
@@ -301,7 +304,10 @@ def half_mask(seed: int, *, fault: bool) -> Training:
             if fault:
                 scores = scores.half()
             weights = (scores * 8).exp()
-            return (weights / weights.sum(dim=1, keepdim=True) * vectors).sum(dim=1).float()
+            outputs: Tensor = (
+                (weights / weights.sum(dim=1, keepdim=True) * vectors).sum(dim=1).float()
+            )
+            return outputs
 
     class Reader(nn.Module):
         """Embedding, attention, head."""
@@ -312,7 +318,8 @@ def half_mask(seed: int, *, fault: bool) -> Training:
             self.head = nn.Linear(16, 3)
 
         def forward(self, tokens: Tensor) -> Tensor:
-            return self.head(self.attend(self.embed(tokens)))
+            outputs: Tensor = self.head(self.attend(self.embed(tokens)))
+            return outputs
 
     model = Reader()
     return Training(
@@ -338,7 +345,8 @@ class SignGate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ANN401
         """Return the gradient: 0 over 0 at 0."""
         (inputs,) = ctx.saved_tensors
-        return grad * inputs / inputs.abs()
+        gradient: Tensor = grad * inputs / inputs.abs()
+        return gradient
 
 
 class Gate(nn.Module):
@@ -346,7 +354,7 @@ class Gate(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the gate's outputs."""
-        return SignGate.apply(inputs)  # type: ignore[no-any-return, no-untyped-call]
+        return SignGate.apply(inputs)  # type: ignore[no-any-return]
 
 
 @planted("custom autograd function", causes="bad-data unknown", phases="backward", modules="gate")
@@ -381,7 +389,8 @@ class Recurrent(nn.Module):
 
     def forward(self, series: Tensor) -> Tensor:
         """Return logits [n, 4]."""
-        return self.head(self.cell(series[:, :, None])[0][:, -1])
+        outputs: Tensor = self.head(self.cell(series[:, :, None])[0][:, -1])
+        return outputs
 
 
 @planted("weights too large at the start", causes="bad-initialisation", modules="cell")
@@ -389,9 +398,9 @@ def recurrent_growth(seed: int, *, fault: bool) -> Training:
     """A recurrent net of ReLUs whose recurrent weights begin at 20 times the identity."""
     (series, labels), test = waves(seed)
     model = Recurrent()
-    nn.init.eye_(model.cell.weight_hh_l0)
-    if fault:
-        model.cell.weight_hh_l0.data *= 20
+    with torch.no_grad():
+        weight = model.cell.get_parameter("weight_hh_l0")
+        weight.copy_((20.0 if fault else 1.0) * torch.eye(len(weight)))
     return Training(
         model=model,
         optimizer=adam(model),
@@ -425,7 +434,8 @@ class Flow(nn.Module):
 def flow_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean negative log-likelihood."""
     latent, log_det = model(batch[0])
-    return (latent.square().sum(dim=1) / 2 - log_det).mean()
+    loss: Tensor = (latent.square().sum(dim=1) / 2 - log_det).mean()
+    return loss
 
 
 @planted("overflow by one sample", causes="bad-data", phases="forward loss backward")
@@ -525,7 +535,8 @@ def singular_covariance(seed: int, *, fault: bool) -> Training:
             crossed = [torch.linalg.cross(rows[i - 2], rows[i - 1]) for i in range(3)]
             determinant = (rows[0] * crossed[0]).sum(dim=1, keepdim=True)
             adjugate = torch.stack(crossed, dim=2)
-            return (adjugate @ vector[:, :, None])[:, :, 0] / determinant
+            outputs: Tensor = (adjugate @ vector[:, :, None])[:, :, 0] / determinant
+            return outputs
 
     packed = torch.cat([matrices.flatten(1), vectors], dim=1)
     model = nn.Sequential()

@@ -176,7 +176,8 @@ def evidence_bound(model: nn.Module, batch: Batch, *, weight: float = 0.02) -> T
     """Return the negative evidence lower bound with a weight on the divergence."""
     again, mean, log_var = model(batch[0])
     divergence = (mean.square() + log_var.exp() - 1 - log_var).sum(dim=1).mean() / 2
-    return F.mse_loss(again, batch[0]) + weight * divergence
+    loss: Tensor = F.mse_loss(again, batch[0]) + weight * divergence
+    return loss
 
 
 def reconstruction(inputs: Tensor) -> float:

@@ -23,7 +23,8 @@ def minibatches(
     for epoch in range(1, epochs + 1):
         order = torch.randperm(num, generator=drawn) if is_shuffled else torch.arange(num)
         steps += [
-            Step(tuple(tensor[part] for tensor in train), part, epoch) for part in order.split(size)
+            Step(tuple(tensor[part] for tensor in train), part, epoch)
+            for part in torch.split(order, size)
         ]
     return steps
 
@@ -138,7 +139,7 @@ def accuracy(test: Batch) -> Score:
     """Return the share of right answers on a test set, as a function of the model."""
 
     def score(model: nn.Module) -> float:
-        return (model(*test[:-1]).argmax(dim=1) == test[-1]).float().mean().item()
+        return float((model(*test[:-1]).argmax(dim=1) == test[-1]).float().mean().item())
 
     return score
 
@@ -152,6 +153,6 @@ def r2(test: Batch) -> Score:
     def score(model: nn.Module) -> float:
         outputs = model(test[0])[:, : test[1].shape[1]]
         residual = (outputs - test[1]).square().mean()
-        return 1 - (residual / (test[1] - test[1].mean(dim=0)).square().mean()).item()
+        return float(1 - (residual / (test[1] - test[1].mean(dim=0)).square().mean()).item())
 
     return score
