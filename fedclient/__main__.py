@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fedclient.connection import Connection
     from fedclient.session import Patience
 
-# Run as a module this one is called __main__, which the log level isn't set for.
+# Run as a module, this module's name is __main__, for which no log level is set.
 logger = logging.getLogger("fedclient")
 
 _GRACE_S = 1.0
@@ -67,11 +67,11 @@ def main(argv: list[str]) -> int:
         print_error("fedclient", error)
         return 3 if isinstance(error, NoAnswer) else 1
     except KeyboardInterrupt:
-        # Before anybody listens for it: there is nothing to end.
+        # No signal handler is set yet, and there is nothing to end.
         print("fedclient: stopped", file=sys.stderr)
         return 130
     except Exception as error:
-        # The task's own code may raise anything; whose error it is the traceback shows.
+        # The task's own code may raise anything; the traceback shows where.
         print(show_error(error), file=sys.stderr)
         print(f"fedclient: ended by {in_one_line(error)}", file=sys.stderr)
         return 1

@@ -1,6 +1,6 @@
 """The calls to the server: gRPC stops here, on the client's side.
 
-Every method makes one call and raises the domain's errors; trying again is the loop's business.
+Every method makes one call and raises the domain's errors; fedclient.session repeats calls.
 """
 
 import re
@@ -63,7 +63,7 @@ Answer = TypeVar("Answer", pb.RegisterResponse, pb.PullWorkResponse)
 _OPTIONS = [
     # A proxy is used only where the route names one (see fedclient.routes).
     ("grpc.enable_http_proxy", 0),
-    # A restarted server is found again within a second or two.
+    # Connects to a restarted server within a second or two.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # A connection that died without a word is noticed.
@@ -110,7 +110,7 @@ _PROXY_CAUSES = {
 """The same where the connection goes through a proxy, which is then what failed."""
 
 _HTTP_STATUS = re.compile(r"http2 header with status: (\d+)")
-"""What gRPC says of an answer that isn't one of gRPC's: that of an HTTP proxy on the way."""
+"""The words of gRPC's error for an answer that comes from an HTTP proxy on the way."""
 
 _PASSING_HTTP_STATUSES = {408, 429, 500, 502, 503, 504}
 """The server can't be reached for now; any other status is the proxy's own decision."""

@@ -229,7 +229,7 @@ def inspect_first_steps(steps: FirstSteps) -> Check:
 
 
 class _FirstBatches:
-    """The first `num_batches` batches as one pass; it begins the data again if that has fewer."""
+    """Yields `num_batches` batches in one pass; begins the data again if it has fewer."""
 
     def __init__(self, loader: NumberedLoader, num_batches: int) -> None:
         self._loader = loader

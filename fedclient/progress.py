@@ -33,7 +33,8 @@ class ProgressReporter:
 
     `report(counters, incidents)` makes the call. `incidents` are those not reported yet, with their
     numbers in the order, from 1. It returns how the order has ended, or None. A failed report does
-    no harm, since the next one says more. `stop` is set when somebody asks the process to end.
+    no harm, since the next report has newer counters. `stop` is set when somebody asks the
+    process to end.
     """
 
     def __init__(

@@ -74,8 +74,8 @@ class Patience:
         """Return the result of `attempt`, once the server answers.
 
         Each cause of a failure is logged once, and so is the first answer after a failure. The
-        pauses between attempts grow. They begin anew when an attempt got further than the one
-        before, which `how_far` says.
+        pauses between attempts grow. They begin anew after an attempt that got further than the
+        attempt before, by `how_far`.
 
         Raises:
             Stopped: somebody asked the process to end.

@@ -427,7 +427,7 @@ def _begin_model(
 
     Raises:
         WrongSettings: the model isn't the server's, or the server aggregates its entries otherwise.
-            An entry that one side calls LOCAL must not be sent: that would give it away.
+            An entry that is LOCAL on one side must not be sent: that would disclose it.
     """
     order, task = inputs.order, inputs.task
     _seed(derive_seed(order.seed, "model"), device)

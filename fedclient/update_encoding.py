@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from fedclient.state import Tensors
 from fedrounds.tensors.codec import load_state_into
 from fedrounds.tensors.compression import (
     compress,
@@ -16,8 +16,6 @@ from fedrounds.tensors.compression import (
     uncompressed_key,
 )
 from fedrounds.types import Compression, Encoding, EntryKind
-
-State = Mapping[str, Tensor]
 
 RESIDUAL = "residual"
 """The name under which a client keeps what TOP_K left out of its counted updates."""
@@ -32,19 +30,19 @@ class EncodedUpdate:
     client adds it to its next delta.
     """
 
-    tensors: State
+    tensors: Tensors
     metrics: Mapping[str, float] = field(default_factory=dict)
-    kept: Mapping[str, State] = field(default_factory=dict)
+    kept: Mapping[str, Tensors] = field(default_factory=dict)
 
 
 def encode_update(
-    trained: State,
+    trained: Tensors,
     *,
     global_model: Path,
     kinds: Mapping[str, EntryKind],
     compression: Compression,
     seed: int,
-    residual: State,
+    residual: Tensors,
 ) -> EncodedUpdate:
     """Return the encoding of a trained model; it depends on the arguments alone.
 

@@ -1,7 +1,7 @@
 """Every error of the service.
 
     FederationError
-    +- InvalidInput          INVALID_ARGUMENT     somebody's mistake; also a ValueError
+    +- InvalidInput          INVALID_ARGUMENT     a mistake of the caller's; also a ValueError
     |  +- CorruptPayload     DATA_LOSS, retry     the bytes are not those of the digest
     |  +- WrongSettings      FAILED_PRECONDITION  the state-dir or the client belongs to another run
     +- OwnCodeFailed         FAILED_PRECONDITION  a task's own code raised an error
@@ -32,7 +32,7 @@ from typing import ClassVar
 
 
 class FederationError(Exception):
-    """The root: whoever catches this catches all that the service raises on purpose."""
+    """The root of all errors that the service raises on purpose."""
 
     status: ClassVar[str] = "INTERNAL"
     retry: ClassVar[bool] = False

@@ -1,7 +1,7 @@
-"""Slots where a test can kill or halt this process; off unless the environment arms one.
+"""Fail points, where a test can kill or halt this process; off unless the environment arms one.
 
-`FED_FAIL_POINT=round-closed:kill:2` ends the process, as kill -9 does, the second time it comes to
-that place; `halt` stops it (SIGSTOP) until somebody sends SIGCONT.
+`FED_FAIL_POINT=round-closed:kill:2` ends the process, as kill -9 does, the second time it reaches
+that fail point; `halt` stops it (SIGSTOP) until a SIGCONT.
 """
 
 import os
@@ -23,7 +23,7 @@ class FailPoint(StrEnum):
     UPDATE_RECORDED = "update-recorded"
     """The server has recorded an update, good, bad or late, and not given the receipt."""
     ORDER_ABANDONED = "order-abandoned"
-    """The server has recorded that an order is given up and told nobody."""
+    """The server has recorded that an order is given up, and its client doesn't know yet."""
     ROUND_CLOSING = "round-closing"
     """The server has all updates and hasn't recorded that the round is closed."""
     ROUND_CLOSED = "round-closed"

@@ -1,6 +1,6 @@
-"""Memory: what the garbage collector looks at, and how the C library holds on to what was freed.
+"""Memory: what the garbage collector examines, and when the C library returns freed memory.
 
-Other C libraries than glibc are left alone.
+Only glibc's settings are changed.
 """
 
 import ctypes
@@ -19,10 +19,10 @@ _MAX_BYTES_KEPT = (1 << 31) - 1
 
 @contextmanager
 def importing_what_stays() -> Iterator[None]:
-    """Import in this block what the process needs to its end: the collector never looks at it.
+    """Import in this block what the process needs to its end: the collector never examines it.
 
-    `import torch` makes hundreds of thousands of objects. To look through them again and again
-    takes a fifth of its time, and another second of processor time when the process exits.
+    `import torch` makes hundreds of thousands of objects. Examining them again and again takes a
+    fifth of the import's time, and a second of processor time when the process exits.
     """
     gc.disable()
     try:
@@ -33,7 +33,7 @@ def importing_what_stays() -> Iterator[None]:
 
 
 def keep_one_heap() -> None:
-    """Let all threads allocate from one heap; to be called before there are threads.
+    """Let all threads allocate from one heap; call this before any thread starts.
 
     For the server: message buffers of a mebibyte come and go between small things that stay. With a
     heap per thread and dynamic thresholds, sixty uploads left 70 MiB of holes behind; one heap

@@ -1,4 +1,4 @@
-"""Code of somebody's own, named in the settings as `package.module:attribute`."""
+"""Code of the user's own, named in the settings as `package.module:attribute`."""
 
 import importlib
 import importlib.util
@@ -103,7 +103,7 @@ def _own_folders() -> list[Path]:
 
 
 def _is_there(module_name: str) -> bool:
-    """Return whether a module can be found."""
+    """Return whether a module exists, without running a package's code if possible."""
     first, *names = module_name.split(".")
     try:
         spec = importlib.util.find_spec(first)
@@ -120,7 +120,7 @@ def _is_there(module_name: str) -> bool:
 
 
 def _is_there_for_its_package(module_name: str) -> bool:
-    """Return whether a module can be found once its packages are imported."""
+    """Return whether a module exists; imports the packages that it is in."""
     try:
         return importlib.util.find_spec(module_name) is not None
     except ModuleNotFoundError:
@@ -133,5 +133,7 @@ def _is_there_for_its_package(module_name: str) -> bool:
 def _place(error: BaseException) -> str:
     """Return where the innermost module that was being imported went wrong."""
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [one for one in frames if one.name == "<module>" and not one.filename.startswith("<")]
+    lines = [
+        frame for frame in frames if frame.name == "<module>" and not frame.filename.startswith("<")
+    ]
     return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""

@@ -32,7 +32,7 @@ class StopSignals:
 
     A context manager for the main thread; one at a time in a process. At the end of the block the
     previous handlers come back, unless a signal has come: then further signals are ignored until
-    the process has ended, so that an impatient one doesn't make a clean end look like a failure.
+    the process has ended, so that a second Ctrl-C doesn't make a clean end look like a failure.
     `exit_code` is that of a process that had to be cut off (see `interrupting`).
     """
 
@@ -147,7 +147,7 @@ class StopSignals:
 def interrupting() -> AbstractContextManager[None]:
     """Let the first SIGINT or SIGTERM raise KeyboardInterrupt in this block of the main thread.
 
-    For a task's own code, which may take minutes and asks nobody whether to go on. If it goes on
+    For a task's own code, which may take minutes and doesn't check for a stop. If it goes on
     for more than 1.5 s after the signal (in a native call, or behind a bare except), the process is
     cut off; it goes on later as after kill -9. Without StopSignals in force this does nothing.
     """

@@ -85,8 +85,8 @@ def load_images(
     one, into `~/.cache/fedrounds/data`.
 
     Raises:
-        InvalidInput: unknown name, a damaged file, or a data root for the bundled sample (it
-            would be ignored, and whoever names a data root means it to be used).
+        InvalidInput: unknown name, a damaged file, or a data root for the bundled sample,
+            which would be ignored.
         DataUnavailable: the files are neither there nor to be had.
     """
     if name == "mnist-sample":

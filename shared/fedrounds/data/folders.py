@@ -1,4 +1,4 @@
-"""Folders and files of somebody's own data: found, or a sentence about what is in the way."""
+"""The folders and files of the user's own data; a missing one is refused with a sentence."""
 
 import os
 import stat

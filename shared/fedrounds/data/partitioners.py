@@ -1,8 +1,8 @@
-"""Cutting one labelled data set into the private shares of many clients.
+"""Partition a labelled data set into the private shares of many clients.
 
-Every client computes the whole cut and keeps its own share, so a cut depends on nothing but
-(labels, scheme, num_partitions, seed, parameters) and nobody has to talk. A cut is a true
-partition: every index is in exactly one share, shares are sorted, and none is empty.
+Each client computes the whole partition and keeps its own share, so that clients needn't talk to
+each other. A partition depends only on (labels, scheme, num_partitions, seed, parameters). Each
+index is in exactly one share, shares are sorted, and none is empty.
 
 A scheme is a function `(labels, num_partitions, rng, *, its own parameters) -> shares`; adding
 one is adding it to PARTITIONERS. A scheme needn't sort its shares or look for empty ones.

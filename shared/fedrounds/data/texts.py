@@ -1,4 +1,4 @@
-"""Text files as windows of characters, for a model that predicts each next one."""
+"""Text files as windows of characters, for a model that predicts each next character."""
 
 import logging
 from pathlib import Path
@@ -36,8 +36,8 @@ def load_windows(root: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Cut every `.txt` file under `root`, UTF-8, into windows of WINDOW + 1 characters.
 
     A window's first WINDOW characters are the input, its last WINDOW what is to be predicted;
-    one begins where the one before it ends, and the last ends with the file. A file shorter than
-    one window is left out, and the log says so.
+    a window begins where the one before it ends, and the last ends with the file. A file shorter
+    than a window is left out, and the log says so.
 
     Returns:
         windows [n, WINDOW + 1], and the number of the file each is from [n], counted over the

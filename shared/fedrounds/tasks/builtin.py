@@ -1,4 +1,4 @@
-"""The built-in tasks, and how a task is found by its name."""
+"""The built-in tasks, and the search for a task by its name."""
 
 import functools
 from pathlib import Path

@@ -60,8 +60,8 @@ class CharGRU(nn.Module):
 class TabularMLP(nn.Module):
     """Classifies rows of numbers: scaled by running statistics, then two hidden layers of 64.
 
-    The numbers come as they are: nobody can know their scale without seeing everybody's, so
-    BatchNorm learns it, and its statistics are averaged like the weights.
+    The numbers aren't normalised: no side knows the scale of all clients' numbers. BatchNorm learns
+    it, and its statistics are averaged like the weights.
     """
 
     def __init__(self, num_features: int, num_classes: int) -> None:

@@ -1,4 +1,4 @@
-"""What is learned: a Task is a model, its data and its loss, found by name.
+"""A Task: a model, its data and its loss, found by its name.
 
 Built in are `mnist-sample` (bundled, needs no network), `mnist`, `fashion-mnist`, `text` and
 `tabular`. Your own lives in your own module, is found by `package.module:attribute`, and is the

@@ -68,34 +68,34 @@ def diagnosis_message(diagnosis: Diagnosis) -> pb.Diagnosis:
         ),
         samples=[
             pb.SuspectSample(
-                position=one.position,
-                index=one.index,
-                oddity=_ODDITIES[one.oddity],
-                value=one.value,
+                position=sample.position,
+                index=sample.index,
+                oddity=_ODDITIES[sample.oddity],
+                value=sample.value,
             )
-            for one in diagnosis.samples
+            for sample in diagnosis.samples
         ],
         num_samples=diagnosis.num_samples,
         experiments=[
             pb.Experiment(
-                name=_EXPERIMENTS[one.name],
-                healed=one.is_healed,
-                value=one.value,
-                loss=one.loss,
-                failed_at_step=one.failed_at_step,
+                name=_EXPERIMENTS[experiment.name],
+                healed=experiment.is_healed,
+                value=experiment.value,
+                loss=experiment.loss,
+                failed_at_step=experiment.failed_at_step,
             )
-            for one in diagnosis.experiments
+            for experiment in diagnosis.experiments
         ],
-        contributing=[_EXPERIMENTS[one] for one in diagnosis.contributing],
+        contributing=[_EXPERIMENTS[name] for name in diagnosis.contributing],
         trend=[
             pb.TrendPoint(
-                step=one.step,
-                loss=one.loss,
-                grad_norm=one.grad_norm,
-                largest_weight=one.largest_weight,
-                lr=one.lr,
+                step=point.step,
+                loss=point.loss,
+                grad_norm=point.grad_norm,
+                largest_weight=point.largest_weight,
+                lr=point.lr,
             )
-            for one in diagnosis.trend
+            for point in diagnosis.trend
         ],
         remedy=pb.Remedy(
             kind=_REMEDIES[remedy.kind],
@@ -114,7 +114,7 @@ def diagnosis_of(message: pb.Diagnosis) -> Diagnosis:
     """Return the diagnosis that a message holds.
 
     Raises:
-        InvalidInput: a field is outside its limit, or a name isn't a declared one.
+        InvalidInput: a field is outside its limit, or a name isn't declared.
     """
     validate_limits(message)
     _validate_names(message)
@@ -140,34 +140,34 @@ def diagnosis_of(message: pb.Diagnosis) -> Diagnosis:
         ),
         samples=tuple(
             SuspectSample(
-                position=one.position,
-                index=one.index,
-                oddity=_member(_ODDITIES, one.oddity),
-                value=one.value,
+                position=sample.position,
+                index=sample.index,
+                oddity=_member(_ODDITIES, sample.oddity),
+                value=sample.value,
             )
-            for one in message.samples
+            for sample in message.samples
         ),
         num_samples=message.num_samples,
         experiments=tuple(
             Experiment(
-                name=_member(_EXPERIMENTS, one.name),
-                is_healed=one.healed,
-                value=one.value,
-                loss=one.loss,
-                failed_at_step=one.failed_at_step,
+                name=_member(_EXPERIMENTS, experiment.name),
+                is_healed=experiment.healed,
+                value=experiment.value,
+                loss=experiment.loss,
+                failed_at_step=experiment.failed_at_step,
             )
-            for one in message.experiments
+            for experiment in message.experiments
         ),
-        contributing=tuple(_member(_EXPERIMENTS, one) for one in message.contributing),
+        contributing=tuple(_member(_EXPERIMENTS, number) for number in message.contributing),
         trend=tuple(
             TrendPoint(
-                step=one.step,
-                loss=one.loss,
-                grad_norm=one.grad_norm,
-                largest_weight=one.largest_weight,
-                lr=one.lr,
+                step=point.step,
+                loss=point.loss,
+                grad_norm=point.grad_norm,
+                largest_weight=point.largest_weight,
+                lr=point.lr,
             )
-            for one in message.trend
+            for point in message.trend
         ),
         remedy=Remedy(
             kind=_member(_REMEDIES, message.remedy.kind),
@@ -183,9 +183,9 @@ def diagnosis_of(message: pb.Diagnosis) -> Diagnosis:
 
 
 def _member(numbers: Mapping[E, int], number: int) -> E:
-    for one, known in numbers.items():
+    for member, known in numbers.items():
         if known == number:
-            return one
+            return member
     kind = type(next(iter(numbers))).__name__
     raise InvalidInput(f"a diagnosis holds {kind} {number}, which there isn't")
 

@@ -107,12 +107,12 @@ def validate_limits(message: Message) -> None:
         if limit is not None:
             _validate(field, value, limit)
         if each is not None:
-            for one in value:
-                _validate(field, one, each)
+            for item in value:
+                _validate(field, item, each)
     for field, value in message.ListFields():
         if field.message_type is not None and not field.message_type.GetOptions().map_entry:
-            for one in value if field.is_repeated else (value,):
-                validate_limits(one)
+            for inner in value if field.is_repeated else (value,):
+                validate_limits(inner)
 
 
 def _validate(field: FieldDescriptor, value: object, limit: Limit) -> None:

@@ -266,7 +266,7 @@ def order_of(message: pb.WorkOrder) -> WorkOrder:
     """Return the order that a message holds.
 
     Raises:
-        WrongSettings: a digest or an order's id isn't one; they become names of files.
+        WrongSettings: a digest or an order's id is malformed; they become names of files.
     """
     for digest in (section.digest for section in message.sections):
         if not _DIGEST.fullmatch(digest):
@@ -370,7 +370,7 @@ def update_of(header: pb.UploadHeader) -> ClientUpdate:
     """Return the update that an upload's header declares.
 
     Raises:
-        InvalidInput: its encoding isn't a declared one, or a digest isn't one.
+        InvalidInput: its encoding isn't declared, or a digest is malformed.
     """
     if header.encoding not in _MEMBERS_OF_ENCODINGS:
         raise InvalidInput(
@@ -436,7 +436,7 @@ def digest_of(text: str) -> str:
     """Return `text` if it is a digest; it becomes part of a file's name.
 
     Raises:
-        InvalidInput: it isn't one.
+        InvalidInput: the text is no digest.
     """
     if not _DIGEST.fullmatch(text):
         raise InvalidInput(f"{text[:80]!r} isn't a digest of 64 lower-case hexadecimal digits")
@@ -503,7 +503,7 @@ def incident_of(message: pb.Incident) -> Incident:
     """Return the incident that a message holds.
 
     Raises:
-        InvalidInput: its kind or its diagnosis isn't a declared one.
+        InvalidInput: its kind or its diagnosis isn't declared.
     """
     if message.kind not in _MEMBERS_OF_INCIDENTS:
         raise InvalidInput(f"there is no incident kind {message.kind}")
@@ -556,7 +556,7 @@ def leave_of(message: pb.LeaveRequest) -> Leave:
     """Return who leaves and why.
 
     Raises:
-        InvalidInput: the reason isn't a declared one.
+        InvalidInput: the reason isn't declared.
     """
     if message.reason not in _MEMBERS_OF_REASONS:
         raise InvalidInput(
