@@ -84,6 +84,7 @@ def compose(
         strategy=prepared.strategy,
         kinds=prepared.kinds,
         ties=prepared.ties,
+        variances=prepared.variances,
         modules=prepared.modules,
     )
     bus = EventBus()

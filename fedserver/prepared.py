@@ -12,7 +12,7 @@ from fedrounds.strategies.components import Strategy
 from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.task import Task, build_model, kinds_of
 from fedrounds.tensors.compression import Shape, compressed_shapes
-from fedrounds.tensors.entries import tied_entries, validate_first_values
+from fedrounds.tensors.entries import running_variances, tied_entries, validate_first_values
 from fedrounds.types import Encoding, EntryKind
 from fedserver.models.evaluation import Evaluator
 from fedserver.preflight import validate_compression, validate_strategy
@@ -29,6 +29,7 @@ class Prepared:
     strategy: Strategy
     kinds: Mapping[str, EntryKind]
     ties: Mapping[str, str]
+    variances: Set[str]
     modules: Set[str]
     evaluator: Evaluator
 
@@ -57,6 +58,7 @@ def prepare(settings: ServerSettings) -> Prepared:
         strategy=strategy,
         kinds=kinds,
         ties=tied_entries(model),
+        variances=running_variances(model),
         modules={name for name, _ in model.named_modules()},
         evaluator=evaluator,
     )

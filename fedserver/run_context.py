@@ -15,8 +15,8 @@ class RunContext:
     """The facts of one run.
 
     `strategy` is what the settings name. `kinds` are of the entries of the model's state_dict,
-    `ties` name the earlier entry that an entry is the same tensor as, `modules` are the dotted
-    names of the model's modules.
+    `ties` name the earlier entry that an entry is the same tensor as, `variances` are the running
+    variances of norm layers, `modules` are the dotted names of the model's modules.
     """
 
     settings: ServerSettings
@@ -24,6 +24,7 @@ class RunContext:
     strategy: Strategy
     kinds: Mapping[str, EntryKind]
     ties: Mapping[str, str]
+    variances: Set[str]
     modules: Set[str]
 
     @property

@@ -55,6 +55,7 @@ def reduce_updates(
         kinds=context.kinds,
         seed=strategy_seed(settings, closed.round_number, closed.attempt),
         ties=context.ties,
+        variances=context.variances,
     )
     server_state = None if base.server_state is None else base.server_state.file
     bounded: list[Bounded] = []
@@ -86,6 +87,7 @@ def _bounded_events(
                 excess=json_number(worst.excess),
                 share=worst.share,
                 num_tensors=len(entries),
+                **({} if worst.impossible is None else {"value": json_number(worst.impossible)}),
             )
         )
     return events

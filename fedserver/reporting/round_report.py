@@ -41,7 +41,10 @@ _WORDS: Mapping[str, str] = {
     IncidentKind.TRAINING_DIAGNOSED: "training went wrong",
     IncidentKind.UPDATE_REFUSED: "its update was refused",
     IncidentKind.UPDATE_EXCLUDED: "its update was excluded",
-    IncidentKind.BUFFER_BOUNDED: "a buffer of its update lay far from the others' and was bounded",
+    IncidentKind.BUFFER_BOUNDED: (
+        "a buffer of its update lay far from the others' "
+        "or held an impossible value, and was bounded"
+    ),
     IncidentKind.UPDATE_LATE: "its update came too late",
     IncidentKind.UPDATE_CONTRADICTED: "it sent a second update for the same order",
     IncidentKind.ORDER_STALE: "its order was too stale to be waited for any longer",

@@ -9,7 +9,7 @@ quarantine have let go isn't kept, which is no finding.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -21,7 +21,7 @@ from fedrounds.strategies.server_step import next_blocks, state_layout
 from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.task import build_model, kinds_of
 from fedrounds.tensors.codec import digest_file, read_layout
-from fedrounds.tensors.entries import tied_entries
+from fedrounds.tensors.entries import running_variances, tied_entries
 from fedrounds.types import MODEL_SECTION, EntryKind
 from fedserver.ledger import LedgerEntry, LedgerUpdate
 from fedserver.models.checkpoints import digest_blocks, model_path, state_path
@@ -297,7 +297,7 @@ def _made_again(
     """Return the digests of what a round's strategy makes of its files: model and server state."""
     settings, models = recorded_settings(entry.settings), state_dir / "models"
     strategy = strategy_of(settings)
-    kinds, ties = _entries_of(settings.task)
+    kinds, ties, variances = _entries_of(settings.task)
     base_path = model_path(models, entry.base_digest)
     base = StateFile(path=base_path, layout=read_layout(base_path))
     if base.layout.entries.keys() != kinds.keys():
@@ -332,17 +332,18 @@ def _made_again(
         kinds=kinds,
         seed=strategy_seed(settings, entry.round_number, entry.attempt),
         ties=ties,
+        variances=variances,
     )
     blocks = next_blocks(strategy, cohort, server_state)
     return digest_blocks(base.layout, blocks, state_layout=state_layout(strategy, cohort))
 
 
 @functools.cache
-def _entries_of(name: str) -> tuple[Mapping[str, EntryKind], Mapping[str, str]]:
-    """Return the kinds of the entries of a task's model, and which of them are tied."""
+def _entries_of(name: str) -> tuple[Mapping[str, EntryKind], Mapping[str, str], Set[str]]:
+    """Return the kinds of a task's entries, which are tied, and which are running variances."""
     task = find_task(name)
     model = build_model(task)
-    return kinds_of(task, model), tied_entries(model)
+    return kinds_of(task, model), tied_entries(model), running_variances(model)
 
 
 def _gone(store: Store, ledgers: Iterable[Ledger], missing: Collection[Blob]) -> list[Blob]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrounds.doctor.history import Snapshot
+from fedrounds.tensors.entries import running_variances
 
 _RATIO = 10.0
 """An initial weight tensor's root mean square is within this factor of a usual one's."""
@@ -38,8 +39,10 @@ def unusual_entries(
 
     Weights (two or more dimensions) whose root mean square is more than 10 times a usual initial
     one's or less than a tenth of it, or that are constant where usual ones aren't; other
-    entries more than 100 times as large as usual ones, or as 1; negative running variances.
+    entries more than 100 times as large as usual ones, or as 1; negative running variances of norm
+    layers.
     """
+    variances = running_variances(model)
     names = [name for name, _ in model.named_parameters()]
     names += [name for name, _ in model.named_buffers()]
     found = []
@@ -55,7 +58,7 @@ def unusual_entries(
             is_odd |= is_constant and not is_usually_constant
         else:
             is_odd = size > _RATIO_OTHER * max(usual_size, 1.0 if not is_initial else 0.1)
-            is_odd |= name.endswith("running_var") and bool((tensor < 0).any())
+            is_odd |= name in variances and bool((tensor < 0).any())
         if is_odd or not math.isfinite(size):
             found.append(name)
     return found

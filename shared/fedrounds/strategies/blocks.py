@@ -9,7 +9,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -71,7 +71,8 @@ class Cohort:
 
     `updates` are in client order. `seed` belongs to this attempt at the round, for aggregators that
     draw random numbers. `ties` maps an entry that is the same tensor as an earlier entry to that
-    entry's name.
+    entry's name. `variances` are the running variances of norm layers, which no honest update makes
+    negative.
     """
 
     base: StateFile
@@ -79,6 +80,7 @@ class Cohort:
     kinds: Mapping[str, EntryKind]
     seed: int = 0
     ties: Mapping[str, str] = field(default_factory=dict)
+    variances: Set[str] = frozenset()
 
 
 @dataclass(frozen=True)

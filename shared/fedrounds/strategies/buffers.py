@@ -32,6 +32,11 @@ w^-k (each coincidence is proportional to the required closeness). So the probab
 alarm is equally small for a scalar of three clients (a width of ten million) and for a thousand
 channels (REACH). tests/unit/server/test_buffers.py measures it.
 
+An entry with an impossible element doesn't count at all: where the global model's is possible, a
+value that isn't finite, or a negative running variance of a norm layer. The middle of the other
+updates (or the global model's value if there is none) stands in for it, so that no aggregator, be
+it a mean or a selection, needs to know. Entries of kind MAX are treated so too.
+
 Limits: two updates can't be compared with anything, and half of a cohort or more can move the
 median.
 
@@ -41,7 +46,8 @@ is equal in all updates becomes that value. An element that isn't finite in the 
 so until every update has a finite value for it.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -70,13 +76,15 @@ class Bounded:
     """An update's entry whose excess is shortened to less than NAMED_SHARE.
 
     `update` is the update's index in the cohort, from 0. `excess` is the L2 norm of the excess,
-    `share` the share of it that counts.
+    `share` the share of it that counts. Of an entry that doesn't count at all the excess is
+    infinite, the share 0, and `impossible` the first value that can't be right.
     """
 
     update: int
     name: str
     excess: float
     share: float
+    impossible: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +102,7 @@ class Buffers:
 
 
 def bound_buffers(cohort: Cohort) -> Buffers:
-    """Return a cohort whose entries of kind MEAN are bounded as the module says.
+    """Return a cohort whose entries of kinds MEAN and MAX are bounded as the module says.
 
     The result depends on the cohort's files alone. Only these entries are read, block by block, and
     only replaced values stay in memory.
@@ -104,7 +112,12 @@ def bound_buffers(cohort: Cohort) -> Buffers:
     """
     if not cohort.updates:
         return Buffers(cohort=cohort)
-    entries = [name for name, kind in cohort.kinds.items() if kind is EntryKind.MEAN]
+    entries = [
+        name
+        for name, kind in cohort.kinds.items()
+        if kind is EntryKind.MEAN
+        or (kind is EntryKind.MAX and cohort.base.layout.entries[name].dtype.is_floating_point)
+    ]
     longest = elements_per_row(len(cohort.updates) + 1)
     blocks: dict[str, list[Block]] = {name: [] for name in entries}
     for block in blocks_of(cohort.base.layout, max_elements=longest):
@@ -115,18 +128,14 @@ def bound_buffers(cohort: Cohort) -> Buffers:
     replaced: list[dict[str, Tensor]] = [{} for _ in cohort.updates]
     bounded: list[Bounded] = []
     for name in entries:
-        entry = _inspect(rows, blocks[name], num_updates=len(cohort.updates))
+        entry = _bound_entry(cohort, rows, blocks[name], name)
         if entry.is_unchanged:
             unchanged.add(name)
-        elif entry.is_agreed and len(cohort.updates) > 1:
+        elif entry.is_agreed:
             agreed.add(name)
-        for index, share in enumerate(entry.shares):
-            if share == 1:
-                continue
-            if share < NAMED_SHARE:
-                excess = float(entry.excesses[index])
-                bounded.append(Bounded(update=index, name=name, excess=excess, share=share))
-            replaced[index][name] = _shortened(rows, blocks[name], index=index, share=share)
+        for index, values in entry.replaced.items():
+            replaced[index][name] = values
+        bounded.extend(entry.bounded)
     updates = [
         replace(update, replaced=values) if values else update
         for update, values in zip(cohort.updates, replaced, strict=True)
@@ -136,6 +145,51 @@ def bound_buffers(cohort: Cohort) -> Buffers:
         unchanged=frozenset(unchanged),
         agreed=frozenset(agreed),
         bounded=tuple(bounded),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BoundEntry:
+    """An entry of a cohort; `replaced` holds the flattened values of updates, by index."""
+
+    is_unchanged: bool
+    is_agreed: bool
+    replaced: Mapping[int, Tensor]
+    bounded: Sequence[Bounded]
+
+
+def _bound_entry(
+    cohort: Cohort, rows: RowReader, blocks: Sequence[Block], name: str
+) -> _BoundEntry:
+    is_max = cohort.kinds[name] is EntryKind.MAX
+    impossible = _impossible(rows, blocks, is_variance=name in cohort.variances)
+    counted = [index for index in range(len(cohort.updates)) if index not in impossible]
+    replaced: dict[int, Tensor] = {}
+    if impossible:
+        rows = RowReader([cohort.base, *(cohort.updates[index] for index in counted)])
+        stand_in = _middle_values(rows, blocks, is_base=is_max or not counted)
+        replaced = dict.fromkeys(impossible, stand_in)
+    bounded = [
+        Bounded(update=index, name=name, excess=math.inf, share=0.0, impossible=value)
+        for index, value in impossible.items()
+    ]
+    if is_max or not counted:
+        return _BoundEntry(
+            is_unchanged=not counted, is_agreed=False, replaced=replaced, bounded=bounded
+        )
+    entry = _inspect(rows, blocks, num_updates=len(counted))
+    for row, (index, share) in enumerate(zip(counted, entry.shares, strict=True)):
+        if share == 1:
+            continue
+        if share < NAMED_SHARE:
+            excess = float(entry.excesses[row])
+            bounded.append(Bounded(update=index, name=name, excess=excess, share=share))
+        replaced[index] = _shortened(rows, blocks, index=row, share=share)
+    return _BoundEntry(
+        is_unchanged=entry.is_unchanged,
+        is_agreed=entry.is_agreed and len(cohort.updates) > 1,
+        replaced=replaced,
+        bounded=bounded,
     )
 
 
@@ -188,6 +242,36 @@ def _inspect(rows: RowReader, blocks: Sequence[Block], *, num_updates: int) -> _
     return _Entry(
         is_unchanged=is_unchanged, is_agreed=is_agreed, excesses=excess.lengths, shares=shares
     )
+
+
+def _impossible(rows: RowReader, blocks: Sequence[Block], *, is_variance: bool) -> dict[int, float]:
+    """Return the updates with an element that can't be right, and the first such value of each."""
+    impossible: dict[int, float] = {}
+    for block in blocks:
+        base, updates = _split(rows.read(block))
+        if not base.is_floating_point():
+            return {}
+        is_bad = ~updates.isfinite() & base.isfinite()
+        if is_variance:
+            is_bad |= (updates < 0) & (base >= 0)
+        for index in is_bad.any(dim=1).nonzero().flatten().tolist():
+            value = float(updates[index][is_bad[index]][0])
+            impossible.setdefault(index, value)
+    return impossible
+
+
+def _middle_values(rows: RowReader, blocks: Sequence[Block], *, is_base: bool) -> Tensor:
+    """Return an entry's flattened median of the updates, the mean of two, or the base's values."""
+    parts = []
+    for block in blocks:
+        base, updates = _split(rows.read(block))
+        if is_base:
+            parts.append(base.clone())
+            continue
+        ascending = updates.double().sort(dim=0).values
+        low, high = ascending[(len(updates) - 1) // 2], ascending[len(updates) // 2]
+        parts.append(rounded(torch.where(low == high, low, low / 2 + high / 2), base.dtype))
+    return torch.cat(parts)
 
 
 def _shortened(rows: RowReader, blocks: Sequence[Block], *, index: int, share: float) -> Tensor:

@@ -113,6 +113,20 @@ def norm_entries(model: nn.Module) -> list[str]:
     return [name for name in model.state_dict() if name.rpartition(".")[0] in layers]
 
 
+def running_variances(model: nn.Module) -> frozenset[str]:
+    """Return the state_dict's entries that are running variances of norm layers.
+
+    The module's class decides, not the entry's name: a module of the task's own may mean something
+    else by `running_var`.
+    """
+    layers = {name for name, module in model.named_modules() if isinstance(module, _NormBase)}
+    return frozenset(
+        name
+        for name in model.state_dict()
+        if name.rpartition(".")[0] in layers and name.rpartition(".")[2] == "running_var"
+    )
+
+
 def unfold_expanded(model: nn.Module) -> None:
     """Give each expanded tensor of the model (with a stride of 0) memory for all its elements.
 

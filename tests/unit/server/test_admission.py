@@ -149,11 +149,13 @@ def state_of(base: StateFile) -> dict[str, Tensor]:
 
 
 def test_the_model_itself_and_a_trained_one_are_admitted(tmp_path: Path, base: StateFile) -> None:
-    """No change is fine; so are changed parameters and buffers, and whatever isn't averaged."""
+    """No change is fine; so are changed parameters, and buffers whatever they hold."""
     state = state_of(base)
     examine(tmp_path, base, state)
     state["fc.weight"] = state["fc.weight"] + 1
-    state["norm.running_var"] = state["norm.running_var"] * 1e30
+    for values in ([1e30, 1e30, 1e30], [1.0, -0.5, 1.0], [1.0, math.nan, math.inf]):
+        state["norm.running_var"] = torch.tensor(values)
+        examine(tmp_path, base, state)
     for counter in (4, -1, 2**63 - 1):
         state["norm.num_batches_tracked"] = torch.tensor(counter)
         examine(tmp_path, base, state)
@@ -185,14 +187,6 @@ def swapped(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
         (
             swapped("fc.bias", torch.tensor([0.0, math.nan, math.nan])),
             r"'fc\.bias' holds nan at element 1 \(2 non-finite values\)",
-        ),
-        (
-            swapped("norm.running_var", torch.tensor([1.0, 1.0, math.inf])),
-            r"'norm\.running_var' holds inf at element 2 \(1 non-finite",
-        ),
-        (
-            swapped("norm.running_var", torch.tensor([1.0, -0.5, 1.0])),
-            r"'norm\.running_var' holds a negative variance: -0\.5",
         ),
         (swapped("fc.bias", torch.full((3,), -math.inf)), "holds -inf at element 0"),
     ],
@@ -254,9 +248,10 @@ def test_one_bad_value_among_many_is_found_with_its_index(
     index = BLOCK_ELEMENTS + 7
     state["w"][index] = bad
     received = write_state(tmp_path, state)
-    for kind in (EntryKind.PARAMETER, EntryKind.MEAN):
-        with pytest.raises(UpdateRefused, match=f"'w' holds {bad} at element {index} "):
-            validate_content(received, base=base, kinds={"w": kind}, limits=make_limits())
+    with pytest.raises(UpdateRefused, match=f"'w' holds {bad} at element {index} "):
+        validate_content(
+            received, base=base, kinds={"w": EntryKind.PARAMETER}, limits=make_limits()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,7 +1,7 @@
 """Entries that aren't parameters: what a cohort's updates make of them, whatever the strategy."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def next_state(
     *,
     strategy: str = "fedavg",
     ties: Mapping[str, str] | None = None,
+    variances: Set[str] = frozenset(),
 ) -> tuple[dict[str, Tensor], list[Bounded]]:
     """Return what a strategy makes of updates of equal weight, and what was bounded."""
     settings = StrategySettings(lr=0.1)
@@ -53,6 +54,7 @@ def next_state(
         updates=[replace(one, num_steps=10) for one in files],
         kinds=kinds,
         ties=ties or {},
+        variances=variances,
     )
     bounded: list[Bounded] = []
     state = {name: torch.empty_like(one).flatten() for name, one in base.items()}
@@ -272,6 +274,68 @@ def test_a_value_that_is_infinite_at_first_becomes_the_mean_of_all(tmp_path: Pat
     ]
     found, _ = next_state(tmp_path, base, updates, kinds)
     assert found["smallest"].tolist() == [2.0, math.inf]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1e-6])
+@pytest.mark.parametrize("kind", [EntryKind.MEAN, EntryKind.MAX])
+def test_an_entry_with_an_impossible_value_does_not_count(
+    tmp_path: Path, strategy: str, bad: float, kind: EntryKind
+) -> None:
+    """Not its other elements either: four of five clients hold 1 and 4, the fifth 1000 and `bad`.
+
+    It is reported; the rest of its update counts.
+    """
+    base = with_weight(var=torch.full((2,), 0.5))
+    honest = with_weight(var=torch.tensor([1.0, 4.0]))
+    updates = [honest] * 4 + [{"w": torch.full((4,), 2.0), "var": torch.tensor([1000.0, bad])}]
+    found, bounded = next_state(
+        *(tmp_path, base, updates, WEIGHT | {"var": kind}), strategy=strategy, variances={"var"}
+    )
+    assert found["var"].tolist() == [1.0, 4.0]
+    (entry,) = bounded
+    assert (entry.update, entry.name, entry.share) == (4, "var", 0.0)
+    assert str(entry.impossible) == str(float(torch.tensor(bad)))
+    if strategy == "fedavg":
+        assert found["w"].tolist() == pytest.approx([1.2] * 4)
+
+
+def test_a_negative_value_is_impossible_for_running_variances_alone(tmp_path: Path) -> None:
+    """An average of log variances is honestly negative, whatever its name."""
+    kinds = WEIGHT | {"log_running_var": EntryKind.MEAN}
+    base = with_weight(log_running_var=torch.zeros(2))
+    updates = [with_weight(log_running_var=torch.full((2,), -value)) for value in (1.0, 2.0, 3.0)]
+    found, bounded = next_state(tmp_path, base, updates, kinds, variances={"norm.running_var"})
+    assert found["log_running_var"].tolist() == [-2.0, -2.0]
+    assert not bounded
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", [EntryKind.MEAN, EntryKind.MAX])
+def test_an_entry_that_is_impossible_in_all_updates_stays(
+    tmp_path: Path, strategy: str, kind: EntryKind
+) -> None:
+    """A float16 counter that overflows everywhere: the global model's value is the last good one.
+
+    It stands at 60000, far from 65504, the largest of float16.
+    """
+    base = with_weight(seen=torch.tensor(60000.0, dtype=torch.float16))
+    update = with_weight(seen=torch.tensor(math.inf, dtype=torch.float16))
+    for num_updates in (1, 2, 5):
+        found, bounded = next_state(
+            *(tmp_path, base, [update] * num_updates, WEIGHT | {"seen": kind}),
+            strategy="fedavg" if num_updates < 5 else strategy,
+        )
+        assert found["seen"].item() == 60000
+        assert len(bounded) == num_updates
+
+
+def test_what_stands_in_for_an_entry_is_the_middle_of_the_others(tmp_path: Path) -> None:
+    """Of three clients with equal weight one has a NaN: the mean is that of the other two."""
+    kinds = WEIGHT | {"mean": EntryKind.MEAN}
+    updates = [with_weight(mean=torch.full((3,), value)) for value in (1.0, math.nan, 4.0)]
+    found, _ = next_state(tmp_path, with_weight(mean=torch.zeros(3)), updates, kinds)
+    assert found["mean"].tolist() == [2.5, 2.5, 2.5]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -49,6 +49,7 @@ def make_context(**settings: object) -> RunContext:
         strategy=strategy_of(chosen),
         kinds={},
         ties={},
+        variances=frozenset(),
         modules=set(),
     )
 

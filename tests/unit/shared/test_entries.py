@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedrounds.tensors.entries import entry_kinds, norm_entries
+from fedrounds.tensors.entries import entry_kinds, norm_entries, running_variances
 from fedrounds.types import EntryKind
 from tests.factories import TinyNet
 
@@ -55,3 +55,20 @@ def test_every_kind_of_norm_layer_is_found() -> None:
         "4",
     }
     assert "1.0.running_var" in norm_entries(model)
+
+
+def test_running_variances_are_those_of_norm_layers_whatever_other_entries_are_called() -> None:
+    """A buffer of the task's own may have the name and honestly be negative."""
+
+    class LogVariance(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("running_var", torch.zeros(3))
+            self.register_buffer("log_running_var", torch.zeros(3))
+
+    model = nn.Sequential(
+        nn.BatchNorm2d(3),
+        nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), LogVariance()),
+        nn.BatchNorm1d(3, track_running_stats=False),
+    )
+    assert running_variances(model) == {"0.running_var", "1.0.running_var"}

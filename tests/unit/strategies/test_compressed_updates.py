@@ -221,11 +221,6 @@ CORRUPT: dict[str, tuple[Compression, Callable[[dict[str, Tensor]], object], str
         put("delta/z", torch.tensor(1.0)),
         r"'delta/z' is torch.float32 \[\]",
     ),
-    "a negative variance": (
-        INT8,
-        element("whole/running_var", 1, -1.0),
-        "'running_var' holds a negative variance",
-    ),
     "a NaN value": (TOP_K, element("values", 3, math.nan), "holds nan at element"),
     "one value too many": (
         TOP_K,
