@@ -57,8 +57,8 @@ def shown(view: LiveView) -> list[str]:
 
 def evaluated(round_number: int, accuracy: float) -> Event:
     """Return what the server says of a model it has looked at."""
-    happened = make_event("evaluated", round_number=round_number)
-    return replace(happened, fields={"accuracy": accuracy, "loss": 1.0})
+    event = make_event("evaluated", round_number=round_number)
+    return replace(event, fields={"accuracy": accuracy, "loss": 1.0})
 
 
 def test_the_view_tells_round_clients_and_accuracy(open_orders: OpenOrders) -> None:
@@ -77,10 +77,10 @@ def test_the_view_tells_round_clients_and_accuracy(open_orders: OpenOrders) -> N
     view.hear(evaluated(2, 0.75))
     view.hear(evaluated(3, 0.5))
     said = [make_update(metrics={"global_accuracy": one}) for one in (0.25, 0.75)]
-    for happened in client_evaluation_events(
+    for event in client_evaluation_events(
         make_round(round_number=3), summarise_clients(said, holdout=0)
     ):
-        view.hear(happened)
+        view.hear(event)
     lines = shown(view)
     assert lines[0] == "round 1 of 10: 1 of 2 updates"
     assert re.fullmatch(r"elapsed \d+ s", lines[1])
@@ -140,8 +140,8 @@ def test_the_newest_incidents_stay_in_view(open_orders: OpenOrders) -> None:
     """Five of seven, each on one line, until others push them out."""
     view = LiveView(open_orders, total_rounds=10)
     for number in range(7):
-        happened = make_event("client-stalled", round_number=number)
-        view.hear(replace(happened, is_incident=True, client_id=4))
+        event = make_event("client-stalled", round_number=number)
+        view.hear(replace(event, is_incident=True, client_id=4))
     told = [line.rstrip() for line in shown(view) if line.startswith("! ")]
     assert told == [
         f"! round {number}, client 4: it got no further and was given up" for number in range(2, 7)
@@ -176,9 +176,9 @@ def test_a_run_that_goes_on_knows_its_best_round(open_orders: OpenOrders) -> Non
 
 def test_a_diagnosis_is_told_in_its_sentence_the_moment_it_comes(open_orders: OpenOrders) -> None:
     view = LiveView(open_orders, total_rounds=3)
-    happened = make_event("training-diagnosed", round_number=2)
+    event = make_event("training-diagnosed", round_number=2)
     fields = {"step": 17, **diagnosis_fields(make_diagnosis())}
-    view.hear(replace(happened, is_incident=True, client_id=3, fields=fields))
+    view.hear(replace(event, is_incident=True, client_id=3, fields=fields))
     told = " ".join(line.strip() for line in shown(view) if "client" in line or "on" in line)
     assert (
         "! round 2, client 3: bad-data at step 17 (2 samples with NaN in the input): dropped, "
