@@ -250,8 +250,9 @@ def _named(path: Path, error: sqlite3.Error) -> FederationError | None:
             f"or copy the folder {path.parent} and look at the copy"
         )
     is_damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR)
-    # All tables and columns asked for were made with the database.
-    if is_damaged or str(error).startswith(("no such table", "no such column")):
+    # All tables and columns asked for were made with the database, and its texts are UTF-8.
+    words = ("no such table", "no such column", "Could not decode to UTF-8")
+    if is_damaged or str(error).startswith(words):
         return _damaged(path, str(error))
     return None
 

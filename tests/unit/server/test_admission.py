@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,24 @@ from torch import Tensor
 from fedrounds.strategies import StrategySettings
 from fedrounds.strategies.blocks import BLOCK_ELEMENTS, StateFile
 from fedrounds.strategies.registry import find_strategy
-from fedrounds.tensors.codec import decode_state
+from fedrounds.tensors.codec import decode_state, digest_bytes
 from fedrounds.tensors.entries import entry_kinds
-from fedrounds.types import MAX_WEIGHT, MODEL_SECTION, ClientUpdate, EntryKind, Section
+from fedrounds.types import (
+    CONTROL_SECTION,
+    MAX_WEIGHT,
+    MODEL_SECTION,
+    ClientUpdate,
+    EntryKind,
+    Section,
+)
 from fedserver.settings import ServerSettings
-from fedserver.updates.admission import UpdateRefused, validate_content, validate_header
+from fedserver.updates.admission import (
+    UpdateRefused,
+    validate_content,
+    validate_control,
+    validate_header,
+    validate_section_digests,
+)
 from tests.factories import State, TinyNet, make_limits, make_update, write_state
 
 KINDS = entry_kinds(TinyNet())
@@ -274,3 +288,72 @@ def test_a_delta_whose_square_overflows_is_beyond_every_cap(
     with pytest.raises(UpdateRefused, match="away from the global model"):
         examine_as(EntryKind.PARAMETER)
     examine_as(EntryKind.MEAN)
+
+
+def test_a_number_of_examples_that_cant_be_is_refused(base: StateFile) -> None:
+    """The examples that the global model was measured on: 1 to the weight's cap."""
+    limits = make_limits(max_num_examples=1000)
+    for possible in (1, 1000):
+        validate_header(header(base, metrics={"global_examples": possible}), base, limits)
+    for impossible in (0, 1001):
+        with pytest.raises(UpdateRefused, match="it must lie in 1 to 1000") as refused:
+            validate_header(header(base, metrics={"global_examples": impossible}), base, limits)
+        assert refused.value.refusal.evidence == {"kind": "metrics"}
+
+
+def test_a_sections_digest_must_be_that_of_its_bytes(tmp_path: Path) -> None:
+    """Two sections, one after another; a header may leave a digest out, but not make one up."""
+    path = tmp_path / "update"
+    path.write_bytes(b"modelcontrol")
+    digests = {MODEL_SECTION: digest_bytes(b"model"), CONTROL_SECTION: digest_bytes(b"control")}
+    for changed in (None, MODEL_SECTION, CONTROL_SECTION):
+        given = digests | ({} if changed is None else {changed: "00" * 32})
+        for left_out in ((), (MODEL_SECTION,), (CONTROL_SECTION,)):
+            sections = tuple(
+                Section(
+                    name=name,
+                    digest="" if name in left_out else given[name],
+                    size_bytes=len(content),
+                )
+                for name, content in ((MODEL_SECTION, b"model"), (CONTROL_SECTION, b"control"))
+            )
+            update = replace(make_update(payload=b"modelcontrol"), sections=sections)
+            if changed is None or changed in left_out:
+                validate_section_digests(path, update)
+            else:
+                with pytest.raises(UpdateRefused, match=f"section '{changed}' has") as refused:
+                    validate_section_digests(path, update)
+                assert refused.value.refusal.evidence["section"] == changed
+
+
+def test_a_single_sections_digest_is_the_payloads(tmp_path: Path) -> None:
+    """The file isn't read again: here there is none."""
+    update = make_update(payload=b"model")
+    validate_section_digests(tmp_path / "absent", update)
+    section = replace(update.sections[0], digest="00" * 32)
+    with pytest.raises(UpdateRefused, match="but the header says 0000"):
+        validate_section_digests(tmp_path / "absent", replace(update, sections=(section,)))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([3.0, 4.0], None),
+        ([3.0, 4.1], "cap"),
+        ([math.nan, 0.0], "'w' holds nan"),
+        ([math.inf, 0.0], "'w' holds inf"),
+        ([1.0, 2.0, 3.0], "w"),
+    ],
+)
+def test_control_variates_are_examined_like_a_delta(
+    tmp_path: Path, values: list[float], words: str | None
+) -> None:
+    """|(3, 4)| = 5 is the cap; other entries or values that aren't finite are refused too."""
+    expected = write_state(tmp_path, {"w": torch.zeros(2)})
+    received = write_state(tmp_path, {"w": torch.tensor(values)})
+    limits = replace(make_limits(), max_control_norm=5.0)
+    if words is None:
+        validate_control(received, expected=expected.layout, limits=limits)
+        return
+    with pytest.raises(UpdateRefused, match=words):
+        validate_control(received, expected=expected.layout, limits=limits)

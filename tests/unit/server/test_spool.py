@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedrounds.errors import InvalidInput, OutOfSpace, StreamFenced, WrongOffset
+from fedrounds.tensors.codec import digest_bytes
 from fedserver.updates.spool import Spool
 
 ORDER, DIGEST = "run1-r1-a1-c0-s1", "ab" * 32
@@ -258,3 +259,57 @@ def test_what_is_being_written_isnt_moved(tmp_path: Path, spool: Spool) -> None:
     spool.move_out("order", "digest", target)
     assert target.read_bytes() == b"abc"
     assert spool.committed_bytes("order", "digest") == 0
+
+
+def test_a_payload_is_handed_over_by_its_newest_stream_alone(tmp_path: Path, spool: Spool) -> None:
+    """The newest stream's bytes move and it writes no more; an older stream is fenced."""
+    target = tmp_path / "elsewhere"
+    with spool.open_stream(ORDER, DIGEST, offset=0) as older:
+        older.append(memoryview(b"abc"))
+        with spool.open_stream(ORDER, DIGEST, offset=3) as newer:
+            with pytest.raises(StreamFenced, match="took over"):
+                spool.hand_over(older, target)
+            assert not target.exists()
+            newer.append(memoryview(b"de"))
+            assert spool.hand_over(newer, target) == 5
+            with pytest.raises(StreamFenced):
+                newer.append(memoryview(b"f"))
+    assert target.read_bytes() == b"abcde"
+    assert spool.committed_bytes(ORDER, DIGEST) == 0
+
+
+def test_a_resumed_stream_has_the_digest_of_all_bytes(spool: Spool) -> None:
+    """The bytes of the stream before it went through another hash: they are read again."""
+    for begin, part in ((0, b"pay"), (3, b"load")):
+        with spool.open_stream(ORDER, DIGEST, offset=begin) as stream:
+            stream.append(memoryview(part))
+            digest = stream.digest()
+    assert digest == digest_bytes(b"payload")
+
+
+def test_an_older_stream_makes_nothing_durable(spool: Spool) -> None:
+    """Its file belongs to the newer stream, which may write on."""
+    with spool.open_stream(ORDER, DIGEST, offset=0) as older:
+        older.append(memoryview(b"abc"))
+        with spool.open_stream(ORDER, DIGEST, offset=3) as newer:
+            with pytest.raises(StreamFenced):
+                spool.make_durable(older)
+            newer.append(memoryview(b"de"))
+    assert spool.path(ORDER, DIGEST).read_bytes() == b"abcde"
+
+
+def test_a_large_payload_is_written_back_while_it_arrives(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time that so many bytes are new, so that the last sync has little left to write."""
+    begun: list[tuple[int, int]] = []
+
+    def note(_: int, *, offset: int, count: int) -> None:
+        begun.append((offset, count))
+
+    monkeypatch.setattr("fedserver.updates.spool.begin_write_back", note)
+    monkeypatch.setattr("fedserver.updates.spool.WRITE_BACK_BYTES", 4)
+    with spool.open_stream(ORDER, DIGEST, offset=0) as stream:
+        for part in (b"abc", b"de", b"f", b"ghij"):
+            stream.append(memoryview(part))
+    assert begun == [(0, 5), (5, 5)]
