@@ -22,14 +22,18 @@ def usual_state(model: nn.Module) -> dict[str, Tensor]:
 
     A function of the model's form alone. What a module doesn't reset stays as it is.
     """
-    fresh = copy.deepcopy(model)
+    state = {name: one.detach().clone() for name, one in model.state_dict().items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for module in fresh.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-    return {name: one.detach() for name, one in fresh.state_dict().items()}
+        for name, module in model.named_modules():
+            if not callable(getattr(module, "reset_parameters", None)):
+                continue
+            # The model itself may hold what can't be copied, such as a Trainer.
+            fresh = copy.deepcopy(module)
+            fresh.reset_parameters()
+            prefix = f"{name}." if name else ""
+            state |= {f"{prefix}{key}": one.detach() for key, one in fresh.state_dict().items()}
+    return state
 
 
 def unusual_entries(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -33,14 +34,17 @@ from fedrounds.doctor.monitor import Monitor, classes_of
 from fedrounds.doctor.nan_guard import NanGuard
 from fedrounds.doctor.plain import Progress, go_on, last_word, plain_step
 from fedrounds.doctor.reports import StepReport, TrainingHalted
+from fedrounds.doctor.requirements import require_supported
 from fedrounds.doctor.session import Session
 from fedrounds.doctor.stepping import (
     UNTREATED,
     Attempt,
+    Averaged,
     ComputeLoss,
     Overrides,
     StepOutcome,
     TrainingState,
+    needs_closure,
     take_step,
 )
 from fedrounds.doctor.suspicion import SUSPICIONS
@@ -62,12 +66,14 @@ class Doctor:
     Args:
         model: on its device, in training mode.
         optimizer: over the model's parameters.
-        compute_loss: (model, batch) to the loss, or to (loss, outputs [n, classes, ...]); it may
-            be called again and again and depends on nothing but its arguments and torch's
-            generators.
-        scheduler: stepped after every optimizer step.
+        compute_loss: (model, batch) to the loss, to (loss, outputs [n, classes, ...]), or to a
+            dictionary or an object with `loss` and `logits`; it may be called again and again and
+            depends on nothing but its arguments and torch's generators.
+        scheduler: stepped after every optimizer step; one that needs a metric stays outside.
         settings: what may be done.
         clip_norm: the training's own largest global L2 norm of a gradient.
+        scaler: of the loss, for float16; steps that it leaves out are no fault.
+        averaged: a moving average of the weights, updated after every optimizer step.
         num_classes: labels, the last integer tensor of a batch, go from 0 to below it; where not
             given, taken from the first outputs that fit the labels.
         is_initial: whether the weights are freshly initialised rather than received or trained.
@@ -76,6 +82,9 @@ class Doctor:
         treatment: what is in force from the beginning, from a cure before.
         on_replay: told of each step that is taken again.
         on_diagnosis: told of each diagnosis the moment it is there.
+
+    Raises:
+        InvalidInput: the training is of a form that a step can't be repeated in.
     """
 
     def __init__(
@@ -87,6 +96,8 @@ class Doctor:
         scheduler: LRScheduler | None = None,
         settings: DoctorSettings | None = None,
         clip_norm: float | None = None,
+        scaler: GradScaler | None = None,
+        averaged: Averaged | None = None,
         num_classes: int | None = None,
         is_initial: bool = True,
         fresh_state: Callable[[], Mapping[str, Tensor]] | None = None,
@@ -101,10 +112,14 @@ class Doctor:
             compute_loss=compute_loss,
             scheduler=scheduler,
             clip_norm=clip_norm,
+            scaler=scaler,
+            averaged=averaged,
             num_classes=num_classes,
+            needs_closure=needs_closure(optimizer),
             learning=[one for one in model.parameters() if one.requires_grad],
             non_finite=non_finite_buffers(model),
         )
+        require_supported(training)
         self._session = Session(
             training=training,
             history=StepHistory(memory_bytes=self.settings.memory_bytes),
@@ -145,14 +160,21 @@ class Doctor:
         return self._session.treatment
 
     def step(
-        self, batch: Batch, *, indices: Sequence[int] | Tensor | None = None, epoch: int = 1
+        self,
+        batch: Batch,
+        *,
+        indices: Sequence[int] | Tensor | None = None,
+        epoch: int = 1,
+        updates: bool = True,
     ) -> StepReport:
         """Take one training step on a batch.
 
         Args:
-            batch: a tensor, or a tuple, list or dict of tensors, with the samples in dimension 0.
+            batch: of any structure, with the samples in dimension 0 of its tensors.
             indices: the samples' numbers in the data set, if known.
             epoch: from 1; for reports.
+            updates: whether the optimizer steps. If not, this batch's gradients are added to those
+                of the batches after it (gradient accumulation).
 
         Returns:
             How it went; after a cure, how it went then.
@@ -162,16 +184,23 @@ class Doctor:
             Exception: what the model, the loss or a callback raised.
         """
         self._session.step += 1
+        self._session.num_updates += updates
+        if not updates and self._session.training.needs_closure:
+            raise InvalidInput(
+                "an optimizer that computes the loss itself (L-BFGS) can't wait for more batches"
+            )
         self._batch = self._batch + 1 if epoch == self._epoch else 1
         self._epoch = epoch
         if self._is_plain:
-            return plain_step(self._session.training, batch, step=self._session.step)
+            return plain_step(
+                self._session.training, batch, step=self._session.step, updates=updates
+            )
         if self._nan_guard is not None:
-            return self._take_unwatched(batch, self._nan_guard)
+            return self._take_unwatched(batch, self._nan_guard, updates=updates)
         progress = Progress()
         try:
             numbers = indices.tolist() if isinstance(indices, Tensor) else indices
-            return self._take_watched(batch, numbers, progress)
+            return self._take_watched(batch, numbers, progress, updates=updates)
         except TrainingHalted:
             raise
         except CallerError as error:
@@ -181,7 +210,7 @@ class Doctor:
                 raise
             failure = error
         # Outside of the handler: the step's own error is no consequence of the doctor's.
-        return self._go_on(failure, batch, progress)
+        return self._go_on(failure, batch, progress, updates=updates)
 
     def finish(self) -> None:
         """Make sure that the last steps left the model well; call it after the last one.
@@ -219,10 +248,16 @@ class Doctor:
     # ---- taking a step
 
     def _take_watched(
-        self, given: Batch, indices: Sequence[int] | None, progress: Progress
+        self,
+        given: Batch,
+        indices: Sequence[int] | None,
+        progress: Progress,
+        *,
+        updates: bool,
     ) -> StepReport:
         """Take a step, look at it, and treat what is wrong."""
         if self._structure != self._structure_now():
+            require_supported(self._session.training)
             self._begin_anew(after=self._session.step - 1)
         batch, indices, is_empty = self._treatments.left_out.without(given, indices)
         if is_empty:
@@ -235,7 +270,9 @@ class Doctor:
         progress.attempt = Attempt()
         is_tried = symptom is None
         outcome = (
-            self._session.take(batch, progress.attempt) if is_tried else StepOutcome(lr=self._lr())
+            self._session.take(batch, progress.attempt, updates=updates)
+            if is_tried
+            else StepOutcome(lr=self._lr())
         )
         self._session.history.record(
             Recorded(
@@ -249,13 +286,18 @@ class Doctor:
                 treatment=self._session.treatment,
                 outcome=outcome.without_tensors(),
                 num_bytes=sum(one.nbytes for one in tensors_of(batch)),
+                updates=updates,
             )
         )
         if is_tried:
             symptom = self._examine(outcome, batch)
         if self._session.step == 1 and self._session.training.num_classes is None:
             self._learn_classes(outcome)
-        if symptom is None and self._session.history.is_snapshot_due(self._session.step):
+        if (
+            symptom is None
+            and updates
+            and self._session.history.is_snapshot_due(self._session.step)
+        ):
             symptom = self._keep_state()
         outcome = self._act_on(symptom, outcome, progress, is_tried=is_tried)
         report = self._report(outcome)
@@ -284,10 +326,17 @@ class Doctor:
             return treatments.look_into(outcome, progress) if is_ripe else outcome
         return treatments.ease(outcome, progress) if treatments.release.is_due(step) else outcome
 
-    def _take_unwatched(self, batch: Batch, nan_guard: NanGuard) -> StepReport:
+    def _take_unwatched(self, batch: Batch, nan_guard: NanGuard, *, updates: bool) -> StepReport:
         """Take a step and stop where it is not finite."""
         step = self._session.step
-        outcome = take_step(self._session.training, batch, self._session.treatment, step=step)
+        outcome = take_step(
+            self._session.training,
+            batch,
+            self._session.treatment,
+            step=step,
+            updates=updates,
+            is_measured=updates,
+        )
         if outcome.error is not None:
             raise outcome.error
         self._stop_at(nan_guard.examine(outcome, step=step, epoch=self._epoch, batch=self._batch))
@@ -300,14 +349,23 @@ class Doctor:
 
     # ---- where the doctor itself fails
 
-    def _go_on(self, error: Exception, batch: Batch, progress: Progress) -> StepReport:
+    def _go_on(
+        self, error: Exception, batch: Batch, progress: Progress, *, updates: bool
+    ) -> StepReport:
         """Finish a step as a plain loop would, after an error of the doctor's or of the step's.
 
         Raises:
             Exception: where it is the step's, what the plain loop would have seen.
         """
         session = self._session
-        report = go_on(session.training, batch, progress, step=session.step, device=session.device)
+        report = go_on(
+            session.training,
+            batch,
+            progress,
+            step=session.step,
+            device=session.device,
+            updates=updates,
+        )
         if isinstance(error, StepError):
             self._begin_anew(after=session.step)
         else:
@@ -332,7 +390,7 @@ class Doctor:
     def _structure_now(self) -> tuple[int, ...]:
         """Return what changes where parameters are added to the optimizer, frozen or unfrozen."""
         sizes = [len(group["params"]) for group in self._session.training.optimizer.param_groups]
-        return (*sizes, sum(one.requires_grad for one in self._parameters))
+        return (*sizes, *(one.requires_grad for one in self._parameters))
 
     def _begin_anew(self, *, after: int) -> None:
         """Forget the steps until `after`: from here on the training is another one."""
@@ -413,7 +471,7 @@ class Doctor:
             loss=outcome.loss,
             grad_norm=outcome.grad_norm,
             lr=outcome.lr,
-            outputs=outcome.outputs,
+            outputs=outcome.returned,
             targets=outcome.targets,
             batch_size=outcome.batch_size if outcome.is_taken else 0,
         )

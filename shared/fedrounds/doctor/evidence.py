@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
 
 from fedrounds.diagnosis.values import (
     Experiment,
@@ -27,7 +26,7 @@ from fedrounds.doctor.history import (
 )
 from fedrounds.doctor.locate import locate, locate_error
 from fedrounds.doctor.replay import Change, Replay, Trajectory, learned_from
-from fedrounds.doctor.stepping import descend, prepared, treated
+from fedrounds.doctor.stepping import Again, descend, prepared, treated
 from fedrounds.doctor.trials import Trials
 
 _MODERATE = 1e9
@@ -113,7 +112,7 @@ class Evidence:
         if batch is None:
             return
 
-        def compute_loss(model: torch.nn.Module, one: Batch) -> Tensor | tuple[Tensor, Tensor]:
+        def compute_loss(model: torch.nn.Module, one: Batch) -> object:
             with treated(bad.treatment):
                 return training.compute_loss(model, one)
 
@@ -130,7 +129,12 @@ class Evidence:
             training.model,
             batch,
             compute_loss,
-            optimizer_step=lambda: descend(training, bad.treatment, step=bad.step),
+            optimizer_step=lambda: descend(
+                training,
+                bad.treatment,
+                step=bad.step,
+                again=Again(training, batch, bad.treatment),
+            ),
         )
         if found is not None:
             self.origin = found.origin

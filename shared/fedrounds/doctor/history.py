@@ -16,9 +16,10 @@ from fedrounds.diagnosis.values import Symptom
 from fedrounds.doctor.batches import Batch
 from fedrounds.doctor.monitor import INTERVAL
 from fedrounds.doctor.stepping import Overrides, StepOutcome, TrainingState
+from fedrounds.nested import leaves_of, map_leaves
 
 _MAX_AGE = 128
-_SCHEDULED = ("lr", "momentum", "betas")
+_SCHEDULED = ("lr", "momentum", "betas", "weight_decay")
 
 
 class RandomState(NamedTuple):
@@ -44,7 +45,8 @@ class RandomState(NamedTuple):
 class Snapshot:
     """A training's state after `step` steps, 0 before the first: copies of all that a step reads.
 
-    Random states are not in it: those are recorded with each step.
+    Random states are not in it: those are recorded with each step. `gradients` are those that wait
+    for the optimizer's step, None where none do.
     """
 
     step: int
@@ -52,11 +54,14 @@ class Snapshot:
     optimizer_state: list[dict[str, Any]]
     groups: list[dict[str, Any]]
     scheduler_state: dict[str, Any] | None
+    scaler_state: dict[str, Any] | None = None
+    averaged_state: dict[str, Any] | None = None
+    gradients: list[Tensor | None] | None = None
 
     @cached_property
     def num_bytes(self) -> int:
         """What the copies take."""
-        state = (one for entry in self.optimizer_state for one in entry.values())
+        state = leaves_of((self.optimizer_state, self.averaged_state, self.gradients))
         return sum(one.nbytes for one in (*self.tensors, *state) if isinstance(one, Tensor))
 
 
@@ -92,7 +97,37 @@ def take_snapshot(training: TrainingState, *, step: int, spare: Snapshot | None 
             for group in optimizer.param_groups
         ],
         scheduler_state=None if training.scheduler is None else training.scheduler.state_dict(),
+        scaler_state=None if training.scaler is None else training.scaler.state_dict(),
+        averaged_state=(
+            None if training.averaged is None else _copied(training.averaged.state_dict())
+        ),
+        gradients=gradients_of(training) if training.window.is_open else None,
     )
+
+
+def gradients_of(training: TrainingState) -> list[Tensor | None]:
+    """Return copies of the parameters' gradients."""
+    return [None if one.grad is None else one.grad.clone() for one in training.model.parameters()]
+
+
+def restore_extras(
+    training: TrainingState,
+    *,
+    scaler_state: dict[str, Any] | None,
+    averaged_state: dict[str, Any] | None,
+    gradients: list[Tensor | None] | None,
+) -> None:
+    """Put back what stands beside the model and the optimizer."""
+    if training.scaler is not None and scaler_state:
+        training.scaler.load_state_dict(scaler_state)
+        if training.scaler.is_enabled() and training.scaler._scale is not None:
+            # Whether the gradients of a step were divided already is forgotten.
+            training.scaler.update(training.scaler.get_scale())
+    if training.averaged is not None and averaged_state is not None:
+        training.averaged.load_state_dict(averaged_state)
+    training.window.is_open = gradients is not None
+    for parameter, gradient in zip(training.model.parameters(), gradients or (), strict=False):
+        parameter.grad = None if gradient is None else gradient.clone()
 
 
 def restore_snapshot(training: TrainingState, snapshot: Snapshot) -> None:
@@ -111,6 +146,12 @@ def restore_snapshot(training: TrainingState, snapshot: Snapshot) -> None:
             optimizer.state[parameter] = _copied(state)
     restore_schedule(training, snapshot)
     optimizer.zero_grad()
+    restore_extras(
+        training,
+        scaler_state=snapshot.scaler_state,
+        averaged_state=snapshot.averaged_state,
+        gradients=snapshot.gradients,
+    )
 
 
 def restore_schedule(training: TrainingState, snapshot: Snapshot) -> None:
@@ -155,14 +196,17 @@ def is_finite(training: TrainingState) -> bool:
         if training.non_finite
         else set()
     )
-    tensors = [
-        one for one in entries_of(training) if one.is_floating_point() and id(one) not in exempt
-    ]
+    tensors = [one for one in entries_of(training) if _is_real(one) and id(one) not in exempt]
     for state in training.optimizer.state.values():
         for one in state.values():
-            if isinstance(one, Tensor) and one.ndim > 0 and one.is_floating_point():
+            if isinstance(one, Tensor) and one.ndim > 0 and _is_real(one):
                 tensors.append(one)
     return are_finite(tensors)
+
+
+def _is_real(tensor: Tensor) -> bool:
+    """Whether a tensor can hold what isn't finite; complex numbers can, too."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 @torch.no_grad()
@@ -213,6 +257,7 @@ class Recorded(NamedTuple):
     """A step as it was taken: enough to take it again.
 
     `settings` are the rates and the like that were set before it, `num_bytes` what the batch takes.
+    Without `updates` its gradients were kept for the next step.
     """
 
     # One is made in every step, and this costs a third of a frozen dataclass.
@@ -226,6 +271,7 @@ class Recorded(NamedTuple):
     treatment: Overrides
     outcome: StepOutcome
     num_bytes: int
+    updates: bool = True
 
 
 class StepHistory:
@@ -314,6 +360,9 @@ class StepHistory:
 
 
 def _copy(value: Any, room: Any = None) -> Any:  # noqa: ANN401  # optimizers keep anything
+    if isinstance(value, list | dict):
+        # L-BFGS keeps lists of tensors, and adds to them.
+        return map_leaves(value, _copy)
     if not isinstance(value, Tensor):
         return value
     if isinstance(room, Tensor) and _is_alike(value, room):

@@ -83,6 +83,8 @@ def load_weights(training: TrainingState, weights: Mapping[str, Tensor]) -> None
 
 
 def _doubled(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
     return tensor.double() if tensor.is_floating_point() else tensor
 
 

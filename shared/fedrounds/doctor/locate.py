@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from fedrounds.diagnosis.values import Origin, StepPhase
 from fedrounds.doctor.batches import Batch, tensors_of
+from fedrounds.doctor.stepping import ComputeLoss, loss_and_outputs
 from fedrounds.doctor.tensors import describe, is_finite
 from fedrounds.doctor.tracer import Rank, Tracer
-
-ComputeLoss = Callable[[nn.Module, Batch], Tensor | tuple[Tensor, Tensor]]
-"""(model, batch) to the loss, or to (loss, outputs)."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def locate_error(model: nn.Module, batch: Batch, compute_loss: ComputeLoss) -> R
     tracer = Tracer(model, is_judging=False)
     try:
         with tracer.hooked():
-            loss = _loss_of(compute_loss(model, batch))
+            loss = loss_and_outputs(compute_loss(model, batch))[0]
             tracer.phase = StepPhase.BACKWARD
             loss.backward()  # type: ignore[no-untyped-call]
     # The model and the loss are somebody's: whatever they raise is what is asked for.
@@ -144,7 +142,7 @@ def _run(
     ]
     try:
         with tracer.hooked():
-            loss = _loss_of(compute_loss(model, batch))
+            loss = loss_and_outputs(compute_loss(model, batch))[0]
             found = _first_fault(tracer, [("", loss), *judged])
             if found is not None:
                 return found
@@ -183,18 +181,13 @@ def _first_fault(tracer: Tracer, named: Iterable[tuple[str, Tensor | None]]) -> 
 
 def _is_bad(tensor: Tensor) -> bool:
     """Whether a tensor holds a NaN or an infinity."""
-    return tensor.is_floating_point() and not is_finite(tensor)
+    return (tensor.is_floating_point() or tensor.is_complex()) and not is_finite(tensor)
 
 
 def _entry(name: str, tensor: Tensor) -> Found:
     """Return that an entry of the model was bad before the step."""
     module = name.rpartition(".")[0]
     return Found(describe(tensor, Origin(phase=StepPhase.FORWARD, module=module, tensor=name)), 0.0)
-
-
-def _loss_of(computed: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """Return the loss, where there are outputs beside it."""
-    return computed if isinstance(computed, Tensor) else computed[0]
 
 
 def _modules_in(error: BaseException, model: nn.Module) -> list[str]:

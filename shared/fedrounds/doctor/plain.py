@@ -1,10 +1,10 @@
 """A step as a plain loop takes it: what is left where the doctor itself has failed.
 
-Nothing here calls the rest of the doctor: that may be what fails.
+What it takes from the doctor's other modules is what any loop does; the rest may be what fails.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from fedrounds.diagnosis.values import Cause, Diagnosis, Origin, StepPhase, Symptom
-from fedrounds.doctor.batches import Batch
-from fedrounds.doctor.history import RandomState
+from fedrounds.doctor.batches import Batch, map_tensors, tensors_of
+from fedrounds.doctor.history import RandomState, gradients_of, restore_extras
 from fedrounds.doctor.reports import StepReport
-from fedrounds.doctor.stepping import Attempt, TrainingState
+from fedrounds.doctor.stepping import (
+    Attempt,
+    TrainingState,
+    backward,
+    end_step,
+    loss_and_outputs,
+    optimizer_step,
+)
+from fedrounds.nested import map_leaves
 
 
 class Live:
@@ -43,6 +51,15 @@ class Live:
         ]
         scheduler = training.scheduler
         self._schedule = None if scheduler is None else scheduler.state_dict()
+        self._scaler = None if training.scaler is None else training.scaler.state_dict()
+        averaged = training.averaged
+        self._averaged = (
+            None
+            if averaged is None
+            else {key: _copied(value) for key, value in averaged.state_dict().items()}
+        )
+        self._gradients = gradients_of(training)
+        self._is_open = training.window.is_open
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -67,10 +84,19 @@ class Live:
             group.update({key: _copied(value) for key, value in values.items()})
         if self._training.scheduler is not None and self._schedule is not None:
             self._training.scheduler.load_state_dict(self._schedule)
+        restore_extras(
+            self._training,
+            scaler_state=self._scaler,
+            averaged_state=self._averaged,
+            gradients=self._gradients,
+        )
+        self._training.window.is_open = self._is_open
 
 
 def _copied(value: Any) -> Any:  # noqa: ANN401  # optimizers keep anything
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    return map_leaves(
+        value, lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+    )
 
 
 @dataclass(kw_only=True)
@@ -110,6 +136,7 @@ def go_on(
     *,
     step: int,
     device: torch.device,
+    updates: bool = True,
 ) -> StepReport:
     """Finish a step in which the doctor failed as a plain loop would have taken it.
 
@@ -122,51 +149,70 @@ def go_on(
     if attempt is None or not attempt.is_computed:
         if progress.random_state is not None:
             _rewind(progress.random_state, device)
-        return plain_step(training, batch, step=step)
+        return plain_step(training, batch, step=step, updates=updates)
     if not attempt.is_stepped:
-        if progress.live is not None:
-            # Putting the state back has cleared the gradients.
+        if updates and training.needs_closure:
             assert progress.random_state is not None
             _rewind(progress.random_state, device)
             return plain_step(training, batch, step=step)
-        descend_plainly(training)
-    elif progress.live_random_state is not None:
-        _rewind(progress.live_random_state, device)
+        descend_plainly(training, updates=updates)
+    else:
+        if updates and not attempt.is_ended:
+            end_step(training)
+        if progress.live_random_state is not None:
+            _rewind(progress.live_random_state, device)
     assert attempt.loss is not None
     return report(training, batch, float(attempt.loss), attempt.outputs, step=step)
 
 
-def plain_step(training: TrainingState, batch: Batch, *, step: int) -> StepReport:
+def plain_step(
+    training: TrainingState, batch: Batch, *, step: int, updates: bool = True
+) -> StepReport:
     """Take a step: zero_grad, forward, loss, backward, clipping, optimizer, scheduler."""
-    training.optimizer.zero_grad()
-    computed = training.compute_loss(training.model, batch)
-    loss, outputs = computed if isinstance(computed, tuple) else (computed, None)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-    descend_plainly(training)
+    loss, outputs = torch.zeros(()), None
+
+    def compute() -> Tensor:
+        nonlocal loss, outputs
+        if not training.window.is_open:
+            training.optimizer.zero_grad()
+        loss, outputs = loss_and_outputs(training.compute_loss(training.model, batch))
+        backward(training, loss)
+        return loss
+
+    if updates and training.needs_closure:
+        training.optimizer.step(compute)  # type: ignore[arg-type]  # any number does
+        end_step(training)
+    else:
+        compute()
+        descend_plainly(training, updates=updates)
     return report(training, batch, float(loss.detach()), outputs, step=step)
 
 
-def descend_plainly(training: TrainingState) -> None:
+def descend_plainly(training: TrainingState, *, updates: bool = True) -> None:
     """Clip as the training says, and take the optimizer's and the scheduler's step."""
+    training.window.is_open = not updates
+    if not updates:
+        return
+    if training.clip_norm is not None and training.scaler is not None:
+        training.scaler.unscale_(training.optimizer)
     if training.clip_norm is not None:
         learned = [one for one in training.model.parameters() if one.grad is not None]
         torch.nn.utils.clip_grad_norm_(learned, training.clip_norm)
-    training.optimizer.step()
-    if training.scheduler is not None:
-        training.scheduler.step()
+    optimizer_step(training, None)
+    end_step(training)
 
 
 def report(
-    training: TrainingState, batch: Batch, loss: float, outputs: Tensor | None, *, step: int
+    training: TrainingState, batch: Batch, loss: float, outputs: object, *, step: int
 ) -> StepReport:
     """Return what a step's caller is told of it."""
-    tensors = _tensors_of(batch)
+    tensors = tensors_of(batch)
     return StepReport(
         step=step,
         loss=loss,
         grad_norm=None,
         lr=float(training.optimizer.param_groups[0]["lr"]),
-        outputs=None if outputs is None else outputs.detach(),
+        outputs=map_tensors(outputs, Tensor.detach),
         targets=tensors[-1] if tensors else None,
         batch_size=next((len(one) for one in tensors if one.ndim), 0),
     )
@@ -205,13 +251,3 @@ def _rewind(random_state: RandomState, device: torch.device) -> None:
     torch.default_generator.set_state(random_state.cpu)
     if random_state.cuda is not None:
         torch.cuda.set_rng_state(random_state.cuda, device)
-
-
-def _tensors_of(batch: Batch) -> list[Tensor]:
-    """Return the tensors of a batch of any form, as far as they are to be seen."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    return (
-        [one for one in values if isinstance(one, Tensor)] if isinstance(values, Iterable) else []
-    )

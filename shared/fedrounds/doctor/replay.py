@@ -18,6 +18,7 @@ from fedrounds.doctor.history import (
     Snapshot,
     StepHistory,
     device_of,
+    gradients_of,
     is_finite,
     restore_schedule,
     restore_settings,
@@ -32,6 +33,7 @@ from fedrounds.doctor.stepping import (
     Overrides,
     StepOutcome,
     TrainingState,
+    answers_of,
     prepared,
     take_step,
 )
@@ -194,7 +196,13 @@ class Replay:
         self.count_step()
         restore_settings(self.training, recorded)
         given = recorded.batch if batch is None else batch
-        return take_step(self.training, given, change(recorded.treatment), step=recorded.step)
+        return take_step(
+            self.training,
+            given,
+            change(recorded.treatment),
+            step=recorded.step,
+            updates=recorded.updates,
+        )
 
     def count_step(self) -> None:
         """Count a step that is taken once more, and tell."""
@@ -252,6 +260,7 @@ class Replay:
         training = self.training
         buffers = [one.detach().clone() for one in training.model.buffers()]
         random_state = RandomState.now(device_of(training))
+        waiting = gradients_of(training) if training.window.is_open else None
         losses: list[float] = []
         answers: list[Tensor] = []
         has_gradient = not self._needs_gradient
@@ -266,8 +275,9 @@ class Replay:
                     with torch.set_grad_enabled(self._needs_gradient):
                         loss, outputs = training.loss_of(batch, treatment)
                     losses.append(float(loss.detach()))
-                    if outputs is not None:
-                        answers.append(outputs.detach().float())
+                    found = answers_of(outputs, batch_size(batch))
+                    if found is not None:
+                        answers.append(found.detach().float())
                     if self._needs_gradient:
                         training.optimizer.zero_grad()
                         loss.backward()  # type: ignore[no-untyped-call]  # unannotated in torch
@@ -278,6 +288,10 @@ class Replay:
             losses.append(math.nan)
         finally:
             training.optimizer.zero_grad()
+            for parameter, gradient in zip(
+                training.model.parameters(), waiting or (), strict=False
+            ):
+                parameter.grad = gradient
             random_state.restore(device_of(training))
             with torch.no_grad():
                 for buffer, kept in zip(training.model.buffers(), buffers, strict=True):
@@ -289,7 +303,9 @@ class Replay:
         recorded.random_state.restore(device_of(self.training))
         restore_settings(self.training, recorded)
         self.count_step()
-        outcome = take_step(self.training, batch, treatment, step=recorded.step)
+        outcome = take_step(
+            self.training, batch, treatment, step=recorded.step, updates=recorded.updates
+        )
         parameters = (one.detach() for one in self.training.model.parameters() if one.numel() > 0)
         return Traced(
             step=recorded.step,

@@ -1,7 +1,7 @@
 """How a step went, and the end of a training that can't go on."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,15 +13,16 @@ class StepReport(NamedTuple):
     """A step that went well, perhaps after a cure; `step` counts from 1.
 
     `grad_norm` is the global L2 norm before clipping, None where it wasn't measured; `lr` the rate
-    in force, `targets` the last tensor of what was learned from. Where nothing of the batch was
-    left to learn from, `batch_size` is 0 and the loss nan.
+    in force, `outputs` what `compute_loss` gave beside the loss, `targets` the last tensor of what
+    was learned from. Where nothing of the batch was left to learn from, `batch_size` is 0 and the
+    loss nan.
     """
 
     step: int
     loss: float
     grad_norm: float | None
     lr: float
-    outputs: Tensor | None
+    outputs: Any
     targets: Tensor | None
     batch_size: int
 

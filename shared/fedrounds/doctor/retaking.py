@@ -114,7 +114,13 @@ class Retaking:
     def _take(self, recorded: Recorded, treatment: Overrides) -> StepOutcome:
         recorded.random_state.restore(device_of(self.training))
         restore_settings(self.training, recorded)
-        outcome = take_step(self.training, recorded.batch, treatment, step=recorded.step)
+        outcome = take_step(
+            self.training,
+            recorded.batch,
+            treatment,
+            step=recorded.step,
+            updates=recorded.updates,
+        )
         self.on_replay()
         return outcome
 

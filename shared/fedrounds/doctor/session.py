@@ -24,16 +24,19 @@ class Session:
     on_replay: Callable[[], None]
     on_diagnosis: Callable[[Diagnosis], None]
     step: int = 0
+    num_updates: int = 0
     diagnoses: list[Diagnosis] = field(default_factory=list)
 
-    def take(self, batch: Batch, attempt: Attempt) -> StepOutcome:
+    def take(self, batch: Batch, attempt: Attempt, *, updates: bool = True) -> StepOutcome:
         """Take the newest step on a batch, under the overrides in force."""
         return take_step(
             self.training,
             batch,
             self.treatment,
             step=self.step,
-            is_measured=self.monitor.needs_measure(self.step),
+            updates=updates,
+            # Only where all gradients are there.
+            is_measured=updates and self.monitor.needs_measure(self.num_updates),
             attempt=attempt,
         )
 

@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from inspect import Parameter, signature
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
@@ -19,7 +21,6 @@ from fedrounds.doctor.batches import (
     are_out_of_range,
     batch_size,
     inputs_of,
-    labels_among,
     labels_of,
     map_tensors,
     rows_of,
@@ -27,8 +28,11 @@ from fedrounds.doctor.batches import (
     tensors_of,
 )
 from fedrounds.doctor.guarded import guarding
+from fedrounds.errors import InvalidInput
+from fedrounds.nested import items_of, leaves_of
 
-ComputeLoss = Callable[[nn.Module, Batch], Tensor | tuple[Tensor, Tensor]]
+ComputeLoss = Callable[[nn.Module, Batch], Any]
+"""(model, batch) to the loss, to (loss, outputs), to a mapping with "loss" or an object with it."""
 
 STEP_ERRORS = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError)
 """What a step that can't be taken raises, PyTorch's own and that of a model's checks."""
@@ -85,12 +89,33 @@ UNTREATED = Overrides()
 NARROW = (torch.float16, torch.bfloat16)
 
 
+class Averaged(Protocol):
+    """A moving average of a model's weights, such as torch.optim.swa_utils.AveragedModel."""
+
+    def update_parameters(self, model: nn.Module) -> object:
+        """Take the model's weights into the average."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the average holds, not copied."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> object:
+        """Hold what is given."""
+
+
+@dataclass
+class Window:
+    """Whether gradients of batches before wait for the optimizer's step."""
+
+    is_open: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
     """What is trained, and how.
 
     `non_finite` buffers weren't finite before the first step; labels in `ignored` are passed over
-    by the loss, though no class has their number.
+    by the loss, though no class has their number. `averaged` is updated
+    after each optimizer step; with `needs_closure` that step computes the loss itself.
     """
 
     model: nn.Module
@@ -102,15 +127,71 @@ class TrainingState:
     learning: list[nn.Parameter] = field(default_factory=list)
     non_finite: frozenset[str] = frozenset()
     ignored: frozenset[int] = frozenset({IGNORED_LABEL})
+    scaler: GradScaler | None = None
+    averaged: Averaged | None = None
+    window: Window = field(default_factory=Window)
+    needs_closure: bool = False
 
-    def loss_of(self, batch: Batch, treatment: Overrides) -> tuple[Tensor, Tensor | None]:
+    def loss_of(self, batch: Batch, treatment: Overrides) -> tuple[Tensor, Any]:
         """Return the loss of a batch, with its graph, and the outputs if there are any."""
         if treatment.is_plain:
-            found = self.compute_loss(self.model, batch)
+            computed = self.compute_loss(self.model, batch)
         else:
             with treated(treatment):
-                found = self.compute_loss(self.model, batch)
-        return found if isinstance(found, tuple) else (found, None)
+                computed = self.compute_loss(self.model, batch)
+        return loss_and_outputs(computed)
+
+
+def backward(training: TrainingState, loss: Tensor) -> None:
+    """Add the gradients of a loss, scaled where there is a scaler."""
+    scaled = loss if training.scaler is None else training.scaler.scale(loss)
+    scaled.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+
+def loss_and_outputs(computed: Any) -> tuple[Tensor, Any]:  # noqa: ANN401  # the user's
+    """Return the loss and the outputs (None: not known) that a `compute_loss` returned.
+
+    Raises:
+        InvalidInput: there is no loss of one number.
+    """
+    loss, outputs = computed, None
+    if isinstance(computed, tuple) and len(computed) == 2:
+        loss, outputs = computed
+    elif isinstance(computed, Mapping):
+        loss, outputs = computed.get("loss"), computed
+    elif not isinstance(computed, Tensor):
+        loss, outputs = getattr(computed, "loss", None), computed
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        kind = (
+            f"a tensor of {loss.numel()} numbers" if isinstance(loss, Tensor) else str(type(loss))
+        )
+        raise InvalidInput(
+            f"compute_loss gives {kind} as the loss; it must return a tensor of one number, or "
+            "(loss, outputs), or a dictionary or an object with `loss`"
+        )
+    return loss, outputs
+
+
+def answers_of(outputs: object, num_samples: int) -> Tensor | None:
+    """Return the outputs that answer the labels: `logits`, else the first floats with so many rows.
+
+    None where there are none. A loss among the outputs is none.
+    """
+    if outputs is None or isinstance(outputs, Tensor):
+        return outputs
+    logits = dict(items_of(outputs) or ()).get("logits")
+    leaves = [logits] if isinstance(logits, Tensor) else leaves_of(outputs)
+    return next(
+        (
+            one
+            for one in leaves
+            if isinstance(one, Tensor)
+            and one.is_floating_point()
+            and one.ndim > 0
+            and len(one) == num_samples
+        ),
+        None,
+    )
 
 
 class StepOutcome(NamedTuple):
@@ -118,7 +199,8 @@ class StepOutcome(NamedTuple):
 
     `grad_norm` is the global L2 norm before clipping, None where it wasn't measured;
     `has_dead_weights` whether it was, there are gradients of weights (parameters of two or more
-    dimensions) and all of them are exactly zero. `error` is what forward, loss or backward raised.
+    dimensions) and all of them are exactly zero. `outputs` are the answers among what was
+    `returned` beside the loss. `error` is what forward, loss or backward raised.
     Where the loss isn't finite, or the gradient is known not to be, the optimizer's step was not
     made.
     """
@@ -129,6 +211,7 @@ class StepOutcome(NamedTuple):
     lr: float = 0.0
     batch_size: int = 0
     outputs: Tensor | None = None
+    returned: Any = None
     labels: Tensor | None = None
     targets: Tensor | None = None
     has_dead_weights: bool = False
@@ -146,21 +229,22 @@ class StepOutcome(NamedTuple):
 
     def without_tensors(self) -> "StepOutcome":
         """Return the numbers alone, which take no memory to speak of."""
-        return self._replace(outputs=None, labels=None, targets=None)
+        return self._replace(outputs=None, returned=None, labels=None, targets=None)
 
 
 @dataclass(kw_only=True)
 class Attempt:
     """How far a step has come; changed by `take_step` on the way.
 
-    With `is_computed` the gradients are there, with `is_stepped` the optimizer and the scheduler
-    have done their part, or left it out on purpose.
+    With `is_computed` the gradients are there; with `is_stepped` the optimizer, with `is_ended` the
+    schedule and the average have done their part, or left it out on purpose.
     """
 
     loss: Tensor | None = None
-    outputs: Tensor | None = None
+    outputs: Any = None
     is_computed: bool = False
     is_stepped: bool = False
+    is_ended: bool = False
 
 
 def take_step(
@@ -169,52 +253,99 @@ def take_step(
     treatment: Overrides,
     *,
     step: int,
+    updates: bool = True,
     is_measured: bool = True,
     attempt: Attempt | None = None,
 ) -> StepOutcome:
     """Take one step: forward, backward, clipping, the optimizer's step and the scheduler's.
 
+    Without `updates` the gradients are kept for the next steps to add to, and nothing is updated.
     Unless `is_measured`, the gradient is looked at only where it is clipped: one that isn't finite
     is learned from then, and shows in what comes after. `attempt` is told how far it has come.
     """
     attempt = Attempt() if attempt is None else attempt
     lr = treatment.rate(float(training.optimizer.param_groups[0]["lr"]), step=step)
     kept = None if step in treatment.skips else prepared(batch, treatment, training, step=step)
+    if not training.window.is_open:
+        training.optimizer.zero_grad()
     if kept is None:
-        if training.scheduler is not None:
-            training.scheduler.step()
-        attempt.is_stepped = True
+        _leave_out(training, treatment, step=step, updates=updates)
+        attempt.is_stepped = attempt.is_ended = True
         return StepOutcome(lr=lr, is_taken=False)
     size = batch_size(kept)
-    training.optimizer.zero_grad()
     try:
         loss, outputs = training.loss_of(kept, treatment)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        backward(training, loss)
     except STEP_ERRORS as error:
         return StepOutcome(lr=lr, batch_size=size, error=error)
     attempt.loss, attempt.outputs, attempt.is_computed = loss.detach(), outputs, True
-    tensors = tensors_of(kept)
     grad_norm, has_dead_weights = None, False
-    if is_measured or _limit(training, treatment) is not None:
-        loss_value, grad_norm, has_dead_weights = _measure(training, loss.detach())
+    scaler = training.scaler
+    if scaler is not None and not updates:
+        # The scaler divides gradients once, when all of a window are there.
+        is_measured = False
+    if is_measured or (updates and _limit(training, treatment) is not None):
+        if scaler is not None:
+            scaler.unscale_(training.optimizer)
+        loss_value, grad_norm, has_dead_weights = _measure(training, loss.detach().reshape(()))
+        if scaler is not None and not math.isfinite(grad_norm):
+            grad_norm = _unless_rescaled(
+                scaler, grad_norm, is_loss_finite=math.isfinite(loss_value)
+            )
     else:
         loss_value = loss.item()
+    tensors = tensors_of(kept)
+    answers = answers_of(outputs, size)
     outcome = StepOutcome(
         loss=loss_value,
         grad_norm=grad_norm,
         lr=lr,
         batch_size=size,
-        outputs=None if outputs is None else outputs.detach(),
-        labels=labels_among(tensors, size, num_classes=_num_classes(training, outputs)),
-        targets=tensors[-1],
+        outputs=None if answers is None else answers.detach(),
+        returned=_detached(outputs),
+        labels=labels_of(kept, num_classes=_num_classes(training, answers)),
+        targets=tensors[-1] if tensors else None,
         has_dead_weights=has_dead_weights,
     )
     if outcome.is_finite:
-        descend(training, treatment, step=step, grad_norm=grad_norm)
-        if training.scheduler is not None:
-            training.scheduler.step()
+        if updates:
+            again = Again(training, kept, treatment, loss=loss.detach())
+            descend(training, treatment, step=step, grad_norm=grad_norm, again=again)
+        training.window.is_open = not updates
         attempt.is_stepped = True
+        if updates:
+            end_step(training)
+        attempt.is_ended = True
     return outcome
+
+
+def _leave_out(training: TrainingState, treatment: Overrides, *, step: int, updates: bool) -> None:
+    """Pass over a batch; where it was the last of a window, learn from those before it."""
+    if updates and training.window.is_open:
+        descend(training, treatment, step=step)
+        end_step(training)
+    elif updates and training.scheduler is not None:
+        training.scheduler.step()
+    training.window.is_open = training.window.is_open and not updates
+
+
+def _unless_rescaled(scaler: GradScaler, grad_norm: float, *, is_loss_finite: bool) -> float | None:
+    """Return the norm of a gradient that isn't finite; None where the scaler deals with it.
+
+    It leaves the step out and tries a smaller scale. With a scale of 1 or less it isn't the scale.
+    """
+    scale = scaler.get_scale()
+    if is_loss_finite and scale > 1:
+        return None
+    # As before the gradients were divided: the step isn't made, and may be taken once more.
+    scaler.update(scale)
+    return grad_norm
+
+
+def _detached(outputs: Any) -> Any:  # noqa: ANN401  # any structure
+    if isinstance(outputs, Tensor):
+        return outputs.detach()
+    return None if outputs is None else map_tensors(outputs, Tensor.detach)
 
 
 def _num_classes(training: TrainingState, outputs: Tensor | None) -> int | None:
@@ -223,32 +354,112 @@ def _num_classes(training: TrainingState, outputs: Tensor | None) -> int | None:
     return training.num_classes if is_given or outputs is None else outputs.shape[1]
 
 
+class Again:
+    """The closure of an optimizer that computes the loss several times in a step (L-BFGS).
+
+    Its first call returns the `loss` that was computed before, if one was.
+    """
+
+    def __init__(
+        self,
+        training: TrainingState,
+        batch: Batch,
+        treatment: Overrides,
+        *,
+        loss: Tensor | None = None,
+    ) -> None:
+        self._training, self._batch, self._treatment = training, batch, treatment
+        self._loss = loss
+
+    def __call__(self) -> Tensor:
+        """Compute gradients, clipped, and return the loss."""
+        training, loss = self._training, self._loss
+        if loss is None:
+            training.optimizer.zero_grad()
+            with torch.enable_grad():
+                found, _ = training.loss_of(self._batch, self._treatment)
+                backward(training, found)
+            _clip(training, self._treatment)
+            loss = found.detach()
+        self._loss = None
+        return loss
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's step must be given a closure."""
+    closure = signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is Parameter.empty
+
+
 def descend(
-    training: TrainingState, treatment: Overrides, *, step: int, grad_norm: float | None = None
+    training: TrainingState,
+    treatment: Overrides,
+    *,
+    step: int,
+    grad_norm: float | None = None,
+    again: Again | None = None,
 ) -> None:
     """Clip the gradients that are there and take the optimizer's step.
 
-    `grad_norm` is their norm, where it is known.
+    `grad_norm` is their norm, where it is known. `again` is for an optimizer that needs a closure.
     """
-    limit = _limit(training, treatment)
-    if limit is not None:
-        gradients = [one.grad for one in training.learning if one.grad is not None]
-        if grad_norm is None:
-            grad_norm = _total([float(one) for one in torch._foreach_norm(gradients)], gradients)
-        if grad_norm > limit:
-            torch._foreach_mul_(gradients, limit / grad_norm)
+    _clip(training, treatment, grad_norm=grad_norm)
     if treatment.keeps_rate:
-        training.optimizer.step()
+        optimizer_step(training, again)
         return
     groups = training.optimizer.param_groups
     before = [group["lr"] for group in groups]
     for group in groups:
         group["lr"] = treatment.rate(group["lr"], step=step)
     try:
-        training.optimizer.step()
+        optimizer_step(training, again)
     finally:
         for group, lr in zip(groups, before, strict=True):
             group["lr"] = lr
+
+
+def optimizer_step(training: TrainingState, again: Callable[[], Tensor] | None) -> None:
+    """Take the optimizer's step, through the scaler or with a closure where there is one."""
+    if training.scaler is not None:
+        training.scaler.step(training.optimizer)
+        training.scaler.update()
+    elif again is not None and training.needs_closure:
+        training.optimizer.step(again)  # type: ignore[arg-type]  # any number does
+    else:
+        training.optimizer.step()
+
+
+def end_step(training: TrainingState) -> None:
+    """Do what follows on an optimizer's step: the average, and the schedule."""
+    if training.averaged is not None:
+        training.averaged.update_parameters(training.model)
+    if training.scheduler is not None:
+        training.scheduler.step()
+
+
+def _clip(training: TrainingState, treatment: Overrides, *, grad_norm: float | None = None) -> None:
+    """Make the gradients no longer than they may be; `grad_norm` is their norm, if known."""
+    limit = _limit(training, treatment)
+    if limit is None:
+        return
+    gradients = [one.grad for one in training.learning if one.grad is not None]
+    if training.scaler is not None and grad_norm is None:
+        # Its own step leaves out what isn't finite; measured before, it is finite and divided.
+        return
+    if grad_norm is None:
+        norms = torch._foreach_norm(_entries(gradients))
+        grad_norm = _total([float(one) for one in norms], gradients)
+    if grad_norm > limit:
+        for sparse in (one for one in gradients if one.is_sparse):
+            sparse.mul_(limit / grad_norm)
+        dense = [one for one in gradients if not one.is_sparse]
+        if dense:
+            torch._foreach_mul_(dense, limit / grad_norm)
+
+
+def _entries(gradients: list[Tensor]) -> list[Tensor]:
+    """Return the numbers of each gradient; those of a sparse one are those that aren't zero."""
+    return [one.coalesce().values() if one.is_sparse else one for one in gradients]
 
 
 def _limit(training: TrainingState, treatment: Overrides) -> float | None:
@@ -271,7 +482,7 @@ def _numbers(loss: Tensor, gradients: list[Tensor]) -> tuple[float, list[float]]
     """Return the loss and each gradient's L2 norm with one wait for the device."""
     if not gradients:
         return loss.item(), []
-    norms = torch._foreach_norm(gradients)
+    norms = torch._foreach_norm(_entries(gradients))
     if all(one.dtype == loss.dtype and one.device == loss.device for one in norms):
         *values, last = torch.stack([*norms, loss]).tolist()
         return last, values
@@ -281,9 +492,13 @@ def _numbers(loss: Tensor, gradients: list[Tensor]) -> tuple[float, list[float]]
 def _total(norms: list[float], gradients: list[Tensor]) -> float:
     """Return the norm of all, also where the squares don't fit the gradients' own type."""
     total = math.hypot(*norms)
-    if math.isfinite(total) or not all(bool(one.isfinite().all()) for one in gradients):
+    if math.isfinite(total) or not all(bool(one.isfinite().all()) for one in _entries(gradients)):
         return total if not math.isnan(total) else math.nan
-    return math.hypot(*(float(one.double().norm()) for one in gradients))
+    return math.hypot(*(float(_wide(one).norm()) for one in _entries(gradients)))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 @contextmanager

@@ -285,7 +285,7 @@ class Treatments:
         self._dismissed.add(symptom)
         if not outcome.is_taken or math.isnan(outcome.loss):
             newest = self._session.history.steps.pop()
-            outcome = self._session.take(newest.batch, Attempt())
+            outcome = self._session.take(newest.batch, Attempt(), updates=newest.updates)
             self._session.history.steps.append(newest._replace(outcome=outcome.without_tensors()))
         if self._session.history.is_snapshot_due(self._session.step) and is_finite(
             self._session.training
