@@ -114,8 +114,8 @@ class TrainingState:
     """What is trained, and how.
 
     `non_finite` buffers weren't finite before the first step; labels in `ignored` are passed over
-    by the loss, though no class has their number. `averaged` is updated
-    after each optimizer step; with `needs_closure` that step computes the loss itself.
+    by the loss, though no class has their number. `averaged` is updated after each optimizer step;
+    with `needs_closure` that step computes the loss itself.
     """
 
     model: nn.Module
