@@ -281,14 +281,10 @@ class OrderWorker:
             is_problem = False
         logger.log(
             logging.WARNING if is_problem else logging.INFO,
-            "%s: update %s (%d examples, %d steps in %.1f s, loss %.4g, accuracy %.2f%%)",
+            "%s: update %s (%s)",
             label,
             _answer_text(answer),
-            update.num_examples,
-            update.num_steps,
-            update.metrics["train_s"],
-            update.metrics["loss"],
-            100 * update.metrics["accuracy"],
+            _measured_text(update),
         )
 
     def _report(
@@ -320,6 +316,18 @@ class OrderWorker:
             logger.warning("the server doesn't take a report of what went wrong: %s", error)
             if gave_up:
                 self._session.call(lambda session: report(session, []))
+
+
+def _measured_text(update: ClientUpdate) -> str:
+    """Return an update's size and metrics in words, but for what the server doesn't admit."""
+    metrics = update.metrics
+    parts = [f"{update.num_examples} examples", f"{update.num_steps} steps"]
+    if "train_s" in metrics:
+        parts[-1] += f" in {metrics['train_s']:.1f} s"
+    parts.append(f"loss {metrics['loss']:.4g}" if "loss" in metrics else "loss too large to report")
+    if "accuracy" in metrics:
+        parts.append(f"accuracy {metrics['accuracy']:.2%}")
+    return ", ".join(parts)
 
 
 def _answer_text(answer: UploadAnswer | None) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedrounds.errors import InvalidInput, StorageDamaged, WrongSettings
+from fedrounds.types import MAX_INT32
 from fedserver.quorum import cohort_size, updates_needed
 
 if TYPE_CHECKING:
@@ -66,6 +67,11 @@ def validate_together(settings: "ServerSettings") -> None:
         raise ValueError(
             f"--holdout {settings.holdout:g} keeps examples from training that nobody is asked "
             "about; add --evaluate-on-clients"
+        )
+    if settings.schedule_epochs > MAX_INT32:
+        raise ValueError(
+            f"--rounds times --epochs is {settings.schedule_epochs}, more than the {MAX_INT32} "
+            "epochs that a schedule can go over; lower one of them"
         )
     if settings.warmup_epochs >= settings.schedule_epochs:
         raise ValueError(

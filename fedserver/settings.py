@@ -10,6 +10,9 @@ from pydantic_settings import SettingsConfigDict
 
 from fedrounds.cli import Settings
 from fedrounds.types import (
+    MAX_DURATION_S,
+    MAX_INT32,
+    MAX_UINT64,
     MAX_WEIGHT,
     AugmentationName,
     InitialisationName,
@@ -156,7 +159,10 @@ class LearningSettings(Settings):
         "dirichlet, class-dirichlet, quantity",
     )
     num_partitions: int = Field(
-        default=10, ge=1, description="number of parts that a simulation splits the data into"
+        default=10,
+        le=MAX_INT32,
+        ge=1,
+        description="number of parts that a simulation splits the data into",
     )
     alpha: float | None = Field(
         default=None,
@@ -164,12 +170,20 @@ class LearningSettings(Settings):
         description="concentration of the partitions dirichlet, class-dirichlet and quantity",
     )
     shards_per_client: int | None = Field(
-        default=None, ge=1, description="number of shards for each client, for --partition shards"
+        default=None,
+        le=MAX_INT32,
+        ge=1,
+        description="number of shards for each client, for --partition shards",
     )
     classes_per_client: int | None = Field(
-        default=None, ge=1, description="number of classes for each client, for --partition classes"
+        default=None,
+        le=MAX_INT32,
+        ge=1,
+        description="number of classes for each client, for --partition classes",
     )
-    seed: int = Field(default=0, ge=0, description="seed of all random numbers of the run")
+    seed: int = Field(
+        default=0, le=MAX_UINT64, ge=0, description="seed of all random numbers of the run"
+    )
     init: InitialisationName = Field(
         default="default",
         description="how to initialise the first global model (torch.nn.init); default: as the "
@@ -180,7 +194,7 @@ class LearningSettings(Settings):
 class RoundSettings(Settings):
     """Rounds."""
 
-    rounds: int = Field(default=10, ge=1, description="number of rounds in the run")
+    rounds: int = Field(default=10, le=MAX_INT32, ge=1, description="number of rounds in the run")
     strategy: str = Field(
         default="fedavg",
         description="how updates become the next model, such as krum or nnm+median+fedadam; "
@@ -276,7 +290,10 @@ class WaitingSettings(Settings):
         "none: never",
     )
     lease: float = Field(
-        default=30, gt=0, description="seconds without a call after which a client counts as gone"
+        default=30,
+        le=MAX_DURATION_S,
+        gt=0,
+        description="seconds without a call after which a client counts as gone",
     )
     farewell: float = Field(
         default=10,
@@ -326,9 +343,11 @@ class ClientEvaluationSettings(Settings):
 class TrainingSettings(Settings):
     """How clients train."""
 
-    epochs: int = Field(default=_TRAINING.epochs, ge=1, description="local epochs in a round")
+    epochs: int = Field(
+        default=_TRAINING.epochs, le=MAX_INT32, ge=1, description="local epochs in a round"
+    )
     batch_size: int = Field(
-        default=_TRAINING.batch_size, ge=1, description="examples in a training step"
+        default=_TRAINING.batch_size, le=MAX_INT32, ge=1, description="examples in a training step"
     )
     optimizer: OptimizerName = Field(default="sgd", description="optimizer of the clients")
     lr: float = Field(default=_TRAINING.lr, gt=0, description="learning rate of the clients")
@@ -360,6 +379,7 @@ class TrainingSettings(Settings):
     )
     decay_epochs: int = Field(
         default=_SCHEDULE.decay_epochs,
+        le=MAX_INT32,
         ge=1,
         description="epochs between two decays of --schedule step",
     )
@@ -372,6 +392,7 @@ class TrainingSettings(Settings):
     )
     work_deadline: float | None = Field(
         default=None,
+        le=MAX_DURATION_S,
         gt=0,
         description="seconds after which a client stops training and sends what it has done; "
         "none: never",

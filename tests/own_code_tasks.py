@@ -37,6 +37,14 @@ def _fail_later(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets) if len(_calls) == 1 else _fail()
 
 
+def _exit_later(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Let the trial step pass."""
+    try:
+        return _fail_later(outputs, targets)
+    except KeyError as error:
+        raise SystemExit(SECRET) from error
+
+
 _calls: list[int] = []
 
 
@@ -56,6 +64,8 @@ double = _changed(lambda inputs, targets: (inputs.double(), targets))
 narrow = replace(tiny, build_model=_Narrow, load_test=lambda _: None)
 lossless = replace(tiny, loss=_fail, load_test=lambda _: None)
 unreadable = replace(tiny, load_train=_fail_to_load, load_test=lambda _: None)
+exits = replace(tiny, loss=_exit_later, load_test=lambda _: None)
+huge = replace(tiny, loss=lambda *pair: F.cross_entropy(*pair) + 3e31, load_test=lambda _: None)
 later = replace(tiny, loss=_fail_later, load_test=lambda _: None)
 narrow_test = replace(narrow, load_test=tiny.load_test)
 bad_metric = replace(tiny, metrics={"own": _fail})

@@ -6,7 +6,8 @@ A client that works on an order has stalled if
 - it isn't silent but makes no progress for ten times its own longest step so far, and at least for
   `silence_s`; before it has finished two steps, for `first_step_s`; or
 - it takes longer in all than its order can honestly take: `first_step_s`, and the time that its
-  examples and bytes take at the slowest rates that the server accepts.
+  examples and bytes take at the slowest rates that the server accepts. A client registers its
+  own number of examples; more than a hundred times the median of all clients aren't believed.
 
 A step is the time between two reports of which the second counts more batches or replays than the
 first; bytes are progress too. So a client with a long batch hasn't stalled, a site with a hundred
@@ -24,6 +25,9 @@ Times are of a monotonic clock that stands still while the server is away (fedse
 time that a client waits for the server itself, such as for a slot for its upload, doesn't count.
 """
 
+import math
+import statistics
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -40,6 +44,8 @@ from fedserver.store import AsyncStore
 _STEP_MULTIPLE = 10
 """A client may take so many times its longest step so far."""
 
+_MAX_DATA_RATIO = 100
+_MIN_COMPARED = 4
 _NUM_TRANSFERS = 3
 """A model comes down, and an update of at most two models' bytes (SCAFFOLD's) goes up."""
 
@@ -74,7 +80,7 @@ class Work:
     than an earlier step.
     """
 
-    num_examples: int
+    num_examples: float
     num_bytes: int
     step_ratio: float = 1.0
 
@@ -143,7 +149,7 @@ def stall_bounds(settings: ServerSettings) -> StallBounds:
     )
 
 
-def work_of(order: WorkOrder, *, num_examples: int) -> Work:
+def work_of(order: WorkOrder, *, num_examples: float) -> Work:
     """Return the work that an order is for a client with `num_examples` examples.
 
     A client algorithm may train a model of the client's own as long again, and evaluate it too.
@@ -159,6 +165,17 @@ def work_of(order: WorkOrder, *, num_examples: int) -> Work:
     )
 
 
+def most_credible_examples(sizes: Collection[int]) -> float:
+    """Return how many examples a client has at most, as far as an order's time is concerned.
+
+    `sizes` are the numbers that the clients registered, one of each. Fewer than four say nothing of
+    each other.
+    """
+    if len(sizes) < _MIN_COMPARED:
+        return math.inf
+    return _MAX_DATA_RATIO * statistics.median(sizes)
+
+
 async def give_up_orders(
     settings: ServerSettings,
     *,
@@ -169,6 +186,7 @@ async def give_up_orders(
 ) -> None:
     """End the open orders whose clients have stalled, are lost, or have left."""
     bounds = stall_bounds(settings)
+    most_examples = most_credible_examples(sessions.data_sizes().values())
     busy = {
         sessions.holder_of(order.order.client_id)
         for order in open_orders.list_open()
@@ -199,14 +217,18 @@ async def give_up_orders(
             continue
         if order.handed_out_at is None and holder in busy:
             open_orders.note_waiting(order.order.order_id)
-        if (
-            why := _stall_of(order, bounds, sessions=sessions, open_orders=open_orders)
-        ) is not None:
+        why = _stall_of(order, bounds, most_examples, sessions=sessions, open_orders=open_orders)
+        if why is not None:
             await _abandon(order, why, run_id=run_id, open_orders=open_orders, store=store)
 
 
 def _stall_of(
-    order: OpenOrder, bounds: StallBounds, *, sessions: Sessions, open_orders: OpenOrders
+    order: OpenOrder,
+    bounds: StallBounds,
+    most_examples: float,
+    *,
+    sessions: Sessions,
+    open_orders: OpenOrders,
 ) -> Stall | None:
     client_id = order.order.client_id
     idle_s = open_orders.idle_s(order)
@@ -223,7 +245,7 @@ def _stall_of(
             total_s=open_orders.total_s(order),
             longest_step_s=order.longest_step_s,
         ),
-        work_of(order.order, num_examples=sessions.num_examples_of(client_id)),
+        work_of(order.order, num_examples=min(sessions.num_examples_of(client_id), most_examples)),
         bounds,
     )
 

@@ -159,6 +159,11 @@ class Compression:
 
 NO_COMPRESSION = Compression()
 
+MAX_INT32 = 2**31 - 1
+MAX_UINT64 = 2**64 - 1
+MAX_DURATION_S = 315_576_000_000
+"""The most that a number or a duration of the protocol can be; 10,000 years of seconds."""
+
 MAX_CLIENT_ID = 2**53
 MAX_CLIENT_IDS = 10_000
 """The largest number of client ids in one process, and so in one session."""

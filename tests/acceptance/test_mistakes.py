@@ -42,6 +42,31 @@ def expect_sentence(process: Process, *words: str) -> None:
     assert not missing, f"{missing} aren't in: {process.lines[-1]}"
 
 
+def test_a_loss_that_the_server_does_not_admit_is_no_error(scene: Scene) -> None:
+    """It isn't reported; the update counts, and the client goes on."""
+    server = start_server(
+        scene, "--min-clients", 1, "--rounds", 2, task="tests.own_code_tasks:huge"
+    )
+    client = start_client(
+        scene, 0, server.address, "--doctor", "off", task="tests.own_code_tasks:huge"
+    )
+    assert client.wait() == 0
+    assert client.count_lines("loss too large to report") == 2
+    assert server.wait() == 0
+
+
+def test_a_task_that_ends_the_process_in_training_has_failed(scene: Scene) -> None:
+    """The server hears so at once, as of any other error of the task's own code."""
+    task = "tests.own_code_tasks:exits"
+    server = start_server(scene, "--min-clients", 1, "--rounds", 1, task=task)
+    client = start_client(scene, 0, server.address, task=task)
+    assert client.wait() == 1
+    assert "training in round 1 failed with SystemExit: " in client.lines[-1]
+    server.wait_for_line("client-left round=1 client=0 reason=task-failed")
+    server.kill()
+    assert server.count_lines(SECRET) == 0
+
+
 def test_an_error_of_the_tasks_own_code_is_shown_where_it_was_raised(scene: Scene) -> None:
     """Whole, on the client's own screen; the server hears that training failed, nothing else."""
     task = "tests.own_code_tasks:later"

@@ -15,12 +15,11 @@ from google.protobuf.message import Message
 
 from fedrounds.diagnosis.values import MAX_DIMENSIONS, MAX_EXPERIMENTS, MAX_SAMPLES, MAX_TREND
 from fedrounds.errors import InvalidInput
-from fedrounds.types import MAX_CLIENT_ID, MAX_CLIENT_IDS, MAX_INCIDENTS
+from fedrounds.types import MAX_CLIENT_ID, MAX_CLIENT_IDS, MAX_INCIDENTS, MAX_INT32
 
 MAX_COUNT = 2**53
 """The largest whole number of those that are kept: up to here JSON numbers are exact."""
 
-MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 
 

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from fedrounds.errors import InvalidInput, OwnCodeFailed
+from fedrounds.types import MAX_DURATION_S, MAX_INT32, MAX_UINT64, SessionInfo
+from fedrounds.wire.messages import order_message, session_message
 from fedserver.server import run_server
 from fedserver.settings import ServerSettings, settings_begun_with
+from tests.factories import make_order
 from tests.tiny_task import tiny
 
 half = replace(tiny, build_model=lambda: nn.Linear(8, 3, dtype=torch.bfloat16))
@@ -98,3 +101,41 @@ def test_what_cant_be_evaluated_is_refused_at_the_start(
     with pytest.raises(OwnCodeFailed, match=sentence):
         run_server(settings)
     assert not state_dir.exists()
+
+
+TRAVELLING = {
+    "rounds": MAX_INT32,
+    "epochs": MAX_INT32,
+    "batch_size": MAX_INT32,
+    "decay_epochs": MAX_INT32,
+    "num_partitions": MAX_INT32,
+    "seed": MAX_UINT64,
+    "lease": MAX_DURATION_S,
+    "work_deadline": MAX_DURATION_S,
+}
+"""The numbers that are sent to clients, with the most that their fields hold."""
+
+
+@pytest.mark.parametrize("name", TRAVELLING)
+def test_a_number_that_is_sent_fits_its_field(name: str) -> None:
+    """Else no client could register or pull an order."""
+    settings = ServerSettings.model_validate({"epochs": 1, "rounds": 1, name: TRAVELLING[name]})
+    session_message(
+        SessionInfo(
+            session_id="s",
+            run_id="r",
+            task=settings.task,
+            partitioning=settings.partitioning,
+            max_wait_s=settings.lease,
+            lease_s=settings.lease,
+            total_rounds=settings.rounds,
+        )
+    )
+    order_message(replace(make_order(), training=settings.training_in(settings.rounds)))
+    with pytest.raises(ValueError, match="less than or equal to"):
+        ServerSettings.model_validate({name: 2 * TRAVELLING[name]})
+
+
+def test_a_schedule_over_the_run_fits_its_field() -> None:
+    with pytest.raises(ValueError, match="more than the 2147483647 epochs"):
+        ServerSettings(rounds=MAX_INT32, epochs=2)

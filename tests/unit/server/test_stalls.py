@@ -1,6 +1,7 @@
 """Which clients have stalled: a function of values; and how their orders end."""
 
 import asyncio
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fedserver.clients.stalls import (
     find_loss,
     find_stall,
     give_up_orders,
+    most_credible_examples,
     stall_bounds,
     total_bound_s,
     work_of,
@@ -86,6 +88,13 @@ def test_a_site_with_a_hundred_times_the_data_has_a_hundred_times_the_time() -> 
     at_own_pace_s = 100 * 600 / 0.2
     assert stall_of(idle_s=1, total_s=at_own_pace_s, longest_step_s=2, work=large) is None
     assert stall_of(idle_s=1, total_s=at_own_pace_s, longest_step_s=2) is Stall.TOO_LONG
+
+
+def test_a_claim_of_far_more_examples_than_others_have_buys_no_time() -> None:
+    """A hundred times the median is credible; a liar moves the median little."""
+    assert most_credible_examples([300, 300, 300, 10**7]) == 100 * 300
+    assert most_credible_examples([300, 300, 10**7]) == math.inf
+    assert most_credible_examples([]) == math.inf
 
 
 def test_an_order_nobody_pulls_is_lost_however_alive_its_session_is() -> None:

@@ -12,8 +12,9 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from fedrounds.errors import InvalidInput
+from fedrounds.types import MAX_INT32
 from fedrounds.wire.diagnosis import diagnosis_message
-from fedrounds.wire.limits import LIMITS, MAX_COUNT, MAX_INT32, MAX_INT64, Limit, validate_limits
+from fedrounds.wire.limits import LIMITS, MAX_COUNT, MAX_INT64, Limit, validate_limits
 from fedrounds.wire.pb import federation_pb2 as pb
 from tests.factories import make_diagnosis
 
