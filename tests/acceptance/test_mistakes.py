@@ -75,7 +75,7 @@ def test_an_error_of_the_tasks_own_code_is_shown_where_it_was_raised(scene: Scen
     assert client.wait() == 1
     text = "\n".join(client.lines)
     assert "own_code_tasks.py" in text
-    assert client.lines[-1].startswith("fedclient: task 'later': training in round 1 failed with ")
+    assert client.lines[-1].startswith("fedclient: task 'tiny': training in round 1 failed with ")
     assert client.count_lines(SECRET) == 2
     server.wait_for_line("training-failed")
     server.kill()
