@@ -201,20 +201,21 @@ def holding(hurried: OpenRound, module_scene: Scene) -> Iterator[Holding]:
 
 
 @pytest.fixture
-def queued(hurried: OpenRound, holding: Holding) -> SlowUpload:
-    """Give client 1's upload, which has waited so long that client 2, doing nothing, is lost."""
+def queued(hurried: OpenRound, holding: Holding, impatient: Server) -> SlowUpload:
+    """Give client 1's upload, which has waited so long that client 2, silent, is given up."""
     payload = payload_of(changed(hurried.base))
     waiting = hurried.peers[1].stream_in_line(hurried.orders[1], payload)
     waiting.send(payload)
-    # From here on this one does nothing: its clock begins after the waiting one's.
-    for batches in (1, 2):
-        hurried.peers[2].report(hurried.orders[2], batches=batches)
+    given_up = "client=2 why=silent"
+    num_before = impatient.count_lines(given_up)
+    # The last call of this one: its clock begins after the waiting one's.
+    hurried.peers[2].report(hurried.orders[2], batches=1)
 
     def is_given_up() -> bool:
         holding.stay()
-        return hurried.peers[2].report(hurried.orders[2], batches=2) == pb.DIRECTIVE_ABANDON
+        return impatient.count_lines(given_up) > num_before
 
-    wait_until(is_given_up, what="the client that does nothing to be given up", every_s=0.05)
+    wait_until(is_given_up, what="the silent client to be given up", every_s=0.05)
     return waiting
 
 
