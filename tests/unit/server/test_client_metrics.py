@@ -165,7 +165,7 @@ def test_clients_are_shown_the_worst_first(
     assert main(["clients", "--state-dir", str(state_dir), "--round", "2"]) == 1
     refused = capsys.readouterr().err
     assert "no client has evaluated the model of round 2" in refused
-    assert "rounds of which they have: 0 to 1 (" in refused
+    assert "rounds that clients have evaluated: 0 to 1 (" in refused
 
 
 def test_the_history_has_mean_worst_tenth_and_deviation_beside_the_model(
