@@ -117,6 +117,8 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         told += ["--cases", options.cases]
     if options.seeds != "0,1,2":
         told += ["--seeds", options.seeds]
+    if options.keep is not None:
+        told += ["--keep", options.keep.name]
     return [*told, "--write"]
 
 
