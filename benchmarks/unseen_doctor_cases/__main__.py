@@ -71,7 +71,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default="", help="parts of cases' names, by comma; all if empty")
     parser.add_argument("--seeds", default="0,1,2", help="seeds, by comma")
-    parser.add_argument("--processes", type=int, default=2, help="cases run at the same time")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="cases run at the same time; 0 reports the kept"
+    )
     parser.add_argument("--keep", type=Path, help="keep results in this file; take up what it has")
     parser.add_argument("--write", action="store_true", help=f"write the tables to docs/{PAGE}")
     options = parser.parse_args()
@@ -86,7 +88,10 @@ def main() -> int:
     results = [one for one in load_results(options.keep) if (one.name, one.seed) in wanted]
     known = {(one.name, one.seed) for one in results}
     left = [run for run in wanted if run not in known]
-    for result in judge_all(left, num_processes=options.processes):
+    num_missing = 0 if options.processes else len(left)
+    for result in judge_all(
+        left if options.processes else [], num_processes=options.processes or 1
+    ):
         print(line(result), flush=True)
         results.append(result)
         if options.keep is not None:
@@ -101,7 +106,8 @@ def main() -> int:
         write_section(
             "doctor_unseen",
             f"{machine_line()}, torch {torch.__version__}; `{command}`: {num_cases[0]} planted and "
-            f"{num_cases[1]} healthy cases in {len(seeds)} seeds\n\n{totals(planted, healthy)}\n\n"
+            f"{num_cases[1]} healthy cases in seeds {options.seeds}; {num_missing} runs missing\n\n"
+            f"{totals(planted, healthy)}\n\n"
             f"{kinds_table(planted)}\n\n{planted_table(planted)}\n\n{healthy_table(healthy)}",
             page=PAGE,
         )
@@ -119,6 +125,8 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         told += ["--seeds", options.seeds]
     if options.keep is not None:
         told += ["--keep", options.keep.name]
+    if not options.processes:
+        told += ["--processes", "0"]
     return [*told, "--write"]
 
 

@@ -59,6 +59,7 @@ def totals(planted: Sequence[PlantedResult], healthy: Sequence[HealthyResult]) -
     curable = [one for one in planted if REGISTER.planted[one.name].truth.is_curable]
     groups = by_case(planted)
     lines = [
+        ("the plain loop shows the fault", _share(one.is_as_planted for one in planted)),
         ("detected, of what becomes non-finite", _share(one.is_detected for one in non_finite)),
         ("detected, of finite faults", _share(one.is_detected for one in finite)),
         ("cause right", _share(one.is_cause_right for one in planted)),
