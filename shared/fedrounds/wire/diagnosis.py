@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import TypeVar
 
+import torch
+
 from fedrounds.diagnosis.values import (
     DIAGNOSIS_NUMBERS,
     Cause,
@@ -58,9 +60,9 @@ def diagnosis_message(diagnosis: Diagnosis) -> pb.Diagnosis:
         origin=pb.Origin(
             phase=_PHASES[origin.phase],
             module=origin.module,
-            operation=origin.operation,
+            operation=_operation(origin.operation),
             tensor=origin.tensor,
-            dtype=origin.dtype,
+            dtype=_dtype(origin.dtype),
             shape=origin.shape,
             num_nan=origin.num_nan,
             num_inf=origin.num_inf,
@@ -130,9 +132,9 @@ def diagnosis_of(message: pb.Diagnosis) -> Diagnosis:
         origin=Origin(
             phase=_member(_PHASES, message.origin.phase),
             module=message.origin.module,
-            operation=message.origin.operation,
+            operation=_operation(message.origin.operation),
             tensor=message.origin.tensor,
-            dtype=message.origin.dtype,
+            dtype=_dtype(message.origin.dtype),
             shape=tuple(message.origin.shape),
             num_nan=message.origin.num_nan,
             num_inf=message.origin.num_inf,
@@ -188,6 +190,21 @@ def _member(numbers: Mapping[E, int], number: int) -> E:
             return member
     kind = type(next(iter(numbers))).__name__
     raise InvalidInput(f"a diagnosis holds {kind} {number}, which there isn't")
+
+
+def _operation(name: str) -> str:
+    """Return the name of an operation, nothing if torch has none of that name.
+
+    The name of an extension's operation may be any text. It isn't refused: the other side's torch
+    may be newer.
+    """
+    is_known = isinstance(getattr(torch.ops.aten, name, None), torch._ops.OpOverloadPacket)
+    return name if is_known else ""
+
+
+def _dtype(name: str) -> str:
+    """Return the name of a dtype, nothing if torch has none of that name."""
+    return name if isinstance(getattr(torch, name, None), torch.dtype) else ""
 
 
 def _validate_names(message: pb.Diagnosis) -> None:

@@ -135,6 +135,29 @@ def test_only_declared_names_are_taken(changes: dict[str, Any], words: str) -> N
     assert "patient" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["john_smith_has_hiv", "nms", "name", "__class__"])
+def test_an_operation_or_dtype_that_torch_does_not_have_is_neither_sent_nor_kept(
+    name: str,
+) -> None:
+    """Any text could be such a name; the rest of the diagnosis counts."""
+    origin = replace(make_diagnosis().origin, operation=name, dtype="patient_0815")
+    blank = make_diagnosis(origin=replace(origin, operation="", dtype=""))
+    message = diagnosis_message(make_diagnosis(origin=origin))
+    assert (message.origin.operation, message.origin.dtype) == ("", "")
+    message.origin.operation, message.origin.dtype = name, "patient_0815"
+    assert comparable(diagnosis_of(message)) == comparable(blank)
+
+
+@pytest.mark.parametrize(
+    "name", ["log", "log_", "_log_softmax_backward_data", "native_batch_norm", "__or__", "linear"]
+)
+def test_the_operations_of_torch_are_kept(name: str) -> None:
+    """Those with an underscore too, and those that work in place."""
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        origin = replace(make_diagnosis().origin, operation=name, dtype=dtype)
+        assert over_the_wire(make_diagnosis(origin=origin)).origin == origin
+
+
 def test_the_verdict_is_a_sentence() -> None:
     """What, when, the evidence, and what was done: cured, in vain, or not at all."""
     cured = make_diagnosis()
