@@ -12,6 +12,7 @@ from fedrounds.errors import (
     FederationError,
     InvalidInput,
     NotFound,
+    OutOfFiles,
     OutOfSpace,
     ServerUnreachable,
     StateDirCopied,
@@ -285,13 +286,19 @@ class ClientApi:
         """Return the error that a client gets for an error in its call.
 
         An error that isn't the client's doing is recorded. Of an error that the server doesn't
-        foresee the client gets no text.
+        foresee, or of a full disk, the client gets no text.
         """
         if isinstance(error, OSError):
             error = exhaustion(error) or error
         if isinstance(error, FederationError) and error.status != FederationError.status:
             if isinstance(error, OutOfSpace):
                 await self._disk.note_failure(call, error)
+                # A client's person can free nothing on the server and learns no path of it.
+                lacking = "files" if isinstance(error, OutOfFiles) else "disk space"
+                return type(error)(
+                    f"{call} failed: the server is out of {lacking}, as its log says; "
+                    "the call may be repeated"
+                )
             return error
         await self._disk.note_failure(call, error)
         return FederationError(

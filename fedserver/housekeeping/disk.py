@@ -55,6 +55,12 @@ class DiskWatch:
         is_low = self.is_low()
         if is_low != self._was_low:
             self._was_low = is_low
+            if is_low:
+                logger.warning(
+                    "no round opens: the disk of %s has %d bytes free, and --min-free-bytes is %d; "
+                    "free some space, or start again with a smaller --min-free-bytes",
+                    *(self._folder, self._free_bytes(), self._min_free_bytes),
+                )
             await self.record(
                 event_of(
                     IncidentKind.DISK_LOW if is_low else "disk-recovered",

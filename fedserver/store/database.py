@@ -12,13 +12,12 @@ from sqlalchemy.exc import DatabaseError, NoResultFound
 
 from fedrounds.errors import (
     FederationError,
-    InvalidInput,
     NotFound,
-    OutOfSpace,
     StorageDamaged,
+    StorageUnusable,
     WrongSettings,
 )
-from fedrounds.files import out_of_files
+from fedrounds.files import out_of_files, out_of_space
 from fedserver.records import Event
 from fedserver.runtime import Threads
 from fedserver.store import schema
@@ -232,20 +231,24 @@ class AsyncDatabase:
         return await self._threads.in_store(self._database.shorten_log)
 
 
+_FULL = {
+    # A quota and a limit on a file's size come as failed writes, also of the index that processes
+    # share.
+    sqlite3.SQLITE_IOERR_WRITE,
+    sqlite3.SQLITE_IOERR_SHMSIZE,
+}
+
+
 def _named(path: Path, error: sqlite3.Error) -> FederationError | None:
     """Return what a database's error means for a person; None where it is the software's."""
     extended = getattr(error, "sqlite_errorcode", 0)
     code = extended & 0xFF
-    # A quota and a limit on a file's size come as failed writes.
-    if code == sqlite3.SQLITE_FULL or extended == sqlite3.SQLITE_IOERR_WRITE:
-        return OutOfSpace(
-            f"no room to write in {path.parent} ({error}); free some space: "
-            "nothing acknowledged is lost"
-        )
+    if code == sqlite3.SQLITE_FULL or extended in _FULL:
+        return out_of_space(path.parent, str(error))
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR) and (used_up := out_of_files()):
         return used_up
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-        return InvalidInput(
+        return StorageUnusable(
             f"{path} can't be opened by this user ({error}); run this as the server's user, "
             f"or copy the folder {path.parent} and look at the copy"
         )

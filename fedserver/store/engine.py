@@ -1,5 +1,6 @@
 """The database file: how it is opened, and which revision of the schema it has."""
 
+import os
 import sqlite3
 from pathlib import Path
 from urllib.parse import quote
@@ -19,7 +20,7 @@ def open_engine(path: Path, *, read_only: bool, checks_references: bool = True) 
         URL.create(
             "sqlite",
             # A URI, in which # ? and % of a folder's name would have a meaning of their own.
-            database=f"file:{quote(str(path))}",
+            database=f"file:{quote(os.fsencode(path))}",
             query={"mode": mode, "uri": "true"},
         ),
         connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},

@@ -28,7 +28,7 @@ class Store:
 
     Raises:
         NotFound: `read_only`, and there is no database.
-        InvalidInput: this user may not open it; even to read, SQLite writes files beside it.
+        StorageUnusable: this user may not open it; even to read, SQLite writes files beside it.
         WrongSettings: a newer or much older version of this software made the database, or an
             earlier one and it is opened to write without `upgrades`.
         StorageDamaged: the file isn't a database, or a damaged one.

@@ -173,6 +173,8 @@ class Spool:
                     f"but {committed} bytes are committed; go on from there"
                 )
             with naming_full_disk(self._folder):
+                # Somebody may have removed it; of the updates that were in it the round loop tells.
+                self._folder.mkdir(parents=True, exist_ok=True)
                 is_whole = committed > 0 and path in self._durable.get(order_id, ())
                 stream = UpdateStream(path, offset=offset, is_whole=is_whole)
             self._streams[path] = stream

@@ -42,17 +42,20 @@ def exhaustion(error: OSError, *, folder: Path | None = None) -> OutOfSpace | No
     this process or machine (OutOfFiles).
     """
     if error.errno in _FULL:
-        where = folder or error.filename or "a folder"
-        return OutOfSpace(
-            f"no room to write in {where} ({error.strerror}); free some space: "
-            "nothing acknowledged is lost"
-        )
+        return out_of_space(folder or error.filename or "a folder", error.strerror or "full")
     if error.errno in _NO_DESCRIPTORS:
         return OutOfFiles(
             f"no further file can be opened ({error.strerror}; this process may have "
             f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}); raise the limit with `ulimit -n`"
         )
     return None
+
+
+def out_of_space(folder: Path | str, finding: str) -> OutOfSpace:
+    """Return the error to raise for a full disk; `finding` is the system's text."""
+    return OutOfSpace(
+        f"no room to write in {folder} ({finding}); free some space: nothing acknowledged is lost"
+    )
 
 
 def unusable(error: OSError) -> StorageUnusable | None:

@@ -13,8 +13,10 @@ from fedrounds.errors import OutOfFiles, OutOfSpace, StorageDamaged
 from tests.server_run import ServerRun, serving
 
 
-def test_a_disk_that_becomes_low_and_recovers_is_recorded_once_each(tmp_path: Path) -> None:
-    """By --min-free-bytes: above what is free, then below."""
+def test_a_disk_that_becomes_low_and_recovers_is_recorded_once_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By --min-free-bytes: above what is free, then below. The log says what to do."""
 
     async def note(server: ServerRun) -> None:
         free = shutil.disk_usage(tmp_path).free
@@ -29,6 +31,9 @@ def test_a_disk_that_becomes_low_and_recovers_is_recorded_once_each(tmp_path: Pa
 
     with serving(tmp_path, min_clients=1) as server:
         asyncio.run(note(server))
+    (warning,) = (one.getMessage() for one in caplog.records if "no round opens" in one.message)
+    assert str(tmp_path) in warning
+    assert "free some space, or start again with a smaller --min-free-bytes" in warning
 
 
 @pytest.mark.parametrize(

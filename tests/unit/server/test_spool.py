@@ -127,6 +127,16 @@ def test_a_full_disk_keeps_what_is_committed(spool: Spool, monkeypatch: pytest.M
     assert spool.path(ORDER, DIGEST).read_bytes() == b"123456"
 
 
+def test_a_folder_that_was_removed_is_made_again(spool: Spool) -> None:
+    """An upload needs nothing of what was in it."""
+    spool.path(ORDER, DIGEST).parent.rmdir()
+    assert spool.committed_bytes(ORDER, DIGEST) == 0
+    with spool.open_stream(ORDER, DIGEST, offset=0) as stream:
+        stream.append(memoryview(b"123"))
+        stream.make_durable()
+    assert spool.path(ORDER, DIGEST).read_bytes() == b"123"
+
+
 def test_what_no_round_needs_is_deleted(spool: Spool) -> None:
     """Dropping one, dropping it again, and dropping all orders but those named."""
     for order in ("a", "b", "c"):

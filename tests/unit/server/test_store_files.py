@@ -1,6 +1,7 @@
 """The store's file: made anew, opened again, refused, and never changed by a refusal."""
 
 import os
+import resource
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from fedrounds.errors import InvalidInput, NotFound, StorageDamaged, WrongSettings
+from fedrounds.errors import (
+    NotFound,
+    OutOfSpace,
+    StorageDamaged,
+    StorageUnusable,
+    WrongSettings,
+)
 from fedserver.__main__ import main
 from fedserver.phases import OrderState
 from fedserver.store import Store, read_history, schema
@@ -153,7 +160,9 @@ def test_a_database_that_isnt_ones_own_is_a_sentence_with_the_way_out(
         store.close()
         with as_somebody_else(path.parent, mode=0o555):
             for read_only in (True, False):
-                with pytest.raises(InvalidInput, match=r"by this user .* server's user, or copy"):
+                with pytest.raises(
+                    StorageUnusable, match=r"by this user .* server's user, or copy"
+                ):
                     Store(path, read_only=read_only).runs.latest_run()
         for mode in (0o555, 0o000):
             capsys.readouterr()
@@ -230,3 +239,22 @@ def test_a_reader_at_work_keeps_the_log_until_it_is_done(tmp_path: Path) -> None
         assert connection.exec_driver_sql(count).scalar_one() == 8
     reader.close()
     writer.close()
+
+
+def test_a_first_start_without_room_is_no_damaged_database(tmp_path: Path) -> None:
+    """A limit of one page on the size of files stands for the full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OutOfSpace, match=r"no room to write in .*; free some space"):
+            Store(tmp_path / "federation.sqlite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    """Names of files are bytes."""
+    folder = tmp_path / os.fsdecode(b"st\xe4")
+    folder.mkdir()
+    Store(folder / "federation.sqlite").close()
+    assert (folder / "federation.sqlite").is_file()
