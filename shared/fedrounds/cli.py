@@ -77,7 +77,10 @@ class Settings(BaseSettings):
         """Keep "none" as a word where it is among the choices; elsewhere it means no value."""
         assert info.field_name is not None
         words = get_args(cls.model_fields[info.field_name].annotation)
-        return "none" if value is None and "none" in words else value
+        # Older releases of pydantic-settings leave a flag's "none" as it is.
+        if value in (None, "none"):
+            return "none" if "none" in words else None
+        return value
 
     @classmethod
     def settings_customise_sources(
