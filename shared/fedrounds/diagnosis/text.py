@@ -168,10 +168,15 @@ def _shown(diagnosis: Diagnosis) -> str:
     return _SYMPTOMS[diagnosis.symptom] + by + (f" in {where}" if where else "")
 
 
+_TOLD_ONLY = (Symptom.DEAD_NETWORK, Symptom.COLLAPSE)
+"""What of no known cause is told, and no reason to stop."""
+
+
 def _done(diagnosis: Diagnosis) -> str:
     remedy = diagnosis.remedy
     if remedy.kind is RemedyKind.NONE:
-        return "training stopped, no update"
+        is_told_only = diagnosis.symptom in _TOLD_ONLY and diagnosis.cause is Cause.UNKNOWN
+        return "nothing helped, training went on" if is_told_only else "training stopped, no update"
     what = {
         RemedyKind.LOWER_RATE: f"rate times {remedy.value:.4g}",
         RemedyKind.CLIP_GRADIENT: f"gradient clipped at {remedy.value:.4g}",
@@ -183,7 +188,7 @@ def _done(diagnosis: Diagnosis) -> str:
         RemedyKind.RESET_OPTIMIZER: "the optimizer begun anew",
         RemedyKind.REPEAT: "the same steps once more",
     }[remedy.kind]
-    return what + (", training went on" if remedy.is_working else " in vain, training stopped")
+    return what + (", training went on" if remedy.is_working else " in vain")
 
 
 def _samples(diagnosis: Diagnosis) -> str:

@@ -136,8 +136,11 @@ class DoctorSettings:
     `policies` name causes for which something else than the default is done; `max_remedies` is how
     many remedies a training may get; `memory_bytes` bounds the states and batches kept. Of the
     samples, and of the steps, at most `max_left_out` may be left out: beyond it training stops, or
-    with `goes_on_beyond` it goes on with all of them. Disarmed, it only stops at what isn't finite:
-    nothing is kept, found out or cured.
+    samples, and of the steps, at most `max_left_out` may be left out. Beyond it training goes on
+    with all of them, but for steps whose gradient isn't finite; without `goes_on_beyond` it stops.
+    An examination ends after the time of 200 steps, or 30 s if that is more, and in any case after
+    `max_diagnosis_s`; then what is known by then is said. Disarmed, the doctor only stops at what
+    isn't finite: nothing is kept, found out or cured.
     """
 
     is_armed: bool = True
@@ -145,8 +148,9 @@ class DoctorSettings:
     policies: Mapping[Cause, RemedyPolicy] = field(default_factory=dict)
     max_remedies: int = 3
     max_left_out: float = 0.5
-    goes_on_beyond: bool = False
+    goes_on_beyond: bool = True
     memory_bytes: int = 512 * 2**20
+    max_diagnosis_s: float = 300.0
 
     def policy_for(self, cause: Cause) -> RemedyPolicy:
         """Return what is done about a cause."""

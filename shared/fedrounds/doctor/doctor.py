@@ -1,9 +1,11 @@
 """The doctor: takes the steps of a training, notices what goes wrong, and cures it."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -16,8 +18,9 @@ from fedrounds.diagnosis.values import (
 )
 from fedrounds.doctor import interventions
 from fedrounds.doctor.anomalies import usual_state
-from fedrounds.doctor.batches import Batch, tensors_of
+from fedrounds.doctor.batches import Batch, are_out_of_range, labels_of, tensors_of
 from fedrounds.doctor.callbacks import CallerError, passing
+from fedrounds.doctor.floor import Floor
 from fedrounds.doctor.history import (
     RandomState,
     Recorded,
@@ -33,6 +36,7 @@ from fedrounds.doctor.labels import ignored_labels
 from fedrounds.doctor.monitor import Monitor, classes_of
 from fedrounds.doctor.nan_guard import NanGuard
 from fedrounds.doctor.plain import Progress, go_on, last_word, plain_step
+from fedrounds.doctor.replay import learned_from
 from fedrounds.doctor.reports import StepReport, TrainingHalted
 from fedrounds.doctor.requirements import require_supported
 from fedrounds.doctor.session import Session
@@ -117,14 +121,13 @@ class Doctor:
             num_classes=num_classes,
             needs_closure=needs_closure(optimizer),
             learning=[one for one in model.parameters() if one.requires_grad],
-            non_finite=non_finite_buffers(model),
         )
         require_supported(training)
         self._session = Session(
             training=training,
             history=StepHistory(memory_bytes=self.settings.memory_bytes),
             monitor=Monitor(num_classes=num_classes),
-            device=device_of(training),
+            device=torch.device("cpu"),
             treatment=treatment,
             on_replay=passing(on_replay),
             on_diagnosis=passing(on_diagnosis),
@@ -135,19 +138,31 @@ class Doctor:
             is_initial=is_initial,
             fresh_state=fresh_state or (lambda: usual_state(model)),
         )
-        self._can_fail = self._session.device.type == "cpu"
         self._epoch = self._batch = 0
         self._is_plain = False
-        if treatment.widens:
-            interventions.widen(training)
-        self._nan_guard = None if self.settings.is_armed else NanGuard(training)
+        self._nan_guard: NanGuard | None = None
         self._parameters = list(model.parameters())
+        self._structure: tuple[int, ...] = ()
+        self._can_fail = True
+        try:
+            self._begin()
+        except Exception as error:
+            self._give_up(error)
+
+    def _begin(self) -> None:
+        """Look at the training as it is before the first step."""
+        session = self._session
+        session.device = device_of(session.training)
+        self._can_fail = session.device.type == "cpu"
+        non_finite = non_finite_buffers(session.training.model)
+        session.training = replace(session.training, non_finite=non_finite)
+        if session.treatment.widens:
+            interventions.widen(session.training)
         self._structure = self._structure_now()
-        if self._nan_guard is None:
-            try:
-                self._session.history.keep(take_snapshot(training, step=0))
-            except Exception as error:
-                self._give_up(error)
+        if self.settings.is_armed:
+            session.history.keep(take_snapshot(session.training, step=0))
+        else:
+            self._nan_guard = NanGuard(session.training)
 
     @property
     def diagnoses(self) -> list[Diagnosis]:
@@ -200,6 +215,10 @@ class Doctor:
         progress = Progress()
         try:
             numbers = indices.tolist() if isinstance(indices, Tensor) else indices
+            if self._treatments.floor is not None:
+                return self._take_unhealed(
+                    batch, numbers, self._treatments.floor, progress, updates=updates
+                )
             return self._take_watched(batch, numbers, progress, updates=updates)
         except TrainingHalted:
             raise
@@ -219,9 +238,11 @@ class Doctor:
             TrainingHalted: they didn't, and it may not or can't be cured.
         """
         if self._nan_guard is not None:
-            self._stop_at(self._nan_guard.examine_state())
+            self._stop_at(self._last_look(self._nan_guard))
             return
-        if not self._is_plain and self._session.step:
+        if not self._is_plain and self._treatments.floor is not None:
+            self._treatments.floor.keep(step=self._session.step)
+        elif not self._is_plain and self._session.step:
             progress = Progress()
             try:
                 self._finish(progress)
@@ -302,8 +323,34 @@ class Doctor:
         outcome = self._act_on(symptom, outcome, progress, is_tried=is_tried)
         report = self._report(outcome)
         self._treatments.count(given, outcome)
-        self._is_plain = self._treatments.is_over
         return report
+
+    def _take_unhealed(
+        self,
+        given: Batch,
+        indices: Sequence[int] | None,
+        floor: Floor,
+        progress: Progress,
+        *,
+        updates: bool,
+    ) -> StepReport:
+        """Take a step of a training that is treated no further.
+
+        Raises:
+            TrainingHalted: the step raised an error, as it would in a plain loop.
+        """
+        batch, _, is_empty = self._treatments.left_out.without(given, indices)
+        is_label_wrong = not self._can_fail and self._examine_ahead(batch) is not None
+        if is_empty or is_label_wrong:
+            return self._report(StepOutcome(lr=self._lr(), is_taken=False))
+        progress.random_state = RandomState.now(self._session.device)
+        progress.attempt = Attempt()
+        outcome = floor.take(
+            batch, step=self._session.step, updates=updates, attempt=progress.attempt
+        )
+        if outcome.error is not None:
+            raise TrainingHalted(self._session.diagnoses[-1]) from outcome.error
+        return self._report(outcome)
 
     def _act_on(
         self,
@@ -339,8 +386,22 @@ class Doctor:
         )
         if outcome.error is not None:
             raise outcome.error
-        self._stop_at(nan_guard.examine(outcome, step=step, epoch=self._epoch, batch=self._batch))
+        try:
+            diagnosis = nan_guard.examine(outcome, step=step, epoch=self._epoch, batch=self._batch)
+        except Exception as error:
+            self._nan_guard = None
+            self._give_up(error)
+        else:
+            self._stop_at(diagnosis)
         return self._report(outcome)
+
+    def _last_look(self, nan_guard: NanGuard) -> Diagnosis | None:
+        """Return what isn't finite at the end, None also where that can't be said."""
+        try:
+            return nan_guard.examine_state()
+        except Exception as error:
+            self._give_up(error)
+            return None
 
     def _stop_at(self, diagnosis: Diagnosis | None) -> None:
         if diagnosis is not None:
@@ -366,10 +427,13 @@ class Doctor:
             device=session.device,
             updates=updates,
         )
-        if isinstance(error, StepError):
-            self._begin_anew(after=session.step)
-        else:
+        if not isinstance(error, StepError):
             self._give_up(error)
+            return report
+        try:
+            self._begin_anew(after=session.step)
+        except Exception as failure:
+            self._give_up(failure)
         return report
 
     def _give_up(self, error: Exception) -> None:
@@ -384,8 +448,7 @@ class Doctor:
         )
         self._is_plain = True
         # What was kept takes memory and is of no use any more.
-        self._session.history.steps.clear()
-        self._session.history.snapshots.clear()
+        self._session.history.clear()
 
     def _structure_now(self) -> tuple[int, ...]:
         """Return what changes where parameters are added to the optimizer, frozen or unfrozen."""
@@ -441,9 +504,30 @@ class Doctor:
     def _learn_ignored(self, batch: Batch) -> None:
         """Learn which labels the loss passes over, where a batch holds any that is no class."""
         if self._session.monitor.examine_labels(batch) is not None:
-            ignored = self._session.training.ignored | ignored_labels(self._session.training, batch)
+            training = self._session.training
+            ignored = (
+                training.ignored
+                | ignored_labels(training, batch)
+                | self._labels_learned_from(list(self._session.history.steps)[-_NUM_COPED:-1])
+            )
             self._session.training = replace(self._session.training, ignored=ignored)
             self._session.monitor.ignored = ignored
+
+    def _labels_learned_from(self, steps: Sequence[Recorded]) -> frozenset[int]:
+        """Return the labels out of range in steps that went well: a mask takes care of them."""
+        training = self._session.training
+        learned = [
+            labels_of(batch, num_classes=training.num_classes)
+            for one in steps
+            if one.outcome.is_taken and one.outcome.is_finite
+            if (batch := learned_from(training, one)) is not None
+        ]
+        return frozenset(
+            int(label)
+            for labels in learned
+            if labels is not None and training.num_classes is not None
+            for label in set(labels[are_out_of_range(labels, training.num_classes)].tolist())
+        )
 
     def _keep_state(self) -> Symptom | None:
         """Keep the state if it is good."""
@@ -452,7 +536,9 @@ class Doctor:
         symptom = self._session.monitor.examine_answers()
         step, history = self._session.step, self._session.history
         spare = history.make_room(step)
+        began = time.monotonic()
         history.keep(take_snapshot(self._session.training, step=step, spare=spare))
+        history.pace(copy_s=time.monotonic() - began, step_s=self._session.step_seconds)
         return symptom
 
     def _is_treated(self) -> bool:

@@ -32,6 +32,7 @@ from fedrounds.doctor.trials import Trials
 _MODERATE = 1e9
 """What is computed from numbers below this has no excuse to overflow."""
 _NUM_HEALTHY = 8
+_NUM_DRAWS = 4
 _SPIKE = 100.0
 _SPOILT = 1.5
 _WORTH = 0.3
@@ -53,6 +54,8 @@ class Evidence:
             level=case.level,
             needs_gradient=case.symptom is Symptom.DEAD_NETWORK,
             on_replay=case.on_replay,
+            max_seconds=case.max_seconds,
+            longest_s=case.longest_s,
         )
         self.experiments: list[Experiment] = []
         self.trials = Trials(self.replay, self.experiments)
@@ -113,7 +116,7 @@ class Evidence:
             return
 
         def compute_loss(model: torch.nn.Module, one: Batch) -> object:
-            with treated(bad.treatment):
+            with treated(bad.treatment, model):
                 return training.compute_loss(model, one)
 
         restore_snapshot(training, self.before)
@@ -166,6 +169,20 @@ class Evidence:
         """Whether the bad step goes well with its loss guarded."""
         return self.replay.goes_well(
             self.before, self.bad, self.bad.batch, change=interventions.guarding_loss()
+        )
+
+    def goes_well_with_other_draws(self) -> bool:
+        """Whether the bad step goes well with each of some other states of the generators."""
+        state = self.bad.random_state
+        generator = torch.Generator()
+        others = [generator.manual_seed(seed).get_state() for seed in range(_NUM_DRAWS)]
+        return all(
+            self.replay.goes_well(
+                self.before,
+                self.bad._replace(random_state=state._replace(cpu=other, cuda=None)),
+                self.bad.batch,
+            )
+            for other in others
         )
 
     def step_is_finite(self, change: Change) -> bool:

@@ -4,7 +4,9 @@ The verdict is the most specific cause whose removal alone heals it, in this ord
 
 1. `not-reproducible`: the same steps give other bits; where only the optimizer's state was changed
    from outside, `optimizer-state`.
-2. `bad-label`, `bad-data`: samples with something odd about them, without which the step goes well.
+2. `loss-function`: more than a quarter of the samples have inputs that aren't finite, and with the
+   guarded loss, in which a zero takes them away, all goes well. `bad-label`, `bad-data`: samples
+   with something odd about them, without which the step goes well.
 3. `degenerate-batch`: a batch of one sample, of none, or of one sample many times, that goes well
    when joined with another.
 4. `precision`: the bad value came up in 16 bits, and in float32 all goes well.
@@ -48,6 +50,7 @@ from fedrounds.doctor.batches import (
     joined,
     labels_of,
     largest_input,
+    rows_of,
     take,
 )
 from fedrounds.doctor.determinism import find_nondeterminism, largest_norm
@@ -58,6 +61,7 @@ from fedrounds.doctor.history import (
     take_snapshot,
 )
 from fedrounds.doctor.monitor import symptom_of
+from fedrounds.doctor.replay import OutOfTime
 from fedrounds.doctor.samples import failing_samples, oddities
 
 _MAX_TRIES = 64
@@ -83,8 +87,15 @@ def _without_odd_ones(batch: Batch) -> Batch:
 
 
 def examine(case: Case) -> Finding | None:
-    """Find the cause; None if the suspicion was none. The training's state is used up."""
-    return _find(Evidence(case))
+    """Find the cause; None if the suspicion was none. The training's state is used up.
+
+    Where the time is up before a cause is found, it is unknown unless samples are known to fail.
+    """
+    evidence = Evidence(case)
+    try:
+        return _find(evidence)
+    except OutOfTime:
+        return _finding(evidence, Cause.BAD_DATA if evidence.samples else Cause.UNKNOWN)
 
 
 def _find(evidence: Evidence) -> Finding | None:
@@ -125,10 +136,12 @@ def _cause_of(evidence: Evidence) -> Cause:
         # are a mistake of the task's code, and no number is at fault.
         return Cause.UNKNOWN
     for look in (
+        _look_at_mask,
         _look_at_samples,
         _look_at_batch,
         _look_at_precision,
         _look_at_loss,
+        _look_at_draw,
         _look_at_start,
         _look_at_optimizer,
         _look_at_rates,
@@ -146,6 +159,22 @@ def _cause_of(evidence: Evidence) -> Cause:
         ExperimentName.WITHOUT_BATCH, change=interventions.skipping(evidence.bad.step)
     )
     return Cause.UNKNOWN
+
+
+def _look_at_mask(evidence: Evidence) -> Cause | None:
+    """Look whether inputs that aren't finite are the task's normal food, and its mask lets them by.
+
+    NaN marks what is missing, and a zero that multiplies it doesn't take it away.
+    """
+    batch = evidence.bad.batch
+    is_bad = [~rows_of(one).isfinite().all(dim=1).cpu() for one in inputs_of(batch)]
+    num_bad = int(torch.stack(is_bad).any(dim=0).sum()) if is_bad else 0
+    if evidence.bad.treatment.guards or num_bad <= _SMALL_SHARE * batch_size(batch):
+        return None
+    if not evidence.guarded_step_goes_well():
+        return None
+    evidence.note(ExperimentName.GUARDED_LOSS, is_healed=True)
+    return Cause.LOSS_FUNCTION
 
 
 def _look_at_samples(evidence: Evidence) -> Cause | None:
@@ -323,6 +352,23 @@ def _look_at_loss(evidence: Evidence) -> Cause | None:
     is_healed = evidence.guarded_step_goes_well()
     evidence.note(ExperimentName.GUARDED_LOSS, is_healed=is_healed)
     return Cause.LOSS_FUNCTION if is_healed else None
+
+
+def _look_at_draw(evidence: Evidence) -> Cause | None:
+    """Look whether forward or loss failed for the random numbers that they drew.
+
+    Then no rate and no weights are to blame, and the step is left out.
+    """
+    phases = (StepPhase.FORWARD, StepPhase.LOSS)
+    is_suspect = evidence.has_come_up() and evidence.origin.phase in phases
+    if not (is_suspect and evidence.was_sane_before and evidence.goes_well_with_other_draws()):
+        return None
+    # Parts of the batch went well because they drew other numbers.
+    evidence.samples, evidence.num_samples = (), 0
+    evidence.try_step(
+        ExperimentName.WITHOUT_BATCH, change=interventions.skipping(evidence.bad.step)
+    )
+    return Cause.UNKNOWN
 
 
 def _look_at_rates(evidence: Evidence) -> Cause | None:

@@ -27,7 +27,8 @@ class Case:
 
     `is_tried` is False where that step was better not taken; `level` is the loss it began with,
     `usual_norm` the median gradient norm of its healthy steps; `fresh_state` gives usual initial
-    weights by name, `on_replay` is told of every step repeated.
+    weights by name, `on_replay` is told of every step repeated. The examination takes at most
+    `max_seconds` of its thread's time, and `longest_s` by the clock.
     """
 
     training: TrainingState
@@ -39,6 +40,8 @@ class Case:
     is_initial: bool
     fresh_state: Callable[[], Mapping[str, Tensor]]
     on_replay: Callable[[], None]
+    max_seconds: float
+    longest_s: float
 
 
 @dataclass(frozen=True, kw_only=True)

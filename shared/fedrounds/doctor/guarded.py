@@ -1,34 +1,37 @@
-"""Logarithms, quotients, roots and exponentials kept off what they aren't finite for.
+"""A loss's operations kept off what they aren't finite for.
 
 Under `guarding()` what goes into an operation is moved to the nearest place where its value and its
 derivative are finite; what is well away from there goes in as it is, so that the result has the
 same bits. A moved number has derivative zero: it is off the map, and no gradient can say how to get
-back. NaN stays NaN and infinite inputs of sums and products stay infinite: this mends what makes
-such values of finite ones, not what passes them on.
+back. What has a stable form is computed in it (fedrounds.doctor.logarithms).
 
-Compositions that overflow or vanish on the way are computed in the form that doesn't:
-log(softmax(x)), log(sigmoid(x)), log(1 - sigmoid(x)), log(sum(exp(x))) and exp(x) / sum(exp(x)) are
-finite, and have gradients, where their parts aren't or don't. Each part's result is remembered by
-what it was made of; where a whole is asked for, it is made anew from that.
+Operations that no guard is made for are looked at by their results: what isn't finite though
+everything that went in was, and what isn't a number of numbers, is replaced and has no gradient;
+and a gradient that an operation makes non-finite is zero. So one term of a loss that is off the map
+takes nothing from the others. Non-finite numbers that were there before stay, unless a zero
+multiplies them: the guard mends what makes such numbers, not what passes them on.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from fedrounds.doctor.logarithms import Logarithms
+from fedrounds.doctor.tensors import floating
 
 _SHARE = 7 / 8
 
 
 @contextmanager
-def guarding() -> Iterator[None]:
+def guarding(model: nn.Module | None = None) -> Iterator[None]:
     """While active, operations of torch called from Python are guarded as GUARDS says.
+
+    Results and gradients are looked at only outside of the model's own modules.
 
     eps is the distance from 1 to the next number of the dtype; the edges are
 
@@ -39,13 +42,25 @@ def guarding() -> Iterator[None]:
       keeps the derivative below the dtype's largest number to the power 7/8;
     - exp, exp2, expm1, and powers of a number: results end at the dtype's largest number to the
       power 7/8, so that sums of some of them are finite, too;
-    - asin, acos, atanh: within 1 - eps of zero;
+    - cosh, sinh: arguments likewise;
+    - asin, acos, atanh, erfinv: within 1 - eps of zero;
+    - lgamma, digamma: off the poles at 0, -1, -2 and so on by eps;
+    - cross_entropy, nll_loss and the binary losses: weights that aren't finite become the largest
+      one that is; with label smoothing a class whose logit is -inf gets a finite one;
     - mean of nothing, std and var of nothing or of one number: 0.
 
     Norms need no guard: torch gives them derivative 0 at 0. What torch computes inside of one of
     its own functions (cross_entropy, batch_norm) isn't touched.
     """
-    with _Guarding():
+    guard = _Guarding()
+    with ExitStack() as stack:
+        for module in () if model is None else model.modules():
+            for handle in (
+                module.register_forward_pre_hook(guard.enter, prepend=True),
+                module.register_forward_hook(guard.leave, always_call=True),
+            ):
+                stack.callback(handle.remove)
+        stack.enter_context(guard)
         yield
 
 
@@ -54,7 +69,18 @@ class _Guarding(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._forms = _Forms()
+        self._logarithms = Logarithms()
+        self._depth = 0
+        self._nodes: set[Any] = set()
+
+    def enter(self, *_: object) -> None:
+        """Note that a module of the model is at work."""
+        self._depth += 1
+
+    def leave(self, _module: nn.Module, _given: object, result: object) -> None:
+        """Note that a module of the model is done, and that what it made isn't the loss's."""
+        self._watch(list(result.values()) if isinstance(result, Mapping) else result)
+        self._depth -= 1
 
     def __torch_function__(
         self,
@@ -74,18 +100,36 @@ class _Guarding(TorchFunctionMode):
         plain = name.removesuffix("_") if not name.startswith("__") else name
         if plain != name:
             return self._in_place(func, plain, positional, named)
-        stable = self._forms.rewritten(name, positional)
+        stable = self._logarithms.rewritten(name, positional)
         if stable is not None:
+            self._watch(stable)
             return stable
         given = tuple(positional)
         if name in _REDUCTIONS:
-            return _guard_reduction(func, name, positional, named)
-        guard = GUARDS.get(name)
-        if guard is not None:
-            guard(positional, named)
-        result = func(*positional, **named)
-        self._forms.note(func, name, given, named, result)
+            result = _guard_reduction(func, name, positional, named)
+        else:
+            guard = GUARDS.get(name)
+            if guard is not None:
+                guard(positional, named)
+            result = func(*positional, **named)
+        if self._depth == 0 and isinstance(result, Tensor) and name not in _UNINITIALISED:
+            result = _settled(result, name, given, named)
+        self._watch(result)
+        self._logarithms.note(func, name, given, named, result)
         return result
+
+    def _watch(self, result: object) -> None:
+        """Let what a result adds to the graph of the loss pass on no gradient that isn't finite."""
+        nodes: list[Any] = [one.grad_fn for one, _ in floating(result)]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in self._nodes:
+                continue
+            # Held here: another node can't be taken for it.
+            self._nodes.add(node)
+            if self._depth == 0 and not hasattr(node, "variable"):
+                node.register_hook(_finite_gradients)
+            nodes.extend(following for following, _ in node.next_functions)
 
     def _in_place(
         self, func: Callable[..., Any], name: str, positional: list[Any], named: dict[str, Any]
@@ -206,6 +250,117 @@ def _guard_reduction(
     return zero.to(named["dtype"]) if named.get("dtype") is not None else zero
 
 
+def _settled(
+    result: Tensor, name: str, positional: Sequence[Any], named: Mapping[str, Any]
+) -> Tensor:
+    """Return a result without what isn't finite of no fault of its inputs.
+
+    NaN made of numbers becomes 0, and so does what a zero multiplies; infinities made of finite
+    numbers become as large as the largest finite entry. Where no entry is finite it stays as it is.
+    """
+    if not result.is_floating_point() or result.numel() == 0 or bool(result.isfinite().all()):
+        return result
+    values = [*positional, *named.values()]
+    tensors = [one for value in values for one, _ in floating(value)]
+    numbers = [one for one in values if isinstance(one, float)]
+    if not any(isinstance(one, Tensor) for one in values) and not tensors:
+        return result
+    has_nan = any(map(math.isnan, numbers)) or any(bool(one.isnan().any()) for one in tensors)
+    is_finite = all(map(math.isfinite, numbers)) and all(
+        bool(one.isfinite().all()) for one in tensors
+    )
+    is_replaced = torch.zeros_like(result, dtype=torch.bool) if has_nan else result.isnan()
+    if is_finite:
+        is_replaced = is_replaced | result.isinf()
+    if not bool(result.isfinite().any()):
+        is_replaced = torch.zeros_like(is_replaced)
+    if name in _PRODUCTS and len(positional) > 1:
+        for factor in positional[:2]:
+            is_replaced = is_replaced | (~result.isfinite() & (torch.as_tensor(factor) == 0))
+    if not bool(is_replaced.any()):
+        return result
+    largest = result.detach()[result.isfinite()].abs()
+    limit = float(largest.max()) if largest.numel() else 0.0
+    replacement = result.detach().nan_to_num(nan=0.0, posinf=limit, neginf=-limit)
+    return torch.where(is_replaced, replacement, result)
+
+
+def _finite_gradients(gradients: Sequence[Tensor | None], _: object) -> tuple[Tensor | None, ...]:
+    """Return gradients with zero for what isn't finite."""
+    return tuple(
+        one.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        if one is not None and one.is_floating_point()
+        else one
+        for one in gradients
+    )
+
+
+def _guard_poles(positional: list[Any], named: dict[str, Any]) -> None:
+    """Guard the gamma function's relatives, which have poles at 0, -1, -2 and so on."""
+    tensor = _real(positional[0])
+    if tensor is None:
+        return
+    eps = torch.finfo(tensor.dtype).eps
+    pole = tensor.detach().round()
+    is_near = (pole <= 0) & ((tensor - pole).abs() < eps)
+    positional[0] = torch.where(is_near, pole + 2 * eps * pole.abs().clamp(min=1.0), tensor)
+
+
+def _guard_weights(positional: list[Any], named: dict[str, Any]) -> None:
+    """Guard a loss's weights of classes or samples: 1 / 0 is no weight."""
+    for place in range(2, len(positional)):
+        positional[place] = _finite_weights(positional[place])
+    for name in ("weight", "pos_weight"):
+        if name in named:
+            named[name] = _finite_weights(named[name])
+
+
+def _finite_weights(weights: object) -> object:
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        return weights
+    finite = weights.detach()[weights.isfinite()]
+    largest = float(finite.max()) if finite.numel() else 1.0
+    return torch.where(weights.isfinite(), weights, largest)
+
+
+def _guard_cross_entropy(positional: list[Any], named: dict[str, Any]) -> None:
+    """Guard its weights, and with label smoothing the classes that are masked with -inf."""
+    _guard_weights(positional, named)
+    smoothing = named.get("label_smoothing", positional[7] if len(positional) > 7 else 0.0)
+    logits = positional[0]
+    if not (smoothing and isinstance(logits, Tensor) and bool(logits.isneginf().any())):
+        return
+    finite = logits.detach()[logits.isfinite()]
+    lowest = float(finite.min()) if finite.numel() else 0.0
+    positional[0] = torch.where(logits.isneginf(), lowest - _MASKED, logits)
+
+
+def _guard_ctc(positional: list[Any], named: dict[str, Any]) -> None:
+    """Leave out the sequences that have no alignment."""
+    if len(positional) > _ZERO_INFINITY:
+        positional[_ZERO_INFINITY] = True
+    else:
+        named["zero_infinity"] = True
+
+
+def _guard_poisson(positional: list[Any], named: dict[str, Any]) -> None:
+    """Guard the exponential of a Poisson loss, where it takes one."""
+    if named.get("log_input", positional[2] if len(positional) > 2 else True):
+        _exponential(positional, named)
+
+
+def _guard_second(guard: Callable[..., None]) -> Callable[..., None]:
+    """Return a guard of the second argument."""
+
+    def guard_second(positional: list[Any], named: dict[str, Any]) -> None:
+        if len(positional) > 1:
+            rest = positional[1:]
+            guard(rest, named)
+            positional[1:] = rest
+
+    return guard_second
+
+
 def _real(value: object) -> Tensor | None:
     """Return a tensor of real numbers as a floating one, None if it isn't such a tensor."""
     if not isinstance(value, Tensor) or value.is_complex():
@@ -238,7 +393,15 @@ _exponential = _guard_input(lambda dtype: (-math.inf, _largest_logarithm(dtype))
 _within_one = _guard_input(lambda dtype: (dtype.eps - 1, 1 - dtype.eps))
 _division = _guard_divisor(1, "other")
 
+_hyperbolic = _guard_input(lambda dtype: (-_largest_logarithm(dtype), _largest_logarithm(dtype)))
+
 _REDUCTIONS = ("mean", "std", "var")
+_PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__")
+_UNINITIALISED = ("empty_like", "new_empty", "new_empty_strided")
+_ZERO_INFINITY = 6
+"""Where `zero_infinity` stands among the arguments of ctc_loss."""
+_MASKED = 20.0
+"""So far below the lowest logit stands that of a class masked with -inf."""
 
 GUARDS: dict[str, Callable[[list[Any], dict[str, Any]], None]] = {
     "log": _positive,
@@ -247,6 +410,20 @@ GUARDS: dict[str, Callable[[list[Any], dict[str, Any]], None]] = {
     "sqrt": _positive,
     "rsqrt": _positive,
     "log1p": _guard_input(lambda dtype: (dtype.eps - 1, math.inf)),
+    "cosh": _hyperbolic,
+    "sinh": _hyperbolic,
+    "lgamma": _guard_poles,
+    "gammaln": _guard_poles,
+    "digamma": _guard_poles,
+    "psi": _guard_poles,
+    "erfinv": _within_one,
+    "xlogy": _guard_second(_positive),
+    "cross_entropy": _guard_cross_entropy,
+    "nll_loss": _guard_weights,
+    "binary_cross_entropy": _guard_weights,
+    "binary_cross_entropy_with_logits": _guard_weights,
+    "poisson_nll_loss": _guard_poisson,
+    "ctc_loss": _guard_ctc,
     "acosh": _guard_input(lambda dtype: (1 + dtype.eps, math.inf)),
     "arccosh": _guard_input(lambda dtype: (1 + dtype.eps, math.inf)),
     "logit": _guard_input(lambda dtype: (dtype.eps, 1 - dtype.eps)),
@@ -275,124 +452,3 @@ GUARDS: dict[str, Callable[[list[Any], dict[str, Any]], None]] = {
     "__rpow__": _guard_reflected_power,
 }
 """What happens to the arguments (positional, named; changed in place) of functions by name."""
-
-
-@dataclass(frozen=True)
-class _Form:
-    """A tensor is `kind` of `source`; `picks` are what was done to it since, one after another."""
-
-    kind: str
-    source: Tensor
-    dim: int | None = None
-    keeps_dim: bool = False
-    picks: tuple[Callable[[Tensor], Tensor], ...] = field(default=())
-
-
-class _Forms:
-    """Remembers what the tensors of one computation are made of, and holds them as long."""
-
-    def __init__(self) -> None:
-        self._forms: dict[int, tuple[Tensor, _Form]] = {}
-
-    def rewritten(self, name: str, positional: Sequence[Any]) -> Tensor | None:
-        """Return the stable form of a whole, None if the call is none that has one."""
-        form = self._form_of(positional[0])
-        if form is None:
-            return None
-        if name == "log":
-            found = _LOGARITHMS[form.kind](form)
-            for pick in form.picks:
-                found = pick(found)
-            return found
-        if name in _DIVISIONS and len(positional) > 1:
-            below = self._form_of(positional[1])
-            is_softmax = (
-                form.kind == "exp"
-                and below is not None
-                and below.kind == "sum-exp"
-                and below.source is form.source
-                and below.keeps_dim
-                and not (form.picks or below.picks)
-            )
-            if is_softmax and below is not None and below.dim is not None:
-                found = form.source.softmax(below.dim)
-                self._keep(found, _Form("softmax", form.source, below.dim))
-                return found
-        return None
-
-    def note(
-        self,
-        func: Callable[..., Any],
-        name: str,
-        positional: Sequence[Any],
-        named: Mapping[str, Any],
-        result: object,
-    ) -> None:
-        """Remember what a call's result is made of, if that may matter."""
-        if not isinstance(result, Tensor):
-            return
-        source = positional[0]
-        form = self._form_of(source)
-        dim = named.get("dim", positional[1] if len(positional) > 1 else None)
-        if name == "softmax" and isinstance(dim, int):
-            self._keep(result, _Form("softmax", source, dim))
-        elif name in ("sigmoid", "exp"):
-            self._keep(result, _Form(name, source))
-        elif form is None:
-            return
-        elif name == "sum" and form.kind == "exp" and not form.picks and isinstance(dim, int):
-            place = positional[2] if len(positional) > 2 else False
-            keeps_dim = bool(named.get("keepdim", place))
-            self._keep(result, _Form("sum-exp", form.source, dim, keeps_dim))
-        elif name in ("__rsub__", "rsub") and form.kind == "sigmoid" and positional[1] == 1:
-            self._keep(result, replace(form, source=-form.source))
-        elif name in _PICKS:
-
-            def pick(tensor: Tensor) -> Tensor:
-                picked = func(tensor, *positional[1:], **named)
-                assert isinstance(picked, Tensor)
-                return picked
-
-            self._keep(result, replace(form, picks=(*form.picks, pick)))
-
-    def _form_of(self, value: object) -> _Form | None:
-        _, form = self._forms.get(id(value), (None, None))
-        return form
-
-    def _keep(self, tensor: Tensor, form: _Form) -> None:
-        # The tensor is held too: its id must not be given to another.
-        self._forms[id(tensor)] = (tensor, form)
-
-
-def _log_sum_exp(form: _Form) -> Tensor:
-    assert form.dim is not None
-    return torch.logsumexp(form.source, form.dim, keepdim=form.keeps_dim)
-
-
-def _log_softmax(form: _Form) -> Tensor:
-    assert form.dim is not None
-    return F.log_softmax(form.source, form.dim)
-
-
-_LOGARITHMS: Mapping[str, Callable[[_Form], Tensor]] = {
-    "softmax": _log_softmax,
-    "sigmoid": lambda form: F.logsigmoid(form.source),
-    "exp": lambda form: form.source,
-    "sum-exp": _log_sum_exp,
-}
-_DIVISIONS = ("div", "divide", "true_divide", "__truediv__")
-_PICKS = (
-    "gather",
-    "__getitem__",
-    "index_select",
-    "select",
-    "squeeze",
-    "unsqueeze",
-    "reshape",
-    "view",
-    "flatten",
-    "transpose",
-    "take_along_dim",
-    "narrow",
-    "masked_select",
-)

@@ -19,6 +19,9 @@ from fedrounds.doctor.stepping import Overrides, StepOutcome, TrainingState
 from fedrounds.nested import leaves_of, map_leaves
 
 _MAX_AGE = 128
+_LARGE_STATE = 64 * 2**20
+_COPY_SHARE = 0.02
+_LONGEST_INTERVAL = 64
 _SCHEDULED = ("lr", "momentum", "betas", "weight_decay")
 
 
@@ -287,6 +290,16 @@ class StepHistory:
         self.snapshots: list[Snapshot] = []
         self.steps: deque[Recorded] = deque()
         self._pinned: Snapshot | None = None
+        self._interval = INTERVAL
+
+    def pace(self, *, copy_s: float, step_s: float) -> None:
+        """Keep large states so seldom that copying them takes a small share of the time.
+
+        Small ones are kept every eight steps whatever the clock says, so that a run repeats.
+        """
+        if step_s > 0 and self.snapshots and self.snapshots[-1].num_bytes > _LARGE_STATE:
+            steps = math.ceil(copy_s / (_COPY_SHARE * step_s))
+            self._interval = min(max(steps, INTERVAL), _LONGEST_INTERVAL)
 
     def pin(self, snapshot: Snapshot | None) -> None:
         """Keep this state, one of those kept, whatever its age; None: none."""
@@ -309,7 +322,9 @@ class StepHistory:
         So few are repeated at most to come to a bad one.
         """
         since = step - self.snapshots[-1].step
-        return since >= INTERVAL or self._num_bytes > self._memory_bytes
+        # Beside a state that is itself beyond the limit the batches get a share of it.
+        least = self.snapshots[-1].num_bytes + self._memory_bytes // 4
+        return since >= self._interval or self._num_bytes > max(self._memory_bytes, least)
 
     def make_room(self, step: int) -> Snapshot | None:
         """Drop the states that aren't needed beside one after `step` steps; returns one of them."""
@@ -338,6 +353,12 @@ class StepHistory:
         """Keep a step."""
         self.steps.append(recorded)
         self._num_bytes += recorded.num_bytes
+
+    def clear(self) -> None:
+        """Forget all states and steps."""
+        self.steps.clear()
+        self.snapshots.clear()
+        self._num_bytes = self._state_bytes = 0
 
     def rewind(self, step: int) -> None:
         """Forget the states and steps after `step`."""

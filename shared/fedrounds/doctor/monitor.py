@@ -274,6 +274,7 @@ def is_beyond_chance(
 PHASES: Mapping[Symptom, StepPhase] = {
     Symptom.NON_FINITE_LOSS: StepPhase.LOSS,
     Symptom.NON_FINITE_GRADIENT: StepPhase.BACKWARD,
+    Symptom.DEAD_NETWORK: StepPhase.BACKWARD,
     Symptom.NON_FINITE_OPTIMIZER_STATE: StepPhase.OPTIMIZER,
     Symptom.NON_FINITE_PARAMETER: StepPhase.OPTIMIZER,
 }

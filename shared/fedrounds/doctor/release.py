@@ -37,6 +37,7 @@ class Release:
         self.easing: Easing | None = None
         self._next_at: int | None = None
         self._first_clip: float | None = None
+        self._remedy: Overrides | None = None
 
     def begin(self, treatment: Overrides, *, step: int) -> None:
         """Begin anew: a remedy has come into force."""
@@ -44,6 +45,21 @@ class Release:
         is_easy = treatment.rate_factor == 1 and treatment.clip_norm is None
         self._next_at = None if is_easy else step + _HOLD
         self._first_clip = treatment.clip_norm
+        self._remedy = None if is_easy else treatment
+
+    def tightened(self, treatment: Overrides) -> Overrides | None:
+        """Return a treatment with the rate and the norm that the remedy had before it was eased.
+
+        None if it wasn't eased. What went wrong again is eased no more.
+        """
+        remedy, self._remedy = self._remedy, None
+        if remedy is None:
+            return None
+        tight = replace(treatment, rate_factor=remedy.rate_factor, clip_norm=remedy.clip_norm)
+        if tight == treatment:
+            return None
+        self.stop()
+        return tight
 
     def is_due(self, step: int) -> bool:
         """Whether an easing is to be judged, or the next one to be made."""

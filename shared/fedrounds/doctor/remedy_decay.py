@@ -30,7 +30,12 @@ class RemedyDecay:
         A step that was skipped is no step of the next round.
         """
         lasting = replace(
-            treatment, skips=frozenset(), without=frozenset(), warmup_steps=0, warmup_from=0
+            treatment,
+            skips=frozenset(),
+            without=frozenset(),
+            warmup_steps=0,
+            warmup_from=0,
+            trusts_gradient=False,
         )
         if not was_healthy:
             return RemedyDecay(treatment=lasting)

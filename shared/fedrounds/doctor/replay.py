@@ -4,6 +4,7 @@ A replay leaves the training in the state it came to; whoever diagnoses puts it 
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -101,6 +102,10 @@ class Probe:
     level: float
 
 
+class OutOfTime(Exception):
+    """An examination has taken as long as it may."""
+
+
 class Replay:
     """Owns nothing: works on a training and the history of its training."""
 
@@ -112,7 +117,12 @@ class Replay:
         level: float,
         needs_gradient: bool,
         on_replay: Callable[[], None],
+        max_seconds: float,
+        longest_s: float,
     ) -> None:
+        # The thread's own time: a busy machine makes no diagnosis worse.
+        self._ends_after = time.thread_time() + max_seconds
+        self._ends_at = time.monotonic() + longest_s
         self.training = training
         self.history = history
         self.num_steps = 0
@@ -205,7 +215,13 @@ class Replay:
         )
 
     def count_step(self) -> None:
-        """Count a step that is taken once more, and tell."""
+        """Count a step that is taken once more, and tell.
+
+        Raises:
+            OutOfTime: the examination may take no further one.
+        """
+        if time.thread_time() > self._ends_after or time.monotonic() > self._ends_at:
+            raise OutOfTime
         self.num_steps += 1
         self._on_replay()
 

@@ -1,5 +1,6 @@
 """One training under the doctor: what its parts share and change."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,11 +26,14 @@ class Session:
     on_diagnosis: Callable[[Diagnosis], None]
     step: int = 0
     num_updates: int = 0
+    step_seconds: float = 0.0
+    """How long a step took of late: the mean of the last ones, with the newest an eighth of it."""
     diagnoses: list[Diagnosis] = field(default_factory=list)
 
     def take(self, batch: Batch, attempt: Attempt, *, updates: bool = True) -> StepOutcome:
         """Take the newest step on a batch, under the overrides in force."""
-        return take_step(
+        began = time.monotonic()
+        outcome = take_step(
             self.training,
             batch,
             self.treatment,
@@ -39,6 +43,9 @@ class Session:
             is_measured=updates and self.monitor.needs_measure(self.num_updates),
             attempt=attempt,
         )
+        seconds = time.monotonic() - began
+        self.step_seconds += (seconds - self.step_seconds) / (8 if self.step_seconds else 1)
+        return outcome
 
     def tell(self, diagnosis: Diagnosis) -> None:
         """Keep a diagnosis, and tell of it."""

@@ -49,7 +49,8 @@ class Overrides:
     With `sanitises`, such inputs are put right instead. Batches of fewer than `min_batch_size`
     samples, and the steps in `skips`, are left out; so are single samples, each as
     (step, position), in `without`. With `guards` the loss is computed by fedrounds.doctor.guarded,
-    with `widens` everything narrower is computed in float32.
+    with `widens` everything narrower is computed in float32. With `trusts_gradient` a step is made
+    where its gradient is finite, though its loss isn't.
     """
 
     rate_factor: float = 1.0
@@ -65,6 +66,7 @@ class Overrides:
     without: frozenset[tuple[int, int]] = frozenset()
     guards: bool = False
     widens: bool = False
+    trusts_gradient: bool = False
 
     @property
     def keeps_rate(self) -> bool:
@@ -137,7 +139,7 @@ class TrainingState:
         if treatment.is_plain:
             computed = self.compute_loss(self.model, batch)
         else:
-            with treated(treatment):
+            with treated(treatment, self.model):
                 computed = self.compute_loss(self.model, batch)
         return loss_and_outputs(computed)
 
@@ -227,6 +229,11 @@ class StepOutcome(NamedTuple):
             return False
         return self.grad_norm is None or math.isfinite(self.grad_norm)
 
+    @property
+    def has_finite_gradient(self) -> bool:
+        """Whether the gradient was measured and is finite."""
+        return self.grad_norm is not None and math.isfinite(self.grad_norm)
+
     def without_tensors(self) -> "StepOutcome":
         """Return the numbers alone, which take no memory to speak of."""
         return self._replace(outputs=None, returned=None, labels=None, targets=None)
@@ -307,7 +314,7 @@ def take_step(
         targets=tensors[-1] if tensors else None,
         has_dead_weights=has_dead_weights,
     )
-    if outcome.is_finite:
+    if outcome.is_finite or (treatment.trusts_gradient and outcome.has_finite_gradient):
         if updates:
             again = Again(training, kept, treatment, loss=loss.detach())
             descend(training, treatment, step=step, grad_norm=grad_norm, again=again)
@@ -502,11 +509,11 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def treated(treatment: Overrides) -> Iterator[None]:
-    """Compute losses and their gradients as a treatment says."""
+def treated(treatment: Overrides, model: nn.Module) -> Iterator[None]:
+    """Compute a model's losses and their gradients as a treatment says."""
     with ExitStack() as stack:
         if treatment.guards:
-            stack.enter_context(guarding())
+            stack.enter_context(guarding(model))
         if treatment.widens:
             stack.enter_context(_Widened())
         yield

@@ -14,6 +14,8 @@ from fedrounds.diagnosis.values import Symptom
 from fedrounds.doctor.history import Snapshot
 
 SUSPICIONS = (Symptom.LOSS_EXPLOSION, Symptom.DEAD_NETWORK, Symptom.COLLAPSE)
+CERTAIN = (Symptom.DEAD_NETWORK, Symptom.COLLAPSE)
+"""Where these persist nothing is learned any more: they are told even if nothing helps."""
 PATIENCE = 24
 """So many steps a suspicion is watched, all on other batches."""
 _NUM_JUDGED = 8

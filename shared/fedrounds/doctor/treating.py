@@ -13,9 +13,11 @@ from fedrounds.diagnosis.values import (
     Diagnosis,
     DoctorSettings,
     Oddity,
+    Origin,
     Remedy,
     RemedyKind,
     RemedyPolicy,
+    StepPhase,
     Symptom,
     TrendPoint,
 )
@@ -23,6 +25,7 @@ from fedrounds.doctor import interventions
 from fedrounds.doctor.batches import Batch
 from fedrounds.doctor.examination import examine
 from fedrounds.doctor.findings import Case, Finding, diagnosis_of
+from fedrounds.doctor.floor import Floor, restore_weights
 from fedrounds.doctor.history import (
     Recorded,
     Snapshot,
@@ -31,6 +34,7 @@ from fedrounds.doctor.history import (
     take_snapshot,
 )
 from fedrounds.doctor.left_out import LeftOut
+from fedrounds.doctor.monitor import PHASES
 from fedrounds.doctor.nan_guard import trend_point
 from fedrounds.doctor.plain import Progress
 from fedrounds.doctor.release import Release
@@ -45,11 +49,14 @@ from fedrounds.doctor.reports import TrainingHalted
 from fedrounds.doctor.retaking import Preparation, Retaking, nothing, preparation
 from fedrounds.doctor.session import Session
 from fedrounds.doctor.stepping import UNTREATED, Attempt, Overrides, StepOutcome
-from fedrounds.doctor.suspicion import Quiet, Suspicion, choose
+from fedrounds.doctor.suspicion import CERTAIN, Quiet, Suspicion, choose
 
 logger = logging.getLogger(__name__)
 
 _NUM_TREND = 5
+_MAX_STEPS = 200
+_LEAST_S = 30.0
+"""An examination may take the time of so many steps, or so many seconds."""
 _APART = 32
 """Two bad steps so far apart may be two single ones; nearer to each other, skipping doesn't do."""
 _NUM_ALIKE = 3
@@ -64,7 +71,8 @@ class Treatments:
     """Decides what is done about a training's symptoms, and does it.
 
     Owns what was learned about them: the suspicion that is watched, the remedies left, what is left
-    out, and whether a remedy is being eased. `is_over` once nothing more is to be treated.
+    out, and whether a remedy is being eased. Once `floor` is there nothing more is treated, and it
+    takes the steps.
     """
 
     def __init__(
@@ -86,7 +94,7 @@ class Treatments:
         self.left_out = LeftOut(max_share=settings.max_left_out)
         self.suspicion: Suspicion | None = None
         self.release = Release()
-        self.is_over = False
+        self.floor: Floor | None = None
 
     def is_dismissed(self, symptom: Symptom) -> bool:
         """Whether a symptom was looked into before, and was none."""
@@ -129,6 +137,8 @@ class Treatments:
                 is_initial=self._is_initial,
                 fresh_state=self._fresh_state,
                 on_replay=self._session.on_replay,
+                max_seconds=max(_MAX_STEPS * self._session.step_seconds, _LEAST_S),
+                longest_s=self._settings.max_diagnosis_s,
             )
         )
 
@@ -148,6 +158,13 @@ class Treatments:
         if self._is_known(symptom):
             again = self._skip_again(steps, progress)
             if again is not None:
+                return again
+            progress.put_back(self._session.device)
+        tight = self.release.tightened(self._session.treatment) if is_tried else None
+        if tight is not None:
+            again = self._tighten(tight, steps)
+            if again is not None:
+                progress.restore_random_state(self._session.device)
                 return again
             progress.put_back(self._session.device)
         finding = self._examined(symptom, self._session.history, is_tried=is_tried)
@@ -170,7 +187,49 @@ class Treatments:
                 return again
         tried = candidates[-1] if candidates else diagnosis.remedy
         self._session.tell(replace(diagnosis, remedy=tried, seconds=time.monotonic() - began))
-        raise TrainingHalted(self._session.diagnoses[-1]) from outcome.error
+        if outcome.error is not None or self._is_asked_to_stop(finding.cause):
+            raise TrainingHalted(self._session.diagnoses[-1]) from outcome.error
+        return self._go_on_unhealed(steps[-1], progress)
+
+    def _is_asked_to_stop(self, cause: Cause) -> bool:
+        """Whether a cause that has no remedy ends training: it is the user's, or the server's."""
+        is_report = self._settings.policy_for(cause) is RemedyPolicy.REPORT
+        return is_report or self._settings.max_remedies == 0 or cause in OF_THE_START
+
+    def _go_on_unhealed(self, newest: Recorded, progress: Progress) -> StepOutcome:
+        """Treat nothing from here on; returns how the newest step goes then.
+
+        Raises:
+            TrainingHalted: there is no good state to go on from.
+        """
+        session = self._session
+        progress.put_back(session.device)
+        is_good = is_finite(session.training)
+        if not is_good:
+            for snapshot in reversed(session.history.snapshots):
+                restore_weights(session.training, snapshot)
+                if is_good := is_finite(session.training):
+                    break
+        if not is_good:
+            raise TrainingHalted(session.diagnoses[-1])
+        self._end("nothing that was tried heals it")
+        assert self.floor is not None
+        if newest.outcome.is_finite:
+            return newest.outcome
+        newest.random_state.restore(session.device)
+        return self.floor.take(newest.batch, step=newest.step, updates=newest.updates)
+
+    def _end(self, why: str) -> None:
+        """Treat nothing from here on, and say so."""
+        logger.warning(
+            "the doctor treats nothing from step %d on: %s; training goes on, without the steps "
+            "whose gradient isn't finite",
+            self._session.step,
+            why,
+        )
+        session = self._session
+        self.floor = Floor(session.training, session.treatment, step=session.step)
+        session.history.clear()
 
     def look_into(self, outcome: StepOutcome, progress: Progress) -> StepOutcome:
         """Treat what a suspicion was about, if it persists and a remedy is shown to help."""
@@ -194,6 +253,7 @@ class Treatments:
             remedy = self._best_remedy(suspicion, finding, self._retaking(steps))
         if finding is None or remedy is None:
             progress.put_back(self._session.device)
+            self._tell_if_certain(suspicion, earlier.steps[-1], finding, began)
             self._quiet.begin(self._session.step)
             if suspicion.symptom is not Symptom.LOSS_EXPLOSION:
                 self._dismissed.add(suspicion.symptom)
@@ -213,6 +273,31 @@ class Treatments:
         progress.put_back(self._session.device)
         self._quiet.begin(self._session.step)
         return outcome
+
+    def _tell_if_certain(
+        self, suspicion: Suspicion, step: Recorded, finding: Finding | None, began: float
+    ) -> None:
+        """Tell of a suspicion that nothing heals if there is no doubt of it; claim no cause."""
+        persists = self._session.monitor.persists(suspicion.symptom, bar=suspicion.bar)
+        if suspicion.symptom not in CERTAIN or not persists:
+            return
+        phase = PHASES.get(suspicion.symptom, StepPhase.FORWARD)
+        self._session.tell(
+            Diagnosis(
+                symptom=suspicion.symptom,
+                cause=Cause.UNKNOWN,
+                step=step.step,
+                noticed_at_step=step.step,
+                epoch=step.epoch,
+                batch=step.batch_number,
+                batch_size=step.outcome.batch_size,
+                lr=step.outcome.lr,
+                origin=Origin(phase=phase) if finding is None else finding.origin,
+                experiments=() if finding is None else finding.experiments,
+                trend=self._trend(),
+                seconds=time.monotonic() - began,
+            )
+        )
 
     def _best_remedy(
         self, suspicion: Suspicion, finding: Finding, retaking: Retaking
@@ -265,6 +350,18 @@ class Treatments:
             progress.restore_random_state(self._session.device)
             self._session.treatment = treatment
         return again
+
+    def _tighten(self, tight: Overrides, steps: Sequence[Recorded]) -> StepOutcome | None:
+        """Go on under a remedy as it was before it was eased, where that goes well."""
+        retaking = self._retaking(steps)
+        for start in reversed(self._session.history.snapshots):
+            if math.isfinite(retaking.level_from(start, tight)):
+                again = self._take_again(start, steps, tight)
+                if again is not None:
+                    logger.info("step %d: a remedy is eased no more", self._session.step)
+                    self._session.treatment = tight
+                return again
+        return None
 
     def _note_cure(
         self, diagnosis: Diagnosis, remedy: Remedy, finding: Finding, began: float
@@ -372,13 +469,20 @@ class Treatments:
         excess = self.left_out.excess()
         if excess is None or not self._session.diagnoses:
             return
-        logger.warning("the doctor leaves too much out: %s", excess)
         last = self._session.diagnoses[-1]
+        self._session.tell(replace(last, remedy=replace(last.remedy, is_working=False)))
         if not self._settings.goes_on_beyond:
-            self._session.tell(replace(last, remedy=replace(last.remedy, is_working=False)))
+            logger.warning("the doctor leaves too much out: %s", excess)
             raise TrainingHalted(self._session.diagnoses[-1])
-        self._session.treatment = UNTREATED
-        self.is_over = True
+        self.left_out.indices.clear()
+        self._session.treatment = replace(
+            self._session.treatment,
+            drops=UNTREATED.drops,
+            skips=UNTREATED.skips,
+            without=UNTREATED.without,
+            min_batch_size=UNTREATED.min_batch_size,
+        )
+        self._end(f"it leaves too much out: {excess}")
 
     def _diagnosis(self, finding: Finding, *, noticed_at: int) -> Diagnosis:
         return diagnosis_of(finding, noticed_at=noticed_at, trend=self._trend())

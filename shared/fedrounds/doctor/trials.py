@@ -49,7 +49,9 @@ class Trials:
         That is a sane model, or with `highest` a probe's loss of at most that (nan: any).
         """
         trajectory = self._replay.run(start, until, change=change, prepare=prepare, convert=convert)
-        self._has_stepped = bool(trajectory.steps) and trajectory.steps[-1].outcome.is_finite
+        self._has_stepped = any(
+            one.outcome.is_taken and one.outcome.is_finite for one in trajectory.steps
+        )
         treatment = change(UNTREATED)
         is_healed = not trajectory.failed_at and (
             self._replay.is_sane(treatment, is_strict=True)
@@ -109,7 +111,7 @@ class Trials:
                 best = self._best_rate(factor, start, until)
                 better = None if best == factor else self._at_rate(best, start, until)
                 return better or slow
-            if self._experiments[-1].failed_at_step == start.step + 1 and not self._has_stepped:
+            if not self._has_stepped:
                 # It fails before the rate has any say.
                 return None
         return None

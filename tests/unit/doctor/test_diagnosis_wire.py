@@ -173,7 +173,7 @@ def test_the_verdict_is_a_sentence() -> None:
     )
     assert verdict(lowered) == (
         "learning-rate at step 17 (a gradient isn't finite from native_batch_norm in 1.weight): "
-        "rate times 0.1 in vain, training stopped"
+        "rate times 0.1 in vain"
     )
     stopped = make_diagnosis(cause=Cause.UNKNOWN, remedy=Remedy(kind=RemedyKind.NONE))
     assert verdict(stopped) == (

@@ -55,7 +55,7 @@ FUNCTIONS: dict[str, tuple[Function, float, float]] = {
     "logit": (torch.logit, 0.1, 0.9),
     "log_": (lambda x: x.clone().log_(), 0.01, 1e4),
     "norm": (lambda x: x.norm().reshape(1), -9.0, 9.0),
-    "vector_norm": (lambda x: torch.linalg.vector_norm(x, 3).reshape(1), -9.0, 9.0),
+    "vector_norm": (lambda x: torch.linalg.vector_norm(x, 3).reshape(1), 0.1, 9.0),
     "mean": (lambda x: x.mean(0, keepdim=True), -9.0, 9.0),
     "std": (lambda x: torch.cat([x, -x, x]).std().reshape(1), 1.0, 9.0),
     "var": (lambda x: torch.stack([x, -x, x]).var(0, unbiased=False), 1.0, 9.0),

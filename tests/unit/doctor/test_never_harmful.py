@@ -178,6 +178,29 @@ def test_whatever_fails_in_the_doctor_the_training_goes_on(
     assert num_failed > 15
 
 
+@pytest.mark.parametrize("is_armed", [True, False])
+@pytest.mark.parametrize(
+    "name", ["device_of", "non_finite_buffers", "take_snapshot", "NanGuard.examine", "is_finite"]
+)
+def test_a_doctor_that_fails_before_the_first_step_is_off(
+    name: str, is_armed: bool, plain: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is disarmed: it would only have stopped what isn't finite."""
+    owner, _, method = name.rpartition(".")
+    place = f"fedrounds.doctor.nan_guard.{owner}" if owner else "fedrounds.doctor.doctor"
+    monkeypatch.setattr(f"{place}.{method}", partial(fail_as, name))
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    torch.manual_seed(9)
+    settings = DoctorSettings(is_armed=is_armed)
+    doctor = Doctor(model, optimizer, compute_loss, num_classes=2, settings=settings)
+    for batch in batches(is_faulty=False):
+        doctor.step(batch)
+    doctor.finish()
+    for mine, theirs in zip(model.parameters(), plain, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def learn(
     steps: int,
     *,
