@@ -246,7 +246,7 @@ def test_a_gradient_that_nobody_measured_is_placed_in_its_step() -> None:
 def test_a_guarded_loss_without_a_gradient_is_left_to_itself() -> None:
     """The logarithm of a negative number: guarded it is finite, and the same for all weights.
 
-    Nothing helps that, so nothing more is done about it.
+    Nothing helps that, so nothing more is done about it, and it is told.
     """
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -254,9 +254,10 @@ def test_a_guarded_loss_without_a_gradient_is_left_to_itself() -> None:
         outputs = model(batch[0])
         return 20 + torch.log(-outputs.abs().sum()), outputs
 
-    found = Trained(loss=loss).diagnosis
+    found, dead = Trained(loss=loss).doctor.diagnoses
     assert (found.symptom, found.cause) == (Symptom.NON_FINITE_LOSS, Cause.LOSS_FUNCTION)
     assert found.remedy.kind is RemedyKind.GUARD_LOSS
+    assert (dead.symptom, dead.cause) == (Symptom.DEAD_NETWORK, Cause.UNKNOWN)
 
 
 def test_samples_left_out_one_by_one_are_no_remedies_that_are_counted() -> None:
