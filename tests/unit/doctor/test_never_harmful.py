@@ -1,5 +1,6 @@
 """The doctor never crashes a training, and leaves a finite one alone unless harm is shown."""
 
+import copy
 import importlib
 import inspect
 import logging
@@ -383,3 +384,24 @@ def test_a_buffer_that_was_never_finite_is_no_fault(value: float) -> None:
         doctor.step((torch.randn(8, 4), torch.randint(2, (8,))))
     doctor.finish()
     assert diagnoses == []
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, 0.3, 1e9])
+def test_clipped_gradients_are_those_of_a_plain_loop(clip_norm: float) -> None:
+    """Bit for bit, where nothing, some or all of the steps are clipped."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    plain = copy.deepcopy(model)
+    doctor = Doctor(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), compute_loss, clip_norm=clip_norm
+    )
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for batch in batches(is_faulty=False):
+        doctor.step(batch)
+        optimizer.zero_grad()
+        compute_loss(plain, batch)[0].backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(plain.parameters(), clip_norm)
+        optimizer.step()
+    doctor.finish()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
