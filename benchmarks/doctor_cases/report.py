@@ -108,8 +108,7 @@ def healthy_table(judged: list[HealthyJudgement]) -> str:
             "| --- | --- | --- |",
             f"| false alarms | {alarms} of {len(judged)} | 0 |",
             f"| ended by an error of the doctor's | {errors} of {len(judged)} | 0 |",
-            "| weights those of a plain loop, bit for bit "
-            f"| {unchanged} of {len(judged)} | all |",
+            f"| weights those of a plain loop, bit for bit | {unchanged} of {len(judged)} | all |",
         ]
     )
 
