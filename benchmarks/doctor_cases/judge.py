@@ -231,11 +231,8 @@ def judge_healthy(run: Healthy) -> HealthyJudgement:
         )
         wrong.append(f"false alarm: {told}")
     theirs = watched.model.state_dict()
-    # A gradient is scaled by one factor or divided by another: the last bit of it may differ.
-    tolerance = 0.0 if run.task.clip_norm is None else 1e-4
     is_unchanged = all(
-        torch.allclose(entry, theirs[key], rtol=tolerance, atol=tolerance / 100)
-        for key, entry in bare.model.state_dict().items()
+        torch.equal(entry, theirs[key]) for key, entry in bare.model.state_dict().items()
     )
     if not is_unchanged and not treated.diagnoses:
         wrong.append("the weights aren't those of a plain loop")
