@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from fedrounds.errors import OutOfSpace, RunFailed
 from fedrounds.files import unusable
+from fedrounds.types import RunFailure
 from fedserver.clients.open_orders import OpenOrders
 from fedserver.clients.sessions import Sessions
 from fedserver.events import event_of
@@ -23,6 +24,7 @@ from fedserver.housekeeping.retention import Retention
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.models.evaluation import Evaluations
 from fedserver.phases import Phase, RoundEvent
+from fedserver.quorum import updates_needed
 from fedserver.records import Attempt, RunState
 from fedserver.rounds.closing import Closer, latest_attempt
 from fedserver.rounds.collecting import Collecting, wait_until_due
@@ -34,6 +36,9 @@ from fedserver.runtime import Threads
 from fedserver.store import AsyncStore
 
 T = TypeVar("T")
+
+
+_CLIENTS_DROPPED = {RunFailure.TOO_MANY_EXCLUDED, RunFailure.UPDATES_REFUSED}
 
 
 class Coordinator:
@@ -198,9 +203,16 @@ class Coordinator:
     async def _fail_run(self, failed: Attempt) -> None:
         event = event_of("run-failed", failed, is_incident=True)
         await self._store.runs.end_run(self._context.run_id, RunState.FAILED, event)
-        reason, _ = await self._store.events.last_failure(self._context.run_id)
+        reason, failure = await self._store.events.last_failure(self._context.run_id)
+        advice = ""
+        needed = updates_needed(self._context.settings)
+        if failure in _CLIENTS_DROPPED and needed > 1:
+            advice = (
+                f"Each attempt needed {needed} updates and called such clients back: start the run "
+                f"without them, or with --min-updates below {needed}. "
+            )
         raise RunFailed(
             f"round {failed.round_number} failed {self._context.settings.max_attempts} times, the "
-            f"last time because of this: {reason}. See more with `python -m fedserver history "
-            f"--state-dir {self._context.settings.state_dir}`"
+            f"last time because of this: {reason}. {advice}See more with `python -m fedserver "
+            f"history --state-dir {self._context.settings.state_dir}`"
         )

@@ -65,6 +65,15 @@ def test_a_run_fails_with_the_reason_of_its_last_attempt(tmp_path: Path) -> None
         assert run.state is RunState.FAILED
 
 
+def test_a_run_that_refused_clients_end_says_how_to_go_on_without_them(tmp_path: Path) -> None:
+    """Two updates are needed of two clients, both refused: a smaller --min-updates would do."""
+    with (
+        serving(tmp_path, rounds=1, min_clients=2, max_attempts=1) as server,
+        pytest.raises(RunFailed, match=r"without them, or with --min-updates below 2\. See more"),
+    ):
+        asyncio.run(run_with(server, 0, 1, num_examples=0))
+
+
 def test_a_start_of_a_run_that_had_begun_is_recorded(tmp_path: Path) -> None:
     """Not the first one; a run that was complete gives its model at once."""
     with serving(tmp_path, rounds=1, min_clients=1) as server:
