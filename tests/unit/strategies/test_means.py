@@ -176,16 +176,14 @@ def test_the_parameter_norm_counts_parameters_alone(tmp_path: Path) -> None:
     assert loaded.parameter_norm == pytest.approx(math.sqrt(squares), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["fc.weight", "norm.running_var"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_an_aggregate_that_is_not_finite_is_dropped(tmp_path: Path, name: str, bad: float) -> None:
-    """A NaN or infinity in a parameter or buffer raises with the entry's name; no file is kept."""
+def test_an_aggregate_that_is_not_finite_is_dropped(tmp_path: Path, bad: float) -> None:
+    """A NaN or infinity in a parameter raises with the entry's name; no file is kept."""
     sent = random_state(1, torch.float32)
-    sent[name] = sent[name].clone()
-    sent[name].view(-1)[2] = bad
-    with pytest.raises(NonFiniteAggregate) as caught:
+    sent["fc.weight"] = sent["fc.weight"].clone()
+    sent["fc.weight"].view(-1)[2] = bad
+    with pytest.raises(NonFiniteAggregate, match=r"'fc\.weight'"):
         aggregate(tmp_path, random_state(2, torch.float32), [(sent, 1)])
-    assert repr(name) in str(caught.value)
     assert list((tmp_path / "models").iterdir()) == []
 
 
