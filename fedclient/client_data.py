@@ -56,6 +56,8 @@ class ClientData:
         self._task: Task | None = None
         self._examples_of: Callable[[int], Examples] | None = None
         self._num_examples: tuple[int, ...] = ()
+        self.num_unreadable = 0
+        """How many clients take no part in the run because their data can't be loaded."""
 
     @property
     def task(self) -> Task:
@@ -96,7 +98,7 @@ class ClientData:
             self._task = find_task(session.task)
             with naming_task_errors(f"task {session.task!r}: loading the data"):
                 self._examples_of = _share_reader(self._task, session.partitioning, self._settings)
-                self._num_examples = tuple(map(self._count_examples, self._settings.client_ids))
+            self._num_examples = self._count_all()
             self._try_step()
         self._loaded_run_id = session.run_id
         return self._num_examples
@@ -121,6 +123,31 @@ class ClientData:
                 return
         if failure is not None:
             raise failure
+
+    def _count_all(self) -> tuple[int, ...]:
+        """Return each client's number of examples, 0 for those whose data can't be loaded.
+
+        Raises:
+            FederationError: the data of none can be loaded.
+        """
+        self.num_unreadable, counts = 0, []
+        failure: FederationError | None = None
+        for client_id in self._settings.client_ids:
+            what = f"task {self.task.name!r}: loading the data of client {client_id}"
+            try:
+                with naming_task_errors(what):
+                    counts.append(self._count_examples(client_id))
+            except FederationError as error:
+                failure = failure or error
+                self.num_unreadable += 1
+                counts.append(0)
+                if len(self._settings.client_ids) > 1:
+                    logger.warning(
+                        "client %d takes no part: %s", client_id, error, exc_info=error.__cause__
+                    )
+        if failure is not None and self.num_unreadable == len(counts):
+            raise failure
+        return tuple(counts)
 
     def _count_examples(self, client_id: int) -> int:
         """Return a client's number of examples; warn of those that would stop its training."""

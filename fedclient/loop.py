@@ -185,10 +185,10 @@ def _work(
                 logger.warning("%s", _failure_text(work.run_end))
             else:
                 logger.info("the run is done")
-            if num_failed and not settings.stay:
+            if (num_out := num_failed + client_data.num_unreadable) and not settings.stay:
                 raise TaskFailed(
-                    f"{num_failed} of {len(settings.client_ids)} clients left the run, since the "
-                    "task's own code failed; the log says how"
+                    f"{num_out} of {len(settings.client_ids)} clients left the run or took no "
+                    "part, since the task's own code failed; the log says how"
                 )
             if not settings.stay:
                 return

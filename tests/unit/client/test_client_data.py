@@ -179,7 +179,7 @@ def test_a_run_of_another_task_than_the_one_insisted_on_is_refused() -> None:
     ("name", "sentence"),
     [
         ("double", "a trial step before the run failed with RuntimeError: mat1 and mat2 must"),
-        ("unreadable", "loading the data failed with KeyError"),
+        ("unreadable", "loading the data of client 0 failed with KeyError"),
     ],
 )
 def test_what_the_tasks_own_code_raises_is_told_before_the_data_is_registered(
@@ -191,6 +191,36 @@ def test_what_the_tasks_own_code_raises_is_told_before_the_data_is_registered(
     with pytest.raises(OwnCodeFailed, match=sentence) as caught:
         client_data.load(replace(SESSION, task=task))
     assert isinstance(caught.value.__cause__, RuntimeError | KeyError)
+
+
+def test_a_client_whose_data_cant_be_loaded_takes_no_part(
+    requests: list[DataRequest],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The others do; if it is so for all, the first error is the task's."""
+    numbers = find_task("numbers")
+    unreadable = {2}
+
+    def load(request: DataRequest) -> Examples:
+        assert request.partition is not None
+        if request.partition.index in unreadable:
+            raise OSError(f"disk {request.partition.index}")
+        return numbers.load_train(request)
+
+    task = replace(numbers, load_train=load, load_labels=None)
+    monkeypatch.setattr(builtin, "_BUILT_IN", {"numbers": task})
+    client_data = client_data_of("--ids", "0-3")
+    sizes = client_data.load(SESSION)
+    assert [size > 0 for size in sizes] == [True, True, False, True]
+    assert client_data.num_unreadable == 1
+    assert (
+        "client 2 takes no part: task 'numbers': loading the data of client 2 failed with OSErr"
+        in (caplog.text)
+    )
+    unreadable |= {0, 1, 3}
+    with pytest.raises(OwnCodeFailed, match="of client 0 failed with OSError: disk 0"):
+        client_data_of("--ids", "0-3").load(SESSION)
 
 
 def test_many_clients_take_one_trial_step(
