@@ -135,9 +135,10 @@ class DoctorSettings:
 
     `policies` name causes for which something else than the default is done; `max_remedies` is how
     many remedies a training may get; `memory_bytes` bounds the states and batches kept. Of the
-    samples, and of the steps, at most `max_left_out` may be left out: beyond it training stops, or
     samples, and of the steps, at most `max_left_out` may be left out. Beyond it training goes on
     with all of them, but for steps whose gradient isn't finite; without `goes_on_beyond` it stops.
+    Weights that were bad from the start are reported; with `stops_at_bad_start` they end training,
+    for a service that can send others.
     An examination ends after the time of 200 steps, or 30 s if that is more, and in any case after
     `max_diagnosis_s`; then what is known by then is said. Disarmed, the doctor only stops at what
     isn't finite: nothing is kept, found out or cured.
@@ -149,6 +150,7 @@ class DoctorSettings:
     max_remedies: int = 3
     max_left_out: float = 0.5
     goes_on_beyond: bool = True
+    stops_at_bad_start: bool = False
     memory_bytes: int = 512 * 2**20
     max_diagnosis_s: float = 300.0
 

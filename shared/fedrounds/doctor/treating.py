@@ -192,9 +192,11 @@ class Treatments:
         return self._go_on_unhealed(steps[-1], progress)
 
     def _is_asked_to_stop(self, cause: Cause) -> bool:
-        """Whether a cause that has no remedy ends training: it is the user's, or the server's."""
+        """Whether a cause that has no remedy ends training."""
+        if cause in OF_THE_START and self._settings.stops_at_bad_start:
+            return True
         is_report = self._settings.policy_for(cause) is RemedyPolicy.REPORT
-        return is_report or self._settings.max_remedies == 0 or cause in OF_THE_START
+        return is_report or self._settings.max_remedies == 0
 
     def _go_on_unhealed(self, newest: Recorded, progress: Progress) -> StepOutcome:
         """Treat nothing from here on; returns how the newest step goes then.
@@ -262,7 +264,12 @@ class Treatments:
         is_report = self._settings.policy_for(finding.cause) is RemedyPolicy.REPORT
         if remedy.kind is RemedyKind.NONE or is_report:
             self._session.tell(replace(diagnosis, seconds=time.monotonic() - began))
-            raise TrainingHalted(self._session.diagnoses[-1])
+            if is_report or self._settings.stops_at_bad_start:
+                raise TrainingHalted(self._session.diagnoses[-1])
+            progress.put_back(self._session.device)
+            self._quiet.begin(self._session.step)
+            self._dismissed.add(suspicion.symptom)
+            return outcome
         num_skipped = len(self._session.treatment.skips)
         if self._allowance.grants(remedy, finding, num_skipped=num_skipped):
             again = self._apply(remedy, finding, steps)

@@ -192,16 +192,32 @@ def test_a_rate_that_is_too_high_is_lowered(lr: float) -> None:
 
 
 def test_weights_that_nobody_initialises_so_are_named_and_not_cured() -> None:
-    """A client may not draw other weights than it was given: it stops and says so."""
+    """A client may not draw other weights than it was given: it stops and says so.
+
+    In a loop of one's own nobody sends others: it is said, and training goes on.
+    """
     for is_initial, cause in ((True, Cause.BAD_INITIALISATION), (False, Cause.RECEIVED_MODEL)):
-        model = make_model()
-        with torch.no_grad():
-            for one in model.parameters():
-                one.mul_(1000)
         with pytest.raises(TrainingHalted) as caught:
-            Trained(model=model, is_initial=is_initial)
+            Trained(
+                model=_overgrown(),
+                is_initial=is_initial,
+                settings=DoctorSettings(stops_at_bad_start=True),
+            )
         assert caught.value.diagnosis.cause is cause
         assert caught.value.diagnosis.remedy.kind is RemedyKind.NONE
+        trained = Trained(model=_overgrown(), is_initial=is_initial)
+        assert trained.doctor.diagnoses[0].cause is cause
+        assert trained.doctor.diagnoses[0].remedy.kind is RemedyKind.NONE
+        assert all(bool(one.isfinite().all()) for one in trained.model.parameters())
+
+
+def _overgrown() -> nn.Module:
+    """Return a model whose weights are a thousand times as large as usual."""
+    model = make_model()
+    with torch.no_grad():
+        for one in model.parameters():
+            one.mul_(1000)
+    return model
 
 
 def test_a_loss_that_isnt_defined_everywhere_is_guarded() -> None:
