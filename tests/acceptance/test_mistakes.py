@@ -96,7 +96,9 @@ def test_a_full_disk_is_waited_out(scene: Scene, who: str) -> None:
     full = server if who == "server" else client
     unlimited = resource.prlimit(full.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(full.pid, resource.RLIMIT_FSIZE, (4 * MIB, unlimited[1]))
-    client.wait_for_line("no room to write in")
+    client.wait_for_line(
+        "the server is out of disk space" if who == "server" else "no room to write in"
+    )
     assert server.is_running
     assert client.is_running
     resource.prlimit(full.pid, resource.RLIMIT_FSIZE, unlimited)

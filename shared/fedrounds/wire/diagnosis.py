@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import TypeVar
 
-import torch
-
 from fedrounds.diagnosis.values import (
     DIAGNOSIS_NUMBERS,
     Cause,
@@ -198,12 +196,17 @@ def _operation(name: str) -> str:
     The name of an extension's operation may be any text. It isn't refused: the other side's torch
     may be newer.
     """
+    # Imported late: a client reaches its server before it imports torch.
+    import torch  # noqa: PLC0415
+
     is_known = isinstance(getattr(torch.ops.aten, name, None), torch._ops.OpOverloadPacket)
     return name if is_known else ""
 
 
 def _dtype(name: str) -> str:
     """Return the name of a dtype, nothing if torch has none of that name."""
+    import torch  # noqa: PLC0415
+
     return name if isinstance(getattr(torch, name, None), torch.dtype) else ""
 
 

@@ -21,7 +21,7 @@ from tests.tiers import FULL
 
 DISK_BYTES = 300 << 20
 MIB = 1 << 20
-NO_ROOM = "no room to write in|disk-full"
+NO_ROOM = "no room to write in|out of disk space|disk-full"
 
 CLIENT_PLACES = [FailPoint.ORDER_PULLED, FailPoint.MODEL_FETCHED, FailPoint.TRAINED]
 """After these a client writes."""
