@@ -94,8 +94,11 @@ def test_any_other_name_is_refused_and_nothing_of_the_report_is_kept(
     opened: OpenRound, history: History, changes: dict[str, Any], words: str
 ) -> None:
     """Also what came before it in the report."""
-    bad = make_diagnosis(origin=replace(make_diagnosis().origin, **changes))
-    told = [incident_of(make_diagnosis()), incident_of(bad, sequence=2)]
+    bad = incident_of(make_diagnosis(), sequence=2)
+    for name, value in changes.items():
+        # Set in the message: this side's own translation would leave such an operation out.
+        setattr(bad.diagnosis.origin, name, value)
+    told = [incident_of(make_diagnosis()), bad]
     sentence = expect_status(
         grpc.StatusCode.INVALID_ARGUMENT,
         lambda: opened.peers[0].report(opened.orders[0], incidents=told),
