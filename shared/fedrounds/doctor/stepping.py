@@ -454,9 +454,11 @@ def _clip(training: TrainingState, treatment: Overrides, *, grad_norm: float | N
         # Its own step leaves out what isn't finite; measured before, it is finite and divided.
         return
     if treatment.clip_norm is None and not any(one.is_sparse for one in gradients):
-        # As a plain loop does it: its weights are the same bits.
-        torch.nn.utils.clip_grad_norm_(training.learning, limit)
-        return
+        # As torch's clip_grad_norm_ does it: the weights are the same bits as a plain loop's.
+        total = torch.nn.utils.get_total_norm(gradients)
+        if bool(total.isfinite()):
+            torch.nn.utils.clip_grads_with_norm_(training.learning, limit, total)
+            return
     if grad_norm is None:
         norms = torch._foreach_norm(_entries(gradients))
         grad_norm = _total([float(one) for one in norms], gradients)

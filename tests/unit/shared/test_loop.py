@@ -55,7 +55,7 @@ class Product(nn.Module):
 def test_sgd_with_momentum_decay_and_clipping_is_the_formula() -> None:
     """Softmax regression by hand in float64.
 
-    p = softmax(x W' + b), G = (p - onehot)' x / n, g = G min(1, c / |G|) + decay w,
+    p = softmax(x W' + b), G = (p - onehot)' x / n, g = G min(1, c / (|G| + 1e-6)) + decay w,
     v <- momentum v + g (v = g at first), w <- w - lr v. The clip lies between the smallest and
     the largest norm, so that both branches are taken.
     """
@@ -70,7 +70,7 @@ def test_sgd_with_momentum_decay_and_clipping_is_the_formula() -> None:
         gradients = [error.T @ inputs / len(inputs), error.mean(0)]
         norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients))
         norms.append(norm)
-        scale = min(1.0, clip_norm / norm)
+        scale = min(1.0, clip_norm / (norm + 1e-6))
         steps = [
             gradient * scale + 0.01 * value
             for gradient, value in zip(gradients, (weight, bias), strict=True)

@@ -1736,11 +1736,15 @@ class Origin(_message.Message):
     module: _builtins.str
     """The dotted name of a module of the task's model; empty: the model itself, or outside of it."""
     operation: _builtins.str
-    """torch's name of the operation: up to 64 of a-z, 0-9 and _."""
+    """torch's name of the operation: up to 64 of a-z, 0-9 and _. The server drops a name that its torch
+    doesn't have.
+    """
     tensor: _builtins.str
     """A declared entry of the model's state_dict; empty: another tensor."""
     dtype: _builtins.str
-    """torch's name of the type, such as "float32": up to 16 of a-z, 0-9 and _."""
+    """torch's name of the type, such as "float32": up to 16 of a-z, 0-9 and _. The server drops a name
+    that its torch doesn't have.
+    """
     num_nan: _builtins.int
     """From 0 to 2^53."""
     num_inf: _builtins.int
