@@ -214,9 +214,9 @@ async def chunks_of(*parts: bytes) -> AsyncIterator[memoryview]:
 
 
 def non_finite(payload: bytes) -> bytes:
-    """Return an update's bytes with a NaN in its first tensor of floats."""
+    """Return an update's bytes with a NaN in its first weight."""
     state = dict(decode_state(payload))
-    name = next(name for name, values in state.items() if values.is_floating_point())
+    name = next(name for name in state if name.endswith("weight"))
     values = state[name].clone()
     values.view(-1)[0] = torch.nan
     return encode_state(state | {name: values})

@@ -61,7 +61,7 @@ def _goes_well(task: Task, batches: NumberedLoader, device: torch.device) -> boo
             count_correct(outputs, targets)
     except torch.OutOfMemoryError:
         return True
-    except Exception:
+    except (Exception, SystemExit):
         return False
     return True
 
