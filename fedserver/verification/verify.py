@@ -122,10 +122,10 @@ def verify(
         raise NotFound(f"round {round_number} isn't finished; `history` shows those that are")
     words = []
     for name, find_in in (("chain", chain_findings), ("rows", row_findings)):
-        findings = [finding for ledger in ledgers for finding in find_in(ledger)]
-        for finding in findings:
+        of_this_kind = [finding for ledger in ledgers for finding in find_in(ledger)]
+        for finding in of_this_kind:
             find(finding)
-        words.append(f"{name} {State.DAMAGED if findings else State.WHOLE}")
+        words.append(f"{name} {State.DAMAGED if of_this_kind else State.WHOLE}")
     blobs = known_blobs(
         state_dir, ledgers, store.quarantine.held_updates(), round_number=round_number
     )
