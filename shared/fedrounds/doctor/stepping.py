@@ -455,8 +455,7 @@ def _clip(training: TrainingState, treatment: Overrides, *, grad_norm: float | N
         return
     if treatment.clip_norm is None and not any(one.is_sparse for one in gradients):
         # As torch's clip_grad_norm_ does it: the weights are the same bits as a plain loop's.
-        total = torch.nn.utils.get_total_norm(gradients)
-        if bool(total.isfinite()):
+        if (total := torch.nn.utils.get_total_norm(gradients)).isfinite():
             torch.nn.utils.clip_grads_with_norm_(training.learning, limit, total)
             return
     if grad_norm is None:
