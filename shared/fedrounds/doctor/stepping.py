@@ -453,11 +453,11 @@ def _clip(training: TrainingState, treatment: Overrides, *, grad_norm: float | N
     if training.scaler is not None and grad_norm is None:
         # Its own step leaves out what isn't finite; measured before, it is finite and divided.
         return
-    if treatment.clip_norm is None and not any(one.is_sparse for one in gradients):
-        # As torch's clip_grad_norm_ does it: the weights are the same bits as a plain loop's.
-        if (total := torch.nn.utils.get_total_norm(gradients)).isfinite():
-            torch.nn.utils.clip_grads_with_norm_(training.learning, limit, total)
-            return
+    # As torch's clip_grad_norm_ does it: the weights are the same bits as a plain loop's.
+    is_usual = treatment.clip_norm is None and not any(one.is_sparse for one in gradients)
+    if is_usual and (total := torch.nn.utils.get_total_norm(gradients)).isfinite():
+        torch.nn.utils.clip_grads_with_norm_(training.learning, limit, total)
+        return
     if grad_norm is None:
         norms = torch._foreach_norm(_entries(gradients))
         grad_norm = _total([float(one) for one in norms], gradients)
