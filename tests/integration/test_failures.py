@@ -53,7 +53,7 @@ def test_a_server_that_can_open_no_file_asks_to_come_again(scene: Scene) -> None
             expect_status(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 partial(peer.upload, opened.orders[one], payload),
-                match="no further file can be opened",
+                match="the server is out of files, as its log says",
             )
         assert server.is_running
     assert opened.settle() == [pb.RECEIPT_STORED] * 2
