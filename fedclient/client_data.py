@@ -128,7 +128,7 @@ class ClientData:
         """Return each client's number of examples, 0 for those whose data can't be loaded.
 
         Raises:
-            FederationError: the data of none can be loaded.
+            FederationError: the data of none of the first three clients can be loaded.
         """
         self.num_unreadable, counts = 0, []
         failure: FederationError | None = None
@@ -145,8 +145,10 @@ class ClientData:
                     logger.warning(
                         "client %d takes no part: %s", client_id, error, exc_info=error.__cause__
                     )
-        if failure is not None and self.num_unreadable == len(counts):
-            raise failure
+            if failure is not None and self.num_unreadable == min(
+                _NUM_CLIENTS_TRIED, len(self._settings.client_ids)
+            ) == len(counts):
+                raise failure
         return tuple(counts)
 
     def _count_examples(self, client_id: int) -> int:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fedrounds.doctor
-from fedrounds.diagnosis.values import Cause, Diagnosis, DoctorSettings, RemedyKind
+from fedrounds.diagnosis.values import Cause, Diagnosis, DoctorSettings, RemedyKind, Symptom
 from fedrounds.doctor import Doctor, TrainingHalted
 from fedrounds.doctor.batches import Batch
 from fedrounds.doctor.suspicion import choose
@@ -405,3 +405,32 @@ def test_clipped_gradients_are_those_of_a_plain_loop(clip_norm: float) -> None:
     doctor.finish()
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_a_buffer_that_stops_being_finite_is_told() -> None:
+    """The other half: what was finite before the first step is watched."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+            self.register_buffer("seen", torch.ones(()))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.seen.mul_(1e20)
+            outputs: Tensor = self.head(inputs)
+            return outputs
+
+    model = Counting()
+    diagnoses: list[Diagnosis] = []
+    doctor = Doctor(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        compute_loss,
+        on_diagnosis=diagnoses.append,
+    )
+    for batch in batches(is_faulty=False):
+        doctor.step(batch)
+    doctor.finish()
+    assert diagnoses[0].symptom is Symptom.NON_FINITE_BUFFER
+    assert diagnoses[0].origin.tensor == "seen"
