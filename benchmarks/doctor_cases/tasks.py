@@ -233,7 +233,3 @@ TWINS = Task(
     epochs=4,
     form="dict",
 )
-TASKS = (
-    *(CNN, SMALL_CNN, NORM_MLP, MLP, TABLE, GRU, RNN, TAGGER),
-    *(REGRESSION, AUTOENCODER, TWINS),
-)
