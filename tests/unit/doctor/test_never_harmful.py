@@ -411,6 +411,8 @@ def test_a_buffer_that_stops_being_finite_is_told() -> None:
     """The other half: what was finite before the first step is watched."""
 
     class Counting(nn.Module):
+        seen: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.head = nn.Linear(4, 2)
