@@ -54,12 +54,23 @@ def main() -> int:
     healthy = [run for run in healthy if arguments.only in run.name]
     if arguments.check:
         return _check(planted, healthy)
-    text = _judge(planted, healthy, kinds, with_baselines=not arguments.no_baselines)
     command = " ".join(["python -m benchmarks.doctor_cases", *_without_write(sys.argv[1:])])
-    text = f"{machine_line()}, torch {torch.__version__}; `{command}`\n\n{text}"
-    print(text)
-    if arguments.write:
-        write_section("doctor_cases", text, page="doctor.md")
+    head = f"{machine_line()}, torch {torch.__version__}; `{command}`"
+    sections = {}
+    if planted or healthy:
+        sections["doctor_cases"] = _judge(
+            planted, healthy, with_baselines=not arguments.no_baselines
+        )
+    if "overhead" in kinds:
+        # The cases can be examined without the doctor, so it is imported only here.
+        from benchmarks.doctor_cases import overhead, report  # noqa: PLC0415
+
+        sections["doctor_overhead"] = report.overhead_table(overhead.measure_overhead())
+    for name, table in sections.items():
+        text = f"{head}\n\n{table}"
+        print(text)
+        if arguments.write:
+            write_section(name, text, page="doctor.md")
     return 0
 
 
@@ -80,11 +91,9 @@ def _check(planted: list[Case], healthy: list[Healthy]) -> int:
     return 1 if num_wrong else 0
 
 
-def _judge(
-    planted: list[Case], healthy: list[Healthy], kinds: list[str], *, with_baselines: bool
-) -> str:
-    # The cases can be examined without the doctor, so it is imported only here.
-    from benchmarks.doctor_cases import judge, overhead, report  # noqa: PLC0415
+def _judge(planted: list[Case], healthy: list[Healthy], *, with_baselines: bool) -> str:
+    # As above.
+    from benchmarks.doctor_cases import judge, report  # noqa: PLC0415
 
     sections = []
     if planted:
@@ -114,8 +123,6 @@ def _judge(
             report.healthy_table(watched),
             f"Healthy runs that went wrong:\n\n{report.wrong_list(watched)}",
         ]
-    if "overhead" in kinds:
-        sections.append(report.overhead_table(overhead.measure_overhead()))
     return "\n\n".join(sections)
 
 

@@ -61,7 +61,7 @@ def run_plain(training: Training, *, skips: bool = False) -> Outcome:
             nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
         is_finite = bool(loss.isfinite())
         num_non_finite += not is_finite
-        if not skips or (is_finite and _gradients_are_finite(model)):
+        if not skips or (is_finite and gradients_are_finite(model)):
             optimizer.step()
         if training.scheduler is not None:
             training.scheduler.step()
@@ -133,7 +133,8 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def _gradients_are_finite(model: nn.Module) -> bool:
+def gradients_are_finite(model: nn.Module) -> bool:
+    """Return whether every gradient is finite."""
     # A sparse gradient is finite where its values are.
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     return all(_is_finite(one.coalesce().values() if one.is_sparse else one) for one in gradients)

@@ -68,10 +68,10 @@ class HealthyResult:
 
 def judge_planted(case: PlantedCase, *, seed: int) -> PlantedResult:
     """Run a planted case four times and return what is right."""
-    untreated = run_plain(_begin(lambda: case.build(seed, fault=True), seed=seed))
-    skipped = run_plain(_begin(lambda: case.build(seed, fault=True), seed=seed), skips=True)
-    twin = run_plain(_begin(lambda: case.build(seed, fault=False), seed=seed))
-    training = _begin(lambda: case.build(seed, fault=True), seed=seed)
+    untreated = run_plain(begin(lambda: case.build(seed, fault=True), seed=seed))
+    skipped = run_plain(begin(lambda: case.build(seed, fault=True), seed=seed), skips=True)
+    twin = run_plain(begin(lambda: case.build(seed, fault=False), seed=seed))
+    training = begin(lambda: case.build(seed, fault=True), seed=seed)
     doctored = run_doctored(training)
     truth = case.truth
     first = doctored.diagnoses[0] if doctored.diagnoses else None
@@ -104,8 +104,8 @@ def judge_planted(case: PlantedCase, *, seed: int) -> PlantedResult:
 
 def judge_healthy(case: HealthyCase, *, seed: int) -> HealthyResult:
     """Run a healthy case with and without the doctor and return whether it was left alone."""
-    plain = run_plain(_begin(lambda: case.build(seed), seed=seed))
-    doctored = run_doctored(_begin(lambda: case.build(seed), seed=seed))
+    plain = run_plain(begin(lambda: case.build(seed), seed=seed))
+    doctored = run_doctored(begin(lambda: case.build(seed), seed=seed))
     return HealthyResult(
         name=case.name,
         seed=seed,
@@ -127,7 +127,8 @@ def bound_holds_on_average(results: list[PlantedResult]) -> bool:
     return doctored >= max(untreated, skipped) - TOLERANCE
 
 
-def _begin(build: Callable[[], Training], *, seed: int) -> Training:
+def begin(build: Callable[[], Training], *, seed: int) -> Training:
+    """Return a training built after torch was seeded."""
     torch.manual_seed(seed)
     return build()
 

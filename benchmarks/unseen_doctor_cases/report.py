@@ -22,7 +22,7 @@ HEALTHY_HEADINGS = ("case", "what is odd", "plain", "doctor", "changed", "crashe
 
 def planted_table(results: Sequence[PlantedResult]) -> str:
     """Return a row for each case: counts over the seeds, means of the metrics."""
-    return _table(PLANTED_HEADINGS, [_planted_row(group) for group in by_case(results)])
+    return table(PLANTED_HEADINGS, [_planted_row(group) for group in by_case(results)])
 
 
 def kinds_table(results: Sequence[PlantedResult]) -> str:
@@ -31,7 +31,7 @@ def kinds_table(results: Sequence[PlantedResult]) -> str:
     for group in by_case(results):
         kinds.setdefault(REGISTER.planted[group[0].name].truth.kind, []).extend(group)
     rows = [[kind, *_answers(group)] for kind, group in sorted(kinds.items())]
-    return _table(("kind", *ANSWERS), rows)
+    return table(("kind", *ANSWERS), rows)
 
 
 def healthy_table(results: Sequence[HealthyResult]) -> str:
@@ -49,7 +49,7 @@ def healthy_table(results: Sequence[HealthyResult]) -> str:
                 str(sum(one.num_diagnoses for one in group)),
             ]
         )
-    return _table(HEALTHY_HEADINGS, rows)
+    return table(HEALTHY_HEADINGS, rows)
 
 
 def totals(planted: Sequence[PlantedResult], healthy: Sequence[HealthyResult]) -> str:
@@ -86,7 +86,7 @@ def totals(planted: Sequence[PlantedResult], healthy: Sequence[HealthyResult]) -
                 f"longest {seconds[-1]:.1f} s",
             )
         )
-    return _table(("of runs", "share"), lines)
+    return table(("of runs", "share"), lines)
 
 
 def by_case(results: Sequence[Result]) -> list[list[Result]]:
@@ -141,6 +141,7 @@ def _share(answers: Iterable[bool | None]) -> str:
     return f"{sum(known)} of {len(known)} ({sum(known) / len(known):.1%})" if known else "-"
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
