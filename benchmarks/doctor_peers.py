@@ -92,7 +92,7 @@ def with_overflow_debugger(training: Training) -> Report:
     """Train with Hugging Face's overflow debugger, which prints before it raises."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        DebugUnderflowOverflow(training.model)
+        DebugUnderflowOverflow(training.model)  # type: ignore[no-untyped-call]
         end = _until_an_error(training)
     # It can't be taken off, and it would refuse to let the model be judged.
     for module in training.model.modules():
@@ -158,7 +158,7 @@ class _Module(LightningModule):
     def train_dataloader(self) -> DataLoader[Step]:
         epoch = self.current_epoch + 1
         steps = [step for step in self.training_case.steps if step.epoch == epoch]
-        return DataLoader(cast("Any", steps), batch_size=None, collate_fn=_as_it_is)
+        return DataLoader(cast("Any", steps), batch_size=None, collate_fn=cast("Any", _as_it_is))
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         optimizer, scheduler = self.training_case.optimizer, self.training_case.scheduler
