@@ -44,27 +44,37 @@ def _table(title: str, rows: Sequence[Row], records: Sequence[dict[str, Any]]) -
     lines = [
         f"{title}",
         "",
-        "| row | what | paper | ours | seeds | time | date |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| row | what | paper | ours | seeds | excluded by the norm band | time | date |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     commands = []
     for row in rows:
         of_row = [one for one in records if one["row"] == row.name]
         if not of_row:
-            lines.append(f"| {row.name} | {row.what} | {row.goal} | not run yet | | | |")
+            lines.append(f"| {row.name} | {row.what} | {row.goal} | not run yet | | | | |")
             continue
         ours = ", ".join(_found(row, one) for one in of_row)
         seeds = ", ".join(str(one["seed"]) for one in of_row)
         minutes = ", ".join(f"{one['seconds'] / 60:.0f}" for one in of_row)
+        excluded = ", ".join(map(_excluded, of_row))
+        dates = ", ".join(dict.fromkeys(one["date"] for one in of_row))
         lines.append(
-            f"| {row.name} | {row.what} | {row.goal} | {ours} | {seeds} | {minutes} min | "
-            f"{of_row[-1]['date']} |"
+            f"| {row.name} | {row.what} | {row.goal} | {ours} | {seeds} | {excluded} | "
+            f"{minutes} min | {dates} |"
         )
         commands.append(f"    {of_row[0]['command']}")
     if commands:
         commands = ["", "The server's commands, with the first seed:", "", *commands]
     machines = sorted({one["machine"] for one in records if one["row"] in {r.name for r in rows}})
     return [*lines, *commands, *(["", machines[-1]] if machines else [])]
+
+
+def _excluded(record: Mapping[str, Any]) -> str:
+    """Return how many of a run's updates the norm band excluded, "off" where the run had none."""
+    if "--norm-band 0" in record["command"]:
+        return "off"
+    num_updates: Mapping[str, int] = record["num_updates"]
+    return f"{num_updates['EXCLUDED']} of {sum(num_updates.values())}"
 
 
 def _found(row: Row, record: Mapping[str, Any]) -> str:

@@ -94,6 +94,10 @@ def _run(row: Row, seed: int, arguments: argparse.Namespace) -> None:
         "seconds": round(sum(map(_seconds_of, history))),
         "round_ends_s": [round(one, 2) for one in itertools.accumulate(map(_seconds_of, history))],
         "incidents": sorted({one["kind"] for entry in history for one in entry["incidents"]}),
+        "num_updates": {
+            verdict: sum(one["verdict"] == verdict for entry in history for one in entry["updates"])
+            for verdict in ("COUNTED", "EXCLUDED")
+        },
         "accuracies": [entry["evaluation"]["accuracy"] for entry in history],
     }
     RESULTS.mkdir(exist_ok=True)
