@@ -31,6 +31,7 @@ from fedrounds.cli import log_to_stderr, parse, print_error, silence_grpc
 from fedrounds.errors import FederationError, NoAnswer
 from fedrounds.memory import importing_what_stays, keep_freed_memory
 from fedrounds.plugins import in_one_line, show_error
+from fedrounds.standard_output import run_program
 from fedrounds.stop_signals import StopSignals, interrupting
 from fedrounds.tasks.names import validate_task_name
 
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
     try:
         if argv and argv[0] in COMMANDS:
             return _run_command(argv[0], parse(COMMANDS[argv[0]], argv[1:]))
-        settings = parse(ClientSettings, argv, commands=tuple(COMMANDS))
+        settings = parse(ClientSettings, argv)
         log_to_stderr(settings.log_level)
         with StopSignals(exit_code=0) as signals:
             _run(settings, signals)
@@ -189,7 +190,7 @@ def _prepare(settings: ClientSettings) -> "ClientData":
 
 def command() -> int:
     """Run the console script of this name."""
-    return main(sys.argv[1:])
+    return run_program("fedclient", main)
 
 
 if __name__ == "__main__":

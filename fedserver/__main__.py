@@ -11,23 +11,15 @@ except ModuleNotFoundError as error:
         ".venv/bin/python -m fedserver; or install the project with pip"
     )
 
+from fedrounds import cli
 from fedrounds.cli import log_to_stderr, parse, print_error, silence_grpc
 from fedrounds.errors import FederationError
 from fedrounds.memory import importing_what_stays
+from fedrounds.standard_output import run_program
 from fedrounds.tasks.names import validate_task_name
 from fedserver.settings import ServerSettings
 
-COMMANDS = (
-    "history",
-    "export",
-    "curve",
-    "confusion",
-    "clients",
-    "quarantine",
-    "show",
-    "strategies",
-    "verify",
-)
+COMMANDS = cli.COMMANDS["python -m fedserver"]
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +31,7 @@ def main(argv: list[str]) -> int:
             command = importlib.import_module(f"fedserver.commands.{argv[0]}")
             code: int | None = command.run(argv[1:])
             return code or 0
-        settings = parse(ServerSettings, argv, commands=COMMANDS)
+        settings = parse(ServerSettings, argv)
         log_to_stderr(settings.log_level)
         # A wrong name is refused now: torch takes seconds to import.
         validate_task_name(settings.task)
@@ -72,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 def command() -> int:
     """Run the console script of this name."""
-    return main(sys.argv[1:])
+    return run_program("fedserver", main)
 
 
 if __name__ == "__main__":

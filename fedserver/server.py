@@ -127,13 +127,13 @@ async def _serve(
     evaluated = store.rounds.good_evaluations(run.run_id)
     spent_s = store.rounds.time_spent_s(run.run_id)
     server, address = await start_server(parts.client_api, host=settings.host, port=settings.port)
-    print(f"fedserver listening on {address}", flush=True)
     completing = asyncio.create_task(_complete(parts, threads))
     stopping = asyncio.create_task(stop.wait())
     keeping_time = asyncio.create_task(
         clock.keep(functools.partial(note_absence, open_orders=parts.open_orders, disk=parts.disk))
     )
     try:
+        print(f"fedserver listening on {address}", flush=True)
         with showing_progress(
             parts.bus,
             parts.open_orders,

@@ -39,6 +39,14 @@ from fedrounds.plugins import show_error
 from fedrounds.times import iso_time
 
 USAGE_EXIT_CODE = 2
+COMMANDS: Mapping[str, Sequence[str]] = {
+    "python -m fedserver": (
+        *("history", "export", "curve", "confusion", "clients", "quarantine", "show"),
+        *("strategies", "verify"),
+    ),
+    "python -m fedclient": ("partitions", "doctor"),
+}
+"""The commands of both programs: each names the other for a command that isn't its own."""
 _NOT_IN_A_FILE = ("config", "print_config")
 
 S = TypeVar("S", bound="Settings")
@@ -82,6 +90,14 @@ class Settings(BaseSettings):
             return "none" if "none" in words else None
         return value
 
+    @field_validator("*")
+    @classmethod
+    def _refuse_undecodable_text(cls, value: object) -> object:
+        """Refuse text of bytes that aren't UTF-8, which no message can hold; a path may be so."""
+        if isinstance(value, str) and not _is_encodable(value):
+            raise ValueError("this isn't UTF-8; check the encoding of the terminal or the script")
+        return value
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -101,15 +117,13 @@ class Settings(BaseSettings):
         return init_settings, env_settings, toml
 
 
-def parse(settings_class: type[S], argv: list[str], *, commands: Sequence[str] = ()) -> S:
+def parse(settings_class: type[S], argv: list[str]) -> S:
     """Return the validated settings from `argv`, the environment and the TOML file.
-
-    `commands` are the words that may come instead of the first setting.
 
     Ends the process with exit code 2 and a sentence on standard error if a setting is wrong or a
     variable with the side's prefix is no setting, and with 0 after --help and --print-config.
     """
-    parser = _Parser(settings_class, commands)
+    parser = _Parser(settings_class)
     config_file = _find_config(settings_class, argv)
     try:
         _validate_environment(settings_class)
@@ -152,7 +166,7 @@ def _pairs_sentence(message: str, settings_class: type[Settings]) -> str:
 class _Parser(argparse.ArgumentParser):
     """Groups flags by the settings class that declares them; suggests the nearest unknown one."""
 
-    def __init__(self, settings_class: type[Settings], commands: Sequence[str]) -> None:
+    def __init__(self, settings_class: type[Settings]) -> None:
         super().__init__(
             prog=settings_class.model_config.get("cli_prog_name"),
             usage="%(prog)s [settings]",
@@ -162,7 +176,6 @@ class _Parser(argparse.ArgumentParser):
         )
         self.add_argument("--version", action="version", version=f"fedrounds {__version__}")
         self._settings_class = settings_class
-        self._commands = commands
         self._titles: dict[str, argparse._ArgumentGroup] = {}
 
     def add_setting(self, *names: str, **options: Any) -> argparse.Action:  # noqa: ANN401
@@ -179,15 +192,27 @@ class _Parser(argparse.ArgumentParser):
         _, is_unknown, rest = message.partition("unrecognized arguments: ")
         if is_unknown:
             unknown = rest.split()[0].partition("=")[0]
-            is_flag = unknown.startswith("-")
-            names = self._option_string_actions if is_flag else self._commands
-            near = difflib.get_close_matches(unknown, names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            if not is_flag and not near:
-                hint = "; settings are given as --name value"
-            message = f"there is no {'flag' if is_flag else 'command'} {unknown}{hint}"
+            if unknown.startswith("-"):
+                near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                message = f"there is no flag {unknown}{hint}"
+            else:
+                message = _wrong_word(unknown, program=self.prog)
         print(f"{self.prog}: {message} (--help lists all)", file=sys.stderr)
         raise SystemExit(USAGE_EXIT_CODE)
+
+
+def _wrong_word(word: str, *, program: str) -> str:
+    """Return a sentence about a word among the flags of a program, or of a command of it."""
+    for known, commands in COMMANDS.items():
+        if word not in commands:
+            continue
+        if known == program:
+            return f"{word} is a command, and comes before all flags: {known} {word} ..."
+        return f"{word} is a command of {known}; type {known} {word}"
+    near = difflib.get_close_matches(word, COMMANDS.get(program, ()), n=1)
+    hint = f"did you mean {near[0]}?" if near else "settings are given as --name value"
+    return f"there is no command {word}; {hint}"
 
 
 def group_title(settings_class: type[Settings], name: str) -> str:
@@ -372,6 +397,15 @@ def _sentence(
 
 def _is_mapping(name: str, settings_class: type[Settings]) -> bool:
     return get_origin(settings_class.model_fields[name].annotation) is dict
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether a text can be encoded; Python keeps undecodable bytes of a flag as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _flag(name: str) -> str:

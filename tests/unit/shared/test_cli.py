@@ -1,12 +1,14 @@
 """Settings: who has the last word, where a value came from, and what a mistake is told."""
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from fedclient.__main__ import COMMANDS as CLIENT_COMMANDS
 from fedclient.settings import ClientSettings, DoctorCommandSettings
-from fedrounds.cli import parse
+from fedrounds.cli import COMMANDS, Settings, parse
 from fedserver.__main__ import COMMANDS as SERVER_COMMANDS
 from fedserver.commands.history import HistorySettings
 from fedserver.settings import ServerSettings
@@ -245,8 +247,58 @@ def test_which_clients_a_process_is_must_be_clear(
 
 def test_a_misspelt_command_is_told_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(ClientSettings, ["partition"], commands=["partitions"])
+        parse(ClientSettings, ["partition"])
     assert "no command partition; did you mean partitions?" in capsys.readouterr().err
+
+
+def test_both_programs_know_all_commands_of_each_other() -> None:
+    assert {program: set(commands) for program, commands in COMMANDS.items()} == {
+        "python -m fedserver": set(SERVER_COMMANDS),
+        "python -m fedclient": set(CLIENT_COMMANDS),
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings_class", "other", "commands"),
+    [
+        (ClientSettings, "python -m fedserver", SERVER_COMMANDS),
+        (HistorySettings, "python -m fedclient", CLIENT_COMMANDS),
+        (ServerSettings, "python -m fedclient", CLIENT_COMMANDS),
+    ],
+)
+def test_a_command_of_the_other_program_is_named_with_it(
+    settings_class: type[Settings],
+    other: str,
+    commands: Iterable[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for command in commands:
+        with pytest.raises(SystemExit):
+            parse(settings_class, [command, "--last", "3"])
+        assert f"{command} is a command of {other}; type" in capsys.readouterr().err
+
+
+def test_a_command_after_a_flag_is_told_where_it_belongs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "comes before all flags: python -m fedserver history" in _refusal(
+        capsys, "--seed", "1", "history"
+    )
+
+
+@pytest.mark.parametrize("flag", ["--server", "--proxy", "--task"])
+def test_bytes_that_are_not_utf_8_are_refused(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such a flag reaches Python with a surrogate for each undecodable byte."""
+    with pytest.raises(SystemExit):
+        parse(ClientSettings, ["--id", "0", flag, os.fsdecode(b"h\xff:5")])
+    assert f"{flag} is 'h\\udcff:5': this isn't UTF-8" in capsys.readouterr().err
+
+
+def test_a_folder_may_have_a_name_that_is_not_utf_8() -> None:
+    folder = os.fsdecode(b"h\xff")
+    assert parse(ServerSettings, ["--state-dir", folder]).state_dir == Path(folder)
 
 
 @pytest.mark.parametrize("settings_class", [ServerSettings, ClientSettings])
