@@ -136,7 +136,7 @@ def rare_indicator_column(seed: int, *, fault: bool) -> Training:
     drawn = rng(seed, 21)
     rate = 0.06 if fault else 0.5
     indicator = (torch.rand(640, 1, generator=drawn) < rate).float()
-    test_indicator = (torch.rand(500, 1, generator=drawn) < rate).float()
+    test_indicator = (torch.rand(1000, 1, generator=drawn) < rate).float()
     model = nn.Sequential()
     model.add_module("scale", Standardise(0))
     model.add_module("net", mlp(11, 4))

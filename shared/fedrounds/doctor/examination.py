@@ -2,8 +2,9 @@
 
 The verdict is the most specific cause whose removal alone heals it, in this order:
 
-1. `not-reproducible`: the same steps give other bits; where only the optimizer's state was changed
-   from outside, `optimizer-state`.
+1. `not-reproducible`: the same steps give other bits, or go well without what was written into
+   the weights between two steps; where only the optimizer's state was changed from outside,
+   `optimizer-state`.
 2. `loss-function`: more than a quarter of the samples have inputs that aren't finite, and with the
    guarded loss, in which a zero takes them away, all goes well. `bad-label`, `bad-data`: samples
    with something odd about them, without which the step goes well.
@@ -61,6 +62,7 @@ from fedrounds.doctor.history import (
     take_snapshot,
 )
 from fedrounds.doctor.monitor import symptom_of
+from fedrounds.doctor.outside import Written
 from fedrounds.doctor.replay import OutOfTime
 from fedrounds.doctor.samples import failing_samples, oddities
 
@@ -106,6 +108,9 @@ def _find(evidence: Evidence) -> Finding | None:
         )
         return _finding(evidence, _look_at_samples(evidence) or Cause.UNKNOWN)
     live = take_snapshot(evidence.training, step=evidence.noticed.step)
+    if (cause := _look_outside(evidence)) is not None:
+        return _finding(evidence, cause)
+    restore_snapshot(evidence.training, live)
     trajectory = evidence.trajectory = evidence.replay.run(evidence.start, evidence.noticed.step)
     if (cause := find_nondeterminism(evidence.case, trajectory, live)) is not None:
         evidence.note(ExperimentName.UNCHANGED, is_healed=True)
@@ -127,6 +132,33 @@ def _find(evidence: Evidence) -> Finding | None:
     if not (evidence.is_loss_suspect() and evidence.guarded_step_goes_well()):
         evidence.find_onset()
     return _finding(evidence, _cause_of(evidence))
+
+
+def _look_outside(evidence: Evidence) -> Cause | None:
+    """Look whether the same steps go well without what was last written from outside.
+
+    A replay from a state before that write leaves it out.
+    """
+    steps = evidence.history.steps
+    written = [one for one in steps if one.written]
+    if not written or len(written) > _SMALL_SHARE * len(steps):
+        # A loop that writes in step after step means to.
+        return None
+    last = written[-1]
+    starts = [one for one in evidence.history.snapshots if one.step < last.step]
+    if not starts:
+        return None
+    trajectory = evidence.replay.run(starts[-1], evidence.noticed.step)
+    if trajectory.failed_at or not evidence.replay.is_sane():
+        return None
+    evidence.note(ExperimentName.UNCHANGED, is_healed=True)
+    evidence.trajectory = trajectory
+    evidence.bad = evidence.failed = last
+    evidence.before = evidence.start = starts[-1]
+    if last.written == {Written.OPTIMIZER_STATE}:
+        evidence.origin = Origin(phase=StepPhase.OPTIMIZER)
+        return Cause.OPTIMIZER_STATE
+    return Cause.NOT_REPRODUCIBLE
 
 
 def _cause_of(evidence: Evidence) -> Cause:

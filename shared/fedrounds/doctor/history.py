@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from fedrounds.diagnosis.values import Symptom
 from fedrounds.doctor.batches import Batch
 from fedrounds.doctor.monitor import INTERVAL
+from fedrounds.doctor.outside import Written
 from fedrounds.doctor.stepping import Overrides, StepOutcome, TrainingState
 from fedrounds.nested import leaves_of, map_leaves
+from fedrounds.tensors.entries import norm_entries
 
 _MAX_AGE = 128
 _LARGE_STATE = 64 * 2**20
@@ -183,12 +185,14 @@ def non_finite_buffers(model: nn.Module) -> frozenset[str]:
     """Return the names of the buffers that aren't finite, such as a mask of -inf.
 
     Before the first step that is what the model is meant to be: where such a value does harm, the
-    forward pass shows it. Running statistics don't count: nobody means those not to be finite.
+    forward pass shows it. A norm layer's running statistics don't count: nobody means those not to
+    be finite.
     """
+    statistics = norm_entries(model)
     return frozenset(
         name
         for name, one in model.named_buffers()
-        if not name.endswith(("running_mean", "running_var")) and not bool(one.isfinite().all())
+        if name not in statistics and not bool(one.isfinite().all())
     )
 
 
@@ -260,7 +264,8 @@ class Recorded(NamedTuple):
     """A step as it was taken: enough to take it again.
 
     `settings` are the rates and the like that were set before it, `num_bytes` what the batch takes.
-    Without `updates` its gradients were kept for the next step.
+    Without `updates` its gradients were kept for the next step. `written` is what something else
+    than the step before wrote into since then.
     """
 
     # One is made in every step, and this costs a third of a frozen dataclass.
@@ -275,6 +280,7 @@ class Recorded(NamedTuple):
     outcome: StepOutcome
     num_bytes: int
     updates: bool = True
+    written: frozenset[Written] = frozenset()
 
 
 class StepHistory:

@@ -19,6 +19,7 @@ import fedrounds.doctor
 from fedrounds.diagnosis.values import Cause, Diagnosis, DoctorSettings, RemedyKind, Symptom
 from fedrounds.doctor import Doctor, TrainingHalted
 from fedrounds.doctor.batches import Batch
+from fedrounds.doctor.history import non_finite_buffers
 from fedrounds.doctor.suspicion import choose
 
 NUM_STEPS = 11
@@ -384,6 +385,15 @@ def test_a_buffer_that_was_never_finite_is_no_fault(value: float) -> None:
         doctor.step((torch.randn(8, 4), torch.randint(2, (8,))))
     doctor.finish()
     assert diagnoses == []
+
+
+def test_a_norm_layer_decides_what_running_statistics_are() -> None:
+    """A buffer of the task's own may have their names, and mean not to be finite."""
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model[1].register_buffer("running_var", torch.tensor(torch.inf))
+    assert isinstance(model[0].running_var, Tensor)
+    model[0].running_var.fill_(torch.inf)
+    assert non_finite_buffers(model) == {"1.running_var"}
 
 
 @pytest.mark.parametrize("clip_norm", [1e-3, 0.3, 1e9])
