@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedrounds.errors import FederationError, OutOfFiles, OutOfSpace
+from fedrounds.errors import FederationError, OutOfFiles, OutOfSpace, StorageUnusable
 from fedrounds.escaping import printable
 from fedrounds.types import IncidentKind
 from fedserver.clients.open_orders import OpenOrders
@@ -87,7 +87,9 @@ class DiskWatch:
         if now - self._noted_at.get(key, -math.inf) < _QUIET_S:
             return
         self._noted_at[key] = now
-        if isinstance(error, FederationError):
+        if isinstance(error, StorageUnusable):
+            logger.error("%s", error)
+        elif isinstance(error, FederationError):
             logger.warning("%s, and work goes on by itself", error)
         elif isinstance(error, OSError):
             logger.warning("%s failed: %s; it is tried again", what, error)

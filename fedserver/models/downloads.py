@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from fedrounds.errors import NotFound, ServerUnreachable, WrongOffset
+from fedrounds.errors import NotFound, ServerUnreachable, StorageUnusable, WrongOffset
 from fedrounds.wire.framing import CHUNK_BYTES, frame_download
 from fedserver.flow_control import Slots
 from fedserver.models.checkpoints import Checkpoints
@@ -28,11 +28,16 @@ class Downloads:
         # gRPC copies what it is given to write: without a bound, a chunk for every slow client.
         self._slots = Slots(_MAX_CHUNKS_UNDER_WAY)
         self._under_way: Counter[str] = Counter()
+        self._in_force: set[str | None] = set()
         self._digest = ""
         self._chunks: dict[int, asyncio.Future[bytes]] = {}
 
-    def publish(self, digest: str) -> None:
-        """Keep the chunks of this model from now on, once they have been asked for."""
+    def publish(self, digest: str, *, state_digest: str | None = None) -> None:
+        """Keep the chunks of this model from now on, once they have been asked for.
+
+        `state_digest` is that of the server state beside it.
+        """
+        self._in_force = {digest, state_digest}
         if digest != self._digest:
             self._digest = digest
             self._chunks = {}
@@ -58,9 +63,16 @@ class Downloads:
         Raises:
             ServerUnreachable: the client took nothing for so long that others get its slot.
             NotFound: there is no such blob.
+            StorageUnusable: it is the model in force or its server state, and its file is gone.
             WrongOffset: `offset` is beyond its end.
         """
         path = self._checkpoints.find(digest)
+        if path is None and digest in self._in_force:
+            folder = self._checkpoints.path(digest).parent
+            raise StorageUnusable(
+                f"file {digest} of the global model that clients train on is gone from {folder}: "
+                "put it back, or stop the server and go on with a copy of the state-dir"
+            )
         if path is None:
             raise NotFound(f"there is no blob {digest!r}; pull work to learn what is wanted now")
         size_bytes = path.stat().st_size

@@ -161,7 +161,7 @@ class Opener:
         settings, strategy = self._context.settings, self._context.strategy
         carried_over = await self._collecting.carried_over(opened)
         # Before parked clients are woken: they ask for the model at once.
-        self._downloads.publish(base.digest)
+        self._downloads.publish(base.digest, state_digest=base.state_digest)
         self._open_orders.start_round(
             opened,
             base=base,

@@ -41,8 +41,9 @@ CASTS: Mapping[Encoding, torch.dtype] = {
 }
 VALUES, OFFSETS, COUNTS = "values", "offsets", "counts"
 _LEVELS = 127
-# A float32 with bits to spare: rounded up, its 127th part is still finite when it is multiplied.
-_LARGEST = 2.0**127
+# float32's largest number is (2^24 - 1) 2^104. Its 127th part lies between 2^121 and 2^122, where
+# float32 has steps of 2^98: rounded down to one of these, 127 times the scale is finite.
+_LARGEST = (((2**24 - 1) << 6) // _LEVELS) * _LEVELS * 2.0**98
 _SLICE_ELEMENTS = 1 << 20
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedrounds.errors import OutOfFiles, OutOfSpace, StorageDamaged
+from fedrounds.errors import OutOfFiles, OutOfSpace, StorageDamaged, StorageUnusable
 from tests.server_run import ServerRun, serving
 
 
@@ -42,6 +42,7 @@ def test_a_disk_that_becomes_low_and_recovers_is_recorded_once_each(
         (OutOfSpace("full"), "disk-full", logging.WARNING),
         (OutOfFiles("files"), "out-of-files", logging.WARNING),
         (OSError(errno.EIO, "input/output error"), "server-failed", logging.WARNING),
+        (StorageUnusable("gone; put it back"), "server-failed", logging.ERROR),
         (RuntimeError("a defect"), "server-failed", logging.ERROR),
     ],
 )
@@ -61,7 +62,7 @@ def test_a_failure_is_recorded_once_a_minute(
             assert server.events[0].fields["what"] == "PullWork"
             assert str(error) in server.events[0].fields["reason"]
     assert {record.levelno for record in caplog.records} == {level}
-    assert any(record.exc_info for record in caplog.records) == (level == logging.ERROR)
+    assert any(record.exc_info for record in caplog.records) == isinstance(error, RuntimeError)
 
 
 def test_the_error_that_ends_the_server_is_recorded(tmp_path: Path) -> None:

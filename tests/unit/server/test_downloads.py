@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 import pytest
 import torch
 
-from fedrounds.errors import NotFound, ServerUnreachable
+from fedrounds.errors import NotFound, ServerUnreachable, StorageUnusable
 from fedrounds.types import EntryKind
 from fedrounds.wire.framing import unframe_download
 from fedserver.models.checkpoints import Checkpoints
@@ -125,7 +125,7 @@ def test_a_chunk_that_could_not_be_read_is_read_again(tmp_path: Path) -> None:
 
         with pytest.raises(FileNotFoundError):
             await send()
-        with pytest.raises(NotFound):
+        with pytest.raises(StorageUnusable):
             await send()
         away.replace(path)
         path.with_suffix(".away").touch()
@@ -134,3 +134,34 @@ def test_a_chunk_that_could_not_be_read_is_read_again(tmp_path: Path) -> None:
     asyncio.run(download())
     threads.close()
     assert bytes(received) == path.read_bytes()
+
+
+def test_a_model_in_force_that_somebody_removed_is_the_servers_failure(tmp_path: Path) -> None:
+    """An older model that is gone is not: the client asks again what is wanted now."""
+    checkpoints = Checkpoints(tmp_path, {"w": EntryKind.PARAMETER})
+    in_force = checkpoints.save_initial({"w": torch.arange(10.0)}).digest
+    checkpoints.drop(in_force)
+    threads = Threads()
+    downloads = Downloads(checkpoints, threads, idle_s=1.0)
+    downloads.publish(in_force, state_digest="state")
+
+    async def take(_: bytes) -> None:
+        raise AssertionError
+
+    def download(digest: str) -> None:
+        asyncio.run(
+            downloads.send(
+                digest,
+                offset=0,
+                write=take,
+                on_progress=lambda: None,
+                on_waiting=lambda: None,
+            )
+        )
+
+    for digest in (in_force, "state"):
+        with pytest.raises(StorageUnusable, match=f"{digest} .* is gone from {tmp_path}: put it"):
+            download(digest)
+    with pytest.raises(NotFound):
+        download("older")
+    threads.close()

@@ -14,6 +14,7 @@ from fedrounds.tensors.compression import (
     compress,
     compressed_shapes,
     decompress,
+    dequantise,
     largest,
     quantise,
     relative_error,
@@ -198,3 +199,18 @@ def test_what_is_received_of_1e300_is_finite(encoding: Encoding) -> None:
     assert received["w"][0] > 0 > received["w"][1]
     lossless = encoding is Encoding.TOP_K
     assert relative_error(delta, received) == pytest.approx(0.0 if lossless else 1.0)
+
+
+@pytest.mark.parametrize("largest_value", [1.8e38, torch.finfo(torch.float32).max, 1e300])
+def test_int8_keeps_the_largest_numbers_of_float32(largest_value: float) -> None:
+    """Up to 2^-23 of the largest; what is beyond float32 becomes it."""
+    values = torch.tensor([largest_value, -largest_value, 0.0], dtype=torch.float64)
+    rounded, scales = quantise(values, 8, generator=torch.Generator().manual_seed(0))
+    received = dequantise(rounded, scales, begin=0, block_size=8)
+    wanted = min(largest_value, torch.finfo(torch.float32).max)
+    torch.testing.assert_close(
+        received.double(),
+        torch.tensor([wanted, -wanted, 0.0], dtype=torch.float64),
+        rtol=2.0**-23,
+        atol=0,
+    )
