@@ -127,16 +127,22 @@ class ClientData:
     def _count_all(self) -> tuple[int, ...]:
         """Return each client's number of examples, 0 for those whose data can't be loaded.
 
+        The log names each client that takes no part, with the reason.
+
         Raises:
-            FederationError: the data of none of the first three clients can be loaded.
+            FederationError: the data of none of the first three clients can be loaded, or no other
+                client has examples.
         """
         self.num_unreadable, counts = 0, []
+        empty = []
         failure: FederationError | None = None
         for client_id in self._settings.client_ids:
             what = f"task {self.task.name!r}: loading the data of client {client_id}"
             try:
                 with naming_task_errors(what):
                     counts.append(self._count_examples(client_id))
+                    if counts[-1] == 0:
+                        empty.append(client_id)
             except FederationError as error:
                 failure = failure or error
                 self.num_unreadable += 1
@@ -149,6 +155,12 @@ class ClientData:
                 _NUM_CLIENTS_TRIED, len(self._settings.client_ids)
             ) == len(counts):
                 raise failure
+        if failure is not None and not any(counts):
+            raise failure
+        if empty and any(counts):
+            logger.warning(
+                "client %s: no examples, takes no part; the others do", ", ".join(map(str, empty))
+            )
         return tuple(counts)
 
     def _count_examples(self, client_id: int) -> int:

@@ -232,17 +232,11 @@ class ServerSession:
         self._info = self._registered(self._client_ids)
         sizes = self._load_data(self._info)
         num_examples = dict(zip(self._all_client_ids, sizes, strict=True))
-        empty = [client_id for client_id in self._client_ids if not num_examples[client_id]]
         ready = tuple(client_id for client_id in self._client_ids if num_examples[client_id])
         if not ready:
             raise InvalidInput(
-                f"client {', '.join(map(str, empty[:10]))}: there are no examples to train on; "
-                "look at its data, or how the server deals data out (--partition)"
-            )
-        if empty:
-            logger.warning(
-                "client %s: no examples, takes no part; the others do",
-                ", ".join(map(str, empty)),
+                f"client {', '.join(map(str, self._client_ids[:10]))}: there are no examples to "
+                "train on; look at its data, or how the server deals data out (--partition)"
             )
         self._info = self._registered(ready, tuple(num_examples[client_id] for client_id in ready))
 

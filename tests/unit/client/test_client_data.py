@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from fedclient.client_data import ClientData
 from fedclient.settings import ClientSettings
@@ -220,6 +220,35 @@ def test_a_client_whose_data_cant_be_loaded_takes_no_part(
     )
     unreadable |= {0, 1, 3}
     with pytest.raises(OwnCodeFailed, match="of client 0 failed with OSError: disk 0"):
+        client_data_of("--ids", "0-3").load(SESSION)
+
+
+def test_why_a_client_takes_no_part_is_told_once(
+    requests: list[DataRequest],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Data that can't be loaded isn't called empty; without any examples it is the reason."""
+    numbers = find_task("numbers")
+    empty = {1, 3}
+
+    def load(request: DataRequest) -> Examples:
+        assert request.partition is not None
+        if request.partition.index == 2:
+            raise OSError("disk 2")
+        examples = numbers.load_train(request)
+        return Subset(examples, []) if request.partition.index in empty else examples
+
+    task = replace(numbers, load_train=load, load_labels=None)
+    monkeypatch.setattr(builtin, "_BUILT_IN", {"numbers": task})
+    client_data = client_data_of("--ids", "0-3")
+    client_data.load(SESSION)
+    client_data.load(SESSION)
+    unreadable, none = (record.getMessage() for record in caplog.records)
+    assert unreadable.startswith("client 2 takes no part: ")
+    assert none == "client 1, 3: no examples, takes no part; the others do"
+    empty |= {0}
+    with pytest.raises(OwnCodeFailed, match="of client 2 failed with OSError: disk 2"):
         client_data_of("--ids", "0-3").load(SESSION)
 
 
