@@ -198,6 +198,13 @@ class _Parser(argparse.ArgumentParser):
                 message = f"there is no flag {unknown}{hint}"
             else:
                 message = _wrong_word(unknown, program=self.prog)
+        elif wrong := re.fullmatch(r"argument (\S+): (.*)", message):
+            flag = wrong[1].rpartition("/--no-")[0] or wrong[1]
+            if wrong[2] == "expected one argument":
+                message = f"{flag} needs a value after it"
+            elif wrong[2].startswith("ignored explicit argument "):
+                value = wrong[2].removeprefix("ignored explicit argument ")
+                message = f"{flag} takes no value; leave {value} out"
         print(f"{self.prog}: {message} (--help lists all)", file=sys.stderr)
         raise SystemExit(USAGE_EXIT_CODE)
 

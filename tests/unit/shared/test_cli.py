@@ -115,7 +115,7 @@ def test_the_settings_file_is_named_by_a_flag_or_the_environment(
         by_flag = _toml(tmp_path / "flag", name)
         told = _refusal(capsys, "--config", by_flag)
         assert f"can't stand in a settings file, as in {by_flag}; give --" in told
-    assert "--config: expected one argument" in _refusal(capsys, "--config")
+    assert "--config needs a value after it" in _refusal(capsys, "--config")
 
 
 def test_a_flag_takes_back_what_a_file_switched_on(tmp_path: Path) -> None:
@@ -249,6 +249,20 @@ def test_a_misspelt_command_is_told_the_nearest_one(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         parse(ClientSettings, ["partition"])
     assert "no command partition; did you mean partitions?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--require-all=yes"], "--require-all takes no value; leave 'yes' out"),
+        (["--no-summary=1"], "--summary takes no value; leave '1' out"),
+        (["--strategy", "--seed", "1"], "--strategy needs a value after it"),
+    ],
+)
+def test_a_value_too_many_or_too_few_is_told(
+    argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in _refusal(capsys, *argv)
 
 
 def test_both_programs_know_all_commands_of_each_other() -> None:
