@@ -316,26 +316,35 @@ def test_an_update_waits_at_the_moment_between_two_rounds(tmp_path: Path) -> Non
         asyncio.run(upload(server))
 
 
-def test_an_update_that_finds_the_buffer_full_comes_into_the_next_round(tmp_path: Path) -> None:
+def held_up(server: ServerRun, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Return an event that is set once an order's client has waited for the server."""
+    is_noted, note_waiting = asyncio.Event(), server.open_orders.note_waiting
+
+    def note(order_id: str) -> None:
+        note_waiting(order_id)
+        is_noted.set()
+
+    monkeypatch.setattr(server.open_orders, "note_waiting", note)
+    return is_noted
+
+
+def test_an_update_that_finds_the_buffer_full_comes_into_the_next_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its client waits for the receipt, and isn't late meanwhile."""
 
     async def upload(server: ServerRun) -> None:
         opened, base = await server.begin(0, 1)
         await server.answer(0)
+        is_held_up = held_up(server, monkeypatch)
         waiting = asyncio.create_task(server.answer(1))
-        order_id = server.order_of(1).order_id
-        while server.spool.committed_bytes(order_id, update_digest(server)) == 0:
-            await asyncio.sleep(0.01)
+        await is_held_up.wait()
         closed = await server.closer.close(opened)
         following, _ = await server.closer.finish(closed, base)
         assert (await waiting).receipt is Receipt.STORED
         (stored,) = server.store.orders.stored_updates(following)
         assert (stored.client_id, stored.staleness) == (1, 1)
         await server.evaluations.done()
-
-    def update_digest(server: ServerRun) -> str:
-        order = server.order_of(1)
-        return update_of(order, server.payload_of(order)).digest
 
     with serving(
         tmp_path, strategy="fedbuff", strategy_parameters={"buffer_size": 1}, min_clients=2
@@ -382,8 +391,6 @@ def test_an_update_whose_client_hangs_up_at_its_end_is_stored_all_the_same(tmp_p
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        while server.store.orders.find_order(order.order_id).state is OrderState.OPEN:
-            await asyncio.sleep(0.01)
         assert server.states(server.latest())[0] == OrderState.STORED
 
     with serving(tmp_path, **SETTINGS) as server:
@@ -403,7 +410,9 @@ def test_an_encoding_that_the_run_does_not_take_is_refused(tmp_path: Path) -> No
         asyncio.run(upload(server))
 
 
-def test_who_waits_for_a_slot_is_not_late_and_learns_when_its_order_ends(tmp_path: Path) -> None:
+def test_who_waits_for_a_slot_is_not_late_and_learns_when_its_order_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One slot, held by client 0: client 1 waits, gives up, and is answered at once."""
 
     async def upload(server: ServerRun) -> None:
@@ -428,8 +437,8 @@ def test_who_waits_for_a_slot_is_not_late_and_learns_when_its_order_ends(tmp_pat
         waiting = server.open_orders.find(orders[1].order_id)
         assert waiting is not None
         server.clock.now_s += 1000
-        while server.open_orders.idle_s(waiting):
-            await asyncio.sleep(0.01)
+        await held_up(server, monkeypatch).wait()
+        assert server.open_orders.idle_s(waiting) == 0
         await give_up(server, 1)
         answer = await second
         assert (answer.receipt, answer.order_end) == (Receipt.LATE, OrderEnd.GIVEN_UP)
