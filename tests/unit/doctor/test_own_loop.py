@@ -1,33 +1,22 @@
 """The doctor alone: the examples of docs and examples run, and cure what is planted."""
 
 import re
-import subprocess
-import sys
+import runpy
 
 import pytest
 
-from tests.processes import GENEROUS_S, ROOT
+from tests.processes import ROOT
 
 
-def _shown(*argv: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *argv],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=GENEROUS_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_a_loop_of_ones_own_is_cured_with_the_proof_shown() -> None:
+def test_a_loop_of_ones_own_is_cured_with_the_proof_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """One of the three failed readings is named, is proven to be the cause, and all are left out.
 
     Kinds are well apart: without the failed readings nearly all of the new ones are right.
     """
-    shown = _shown("examples/own_loop.py")
+    runpy.run_path(str(ROOT / "examples" / "own_loop.py"), run_name="__main__")
+    shown = capsys.readouterr().out
     assert re.search(
         r"^bad-data at step \d+ \(1 sample with NaN in the input\): dropped, training went on$",
         shown,
@@ -43,10 +32,13 @@ def test_a_loop_of_ones_own_is_cured_with_the_proof_shown() -> None:
 
 
 @pytest.mark.parametrize("page", ["docs/doctor.md"])
-def test_the_program_in_the_documentation_does_what_it_says(page: str) -> None:
+def test_the_program_in_the_documentation_does_what_it_says(
+    page: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As it stands there, it ends with a finite loss and one diagnosis."""
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    first, *verdicts = _shown("-c", program).splitlines()
+    exec(program, {})
+    first, *verdicts = capsys.readouterr().out.splitlines()
     assert float(first.split()[1]) < 0.5
     assert [re.sub(r"\d+", "N", one) for one in verdicts] == [
         "bad-data at step N (N sample with NaN in the input): dropped, training went on"
