@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from pathlib import Path
 
 import pytest
 
@@ -33,11 +34,13 @@ def test_a_loop_of_ones_own_is_cured_with_the_proof_shown(
 
 @pytest.mark.parametrize("page", ["docs/doctor.md"])
 def test_the_program_in_the_documentation_does_what_it_says(
-    page: str, capsys: pytest.CaptureFixture[str]
+    page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As it stands there, it ends with a finite loss and one diagnosis."""
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    exec(program, {})
+    copy = tmp_path / "program.py"
+    copy.write_text(program)
+    runpy.run_path(str(copy))
     first, *verdicts = capsys.readouterr().out.splitlines()
     assert float(first.split()[1]) < 0.5
     assert [re.sub(r"\d+", "N", one) for one in verdicts] == [
