@@ -20,7 +20,8 @@ from fedrounds.doctor.stepping import Overrides, StepOutcome, TrainingState
 from fedrounds.nested import leaves_of, map_leaves
 from fedrounds.tensors.entries import norm_entries
 
-_MAX_AGE = 128
+_LEAST_REACH = 128
+"""Where so many steps were taken and the limit allows it, they can be undone."""
 _LARGE_STATE = 64 * 2**20
 _COPY_SHARE = 0.02
 _LONGEST_INTERVAL = 64
@@ -286,8 +287,9 @@ class Recorded(NamedTuple):
 class StepHistory:
     """Owns the states kept and the steps since the oldest of them, within a byte limit.
 
-    States get rarer with age: each is at least half its own age older than the next, and none is
-    older than 128 steps. At least one state stays, whatever the limit.
+    States get rarer with age: two neighbours are at most about half the age of the younger one
+    apart. The oldest stays until the next one is 128 steps old. At least one state stays, whatever
+    the limit.
     """
 
     def __init__(self, *, memory_bytes: int) -> None:
@@ -337,14 +339,19 @@ class StepHistory:
         kept: list[Snapshot] = []
         dropped = None
         newer = step
-        for older in reversed(self.snapshots):
-            age = step - older.step
-            is_needed = age <= _MAX_AGE and newer - older.step >= (age - INTERVAL) / 2
-            if is_needed or older is self._pinned:
-                kept.append(older)
-                newer = older.step
+        for place in reversed(range(len(self.snapshots))):
+            state = self.snapshots[place]
+            if newer <= step - _LEAST_REACH:
+                is_needed = False
             else:
-                dropped = older
+                # The oldest has no neighbour that could stand in for it.
+                older = self.snapshots[place - 1].step if place else -math.inf
+                is_needed = newer - older > (step - state.step) / 2
+            if is_needed or state is self._pinned:
+                kept.append(state)
+                newer = state.step
+            else:
+                dropped = state
         self._set_snapshots(kept[::-1])
         return dropped
 
