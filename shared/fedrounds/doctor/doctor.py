@@ -270,6 +270,8 @@ class Doctor:
             self._treatments.treat(symptom, steps[-1].outcome, progress)
         elif steps and self._treatments.suspicion is not None:
             self._treatments.look_into(steps[-1].outcome, progress)
+        elif steps:
+            self._treatments.judge_last_steps(steps[-1].outcome, progress)
 
     # ---- taking a step
 
@@ -368,16 +370,15 @@ class Doctor:
         is_tried: bool,
     ) -> StepOutcome:
         """Do what a symptom asks for, or what is due without one."""
-        if symptom is not None and self._treatments.release.easing is not None:
-            return self._treatments.take_back(progress)
+        if symptom is not None and self._treatments.release.is_on_trial:
+            return self._treatments.take_back(symptom, outcome, progress, is_tried=is_tried)
         treatments, step = self._treatments, self._session.step
         if symptom in SUSPICIONS:
             treatments.suspect(symptom, outcome)
         elif symptom is not None and not treatments.is_dismissed(symptom):
             return treatments.treat(symptom, outcome, progress, is_tried=is_tried)
-        if treatments.suspicion is not None:
-            is_ripe = treatments.suspicion.is_ripe(step)
-            return treatments.look_into(outcome, progress) if is_ripe else outcome
+        if treatments.suspicion is not None and treatments.suspicion.is_ripe(step):
+            return treatments.look_into(outcome, progress)
         return treatments.ease(outcome, progress) if treatments.release.is_due(step) else outcome
 
     def _take_unwatched(self, batch: Batch, nan_guard: NanGuard, *, updates: bool) -> StepReport:

@@ -1,9 +1,11 @@
 """Giving a training its own rate and gradients back, step by step, once it goes well.
 
-A lower rate, or a norm to clip at, is eased by a factor of two at a time. Each time the losses
-after it are compared with those before; where learning goes on less well it is taken back.
+A lower rate, or a norm to clip at, is eased: first by a factor of two, then by the square of the
+last factor, as long as learning goes on as well as before. Where it doesn't, training goes back to
+before the easing. From there on the remedy is watched to the end: an eased rate may do harm late.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -17,90 +19,155 @@ _NUM_JUDGED = 16
 _NO_WORSE = 1.1
 _NEGLIGIBLE = 0.02
 """A loss that rises by less than this share of the first one hasn't risen."""
-_LEAST_CLIPPING = 64.0
-"""A norm of so many times that of the remedy clips no more."""
+_LOST = 0.25
+"""A loss that takes this share of what was learned away is harm, whenever it comes."""
+_LEAST_GROWTH = 2.0
+_MOST_GROWTH = 256.0
+_FREE = 64.0
+"""A bound of so many times that of the remedy binds no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Easing:
-    """An easing on trial: the state and the overrides before it, and the loss that was usual."""
+class Checkpoint:
+    """A state in which all went well, the overrides before it, and the loss that was usual."""
 
     start: Snapshot
-    before: Overrides
+    treatment: Overrides
     level: float
 
 
 class Release:
-    """Knows when a remedy may be eased, and whether an easing did well."""
+    """Knows when a remedy may be eased, whether that did well, and where to go back to if not."""
 
     def __init__(self) -> None:
-        self.easing: Easing | None = None
+        self.checkpoint: Checkpoint | None = None
+        self.is_on_trial = False
         self._next_at: int | None = None
-        self._first_clip: float | None = None
         self._remedy: Overrides | None = None
+        self._growth = _LEAST_GROWTH
+        self._is_held = False
 
     def begin(self, treatment: Overrides, *, step: int) -> None:
         """Begin anew: a remedy has come into force."""
-        self.easing = None
-        is_easy = treatment.rate_factor == 1 and treatment.clip_norm is None
-        self._next_at = None if is_easy else step + _HOLD
-        self._first_clip = treatment.clip_norm
-        self._remedy = None if is_easy else treatment
+        self.stop()
+        self._growth, self._is_held = _LEAST_GROWTH, False
+        if _is_bound(treatment):
+            self._remedy, self._next_at = treatment, step + _HOLD
+
+    def stop(self) -> None:
+        """Ease and watch no more."""
+        self.checkpoint = self._next_at = self._remedy = None
+        self.is_on_trial = False
 
     def tightened(self, treatment: Overrides) -> Overrides | None:
-        """Return a treatment with the rate and the norm that the remedy had before it was eased.
+        """Return a treatment with the bounds that the remedy had before it was eased.
 
         None if it wasn't eased. What went wrong again is eased no more.
         """
-        remedy, self._remedy = self._remedy, None
+        remedy = self._remedy
         if remedy is None:
             return None
-        tight = replace(treatment, rate_factor=remedy.rate_factor, clip_norm=remedy.clip_norm)
-        if tight == treatment:
-            return None
+        tight = _with_bounds(treatment, remedy)
         self.stop()
-        return tight
+        return None if tight == treatment else tight
 
     def is_due(self, step: int) -> bool:
-        """Whether an easing is to be judged, or the next one to be made."""
+        """Whether the last steps are to be judged, and the next easing to be made."""
         return self._next_at is not None and step >= self._next_at
 
     def does_well(self, losses: Sequence[float], *, first_level: float) -> bool:
-        """Whether learning goes on as well as before the easing on trial."""
-        if self.easing is None:
+        """Whether learning goes on as well as before the easing on trial, if there is one.
+
+        Without one: whether what was learned at the last checkpoint is still there.
+        """
+        if self.checkpoint is None:
             return True
+        level, now = self.checkpoint.level, level_of(losses)
+        if not self.is_on_trial:
+            learned = abs(first_level) - level
+            return not (learned > 0 and now > level + _LOST * learned)
         allowed = max(
-            _NO_WORSE * abs(self.easing.level) if self.easing.level > 0 else self.easing.level,
-            self.easing.level + _NEGLIGIBLE * abs(first_level),
+            _NO_WORSE * abs(level) if level > 0 else level,
+            level + _NEGLIGIBLE * abs(first_level),
         )
-        return level_of(losses) <= allowed
+        return now <= allowed
 
     def ease(
         self, treatment: Overrides, start: Snapshot, losses: Sequence[float], *, step: int
     ) -> Overrides:
-        """Return the overrides eased once, and put them on trial; `start` is the state now."""
-        eased = replace(
-            treatment,
-            rate_factor=min(1.0, 2 * treatment.rate_factor),
-            warmup_steps=0,
-            warmup_from=0,
-            clip_norm=self._eased_norm(treatment.clip_norm),
-        )
-        if eased == treatment:
-            self.stop()
-            return treatment
-        self.easing = Easing(start=start, before=treatment, level=level_of(losses))
+        """Return the overrides eased once, and put them on trial; `start` is the state now.
+
+        Those that may not be eased any more are returned as they are, and watched.
+        """
+        if self.is_on_trial:
+            self._growth = min(self._growth**2, _MOST_GROWTH)
+        level = level_of(losses)
+        if self.checkpoint is not None:
+            level = min(level, self.checkpoint.level)
+        self.checkpoint = Checkpoint(start=start, treatment=treatment, level=level)
         self._next_at = step + _HOLD
+        eased = treatment if self._is_held else self._eased(treatment)
+        self.is_on_trial = eased != treatment
+        if not _is_bound(treatment):
+            self.stop()
         return eased
 
-    def stop(self) -> None:
-        """Ease no more."""
-        self.easing = self._next_at = None
+    def back(self, *, step: int) -> Overrides:
+        """Return the overrides to go on with from the checkpoint, where it goes wrong after it.
 
-    def _eased_norm(self, norm: float | None) -> float | None:
-        if norm is None or self._first_clip is None:
-            return None
-        return None if 2 * norm > _LEAST_CLIPPING * self._first_clip else 2 * norm
+        After a large easing those before it. Else half of them, which aren't eased again: just
+        below the rate that does harm at once lie rates that do it late.
+        """
+        assert self.checkpoint is not None
+        before = self.checkpoint.treatment
+        is_large = self.is_on_trial and self._growth > _LEAST_GROWTH
+        self._is_held = not is_large
+        self._growth = _LEAST_GROWTH
+        self.is_on_trial = False
+        self._next_at = step + _HOLD
+        return before if is_large else self._halved(before)
+
+    def _eased(self, treatment: Overrides) -> Overrides:
+        remedy = self._remedy
+        assert remedy is not None
+        clip, first = treatment.clip_norm, remedy.clip_norm
+        if clip is not None and first is not None:
+            clip = self._growth * clip if self._growth * clip <= _FREE * first else None
+        most = self._growth * treatment.max_rate
+        return replace(
+            treatment,
+            rate_factor=min(1.0, self._growth * treatment.rate_factor),
+            max_rate=most if most <= _FREE * remedy.max_rate else math.inf,
+            warmup_steps=0,
+            warmup_from=0,
+            clip_norm=clip,
+        )
+
+    def _halved(self, treatment: Overrides) -> Overrides:
+        remedy = self._remedy
+        assert remedy is not None
+        clip, first = treatment.clip_norm, remedy.clip_norm
+        return replace(
+            treatment,
+            rate_factor=max(treatment.rate_factor / 2, remedy.rate_factor),
+            max_rate=max(treatment.max_rate / 2, remedy.max_rate),
+            clip_norm=first if clip is None or first is None else max(clip / 2, first),
+        )
+
+
+def _is_bound(treatment: Overrides) -> bool:
+    """Whether rate or gradient are smaller than the training's own."""
+    is_slowed = treatment.rate_factor != 1 or treatment.max_rate != math.inf
+    return is_slowed or treatment.clip_norm is not None
+
+
+def _with_bounds(treatment: Overrides, remedy: Overrides) -> Overrides:
+    return replace(
+        treatment,
+        rate_factor=remedy.rate_factor,
+        max_rate=remedy.max_rate,
+        clip_norm=remedy.clip_norm,
+    )
 
 
 def level_of(losses: Sequence[float]) -> float:

@@ -34,7 +34,7 @@ from fedrounds.doctor.history import (
     take_snapshot,
 )
 from fedrounds.doctor.left_out import LeftOut
-from fedrounds.doctor.monitor import PHASES
+from fedrounds.doctor.monitor import INTERVAL, PHASES
 from fedrounds.doctor.nan_guard import trend_point
 from fedrounds.doctor.plain import Progress
 from fedrounds.doctor.release import Release
@@ -49,7 +49,7 @@ from fedrounds.doctor.reports import TrainingHalted
 from fedrounds.doctor.retaking import Preparation, Retaking, nothing, preparation
 from fedrounds.doctor.session import Session
 from fedrounds.doctor.stepping import UNTREATED, Attempt, Overrides, StepOutcome
-from fedrounds.doctor.suspicion import CERTAIN, Quiet, Suspicion, choose
+from fedrounds.doctor.suspicion import CERTAIN, SUSPICIONS, Quiet, Suspicion, choose
 
 logger = logging.getLogger(__name__)
 
@@ -440,35 +440,65 @@ class Treatments:
         )
 
     def ease(self, outcome: StepOutcome, progress: Progress) -> StepOutcome:
-        """Ease the treatment once more, or take the last easing back where it did harm."""
-        losses = self._session.monitor.losses
-        if not self.release.does_well(losses, first_level=self._session.monitor.first_level):
-            return self.take_back(progress)
-        start = take_snapshot(self._session.training, step=self._session.step)
-        self._session.treatment = self.release.ease(
-            self._session.treatment, start, losses, step=self._session.step
-        )
-        if self.release.easing is not None:
-            self._session.history.keep(start)
-            self._session.history.pin(start)
+        """Ease the treatment once more, or go back to where all went well if it did harm."""
+        session, losses = self._session, self._session.monitor.losses
+        if not self.release.does_well(losses, first_level=session.monitor.first_level):
+            return self.take_back(None, outcome, progress)
+        if self.suspicion is not None:
+            # What is watched isn't mixed with what an easing does.
+            return outcome
+        start = take_snapshot(session.training, step=session.step)
+        session.treatment = self.release.ease(session.treatment, start, losses, step=session.step)
+        if self.release.checkpoint is not None:
+            session.history.keep(start)
+            session.history.pin(start)
         return outcome
 
-    def take_back(self, progress: Progress) -> StepOutcome:
-        """Go back to before the last easing, and ease no more."""
-        progress.set_aside(self._session.training, self._session.device)
-        easing = self.release.easing
-        assert easing is not None
+    def judge_last_steps(self, outcome: StepOutcome, progress: Progress) -> None:
+        """Go back to where all went well if what was eased did harm in the last steps."""
+        session, checkpoint = self._session, self.release.checkpoint
+        is_short = checkpoint is None or session.step < checkpoint.start.step + INTERVAL
+        if not is_short and not self.release.does_well(
+            session.monitor.losses, first_level=session.monitor.first_level
+        ):
+            self.take_back(None, outcome, progress)
+
+    def take_back(
+        self,
+        symptom: Symptom | None,
+        outcome: StepOutcome,
+        progress: Progress,
+        *,
+        is_tried: bool = True,
+    ) -> StepOutcome:
+        """Go back to the last state in which all went well, under tighter overrides.
+
+        Where even that fails, a symptom is treated as any other.
+        """
+        session, checkpoint = self._session, self.release.checkpoint
+        assert checkpoint is not None
+        progress.set_aside(session.training, session.device)
+        self.suspicion = None
+        session.history.pin(None)
+        steps = session.history.between(checkpoint.start.step, session.step)
+        treatment = replace(
+            self.release.back(step=session.step),
+            skips=session.treatment.skips,
+            without=session.treatment.without,
+        )
+        again = None
+        is_kept = len(steps) == session.step - checkpoint.start.step
+        if is_kept and math.isfinite(self._retaking(steps).level_from(checkpoint.start, treatment)):
+            again = self._take_again(checkpoint.start, steps, treatment)
+        if again is not None:
+            session.treatment = treatment
+            progress.restore_random_state(session.device)
+            return again
         self.release.stop()
-        self._session.history.pin(None)
-        steps = [one for one in self._session.history.steps if one.step > easing.start.step]
-        skips = self._session.treatment.skips
-        treatment = replace(easing.before, skips=skips, without=self._session.treatment.without)
-        again = self._take_again(easing.start, steps, treatment)
-        if again is None:
-            raise RuntimeError("the steps before an easing don't go well any more")
-        self._session.treatment = treatment
-        progress.restore_random_state(self._session.device)
-        return again
+        progress.put_back(session.device)
+        if symptom is None or symptom in SUSPICIONS:
+            return outcome
+        return self.treat(symptom, outcome, progress, is_tried=is_tried)
 
     def count(self, given: Batch, outcome: StepOutcome) -> None:
         """Count what is left out; stop, or go on with all of it, where that is too much."""
