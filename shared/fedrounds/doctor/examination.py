@@ -440,6 +440,8 @@ def _finding(evidence: Evidence, cause: Cause) -> Finding:
         trend=tuple(one.point for one in steps[-MAX_TREND:]),
         return_to=evidence.start if cause in _FROM_EARLIER else evidence.before,
         is_onset=evidence.was_sane_before,
+        onset=evidence.bad,
+        max_rate=evidence.trials.max_rate,
         num_replayed_steps=evidence.replay.num_steps,
     )
 

@@ -50,7 +50,8 @@ class Finding:
 
     `symptom` is what its bad step shows, if that isn't the step in which something was noticed;
     `return_to` is the last good state; with `is_onset` the model was still sane just before the bad
-    step.
+    step. `onset` is the step that harmed the model, which may lie before the bad one. Where a
+    schedule raised the rate since the last good state, no step above `max_rate` went well.
     """
 
     symptom: Symptom
@@ -64,6 +65,8 @@ class Finding:
     trend: tuple[TrendPoint, ...] = ()
     return_to: Snapshot
     is_onset: bool = False
+    onset: Recorded
+    max_rate: float = math.inf
     num_replayed_steps: int = 0
 
     def healing(self, name: ExperimentName) -> Experiment | None:

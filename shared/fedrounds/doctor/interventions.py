@@ -19,6 +19,11 @@ def slowing(factor: float) -> Change:
     return lambda one: replace(one, rate_factor=one.rate_factor * factor)
 
 
+def bounding_rate(max_rate: float) -> Change:
+    """Take no step at a learning rate above this."""
+    return lambda one: replace(one, max_rate=min(max_rate, one.max_rate))
+
+
 def clipping(norm: float) -> Change:
     """Clip gradients at a global L2 norm."""
     return lambda one: replace(one, clip_norm=min(norm, one.clip_norm or norm))

@@ -1,5 +1,6 @@
 """From a cause to what is done about it: the smallest thing that the experiments showed to work."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -93,19 +94,25 @@ def candidates_for(
     own = list(remedies_for(finding))
     if any(one.kind is RemedyKind.SKIP_BATCH for one in own):
         return own
-    is_single_spike = finding.cause in OF_THE_RATE and finding.is_onset and is_alone
+    is_single_spike = finding.cause in OF_THE_RATE and is_alone
     return [skip, *own] if is_finite or is_single_spike else [*own, skip]
 
 
 def applied(treatment: Overrides, remedy: Remedy, finding: Finding) -> Overrides:
     """Return a treatment with a remedy added to it, from the last good state on."""
     change = {
-        RemedyKind.LOWER_RATE: interventions.slowing(remedy.value),
+        RemedyKind.LOWER_RATE: (
+            interventions.slowing(remedy.value)
+            if math.isinf(finding.max_rate)
+            else interventions.bounding_rate(finding.max_rate)
+        ),
         RemedyKind.CLIP_GRADIENT: interventions.clipping(remedy.value),
         RemedyKind.SANITISE_INPUTS: interventions.sanitising(remedy.value),
         RemedyKind.GUARD_LOSS: interventions.guarding_loss(),
         RemedyKind.USE_FLOAT32: interventions.widening(),
-        RemedyKind.SKIP_BATCH: interventions.skipping(finding.bad_step.step),
+        RemedyKind.SKIP_BATCH: interventions.skipping(
+            (finding.onset if finding.cause in OF_THE_RATE else finding.bad_step).step
+        ),
     }.get(remedy.kind)
     if change is not None:
         treatment = change(treatment)

@@ -59,6 +59,8 @@ _LEAST_S = 30.0
 """An examination may take the time of so many steps, or so many seconds."""
 _APART = 32
 """Two bad steps so far apart may be two single ones; nearer to each other, skipping doesn't do."""
+_SPOILT = 0.5
+"""A loss that is higher than usual by this share of it isn't what it was."""
 _NUM_ALIKE = 3
 """After so many batches left out for the same symptom the next is left out without asking why."""
 
@@ -180,6 +182,8 @@ class Treatments:
             num_skipped = len(self._session.treatment.skips)
             if not self._allowance.grants(remedy, finding, num_skipped=num_skipped):
                 continue
+            if self._is_skip_in_vain(remedy, finding, steps):
+                continue
             again = self._apply(remedy, finding, steps)
             if again is not None:
                 progress.restore_random_state(self._session.device)
@@ -190,6 +194,17 @@ class Treatments:
         if outcome.error is not None or self._is_asked_to_stop(finding.cause):
             raise TrainingHalted(self._session.diagnoses[-1]) from outcome.error
         return self._go_on_unhealed(steps[-1], progress)
+
+    def _is_skip_in_vain(self, remedy: Remedy, finding: Finding, steps: Sequence[Recorded]) -> bool:
+        """Whether the harm of a high rate is more than that of the step where it began."""
+        is_spike = remedy.kind is RemedyKind.SKIP_BATCH and finding.cause in OF_THE_RATE
+        if not is_spike or finding.is_onset:
+            return False
+        usual = self._session.monitor.usual_loss(before=finding.onset.step)
+        if usual is None:
+            return True
+        level = self._retaking(steps).level_under(remedy, finding, self._session.treatment)
+        return level > usual + _SPOILT * abs(usual)
 
     def _is_asked_to_stop(self, cause: Cause) -> bool:
         """Whether a cause that has no remedy ends training."""

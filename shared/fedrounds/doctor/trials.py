@@ -14,6 +14,8 @@ from fedrounds.doctor.history import Snapshot, restore_snapshot
 from fedrounds.doctor.replay import Change, Replay, Trajectory
 from fedrounds.doctor.stepping import UNTREATED
 
+_RISEN = 2.0
+"""Where a schedule raised the rate by more than this, a bound is tried instead of a factor."""
 _RATE_FACTORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)
 _JUMP = 10.0
 _STEEP = 30.0
@@ -31,6 +33,8 @@ class Trials:
         self._replay = replay
         self._experiments = experiments
         self._has_stepped = False
+        self._highest_rate: float | None = None
+        self.max_rate = math.inf
 
     def run(
         self,
@@ -105,11 +109,21 @@ class Trials:
 
     def _slow_enough(self, start: Snapshot, until: int) -> Trajectory | None:
         """Lower the rate until it heals, and on as long as that leads further."""
-        for factor in _RATE_FACTORS:
+        rates = [one.outcome.lr for one in self._replay.history.between(start.step, until)]
+        factors: tuple[float, ...] = _RATE_FACTORS
+        self._highest_rate = None
+        if max(rates) > _RISEN * rates[0] > 0:
+            # What the schedule goes on to raise needs a bound, beginning with the last good rate.
+            self._highest_rate = max(rates)
+            good = rates[0] / self._highest_rate
+            factors = (good, *(good * one for one in _RATE_FACTORS))
+        for factor in factors:
             slow = self._at_rate(factor, start, until)
             if slow is not None:
                 best = self._best_rate(factor, start, until)
                 better = None if best == factor else self._at_rate(best, start, until)
+                if self._highest_rate is not None:
+                    self.max_rate = self._highest_rate * (best if better else factor)
                 return better or slow
             if not self._has_stepped:
                 # It fails before the rate has any say.
@@ -121,9 +135,14 @@ class Trials:
             ExperimentName.LOWER_RATE,
             start,
             until,
-            change=interventions.slowing(factor),
+            change=self._lowered(factor),
             value=factor,
         )
+
+    def _lowered(self, factor: float) -> Change:
+        if self._highest_rate is not None:
+            return interventions.bounding_rate(factor * self._highest_rate)
+        return interventions.slowing(factor)
 
     def _best_rate(self, factor: float, start: Snapshot, until: int) -> float:
         """Return the rate that leads furthest, from one that heals on downwards.
@@ -134,7 +153,7 @@ class Trials:
 
         def reached(factor: float, *, num_times: int = num_times) -> float:
             trajectory = self._replay.run(
-                start, until, change=interventions.slowing(factor), num_times=num_times
+                start, until, change=self._lowered(factor), num_times=num_times
             )
             return math.inf if trajectory.failed_at else self._replay.probe_loss()
 
