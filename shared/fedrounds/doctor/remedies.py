@@ -1,7 +1,7 @@
 """From a cause to what is done about it: the smallest thing that the experiments showed to work."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from fedrounds.diagnosis.values import (
@@ -15,8 +15,9 @@ from fedrounds.diagnosis.values import (
 from fedrounds.doctor import interventions
 from fedrounds.doctor.batches import batch_size
 from fedrounds.doctor.findings import Finding
+from fedrounds.doctor.history import Recorded
 from fedrounds.doctor.monitor import INTERVAL
-from fedrounds.doctor.stepping import Overrides
+from fedrounds.doctor.stepping import Overrides, TrainingState, prepared
 
 OF_THE_RATE = (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT)
 OF_THE_START = (Cause.BAD_INITIALISATION, Cause.RECEIVED_MODEL)
@@ -134,6 +135,33 @@ def applied(treatment: Overrides, remedy: Remedy, finding: Finding) -> Overrides
             treatment, min_batch_size=max(treatment.min_batch_size, min(int(remedy.value) + 1, 2))
         )
     return treatment
+
+
+def leaving_out_earlier(
+    treatment: Overrides, finding: Finding, steps: Sequence[Recorded]
+) -> Overrides:
+    """Return a treatment that leaves a finding's samples out of all these steps.
+
+    Samples without an oddity are known by their number in the data set; others by their oddity.
+    """
+    numbers = {one.index for one in finding.samples if one.index >= 0}
+    earlier = {
+        (one.step, place)
+        for one in steps
+        for place, index in enumerate(one.indices or ())
+        if int(index) in numbers
+    }
+    return replace(treatment, without=treatment.without | earlier)
+
+
+def holds_left_out(recorded: Recorded, treatment: Overrides, training: TrainingState) -> bool:
+    """Whether a recorded step learned from samples that a treatment leaves out."""
+    if not recorded.outcome.is_taken:
+        return False
+    step, batch = recorded.step, recorded.batch
+    before = prepared(batch, recorded.treatment, training, step=step)
+    after = prepared(batch, treatment, training, step=step)
+    return before is not None and (after is None or batch_size(after) < batch_size(before))
 
 
 def _remedies_for_samples(finding: Finding) -> Iterator[Remedy]:

@@ -44,6 +44,8 @@ from fedrounds.doctor.remedies import (
     Allowance,
     applied,
     candidates_for,
+    holds_left_out,
+    leaving_out_earlier,
 )
 from fedrounds.doctor.reports import TrainingHalted
 from fedrounds.doctor.retaking import Preparation, Retaking, nothing, preparation
@@ -61,6 +63,8 @@ _APART = 32
 """Two bad steps so far apart may be two single ones; nearer to each other, skipping doesn't do."""
 _SPOILT = 0.5
 """A loss that is higher than usual by this share of it isn't what it was."""
+_LEAST_GAIN = 0.1
+"""Going back further than to the last good state has to lower the loss by this share."""
 _NUM_ALIKE = 3
 """After so many batches left out for the same symptom the next is left out without asking why."""
 
@@ -184,10 +188,12 @@ class Treatments:
                 continue
             if self._is_skip_in_vain(remedy, finding, steps):
                 continue
-            again = self._apply(remedy, finding, steps)
+            start, treatment = self._plan(remedy, finding, steps)
+            again = self._apply(remedy, start, treatment, steps)
             if again is not None:
                 progress.restore_random_state(self._session.device)
-                self._note_cure(diagnosis, remedy, finding, began)
+                returned = replace(diagnosis, returned_to_step=start.step)
+                self._note_cure(returned, remedy, finding, began)
                 return again
         tried = candidates[-1] if candidates else diagnosis.remedy
         self._session.tell(replace(diagnosis, remedy=tried, seconds=time.monotonic() - began))
@@ -287,10 +293,12 @@ class Treatments:
             return outcome
         num_skipped = len(self._session.treatment.skips)
         if self._allowance.grants(remedy, finding, num_skipped=num_skipped):
-            again = self._apply(remedy, finding, steps)
+            start, treatment = self._plan(remedy, finding, steps)
+            again = self._apply(remedy, start, treatment, steps)
             if again is not None:
                 progress.restore_random_state(self._session.device)
-                self._note_cure(diagnosis, remedy, finding, began)
+                returned = replace(diagnosis, returned_to_step=start.step)
+                self._note_cure(returned, remedy, finding, began)
                 return again
         progress.put_back(self._session.device)
         self._quiet.begin(self._session.step)
@@ -414,13 +422,40 @@ class Treatments:
             )
         return outcome
 
+    def _plan(
+        self, remedy: Remedy, finding: Finding, steps: Sequence[Recorded]
+    ) -> tuple[Snapshot, Overrides]:
+        """Return the state to go back to for a remedy, and the overrides from there on.
+
+        That is the last good state; for samples to leave out, one from before the first step that
+        learned from them, where the steps since then lead to a lower loss.
+        """
+        session = self._session
+        last_good = finding.return_to, applied(session.treatment, remedy, finding)
+        if remedy.kind is not RemedyKind.DROP_SAMPLES:
+            return last_good
+        treatment = leaving_out_earlier(last_good[1], finding, steps)
+        first = next(
+            (one.step for one in steps if holds_left_out(one, treatment, session.training)), None
+        )
+        earlier = [one for one in session.history.snapshots if first and one.step < first]
+        if not earlier or earlier[-1].step >= finding.return_to.step:
+            return last_good
+        retaking = self._retaking(steps)
+        late = retaking.level_from(*last_good)
+        is_better = retaking.level_from(earlier[-1], treatment) < late - _LEAST_GAIN * abs(late)
+        return (earlier[-1], treatment) if is_better else last_good
+
     def _apply(
-        self, remedy: Remedy, finding: Finding, recorded: Sequence[Recorded]
+        self,
+        remedy: Remedy,
+        start: Snapshot,
+        treatment: Overrides,
+        recorded: Sequence[Recorded],
     ) -> StepOutcome | None:
         """Go back and take the steps since again under a remedy; None if that fails."""
-        treatment = applied(self._session.treatment, remedy, finding)
         outcome = self._take_again(
-            finding.return_to,
+            start,
             recorded,
             treatment,
             prepare=preparation(self._session.training, remedy),

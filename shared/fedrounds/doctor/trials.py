@@ -22,6 +22,8 @@ _STEEP = 30.0
 _NUM_LASTING = 24
 """By so many steps at least a rate is judged beside others, each a third of the one before."""
 _FURTHER = 0.9
+_LOST = 0.25
+"""A state is as good as the best if it lost at most this share of what that had learned."""
 _LOWER = 3.0
 _NUM_LOWER = 8
 
@@ -173,15 +175,25 @@ class Trials:
         return factor if least < begun else healing
 
     def _good_starts(self, newest: Snapshot) -> list[Snapshot]:
-        """Return the newest state that is good beyond doubt, and the oldest."""
-        snapshots = self._replay.history.snapshots
-        for snapshot in reversed(snapshots[1:]):
-            if snapshot.step > newest.step:
-                continue
-            restore_snapshot(self._replay.training, snapshot)
-            if self._replay.is_sane(is_strict=True):
-                return [snapshot, snapshots[0]]
-        return snapshots[:1]
+        """Return the newest state that is good beyond doubt, and the oldest.
+
+        Good is what still has most of what the best state had learned: a late one may have lost it
+        and be no worse than the first.
+        """
+        replay = self._replay
+        oldest, *others = [one for one in replay.history.snapshots if one.step <= newest.step]
+        sane: list[tuple[Snapshot, float]] = []
+        for snapshot in others:
+            restore_snapshot(replay.training, snapshot)
+            if replay.is_sane(is_strict=True):
+                sane.append((snapshot, replay.probe_loss()))
+        if not sane:
+            return [oldest]
+        least = min(loss for _, loss in sane)
+        level = least if replay.probe is None else abs(replay.probe.level)
+        allowed = least + _LOST * max(0.0, level - least)
+        good = [one for one, loss in sane if math.isnan(loss) or loss <= allowed]
+        return [good[-1], oldest]
 
 
 def _is_steep(slow: Trajectory, usual_norm: float | None) -> bool:
