@@ -39,7 +39,7 @@ from fedrounds.doctor.outside import Versions, versions_of, written_between
 from fedrounds.doctor.plain import Progress, go_on, last_word, plain_step
 from fedrounds.doctor.replay import learned_from
 from fedrounds.doctor.reports import StepReport, TrainingHalted
-from fedrounds.doctor.requirements import require_supported
+from fedrounds.doctor.requirements import needs_closure, require_supported
 from fedrounds.doctor.session import Session
 from fedrounds.doctor.stepping import (
     UNTREATED,
@@ -49,7 +49,6 @@ from fedrounds.doctor.stepping import (
     Overrides,
     StepOutcome,
     TrainingState,
-    needs_closure,
     take_step,
 )
 from fedrounds.doctor.suspicion import SUSPICIONS

@@ -49,6 +49,11 @@ def unguarding_loss() -> Change:
     return lambda one: replace(one, guards=False)
 
 
+def stabilising() -> Change:
+    """Take no step with constants of the optimizer that can't be stable."""
+    return lambda one: replace(one, stabilises=True)
+
+
 def widening() -> Change:
     """Compute in float32 what is computed in fewer bits; the training is to be widened, too."""
     return lambda one: replace(one, widens=True)

@@ -68,6 +68,9 @@ def remedies_for(finding: Finding) -> Iterator[Remedy]:
             yield Remedy(kind=RemedyKind.RESET_OPTIMIZER)
         case Cause.EXPLODING_GRADIENT if clip is not None:
             yield Remedy(kind=RemedyKind.CLIP_GRADIENT, value=clip.value)
+        case Cause.LEARNING_RATE if finding.healing(ExperimentName.FRESH_OPTIMIZER) is not None:
+            # Its constants can't be stable at this rate: the rate is kept, and they are changed.
+            yield Remedy(kind=RemedyKind.RESET_OPTIMIZER)
         case Cause.LEARNING_RATE if rate is not None:
             yield Remedy(kind=RemedyKind.LOWER_RATE, value=rate.value)
         case Cause.NOT_REPRODUCIBLE:
@@ -111,6 +114,8 @@ def applied(treatment: Overrides, remedy: Remedy, finding: Finding) -> Overrides
         RemedyKind.SANITISE_INPUTS: interventions.sanitising(remedy.value),
         RemedyKind.GUARD_LOSS: interventions.guarding_loss(),
         RemedyKind.USE_FLOAT32: interventions.widening(),
+        # Where all constants are stable this changes nothing.
+        RemedyKind.RESET_OPTIMIZER: interventions.stabilising(),
         RemedyKind.SKIP_BATCH: interventions.skipping(
             (finding.onset if finding.cause in OF_THE_RATE else finding.bad_step).step
         ),

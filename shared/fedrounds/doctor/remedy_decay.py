@@ -36,6 +36,8 @@ class RemedyDecay:
             warmup_steps=0,
             warmup_from=0,
             trusts_gradient=False,
+            # The next round's optimizer is another, with constants that are looked at anew.
+            stabilises=False,
         )
         if not was_healthy:
             return RemedyDecay(treatment=lasting)

@@ -1,10 +1,19 @@
 """What a training must be like so that its steps can be taken again."""
 
+from inspect import Parameter, signature
+
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fedrounds.doctor.stepping import TrainingState
 from fedrounds.errors import InvalidInput
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer's step must be given a closure."""
+    closure = signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is Parameter.empty
 
 
 def require_supported(training: TrainingState) -> None:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from inspect import Parameter, signature
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,6 +26,7 @@ from fedrounds.doctor.batches import (
     take,
     tensors_of,
 )
+from fedrounds.doctor.constants import make_stable
 from fedrounds.doctor.guarded import guarding
 from fedrounds.errors import InvalidInput
 from fedrounds.nested import items_of, leaves_of
@@ -50,7 +50,8 @@ class Overrides:
     samples, and the steps in `skips`, are left out; so are single samples, each as
     (step, position), in `without`. With `guards` the loss is computed by fedrounds.doctor.guarded,
     with `widens` everything narrower is computed in float32. With `trusts_gradient` a step is made
-    where its gradient is finite, though its loss isn't.
+    where its gradient is finite, though its loss isn't. With `stabilises` the optimizer's constants
+    are those of fedrounds.doctor.constants where its own can't be stable.
     """
 
     rate_factor: float = 1.0
@@ -67,11 +68,13 @@ class Overrides:
     guards: bool = False
     widens: bool = False
     trusts_gradient: bool = False
+    stabilises: bool = False
 
     @property
-    def keeps_rate(self) -> bool:
-        """Whether the learning rate is the training's own."""
-        return self.rate_factor == 1 and self.max_rate == math.inf and self.warmup_steps == 0
+    def keeps_settings(self) -> bool:
+        """Whether the learning rate and the optimizer's constants are the training's own."""
+        keeps_rate = self.rate_factor == 1 and self.max_rate == math.inf and self.warmup_steps == 0
+        return keeps_rate and not self.stabilises
 
     @property
     def is_plain(self) -> bool:
@@ -88,6 +91,7 @@ class Overrides:
 
 
 UNTREATED = Overrides()
+_CHANGED = ("lr", "momentum", "weight_decay")
 NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -392,12 +396,6 @@ class Again:
         return loss
 
 
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether an optimizer's step must be given a closure."""
-    closure = signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is Parameter.empty
-
-
 def descend(
     training: TrainingState,
     treatment: Overrides,
@@ -411,18 +409,20 @@ def descend(
     `grad_norm` is their norm, where it is known. `again` is for an optimizer that needs a closure.
     """
     _clip(training, treatment, grad_norm=grad_norm)
-    if treatment.keeps_rate:
+    if treatment.keeps_settings:
         optimizer_step(training, again)
         return
     groups = training.optimizer.param_groups
-    before = [group["lr"] for group in groups]
+    before = [{key: group[key] for key in _CHANGED if key in group} for group in groups]
     for group in groups:
         group["lr"] = treatment.rate(group["lr"], step=step)
+    if treatment.stabilises:
+        make_stable(training.optimizer)
     try:
         optimizer_step(training, again)
     finally:
-        for group, lr in zip(groups, before, strict=True):
-            group["lr"] = lr
+        for group, settings in zip(groups, before, strict=True):
+            group.update(settings)
 
 
 def optimizer_step(training: TrainingState, again: Callable[[], Tensor] | None) -> None:

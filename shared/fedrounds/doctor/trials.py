@@ -10,7 +10,8 @@ from collections.abc import Callable
 from fedrounds.diagnosis.values import Cause, Experiment, ExperimentName
 from fedrounds.doctor import interventions
 from fedrounds.doctor.batches import Batch
-from fedrounds.doctor.history import Snapshot, restore_snapshot
+from fedrounds.doctor.constants import unstable_constant
+from fedrounds.doctor.history import Snapshot, restore_settings, restore_snapshot
 from fedrounds.doctor.replay import Change, Replay, Trajectory
 from fedrounds.doctor.stepping import UNTREATED
 
@@ -82,6 +83,9 @@ class Trials:
         """Return whether rate, gradient or precision is to blame, and the state to go back to."""
         clip = usual_norm or 1.0
         starts = self._good_starts(newest)
+        for start in starts:
+            if (cause := self._look_at_constants(start, until)) is not None:
+                return cause, start
         restore_snapshot(self._replay.training, starts[-1])
         hopeless = None if self._replay.is_sane() else starts[-1]
         for start in starts:
@@ -108,6 +112,30 @@ class Trials:
             convert=interventions.doubled,
         )
         return None
+
+    def _look_at_constants(self, start: Snapshot, until: int) -> Cause | None:
+        """Return the cause where constants that can't be stable are to blame.
+
+        That is the rate, if a lower one heals as well: it is a factor of what the decay does.
+        """
+        training = self._replay.training
+        restore_snapshot(training, start)
+        restore_settings(training, self._replay.history.between(start.step, until)[-1])
+        constant = unstable_constant(training.optimizer)
+        if constant is None:
+            return None
+        stable = self.run(
+            ExperimentName.FRESH_OPTIMIZER,
+            start,
+            until,
+            change=interventions.stabilising(),
+            prepare=lambda: interventions.forget_history(training),
+            value=constant,
+        )
+        if stable is None:
+            return None
+        slow = self._slow_enough(start, until)
+        return Cause.OPTIMIZER_STATE if slow is None else Cause.LEARNING_RATE
 
     def _slow_enough(self, start: Snapshot, until: int) -> Trajectory | None:
         """Lower the rate until it heals, and on as long as that leads further."""

@@ -12,9 +12,7 @@ INTERVAL = 8
 def state(step: int, *, num_floats: int = 1) -> Snapshot:
     """Return a state of so many floats after a step."""
     tensors = [torch.zeros(num_floats)]
-    return Snapshot(
-        step=step, tensors=tensors, optimizer_state=[], groups=[], scheduler_state=None
-    )
+    return Snapshot(step=step, tensors=tensors, optimizer_state=[], groups=[], scheduler_state=None)
 
 
 def ages_after(num_steps: int, *, memory_bytes: int = 2**20) -> list[int]:

@@ -279,7 +279,7 @@ def test_of_a_rate_that_spikes_once_only_that_step_is_left_out() -> None:
     assert doctor is not None
     (found,) = doctor.diagnoses
     assert found.remedy.kind is RemedyKind.SKIP_BATCH
-    assert doctor.treatment.keeps_rate
+    assert doctor.treatment.keeps_settings
     assert accuracy(model) > 0.9
 
 
