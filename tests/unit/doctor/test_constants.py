@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fedrounds.diagnosis.values import Cause, RemedyKind
@@ -70,18 +71,16 @@ def test_stable_constants_are_the_usual_momentum_and_no_decay() -> None:
 def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the squared error."""
     assert isinstance(batch, tuple)
-    return (model(batch[0]) - batch[1]).square().mean()
+    return functional.mse_loss(model(batch[0]), batch[1])
 
 
-@pytest.mark.parametrize(
-    "constants", [{"momentum": 1.9}, {"weight_decay": 60.0}], ids=["momentum", "decay"]
-)
-def test_a_training_with_an_unstable_constant_is_healed(constants: dict[str, float]) -> None:
+@pytest.mark.parametrize(("momentum", "decay"), [(1.9, 0.0), (0.0, 60.0)])
+def test_a_training_with_an_unstable_constant_is_healed(momentum: float, decay: float) -> None:
     """The user's own constants are in the optimizer still: only steps are taken otherwise."""
     torch.manual_seed(0)
     inputs = torch.randn(100, 16, 4)
     model = nn.Linear(4, 1)
-    optimizer = SGD(model.parameters(), lr=0.05, **constants)
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=decay)
     doctor = Doctor(model, optimizer, compute_loss)
     losses = [doctor.step((one, one.sum(dim=1, keepdim=True))).loss for one in inputs]
     doctor.finish()
@@ -90,5 +89,5 @@ def test_a_training_with_an_unstable_constant_is_healed(constants: dict[str, flo
     assert found.remedy.kind is RemedyKind.RESET_OPTIMIZER
     assert found.remedy.is_working
     assert losses[-1] < 1e-3 * losses[0]
-    (name, value), *_ = constants.items()
-    assert optimizer.param_groups[0][name] == value
+    (group,) = optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"]) == (momentum, decay)
