@@ -54,7 +54,9 @@ class LeftOut:
         if num_used < num_given or self._labels_given:
             labels = labels_of(given, num_classes=training.num_classes)
             if labels is not None and labels.ndim == 1:
-                self._labels_given.update(labels.tolist())
+                # What the loss passes over is no class that could be missed.
+                is_class = (one for one in labels.tolist() if one not in training.ignored)
+                self._labels_given.update(is_class)
                 if num_used and outcome.labels is not None:
                     self._labels_used.update(outcome.labels.tolist())
 
