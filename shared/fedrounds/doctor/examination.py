@@ -321,7 +321,8 @@ def _look_at_batch(evidence: Evidence) -> Cause | None:
 
 def _look_at_start(evidence: Evidence) -> Cause | None:
     start, fresh_state = evidence.history.snapshots[0], evidence.case.fresh_state
-    if start.step != 0:
+    if start.step != 0 or evidence.bad.step > _LONGEST_RESTART:
+        # A restart that doesn't come to the fault proves nothing about it.
         return None
     fresh = fresh_state()
     restore_snapshot(evidence.training, start)

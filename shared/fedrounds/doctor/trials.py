@@ -82,7 +82,9 @@ class Trials:
     ) -> tuple[Cause, Snapshot] | None:
         """Return whether rate, gradient or precision is to blame, and the state to go back to."""
         clip = usual_norm or 1.0
-        starts = self._good_starts(newest)
+        starts = [one for one in self._good_starts(newest) if one.step < until]
+        if not starts:
+            return None
         for start in starts:
             if (cause := self._look_at_constants(start, until)) is not None:
                 return cause, start
