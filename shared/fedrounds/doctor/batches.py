@@ -22,18 +22,14 @@ def tensors_of(batch: Batch) -> list[Tensor]:
     """Return the batch's tensors in their order; those named as labels come last."""
     if isinstance(batch, Tensor):
         return [batch]
-    if _is_of_tensors(batch):
+    # Most batches are that: it is known without a walk.
+    if isinstance(batch, tuple | list) and all(isinstance(one, Tensor) for one in batch):
         return list(batch)
     items = items_of(batch)
     if items is None:
         return []
     in_order = sorted(items, key=lambda item: item[0] in _LABEL_NAMES)
     return [leaf for _, one in in_order for leaf in leaves_of(one) if isinstance(leaf, Tensor)]
-
-
-def _is_of_tensors(batch: Batch) -> bool:
-    """Whether a batch is a tuple or list of tensors, as most are: that is known without a walk."""
-    return isinstance(batch, tuple | list) and all(isinstance(one, Tensor) for one in batch)
 
 
 def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -86,7 +82,9 @@ def _lists_of_samples(batch: Batch) -> list[Sequence[Any]] | None:
 
     So do detection's loaders return them: a list of images and a list of their boxes.
     """
-    if isinstance(batch, Tensor) or _is_of_tensors(batch):
+    if isinstance(batch, Tensor):
+        return None
+    if isinstance(batch, tuple | list) and all(isinstance(one, Tensor) for one in batch):
         return None
     items = items_of(batch)
     lists: list[Sequence[Any]] = [one for _, one in items or () if isinstance(one, list | tuple)]
