@@ -1,6 +1,7 @@
 """What a person reads: `show` tells a round, and no table cuts a word."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,6 @@ def test_show_tells_a_round_with_its_attempts_and_incidents(
         f"client 1 refused: {REASON}",
         "client 2 abandoned: it got no further and was given up (idle 61.23 s); sits out until "
         "round 3",
-        "client 3 late: it came 0.0",
         "client 2: it got no further and was given up",
         "the disk is nearly full: no round opens (free 1000000 bytes)",
         "accuracy 0.7500",
@@ -115,6 +115,8 @@ def test_show_tells_a_round_with_its_attempts_and_incidents(
         "In the ledger with an entry of digest",
     ):
         assert told in words, told
+    # How late it is depends on the machine's pace.
+    assert re.search(r"client 3 late: it came \d+\.\d\d s after the close", words)
     assert words.count(REASON) == 2, "beside the verdict and in the suspension, not once more"
 
 
