@@ -168,15 +168,12 @@ def _shown(diagnosis: Diagnosis) -> str:
     return _SYMPTOMS[diagnosis.symptom] + by + (f" in {where}" if where else "")
 
 
-_TOLD_ONLY = (Symptom.DEAD_NETWORK, Symptom.COLLAPSE)
-"""What of no known cause is told, and no reason to stop."""
-
-
 def _done(diagnosis: Diagnosis) -> str:
     remedy = diagnosis.remedy
     if remedy.kind is RemedyKind.NONE:
-        is_told_only = diagnosis.symptom in _TOLD_ONLY and diagnosis.cause is Cause.UNKNOWN
-        return "nothing helped, training went on" if is_told_only else "training stopped, no update"
+        if remedy.is_working:
+            return "nothing helped, training went on"
+        return "training stopped, no update"
     what = {
         RemedyKind.LOWER_RATE: f"rate times {remedy.value:.4g}",
         RemedyKind.CLIP_GRADIENT: f"gradient clipped at {remedy.value:.4g}",

@@ -96,7 +96,7 @@ class RemedyKind(StrEnum):
     """What was done so that training went on."""
 
     NONE = "none"
-    """Nothing: training stopped without a result."""
+    """Nothing; training stopped without a result unless `is_working`."""
     LOWER_RATE = "lower-rate"
     """`value` is the factor on the rate; the rate warms up again."""
     CLIP_GRADIENT = "clip-gradient"

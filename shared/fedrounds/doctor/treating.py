@@ -195,9 +195,11 @@ class Treatments:
                 returned = replace(diagnosis, returned_to_step=start.step)
                 self._note_cure(returned, remedy, finding, began)
                 return again
-        tried = candidates[-1] if candidates else diagnosis.remedy
+        is_over = outcome.error is not None or self._is_asked_to_stop(finding.cause)
+        # Without a remedy training goes on, too: what is told says so.
+        tried = candidates[-1] if candidates else replace(diagnosis.remedy, is_working=not is_over)
         self._session.tell(replace(diagnosis, remedy=tried, seconds=time.monotonic() - began))
-        if outcome.error is not None or self._is_asked_to_stop(finding.cause):
+        if is_over:
             raise TrainingHalted(self._session.diagnoses[-1]) from outcome.error
         return self._go_on_unhealed(steps[-1], progress)
 
@@ -284,8 +286,11 @@ class Treatments:
         diagnosis = self._diagnosis(finding, noticed_at=suspicion.step)
         is_report = self._settings.policy_for(finding.cause) is RemedyPolicy.REPORT
         if remedy.kind is RemedyKind.NONE or is_report:
-            self._session.tell(replace(diagnosis, seconds=time.monotonic() - began))
-            if is_report or self._settings.stops_at_bad_start:
+            is_over = is_report or self._settings.stops_at_bad_start
+            remedy = replace(diagnosis.remedy, is_working=not is_over)
+            took_s = time.monotonic() - began
+            self._session.tell(replace(diagnosis, remedy=remedy, seconds=took_s))
+            if is_over:
                 raise TrainingHalted(self._session.diagnoses[-1])
             progress.put_back(self._session.device)
             self._quiet.begin(self._session.step)
@@ -325,6 +330,7 @@ class Treatments:
                 origin=Origin(phase=phase) if finding is None else finding.origin,
                 experiments=() if finding is None else finding.experiments,
                 trend=self._trend(),
+                remedy=Remedy(kind=RemedyKind.NONE, is_working=True),
                 seconds=time.monotonic() - began,
             )
         )

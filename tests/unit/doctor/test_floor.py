@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedrounds.diagnosis.values import Cause, DoctorSettings, Symptom
+from fedrounds.diagnosis.text import is_cured, verdict
+from fedrounds.diagnosis.values import Cause, Diagnosis, DoctorSettings, Symptom
 from fedrounds.doctor import Doctor, TrainingHalted
 from fedrounds.doctor.batches import Batch
 
@@ -102,7 +103,7 @@ def test_what_nothing_heals_goes_on_as_a_loop_that_skips_bad_steps(
     """A few steps are spent on finding out; what is learned then is about as much."""
     model, doctor = doctored(make_model(kind), loss)
     assert doctor.diagnoses
-    assert not doctor.diagnoses[-1].remedy.is_working
+    assert not is_cured(doctor.diagnoses[-1])
     initial, skipped = loss_of(make_model()), loss_of(skipping(make_model(kind), loss))
     assert skipped < 0.9 * initial
     assert loss_of(model) < skipped + 0.3 * (initial - skipped)
@@ -134,3 +135,32 @@ def test_a_dead_network_is_told_even_if_nothing_helps() -> None:
     doctor.finish()
     (found,) = doctor.diagnoses
     assert (found.symptom, found.cause) == (Symptom.DEAD_NETWORK, Cause.UNKNOWN)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_what_is_said_of_a_bad_start_is_what_was_done(stops: bool) -> None:
+    """In an own loop training goes on from it, and the verdict says so."""
+    model = make_model()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    settings = DoctorSettings(stops_at_bad_start=stops)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    diagnoses: list[Diagnosis] = []
+    doctor = Doctor(
+        model,
+        optimizer,
+        compute_loss,
+        num_classes=2,
+        settings=settings,
+        on_diagnosis=diagnoses.append,
+    )
+    is_halted = False
+    try:
+        for batch in batches():
+            doctor.step(batch)
+    except TrainingHalted:
+        is_halted = True
+    assert (is_halted, diagnoses[0].cause) == (stops, Cause.BAD_INITIALISATION)
+    assert ("training stopped" if stops else "training went on") in verdict(diagnoses[0])
+    assert not is_cured(diagnoses[0])

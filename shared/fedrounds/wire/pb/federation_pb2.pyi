@@ -328,7 +328,8 @@ class _IncidentKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Incident
     """The client's kept state was gone or damaged."""
     INCIDENT_KIND_TRAINING_DIAGNOSED: _IncidentKind.ValueType  # 6
     """Training went wrong and the diagnosis says why. Its remedy says whether it was cured: then
-    training went on and an update comes. REMEDY_KIND_NONE: it stopped, and none comes.
+    training went on and an update comes. REMEDY_KIND_NONE: nothing helped; unless the remedy is
+    `working`, training stopped and no update comes.
     """
 
 class IncidentKind(_IncidentKind, metaclass=_IncidentKindEnumTypeWrapper): ...
@@ -343,7 +344,8 @@ INCIDENT_KIND_CLIENT_STATE_LOST: IncidentKind.ValueType  # 5
 """The client's kept state was gone or damaged."""
 INCIDENT_KIND_TRAINING_DIAGNOSED: IncidentKind.ValueType  # 6
 """Training went wrong and the diagnosis says why. Its remedy says whether it was cured: then
-training went on and an update comes. REMEDY_KIND_NONE: it stopped, and none comes.
+training went on and an update comes. REMEDY_KIND_NONE: nothing helped; unless the remedy is
+`working`, training stopped and no update comes.
 """
 Global___IncidentKind: _TypeAlias = IncidentKind  # noqa: Y015
 
