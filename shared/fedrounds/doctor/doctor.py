@@ -35,7 +35,7 @@ from fedrounds.doctor.history import (
 from fedrounds.doctor.labels import ignored_labels
 from fedrounds.doctor.monitor import Monitor, classes_of
 from fedrounds.doctor.nan_guard import NanGuard
-from fedrounds.doctor.outside import Versions, versions_of, written_between
+from fedrounds.doctor.outside import OutsideWrites
 from fedrounds.doctor.plain import Progress, go_on, last_word, plain_step
 from fedrounds.doctor.replay import learned_from
 from fedrounds.doctor.reports import StepReport, TrainingHalted
@@ -144,7 +144,7 @@ class Doctor:
         self._parameters = list(model.parameters())
         self._structure: tuple[int, ...] = ()
         self._can_fail = True
-        self._versions = Versions(weights=[], optimizer_state=[])
+        self._outside_writes = OutsideWrites()
         try:
             self._begin()
         except Exception as error:
@@ -162,7 +162,7 @@ class Doctor:
         self._structure = self._structure_now()
         if self.settings.is_armed:
             session.history.keep(take_snapshot(session.training, step=0))
-            self._versions = versions_of(session.training)
+            self._outside_writes.note(session.training)
         else:
             self._nan_guard = NanGuard(session.training)
 
@@ -222,7 +222,7 @@ class Doctor:
                     batch, numbers, self._treatments.floor, progress, updates=updates
                 )
             report = self._take_watched(batch, numbers, progress, updates=updates)
-            self._versions = versions_of(self._session.training)
+            self._outside_writes.note(self._session.training)
             return report
         except TrainingHalted:
             raise
@@ -294,7 +294,7 @@ class Doctor:
         symptom = None if self._can_fail else self._examine_ahead(batch)
         progress.random_state = RandomState.now(self._session.device)
         settings = settings_of(self._session.training.optimizer)
-        written = written_between(self._versions, versions_of(self._session.training))
+        written = self._outside_writes.since_noted(self._session.training)
         progress.attempt = Attempt()
         is_tried = symptom is None
         outcome = (
@@ -471,7 +471,7 @@ class Doctor:
         self._session.training = replace(self._session.training, learning=learning)
         self._session.history = StepHistory(memory_bytes=self.settings.memory_bytes)
         self._session.history.keep(take_snapshot(self._session.training, step=after))
-        self._versions = versions_of(self._session.training)
+        self._outside_writes.note(self._session.training)
         self._treatments.begin_anew()
 
     # ---- noticing

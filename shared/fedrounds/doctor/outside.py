@@ -5,8 +5,9 @@ end of the step before show a callback, or a checkpoint that was loaded. A write
 `Tensor.data` isn't counted.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -20,31 +21,49 @@ class Written(StrEnum):
     OPTIMIZER_STATE = "optimizer-state"
 
 
-class Versions(NamedTuple):
-    """Each tensor's identity and its number of writes."""
+class OutsideWrites:
+    """Knows the number of writes into each tensor at the end of a step.
 
-    weights: list[tuple[int, int]]
-    optimizer_state: list[tuple[int, int]]
+    This costs a part of every step, so the optimizer's tensors are listed anew only where its state
+    or the state of its first weight is another object. What replaces a single tensor isn't noticed.
+    """
+
+    def __init__(self) -> None:
+        self._weights: list[int] = []
+        self._state: object = None
+        self._first: object = None
+        self._num = 0
+        self._tensors: list[Tensor] = []
+        self._counts: list[int] = []
+
+    def note(self, training: TrainingState) -> None:
+        """Note how things are at the end of a step."""
+        if self._is_replaced(training):
+            state = training.optimizer.state
+            self._state, self._first, self._num = state, _first_of(state), len(state)
+            self._tensors = [
+                one
+                for values in state.values()
+                for one in values.values()
+                if isinstance(one, Tensor)
+            ]
+        self._weights = [one._version for one in training.learning]
+        self._counts = [one._version for one in self._tensors]
+
+    def since_noted(self, training: TrainingState) -> frozenset[Written]:
+        """Return the parts that were written into since then."""
+        written = set()
+        if self._weights != [one._version for one in training.learning]:
+            written.add(Written.WEIGHTS)
+        if self._is_replaced(training) or self._counts != [one._version for one in self._tensors]:
+            written.add(Written.OPTIMIZER_STATE)
+        return frozenset(written)
+
+    def _is_replaced(self, training: TrainingState) -> bool:
+        state = training.optimizer.state
+        is_same = self._state is state and self._num == len(state)
+        return not is_same or self._first is not _first_of(state)
 
 
-def versions_of(training: TrainingState) -> Versions:
-    """Return the versions of the learned weights and of the optimizer's tensors."""
-    return Versions(
-        weights=[(id(one), one._version) for one in training.learning],
-        optimizer_state=[
-            (id(one), one._version)
-            for state in training.optimizer.state.values()
-            for one in state.values()
-            if isinstance(one, Tensor)
-        ],
-    )
-
-
-def written_between(before: Versions, after: Versions) -> frozenset[Written]:
-    """Return the parts whose versions differ."""
-    written = set()
-    if before.weights != after.weights:
-        written.add(Written.WEIGHTS)
-    if before.optimizer_state != after.optimizer_state:
-        written.add(Written.OPTIMIZER_STATE)
-    return frozenset(written)
+def _first_of(state: Mapping[Any, object]) -> object:
+    return next(iter(state.values()), None)

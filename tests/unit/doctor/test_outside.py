@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fedrounds.diagnosis.values import Cause, Diagnosis
 from fedrounds.doctor import Doctor
 from fedrounds.doctor.batches import Batch
-from fedrounds.doctor.outside import Written, versions_of, written_between
+from fedrounds.doctor.outside import OutsideWrites, Written
+from fedrounds.doctor.plain import Live
 from fedrounds.doctor.stepping import TrainingState
 
 WRITTEN_AT = 45
@@ -52,16 +53,31 @@ def write(training: TrainingState, part: Written | None) -> None:
 @pytest.mark.parametrize("part", [None, Written.WEIGHTS, Written.OPTIMIZER_STATE])
 def test_a_write_between_two_steps_is_known(part: Written | None) -> None:
     training = make_training()
-    before = versions_of(training)
-    write(training, part)
-    assert written_between(before, versions_of(training)) == ({part} if part else set())
+    writes = OutsideWrites()
+    for _ in range(2):
+        writes.note(training)
+        write(training, part)
+        assert writes.since_noted(training) == ({part} if part else set())
 
 
 def test_a_state_that_was_loaded_is_another() -> None:
     training = make_training()
-    before = versions_of(training)
+    writes = OutsideWrites()
+    writes.note(training)
     training.optimizer.load_state_dict(copy.deepcopy(training.optimizer.state_dict()))
-    assert written_between(before, versions_of(training)) == {Written.OPTIMIZER_STATE}
+    assert writes.since_noted(training) == {Written.OPTIMIZER_STATE}
+
+
+def test_what_is_written_into_a_state_that_was_put_back_is_known() -> None:
+    """As the doctor does it: the same dictionary, with other tensors in it."""
+    training, writes = make_training(), OutsideWrites()
+    writes.note(training)
+    kept = Live(training)
+    kept.put_back()
+    writes.note(training)
+    assert writes.since_noted(training) == set()
+    write(training, Written.OPTIMIZER_STATE)
+    assert writes.since_noted(training) == {Written.OPTIMIZER_STATE}
 
 
 def diagnoses_of(part: Written | None) -> list[Diagnosis]:
