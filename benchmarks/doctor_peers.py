@@ -39,6 +39,7 @@ import benchmarks.unseen_doctor_cases.processes  # noqa: F401 -- registers every
 from benchmarks.federation import machine_line, write_section
 from benchmarks.unseen_doctor_cases.case import REGISTER, Step, Training
 from benchmarks.unseen_doctor_cases.harness import (
+    compute_gradients,
     final_score,
     gradients_are_finite,
     run_doctored,
@@ -228,10 +229,7 @@ def _until_an_error(training: Training, *, stops_at_non_finite: bool = False) ->
     for number, step in enumerate(training.steps, start=1):
         training.before_step(number)
         try:
-            optimizer.zero_grad()
-            answer = training.compute_loss(model, step.batch)
-            loss = answer[0] if isinstance(answer, tuple) else answer
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = compute_gradients(training, step)
         # What ends a user's training, whatever it is.
         except Exception as raised:
             return End(step=number, words=_first_line(raised))

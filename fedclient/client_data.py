@@ -151,9 +151,7 @@ class ClientData:
                     logger.warning(
                         "client %d takes no part: %s", client_id, error, exc_info=error.__cause__
                     )
-            if failure is not None and self.num_unreadable == min(
-                _NUM_CLIENTS_TRIED, len(self._settings.client_ids)
-            ) == len(counts):
+            if failure is not None and self.num_unreadable == len(counts) == _NUM_CLIENTS_TRIED:
                 raise failure
         if failure is not None and not any(counts):
             raise failure

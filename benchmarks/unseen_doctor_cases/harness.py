@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from benchmarks.unseen_doctor_cases.case import Training
+from benchmarks.unseen_doctor_cases.case import Step, Training
 from fedrounds.diagnosis.values import Diagnosis
 from fedrounds.doctor import Doctor, TrainingHalted
 
@@ -47,10 +47,7 @@ def run_plain(training: Training, *, skips: bool = False) -> Outcome:
     for number, step in enumerate(training.steps, start=1):
         training.before_step(number)
         try:
-            optimizer.zero_grad()
-            answer = training.compute_loss(model, step.batch)
-            loss = answer[0] if isinstance(answer, tuple) else answer
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = compute_gradients(training, step)
         # An error of the case's own ends a plain training, whatever it is.
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
@@ -72,6 +69,15 @@ def run_plain(training: Training, *, skips: bool = False) -> Outcome:
         error=error,
         seconds=time.perf_counter() - began,
     )
+
+
+def compute_gradients(training: Training, step: Step) -> Tensor:
+    """Return the loss of a step's batch, after its backward pass."""
+    training.optimizer.zero_grad()
+    answer = training.compute_loss(training.model, step.batch)
+    loss = answer[0] if isinstance(answer, tuple) else answer
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss
 
 
 def run_doctored(training: Training) -> Outcome:

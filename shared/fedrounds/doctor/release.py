@@ -19,7 +19,7 @@ _NUM_JUDGED = 16
 _NO_WORSE = 1.1
 _NEGLIGIBLE = 0.02
 """A loss that rises by less than this share of the first one hasn't risen."""
-_LOST = 0.25
+LOST = 0.25
 """A loss that takes this share of what was learned away is harm, whenever it comes."""
 _LEAST_GROWTH = 2.0
 _MOST_GROWTH = 256.0
@@ -85,7 +85,7 @@ class Release:
         level, now = self.checkpoint.level, level_of(losses)
         if not self.is_on_trial:
             learned = abs(first_level) - level
-            return not (learned > 0 and now > level + _LOST * learned)
+            return not (learned > 0 and now > level + LOST * learned)
         allowed = max(
             _NO_WORSE * abs(level) if level > 0 else level,
             level + _NEGLIGIBLE * abs(first_level),

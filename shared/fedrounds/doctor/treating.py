@@ -195,13 +195,17 @@ class Treatments:
                 returned = replace(diagnosis, returned_to_step=start.step)
                 self._note_cure(returned, remedy, finding, began)
                 return again
-        is_over = outcome.error is not None or self._is_asked_to_stop(finding.cause)
+        is_over = (
+            outcome.error is not None
+            or self._is_asked_to_stop(finding.cause)
+            or not self._has_returned_to_finite(progress)
+        )
         # Without a remedy training goes on, too: what is told says so.
         tried = candidates[-1] if candidates else replace(diagnosis.remedy, is_working=not is_over)
         self._session.tell(replace(diagnosis, remedy=tried, seconds=time.monotonic() - began))
         if is_over:
             raise TrainingHalted(self._session.diagnoses[-1]) from outcome.error
-        return self._go_on_unhealed(steps[-1], progress)
+        return self._go_on_unhealed(steps[-1])
 
     def _is_skip_in_vain(self, remedy: Remedy, finding: Finding, steps: Sequence[Recorded]) -> bool:
         """Whether the harm of a high rate is more than that of the step where it began."""
@@ -221,22 +225,21 @@ class Treatments:
         is_report = self._settings.policy_for(cause) is RemedyPolicy.REPORT
         return is_report or self._settings.max_remedies == 0
 
-    def _go_on_unhealed(self, newest: Recorded, progress: Progress) -> StepOutcome:
-        """Treat nothing from here on; returns how the newest step goes then.
-
-        Raises:
-            TrainingHalted: there is no good state to go on from.
-        """
+    def _has_returned_to_finite(self, progress: Progress) -> bool:
+        """Go back to the newest weights that are finite; whether there are any."""
         session = self._session
         progress.put_back(session.device)
-        is_good = is_finite(session.training)
-        if not is_good:
-            for snapshot in reversed(session.history.snapshots):
-                restore_weights(session.training, snapshot)
-                if is_good := is_finite(session.training):
-                    break
-        if not is_good:
-            raise TrainingHalted(session.diagnoses[-1])
+        if is_finite(session.training):
+            return True
+        for snapshot in reversed(session.history.snapshots):
+            restore_weights(session.training, snapshot)
+            if is_finite(session.training):
+                return True
+        return False
+
+    def _go_on_unhealed(self, newest: Recorded) -> StepOutcome:
+        """Treat nothing from here on; returns how the newest step goes then."""
+        session = self._session
         self._end("nothing that was tried heals it")
         assert self.floor is not None
         if newest.outcome.is_finite:
@@ -563,7 +566,9 @@ class Treatments:
         if excess is None or not self._session.diagnoses:
             return
         last = self._session.diagnoses[-1]
-        self._session.tell(replace(last, remedy=replace(last.remedy, is_working=False)))
+        # Of a remedy this says that it was in vain; without one, only whether training goes on.
+        goes_on = last.remedy.kind is RemedyKind.NONE and self._settings.goes_on_beyond
+        self._session.tell(replace(last, remedy=replace(last.remedy, is_working=goes_on)))
         if not self._settings.goes_on_beyond:
             logger.warning("the doctor leaves too much out: %s", excess)
             raise TrainingHalted(self._session.diagnoses[-1])

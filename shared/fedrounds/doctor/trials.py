@@ -12,6 +12,7 @@ from fedrounds.doctor import interventions
 from fedrounds.doctor.batches import Batch
 from fedrounds.doctor.constants import unstable_constant
 from fedrounds.doctor.history import Snapshot, restore_settings, restore_snapshot
+from fedrounds.doctor.release import LOST
 from fedrounds.doctor.replay import Change, Replay, Trajectory
 from fedrounds.doctor.stepping import UNTREATED
 
@@ -23,8 +24,6 @@ _STEEP = 30.0
 _NUM_LASTING = 24
 """By so many steps at least a rate is judged beside others, each a third of the one before."""
 _FURTHER = 0.9
-_LOST = 0.25
-"""A state is as good as the best if it lost at most this share of what that had learned."""
 _LOWER = 3.0
 _NUM_LOWER = 8
 
@@ -221,7 +220,7 @@ class Trials:
             return [oldest]
         least = min(loss for _, loss in sane)
         level = least if replay.probe is None else abs(replay.probe.level)
-        allowed = least + _LOST * max(0.0, level - least)
+        allowed = least + LOST * max(0.0, level - least)
         good = [one for one, loss in sane if math.isnan(loss) or loss <= allowed]
         return [good[-1], oldest]
 

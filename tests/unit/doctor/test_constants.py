@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from fedrounds.diagnosis.values import Cause, RemedyKind
 from fedrounds.doctor import Doctor
@@ -40,7 +40,10 @@ def size_after(optimizer: Optimizer, weight: nn.Parameter, *, num_steps: int = 4
         (lambda w: SGD(w, lr=0.5, momentum=0.9, weight_decay=7.0), None),
         (lambda w: SGD(w, lr=0.5, momentum=0.9, weight_decay=8.0), 4.0),
         (lambda w: AdamW(w, lr=0.1, weight_decay=30.0), 3.0),
+        (lambda w: NAdam(w, lr=0.1, weight_decay=30.0, decoupled_weight_decay=True), 3.0),
         (lambda w: Adam(w, lr=0.1, weight_decay=30.0), None),
+        (lambda w: RMSprop(w, lr=0.1, weight_decay=30.0), None),
+        (lambda w: Adagrad(w, lr=0.1, weight_decay=30.0), None),
     ],
 )
 def test_a_constant_is_unstable_where_a_weight_grows_by_itself(
