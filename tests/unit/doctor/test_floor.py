@@ -137,14 +137,26 @@ def test_a_dead_network_is_told_even_if_nothing_helps() -> None:
     assert (found.symptom, found.cause) == (Symptom.DEAD_NETWORK, Cause.UNKNOWN)
 
 
-@pytest.mark.parametrize("stops", [False, True])
-def test_what_is_said_of_a_bad_start_is_what_was_done(stops: bool) -> None:
-    """In an own loop training goes on from it, and the verdict says so."""
+@pytest.mark.parametrize(
+    ("scale", "asks_to_stop", "stops"),
+    [
+        (0.0, False, False),
+        (0.0, True, True),
+        (1e25, False, False),
+        (1e25, True, True),
+        # There is nothing to go on from.
+        (math.nan, False, True),
+    ],
+)
+def test_what_is_said_of_a_bad_start_is_what_was_done(
+    scale: float, asks_to_stop: bool, stops: bool
+) -> None:
+    """In an own loop training goes on from it if that can be, and the verdict says so."""
     model = make_model()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.zero_()
-    settings = DoctorSettings(stops_at_bad_start=stops)
+            weight.mul_(scale)
+    settings = DoctorSettings(stops_at_bad_start=asks_to_stop)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     diagnoses: list[Diagnosis] = []
     doctor = Doctor(

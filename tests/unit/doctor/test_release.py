@@ -4,7 +4,10 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
+from fedrounds.doctor import Doctor
 from fedrounds.doctor.history import Snapshot
 from fedrounds.doctor.release import Release
 from fedrounds.doctor.stepping import UNTREATED, Overrides
@@ -85,3 +88,31 @@ def test_what_is_not_slowed_is_never_due() -> None:
     assert not begun(UNTREATED).is_due(10**6)
     assert begun(SLOW).is_due(32)
     assert not begun(SLOW).is_due(31)
+
+
+def test_what_an_eased_rate_did_in_the_last_steps_is_undone_at_the_end() -> None:
+    """Between two looks at the easing: only the end of training can see it."""
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(10.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.08)
+    doctor = Doctor(
+        model,
+        optimizer,
+        # Its curvature is 1: the weight runs away from a rate of 2 on.
+        lambda model, batch: 0.5 * (model(batch) - 1.0).square().mean(),
+        treatment=replace(UNTREATED, rate_factor=0.25),
+    )
+    doctor._treatments.release.begin(doctor.treatment, step=0)
+    for _ in range(32):
+        doctor.step(torch.ones(1, 1))
+    assert doctor.treatment.rate_factor == 0.5
+    at_easing = abs(float(model.weight.detach()) - 1.0)
+    # Half of it is a little more than 2, a quarter is just right.
+    optimizer.param_groups[0]["lr"] = 4.08
+    for _ in range(16):
+        doctor.step(torch.ones(1, 1))
+    assert abs(float(model.weight.detach()) - 1.0) > 1.5 * at_easing
+    doctor.finish()
+    assert abs(float(model.weight.detach()) - 1.0) < 0.01
+    assert doctor.treatment.rate_factor == 0.25
