@@ -1,5 +1,6 @@
-"""Fixtures for tests that start real processes; what these said is shown when a test fails."""
+"""Fixtures for tests that start real processes; their logs and files are kept when a test fails."""
 
+import shutil
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from tests.processes import Scene
 
 _SCENES: list[Scene] = []
+_FAILED: set[Scene] = set()
 
 
 @pytest.fixture
@@ -35,6 +37,10 @@ def _open_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     finally:
         _SCENES.remove(opened)
         opened.close()
+        # State-dirs and models of the whole suite would fill gigabytes of the disk.
+        if opened not in _FAILED:
+            shutil.rmtree(opened.folder, ignore_errors=True)
+        _FAILED.discard(opened)
 
 
 def pytest_runtest_setup() -> None:
@@ -48,5 +54,6 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     """Put the logs of every process under the report of a test that failed."""
     report = yield
     if report.failed:
+        _FAILED.update(_SCENES)
         report.sections += [("processes", opened.logs()) for opened in _SCENES]
     return report
