@@ -59,4 +59,5 @@ def drawing_into(path: Path, *, flag: str = "--out") -> Iterator[None]:
             "drawing needs matplotlib; install it with: python -m pip install 'fedrounds[plot]'"
         ) from error
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"can't draw into {path}: {error}; choose {flag}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInput(f"can't draw into {path}: {reason}; choose {flag}") from error

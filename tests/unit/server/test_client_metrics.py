@@ -208,6 +208,19 @@ def test_show_has_each_client_before_and_while_it_trained(
     assert [one["metrics"]["global_accuracy"] for one in attempt["updates"]] == [0.9, 0.25, 0.5]
 
 
+@pytest.mark.parametrize("command", ["clients", "curve"])
+def test_a_picture_that_cant_be_written_gets_a_sentence(
+    state_dir: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    for path, reason in ((Path("/dev/full"), "No space left on device"), (state_dir, "directory")):
+        argv = [command, "--out", str(path), "--state-dir", str(state_dir)]
+        assert main(argv) == 1
+        error = capsys.readouterr().err
+        assert f"can't draw into {path}" in error
+        assert reason in error
+        assert "Errno" not in error
+
+
 def test_the_picture_of_the_clients_and_the_curve_are_pngs(state_dir: Path) -> None:
     """Drawn from the history alone; a model that was taken back has told of nobody."""
     store = Store(state_dir / "federation.sqlite", read_only=True)
