@@ -65,7 +65,7 @@ class Doctor:
     """Owns the history of one training, and the model and optimizer while a step is taken.
 
     `doctor.step(batch)` stands in place of forward, backward and the optimizer's step;
-    `doctor.finish()` after the last one makes sure that all is well.
+    `doctor.finish()` after the last step makes sure that all is well.
 
     Args:
         model: on its device, in training mode.
@@ -73,7 +73,7 @@ class Doctor:
         compute_loss: (model, batch) to the loss, to (loss, outputs [n, classes, ...]), or to a
             dictionary or an object with `loss` and `logits`; it may be called again and again and
             depends on nothing but its arguments and torch's generators.
-        scheduler: stepped after every optimizer step; one that needs a metric stays outside.
+        scheduler: stepped after every optimizer step; step one that needs a metric yourself.
         settings: what may be done.
         clip_norm: the training's own largest global L2 norm of a gradient.
         scaler: of the loss, for float16; steps that it leaves out are no fault.
@@ -84,8 +84,8 @@ class Doctor:
         fresh_state: gives usual initial weights by name; by default the modules'
             `reset_parameters` do.
         treatment: what is in force from the beginning, from a cure before.
-        on_replay: told of each step that is taken again.
-        on_diagnosis: told of each diagnosis the moment it is there.
+        on_replay: called for each step that is taken again.
+        on_diagnosis: called with each diagnosis as soon as it is made.
 
     Raises:
         InvalidInput: the training is of a form that a step can't be repeated in.
@@ -120,7 +120,7 @@ class Doctor:
             averaged=averaged,
             num_classes=num_classes,
             needs_closure=needs_closure(optimizer),
-            learning=[one for one in model.parameters() if one.requires_grad],
+            learning=[parameter for parameter in model.parameters() if parameter.requires_grad],
         )
         require_supported(training)
         self._session = Session(
@@ -236,7 +236,7 @@ class Doctor:
         return self._go_on(failure, batch, progress, updates=updates)
 
     def finish(self) -> None:
-        """Make sure that the last steps left the model well; call it after the last one.
+        """Make sure that the last steps left the model well; call it after the last step.
 
         Raises:
             TrainingHalted: they didn't, and it may not or can't be cured.
@@ -313,7 +313,7 @@ class Doctor:
                 settings=settings,
                 treatment=self._session.treatment,
                 outcome=outcome.without_tensors(),
-                num_bytes=sum(one.nbytes for one in tensors_of(batch)),
+                num_bytes=sum(tensor.nbytes for tensor in tensors_of(batch)),
                 updates=updates,
                 written=written,
             )
@@ -368,7 +368,7 @@ class Doctor:
         *,
         is_tried: bool,
     ) -> StepOutcome:
-        """Do what a symptom asks for, or what is due without one."""
+        """Do what a symptom asks for, or what is due without a symptom."""
         if symptom is not None and self._treatments.release.is_on_trial:
             return self._treatments.take_back(symptom, outcome, progress, is_tried=is_tried)
         treatments, step = self._treatments, self._session.step
@@ -403,7 +403,7 @@ class Doctor:
         return self._report(outcome)
 
     def _last_look(self, nan_guard: NanGuard) -> Diagnosis | None:
-        """Return what isn't finite at the end, None also where that can't be said."""
+        """Return the diagnosis of a last state that isn't finite; None also where this fails."""
         try:
             return nan_guard.examine_state()
         except Exception as error:
@@ -460,14 +460,14 @@ class Doctor:
     def _structure_now(self) -> tuple[int, ...]:
         """Return what changes where parameters are added to the optimizer, frozen or unfrozen."""
         sizes = [len(group["params"]) for group in self._session.training.optimizer.param_groups]
-        return (*sizes, *(one.requires_grad for one in self._parameters))
+        return (*sizes, *(parameter.requires_grad for parameter in self._parameters))
 
     def _begin_anew(self, *, after: int) -> None:
         """Forget the steps until `after`: from here on the training is another one."""
         model = self._session.training.model
         self._parameters = list(model.parameters())
         self._structure = self._structure_now()
-        learning = [one for one in self._parameters if one.requires_grad]
+        learning = [parameter for parameter in self._parameters if parameter.requires_grad]
         self._session.training = replace(self._session.training, learning=learning)
         self._session.history = StepHistory(memory_bytes=self.settings.memory_bytes)
         self._session.history.keep(take_snapshot(self._session.training, step=after))
@@ -498,9 +498,9 @@ class Doctor:
     def _has_coped(self) -> bool:
         """Whether steps with inputs that aren't finite went well."""
         return any(
-            self._session.monitor.examine_batch(one.batch) is Symptom.NON_FINITE_INPUT
-            for one in list(self._session.history.steps)[-_NUM_COPED:-1]
-            if one.outcome.is_taken and one.outcome.is_finite
+            self._session.monitor.examine_batch(recorded.batch) is Symptom.NON_FINITE_INPUT
+            for recorded in list(self._session.history.steps)[-_NUM_COPED:-1]
+            if recorded.outcome.is_taken and recorded.outcome.is_finite
         )
 
     def _learn_classes(self, outcome: StepOutcome) -> None:
@@ -526,9 +526,9 @@ class Doctor:
         training = self._session.training
         learned = [
             labels_of(batch, num_classes=training.num_classes)
-            for one in steps
-            if one.outcome.is_taken and one.outcome.is_finite
-            if (batch := learned_from(training, one)) is not None
+            for recorded in steps
+            if recorded.outcome.is_taken and recorded.outcome.is_finite
+            if (batch := learned_from(training, recorded)) is not None
         ]
         return frozenset(
             int(label)

@@ -1,4 +1,4 @@
-"""What is kept of a training so that it can go back: states, and the batches between them."""
+"""The history of a training, so that it can go back: states, and the batches between them."""
 
 import math
 from collections import deque
@@ -68,35 +68,37 @@ class Snapshot:
     def num_bytes(self) -> int:
         """What the copies take."""
         state = leaves_of((self.optimizer_state, self.averaged_state, self.gradients))
-        return sum(one.nbytes for one in (*self.tensors, *state) if isinstance(one, Tensor))
+        return sum(
+            tensor.nbytes for tensor in (*self.tensors, *state) if isinstance(tensor, Tensor)
+        )
 
 
 def entries_of(training: TrainingState) -> list[Tensor]:
     """Return the model's own parameters and buffers, not copies, each once."""
     # In the order of model.parameters() and model.buffers(), which go through the modules slowly.
     modules = list(training.model.modules())
-    parameters = (one for module in modules for one in module._parameters.values())
-    buffers = (one for module in modules for one in module._buffers.values())
-    return list(dict.fromkeys(one for one in (*parameters, *buffers) if one is not None))
+    parameters = (parameter for module in modules for parameter in module._parameters.values())
+    buffers = (buffer for module in modules for buffer in module._buffers.values())
+    return list(dict.fromkeys(entry for entry in (*parameters, *buffers) if entry is not None))
 
 
 def device_of(training: TrainingState) -> torch.device:
     """Return where the model is; the processor if it has no tensors."""
-    return next((one.device for one in entries_of(training)), torch.device("cpu"))
+    return next((entry.device for entry in entries_of(training)), torch.device("cpu"))
 
 
 def take_snapshot(training: TrainingState, *, step: int, spare: Snapshot | None = None) -> Snapshot:
     """Copy the state that a training has now, into the memory of a state that nobody needs."""
     optimizer = training.optimizer
-    learned = [one for group in optimizer.param_groups for one in group["params"]]
+    learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # New memory costs more than the copying.
     rooms = iter(() if spare is None else spare.tensors)
     states = iter(() if spare is None else spare.optimizer_state)
     return Snapshot(
         step=step,
-        tensors=[_copy(one, next(rooms, None)) for one in entries_of(training)],
+        tensors=[_copy(entry, next(rooms, None)) for entry in entries_of(training)],
         optimizer_state=[
-            _copied(optimizer.state.get(one, {}), next(states, {})) for one in learned
+            _copied(optimizer.state.get(parameter, {}), next(states, {})) for parameter in learned
         ],
         groups=[
             {key: _copy(value) for key, value in group.items() if key != "params"}
@@ -113,7 +115,10 @@ def take_snapshot(training: TrainingState, *, step: int, spare: Snapshot | None 
 
 def gradients_of(training: TrainingState) -> list[Tensor | None]:
     """Return copies of the parameters' gradients."""
-    return [None if one.grad is None else one.grad.clone() for one in training.model.parameters()]
+    return [
+        None if parameter.grad is None else parameter.grad.clone()
+        for parameter in training.model.parameters()
+    ]
 
 
 def restore_extras(
@@ -145,7 +150,7 @@ def restore_snapshot(training: TrainingState, snapshot: Snapshot) -> None:
             else:
                 entry.data = kept.clone()
     optimizer = training.optimizer
-    learned = [one for group in optimizer.param_groups for one in group["params"]]
+    learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.state.clear()
     for parameter, state in zip(learned, snapshot.optimizer_state, strict=True):
         if state:
@@ -192,23 +197,29 @@ def non_finite_buffers(model: nn.Module) -> frozenset[str]:
     statistics = norm_entries(model)
     return frozenset(
         name
-        for name, one in model.named_buffers()
-        if name not in statistics and not bool(one.isfinite().all())
+        for name, buffer in model.named_buffers()
+        if name not in statistics and not bool(buffer.isfinite().all())
     )
 
 
 def is_finite(training: TrainingState) -> bool:
     """Whether parameters, buffers and the optimizer's state are, but for `training.non_finite`."""
     exempt = (
-        {id(one) for name, one in training.model.named_buffers() if name in training.non_finite}
+        {
+            id(buffer)
+            for name, buffer in training.model.named_buffers()
+            if name in training.non_finite
+        }
         if training.non_finite
         else set()
     )
-    tensors = [one for one in entries_of(training) if _is_real(one) and id(one) not in exempt]
+    tensors = [
+        entry for entry in entries_of(training) if _is_real(entry) and id(entry) not in exempt
+    ]
     for state in training.optimizer.state.values():
-        for one in state.values():
-            if isinstance(one, Tensor) and one.ndim > 0 and _is_real(one):
-                tensors.append(one)
+        for value in state.values():
+            if isinstance(value, Tensor) and value.ndim > 0 and _is_real(value):
+                tensors.append(value)
     return are_finite(tensors)
 
 
@@ -220,13 +231,13 @@ def _is_real(tensor: Tensor) -> bool:
 @torch.no_grad()
 def are_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether floating-point tensors have no NaN and no infinity; one wait for the device."""
-    norms = torch._foreach_norm([one for one in tensors if one.numel() > 0])
+    norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel() > 0])
     # The norm screens; where it isn't finite a number is bad or the norm itself overflows.
-    if len({one.device for one in norms}) == 1:
+    if len({norm.device for norm in norms}) == 1:
         total = float(torch.stack(norms).sum())
     else:
-        total = sum(float(one) for one in norms)
-    return math.isfinite(total) or all(bool(one.isfinite().all()) for one in tensors)
+        total = sum(float(norm) for norm in norms)
+    return math.isfinite(total) or all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def first_bad_entry(training: TrainingState) -> str | None:
@@ -235,15 +246,15 @@ def first_bad_entry(training: TrainingState) -> str | None:
     return next(
         (
             name
-            for name, one in named
-            if name not in training.non_finite and not bool(one.isfinite().all())
+            for name, entry in named
+            if name not in training.non_finite and not bool(entry.isfinite().all())
         ),
         None,
     )
 
 
 def symptom_of_state(training: TrainingState) -> tuple[Symptom, str]:
-    """Return what isn't finite about a state that isn't, and the entry's name if it is one."""
+    """Return the symptom of a state that isn't finite, and the bad entry's name, "" for none."""
     name = first_bad_entry(training)
     if name is None:
         return Symptom.NON_FINITE_OPTIMIZER_STATE, ""
@@ -256,7 +267,11 @@ def first_bad_gradient(training: TrainingState) -> str | None:
     """Return the name of the first parameter whose gradient isn't finite, None if all are."""
     named = training.model.named_parameters()
     return next(
-        (name for name, one in named if one.grad is not None and not one.grad.isfinite().all()),
+        (
+            name
+            for name, parameter in named
+            if parameter.grad is not None and not parameter.grad.isfinite().all()
+        ),
         None,
     )
 
@@ -269,7 +284,7 @@ class Recorded(NamedTuple):
     than the step before wrote into since then.
     """
 
-    # One is made in every step, and this costs a third of a frozen dataclass.
+    # Every step makes a record, and this costs a third of a frozen dataclass.
     step: int
     epoch: int
     batch_number: int
@@ -287,9 +302,9 @@ class Recorded(NamedTuple):
 class StepHistory:
     """Owns the states kept and the steps since the oldest of them, within a byte limit.
 
-    States get rarer with age: two neighbours are at most about half the age of the younger one
-    apart. The oldest stays until the next one is 128 steps old. At least one state stays, whatever
-    the limit.
+    States get rarer with age: two neighbours are at most about half the age of the younger state
+    apart. The oldest stays until the next state is 128 steps old. At least one state stays,
+    whatever the limit.
     """
 
     def __init__(self, *, memory_bytes: int) -> None:
@@ -310,24 +325,24 @@ class StepHistory:
             self._interval = min(max(steps, INTERVAL), _LONGEST_INTERVAL)
 
     def pin(self, snapshot: Snapshot | None) -> None:
-        """Keep this state, one of those kept, whatever its age; None: none."""
+        """Keep this state, which is among the kept ones, whatever its age; None: no state."""
         self._pinned = snapshot
 
     def has_pinned(self) -> bool:
         """Whether the pinned state is still there: the byte limit holds for it, too."""
-        return any(one is self._pinned for one in self.snapshots)
+        return any(snapshot is self._pinned for snapshot in self.snapshots)
 
     def until(self, step: int) -> "StepHistory":
         """Return what was kept when this step had just been taken."""
         earlier = StepHistory(memory_bytes=self._memory_bytes)
-        earlier.snapshots = [one for one in self.snapshots if one.step < step]
-        earlier.steps = deque(one for one in self.steps if one.step <= step)
+        earlier.snapshots = [snapshot for snapshot in self.snapshots if snapshot.step < step]
+        earlier.steps = deque(recorded for recorded in self.steps if recorded.step <= step)
         return earlier
 
     def is_snapshot_due(self, step: int) -> bool:
         """Whether a state is to be kept after `step` steps.
 
-        So few are repeated at most to come to a bad one.
+        A replay repeats at most the steps since the last state to reach a bad step.
         """
         since = step - self.snapshots[-1].step
         # Beside a state that is itself beyond the limit the batches get a share of it.
@@ -335,17 +350,17 @@ class StepHistory:
         return since >= self._interval or self._num_bytes > max(self._memory_bytes, least)
 
     def make_room(self, step: int) -> Snapshot | None:
-        """Drop the states that aren't needed beside one after `step` steps; returns one of them."""
+        """Drop the states that a new state after `step` makes superfluous; return one of them."""
         kept: list[Snapshot] = []
         dropped = None
         newer = step
-        for place in reversed(range(len(self.snapshots))):
-            state = self.snapshots[place]
+        for position in reversed(range(len(self.snapshots))):
+            state = self.snapshots[position]
             if newer <= step - _LEAST_REACH:
                 is_needed = False
             else:
                 # The oldest has no neighbour that could stand in for it.
-                older = self.snapshots[place - 1].step if place else -math.inf
+                older = self.snapshots[position - 1].step if position else -math.inf
                 is_needed = newer - older > (step - state.step) / 2
             if is_needed or state is self._pinned:
                 kept.append(state)
@@ -375,18 +390,18 @@ class StepHistory:
 
     def rewind(self, step: int) -> None:
         """Forget the states and steps after `step`."""
-        self._set_snapshots([one for one in self.snapshots if one.step <= step])
+        self._set_snapshots([snapshot for snapshot in self.snapshots if snapshot.step <= step])
         while self.steps and self.steps[-1].step > step:
             self._num_bytes -= self.steps.pop().num_bytes
 
     def between(self, after: int, until: int) -> list[Recorded]:
-        """Return the steps after one and until another, which is among them."""
-        return [one for one in self.steps if after < one.step <= until]
+        """Return the steps after step `after`, up to and including step `until`."""
+        return [recorded for recorded in self.steps if after < recorded.step <= until]
 
     def _set_snapshots(self, snapshots: list[Snapshot]) -> None:
         """Keep these states, and drop the steps that none of them leads to."""
-        self._num_bytes += sum(one.num_bytes for one in snapshots) - self._state_bytes
-        self._state_bytes = sum(one.num_bytes for one in snapshots)
+        self._num_bytes += sum(snapshot.num_bytes for snapshot in snapshots) - self._state_bytes
+        self._state_bytes = sum(snapshot.num_bytes for snapshot in snapshots)
         self.snapshots = snapshots
         oldest = snapshots[0].step if snapshots else math.inf
         while self.steps and self.steps[0].step <= oldest:
@@ -404,9 +419,9 @@ def _copy(value: Any, room: Any = None) -> Any:  # noqa: ANN401  # optimizers ke
     return value.detach().clone()
 
 
-def _is_alike(one: Tensor, other: Tensor) -> bool:
-    is_same_kind = one.dtype == other.dtype and one.device == other.device
-    return is_same_kind and one.shape == other.shape and one.stride() == other.stride()
+def _is_alike(value: Tensor, room: Tensor) -> bool:
+    is_same_kind = value.dtype == room.dtype and value.device == room.device
+    return is_same_kind and value.shape == room.shape and value.stride() == room.stride()
 
 
 def _copied(

@@ -70,30 +70,30 @@ class Monitor:
     def first_level(self) -> float:
         """The loss of the first step, which no update can have spoilt; nan before it.
 
-        Where first steps had no gradient, nor was there an update: the largest one up to the first
-        that had.
+        Where the first steps had no gradient, they made no update either: the largest loss up to
+        the first step with a gradient.
         """
         level = math.nan
-        for one in self._first:
-            level = level if abs(one.loss) <= abs(level) else one.loss
-            if one.grad_norm != 0:
+        for seen in self._first:
+            level = level if abs(seen.loss) <= abs(level) else seen.loss
+            if seen.grad_norm != 0:
                 break
         return level
 
     @property
     def usual_norm(self) -> float | None:
-        """The median gradient norm of the last steps, None where there are hardly any."""
-        norms = [one.grad_norm for one in self._seen if one.grad_norm is not None]
+        """The median gradient norm of the last steps, None where they are too few."""
+        norms = [seen.grad_norm for seen in self._seen if seen.grad_norm is not None]
         return median(norms) if len(norms) >= _NUM_FIRST else None
 
     @property
     def losses(self) -> list[float]:
         """The losses of the last steps, the newest last."""
-        return [one.loss for one in self._seen]
+        return [seen.loss for seen in self._seen]
 
     def usual_loss(self, *, before: int) -> float | None:
-        """Return the median loss of the last steps before one, None where there are hardly any."""
-        losses = [one.loss for one in self._seen if one.step < before]
+        """Return the median loss of the last steps before `before`, None where they are too few."""
+        losses = [seen.loss for seen in self._seen if seen.step < before]
         return median(losses) if len(losses) >= _NUM_FIRST else None
 
     def bar(self, outcome: StepOutcome) -> float:
@@ -101,26 +101,26 @@ class Monitor:
         return self._ceiling if math.isfinite(self._ceiling) else abs(outcome.loss) / 2
 
     def persists(self, symptom: Symptom, *, bar: float) -> bool:
-        """Whether the last steps still show what one before them did."""
+        """Whether the last steps still show the symptom of a step before them."""
         last = list(self._seen)[-_NUM_PERSISTING:]
         if symptom is Symptom.DEAD_NETWORK:
-            return all(one.is_dead for one in last)
+            return all(seen.is_dead for seen in last)
         if symptom is Symptom.COLLAPSE:
             return self.examine_answers() is Symptom.COLLAPSE
-        return sum(one.loss > bar for one in last) >= _MOST_PERSISTING * len(last)
+        return sum(seen.loss > bar for seen in last) >= _MOST_PERSISTING * len(last)
 
     def needs_measure(self, step: int) -> bool:
         """Whether the gradient of a step is to be measured.
 
-        Now and then is enough: one that isn't finite shows in the steps after it at the latest,
-        and a replay finds the step it came up in.
+        Now and then is enough: a gradient that isn't finite shows in the steps after it at the
+        latest, and a replay finds the step that it came up in.
         """
         is_usual_known = step > _NUM_WATCHED and step % INTERVAL != 0
         return not is_usual_known or (bool(self._seen) and self._seen[-1].is_dead)
 
     def examine_batch(self, batch: Batch) -> Symptom | None:
         """Look for what is wrong with a batch itself."""
-        if not all(bool(one.isfinite().all()) for one in inputs_of(batch)):
+        if not all(bool(inputs.isfinite().all()) for inputs in inputs_of(batch)):
             return Symptom.NON_FINITE_INPUT
         return self.examine_labels(batch)
 
@@ -168,8 +168,8 @@ class Monitor:
 
     def _examine_one_answer(self) -> Symptom | None:
         """Look whether one class is the answer to everything, as it is in the newest batch."""
-        pairs = [(found, labels) for _, found, labels in self._answers if _fit(found, labels)]
-        labels = torch.cat([one.flatten() for _, one in pairs])
+        pairs = [(outputs, labels) for _, outputs, labels in self._answers if _fit(outputs, labels)]
+        labels = torch.cat([batch_labels.flatten() for _, batch_labels in pairs])
         known = labels[labels >= 0].long()
         if len(pairs) < _COLLAPSE_STEPS or len(known) < _COLLAPSE_SAMPLES:
             return None
@@ -185,10 +185,10 @@ class Monitor:
 
     def rewind(self, step: int) -> None:
         """Forget what was seen after `step`."""
-        self._first = [one for one in self._first if one.step <= step]
-        self._seen = deque((one for one in self._seen if one.step <= step), maxlen=_NUM_KEPT)
+        self._first = [seen for seen in self._first if seen.step <= step]
+        self._seen = deque((seen for seen in self._seen if seen.step <= step), maxlen=_NUM_KEPT)
         self._answers = deque(
-            (one for one in self._answers if one[0] <= step), maxlen=_COLLAPSE_STEPS
+            (record for record in self._answers if record[0] <= step), maxlen=_COLLAPSE_STEPS
         )
 
     def _has_exploded(self, outcome: StepOutcome) -> bool:
@@ -203,11 +203,11 @@ class Monitor:
 
     def _find_ceiling(self) -> float:
         """Return the loss above which there is a suspicion; infinite before the first update."""
-        if len(self._first) < _NUM_FIRST and all(one.grad_norm == 0 for one in self._first):
+        if len(self._first) < _NUM_FIRST and all(seen.grad_norm == 0 for seen in self._first):
             return math.inf
-        losses = [one.loss for one in self._seen]
+        losses = [seen.loss for seen in self._seen]
         usual = median(losses)
-        deviation = median(abs(one - usual) for one in losses) * 1.4826
+        deviation = median(abs(loss - usual) for loss in losses) * 1.4826
         level = max(abs(self.first_level), abs(usual))
         band = abs(usual) + _BAND * deviation
         # Far below its first level a jump counts by what is usual by now.
@@ -220,7 +220,7 @@ class Monitor:
             return False
         last = list(self._seen)[-_NUM_DEAD:]
         floor = _NOT_FITTED * abs(self.first_level)
-        return len(last) == _NUM_DEAD and all(one.is_dead and one.loss > floor for one in last)
+        return len(last) == _NUM_DEAD and all(seen.is_dead and seen.loss > floor for seen in last)
 
 
 def _fit(outputs: Tensor, labels: Tensor) -> bool:
@@ -230,7 +230,7 @@ def _fit(outputs: Tensor, labels: Tensor) -> bool:
 
 
 def classes_of(outputs: Tensor | None, labels: Tensor | None) -> int | None:
-    """Return how many classes a batch's outputs tell of, None if that can't be said."""
+    """Return the number of classes in a batch's outputs, None if that can't be known."""
     if outputs is None or labels is None or labels.numel() == 0 or not _fit(outputs, labels):
         return None
     num_classes = outputs.shape[1]

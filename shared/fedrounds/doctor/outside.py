@@ -42,20 +42,22 @@ class OutsideWrites:
             state = training.optimizer.state
             self._state, self._first, self._num = state, _first_of(state), len(state)
             self._tensors = [
-                one
+                value
                 for values in state.values()
-                for one in values.values()
-                if isinstance(one, Tensor)
+                for value in values.values()
+                if isinstance(value, Tensor)
             ]
-        self._weights = [one._version for one in training.learning]
-        self._counts = [one._version for one in self._tensors]
+        self._weights = [parameter._version for parameter in training.learning]
+        self._counts = [tensor._version for tensor in self._tensors]
 
     def since_noted(self, training: TrainingState) -> frozenset[Written]:
         """Return the parts that were written into since then."""
         written = set()
-        if self._weights != [one._version for one in training.learning]:
+        if self._weights != [parameter._version for parameter in training.learning]:
             written.add(Written.WEIGHTS)
-        if self._is_replaced(training) or self._counts != [one._version for one in self._tensors]:
+        if self._is_replaced(training) or self._counts != [
+            tensor._version for tensor in self._tensors
+        ]:
             written.add(Written.OPTIMIZER_STATE)
         return frozenset(written)
 

@@ -158,7 +158,7 @@ def loss_and_outputs(computed: Any) -> tuple[Tensor, Any]:  # noqa: ANN401  # th
     """Return the loss and the outputs (None: not known) that a `compute_loss` returned.
 
     Raises:
-        InvalidInput: there is no loss of one number.
+        InvalidInput: the result holds no loss that is a single number.
     """
     loss, outputs = computed, None
     if isinstance(computed, tuple) and len(computed) == 2:
@@ -189,12 +189,12 @@ def answers_of(outputs: object, num_samples: int) -> Tensor | None:
     leaves = [logits] if isinstance(logits, Tensor) else leaves_of(outputs)
     return next(
         (
-            one
-            for one in leaves
-            if isinstance(one, Tensor)
-            and one.is_floating_point()
-            and one.ndim > 0
-            and len(one) == num_samples
+            leaf
+            for leaf in leaves
+            if isinstance(leaf, Tensor)
+            and leaf.is_floating_point()
+            and leaf.ndim > 0
+            and len(leaf) == num_samples
         ),
         None,
     )
@@ -211,7 +211,7 @@ class StepOutcome(NamedTuple):
     made.
     """
 
-    # One is made in every step, and this costs a third of a frozen dataclass.
+    # Every step makes an outcome, and this costs a third of a frozen dataclass.
     loss: float = math.nan
     grad_norm: float | None = None
     lr: float = 0.0
@@ -271,8 +271,8 @@ def take_step(
     """Take one step: forward, backward, clipping, the optimizer's step and the scheduler's.
 
     Without `updates` the gradients are kept for the next steps to add to, and nothing is updated.
-    Unless `is_measured`, the gradient is looked at only where it is clipped: one that isn't finite
-    is learned from then, and shows in what comes after. `attempt` is told how far it has come.
+    Unless `is_measured`, the gradient is examined only where it is clipped: a gradient that isn't
+    finite is learned from then, and shows in the steps after it. `attempt` is updated on the way.
     """
     attempt = Attempt() if attempt is None else attempt
     lr = treatment.rate(float(training.optimizer.param_groups[0]["lr"]), step=step)
@@ -368,7 +368,7 @@ def _num_classes(training: TrainingState, outputs: Tensor | None) -> int | None:
 class Again:
     """The closure of an optimizer that computes the loss several times in a step (L-BFGS).
 
-    Its first call returns the `loss` that was computed before, if one was.
+    Its first call returns `loss`, if it is given: the loss that was computed before.
     """
 
     def __init__(
@@ -388,10 +388,10 @@ class Again:
         if loss is None:
             training.optimizer.zero_grad()
             with torch.enable_grad():
-                found, _ = training.loss_of(self._batch, self._treatment)
-                backward(training, found)
+                new_loss, _ = training.loss_of(self._batch, self._treatment)
+                backward(training, new_loss)
             _clip(training, self._treatment)
-            loss = found.detach()
+            loss = new_loss.detach()
         self._loss = None
         return loss
 
@@ -426,7 +426,7 @@ def descend(
 
 
 def optimizer_step(training: TrainingState, again: Callable[[], Tensor] | None) -> None:
-    """Take the optimizer's step, through the scaler or with a closure where there is one."""
+    """Take the optimizer's step, through the scaler or with a closure where needed."""
     if training.scaler is not None:
         training.scaler.step(training.optimizer)
         training.scaler.update()
@@ -449,29 +449,31 @@ def _clip(training: TrainingState, treatment: Overrides, *, grad_norm: float | N
     limit = _limit(training, treatment)
     if limit is None:
         return
-    gradients = [one.grad for one in training.learning if one.grad is not None]
+    gradients = [parameter.grad for parameter in training.learning if parameter.grad is not None]
     if training.scaler is not None and grad_norm is None:
         # Its own step leaves out what isn't finite; measured before, it is finite and divided.
         return
     # As torch's clip_grad_norm_ does it: the weights are the same bits as a plain loop's.
-    is_usual = treatment.clip_norm is None and not any(one.is_sparse for one in gradients)
+    is_usual = treatment.clip_norm is None and not any(gradient.is_sparse for gradient in gradients)
     if is_usual and (total := torch.nn.utils.get_total_norm(gradients)).isfinite():
         torch.nn.utils.clip_grads_with_norm_(training.learning, limit, total)
         return
     if grad_norm is None:
         norms = torch._foreach_norm(_entries(gradients))
-        grad_norm = _total([float(one) for one in norms], gradients)
+        grad_norm = _total([float(norm) for norm in norms], gradients)
     if grad_norm > limit:
-        for sparse in (one for one in gradients if one.is_sparse):
+        for sparse in (gradient for gradient in gradients if gradient.is_sparse):
             sparse.mul_(limit / grad_norm)
-        dense = [one for one in gradients if not one.is_sparse]
+        dense = [gradient for gradient in gradients if not gradient.is_sparse]
         if dense:
             torch._foreach_mul_(dense, limit / grad_norm)
 
 
 def _entries(gradients: list[Tensor]) -> list[Tensor]:
-    """Return the numbers of each gradient; those of a sparse one are those that aren't zero."""
-    return [one.coalesce().values() if one.is_sparse else one for one in gradients]
+    """Return the numbers of each gradient; of a sparse gradient those that aren't zero."""
+    return [
+        gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients
+    ]
 
 
 def _limit(training: TrainingState, treatment: Overrides) -> float | None:
@@ -482,11 +484,11 @@ def _limit(training: TrainingState, treatment: Overrides) -> float | None:
 
 
 def _measure(training: TrainingState, loss: Tensor) -> tuple[float, float, bool]:
-    """Return the loss, the gradient's norm, and whether the weights have one and it is zero."""
-    learned = [one for one in training.learning if one.grad is not None]
-    gradients = [one.grad for one in learned if one.grad is not None]
+    """Return the loss, the gradient's norm, and whether there are weights' gradients, all zero."""
+    learned = [parameter for parameter in training.learning if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in learned if parameter.grad is not None]
     value, norms = _numbers(loss, gradients)
-    weights = [norm for one, norm in zip(learned, norms, strict=True) if one.ndim > 1]
+    weights = [norm for parameter, norm in zip(learned, norms, strict=True) if parameter.ndim > 1]
     return value, _total(norms, gradients), bool(weights) and not any(weights)
 
 
@@ -495,18 +497,20 @@ def _numbers(loss: Tensor, gradients: list[Tensor]) -> tuple[float, list[float]]
     if not gradients:
         return loss.item(), []
     norms = torch._foreach_norm(_entries(gradients))
-    if all(one.dtype == loss.dtype and one.device == loss.device for one in norms):
+    if all(norm.dtype == loss.dtype and norm.device == loss.device for norm in norms):
         *values, last = torch.stack([*norms, loss]).tolist()
         return last, values
-    return loss.item(), [one.item() for one in norms]
+    return loss.item(), [norm.item() for norm in norms]
 
 
 def _total(norms: list[float], gradients: list[Tensor]) -> float:
     """Return the norm of all, also where the squares don't fit the gradients' own type."""
     total = math.hypot(*norms)
-    if math.isfinite(total) or not all(bool(one.isfinite().all()) for one in _entries(gradients)):
+    if math.isfinite(total) or not all(
+        bool(entry.isfinite().all()) for entry in _entries(gradients)
+    ):
         return total if not math.isnan(total) else math.nan
-    return math.hypot(*(float(_wide(one).norm()) for one in _entries(gradients)))
+    return math.hypot(*(float(_wide(entry).norm()) for entry in _entries(gradients)))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -538,7 +542,7 @@ class _Widened(TorchFunctionMode):
         if func in (torch.Tensor.half, torch.Tensor.bfloat16):
             return args[0]
         if func is torch.Tensor.to:
-            args = tuple(torch.float32 if one in NARROW else one for one in args)
+            args = tuple(torch.float32 if argument in NARROW else argument for argument in args)
         if named.get("dtype") in NARROW:
             named["dtype"] = torch.float32
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
@@ -550,14 +554,16 @@ def prepared(
 ) -> Batch | None:
     """Return what a treatment leaves of a step's batch, None where nothing is left of it."""
     if left_out := {position for number, position in treatment.without if number == step}:
-        kept = [one for one in range(batch_size(batch)) if one not in left_out]
+        kept = [position for position in range(batch_size(batch)) if position not in left_out]
         if not kept:
             return None
         batch = take(batch, kept)
     if treatment.widens:
-        batch = map_tensors(batch, lambda one: one.float() if one.dtype in NARROW else one)
+        batch = map_tensors(
+            batch, lambda tensor: tensor.float() if tensor.dtype in NARROW else tensor
+        )
     if treatment.sanitises:
-        batch = map_tensors(batch, lambda one: sanitised(one, treatment.max_input))
+        batch = map_tensors(batch, lambda tensor: sanitised(tensor, treatment.max_input))
     if treatment.drops:
         odd = odd_samples(batch, treatment, training)
         if bool(odd.all()):
@@ -579,8 +585,8 @@ def sanitised(tensor: Tensor, max_input: float) -> Tensor:
 def odd_samples(batch: Batch, treatment: Overrides, training: TrainingState) -> Tensor:
     """Return for each sample whether a treatment leaves it out, bool [n]."""
     odd = torch.zeros(batch_size(batch), dtype=torch.bool)
-    for one in inputs_of(batch):
-        flat = rows_of(one.detach())
+    for inputs in inputs_of(batch):
+        flat = rows_of(inputs.detach())
         if flat.shape[1] == 0:
             continue
         if Oddity.NAN in treatment.drops:
