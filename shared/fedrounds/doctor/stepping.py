@@ -454,7 +454,7 @@ def _clip(training: TrainingState, treatment: Overrides, *, grad_norm: float | N
         # Its own step leaves out what isn't finite; measured before, it is finite and divided.
         return
     # As torch's clip_grad_norm_ does it: the weights are the same bits as a plain loop's.
-    is_usual = treatment.clip_norm is None and not any(gradient.is_sparse for gradient in gradients)
+    is_usual = treatment.clip_norm is None and not any(grad.is_sparse for grad in gradients)
     if is_usual and (total := torch.nn.utils.get_total_norm(gradients)).isfinite():
         torch.nn.utils.clip_grads_with_norm_(training.learning, limit, total)
         return
@@ -462,18 +462,16 @@ def _clip(training: TrainingState, treatment: Overrides, *, grad_norm: float | N
         norms = torch._foreach_norm(_entries(gradients))
         grad_norm = _total([float(norm) for norm in norms], gradients)
     if grad_norm > limit:
-        for sparse in (gradient for gradient in gradients if gradient.is_sparse):
+        for sparse in (grad for grad in gradients if grad.is_sparse):
             sparse.mul_(limit / grad_norm)
-        dense = [gradient for gradient in gradients if not gradient.is_sparse]
+        dense = [grad for grad in gradients if not grad.is_sparse]
         if dense:
             torch._foreach_mul_(dense, limit / grad_norm)
 
 
 def _entries(gradients: list[Tensor]) -> list[Tensor]:
     """Return the numbers of each gradient; of a sparse gradient those that aren't zero."""
-    return [
-        gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients
-    ]
+    return [grad.coalesce().values() if grad.is_sparse else grad for grad in gradients]
 
 
 def _limit(training: TrainingState, treatment: Overrides) -> float | None:
@@ -506,11 +504,9 @@ def _numbers(loss: Tensor, gradients: list[Tensor]) -> tuple[float, list[float]]
 def _total(norms: list[float], gradients: list[Tensor]) -> float:
     """Return the norm of all, also where the squares don't fit the gradients' own type."""
     total = math.hypot(*norms)
-    if math.isfinite(total) or not all(
-        bool(entry.isfinite().all()) for entry in _entries(gradients)
-    ):
+    if math.isfinite(total) or not all(bool(grad.isfinite().all()) for grad in _entries(gradients)):
         return total if not math.isnan(total) else math.nan
-    return math.hypot(*(float(_wide(entry).norm()) for entry in _entries(gradients)))
+    return math.hypot(*(float(_wide(grad).norm()) for grad in _entries(gradients)))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -542,7 +538,7 @@ class _Widened(TorchFunctionMode):
         if func in (torch.Tensor.half, torch.Tensor.bfloat16):
             return args[0]
         if func is torch.Tensor.to:
-            args = tuple(torch.float32 if argument in NARROW else argument for argument in args)
+            args = tuple(torch.float32 if arg in NARROW else arg for arg in args)
         if named.get("dtype") in NARROW:
             named["dtype"] = torch.float32
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
@@ -559,11 +555,9 @@ def prepared(
             return None
         batch = take(batch, kept)
     if treatment.widens:
-        batch = map_tensors(
-            batch, lambda tensor: tensor.float() if tensor.dtype in NARROW else tensor
-        )
+        batch = map_tensors(batch, lambda leaf: leaf.float() if leaf.dtype in NARROW else leaf)
     if treatment.sanitises:
-        batch = map_tensors(batch, lambda tensor: sanitised(tensor, treatment.max_input))
+        batch = map_tensors(batch, lambda leaf: sanitised(leaf, treatment.max_input))
     if treatment.drops:
         odd = odd_samples(batch, treatment, training)
         if bool(odd.all()):
