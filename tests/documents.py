@@ -75,7 +75,7 @@ def blocks_of(document: str) -> list[Block]:
         elif line.startswith("    ") and not lines[begin - 1].strip():
             while at < len(lines) and lines[at].startswith("    "):
                 at += 1
-            text, language = "\n".join(one[4:] for one in lines[begin:at]), ""
+            text, language = "\n".join(line[4:] for line in lines[begin:at]), ""
         else:
             # Ordinary text: a comment before it is about no block.
             is_text, needs = False, ()

@@ -138,7 +138,9 @@ class _WithExtraState(nn.Linear):
 class _WithCopies(nn.Linear):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Return copies."""
-        return {name: one.clone() for name, one in super().state_dict(*args, **kwargs).items()}
+        return {
+            name: tensor.clone() for name, tensor in super().state_dict(*args, **kwargs).items()
+        }
 
 
 def _buffer(tensor: Tensor, name: str = "entry") -> Callable[[], nn.Module]:

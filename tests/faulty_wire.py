@@ -175,8 +175,8 @@ class FaultyWire:
             except OSError:
                 _reset(client)
                 continue
-            for one in (client, server):
-                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for end in (client, server):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             link = Link(client, server)
             self.links.append(link)
             for way in Way:
@@ -243,21 +243,21 @@ def wire_to(scene: Scene, address: str) -> FaultyWire:
     return wire
 
 
-def _reset(one: socket.socket) -> None:
+def _reset(end: socket.socket) -> None:
     """End a connection at once, as a machine that knows nothing of it does."""
     try:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         # Wakes the thread that reads from it and sends nothing.
-        one.shutdown(socket.SHUT_RD)
+        end.shutdown(socket.SHUT_RD)
     except OSError:
         pass
-    one.close()
+    end.close()
 
 
 def _end(*sockets: socket.socket) -> None:
     """End connections as a process that ends does: what was sent still arrives."""
-    for one in sockets:
+    for end in sockets:
         try:
-            one.shutdown(socket.SHUT_RDWR)
+            end.shutdown(socket.SHUT_RDWR)
         except OSError:
             continue

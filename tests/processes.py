@@ -102,20 +102,20 @@ class Process:
 
         Lines said before the call count too.
         """
-        found: list[str] = []
+        matching: list[str] = []
 
         def is_there() -> bool:
-            found[:] = [line for line in self.lines if re.search(pattern, line)]
-            return len(found) >= times or not any(reader.is_alive() for reader in self._readers)
+            matching[:] = [line for line in self.lines if re.search(pattern, line)]
+            return len(matching) >= times or not any(reader.is_alive() for reader in self._readers)
 
         with self._spoke:
             self._spoke.wait_for(is_there, timeout_s)
-        if len(found) < times:
+        if len(matching) < times:
             state = "goes on" if self.is_running else f"ended with {self._popen.returncode}"
             raise AssertionError(
-                f"{self.name} ({state}) said {pattern!r} {len(found)} times, not {times}"
+                f"{self.name} ({state}) said {pattern!r} {len(matching)} times, not {times}"
             )
-        return found[times - 1]
+        return matching[times - 1]
 
     def count_lines(self, pattern: str) -> int:
         """Return how many lines so far match the regular expression."""
@@ -152,9 +152,9 @@ class Process:
     def peak_rss_bytes(self) -> int:
         """Return the most memory it has held so far, as the kernel counted it."""
         status = Path(f"/proc/{self.pid}/status").read_text()
-        found = re.search(r"VmHWM:\s+(\d+) kB", status)
-        assert found is not None
-        return int(found[1]) * 1024
+        match = re.search(r"VmHWM:\s+(\d+) kB", status)
+        assert match is not None
+        return int(match[1]) * 1024
 
     def rss_bytes(self) -> int:
         """Return the memory it holds now."""
@@ -177,7 +177,7 @@ class Server(Process):
     def address(self) -> str:
         """Where it listens, host:port, once it says so on standard output."""
         self.wait_for_line("fedserver listening on ")
-        (line,) = (one for one in list(self.stdout_lines) if "listening on" in one)
+        (line,) = (line for line in list(self.stdout_lines) if "listening on" in line)
         return line.removeprefix("fedserver listening on ")
 
 

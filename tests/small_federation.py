@@ -49,7 +49,7 @@ def examples_of(client_id: int) -> TensorDataset:
 def gradient_of(client_id: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradient of a client's mean loss, by plain autograd."""
     inputs, labels = examples_of(client_id).tensors
-    leaves = {name: one.clone().requires_grad_() for name, one in state.items()}
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in state.items()}
     loss = F.cross_entropy(F.linear(inputs, leaves["weight"], leaves["bias"]), labels)
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
@@ -100,7 +100,7 @@ class SmallFederation:
         """The server state of one moment, each tensor of its parameter's shape."""
         assert self.model.server_state is not None
         state = decode_state(self.model.server_state.file.path.read_bytes())
-        return {name: one.squeeze(-1) for name, one in state.items()}
+        return {name: tensor.squeeze(-1) for name, tensor in state.items()}
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ class SmallFederation:
         """Let a client work on its order."""
         payload = self._folder / f"{order.order_id}.draft"
         states = ClientStates(self._folder / f"states-{order.client_id}", run_id="run1")
-        sections = {one.name: one.digest for one in order.sections}
+        sections = {section.name: section.digest for section in order.sections}
         control = self._checkpoints.find(sections[CONTROL_SECTION]) if len(sections) > 1 else None
         update, kept = train_order(
             OrderInputs(
@@ -163,7 +163,7 @@ class SmallFederation:
         state = self.model.server_state
         cohort = Cohort(
             base=self.model.file,
-            updates=[self.file_of(one) for one in counted],
+            updates=[self.file_of(sent) for sent in counted],
             kinds=self.kinds,
             ties=self.ties,
         )
@@ -172,4 +172,4 @@ class SmallFederation:
             next_blocks(self.strategy, cohort, None if state is None else state.file),
             state_layout=state_layout(self.strategy, cohort),
         )
-        self._last_counted |= {one.order.client_id: one.order.order_id for one in counted}
+        self._last_counted |= {sent.order.client_id: sent.order.order_id for sent in counted}

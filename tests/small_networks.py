@@ -71,15 +71,15 @@ def cross_entropy(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(outputs, labels), outputs
 
 
-def origin_of(found: Found | None) -> Origin:
+def origin_of(fault: Found | None) -> Origin:
     """Return the origin of what must have been found."""
-    assert found is not None
-    return found.origin
+    assert fault is not None
+    return fault.origin
 
 
-def where(found: Found | None) -> tuple[str, str, str]:
+def where(fault: Found | None) -> tuple[str, str, str]:
     """Return phase, module and operation."""
-    origin = origin_of(found)
+    origin = origin_of(fault)
     return origin.phase.value, origin.module, origin.operation
 
 

@@ -52,8 +52,8 @@ class StateDir:
     def ask(self, query: str, *values: object) -> str:
         """Return one value from the database, or change something in it, past the software."""
         connection = sqlite3.connect(self.folder / "federation.sqlite")
-        found = connection.execute(query, values)
-        answer = found.fetchone()[0] if found.description else str(found.rowcount)
+        result = connection.execute(query, values)
+        answer = result.fetchone()[0] if result.description else str(result.rowcount)
         connection.commit()
         connection.close()
         return str(answer)
@@ -139,11 +139,11 @@ def write_state_dir(
                     base=base.file,
                     kinds=kinds,
                     compression=run_compression(settings),
-                    sections=[(each.name, each.size_bytes) for each in one.sections],
-                    num_examples=one.num_examples,
-                    num_steps=one.num_steps,
+                    sections=[(each.name, each.size_bytes) for each in update.sections],
+                    num_examples=update.num_examples,
+                    num_steps=update.num_steps,
                 )
-                for path, one in counted
+                for path, update in counted
             ],
             kinds=kinds,
             seed=strategy_seed(settings, current.round_number, current.attempt),

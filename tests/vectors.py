@@ -30,8 +30,8 @@ def cohort_of(
     return Cohort(
         base=write_state(folder, base),
         updates=[
-            write_state(folder, one, num_examples=number)
-            for number, one in enumerate(updates, start=1)
+            write_state(folder, values, num_examples=number)
+            for number, values in enumerate(updates, start=1)
         ],
         kinds=kinds,
         seed=seed,
@@ -52,11 +52,11 @@ def aggregate(
     cohort = cohort_of(
         folder,
         {"w": torch.from_numpy(start)},
-        [{"w": torch.from_numpy(one.copy())} for one in updates],
+        [{"w": torch.from_numpy(values.copy())} for values in updates],
         seed=seed,
     )
-    found = find_strategy(strategy, parameters)
-    return np.concatenate([one.values.numpy() for one in next_blocks(found, cohort)])
+    rule = find_strategy(strategy, parameters)
+    return np.concatenate([block.values.numpy() for block in next_blocks(rule, cohort)])
 
 
 def attacked(

@@ -160,8 +160,8 @@ def _import_all() -> None:
     verbosity = os.environ.get("GRPC_VERBOSITY")
     silence_grpc()
     for package in ("fedrounds", "fedserver", "fedclient"):
-        found = importlib.import_module(package)
-        for module in pkgutil.walk_packages(found.__path__, f"{package}."):
+        imported = importlib.import_module(package)
+        for module in pkgutil.walk_packages(imported.__path__, f"{package}."):
             if not module.name.endswith("__main__") and ".migrations." not in module.name:
                 importlib.import_module(module.name)
     if verbosity is None:

@@ -56,9 +56,13 @@ def undisturbed(session_scene: Scene) -> Undisturbed:
             server = start_server(session_scene, *flags, task=task, state=state)
             clients = [
                 start_client(
-                    session_scene, one, server.address, task=task, state=f"{state}-client-{one}"
+                    session_scene,
+                    client_id,
+                    server.address,
+                    task=task,
+                    state=f"{state}-client-{client_id}",
                 )
-                for one in CLIENTS
+                for client_id in CLIENTS
             ]
             expect_clean_exits(server, *clients)
             history = session_scene.history(state=state)

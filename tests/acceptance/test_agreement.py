@@ -18,19 +18,20 @@ def test_a_rate_that_is_too_high_for_all_is_lowered_for_all(scene: Scene) -> Non
     server = start_server(
         scene, *("--rounds", 3, "--min-clients", len(CLIENTS), "--require-all", "--lr", 300)
     )
-    clients = [start_client(scene, one, server.address) for one in CLIENTS]
+    clients = [start_client(scene, client_id, server.address) for client_id in CLIENTS]
     server.wait_for_line("training-diagnosed round=1 .*learning-rate at step .* training went on")
     server.wait_for_line("cause-shared round=1 cause=learning-rate")
     expect_clean_exits(server, *clients)
 
     first, second, *_ = history = scene.history()
-    assert {one["phase"] for one in history} == {"DONE"}
+    assert {entry["phase"] for entry in history} == {"DONE"}
     assert first["adjustments"] == {}
-    (shared,) = (one for one in first["incidents"] if one["kind"] == "cause-shared")
+    (shared,) = (incident for incident in first["incidents"] if incident["kind"] == "cause-shared")
     diagnosed = {
-        one["client"]
-        for one in first["incidents"]
-        if one["kind"] == "training-diagnosed" and one["diagnosis"]["cause"] == "learning-rate"
+        incident["client"]
+        for incident in first["incidents"]
+        if incident["kind"] == "training-diagnosed"
+        and incident["diagnosis"]["cause"] == "learning-rate"
     }
     assert set(shared["clients"]) == diagnosed
     assert len(diagnosed) >= 2
@@ -50,10 +51,10 @@ def test_which_samples_are_bad_leaves_the_client_only_if_told(
     client = start_client(scene, 0, server.address, *flags, TINY_BAD="pixel")
     expect_clean_exits(server, client)
     (incident,) = scene.history()[0]["incidents"]
-    told = incident["diagnosis"]
-    assert (told["cause"], told["num_samples"]) == ("bad-data", 1)
-    assert [one["index"] for one in told["samples"]] == ([3] if flags else [])
-    assert bool(told["origin"]["first_index"]) == bool(flags)
+    diagnosis = incident["diagnosis"]
+    assert (diagnosis["cause"], diagnosis["num_samples"]) == ("bad-data", 1)
+    assert [sample["index"] for sample in diagnosis["samples"]] == ([3] if flags else [])
+    assert bool(diagnosis["origin"]["first_index"]) == bool(flags)
 
 
 def test_a_client_of_whose_data_nothing_is_left_sends_nothing_and_stays(scene: Scene) -> None:
@@ -70,6 +71,6 @@ def test_a_client_of_whose_data_nothing_is_left_sends_nothing_and_stays(scene: S
         (1, "COUNTED"),
         (2, "COUNTED"),
     ]
-    assert {one["client"] for entry in history for one in entry["updates"]} == {0}
+    assert {update["client"] for entry in history for update in entry["updates"]} == {0}
     assert "update-refused" not in incident_kinds(history)
     assert bad.count_lines("every batch was left out") >= 1

@@ -11,7 +11,7 @@ HAND = 2
 def test_real_clients_go_on_from_the_model_before(scene: Scene) -> None:
     """Nobody has lost a thing, and the run ends as well as if nothing had been."""
     server = start_server(scene, *("--rounds", 4, "--min-clients", 3, "--require-all"))
-    clients = [start_client(scene, one, server.address) for one in CLIENTS]
+    clients = [start_client(scene, client_id, server.address) for client_id in CLIENTS]
     hand = Peer(server.address, HAND)
     while True:
         opened = open_round({HAND: hand})
@@ -23,15 +23,15 @@ def test_real_clients_go_on_from_the_model_before(scene: Scene) -> None:
             hand.upload(order, payload_of(state), num_examples=100_000)
             break
         hand.upload(order, payload_of(state), num_examples=1, num_steps=1)
-    for place in ((3, 2), (4, 2)):
-        opened = open_round({HAND: hand}, attempt=place)
+    for attempt in ((3, 2), (4, 2)):
+        opened = open_round({HAND: hand}, attempt=attempt)
         hand.upload(opened.orders[HAND], payload_of(opened.base), num_examples=1, num_steps=1)
     hand.pull()
     expect_clean_exits(server, *clients)
     hand.close()
 
     history = scene.history()
-    assert [(one["round"], one["attempt"], one["phase"]) for one in history] == [
+    assert [(entry["round"], entry["attempt"], entry["phase"]) for entry in history] == [
         (1, 1, "DONE"),
         (2, 1, "DONE"),
         (3, 1, "ROLLED_BACK"),
@@ -40,11 +40,11 @@ def test_real_clients_go_on_from_the_model_before(scene: Scene) -> None:
         (4, 2, "DONE"),
     ]
     assert history[3]["base_digest"] == history[1]["model_digest"]
-    kinds = [one["kind"] for entry in history for one in entry["incidents"]]
+    kinds = [incident["kind"] for entry in history for incident in entry["incidents"]]
     # A client may have trained for the attempt that was abandoned, or said that the model it got
     # was broken; none has lost its state.
     by_clients = ("update-late", "training-diagnosed", "cause-shared")
-    assert [one for one in kinds if one not in by_clients] == [
+    assert [kind for kind in kinds if kind not in by_clients] == [
         "evaluation-collapsed",
         "model-rolled-back",
         "round-abandoned",

@@ -64,8 +64,8 @@ class Reader:
             timeout=GENEROUS_S,
             check=False,
         )
-        place = f"{block.document}, line {block.line}"
-        assert done.returncode == 0, f"{place}:\n{block.text}\n{done.stdout}{done.stderr}"
+        location = f"{block.document}, line {block.line}"
+        assert done.returncode == 0, f"{location}:\n{block.text}\n{done.stdout}{done.stderr}"
 
     def _type_in_terminals(self, block: Block) -> None:
         """Type each line in a terminal of its own, once the server of the line before listens.
@@ -103,19 +103,19 @@ TYPED = [block for block in BLOCKS if not (block.is_text or block.needs)]
 FIRST_FEDERATION = next(block for block in TYPED if "--min-clients 10" in block.text)
 
 
-def place(block: Block) -> str:
+def location_of(block: Block) -> str:
     """Return where a block is."""
     return f"{block.document}:{block.line}"
 
 
-@pytest.mark.parametrize("block", TYPED, ids=place)
+@pytest.mark.parametrize("block", TYPED, ids=location_of)
 def test_what_a_document_says_to_type_works(block: Block, reader: Reader) -> None:
     """By then the reader has followed the README's "The first federation of your own"."""
     reader.type(FIRST_FEDERATION)
     reader.type(block)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=place)
+@pytest.mark.parametrize("block", BLOCKS, ids=location_of)
 def test_what_a_block_needs_is_named_and_its_settings_exist(
     block: Block, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,7 +59,7 @@ def open_order(scene: Scene, client_id: int) -> dict[str, Any]:
     """Return the order of the round that goes on, from outside; it must be OPEN."""
     last = scene.history()[-1]
     assert last["phase"] == "COLLECTING"
-    (order,) = (one for one in last["orders"] if one["client"] == client_id)
+    (order,) = (order for order in last["orders"] if order["client"] == client_id)
     assert order["state"] == "OPEN", order
     assert isinstance(order, dict)
     return order
@@ -74,8 +74,8 @@ def test_a_server_killed_in_the_middle_of_rounds_ends_in_the_same_models(
     port = fixed_port()
     server = start_server(scene, *run_flags(TINY, port))
     clients = [
-        start_client(scene, one, server.address, TINY_STEP_S="0.01", TINY_TRACE="1")
-        for one in CLIENTS
+        start_client(scene, client_id, server.address, TINY_STEP_S="0.01", TINY_TRACE="1")
+        for client_id in CLIENTS
     ]
     for _ in range(2):
         moment = rng.choice(["update-stored", "round-opened", "round-closed", "a client's step"])
@@ -98,7 +98,9 @@ def test_a_server_killed_in_the_middle_of_rounds_ends_in_the_same_models(
         server = start_server(scene, *run_flags(TINY, port))
         server.wait_for_line("server-restarted")
         entry = scene.history()[struck["round"] - 1]
-        restarts = [one for one in entry["incidents"] if one["kind"] == "server-restarted"]
+        restarts = [
+            incident for incident in entry["incidents"] if incident["kind"] == "server-restarted"
+        ]
         assert datetime.fromisoformat(restarts[-1]["at"]) > killed_at
     expect_clean_exits(server, *clients)
     expect_unchanged(scene, TINY, expected)
@@ -113,7 +115,11 @@ def test_a_client_killed_in_the_middle_of_training_ends_in_the_same_models(
     victim_id = rng.choice(CLIENTS)
     step = rng.randint(1, NUM_STEPS[victim_id] * (NUM_ROUNDS[TINY] - 1))
     server = start_server(scene, *run_flags(TINY, 0))
-    clients = {one: start_client(scene, one, server.address) for one in CLIENTS if one != victim_id}
+    clients = {
+        client_id: start_client(scene, client_id, server.address)
+        for client_id in CLIENTS
+        if client_id != victim_id
+    }
 
     def start_victim() -> Process:
         return start_client(scene, victim_id, server.address, TINY_STEP_S="0.03", TINY_TRACE="1")
@@ -170,10 +176,10 @@ def test_both_sides_killed_in_the_middle_of_uploads_end_in_the_same_models(
     wire = wire_to(scene, server.address)
     victim_id = rng.choice(CLIENTS)
     clients = {
-        one: start_client(
-            scene, one, wire.address if one == victim_id else server.address, task=BIG
+        client_id: start_client(
+            scene, client_id, wire.address if client_id == victim_id else server.address, task=BIG
         )
-        for one in CLIENTS
+        for client_id in CLIENTS
     }
     for number, struck in zip(numbers, rng.sample(["client", "server"], 2), strict=True):
         server.wait_for_line(f"round-opened round={number} ")

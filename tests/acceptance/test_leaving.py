@@ -56,7 +56,7 @@ def test_of_many_ids_an_empty_one_and_a_broken_one_leave_the_others_at_work(scen
         (2, 0, "COUNTED"),
         (2, 3, "COUNTED"),
     ]
-    kinds = [(one["kind"], one["client"]) for one in history[0]["incidents"]]
+    kinds = [(incident["kind"], incident["client"]) for incident in history[0]["incidents"]]
     assert kinds == [("training-failed", 2), ("client-left", 2)]
     assert history[0]["incidents"][1]["reason"] == "task-failed"
 

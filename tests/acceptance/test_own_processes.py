@@ -26,8 +26,8 @@ def waiting(module_scene: Scene) -> Iterator[Server]:
 
 def expect_all_ended(process: Process, *, num_loading: int) -> None:
     """Wait for the processes that said that they load; there must be so many."""
-    found = (re.search(r"loading in process (\d+)", line) for line in process.lines)
-    loading = {int(one[1]) for one in found if one is not None}
+    matches = (re.search(r"loading in process (\d+)", line) for line in process.lines)
+    loading = {int(match[1]) for match in matches if match is not None}
     assert len(loading) >= num_loading
     wait_until(lambda: not any(map(is_alive, loading)), what=f"the processes {loading} to end")
 

@@ -29,11 +29,13 @@ def model_of(folder: Path, digest: str) -> dict[str, Tensor]:
 
 def plain_mean(entry: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     """Return the mean of a round's kept updates, as the paper has it: whole tensors in float64."""
-    weights = [one["num_examples"] for one in entry["updates"]]
-    orders = {one["client"]: one["order_id"] for one in entry["orders"]}
+    weights = [update["num_examples"] for update in entry["updates"]]
+    orders = {order["client"]: order["order_id"] for order in entry["orders"]}
     states = [
-        decode_state((folder / "spool" / f"{orders[one['client']]}.{one['digest']}").read_bytes())
-        for one in entry["updates"]
+        decode_state(
+            (folder / "spool" / f"{orders[update['client']]}.{update['digest']}").read_bytes()
+        )
+        for update in entry["updates"]
     ]
     mean = {}
     for name, first in states[0].items():
@@ -52,16 +54,18 @@ def test_a_run_counts_everybody_in_every_round_and_ends_by_itself(
     """Server and clients end with 0; each round has a model, a verdict for all and no incident."""
     run = undisturbed(TINY)
     history = run.history
-    assert [(one["round"], one["attempt"], one["phase"]) for one in history] == [
+    assert [(entry["round"], entry["attempt"], entry["phase"]) for entry in history] == [
         (number, 1, "DONE") for number in ROUNDS
     ]
-    assert verdicts(history) == [(one, client, "COUNTED") for one in ROUNDS for client in CLIENTS]
+    assert verdicts(history) == [
+        (number, client, "COUNTED") for number in ROUNDS for client in CLIENTS
+    ]
     assert incident_kinds(history) == []
     for entry in history:
         assert entry["cohort"] == list(CLIENTS)
-        examples = {one["client"]: one["num_examples"] for one in entry["updates"]}
-        assert examples == {one: num_examples_of(one) for one in CLIENTS}
-        assert all(set(one["metrics"]) >= {"accuracy", "loss"} for one in entry["updates"])
+        examples = {update["client"]: update["num_examples"] for update in entry["updates"]}
+        assert examples == {client_id: num_examples_of(client_id) for client_id in CLIENTS}
+        assert all(set(update["metrics"]) >= {"accuracy", "loss"} for update in entry["updates"])
         assert entry["started_at"] < entry["closed_at"] < entry["finished_at"]
     # Three well separated classes: whoever learns gets nearly all of them right.
     assert history[-1]["evaluation"]["accuracy"] > 0.9
@@ -106,15 +110,17 @@ def test_the_same_seed_gives_the_same_models_in_whatever_order_clients_come(
     server = start_server(scene, *run_flags(TINY, 0))
     slow_to_fast = dict(zip(CLIENTS, ("0.03", "0.01", "0"), strict=True))
     clients = [
-        start_client(scene, one, server.address, TINY_STEP_S=slow_to_fast[one])
-        for one in reversed(CLIENTS)
+        start_client(scene, client_id, server.address, TINY_STEP_S=slow_to_fast[client_id])
+        for client_id in reversed(CLIENTS)
     ]
     expect_clean_exits(server, *clients)
     expected = undisturbed(TINY).history
     history = scene.history()
     assert arrivals(history) != arrivals(expected), "they came in the same order: nothing is shown"
-    assert [one["model_digest"] for one in history] == [one["model_digest"] for one in expected]
-    assert [one["evaluation"] for one in history] == [one["evaluation"] for one in expected]
+    assert [entry["model_digest"] for entry in history] == [
+        entry["model_digest"] for entry in expected
+    ]
+    assert [entry["evaluation"] for entry in history] == [entry["evaluation"] for entry in expected]
 
 
 def test_without_a_doctor_clients_that_arent_finite_send_nothing_and_the_others_go_on(
@@ -126,18 +132,18 @@ def test_without_a_doctor_clients_that_arent_finite_send_nothing_and_the_others_
     )
     faults = {0: "", 1: "", 2: "pixel", 3: "gradient"}
     clients = [
-        start_client(scene, one, server.address, "--doctor", "off", TINY_BAD=fault)
-        for one, fault in faults.items()
+        start_client(scene, client_id, server.address, "--doctor", "off", TINY_BAD=fault)
+        for client_id, fault in faults.items()
     ]
     expect_clean_exits(server, *clients)
     history = scene.history()
     names = tiny.build_model().state_dict().keys()
     assert len(history) == 2
     for entry in history:
-        states = {one["client"]: one["state"] for one in entry["orders"]}
+        states = {order["client"]: order["state"] for order in entry["orders"]}
         assert states == {0: "COUNTED", 1: "COUNTED", 2: "ABANDONED", 3: "ABANDONED"}
-        assert [one["client"] for one in entry["updates"]] == [0, 1]
-        pixel, gradient = sorted(entry["incidents"], key=lambda one: int(one["client"]))
+        assert [update["client"] for update in entry["updates"]] == [0, 1]
+        pixel, gradient = sorted(entry["incidents"], key=lambda incident: int(incident["client"]))
         assert (pixel["client"], pixel["kind"]) == (2, "non-finite-loss")
         assert (pixel["epoch"], pixel["loss"]) == (1, "nan")
         # 6 batches an epoch, one of them with the bad pixel.
@@ -154,8 +160,10 @@ def test_without_a_doctor_clients_that_arent_finite_send_nothing_and_the_others_
 def test_the_built_in_sample_learns_digits_with_default_settings(scene: Scene) -> None:
     """Two clients that name no task take the server's, and two rounds beat guessing by far."""
     server = scene.server("--rounds", 2)
-    clients = [scene.client(one, server.address) for one in (0, 1)]
+    clients = [scene.client(client_id, server.address) for client_id in (0, 1)]
     expect_clean_exits(server, *clients)
     history = scene.history()
-    assert verdicts(history) == [(one, client, "COUNTED") for one in (1, 2) for client in (0, 1)]
+    assert verdicts(history) == [
+        (number, client, "COUNTED") for number in (1, 2) for client in (0, 1)
+    ]
     assert history[-1]["evaluation"]["accuracy"] > 0.5

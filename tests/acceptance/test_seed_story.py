@@ -25,8 +25,8 @@ def _told(*flags: str) -> list[str]:
 
 def _rounds(act: str) -> list[tuple[float, float]]:
     """Return (loss, accuracy) of each round that is told."""
-    found = re.findall(r"^round +\d+   loss (\S+)   test acc (\S+)", act, re.MULTILINE)
-    return [(float(loss), float(accuracy)) for loss, accuracy in found]
+    rounds = re.findall(r"^round +\d+   loss (\S+)   test acc (\S+)", act, re.MULTILINE)
+    return [(float(loss), float(accuracy)) for loss, accuracy in rounds]
 
 
 def test_one_bad_client_spoils_all_or_one_round_or_nothing() -> None:

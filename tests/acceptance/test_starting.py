@@ -221,8 +221,8 @@ def test_a_client_that_stays_takes_part_in_the_next_run(scene: Scene) -> None:
     expect_clean_exits(client)
     assert client.count_lines("update stored") == 3
     runs = [scene.history("--run", number) for number in ("1", "2", "3")]
-    assert [verdicts(one) for one in runs] == [[(1, 0, "COUNTED")]] * 3
-    assert [one[0]["updates"][0]["num_examples"] for one in runs] == [16, 16, 24]
+    assert [verdicts(history) for history in runs] == [[(1, 0, "COUNTED")]] * 3
+    assert [history[0]["updates"][0]["num_examples"] for history in runs] == [16, 16, 24]
     # The same seed, task and data: the same model, and another run all the same.
     assert runs[0][0]["model_digest"] == runs[1][0]["model_digest"]
     assert runs[0][0]["orders"][0]["order_id"] != runs[1][0]["orders"][0]["order_id"]

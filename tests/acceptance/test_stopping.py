@@ -49,10 +49,10 @@ def test_stopped_while_training_and_while_parked_both_sides_end_and_go_on(scene:
     training.wait_for_line("tiny-step", times=training.count_lines("tiny-step") + 1)
     stop(training, signal.SIGTERM)
     stop(parked, signal.SIGINT)
-    orders = {one["client"]: one["state"] for one in scene.history()[-1]["orders"]}
+    orders = {order["client"]: order["state"] for order in scene.history()[-1]["orders"]}
     assert orders[0] == "OPEN"
 
-    clients = [start_client(scene, one, server.address) for one in (0, 1)]
+    clients = [start_client(scene, client_id, server.address) for client_id in (0, 1)]
     expect_clean_exits(server, *clients)
     assert verdicts(scene.history()) == [
         (number, client, "COUNTED") for number in range(1, num_rounds + 1) for client in (0, 1)
@@ -108,7 +108,7 @@ def test_the_end_is_shown_when_nobody_is_served_any_more(scene: Scene) -> None:
 
     def is_shown() -> bool:
         children = psutil.Process(server.pid).children()
-        showing[:] = [one for one in children if "history" in one.cmdline()]
+        showing[:] = [child for child in children if "history" in child.cmdline()]
         return bool(showing)
 
     wait_until(is_shown, what="the table of rounds to be printed")

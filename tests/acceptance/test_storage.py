@@ -65,12 +65,14 @@ def test_a_damaged_update_is_named_and_the_round_can_be_asked_for_anew(scene: Sc
     again = start_server(scene, "--port", port, *flags, "--give-up-damaged")
     expect_clean_exits(again, *scene.processes[1:3])
     history = scene.history()
-    assert [(one["round"], one["attempt"], one["phase"]) for one in history] == [
+    assert [(entry["round"], entry["attempt"], entry["phase"]) for entry in history] == [
         (1, 1, "FAILED"),
         (1, 2, "DONE"),
         (2, 1, "DONE"),
     ]
-    (failed,) = (one for one in history[0]["incidents"] if one["kind"] == "round-failed")
+    (failed,) = (
+        incident for incident in history[0]["incidents"] if incident["kind"] == "round-failed"
+    )
     assert "client 0" in failed["reason"]
     assert [state for number, _, state in verdicts(history) if number == 1] == [
         *["ABANDONED"] * 2,
@@ -135,7 +137,9 @@ def test_only_so_many_models_and_updates_are_kept(scene: Scene) -> None:
         *(scene, "--rounds", 6, "--min-clients", 2, "--lr", 0.5),
         *("--keep-rounds", 2, "--keep-updates", 1),
     )
-    expect_clean_exits(server, *(start_client(scene, one, server.address) for one in (0, 1)))
+    expect_clean_exits(
+        server, *(start_client(scene, client_id, server.address) for client_id in (0, 1))
+    )
     history = done_rounds(scene)
     accuracies = [entry["evaluation"]["accuracy"] for entry in history]
     best = history[accuracies.index(max(accuracies))]["model_digest"]
@@ -186,13 +190,13 @@ def test_a_round_that_asks_more_than_it_needs_leaves_the_slowest_behind(scene: S
         *(scene, "--rounds", 3, "--min-clients", 3, "--clients-per-round", 2),
         *("--over-select", 1.5),
     )
-    clients = [start_client(scene, one, server.address) for one in (0, 1)]
+    clients = [start_client(scene, client_id, server.address) for client_id in (0, 1)]
     clients.append(start_client(scene, 2, server.address, TINY_STEP_S="0.2"))
     expect_clean_exits(server, *clients)
     history = scene.history()
     assert [len(entry["cohort"]) for entry in history] == [3, 3, 3]
     for entry in history:
-        states = {one["client"]: one["state"] for one in entry["orders"]}
+        states = {order["client"]: order["state"] for order in entry["orders"]}
         assert states == {0: "COUNTED", 1: "COUNTED", 2: "LATE"}
     assert "client-stalled" not in incident_kinds(history)
     wait_until(lambda: clients[2].count_lines("wants no update any more") > 0, what="its word")

@@ -49,7 +49,10 @@ def test_a_strategys_state_outlives_kills_and_is_verified(
     first = start_server(scene, *chosen, "--keep-updates", "all", state="whole")
     expect_clean_exits(
         first,
-        *(start_client(scene, one, first.address, state=f"whole-{one}") for one in CLIENTS),
+        *(
+            start_client(scene, client_id, first.address, state=f"whole-{client_id}")
+            for client_id in CLIENTS
+        ),
     )
     expected = scene.history(state="whole")
     assert len(state_files(scene.folder / "whole")) == NUM_ROUNDS
@@ -74,7 +77,7 @@ def test_a_strategys_state_outlives_kills_and_is_verified(
     expect_clean_exits(again, clients[0], start_client(scene, 1, again.address))
     history = scene.history()
     assert verdicts(history) == [
-        (one, client, "COUNTED") for one in range(1, NUM_ROUNDS + 1) for client in CLIENTS
+        (number, client, "COUNTED") for number in range(1, NUM_ROUNDS + 1) for client in CLIENTS
     ]
     assert models_of(history) == models_of(expected)
     kept = state_files(scene.folder / "server")
@@ -106,7 +109,11 @@ def test_compressed_runs_repeat_through_a_kill(scene: Scene, name: str) -> None:
     flags = (*FLAGS, "--compression", name)
     first = start_server(scene, *flags, state="whole")
     expect_clean_exits(
-        first, *(start_client(scene, one, first.address, state=f"whole-{one}") for one in CLIENTS)
+        first,
+        *(
+            start_client(scene, client_id, first.address, state=f"whole-{client_id}")
+            for client_id in CLIENTS
+        ),
     )
     server = start_server(scene, *flags, *NO_CLOCK)
     victim = start_client(scene, 1, server.address, FED_FAIL_POINT="trained:kill:3")
@@ -116,7 +123,7 @@ def test_compressed_runs_repeat_through_a_kill(scene: Scene, name: str) -> None:
     history, expected = scene.history(), scene.history(state="whole")
     assert models_of(history) == models_of(expected)
     for entry in history:
-        assert {one["encoding"] for one in entry["updates"]} == {name}
+        assert {update["encoding"] for update in entry["updates"]} == {name}
         assert entry["compression"]["ratio"] < 1
     assert incident_kinds(history) == []
 
@@ -130,7 +137,7 @@ def test_a_client_that_lost_its_residual_says_so(scene: Scene) -> None:
     shutil.rmtree(scene.folder / "client-0" / "states")
     expect_clean_exits(server, start_client(scene, 0, server.address))
     history = scene.history()
-    assert [[one["kind"] for one in entry["incidents"]] for entry in history] == [
+    assert [[incident["kind"] for incident in entry["incidents"]] for entry in history] == [
         [],
         ["client-state-lost"],
         [],

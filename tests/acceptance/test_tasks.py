@@ -36,7 +36,7 @@ def test_the_own_task_of_the_examples_runs_end_to_end(scene: Scene) -> None:
     server = scene.server(
         *("--task", WAVES, "--rounds", 5, "--lr", 0.05, "--min-clients", 3, "--require-all")
     )
-    clients = [scene.client(one, server.address, "--task", WAVES) for one in (0, 1)]
+    clients = [scene.client(client_id, server.address, "--task", WAVES) for client_id in (0, 1)]
     local = ("--source", "local", "--data-root", own)
     clients.append(scene.client(2, server.address, "--task", WAVES, *local))
     expect_clean_exits(server, *clients)
@@ -67,9 +67,13 @@ def test_clients_learn_from_their_own_tables_and_a_bad_one_is_told_where(scene: 
     assert refused.count_lines("^Traceback") == 0
 
     clients = []
-    for one in (0, 1):
-        own = write_flowers(scene.folder / f"own-{one}", num=40 + one, first=100 * one)
-        clients.append(scene.client(one, server.address, "--source", "local", "--data-root", own))
+    for client_id in (0, 1):
+        own = write_flowers(
+            scene.folder / f"own-{client_id}", num=40 + client_id, first=100 * client_id
+        )
+        clients.append(
+            scene.client(client_id, server.address, "--source", "local", "--data-root", own)
+        )
     expect_clean_exits(server, *clients)
     history = scene.history()
     # A quarter, rounded to 10 examples, is held out.
@@ -125,9 +129,14 @@ def test_clients_learn_to_write_from_their_own_texts(scene: Scene) -> None:
     )
     clients = [
         scene.client(
-            one, server.address, "--source", "local", "--data-root", scene.folder / f"own-{one}"
+            client_id,
+            server.address,
+            "--source",
+            "local",
+            "--data-root",
+            scene.folder / f"own-{client_id}",
         )
-        for one in (0, 1)
+        for client_id in (0, 1)
     ]
     expect_clean_exits(server, *clients)
     last = scene.history()[-1]["evaluation"]
@@ -144,20 +153,20 @@ def test_schedule_initialisation_and_augmentation_reach_the_clients(scene: Scene
         *("--rounds", 2, "--epochs", 1, "--batch-size", 25, "--num-partitions", 100),
         *("--lr", 0.04, "--schedule", "cosine", "--augment", "shift", "--init", "kaiming_normal"),
     )
-    clients = [scene.client(one, server.address, "--log-steps", 2) for one in (0, 1)]
+    clients = [scene.client(client_id, server.address, "--log-steps", 2) for client_id in (0, 1)]
     expect_clean_exits(server, *clients)
     for client in clients:
-        found = re.findall(
+        reported = re.findall(
             r"round (\d) step (\d): loss=\S+ largest_gradient=\S+ lr=(\S+)", "\n".join(client.lines)
         )
-        assert [(one[0], one[1]) for one in found] == [
+        assert [(values[0], values[1]) for values in reported] == [
             ("1", "2"),
             ("1", "4"),
             ("2", "2"),
             ("2", "4"),
         ]
         expected = [0.02 * (1 + math.cos(math.pi * k / 8)) for k in (1, 3, 5, 7)]
-        assert [float(one[2]) for one in found] == pytest.approx(expected, rel=1e-3)
+        assert [float(values[2]) for values in reported] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_label_no_class_stops_a_client_with_a_sentence(scene: Scene) -> None:

@@ -15,12 +15,16 @@ def test_a_run_that_an_earlier_version_began_goes_on(scene: Scene) -> None:
 
     server = start_server(scene, *SERVER_FLAGS)
     server.wait_for_line("upgraded .*federation.sqlite; a copy of it as it was is in ")
-    clients = [start_client(scene, one, server.address) for one in (0, 1)]
+    clients = [start_client(scene, client_id, server.address) for client_id in (0, 1)]
     expect_clean_exits(server, *clients)
 
     after = scene.history()
-    assert verdicts(after) == [(number, one, "COUNTED") for number in (1, 2, 3) for one in (0, 1)]
-    assert [one["model_digest"] for one in after] == [one["model_digest"] for one in finished]
+    assert verdicts(after) == [
+        (number, client_id, "COUNTED") for number in (1, 2, 3) for client_id in (0, 1)
+    ]
+    assert [entry["model_digest"] for entry in after] == [
+        entry["model_digest"] for entry in finished
+    ]
     assert after[1]["updates"][0]["received_at"] == stored["received_at"]
     assert scene.history("--run", str(FINISHED)) == finished
     verified = scene.command("verify", "--state-dir", scene.folder / "server")

@@ -31,7 +31,7 @@ def server(session_scene: Scene) -> Server:
 @pytest.fixture(scope="session")
 def peers(server: Server) -> Iterator[dict[int, Peer]]:
     """Give the clients that take part in the shared server's rounds."""
-    connected = {one: Peer(server.address, one) for one in CLIENTS}
+    connected = {client_id: Peer(server.address, client_id) for client_id in CLIENTS}
     yield connected
     for peer in connected.values():
         peer.close()

@@ -127,8 +127,8 @@ class Peer:
         """Begin an upload that the server has seen by now, whether it has a place for it or not."""
         pair = [self.stream(order, payload) for _ in range(2)]
         # The newer one ends the older one, whichever of them came first.
-        wait_until(lambda: any(one.is_done for one in pair), what="the older stream to end")
-        newer, older = sorted(pair, key=lambda one: one.is_done)
+        wait_until(lambda: any(upload.is_done for upload in pair), what="the older stream to end")
+        newer, older = sorted(pair, key=lambda upload: upload.is_done)
         expect_status(grpc.StatusCode.ABORTED, older.result, match="a newer upload")
         return newer
 
@@ -237,8 +237,8 @@ class OpenRound:
         """Upload a good update for these clients, or for all; returns the receipts."""
         payload = encode_state(self.base)
         return [
-            self.peers[one].upload(self.orders[one], payload).receipt
-            for one in client_ids or self.peers
+            self.peers[client_id].upload(self.orders[client_id], payload).receipt
+            for client_id in client_ids or self.peers
         ]
 
 
@@ -250,13 +250,13 @@ def open_round(peers: Mapping[int, Peer], *, attempt: tuple[int, int] | None = N
     deadline = time.monotonic() + GENEROUS_S
 
     def pull(peer: Peer) -> pb.WorkOrder:
-        while (found := peer.pull_order()) and attempt not in (None, (found.round, found.attempt)):
-            assert time.monotonic() < deadline, f"no order of attempt {attempt}: {found}"
-        return found
+        while (order := peer.pull_order()) and attempt not in (None, (order.round, order.attempt)):
+            assert time.monotonic() < deadline, f"no order of attempt {attempt}: {order}"
+        return order
 
     with ThreadPoolExecutor(len(peers)) as threads:
         orders = dict(zip(peers, threads.map(pull, peers.values()), strict=True))
-    assert len({(one.round, one.attempt) for one in orders.values()}) == 1
+    assert len({(order.round, order.attempt) for order in orders.values()}) == 1
     first = next(iter(peers))
     return OpenRound(peers=peers, orders=orders, base=peers[first].base_of(orders[first]))
 
@@ -264,7 +264,9 @@ def open_round(peers: Mapping[int, Peer], *, attempt: tuple[int, int] | None = N
 def entry_of(history: list[dict[str, Any]], order: pb.WorkOrder) -> dict[str, Any]:
     """Return the history's entry of the attempt that an order belongs to."""
     (entry,) = (
-        one for one in history if (one["round"], one["attempt"]) == (order.round, order.attempt)
+        entry
+        for entry in history
+        if (entry["round"], entry["attempt"]) == (order.round, order.attempt)
     )
     return entry
 

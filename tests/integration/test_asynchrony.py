@@ -50,7 +50,7 @@ def test_the_slow_ones_update_counts_later_and_once_through_a_kill(scene: Scene)
         *("--keep-updates", "all", "--port", fixed_port()),
     )
     server = start(scene, *flags)
-    peers = [Peer(server.address, one) for one in range(3)]
+    peers = [Peer(server.address, client_id) for client_id in range(3)]
     slow = peers[2].pull_order()
     payload = payload_of(changed(peers[2].base_of(slow), 0.3))
     for _ in range(2):
@@ -62,7 +62,7 @@ def test_the_slow_ones_update_counts_later_and_once_through_a_kill(scene: Scene)
     server.kill()
 
     server = start(scene, *flags)
-    again = [Peer(server.address, one) for one in range(3)]
+    again = [Peer(server.address, client_id) for client_id in range(3)]
     # What is lost without its receipt is asked for again: the same order.
     assert again[2].pull_order().order_id == slow.order_id
     assert again[2].upload(slow, payload, num_examples=30).receipt == pb.RECEIPT_STORED
@@ -76,23 +76,23 @@ def test_the_slow_ones_update_counts_later_and_once_through_a_kill(scene: Scene)
         peer.close()
 
     history = scene.history()
-    assert [len(one["updates"]) for one in history] == [2, 2, 2, 2]
-    updates = {one["order_id"]: one for one in history[2]["updates"]}
-    assert {key: one["staleness"] for key, one in updates.items()} == {
+    assert [len(entry["updates"]) for entry in history] == [2, 2, 2, 2]
+    updates = {update["order_id"]: update for update in history[2]["updates"]}
+    assert {key: update["staleness"] for key, update in updates.items()} == {
         slow.order_id: 2,
         fresh.order_id: 0,
     }
-    counted = [one["order_id"] for entry in history for one in entry["updates"]]
+    counted = [update["order_id"] for entry in history for update in entry["updates"]]
     assert sorted(counted) == sorted(set(counted))
-    ended = {one["order_id"]: one["state"] for entry in history for one in entry["orders"]}
-    assert {one for one, state in ended.items() if state == "COUNTED"} == set(counted)
+    ended = {order["order_id"]: order["state"] for entry in history for order in entry["orders"]}
+    assert {order_id for order_id, state in ended.items() if state == "COUNTED"} == set(counted)
     # At the end of the run nothing is left open.
     assert set(ended.values()) == {"COUNTED", "LATE"}
     assert history[2]["carried_over"] >= 1
 
     first, base, made = (
-        model(scene, one)
-        for one in (
+        model(scene, digest)
+        for digest in (
             *(history[0]["base_digest"], history[2]["base_digest"], history[2]["model_digest"]),
         )
     )
@@ -109,7 +109,7 @@ def expect_formula(first: State, base: State, made: Mapping[str, torch.Tensor]) 
     weight = 1 / 3**0.5
     old, new = changed(first, 0.3), changed(base, -0.1)
     for name, kind in KINDS.items():
-        b, was, x, y = (one[name].double() for one in (base, first, old, new))
+        b, was, x, y = (state[name].double() for state in (base, first, old, new))
         if kind is EntryKind.PARAMETER:
             expected = b + (weight * (x - was) + (y - b)) / 2
         elif kind is EntryKind.MEAN:
@@ -125,14 +125,14 @@ def test_what_is_too_stale_is_refused_and_on_record(scene: Scene) -> None:
         *(scene, "--rounds", 1000, "--min-clients", 2, "--max-staleness", 1),
         *("--strategy-parameters", "buffer_size=1", "--concurrency", 2),
     )
-    fast, slow = (Peer(server.address, one) for one in range(2))
+    fast, slow = (Peer(server.address, client_id) for client_id in range(2))
     with ThreadPoolExecutor(2) as threads:
         both = list(threads.map(deliver, (fast, slow)))
-    assert {one.round for one in both} == {1}
+    assert {order.round for order in both} == {1}
     wait_until(lambda: len(scene.history()) == 3, what="round 3 to open")
     history = scene.history()
-    assert [len(one["updates"]) for one in history] == [1, 1, 0]
-    assert {one["updates"][0]["client"] for one in history[:2]} == {0, 1}
+    assert [len(entry["updates"]) for entry in history] == [1, 1, 0]
+    assert {entry["updates"][0]["client"] for entry in history[:2]} == {0, 1}
 
     order = slow.pull_order()
     payload = payload_of(changed(slow.base_of(order)))
@@ -150,10 +150,10 @@ def test_what_is_too_stale_is_refused_and_on_record(scene: Scene) -> None:
     assert upload.finish().receipt == pb.RECEIPT_LATE
 
     history = scene.history()
-    states = {one["order_id"]: one["state"] for one in entry_of(history, order)["orders"]}
+    states = {listed["order_id"]: listed["state"] for listed in entry_of(history, order)["orders"]}
     assert states[order.order_id] == "LATE"
-    incidents = [one for entry in history for one in entry["incidents"]]
-    assert [(one["kind"], one["client"]) for one in incidents] == [
+    incidents = [incident for entry in history for incident in entry["incidents"]]
+    assert [(incident["kind"], incident["client"]) for incident in incidents] == [
         ("update-late", 1),
         ("order-stale", 1),
     ]
@@ -169,7 +169,7 @@ def test_the_norm_cap_is_on_what_a_client_changed_of_its_own_base(scene: Scene) 
         *(scene, "--rounds", 1000, "--min-clients", 2, "--max-delta-norm", 1.0),
         *("--strategy-parameters", "buffer_size=1"),
     )
-    fast, slow = (Peer(server.address, one) for one in range(2))
+    fast, slow = (Peer(server.address, client_id) for client_id in range(2))
     order = slow.pull_order()
     base = slow.base_of(order)
     while deliver(fast, by=0.05).round < order.round + 4:
@@ -189,12 +189,12 @@ def test_the_next_order_names_the_one_just_stored(scene: Scene) -> None:
     server = start(
         *(scene, "--rounds", 1000, "--min-clients", 2), *("--strategy-parameters", "buffer_size=3")
     )
-    one, other = (Peer(server.address, one) for one in range(2))
-    first = deliver(one)
+    answering, other = (Peer(server.address, answering) for answering in range(2))
+    first = deliver(answering)
     other.pull_order()
-    again = one.pull_order()
+    again = answering.pull_order()
     assert (again.round, again.last_counted_order_id) == (first.round, first.order_id)
-    for peer in (one, other):
+    for peer in (answering, other):
         peer.close()
 
 
@@ -210,13 +210,13 @@ def test_no_more_work_than_concurrency_says_and_everybody_has_a_turn(scene: Scen
         states = {n: peer.pull(wait_s=0).state for n, peer in peers.items()}
         return [n for n, state in states.items() if state == pb.WORK_STATE_ORDER]
 
-    found: list[int] = []
+    answered: list[int] = []
     for _ in range(6):
         wait_until(lambda: asked() != [], what="somebody to be asked")
         (only,) = asked()
-        found.append(only)
+        answered.append(only)
         deliver(peers[only])
-    assert sorted(found[:3]) == sorted(found[3:]) == [0, 1, 2]
+    assert sorted(answered[:3]) == sorted(answered[3:]) == [0, 1, 2]
     for peer in peers.values():
         peer.close()
 
@@ -226,7 +226,7 @@ def test_who_sent_a_nan_sits_out_a_buffer(scene: Scene) -> None:
     server = start(
         *(scene, "--rounds", 1000, "--min-clients", 2), *("--strategy-parameters", "buffer_size=2")
     )
-    peers = [Peer(server.address, one) for one in range(3)]
+    peers = [Peer(server.address, client_id) for client_id in range(3)]
     bad = peers[2]
     order = bad.pull_order()
     spoilt = payload_of(changed(bad.base_of(order), float("nan")))
@@ -236,7 +236,7 @@ def test_who_sent_a_nan_sits_out_a_buffer(scene: Scene) -> None:
             deliver(peer)
         server.wait_for_line(f"round-opened round={number + 1} ")
     assert bad.pull_order().round == order.round + 2
-    asked = [{one["client"] for one in entry["orders"]} for entry in scene.history()]
+    asked = [{order["client"] for order in entry["orders"]} for entry in scene.history()]
     assert asked[:2] == [{0, 1, 2}, {0, 1}]
     for peer in peers:
         peer.close()

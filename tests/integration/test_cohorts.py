@@ -15,7 +15,7 @@ def test_in_turns_each_client_is_asked_before_one_is_asked_again(scene: Scene) -
         *("--cohort", "round-robin", "--stall-after", 3600, "--lease", 3600),
     )
     server.wait_for_line("fedserver listening on")
-    peers = [Peer(server.address, one) for one in CLIENTS]
+    peers = [Peer(server.address, client_id) for client_id in CLIENTS]
     asked: list[int] = []
 
     def somebody_is_asked() -> bool:
@@ -41,7 +41,7 @@ def test_a_round_waits_for_as_many_clients_as_it_needs_updates(scene: Scene) -> 
         *("--min-clients", 2, "--min-updates", 3, "--stall-after", 3600, "--lease", 3600),
     )
     server.wait_for_line("fedserver listening on")
-    peers = [Peer(server.address, one) for one in CLIENTS[:2]]
+    peers = [Peer(server.address, client_id) for client_id in CLIENTS[:2]]
     server.wait_for_line("waiting for clients: 2 of 3 are here")
     assert scene.history() == []
     peers.append(Peer(server.address, CLIENTS[2]))
@@ -50,6 +50,6 @@ def test_a_round_waits_for_as_many_clients_as_it_needs_updates(scene: Scene) -> 
         peer.upload(order, payload_of(peer.base_of(order)))
     assert server.wait() == 0
     (entry,) = scene.history()
-    assert {one["client"] for one in entry["updates"]} == set(CLIENTS)
+    assert {update["client"] for update in entry["updates"]} == set(CLIENTS)
     for peer in peers:
         peer.close()

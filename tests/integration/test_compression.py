@@ -24,10 +24,12 @@ def test_a_run_takes_compressed_and_whole_updates(scene: Scene) -> None:
         *("--farewell", 0, "--stall-after", 3600, "--lease", 3600),
     )
     server.wait_for_line("fedserver listening on")
-    peers = {one: Peer(server.address, one) for one in (CAPABLE, INCAPABLE, WRONG)}
-    for one, capabilities in {INCAPABLE: ["float16"], CAPABLE: ["int8", "telepathy"]}.items():
-        answer = peers[one].register(capabilities=capabilities, num_examples=[10])
-        assert answer.HasField("compression") is (one == CAPABLE)
+    peers = {
+        client_id: Peer(server.address, client_id) for client_id in (CAPABLE, INCAPABLE, WRONG)
+    }
+    for client_id, capabilities in {INCAPABLE: ["float16"], CAPABLE: ["int8", "telepathy"]}.items():
+        answer = peers[client_id].register(capabilities=capabilities, num_examples=[10])
+        assert answer.HasField("compression") is (client_id == CAPABLE)
     wanted = pb.Compression(encoding=pb.ENCODING_INT8, block_size=8, fraction=0.05)
     assert answer.compression == wanted
     opened = open_round(peers)
@@ -48,7 +50,7 @@ def test_a_run_takes_compressed_and_whole_updates(scene: Scene) -> None:
     assert stored.receipt == pb.RECEIPT_STORED, stored.reason
     stored = peers[INCAPABLE].upload(opened.orders[INCAPABLE], payload_of(whole), num_examples=10)
     assert stored.receipt == pb.RECEIPT_STORED, stored.reason
-    following = open_round({one: peers[one] for one in (CAPABLE, INCAPABLE)})
+    following = open_round({client_id: peers[client_id] for client_id in (CAPABLE, INCAPABLE)})
     for name, values in following.base.items():
         if values.is_floating_point():
             mean = (30 * received[name].double() + 10 * whole[name].double()) / 40
@@ -59,7 +61,9 @@ def test_a_run_takes_compressed_and_whole_updates(scene: Scene) -> None:
         "ratio": pytest.approx((len(compressed) + size) / (2 * size)),
         "error": 0.125,
     }
-    encodings = {one["client"]: (one["encoding"], one["verdict"]) for one in first["updates"]}
+    encodings = {
+        update["client"]: (update["encoding"], update["verdict"]) for update in first["updates"]
+    }
     assert encodings == {
         CAPABLE: ("int8", "COUNTED"),
         INCAPABLE: ("state-dict", "COUNTED"),
@@ -75,9 +79,9 @@ def _compressed(scene: Scene, opened: OpenRound) -> tuple[bytes, dict[str, torch
     base.write_bytes(payload_of(opened.base))
     trained = changed(opened.base)
     noise = torch.Generator().manual_seed(1)
-    for name, one in trained.items():
-        if one.is_floating_point():
-            trained[name] = one + 0.1 * torch.rand(one.shape, generator=noise)
+    for name, tensor in trained.items():
+        if tensor.is_floating_point():
+            trained[name] = tensor + 0.1 * torch.rand(tensor.shape, generator=noise)
     parameters = {name for name in trained if "running" not in name and "num_" not in name}
     encoded = encode_update(
         trained,

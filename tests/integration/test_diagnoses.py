@@ -36,18 +36,18 @@ def test_diagnoses_are_kept_whole_and_training_goes_on(opened: OpenRound, histor
     # What the client's policy keeps to itself isn't there.
     second = make_diagnosis(step=29).without_samples()
     for _ in range(2):
-        told = [incident_of(first), incident_of(second, sequence=2)]
-        assert peer.report(order, incidents=told) == pb.DIRECTIVE_CONTINUE
+        incidents = [incident_of(first), incident_of(second, sequence=2)]
+        assert peer.report(order, incidents=incidents) == pb.DIRECTIVE_CONTINUE
     assert opened.settle(0) == [pb.RECEIPT_STORED]
     kept = entry_of(history(), order)["incidents"]
     json.dumps(kept, allow_nan=False)
-    assert [(one["kind"], one["client"], one["step"]) for one in kept] == [
+    assert [(incident["kind"], incident["client"], incident["step"]) for incident in kept] == [
         ("training-diagnosed", 0, 17),
         ("training-diagnosed", 0, 29),
     ]
     assert repr(asdict(read_diagnosis(kept[0]))) == repr(asdict(first))
     assert read_diagnosis(kept[1]).samples == ()
-    assert [one["verdict"] for one in kept] == [verdict(first), verdict(second)]
+    assert [incident["verdict"] for incident in kept] == [verdict(first), verdict(second)]
 
 
 def test_the_modules_and_entries_of_the_tasks_model_may_be_named(
@@ -56,24 +56,24 @@ def test_the_modules_and_entries_of_the_tasks_model_may_be_named(
     """The model itself, a module without any weights, a buffer."""
     origin = make_diagnosis().origin
     names = [("", ""), ("2", ""), ("1", "1.running_mean")]
-    told = [
+    incidents = [
         incident_of(
             make_diagnosis(origin=replace(origin, module=module, tensor=tensor)), sequence=number
         )
         for number, (module, tensor) in enumerate(names, start=1)
     ]
-    opened.peers[0].report(opened.orders[0], incidents=told)
+    opened.peers[0].report(opened.orders[0], incidents=incidents)
     kept = entry_of(history(), opened.orders[0])["incidents"]
-    origins = [read_diagnosis(one).origin for one in kept]
-    assert [(one.module, one.tensor) for one in origins] == names
+    origins = [read_diagnosis(incident).origin for incident in kept]
+    assert [(origin.module, origin.tensor) for origin in origins] == names
 
 
 def test_more_incidents_than_an_order_has_are_refused(opened: OpenRound, history: History) -> None:
     """However they are numbered; none of them is kept."""
-    told = [pb.Incident(kind=pb.INCIDENT_KIND_TRAINING_FAILED, sequence=1)] * 65
+    incidents = [pb.Incident(kind=pb.INCIDENT_KIND_TRAINING_FAILED, sequence=1)] * 65
     expect_status(
         grpc.StatusCode.INVALID_ARGUMENT,
-        lambda: opened.peers[0].report(opened.orders[0], incidents=told),
+        lambda: opened.peers[0].report(opened.orders[0], incidents=incidents),
         match="incidents has 65 values; it must have from 0 to 64",
     )
     assert entry_of(history(), opened.orders[0])["incidents"] == []
@@ -98,10 +98,10 @@ def test_any_other_name_is_refused_and_nothing_of_the_report_is_kept(
     for name, value in changes.items():
         # Set in the message: this side's own translation would leave such an operation out.
         setattr(bad.diagnosis.origin, name, value)
-    told = [incident_of(make_diagnosis()), bad]
+    incidents = [incident_of(make_diagnosis()), bad]
     sentence = expect_status(
         grpc.StatusCode.INVALID_ARGUMENT,
-        lambda: opened.peers[0].report(opened.orders[0], incidents=told),
+        lambda: opened.peers[0].report(opened.orders[0], incidents=incidents),
         match=words,
     )
     assert "patient" not in sentence
@@ -113,17 +113,17 @@ def test_a_diagnosis_and_its_kind_come_together_and_are_numbered(opened: OpenRou
     without = pb.Incident(sequence=1, kind=pb.INCIDENT_KIND_TRAINING_DIAGNOSED)
     other = incident_of(make_diagnosis())
     other.kind = pb.INCIDENT_KIND_TRAINING_FAILED
-    for one in (without, other):
+    for incident in (without, other):
         expect_status(
             grpc.StatusCode.INVALID_ARGUMENT,
-            partial(opened.peers[0].report, opened.orders[0], incidents=[one]),
+            partial(opened.peers[0].report, opened.orders[0], incidents=[incident]),
             match="comes with a diagnosis",
         )
     for sequence in (0, -1, 65):
-        told = [incident_of(make_diagnosis(), sequence=sequence)]
+        incidents = [incident_of(make_diagnosis(), sequence=sequence)]
         expect_status(
             grpc.StatusCode.INVALID_ARGUMENT,
-            partial(opened.peers[0].report, opened.orders[0], incidents=told),
+            partial(opened.peers[0].report, opened.orders[0], incidents=incidents),
             match="1 to 64",
         )
 
@@ -132,9 +132,9 @@ def test_a_client_that_stopped_says_why_and_gives_up(opened: OpenRound, history:
     """Its last report holds the diagnosis and ends the order."""
     stopped = make_diagnosis(remedy=Remedy(kind=RemedyKind.NONE))
     peer, order = opened.peers[0], opened.orders[0]
-    told = [incident_of(stopped)]
-    assert peer.report(order, incidents=told, gave_up=True) == pb.DIRECTIVE_ABANDON
+    incidents = [incident_of(stopped)]
+    assert peer.report(order, incidents=incidents, gave_up=True) == pb.DIRECTIVE_ABANDON
     entry = entry_of(history(), order)
-    assert [one["state"] for one in entry["orders"] if one["client"] == 0] == ["ABANDONED"]
+    assert [order["state"] for order in entry["orders"] if order["client"] == 0] == ["ABANDONED"]
     assert entry["incidents"][0]["verdict"].endswith("training stopped, no update")
     opened.settle(1, 2)

@@ -39,8 +39,8 @@ def test_an_offset_beyond_the_end_is_out_of_range(opened: OpenRound, beyond: int
 
 def test_an_unknown_digest_is_not_found(opened: OpenRound) -> None:
     """A blob that isn't there (any more) sends the client to pull again."""
-    told = expect_status(grpc.StatusCode.NOT_FOUND, lambda: opened.peers[0].download("0" * 64))
-    assert "pull work" in told
+    details = expect_status(grpc.StatusCode.NOT_FOUND, lambda: opened.peers[0].download("0" * 64))
+    assert "pull work" in details
 
 
 @pytest.mark.parametrize("digest", ["", "../federation", "A" * 64, "0" * 65, "0" * 63 + "/"])
@@ -68,7 +68,7 @@ def test_who_takes_nothing_from_the_first_chunk_on_is_told_so(scene: Scene) -> N
         what="the client that takes nothing to be given up",
         every_s=0.05,
     )
-    told = expect_status(grpc.StatusCode.UNAVAILABLE, lambda: list(untaken))
-    assert "nothing was taken" in told
+    details = expect_status(grpc.StatusCode.UNAVAILABLE, lambda: list(untaken))
+    assert "nothing was taken" in details
     peer.close()
     idle.close()

@@ -41,8 +41,8 @@ def test_a_model_with_every_kind_of_entry_trains(scene: Scene, flags: tuple[str,
     plainly, once checkpointed, and once more when that is computed again).
     """
     model, history = trained(scene, "whole", *flags)
-    assert [len(one["updates"]) for one in history] == [3, 3]  # type: ignore[arg-type]
-    assert [one["incidents"] for one in history] == [[], []]
+    assert [len(entry["updates"]) for entry in history] == [3, 3]  # type: ignore[arg-type]
+    assert [entry["incidents"] for entry in history] == [[], []]
     start = Whole().state_dict()
     steps_of_longest = 6
     if "fedbn" not in flags:
@@ -67,7 +67,7 @@ def test_declared_entries_are_kept_or_stay_at_the_client(
 ) -> None:
     """Local ones are in no update and last in the client's state; `max` and `keep` are obeyed."""
     model, history = trained(scene, "declared", *flags)
-    assert [one["incidents"] for one in history] == [[], []]
+    assert [entry["incidents"] for entry in history] == [[], []]
     assert model["counter"] == 2 * 6
     assert bool(model["mask"].any())
     assert model["queue"].tolist() == [0, 0]
@@ -76,7 +76,7 @@ def test_declared_entries_are_kept_or_stay_at_the_client(
     for client in range(3):
         folder = scene.folder / "client-0-2" / "states" / str(client)
         (newest,) = (
-            one for one in folder.glob("*.local.safetensors") if f"-r2-a1-c{client}-" in one.name
+            path for path in folder.glob("*.local.safetensors") if f"-r2-a1-c{client}-" in path.name
         )
         kept.append(decode_state(newest.read_bytes()))
         assert kept[-1].keys() == {"queue", "head.weight", "head.bias"}
@@ -97,7 +97,7 @@ def test_one_of_five_clients_cannot_ruin_the_running_statistics(scene: Scene) ->
         *("--farewell", 0, "--stall-after", 3600, "--lease", 3600, "--norm-band", 0),
     )
     server.wait_for_line("fedserver listening on")
-    peers = {one: Peer(server.address, one) for one in range(5)}
+    peers = {client_id: Peer(server.address, client_id) for client_id in range(5)}
     kinds = peers[0].register(num_examples=[10]).entry_kinds
     assert kinds["1.running_mean"] == pb.ENTRY_KIND_MEAN
     assert kinds["1.num_batches_tracked"] == pb.ENTRY_KIND_MAX

@@ -69,8 +69,8 @@ def places_in(message: Message) -> Iterator[tuple[Message, FieldDescriptor]]:
         if field.message_type is None or is_map(field):
             continue
         held = getattr(message, field.name)
-        for one in held if field.is_repeated else (held,):
-            yield from places_in(one)
+        for inner in held if field.is_repeated else (held,):
+            yield from places_in(inner)
 
 
 def put(owner: Message, field: FieldDescriptor, value: Any) -> bool:  # noqa: ANN401
@@ -90,13 +90,13 @@ def put(owner: Message, field: FieldDescriptor, value: Any) -> bool:  # noqa: AN
 
 def choices(message: Message) -> list[tuple[int, Any]]:
     """Return what can be changed in a message: the number of a place, and a value for it."""
-    found: list[tuple[int, Any]] = []
+    changes: list[tuple[int, Any]] = []
     for number, (_, field) in enumerate(places_in(message)):
         if is_map(field):
-            found += [(number, value) for value in REALS]
+            changes += [(number, value) for value in REALS]
         elif field.message_type is None:
-            found += [(number, value) for value in values_of(field)]
-    return found
+            changes += [(number, value) for value in values_of(field)]
+    return changes
 
 
 class Requester:
@@ -206,7 +206,7 @@ def requester(target: Server) -> Iterator[Requester]:
     made.close()
 
 
-METHODS = [one.name for one in pb.DESCRIPTOR.services_by_name["FederationService"].methods]
+METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["FederationService"].methods]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -247,11 +247,11 @@ def test_several_fields_at_a_time(
 def numbers_in(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     """Yield every value of an incident, with its name."""
     if isinstance(value, dict):
-        for key, one in value.items():
-            yield from numbers_in(one, key)
+        for key, inner in value.items():
+            yield from numbers_in(inner, key)
     elif isinstance(value, list):
-        for one in value:
-            yield from numbers_in(one, name)
+        for inner in value:
+            yield from numbers_in(inner, name)
     else:
         yield name, value
 
@@ -259,10 +259,12 @@ def numbers_in(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 def test_nothing_is_kept_that_the_protocol_forbids(module_scene: Scene, target: Server) -> None:
     """After all that: the numbers of every incident on record."""
     assert target.is_running
-    incidents = [one for entry in module_scene.history() for one in entry["incidents"]]
-    diagnosed = [one for one in incidents if one["kind"] == "training-diagnosed"]
+    incidents = [incident for entry in module_scene.history() for incident in entry["incidents"]]
+    diagnosed = [incident for incident in incidents if incident["kind"] == "training-diagnosed"]
     assert len(diagnosed) > 10
-    for name, value in (pair for one in diagnosed for pair in numbers_in(one["diagnosis"])):
+    for name, value in (
+        pair for incident in diagnosed for pair in numbers_in(incident["diagnosis"])
+    ):
         if name in LEAST_ONE:
             assert isinstance(value, int)
             assert 1 <= value <= 2**53, name

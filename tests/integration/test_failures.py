@@ -24,7 +24,7 @@ def start_round(scene: Scene, **environment: str) -> tuple[Server, OpenRound]:
         *("--stall-after", 3600, "--lease", 3600, "--farewell", 0),
         **environment,
     )
-    peers = {one: Peer(started.address, one) for one in (0, 1)}
+    peers = {client_id: Peer(started.address, client_id) for client_id in (0, 1)}
     for peer in peers.values():
         scene.at_end(peer.close)
     return started, open_round(peers)
@@ -34,7 +34,7 @@ def start_round(scene: Scene, **environment: str) -> tuple[Server, OpenRound]:
 def no_file_to_open(server: Server) -> Iterator[None]:
     """Leave a process the files that it has, and not one more."""
     before = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
-    used = max(int(one) for one in os.listdir(f"/proc/{server.pid}/fd"))  # noqa: PTH208
+    used = max(int(descriptor) for descriptor in os.listdir(f"/proc/{server.pid}/fd"))  # noqa: PTH208
     # The limit is one on numbers, of which lower ones may be free: what is taken is the lowest.
     free = used + 1 - psutil.Process(server.pid).num_fds()
     resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (used + 1 - free, before[1]))
@@ -49,17 +49,17 @@ def test_a_server_that_can_open_no_file_asks_to_come_again(scene: Scene) -> None
     server, opened = start_round(scene)
     payload = payload_of(changed(opened.base))
     with no_file_to_open(server):
-        for one, peer in opened.peers.items():
+        for client_id, peer in opened.peers.items():
             expect_status(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                partial(peer.upload, opened.orders[one], payload),
+                partial(peer.upload, opened.orders[client_id], payload),
                 match="the server is out of files, as its log says",
             )
         assert server.is_running
     assert opened.settle() == [pb.RECEIPT_STORED] * 2
     assert open_round(opened.peers).settle() == [pb.RECEIPT_STORED] * 2
     assert server.wait() == 0
-    kinds = [one["kind"] for entry in scene.history() for one in entry["incidents"]]
+    kinds = [incident["kind"] for entry in scene.history() for incident in entry["incidents"]]
     assert kinds == ["out-of-files"]
 
 
@@ -74,7 +74,7 @@ def test_a_round_waits_until_files_can_be_opened_again(scene: Scene) -> None:
         assert server.is_running
     assert open_round(opened.peers).settle() == [pb.RECEIPT_STORED] * 2
     assert server.wait() == 0
-    assert [(one["attempt"], one["phase"]) for one in scene.history()] == [(1, "DONE")] * 2
+    assert [(entry["attempt"], entry["phase"]) for entry in scene.history()] == [(1, "DONE")] * 2
 
 
 def test_an_error_nobody_foresaw_is_an_internal_error_without_detail(scene: Scene) -> None:
@@ -97,7 +97,7 @@ def test_an_error_nobody_foresaw_is_an_internal_error_without_detail(scene: Scen
     assert opened.settle() == [pb.RECEIPT_STORED] * 2
     assert open_round(opened.peers).settle() == [pb.RECEIPT_STORED] * 2
     assert server.wait() == 0
-    (incident,) = [one for entry in scene.history() for one in entry["incidents"]]
+    (incident,) = [incident for entry in scene.history() for incident in entry["incidents"]]
     assert (incident["kind"], incident["what"]) == ("server-failed", "UploadUpdate")
     assert incident["reason"].startswith("NotADirectoryError")
 
@@ -120,7 +120,7 @@ def test_what_only_a_person_can_mend_ends_the_server_and_the_run_goes_on_afterwa
     again, second = start_round(scene)
     assert second.settle() == [pb.RECEIPT_STORED] * 2
     assert again.wait() == 0
-    assert [(one["attempt"], one["phase"]) for one in scene.history()] == [(1, "DONE")] * 2
+    assert [(entry["attempt"], entry["phase"]) for entry in scene.history()] == [(1, "DONE")] * 2
 
 
 def test_both_sides_may_open_all_the_files_that_the_system_allows(scene: Scene) -> None:

@@ -53,7 +53,7 @@ def test_an_order_that_has_its_update_keeps_no_other_bytes(
 ) -> None:
     """What streams of other updates brought before and might bring afterwards goes."""
     peer, order = opened.peers[0], opened.orders[0]
-    good, *others = (payload_of(changed(opened.base, 0.01 * one)) for one in range(4))
+    good, *others = (payload_of(changed(opened.base, 0.01 * number)) for number in range(4))
     streams = []
     for payload in (good, *others):
         streams.append(peer.stream(order, payload))
@@ -67,7 +67,7 @@ def test_an_order_that_has_its_update_keeps_no_other_bytes(
         stream.send(payload[HALF:-1])
         expect_status(grpc.StatusCode.ABORTED, stream.finish)
     files = list((session_scene.folder / "server/spool").glob(f"{order.order_id}.*"))
-    assert [one.name for one in files] == [f"{order.order_id}.{digest_bytes(good)}"]
+    assert [file.name for file in files] == [f"{order.order_id}.{digest_bytes(good)}"]
 
 
 def test_a_stream_ends_with_its_order(session_scene: Scene, opened: OpenRound) -> None:
@@ -94,7 +94,7 @@ def test_who_gets_a_place_after_its_order_has_ended_gives_it_back_at_once(scene:
         *("--task", "tests.tiny_task:tiny", "--rounds", 1, "--min-clients", 3),
         *("--min-updates", 1, "--max-uploads", 1, "--stall-after", 3600, "--lease", 3600),
     )
-    opened = open_round({one: Peer(server.address, one) for one in (0, 1, 2)})
+    opened = open_round({client_id: Peer(server.address, client_id) for client_id in (0, 1, 2)})
     payload = payload_of(changed(opened.base))
     first = opened.peers[0].stream(opened.orders[0], payload)
     first.send(payload[:HALF])
@@ -130,8 +130,8 @@ Download = Iterator[pb.DownloadBlobResponse]
 def begin_downloads(peer: Peer, digest: str, *session_ids: str) -> Sequence[Download]:
     """Begin a download for each of these sessions, from which nothing is read yet."""
     calls = [
-        peer.stub.DownloadBlob(pb.DownloadBlobRequest(session_id=one, digest=digest))
-        for one in session_ids
+        peer.stub.DownloadBlob(pb.DownloadBlobRequest(session_id=session_id, digest=digest))
+        for session_id in session_ids
     ]
     for call in calls:
         # It comes before the place is asked for.
@@ -155,7 +155,7 @@ def test_a_session_has_two_downloads_at_a_time(scene: Scene) -> None:
         *("--task", BIG, "--rounds", 9, "--min-clients", 2),
         *("--stall-after", 3600, "--lease", 3600),
     )
-    greedy, other = (Peer(server.address, one) for one in (0, 1))
+    greedy, other = (Peer(server.address, client_id) for client_id in (0, 1))
     section = greedy.pull_order().sections[0]
     sessions = [greedy.session_id] * (2 * NUM_DOWNLOADS)
     begun = begin_downloads(greedy, section.digest, *sessions)
@@ -174,11 +174,11 @@ def test_a_client_that_waits_for_its_download_to_begin_is_not_late(scene: Scene)
         *("--task", BIG, "--rounds", 9, "--min-clients", 2),
         *("--min-updates", 1, "--stall-after", 2, "--lease", 3600),
     )
-    first, second = (Peer(server.address, one) for one in (0, 1))
+    first, second = (Peer(server.address, client_id) for client_id in (0, 1))
     digest = first.pull_order().sections[0].digest
     sessions = [
-        first.register(client_ids=[one], instance_key=f"idle-{one}").session_id
-        for one in range(2, 2 + NUM_DOWNLOADS)
+        first.register(client_ids=[client_id], instance_key=f"idle-{client_id}").session_id
+        for client_id in range(2, 2 + NUM_DOWNLOADS)
     ]
     begun = begin_downloads(first, digest, *sessions, *sessions)
     # Only now its clock begins.

@@ -131,7 +131,7 @@ def test_a_client_of_a_kept_protocol_finishes_a_run(scene: Scene, path: Path) ->
                 assert receipt == kept.number("RECEIPT_STORED")
     assert rounds == list(range(1, NUM_ROUNDS + 1))
     assert server.wait() == 0
-    counted = [(one["phase"], one["updates"][0]["verdict"]) for one in scene.history()]
+    counted = [(entry["phase"], entry["updates"][0]["verdict"]) for entry in scene.history()]
     assert counted == [("DONE", "COUNTED")] * NUM_ROUNDS
 
 

@@ -42,7 +42,7 @@ def pair_server(module_scene: Scene) -> Server:
 @pytest.fixture
 def pair(pair_server: Server) -> Iterator[OpenRound]:
     """Give a round of two clients, their orders just pulled."""
-    peers = {one: Peer(pair_server.address, one) for one in (0, 1)}
+    peers = {client_id: Peer(pair_server.address, client_id) for client_id in (0, 1)}
     yield open_round(peers)
     for peer in peers.values():
         peer.close()
@@ -74,7 +74,7 @@ def test_in_a_failed_attempt_the_good_client_isnt_called_late(
     assert given_up.order_end == pb.ORDER_END_GIVEN_UP
     following.settle()
     incidents = entry_of(module_scene.history(), order)["incidents"]
-    kinds = [(one["kind"], one["client"]) for one in incidents]
+    kinds = [(incident["kind"], incident["client"]) for incident in incidents]
     assert kinds == [("round-failed", None), ("update-late", 1)]
 
 
@@ -90,13 +90,13 @@ def test_an_update_that_was_stored_in_a_failed_attempt_isnt_called_late(pair: Op
 
 def departures(entry: dict[str, Any]) -> list[tuple[int, str]]:
     """Return which clients left in an attempt, each with its reason."""
-    found = [one for one in entry["incidents"] if one["kind"] == "client-left"]
-    return [(one["client"], one["reason"]) for one in found]
+    left = [incident for incident in entry["incidents"] if incident["kind"] == "client-left"]
+    return [(incident["client"], incident["reason"]) for incident in left]
 
 
 def states_of(entry: dict[str, Any]) -> dict[int, str]:
     """Return how the orders of an attempt stand, by client."""
-    return {one["client"]: one["state"] for one in entry["orders"]}
+    return {order["client"]: order["state"] for order in entry["orders"]}
 
 
 def test_a_client_that_leaves_isnt_waited_for_or_asked_until_it_registers_again(
@@ -190,7 +190,7 @@ def test_whoever_does_not_come_back_within_a_lease_is_done_without(scene: Scene)
     (entry, *_) = scene.history()
     assert states_of(entry) == {5: "COUNTED", 6: "ABANDONED", 7: "ABANDONED"}
     assert departures(entry) == [(7, "stopped"), (6, "task-failed"), (7, "did not come back")]
-    assert [one["phase"] for one in scene.history()] == ["DONE"]
+    assert [entry["phase"] for entry in scene.history()] == ["DONE"]
     absent.come_back()
     many.session_id = many.register(client_ids=[5, 6], num_examples=[10, 10]).session_id
     # None of them is suspended.
@@ -206,7 +206,7 @@ def test_with_require_all_a_stopped_client_is_waited_for_and_one_that_failed_isn
     server = scene.server(
         *("--task", "tests.tiny_task:tiny", "--min-clients", 2, "--require-all", "--rounds", 9)
     )
-    peers = {one: Peer(server.address, one) for one in (0, 1)}
+    peers = {client_id: Peer(server.address, client_id) for client_id in (0, 1)}
     opened = open_round(peers)
     peers[1].leave(pb.LEAVE_REASON_STOPPED)
     assert states_of(scene.history()[-1]) == {0: "OPEN", 1: "OPEN"}

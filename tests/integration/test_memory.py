@@ -25,7 +25,7 @@ def test_sixty_slow_uploads_at_once_take_three_models_of_memory_at_most(scene: S
     )
     crowded.wait_for_line("waiting for clients")
     idle_bytes = crowded.rss_bytes()
-    peers = {one: Peer(crowded.address, one) for one in range(NUM_CLIENTS)}
+    peers = {client_id: Peer(crowded.address, client_id) for client_id in range(NUM_CLIENTS)}
     first, *others = peers.values()
     order = first.pull_order()
     blob = first.download(order.sections[0].digest)

@@ -44,7 +44,7 @@ def impatient(module_scene: Scene) -> Server:
 @pytest.fixture
 def hurried(impatient: Server) -> Iterator[OpenRound]:
     """Give a round of the impatient server with three clients, their orders just pulled."""
-    peers = {one: Peer(impatient.address, one) for one in (0, 1, 2)}
+    peers = {client_id: Peer(impatient.address, client_id) for client_id in (0, 1, 2)}
     current = open_round(peers)
     yield current
     current.settle()
@@ -75,10 +75,10 @@ def test_an_order_whose_counters_stand_still_is_given_up_despite_heartbeats(
     open_round(hurried.peers).settle()
     entry = entry_of(module_scene.history(), hurried.orders[0])
     assert entry["phase"] == "DONE"
-    states = {one["client"]: one["state"] for one in entry["orders"]}
+    states = {order["client"]: order["state"] for order in entry["orders"]}
     assert states == {0: "ABANDONED", 1: "COUNTED", 2: "COUNTED"}
-    stalled = [one for one in entry["incidents"] if one["kind"] == "client-stalled"]
-    assert [one["client"] for one in stalled] == [0]
+    stalled = [incident for incident in entry["incidents"] if incident["kind"] == "client-stalled"]
+    assert [incident["client"] for incident in stalled] == [0]
     assert stalled[0]["idle_s"] > STALL_S
     assert stalled[0]["why"] == "no-progress"
 
@@ -102,7 +102,7 @@ def test_a_batch_longer_than_the_silence_allowed_isnt_late(
     assert training.upload(hurried.orders[1], payload).receipt == pb.RECEIPT_STORED
     open_round(hurried.peers).settle()
     incidents = entry_of(module_scene.history(), hurried.orders[0])["incidents"]
-    assert [(one["client"], one["kind"], one["why"]) for one in incidents] == [
+    assert [(incident["client"], incident["kind"], incident["why"]) for incident in incidents] == [
         (0, "client-stalled", "silent")
     ]
 
@@ -116,7 +116,7 @@ def test_neither_tiny_progress_nor_registering_again_holds_a_round_open(scene: S
     )
     tiny, large = Peer(server.address, 0), Peer(server.address, 1, num_examples=1000)
     idler = Peer(server.address, 2)
-    orders = {one.client_id: one.pull_order() for one in (tiny, large)}
+    orders = {peer.client_id: peer.pull_order() for peer in (tiny, large)}
     batches = count(1)
     has_ended = False
 
@@ -135,8 +135,8 @@ def test_neither_tiny_progress_nor_registering_again_holds_a_round_open(scene: S
     assert large.upload(orders[1], payload).receipt == pb.RECEIPT_STORED
     server.wait_for_line("round-done round=1")
     incidents = entry_of(scene.history(), orders[0])["incidents"]
-    found = {one["client"]: (one["kind"], one["why"]) for one in incidents}
-    assert found == {0: ("client-stalled", "too-long"), 2: ("client-lost", "never-pulled")}
+    reasons = {incident["client"]: (incident["kind"], incident["why"]) for incident in incidents}
+    assert reasons == {0: ("client-stalled", "too-long"), 2: ("client-lost", "never-pulled")}
     for peer in (tiny, large, idler):
         peer.close()
 
@@ -147,7 +147,7 @@ def test_an_order_nobody_pulled_yet_has_no_stall_clock(
     """A client that is connected and busy with nothing of this round isn't late so soon."""
     hurried.settle()
     slow = hurried.peers[2]
-    orders = {one: hurried.peers[one].pull_order() for one in (0, 1)}
+    orders = {client_id: hurried.peers[client_id].pull_order() for client_id in (0, 1)}
     num_before = impatient.count_lines("client-stalled")
 
     def is_given_up() -> bool:
@@ -267,7 +267,7 @@ def test_a_round_closes_at_its_deadline_with_what_it_has_or_fails(scene: Scene) 
         *("--min-clients", 2, "--min-updates", 1, "--round-deadline", 3),
         *("--stall-after", 3600, "--lease", 3600),
     )
-    peers = {one: Peer(server.address, one) for one in (0, 1)}
+    peers = {client_id: Peer(server.address, client_id) for client_id in (0, 1)}
     opened = open_round(peers)
     assert opened.settle(0) == [pb.RECEIPT_STORED]
     batches = iter(range(1, 1_000_000))
@@ -280,9 +280,9 @@ def test_a_round_closes_at_its_deadline_with_what_it_has_or_fails(scene: Scene) 
     # Nobody delivers to the round after it.
     server.wait_for_line("round-opened round=2 attempt=2")
     closed, failed, _ = scene.history()
-    states = {one["client"]: one["state"] for one in closed["orders"]}
+    states = {order["client"]: order["state"] for order in closed["orders"]}
     assert (closed["phase"], states) == ("DONE", {0: "COUNTED", 1: "LATE"})
-    assert [one["kind"] for one in closed["incidents"]] == ["update-late"]
+    assert [incident["kind"] for incident in closed["incidents"]] == ["update-late"]
     (incident,) = failed["incidents"]
     assert incident["kind"] == "round-failed"
     assert incident["reason"] == "only 0 of 1 updates were there at its deadline"
@@ -327,9 +327,11 @@ def test_a_client_that_vanishes_before_it_pulls_is_lost_and_its_id_is_free(
     following = open_round(hurried.peers)
     assert following.orders[0].round == haunted.orders[0].round + 1
     entry = entry_of(module_scene.history(), haunted.orders[0])
-    states = {one["client"]: one["state"] for one in entry["orders"]}
+    states = {order["client"]: order["state"] for order in entry["orders"]}
     assert states == {0: "COUNTED", 1: "COUNTED", 2: "COUNTED", 3: "ABANDONED"}
-    lost = [one["client"] for one in entry["incidents"] if one["kind"] == "client-lost"]
+    lost = [
+        incident["client"] for incident in entry["incidents"] if incident["kind"] == "client-lost"
+    ]
     assert lost == [3]
     assert ghost.register(instance_key="another").session_id != ghost.session_id
     ghost.close()
@@ -352,7 +354,7 @@ def test_an_incident_reported_twice_is_kept_once(opened: OpenRound, history: His
         assert peer.report(order, incidents=incidents) == pb.DIRECTIVE_CONTINUE
     kept = entry_of(history(), order)["incidents"]
     json.dumps(kept, allow_nan=False)
-    assert [(one["kind"], one["client"]) for one in kept] == [
+    assert [(incident["kind"], incident["client"]) for incident in kept] == [
         ("non-finite-gradient", 0),
         ("client-state-lost", 0),
     ]
@@ -408,9 +410,9 @@ def test_an_order_a_client_gives_up_ends_and_the_round_goes_on(
     assert following.orders[1].last_counted_order_id == opened.orders[1].order_id
     following.settle()
     entry = entry_of(history(), order)
-    states = {one["client"]: one["state"] for one in entry["orders"]}
+    states = {order["client"]: order["state"] for order in entry["orders"]}
     assert states == {0: "ABANDONED", 1: "COUNTED", 2: "COUNTED"}
-    assert [one["kind"] for one in entry["incidents"]] == ["training-failed"]
+    assert [incident["kind"] for incident in entry["incidents"]] == ["training-failed"]
 
 
 def test_giving_up_after_the_receipt_changes_nothing(opened: OpenRound, history: History) -> None:
@@ -420,4 +422,4 @@ def test_giving_up_after_the_receipt_changes_nothing(opened: OpenRound, history:
     opened.settle(1, 2)
     open_round(opened.peers).settle()
     entry = entry_of(history(), opened.orders[0])
-    assert {one["state"] for one in entry["orders"]} == {"COUNTED"}
+    assert {order["state"] for order in entry["orders"]} == {"COUNTED"}

@@ -34,7 +34,7 @@ def strict(scene: Scene) -> Server:
 @pytest.fixture
 def peers(strict: Server) -> Iterator[dict[int, Peer]]:
     """Give five clients; the first round asks some of them, the later ones all."""
-    connected = {one: Peer(strict.address, one) for one in CLIENTS}
+    connected = {client_id: Peer(strict.address, client_id) for client_id in CLIENTS}
     settle_first_round(connected)
     yield connected
     for peer in connected.values():
@@ -79,9 +79,11 @@ def spoilt(opened: OpenRound, seed: int = 0) -> bytes:
 
 def cohort(peers: dict[int, Peer], *expected: int) -> OpenRound:
     """Return the open round, which must ask these clients and no others."""
-    opened = open_round({one: peers[one] for one in expected})
-    for one in peers.keys() - set(expected):
-        assert peers[one].pull(wait_s=0).state == pb.WORK_STATE_WAIT, f"client {one} is asked"
+    opened = open_round({client_id: peers[client_id] for client_id in expected})
+    for client_id in peers.keys() - set(expected):
+        assert peers[client_id].pull(wait_s=0).state == pb.WORK_STATE_WAIT, (
+            f"client {client_id} is asked"
+        )
     return opened
 
 
@@ -111,7 +113,7 @@ def test_a_refused_update_is_kept_with_proof_and_its_sender_sits_out(
     again = cohort(peers, *CLIENTS)
     assert again.orders[2].round == first_round + 2
     incidents = entry_of(scene.history(), opened.orders[2])["incidents"]
-    assert [one["suspended_until"] for one in incidents] == [first_round + 2]
+    assert [incident["suspended_until"] for incident in incidents] == [first_round + 2]
 
     # A second time it costs twice as many rounds, and what counts clears the account.
     peers[2].upload(again.orders[2], spoilt(again, seed=1))
@@ -125,7 +127,7 @@ def test_a_refused_update_is_kept_with_proof_and_its_sender_sits_out(
     cohort(peers, 0, 1, 3, 4).settle()
     cohort(peers, *CLIENTS)
     # Three payloads were too many for the room there is: the oldest went.
-    assert [one.state for one in held(scene)] == ["EVICTED", "HELD", "HELD"]
+    assert [update.state for update in held(scene)] == ["EVICTED", "HELD", "HELD"]
     assert digest_bytes(bad) not in kept_payloads(scene)
     assert len(kept_payloads(scene)) == 2
 
@@ -137,12 +139,12 @@ def test_an_update_far_out_of_its_cohorts_norms_is_excluded_until_it_is_released
     opened = cohort(peers, *CLIENTS)
     usual, far = payload_of(changed(opened.base, by=0.01)), changed(opened.base, by=0.5)
     assert peers[1].upload(opened.orders[1], payload_of(far)).receipt == pb.RECEIPT_STORED
-    for one in (0, 2, 3, 4):
-        peers[one].upload(opened.orders[one], usual)
+    for client_id in (0, 2, 3, 4):
+        peers[client_id].upload(opened.orders[client_id], usual)
     without = cohort(peers, 0, 2, 3, 4)
     torch.testing.assert_close(without.base[WEIGHT], opened.base[WEIGHT] + 0.01)
     entry = entry_of(scene.history(), opened.orders[1])
-    verdicts = {one["client"]: one["verdict"] for one in entry["updates"]}
+    verdicts = {update["client"]: update["verdict"] for update in entry["updates"]}
     assert verdicts == {0: "COUNTED", 1: "EXCLUDED", 2: "COUNTED", 3: "COUNTED", 4: "COUNTED"}
     (incident,) = entry["incidents"]
     assert (incident["kind"], incident["client"]) == ("update-excluded", 1)
@@ -163,8 +165,8 @@ def test_an_update_far_out_of_its_cohorts_norms_is_excluded_until_it_is_released
     without.settle()
     again = cohort(peers, *CLIENTS)
     peers[1].upload(again.orders[1], payload_of(changed(again.base, by=0.5)))
-    for one in (0, 2, 3, 4):
-        peers[one].upload(again.orders[one], payload_of(changed(again.base, by=0.01)))
+    for client_id in (0, 2, 3, 4):
+        peers[client_id].upload(again.orders[client_id], payload_of(changed(again.base, by=0.01)))
     after = cohort(peers, *CLIENTS)
     mean = (4 * 0.01 + 0.5) / 5
     torch.testing.assert_close(after.base[WEIGHT], again.base[WEIGHT] + mean)
@@ -175,15 +177,16 @@ def test_norms_are_judged_by_the_examples_registered_and_not_by_those_claimed(
 ) -> None:
     """The client with the most data counts in every round; who only claims to have it doesn't."""
     peers = {
-        one: Peer(strict.address, one, num_examples=2000 if one == 4 else 10) for one in CLIENTS
+        client_id: Peer(strict.address, client_id, num_examples=2000 if client_id == 4 else 10)
+        for client_id in CLIENTS
     }
     settle_first_round(peers)
 
     def deliver(opened: OpenRound, *, with_much: int) -> None:
-        for one, order in opened.orders.items():
-            payload = payload_of(changed(opened.base, by=0.4 if one == with_much else 0.01))
-            says = (2000, 126) if one == with_much else (10, 2)
-            peers[one].upload(order, payload, num_examples=says[0], num_steps=says[1])
+        for client_id, order in opened.orders.items():
+            payload = payload_of(changed(opened.base, by=0.4 if client_id == with_much else 0.01))
+            says = (2000, 126) if client_id == with_much else (10, 2)
+            peers[client_id].upload(order, payload, num_examples=says[0], num_steps=says[1])
 
     for _ in range(3):
         deliver(cohort(peers, *CLIENTS), with_much=4)
@@ -212,13 +215,13 @@ def test_a_person_who_asks_for_what_isnt_there_is_told_so(
         ("show", [], "say which update with --order"),
         ("release", ["--order", "nonsense"], "no update of an order 'nonsense'"),
     ):
-        told = quarantine(scene, action, *flags)
-        assert told.returncode == 1
-        assert words in told.stderr
-        assert "Traceback" not in told.stderr
-    told = quarantine(scene, "burn")
-    assert told.returncode == 2
-    assert "list, show, release, drop" in told.stderr
+        refused = quarantine(scene, action, *flags)
+        assert refused.returncode == 1
+        assert words in refused.stderr
+        assert "Traceback" not in refused.stderr
+    refused = quarantine(scene, "burn")
+    assert refused.returncode == 2
+    assert "list, show, release, drop" in refused.stderr
     missing = scene.command("quarantine", "drop", "--state-dir", scene.folder / "elsewhere")
     assert (missing.returncode, (scene.folder / "elsewhere").exists()) == (1, False)
 
@@ -237,7 +240,7 @@ def test_other_bytes_for_a_stored_order_are_refused_and_on_record(
     opened.settle(1, 2, 3, 4)
     cohort(peers, *CLIENTS)
     entry = entry_of(scene.history(), opened.orders[0])
-    assert {one["verdict"] for one in entry["updates"]} == {"COUNTED"}
+    assert {update["verdict"] for update in entry["updates"]} == {"COUNTED"}
     # That it alone changes the model's buffers is no incident.
     (incident,) = entry["incidents"]
     assert (incident["kind"], incident["client"]) == ("update-contradicted", 0)

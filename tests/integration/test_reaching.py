@@ -47,8 +47,8 @@ class ConnectProxy:
             host, _, port = request.split()[1].rpartition(":")
             server = socket.create_connection((host, int(port)))
             client.sendall(b"HTTP/1.1 200 connected\r\n\r\n")
-            for one, other in ((client, server), (server, client)):
-                threading.Thread(target=_pump, args=(one, other), daemon=True).start()
+            for source, other in ((client, server), (server, client)):
+                threading.Thread(target=_pump, args=(source, other), daemon=True).start()
 
 
 def _pump(source: socket.socket, sink: socket.socket) -> None:
@@ -129,8 +129,8 @@ def listening(serve: Callable[[socket.socket], object]) -> Iterator[str]:
         threading.Thread(target=accept, daemon=True).start()
         yield f"127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
-        for one in kept:
-            one.close()
+        for accepted in kept:
+            accepted.close()
 
 
 def _expect_tls(connection: socket.socket) -> None:
@@ -182,12 +182,14 @@ def test_a_cause_is_said_once_however_often_it_is_tried(
 
     monkeypatch.setattr(patience, "pause", lambda _: None)
     assert patience.insist(attempt) == "answer"
-    said = [f"no answer from there:1: {cause}; trying again until it answers" for cause in "abc"]
-    assert caplog.messages == [*said, "there:1 answers"]
+    warnings = [
+        f"no answer from there:1: {cause}; trying again until it answers" for cause in "abc"
+    ]
+    assert caplog.messages == [*warnings, "there:1 answers"]
     assert shown == [*["no answer from there:1; trying again"] * 3, ""]
     causes = iter(["a"])
     patience.insist(attempt)
-    assert caplog.messages[4:] == [said[0], "there:1 answers again"]
+    assert caplog.messages[4:] == [warnings[0], "there:1 answers again"]
 
 
 def test_patience_ends_when_the_process_is_asked_to_stop() -> None:
@@ -230,8 +232,11 @@ def test_a_client_says_which_run_it_has_joined_and_with_what(scene: Scene) -> No
     assert f"connected to {server.address}: run run1-" in text
     assert f"task {TASK}, 2 rounds" in text
     assert client.count_lines(r"2 clients \(0-1\) have \d+ examples; waiting for the first") == 1
-    for one, number in itertools.product((0, 1), (1, 2)):
-        assert client.count_lines(f"client {one}, round {number}: update stored .*steps.*loss") == 1
+    for client_id, number in itertools.product((0, 1), (1, 2)):
+        assert (
+            client.count_lines(f"client {client_id}, round {number}: update stored .*steps.*loss")
+            == 1
+        )
 
 
 def test_a_state_dir_with_something_else_in_a_folders_place_is_a_sentence(

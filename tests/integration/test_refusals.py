@@ -121,7 +121,7 @@ def expect_refused_and_recorded(
     json.dumps(recorded, allow_nan=False)
     entry = entry_of(recorded, opened.orders[0])
     assert entry["phase"] == "DONE"
-    verdicts = {one["client"]: one["verdict"] for one in entry["updates"]}
+    verdicts = {update["client"]: update["verdict"] for update in entry["updates"]}
     assert verdicts == {0: "REFUSED", 1: "COUNTED", 2: "COUNTED"}
     assert entry["updates"][0]["reason"] == answer.reason
     (incident,) = entry["incidents"]
@@ -183,7 +183,7 @@ def test_of_an_update_that_comes_too_late_no_text_is_kept(
     }
     assert peer.upload(order, b"bytes", **names).receipt == pb.RECEIPT_LATE
     entry = entry_of(history(), order)
-    assert [one["metrics"] for one in entry["updates"]] == [{"loss": 0.5}]
+    assert [update["metrics"] for update in entry["updates"]] == [{"loss": 0.5}]
     assert "patient" not in json.dumps(entry)
 
 
@@ -255,8 +255,8 @@ def test_a_round_without_one_good_update_fails_and_is_tried_again(
 ) -> None:
     """Where nothing good came, the model stays as it was and the next attempt begins from it."""
     bad = payload_of(with_value(opened.base, torch.nan))
-    for one, peer in opened.peers.items():
-        assert peer.upload(opened.orders[one], bad).receipt == pb.RECEIPT_REFUSED
+    for client_id, peer in opened.peers.items():
+        assert peer.upload(opened.orders[client_id], bad).receipt == pb.RECEIPT_REFUSED
     again = open_round(opened.peers)
     before, after = opened.orders[0], again.orders[0]
     assert (after.round, after.attempt) == (before.round, before.attempt + 1)
@@ -288,19 +288,19 @@ def test_bad_control_variates_are_refused(
     server.wait_for_line("fedserver listening on")
     kinds = entry_kinds(tiny.build_model())
     parameters = [name for name, kind in kinds.items() if kind is EntryKind.PARAMETER]
-    peers = {one: Peer(server.address, one) for one in (0, 1)}
+    peers = {client_id: Peer(server.address, client_id) for client_id in (0, 1)}
     opened = open_round(peers)
 
     def send(client: int, value: float, digest: str | None = None) -> Any:  # noqa: ANN401
         control = {name: torch.full_like(opened.base[name], value) for name in parameters}
         path = tmp_path / f"{client}"
         sections = write_payload(path, {"model": changed(opened.base), "control": control})
-        told = [
-            pb.Section(name=one.name, size_bytes=one.size_bytes, digest=one.digest)
-            for one in sections
+        declared = [
+            pb.Section(name=section.name, size_bytes=section.size_bytes, digest=section.digest)
+            for section in sections
         ]
-        told[1].digest = digest or told[1].digest
-        return peers[client].upload(opened.orders[client], path.read_bytes(), sections=told)
+        declared[1].digest = digest or declared[1].digest
+        return peers[client].upload(opened.orders[client], path.read_bytes(), sections=declared)
 
     refused = send(0, value, digest)
     assert refused.receipt == pb.RECEIPT_REFUSED

@@ -31,7 +31,7 @@ def connect(scene: Scene) -> Iterator[Connect]:
             *flags,
         )
         server.wait_for_line("fedserver listening on")
-        connected.update({one: Peer(server.address, one) for one in CLIENTS})
+        connected.update({client_id: Peer(server.address, client_id) for client_id in CLIENTS})
         return connected
 
     yield start
@@ -41,8 +41,8 @@ def connect(scene: Scene) -> Iterator[Connect]:
 
 def server_of(scene: Scene) -> Server:
     """Return the scene's server."""
-    (found,) = (one for one in scene.processes if isinstance(one, Server))
-    return found
+    (server,) = (process for process in scene.processes if isinstance(process, Server))
+    return server
 
 
 def report(
@@ -53,19 +53,19 @@ def report(
     gave_up: bool = False,
 ) -> None:
     """Let clients report a cause, and perhaps that no update comes."""
-    found = make_diagnosis(cause=cause, experiments=tried, remedy=Remedy(kind=RemedyKind.NONE))
+    diagnosis = make_diagnosis(cause=cause, experiments=tried, remedy=Remedy(kind=RemedyKind.NONE))
     incident = pb.Incident(
         sequence=1,
         kind=pb.INCIDENT_KIND_TRAINING_DIAGNOSED,
-        diagnosis=diagnosis_message(found),
+        diagnosis=diagnosis_message(diagnosis),
     )
-    for one in clients:
-        opened.peers[one].report(opened.orders[one], incidents=[incident])
-    for one in clients if gave_up else ():
-        opened.peers[one].report(opened.orders[one], gave_up=True)
+    for client_id in clients:
+        opened.peers[client_id].report(opened.orders[client_id], incidents=[incident])
+    for client_id in clients if gave_up else ():
+        opened.peers[client_id].report(opened.orders[client_id], gave_up=True)
 
 
-def place(opened: OpenRound) -> tuple[int, int]:
+def attempt_of(opened: OpenRound) -> tuple[int, int]:
     """Return a round and its attempt."""
     order = opened.orders[0]
     return order.round, order.attempt
@@ -73,7 +73,7 @@ def place(opened: OpenRound) -> tuple[int, int]:
 
 def rates(opened: OpenRound) -> set[float]:
     """Return the rates that a round's clients are to train with."""
-    return {one.training.lr for one in opened.orders.values()}
+    return {order.training.lr for order in opened.orders.values()}
 
 
 def poisoned(base: State) -> State:
@@ -86,13 +86,13 @@ def poisoned(base: State) -> State:
 def deliver(opened: OpenRound, make: Callable[[State], State] = changed) -> None:
     """Upload the same update for every client of a round."""
     payload = payload_of(make(opened.base))
-    for one, peer in opened.peers.items():
-        assert peer.upload(opened.orders[one], payload).receipt == pb.RECEIPT_STORED
+    for client_id, peer in opened.peers.items():
+        assert peer.upload(opened.orders[client_id], payload).receipt == pb.RECEIPT_STORED
 
 
-def same(one: State, other: State) -> bool:
+def same(state: State, other: State) -> bool:
     """Whether two models hold the same numbers."""
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    return all(torch.equal(tensor, other[name]) for name, tensor in state.items())
 
 
 def test_clients_that_agree_on_the_rate_lower_it_until_rounds_go_well(
@@ -104,26 +104,28 @@ def test_clients_that_agree_on_the_rate_lower_it_until_rounds_go_well(
     healing = Experiment(name=ExperimentName.LOWER_RATE, value=0.1, is_healed=True)
     report(first, Cause.LEARNING_RATE, healing, gave_up=True)
     again = open_round(peers)
-    assert (place(again), rates(again)) == ((1, 2), {LR * 0.1})
+    assert (attempt_of(again), rates(again)) == ((1, 2), {LR * 0.1})
     # One client says so again: nothing is lowered further, nor taken back.
     report(again, Cause.LEARNING_RATE, healing, clients=[1])
     deliver(again)
     second = open_round(peers)
-    assert (place(second), rates(second)) == ((2, 1), {LR * 0.1})
+    assert (attempt_of(second), rates(second)) == ((2, 1), {LR * 0.1})
     expected = [LR * 0.2, LR * 0.4, LR * 0.8, LR]
-    found: list[float] = []
+    factors: list[float] = []
     for _ in expected:
         deliver(second)
         second = open_round(peers)
-        found += rates(second)
-    assert found == pytest.approx(expected)
+        factors += rates(second)
+    assert factors == pytest.approx(expected)
 
     history = scene.history()
-    shared = [one for one in history[0]["incidents"] if one["kind"] == "cause-shared"]
-    assert [(one["cause"], one["clients"], one["answers"]) for one in shared] == [
-        ("learning-rate", [0, 1], 2)
+    shared = [
+        incident for incident in history[0]["incidents"] if incident["kind"] == "cause-shared"
     ]
-    in_force = [one["adjustments"].get("lr_factor", 1) for one in history]
+    assert [
+        (incident["cause"], incident["clients"], incident["answers"]) for incident in shared
+    ] == [("learning-rate", [0, 1], 2)]
+    in_force = [entry["adjustments"].get("lr_factor", 1) for entry in history]
     assert in_force == pytest.approx([1, 0.1, 0.1, 0.2, 0.4, 0.8, 1])
     server_of(scene).wait_for_line("cause-shared.*learning-rate.*rate times 0.1")
     shown = scene.command("show", "--state-dir", scene.folder / "server", "--round", "1").stdout
@@ -153,7 +155,7 @@ def test_clients_that_agree_on_exploding_gradients_get_them_clipped(connect: Con
         report(opened, Cause.EXPLODING_GRADIENT, healing, clients=[client])
     deliver(opened)
     after = open_round(peers)
-    assert {one.training.clip_norm for one in after.orders.values()} == {2.5}
+    assert {order.training.clip_norm for order in after.orders.values()} == {2.5}
     assert rates(after) == {LR}
 
 
@@ -163,7 +165,7 @@ def test_a_bad_first_model_is_drawn_anew(scene: Scene, connect: Connect) -> None
     bases = []
     for attempt in range(1, 5):
         opened = open_round(peers)
-        assert place(opened) == (1, attempt)
+        assert attempt_of(opened) == (1, attempt)
         bases.append(opened.base)
         if attempt < 4:
             report(opened, Cause.BAD_INITIALISATION, gave_up=True)
@@ -183,7 +185,11 @@ def test_nothing_is_changed_where_that_is_switched_off(scene: Scene, connect: Co
     report(opened, Cause.LEARNING_RATE)
     deliver(opened)
     assert rates(open_round(peers)) == {LR}
-    (shared,) = (one for one in scene.history()[0]["incidents"] if one["kind"] == "cause-shared")
+    (shared,) = (
+        incident
+        for incident in scene.history()[0]["incidents"]
+        if incident["kind"] == "cause-shared"
+    )
     assert "--max-adjustments is 0" in shared["change"]
 
 
@@ -203,23 +209,27 @@ def test_a_bad_model_is_taken_back_and_its_round_repeated(scene: Scene, connect:
     deliver(second, poisoned)
     third = open_round(peers)
     server_of(scene).wait_for_line("evaluation-collapsed", times=3)
-    assert place(third)[0] == 3
+    assert attempt_of(third)[0] == 3
     assert not same(third.base, good)
 
     history = scene.history()
-    done = [(one["round"], one["attempt"]) for one in history if one["phase"] == "DONE"]
+    done = [(entry["round"], entry["attempt"]) for entry in history if entry["phase"] == "DONE"]
     assert done == [(1, 1), (2, 3)]
-    undone = [one for one in history if one["phase"] == "ROLLED_BACK"]
-    assert [(one["round"], one["attempt"]) for one in undone] == [(2, 1), (2, 2)]
-    for one in undone:
-        kinds = [incident["kind"] for incident in one["incidents"]]
+    undone = [entry for entry in history if entry["phase"] == "ROLLED_BACK"]
+    assert [(entry["round"], entry["attempt"]) for entry in undone] == [(2, 1), (2, 2)]
+    for entry in undone:
+        kinds = [incident["kind"] for incident in entry["incidents"]]
         assert kinds == ["evaluation-collapsed", "model-rolled-back"]
-        assert one["incidents"][1]["to"] == history[0]["model_digest"]
-        assert {order["state"] for order in one["orders"]} == {"COUNTED"}
-    abandoned = [one for one in history if one["phase"] == "ABANDONED"]
-    assert {one["round"] for one in abandoned} == {3}
-    assert {order["state"] for one in abandoned for order in one["orders"]} == {"ABANDONED"}
-    stood = [one for one in history[3]["incidents"] if one["kind"] == "evaluation-collapsed"]
+        assert entry["incidents"][1]["to"] == history[0]["model_digest"]
+        assert {order["state"] for order in entry["orders"]} == {"COUNTED"}
+    abandoned = [entry for entry in history if entry["phase"] == "ABANDONED"]
+    assert {entry["round"] for entry in abandoned} == {3}
+    assert {order["state"] for entry in abandoned for order in entry["orders"]} == {"ABANDONED"}
+    stood = [
+        incident
+        for incident in history[3]["incidents"]
+        if incident["kind"] == "evaluation-collapsed"
+    ]
     assert "it stands, --max-rollbacks allows no more" in stood[0]["reason"]
     json.dumps(history, allow_nan=False)
 
@@ -263,16 +273,16 @@ def test_a_model_that_clients_call_bad_is_taken_back(scene: Scene, connect: Conn
     assert same(open_round(peers, attempt=(2, 4)).base, third.base)
 
     history = scene.history()
-    assert [(one["round"], one["phase"]) for one in history[:2]] == [
+    assert [(entry["round"], entry["phase"]) for entry in history[:2]] == [
         (1, "ROLLED_BACK"),
         (1, "DONE"),
     ]
-    kinds = [one["kind"] for one in history[0]["incidents"]]
+    kinds = [incident["kind"] for incident in history[0]["incidents"]]
     assert kinds == ["model-rolled-back"]
     changes = [
         incident["change"]
-        for one in history
-        for incident in one["incidents"]
+        for entry in history
+        for incident in entry["incidents"]
         if incident["kind"] == "cause-shared"
     ]
     assert changes == [
@@ -294,8 +304,8 @@ def test_a_server_optimizer_that_overflows_has_its_round_repeated_with_half_the_
     assert rates(again) == {LR / 2}
     assert same(again.base, first.base)
     deliver(again)
-    assert place(open_round(peers)) == (2, 1)
-    (failed,) = (one for one in scene.history()[0]["incidents"])
+    assert attempt_of(open_round(peers)) == (2, 1)
+    (failed,) = (incident for incident in scene.history()[0]["incidents"])
     assert failed["kind"] == "round-failed"
 
 
@@ -308,7 +318,7 @@ def test_a_bad_model_stands_where_that_is_switched_off(scene: Scene, connect: Co
     third = open_round(peers)
     server_of(scene).wait_for_line("evaluation-collapsed.*it stands")
     deliver(third)
-    assert place(open_round(peers)) == (4, 1)
+    assert attempt_of(open_round(peers)) == (4, 1)
 
 
 def test_a_bad_evaluation_takes_nothing_back_under_fedbn(scene: Scene, connect: Connect) -> None:
@@ -320,8 +330,8 @@ def test_a_bad_evaluation_takes_nothing_back_under_fedbn(scene: Scene, connect: 
     third = open_round(peers)
     server_of(scene).wait_for_line("evaluated round=2")
     deliver(third)
-    assert place(open_round(peers)) == (4, 1)
-    kinds = [one["kind"] for entry in scene.history() for one in entry["incidents"]]
+    assert attempt_of(open_round(peers)) == (4, 1)
+    kinds = [incident["kind"] for entry in scene.history() for incident in entry["incidents"]]
     assert kinds == []
 
 
@@ -331,16 +341,16 @@ def test_a_repeated_round_has_half_the_norm_band(scene: Scene) -> None:
         *("--task", "tests.tiny_task:tiny", "--rounds", 100, "--min-clients", 5),
         *("--min-updates", 4, "--stall-after", 3600, "--lease", 3600),
     )
-    peers = {one: Peer(server.address, one) for one in range(5)}
+    peers = {client_id: Peer(server.address, client_id) for client_id in range(5)}
     deliver(open_round(peers, attempt=(1, 1)))
     deliver(open_round(peers), poisoned)
     again = open_round(peers, attempt=(2, 2))
-    for one, peer in peers.items():
-        by = 0.12 if one == 4 else 0.01
-        peer.upload(again.orders[one], payload_of(changed(again.base, by)))
-    open_round({one: peers[one] for one in range(4)}, attempt=(3, 2))
+    for client_id, peer in peers.items():
+        by = 0.12 if client_id == 4 else 0.01
+        peer.upload(again.orders[client_id], payload_of(changed(again.base, by)))
+    open_round({client_id: peers[client_id] for client_id in range(4)}, attempt=(3, 2))
     entry = entry_of(scene.history(), again.orders[0])
-    assert {one["client"]: one["verdict"] for one in entry["updates"]} == {
+    assert {update["client"]: update["verdict"] for update in entry["updates"]} == {
         **dict.fromkeys(range(4), "COUNTED"),
         4: "EXCLUDED",
     }

@@ -65,7 +65,7 @@ def test_reflection_lists_the_service(channel: grpc.Channel) -> None:
         reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE),
     ]
     listed, described = stub.ServerReflectionInfo(iter(requests), timeout=GENEROUS_S)
-    names = {one.name for one in listed.list_services_response.service}
+    names = {service.name for service in listed.list_services_response.service}
     assert {SERVICE, "grpc.health.v1.Health"} <= names
     files = described.file_descriptor_response.file_descriptor_proto
     assert any(b"UploadUpdate" in file for file in files)
@@ -108,8 +108,8 @@ def test_an_upload_with_fields_of_a_newer_protocol_is_stored(
     payload = payload_of(opened.base)
     header = peer.header(order, payload).header.SerializeToString() + NEW_FIELD
     data = [
-        pb.UploadUpdateRequest(data=one).SerializeToString()
-        for one in (payload[:500], payload[500:])
+        pb.UploadUpdateRequest(data=data).SerializeToString()
+        for data in (payload[:500], payload[500:])
     ]
     messages = [
         b"\x0a" + bytes([len(header) & 0x7F | 0x80, len(header) >> 7]) + header,

@@ -37,10 +37,10 @@ def test_the_same_instance_takes_its_session_over_at_once(stranger: Peer) -> Non
 def test_another_instance_is_refused_an_id_in_use(stranger: Peer) -> None:
     """Two state-dirs with one id are a mistake, and the second to come is told so."""
     mine = stranger.register()
-    told = expect_status(
+    details = expect_status(
         grpc.StatusCode.ALREADY_EXISTS, lambda: stranger.register(instance_key="another")
     )
-    assert "client id 60 is in use by another process" in told
+    assert "client id 60 is in use by another process" in details
     assert stranger.register().session_id == mine.session_id
 
 
@@ -80,17 +80,17 @@ def test_a_malformed_registration_is_refused_with_a_sentence(
     stranger: Peer, changes: dict[str, Any], sentence: str
 ) -> None:
     """Nothing impossible gets a session, and the answer says what is impossible."""
-    told = expect_status(grpc.StatusCode.INVALID_ARGUMENT, lambda: stranger.register(**changes))
-    assert sentence in told
+    details = expect_status(grpc.StatusCode.INVALID_ARGUMENT, lambda: stranger.register(**changes))
+    assert sentence in details
 
 
 def test_a_client_of_another_task_is_told_both_names(stranger: Peer) -> None:
     """A client that insists on a task other than the run's learns which is which."""
-    told = expect_status(
+    details = expect_status(
         grpc.StatusCode.FAILED_PRECONDITION, lambda: stranger.register(task="mnist-sample")
     )
-    assert "tests.tiny_task:tiny" in told
-    assert "mnist-sample" in told
+    assert "tests.tiny_task:tiny" in details
+    assert "mnist-sample" in details
 
 
 def test_an_unknown_session_is_sent_to_register(opened: OpenRound, server: Server) -> None:
@@ -99,8 +99,8 @@ def test_an_unknown_session_is_sent_to_register(opened: OpenRound, server: Serve
     peer.session_id = NOT_A_SESSION
     order = opened.orders[0]
     for name, call in each_method(peer, order.order_id, order.sections[0].digest):
-        told = expect_status(grpc.StatusCode.UNAUTHENTICATED, call)
-        assert "register again" in told, name
+        details = expect_status(grpc.StatusCode.UNAUTHENTICATED, call)
+        assert "register again" in details, name
 
 
 def test_an_order_of_another_client_is_not_found(opened: OpenRound) -> None:
@@ -108,8 +108,8 @@ def test_an_order_of_another_client_is_not_found(opened: OpenRound) -> None:
     order = opened.orders[1]
     calls = dict(each_method(opened.peers[0], order.order_id, order.sections[0].digest))
     for name in ("UploadUpdate", "QueryUpload", "ReportProgress"):
-        told = expect_status(grpc.StatusCode.NOT_FOUND, calls[name])
-        assert order.order_id in told, name
+        details = expect_status(grpc.StatusCode.NOT_FOUND, calls[name])
+        assert order.order_id in details, name
     assert opened.settle(1) == [pb.RECEIPT_STORED]
 
 
@@ -118,8 +118,8 @@ def test_an_order_nobody_was_given_is_not_found(opened: OpenRound) -> None:
     digest = opened.orders[0].sections[0].digest
     calls = dict(each_method(opened.peers[0], "run9-r1-a1-c0-s1", digest))
     for name in ("UploadUpdate", "QueryUpload", "ReportProgress"):
-        told = expect_status(grpc.StatusCode.NOT_FOUND, calls[name])
-        assert "run9-r1-a1-c0-s1" in told, name
+        details = expect_status(grpc.StatusCode.NOT_FOUND, calls[name])
+        assert "run9-r1-a1-c0-s1" in details, name
 
 
 def test_pulling_again_returns_the_same_order(opened: OpenRound) -> None:
@@ -161,21 +161,21 @@ def test_a_client_is_told_the_partitioning(scene: Scene) -> None:
         *("--num-partitions", 7, "--seed", 5),
     )
     connection = Connection(Route(server=server.address))
-    told = connection.register(
+    answer = connection.register(
         Registration(client_ids=(0,), instance_key="key", software_version="1")
     )
-    assert told.partitioning.scheme == "dirichlet"
-    assert (told.partitioning.num_partitions, told.partitioning.seed) == (7, 5)
-    assert told.partitioning.parameters == {"alpha": 0.3}
+    assert answer.partitioning.scheme == "dirichlet"
+    assert (answer.partitioning.num_partitions, answer.partitioning.seed) == (7, 5)
+    assert answer.partitioning.parameters == {"alpha": 0.3}
     connection.close()
 
 
 def test_every_order_has_a_seed_of_its_own(opened: OpenRound) -> None:
     """Of each client, and in each round anew."""
-    seeds = [one.seed for one in opened.orders.values()]
+    seeds = [order.seed for order in opened.orders.values()]
     opened.settle()
     following = open_round(opened.peers)
-    seeds += [one.seed for one in following.orders.values()]
+    seeds += [order.seed for order in following.orders.values()]
     following.settle()
     assert len(set(seeds)) == 6
 
@@ -200,7 +200,7 @@ def test_both_processes_with_copies_of_a_state_dir_are_refused(
         assert "another process uses a copy of the state-dir of client id 64" in sentence
         expect_status(grpc.StatusCode.UNAUTHENTICATED, lambda: peer.pull(wait_s=0))
     incidents = entry_of(history(), opened.orders[0])["incidents"]
-    kinds = [(one["kind"], one["client"]) for one in incidents]
+    kinds = [(incident["kind"], incident["client"]) for incident in incidents]
     assert kinds == [("state-dir-copied", 64)]
     peer.session_id = register("started anew")
     peer.leave(pb.LEAVE_REASON_STOPPED)

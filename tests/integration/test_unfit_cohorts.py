@@ -36,7 +36,7 @@ def two_peers(scene: Scene, *flags: str | int) -> Iterator[dict[int, Peer]]:
         *("--farewell", 0, "--stall-after", 3600, "--lease", 3600),
     )
     server.wait_for_line("fedserver listening on")
-    peers = {one: Peer(server.address, one) for one in (0, 1)}
+    peers = {client_id: Peer(server.address, client_id) for client_id in (0, 1)}
     yield peers
     for peer in peers.values():
         peer.close()
@@ -66,7 +66,7 @@ def test_an_update_that_the_strategy_cant_weigh_is_refused_and_the_round_goes_on
         assert peers[1].pull_order().round == 2
     entry = entry_of(scene.history(), opened.orders[0])
     assert (entry["phase"], entry["attempt"]) == ("DONE", 1)
-    assert [one["verdict"] for one in entry["updates"]] == ["REFUSED", "COUNTED"]
+    assert [update["verdict"] for update in entry["updates"]] == ["REFUSED", "COUNTED"]
 
 
 def test_a_round_whose_updates_dont_fit_the_strategy_fails_and_is_tried_again(
@@ -77,9 +77,9 @@ def test_a_round_whose_updates_dont_fit_the_strategy_fails_and_is_tried_again(
     with two_peers(scene, "--strategy", row) as peers:
         for num_examples in (11, 10):
             opened = open_round(peers)
-            for one, peer in peers.items():
+            for client_id, peer in peers.items():
                 payload = payload_of(changed(opened.base))
-                peer.upload(opened.orders[one], payload, num_examples=num_examples)
+                peer.upload(opened.orders[client_id], payload, num_examples=num_examples)
         assert open_round(peers).orders[0].round == 2
     first, second, _ = scene.history()
     assert (first["phase"], second["phase"]) == ("FAILED", "DONE")
@@ -99,15 +99,15 @@ def test_what_a_row_rests_on_reaches_it(scene: Scene, strategy: str, parameters:
         *("--evaluate-on-clients", "--norm-band", 0, "--farewell", 0, "--keep-updates", "all"),
         *("--stall-after", 3600, "--lease", 3600),
     )
-    peers = {one: Peer(server.address, one) for one in range(5)}
+    peers = {client_id: Peer(server.address, client_id) for client_id in range(5)}
     opened = open_round(peers)
-    for one, peer in peers.items():
-        told = {"global_loss": 0.5 + one, "global_accuracy": 0.5}
+    for client_id, peer in peers.items():
+        metrics = {"global_loss": 0.5 + client_id, "global_accuracy": 0.5}
         answer = peer.upload(
-            opened.orders[one],
-            payload_of(changed(opened.base, 0.01 * (1 + one) ** 2)),
-            num_steps=1 + 3 * one,
-            metrics={"loss": 0.5, "accuracy": 0.75, **told},
+            opened.orders[client_id],
+            payload_of(changed(opened.base, 0.01 * (1 + client_id) ** 2)),
+            num_steps=1 + 3 * client_id,
+            metrics={"loss": 0.5, "accuracy": 0.75, **metrics},
         )
         assert answer.receipt == pb.RECEIPT_STORED, answer.reason
     assert server.wait() == 0

@@ -29,7 +29,7 @@ HALF = 1000
 def update_of(history: list[dict[str, Any]], opened: OpenRound, client_id: int) -> dict[str, Any]:
     """Return the one update that a round's history holds of a client."""
     entry = entry_of(history, opened.orders[client_id])
-    (update,) = (one for one in entry["updates"] if one["client"] == client_id)
+    (update,) = (update for update in entry["updates"] if update["client"] == client_id)
     assert isinstance(update, dict)
     return update
 
@@ -171,10 +171,10 @@ def test_an_update_for_an_order_that_ended_is_late(opened: OpenRound, history: H
     assert peer.upload(order, payload).receipt == pb.RECEIPT_LATE
     next_round.settle()
     entry = entry_of(history(), order)
-    verdicts = {one["client"]: one["verdict"] for one in entry["updates"]}
+    verdicts = {update["client"]: update["verdict"] for update in entry["updates"]}
     assert verdicts == {0: "ABANDONED", 1: "COUNTED", 2: "COUNTED"}
-    late = [one for one in entry["incidents"] if one["kind"] == "update-late"]
-    assert [one["client"] for one in late] == [0]
+    late = [incident for incident in entry["incidents"] if incident["kind"] == "update-late"]
+    assert [incident["client"] for incident in late] == [0]
 
 
 def test_an_upload_without_a_header_is_refused(opened: OpenRound) -> None:
@@ -227,7 +227,7 @@ def test_what_was_left_unfinished_fills_no_disk(scene: Scene) -> None:
         *("--keep-updates", "all", "--stall-after", 3600, "--lease", 3600, "--norm-band", 0),
     )
     server.wait_for_line("fedserver listening on")
-    peers = {one: Peer(server.address, one) for one in (0, 1)}
+    peers = {client_id: Peer(server.address, client_id) for client_id in (0, 1)}
     opened = open_round(peers)
     spool = scene.folder / "server/spool"
     digests = []
@@ -239,7 +239,7 @@ def test_what_was_left_unfinished_fills_no_disk(scene: Scene) -> None:
             partial(peers[0].upload, opened.orders[0], payload, sent=payload[:HALF]),
             match=f"ended at byte {HALF}",
         )
-    assert {one.name: one.stat().st_size for one in spool.iterdir()} == {
+    assert {path.name: path.stat().st_size for path in spool.iterdir()} == {
         f"{opened.orders[0].order_id}.{digests[-1]}": HALF
     }
     assert peers[0].report(opened.orders[0], gave_up=True) == pb.DIRECTIVE_ABANDON

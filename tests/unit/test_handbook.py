@@ -19,7 +19,9 @@ NAMED = re.compile(r"`([\w./-]+\.py)` \(((?:`\w+`(?:, )?)+)\)")
 
 
 # The changelog is about the past.
-@pytest.mark.parametrize("document", [one for one in DOCUMENTS if one != "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "document", [document for document in DOCUMENTS if document != "CHANGELOG.md"]
+)
 def test_each_path_that_a_document_names_exists(document: str) -> None:
     """Written from the root of the repository, in the text or in code."""
     paths = set(PATH.findall((ROOT / document).read_text()))

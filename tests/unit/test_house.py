@@ -231,8 +231,8 @@ def unsafe_calls(tree: ast.Module) -> Iterator[str]:
 
 def test_nothing_is_ever_unpickled() -> None:
     """Bytes from elsewhere can't run code: no pickle, no torch.load, no NumPy objects."""
-    found = [f"{name}: {call}" for name in MODULES for call in unsafe_calls(parse(name))]
-    assert found == []
+    unsafe = [f"{name}: {call}" for name in MODULES for call in unsafe_calls(parse(name))]
+    assert unsafe == []
     picklers = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.load")
     assert breaches(MODULES, *picklers) == []
     traps = "torch.load(f)\nnp.load(f, allow_pickle=True)\neval(s)"
@@ -258,15 +258,15 @@ def test_looking_at_a_run_does_not_wait_for_torch(tmp_path: Path, command: list[
     run, opened = begin_round(store)
     store_updates(store, run, opened)
     store.close()
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *command, "--state-dir", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert found.stderr.splitlines()[-1] == "exit code 0, imported []"
-    assert "collecting" in found.stdout.lower()
+    assert done.stderr.splitlines()[-1] == "exit code 0, imported []"
+    assert "collecting" in done.stdout.lower()
 
 
 def mapped_paths() -> list[str]:
@@ -298,9 +298,9 @@ def test_the_readmes_map_is_the_tree() -> None:
 
 def tool(name: str) -> str:
     """Return the path of a development tool, installed beside this Python or on the PATH."""
-    found = shutil.which(name, path=f"{Path(sys.executable).parent}") or shutil.which(name)
-    assert found is not None, f"{name} is not installed; install the extra [dev]"
-    return found
+    path = shutil.which(name, path=f"{Path(sys.executable).parent}") or shutil.which(name)
+    assert path is not None, f"{name} is not installed; install the extra [dev]"
+    return path
 
 
 def test_the_generated_code_is_that_of_the_protocol(tmp_path: Path) -> None:
@@ -324,10 +324,10 @@ def test_the_generated_code_is_that_of_the_protocol(tmp_path: Path) -> None:
 
 def test_the_protocol_passes_its_linter() -> None:
     """Buf lint, STANDARD, finds nothing."""
-    found = subprocess.run(
+    done = subprocess.run(
         [tool("buf"), "lint"], cwd=ROOT / "protos", capture_output=True, text=True, check=False
     )
-    assert (found.returncode, found.stdout) == (0, "")
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -335,11 +335,11 @@ def test_the_protocol_passes_its_linter() -> None:
 )
 def test_the_protocol_breaks_nothing_that_was_released(kept: Path) -> None:
     """Buf breaking, PACKAGE, finds nothing against the descriptor that was kept."""
-    found = subprocess.run(
+    done = subprocess.run(
         [tool("buf"), "breaking", "--against", kept],
         cwd=ROOT / "protos",
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (found.returncode, found.stdout) == (0, "")
+    assert (done.returncode, done.stdout) == (0, "")

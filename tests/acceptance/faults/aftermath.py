@@ -26,10 +26,10 @@ def acknowledged(scene: Scene, history: History) -> set[str]:
     """Return the orders of this run whose receipt a client has said it holds."""
     run_id = history[0]["orders"][0]["order_id"].partition("-r")[0]
     return {
-        found[1]
+        match[1]
         for process in scene.processes
         for line in process.lines
-        if (found := re.search(rf"order ({run_id}-\S+): update (?:stored|duplicate)", line))
+        if (match := re.search(rf"order ({run_id}-\S+): update (?:stored|duplicate)", line))
     }
 
 
@@ -77,14 +77,18 @@ def recovery_s(history: History, *, since: datetime, client_id: int | None = Non
         for entry in history:
             moments += [entry["started_at"], entry["closed_at"], entry["finished_at"]]
     later = [
-        (datetime.fromisoformat(one) - since).total_seconds() for one in moments if one is not None
+        (datetime.fromisoformat(moment) - since).total_seconds()
+        for moment in moments
+        if moment is not None
     ]
-    return min((one for one in later if one > 0), default=None)
+    return min((duration_s for duration_s in later if duration_s > 0), default=None)
 
 
 def digests(history: History) -> list[tuple[int, str | None]]:
     """Return (round, digest) of every model."""
-    return [(one["round"], one["model_digest"]) for one in history if one["phase"] == "DONE"]
+    return [
+        (entry["round"], entry["model_digest"]) for entry in history if entry["phase"] == "DONE"
+    ]
 
 
 def expect_verified(scene: Scene, *, state: str = "server") -> None:
@@ -98,7 +102,7 @@ def expect_same_models(history: History, expected: History) -> None:
 
     Every round needed one attempt and counts all of its cohort, and all models are the same bytes.
     """
-    assert [(one["round"], one["attempt"], one["phase"]) for one in history] == [
+    assert [(entry["round"], entry["attempt"], entry["phase"]) for entry in history] == [
         (number, 1, "DONE") for number in range(1, len(history) + 1)
     ]
     assert {order["state"] for entry in history for order in entry["orders"]} == {"COUNTED"}
@@ -128,7 +132,7 @@ def conclude(
     """
     expect_verified(scene, state=state)
     history = scene.history(state=state)
-    kinds = Counter(one["kind"] for entry in history for one in entry["incidents"])
+    kinds = Counter(incident["kind"] for entry in history for incident in entry["incidents"])
     lost = count_lost(history, acknowledged(scene, history))
     twice = count_twice(history, is_asynchronous=is_asynchronous)
     row = {

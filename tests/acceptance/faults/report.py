@@ -15,9 +15,9 @@ _HEAD = """\
 def table_row(row: dict[str, Any]) -> str:
     """Return a fault as a line of the table."""
     recovery = "-" if row["recovery_s"] is None else f"{row['recovery_s']:.2f}"
-    happened = "; ".join(row["happened"]) or "nothing on record"
+    seen = "; ".join(row["happened"]) or "nothing on record"
     return (
-        f"| {row['fault']} | {happened} | {recovery} | {row['counted']} | {row['lost']} "
+        f"| {row['fault']} | {seen} | {recovery} | {row['counted']} | {row['lost']} "
         f"| {row['twice']} |"
     )
 

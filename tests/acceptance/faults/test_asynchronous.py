@@ -47,11 +47,11 @@ def run_flags(port: int) -> list[str | int]:
 def expect_whole_run(scene: Scene) -> None:
     """Examine that every buffer was filled once."""
     history = scene.history()
-    assert [(one["round"], one["attempt"], one["phase"]) for one in history] == [
+    assert [(entry["round"], entry["attempt"], entry["phase"]) for entry in history] == [
         (number, 1, "DONE") for number in range(1, NUM_ROUNDS + 1)
     ]
     filled = [
-        [one["order_id"] for one in entry["updates"] if one["verdict"] == "COUNTED"]
+        [update["order_id"] for update in entry["updates"] if update["verdict"] == "COUNTED"]
         for entry in history
     ]
     assert [len(orders) for orders in filled] == [BUFFER_SIZE] * NUM_ROUNDS
@@ -59,17 +59,23 @@ def expect_whole_run(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize(
-    "place",
+    "fail_point",
     [
-        pytest.param(one, id=str(one), marks=() if one is FailPoint.UPDATE_RECORDED else FULL)
-        for one in SERVER_PLACES
+        pytest.param(
+            fail_point,
+            id=str(fail_point),
+            marks=() if fail_point is FailPoint.UPDATE_RECORDED else FULL,
+        )
+        for fail_point in SERVER_PLACES
     ],
 )
-def test_an_asynchronous_server_killed_at(scene: Scene, place: FailPoint) -> None:
+def test_an_asynchronous_server_killed_at(scene: Scene, fail_point: FailPoint) -> None:
     """Started again with the same command it goes on with the buffer it had."""
     flags = run_flags(fixed_port())
-    server = start_server(scene, *flags, **{VARIABLE: f"{place}:kill:{SERVER_PLACES[place]}"})
-    clients = [start_client(scene, one, server.address) for one in CLIENTS]
+    server = start_server(
+        scene, *flags, **{VARIABLE: f"{fail_point}:kill:{SERVER_PLACES[fail_point]}"}
+    )
+    clients = [start_client(scene, client_id, server.address) for client_id in CLIENTS]
     assert server.wait() == -signal.SIGKILL
     struck_at = now()
     before = scene.history()[-1]
@@ -78,7 +84,7 @@ def test_an_asynchronous_server_killed_at(scene: Scene, place: FailPoint) -> Non
     expect_whole_run(scene)
     conclude(
         scene,
-        fault=f"kill -9 of an asynchronous server at {place}",
+        fault=f"kill -9 of an asynchronous server at {fail_point}",
         struck_at=struck_at,
         seen=[f"round {before['round']} {before['phase']}"],
         is_asynchronous=True,
@@ -86,12 +92,16 @@ def test_an_asynchronous_server_killed_at(scene: Scene, place: FailPoint) -> Non
 
 
 @FULL
-@pytest.mark.parametrize("place", CLIENT_PLACES)
-def test_a_client_of_an_asynchronous_run_killed_at(scene: Scene, place: FailPoint) -> None:
+@pytest.mark.parametrize("fail_point", CLIENT_PLACES)
+def test_a_client_of_an_asynchronous_run_killed_at(scene: Scene, fail_point: FailPoint) -> None:
     """Nobody waits for it; back again, it delivers the order it had, once."""
     server = start_server(scene, *run_flags(0))
-    victim = start_client(scene, VICTIM, server.address, **{VARIABLE: f"{place}:kill:1"})
-    others = [start_client(scene, one, server.address) for one in CLIENTS if one != VICTIM]
+    victim = start_client(scene, VICTIM, server.address, **{VARIABLE: f"{fail_point}:kill:1"})
+    others = [
+        start_client(scene, client_id, server.address)
+        for client_id in CLIENTS
+        if client_id != VICTIM
+    ]
     assert victim.wait() == -signal.SIGKILL
     struck_at = now()
     victim = start_client(scene, VICTIM, server.address)
@@ -99,7 +109,7 @@ def test_a_client_of_an_asynchronous_run_killed_at(scene: Scene, place: FailPoin
     expect_whole_run(scene)
     conclude(
         scene,
-        fault=f"kill -9 of a client of an asynchronous run at {place}",
+        fault=f"kill -9 of a client of an asynchronous run at {fail_point}",
         struck_at=struck_at,
         is_asynchronous=True,
     )

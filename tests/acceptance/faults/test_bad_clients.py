@@ -30,22 +30,25 @@ def test_three_clients_with_nan_among_ten_leave_no_trace_in_the_model(scene: Sce
     alone = start_server(scene, *flags, "--min-clients", len(GOOD), state="alone")
     expect_clean_exits(
         alone,
-        *(start_client(scene, one, alone.address, state=f"alone-{one}") for one in GOOD),
+        *(
+            start_client(scene, client_id, alone.address, state=f"alone-{client_id}")
+            for client_id in GOOD
+        ),
     )
     struck_at = now()
     server = start_server(scene, *flags, "--min-clients", len(GOOD) + len(BAD))
-    good = [start_client(scene, one, server.address) for one in GOOD]
+    good = [start_client(scene, client_id, server.address) for client_id in GOOD]
     bad = [
-        start_client(scene, one, server.address, "--doctor", "off", TINY_BAD=fault)
-        for one, fault in BAD.items()
+        start_client(scene, client_id, server.address, "--doctor", "off", TINY_BAD=fault)
+        for client_id, fault in BAD.items()
     ]
     expect_clean_exits(server, *good, *bad)
     history = scene.history()
     assert digests(history) == digests(scene.history(state="alone"))
     assert verdicts(history) == [
-        (number, one, "COUNTED" if one in GOOD else "ABANDONED")
+        (number, client_id, "COUNTED" if client_id in GOOD else "ABANDONED")
         for number in ROUNDS
-        for one in (*GOOD, *BAD)
+        for client_id in (*GOOD, *BAD)
     ]
     kinds = incident_kinds(history)
     assert kinds.count("non-finite-loss") == len(ROUNDS)

@@ -37,7 +37,7 @@ QUICK = {("kill", FailPoint.ALARM_RECORDED), ("kill", FailPoint.ROLLED_BACK)}
 class Striking:
     """A server with a fault in it, and its peers; brought back as often as it goes."""
 
-    def __init__(self, scene: Scene, place: FailPoint, action: str) -> None:
+    def __init__(self, scene: Scene, fail_point: FailPoint, action: str) -> None:
         self.struck_at = now()
         self._scene = scene
         self._action = action
@@ -45,7 +45,7 @@ class Striking:
             *("--port", fixed_port(), "--rounds", 3, "--min-clients", len(CLIENTS)),
             *("--require-all", "--lr", LR, "--keep-updates", "all"),
         )
-        armed = {VARIABLE: f"{place}:{action}:{BAD_MODEL_PLACES[place]}"}
+        armed = {VARIABLE: f"{fail_point}:{action}:{BAD_MODEL_PLACES[fail_point]}"}
         self.server: Server = start_server(scene, *self._flags, **armed)
         self.peers = self._connect()
 
@@ -66,11 +66,11 @@ class Striking:
     def deliver(self, opened: OpenRound, by: State) -> None:
         """Upload an update for every client of a round; the last answer may never come."""
         payload = payload_of(by)
-        for one, order in opened.orders.items():
+        for client_id, order in opened.orders.items():
             try:
-                answer = self.peers[one].upload(order, payload)
+                answer = self.peers[client_id].upload(order, payload)
             except grpc.RpcError:
-                assert one == CLIENTS[-1]
+                assert client_id == CLIENTS[-1]
             else:
                 assert answer.receipt in (pb.RECEIPT_STORED, pb.RECEIPT_DUPLICATE)
 
@@ -83,7 +83,7 @@ class Striking:
                 self.bring_back()
 
     def _connect(self) -> dict[int, Peer]:
-        return {one: Peer(self.server.address, one) for one in CLIENTS}
+        return {client_id: Peer(self.server.address, client_id) for client_id in CLIENTS}
 
 
 def poisoned(base: State) -> State:
@@ -97,27 +97,30 @@ def cases(action: str) -> list[object]:
     """Return the places, those that plain `pytest` leaves out marked so."""
     return [
         pytest.param(
-            action, one, id=f"{one}-{action}", marks=() if (action, one) in QUICK else FULL
+            action,
+            fail_point,
+            id=f"{fail_point}-{action}",
+            marks=() if (action, fail_point) in QUICK else FULL,
         )
-        for one in BAD_MODEL_PLACES
+        for fail_point in BAD_MODEL_PLACES
     ]
 
 
-@pytest.mark.parametrize(("action", "place"), [*cases("kill"), *cases("halt")])
+@pytest.mark.parametrize(("action", "fail_point"), [*cases("kill"), *cases("halt")])
 def test_a_server_struck_on_the_way_back_from_a_bad_model(
-    scene: Scene, action: str, place: FailPoint
+    scene: Scene, action: str, fail_point: FailPoint
 ) -> None:
     """It is taken back once and the round repeated with half the rate, as without the fault."""
-    striking = Striking(scene, place, action)
+    striking = Striking(scene, fail_point, action)
     first = striking.await_order(1, 1)
     striking.deliver(first, changed(first.base))
     second = striking.await_order(2, 1)
     striking.deliver(second, poisoned(second.base))
-    is_struck_later = place is FailPoint.ROUND_DONE
+    is_struck_later = fail_point is FailPoint.ROUND_DONE
     if not is_struck_later:
         striking.bring_back()
     again = striking.await_order(2, 2)
-    assert {one.training.lr for one in again.orders.values()} == {LR / 2}
+    assert {order.training.lr for order in again.orders.values()} == {LR / 2}
     assert again.orders[0].sections == second.orders[0].sections
     # The order that was counted in the bad model isn't the client's last any more.
     assert again.orders[0].last_counted_order_id == first.orders[0].order_id
@@ -125,12 +128,12 @@ def test_a_server_struck_on_the_way_back_from_a_bad_model(
     if is_struck_later:
         striking.bring_back()
     third = striking.await_order(3, 2)
-    assert {one.training.lr for one in third.orders.values()} == {LR}
+    assert {order.training.lr for order in third.orders.values()} == {LR}
     striking.deliver(third, changed(third.base))
     say_farewell(striking.server, striking.peers)
 
     history = scene.history()
-    assert [(one["round"], one["attempt"], one["phase"]) for one in history] == [
+    assert [(entry["round"], entry["attempt"], entry["phase"]) for entry in history] == [
         (1, 1, "DONE"),
         (2, 1, "ROLLED_BACK"),
         (2, 2, "DONE"),
@@ -147,6 +150,6 @@ def test_a_server_struck_on_the_way_back_from_a_bad_model(
     name = "kill -9" if action == "kill" else "SIGSTOP"
     conclude(
         scene,
-        fault=f"{name} of the server at {place}, its model being bad",
+        fault=f"{name} of the server at {fail_point}, its model being bad",
         struck_at=striking.struck_at,
     )

@@ -41,8 +41,8 @@ def payload_for(opened: OpenRound, client_id: int) -> bytes:
 
 def deliver_plainly(opened: OpenRound) -> None:
     """Send every client's update once."""
-    for one, peer in opened.peers.items():
-        answer = peer.upload(opened.orders[one], payload_for(opened, one))
+    for client_id, peer in opened.peers.items():
+        answer = peer.upload(opened.orders[client_id], payload_for(opened, client_id))
         assert answer.receipt == pb.RECEIPT_STORED
 
 
@@ -53,7 +53,7 @@ def run_by_hand(scene: Scene, deliver: Deliver, *, state: str = "server") -> His
         *("--rounds", NUM_ROUNDS, "--min-clients", len(CLIENTS), "--require-all", "--seed", 5),
         state=state,
     )
-    peers = {one: Peer(server.address, one) for one in CLIENTS}
+    peers = {client_id: Peer(server.address, client_id) for client_id in CLIENTS}
     for _ in range(NUM_ROUNDS):
         deliver(open_round(peers))
     say_farewell(server, peers)
@@ -80,13 +80,13 @@ def test_duplicate_and_reordered_calls_change_nothing(scene: Scene) -> None:
     def deliver(opened: OpenRound) -> None:
         for before in earlier:
             repeat_what_is_over(before)
-        for one, peer in opened.peers.items():
-            order, payload = opened.orders[one], payload_for(opened, one)
+        for client_id, peer in opened.peers.items():
+            order, payload = opened.orders[client_id], payload_for(opened, client_id)
             # The last client's update closes the round: what comes after that is among `earlier`.
-            found = upload_at_once(peer, order, payload)
-            assert set(found) <= {pb.RECEIPT_STORED, pb.RECEIPT_DUPLICATE, None}
-            assert found.count(pb.RECEIPT_STORED) <= 1
-            receipts.extend(one for one in found if one is not None)
+            own_receipts = upload_at_once(peer, order, payload)
+            assert set(own_receipts) <= {pb.RECEIPT_STORED, pb.RECEIPT_DUPLICATE, None}
+            assert own_receipts.count(pb.RECEIPT_STORED) <= 1
+            receipts.extend(receipt for receipt in own_receipts if receipt is not None)
             while (again := try_upload(peer, order, payload)) is None:
                 continue
             receipts.extend([again, peer.upload(order, payload).receipt])
@@ -111,7 +111,7 @@ def upload_at_once(peer: Peer, order: pb.WorkOrder, payload: bytes) -> list[int 
     """Try several uploads of one update at the same time; returns what came of each."""
     with ThreadPoolExecutor(NUM_AT_ONCE) as threads:
         sent = [threads.submit(try_upload, peer, order, payload) for _ in range(NUM_AT_ONCE)]
-    return [one.result() for one in sent]
+    return [upload.result() for upload in sent]
 
 
 def try_upload(peer: Peer, order: pb.WorkOrder, payload: bytes) -> int | None:
@@ -128,8 +128,8 @@ def try_upload(peer: Peer, order: pb.WorkOrder, payload: bytes) -> int | None:
 
 def repeat_what_is_over(before: OpenRound) -> None:
     """Make the calls of a former round again: each gets its former answer, and nothing happens."""
-    for one, peer in before.peers.items():
-        order, payload = before.orders[one], payload_for(before, one)
+    for client_id, peer in before.peers.items():
+        order, payload = before.orders[client_id], payload_for(before, client_id)
         assert peer.query(order, payload).complete
         assert peer.upload(order, payload).receipt == pb.RECEIPT_DUPLICATE
         other = payload_of(changed(before.base, 0.5))
@@ -146,10 +146,10 @@ def test_calls_in_an_order_that_no_client_has(scene: Scene) -> None:
 
     def deliver(opened: OpenRound) -> None:
         first, second = opened.peers[0], opened.peers[1]
-        theirs = payload_for(opened, 1)
+        payload = payload_for(opened, 1)
         for call in (
-            lambda: first.upload(opened.orders[1], theirs),
-            lambda: first.query(opened.orders[1], theirs),
+            lambda: first.upload(opened.orders[1], payload),
+            lambda: first.query(opened.orders[1], payload),
             lambda: first.report(opened.orders[1], gave_up=True),
         ):
             expect_status(grpc.StatusCode.NOT_FOUND, call, match="isn't one of this session's")
@@ -157,15 +157,17 @@ def test_calls_in_an_order_that_no_client_has(scene: Scene) -> None:
         # Registered anew by the same instance: the same session, the same order.
         assert second.register(num_examples=[10]).session_id == second.session_id
         assert second.pull_order() == opened.orders[1]
-        stream = second.stream(opened.orders[1], theirs)
-        stream.send(theirs[:1000])
+        stream = second.stream(opened.orders[1], payload)
+        stream.send(payload[:1000])
         stream.wait_until_committed(1000)
         # Its other half comes on a second stream, and on the first one after that.
-        assert second.upload(opened.orders[1], theirs, offset=1000).receipt == pb.RECEIPT_STORED
-        stream.send(theirs[1000:])
+        assert second.upload(opened.orders[1], payload, offset=1000).receipt == pb.RECEIPT_STORED
+        stream.send(payload[1000:])
         expect_status(grpc.StatusCode.ABORTED, stream.finish, match="a newer upload")
-        for one in (0, 2):
-            answer = opened.peers[one].upload(opened.orders[one], payload_for(opened, one))
+        for client_id in (0, 2):
+            answer = opened.peers[client_id].upload(
+                opened.orders[client_id], payload_for(opened, client_id)
+            )
             assert answer.receipt == pb.RECEIPT_STORED
 
     struck_at = now()
@@ -181,16 +183,16 @@ def test_a_bad_update_sent_many_times_at_once_is_kept_out_once(scene: Scene) -> 
         scene,
         *("--rounds", NUM_ROUNDS, "--min-clients", len(CLIENTS), "--min-updates", 1, "--seed", 5),
     )
-    peers = {one: Peer(server.address, one) for one in CLIENTS}
+    peers = {client_id: Peer(server.address, client_id) for client_id in CLIENTS}
     struck_at = now()
     opened = open_round(peers)
     bad = payload_of(changed(opened.base, float("nan")))
-    found = upload_at_once(peers[0], opened.orders[0], bad)
-    assert set(found) <= {pb.RECEIPT_REFUSED, None}
+    receipts = upload_at_once(peers[0], opened.orders[0], bad)
+    assert set(receipts) <= {pb.RECEIPT_REFUSED, None}
     while try_upload(peers[0], opened.orders[0], bad) is None:
         continue
-    for one in CLIENTS[1:]:
-        peers[one].upload(opened.orders[one], payload_for(opened, one))
+    for client_id in CLIENTS[1:]:
+        peers[client_id].upload(opened.orders[client_id], payload_for(opened, client_id))
     for _ in range(NUM_ROUNDS - 1):
         # All three are needed: the first is called back at once.
         deliver_plainly(open_round(peers))

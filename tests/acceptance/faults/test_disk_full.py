@@ -64,26 +64,26 @@ def small_disk(scene: Scene, request: pytest.FixtureRequest) -> Iterator[SmallDi
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def fill_at(place: FailPoint, process: Process, disk: SmallDisk) -> None:
+def fill_at(fail_point: FailPoint, process: Process, disk: SmallDisk) -> None:
     """Fill the disk of a process that is armed to halt at a place; returns when it says so."""
-    wait_until(lambda: process.is_halted, what=f"{process.name} to be halted at {place}")
+    wait_until(lambda: process.is_halted, what=f"{process.name} to be halted at {fail_point}")
     disk.fill()
     process.signal(signal.SIGCONT)
     process.wait_for_line(NO_ROOM)
 
 
 @pytest.mark.parametrize("small_disk", ["server"], indirect=True)
-@pytest.mark.parametrize("place", SERVER_PLACES)
+@pytest.mark.parametrize("fail_point", SERVER_PLACES)
 def test_the_servers_disk_is_full_from(
-    scene: Scene, small_disk: SmallDisk, place: FailPoint, undisturbed: Undisturbed
+    scene: Scene, small_disk: SmallDisk, fail_point: FailPoint, undisturbed: Undisturbed
 ) -> None:
     """It waits for room, says so, and ends the run by itself."""
     flags = [*run_flags(BIG, fixed_port()), "--rounds", 1, "--min-free-bytes", 0]
     flags += ["--keep-updates", "all"]  # deleting them would give room
-    armed = {VARIABLE: f"{place}:halt"}
+    armed = {VARIABLE: f"{fail_point}:halt"}
     server = start_server(scene, *flags, task=BIG, **armed)
-    clients = [start_client(scene, one, server.address, task=BIG) for one in CLIENTS]
-    fill_at(place, server, small_disk)
+    clients = [start_client(scene, client_id, server.address, task=BIG) for client_id in CLIENTS]
+    fill_at(fail_point, server, small_disk)
     assert server.is_running
     struck_at = now()
     small_disk.free()
@@ -91,23 +91,23 @@ def test_the_servers_disk_is_full_from(
     expect_same_models(scene.history(), undisturbed(BIG).history)
     conclude(
         scene,
-        fault=f"the server's disk full from {place} on",
+        fault=f"the server's disk full from {fail_point} on",
         struck_at=struck_at,
         seen=["waited for room"],
     )
 
 
 @pytest.mark.parametrize("small_disk", ["client-0"], indirect=True)
-@pytest.mark.parametrize("place", CLIENT_PLACES)
+@pytest.mark.parametrize("fail_point", CLIENT_PLACES)
 def test_a_clients_disk_is_full_from(
-    scene: Scene, small_disk: SmallDisk, place: FailPoint, undisturbed: Undisturbed
+    scene: Scene, small_disk: SmallDisk, fail_point: FailPoint, undisturbed: Undisturbed
 ) -> None:
     """It waits for room, says so, and delivers the same order."""
     server = start_server(scene, *run_flags(BIG, 0), "--rounds", 1, task=BIG)
-    armed = {VARIABLE: f"{place}:halt"}
+    armed = {VARIABLE: f"{fail_point}:halt"}
     victim = start_client(scene, 0, server.address, task=BIG, **armed)
-    others = [start_client(scene, one, server.address, task=BIG) for one in CLIENTS[1:]]
-    fill_at(place, victim, small_disk)
+    others = [start_client(scene, client_id, server.address, task=BIG) for client_id in CLIENTS[1:]]
+    fill_at(fail_point, victim, small_disk)
     assert victim.count_lines("no answer") == 0, "it is the client's disk, not the server"
     struck_at = now()
     small_disk.free()
@@ -115,7 +115,7 @@ def test_a_clients_disk_is_full_from(
     expect_same_models(scene.history(), undisturbed(BIG).history)
     conclude(
         scene,
-        fault=f"a client's disk full from {place} on",
+        fault=f"a client's disk full from {fail_point} on",
         struck_at=struck_at,
         seen=["waited for room"],
         client_id=0,

@@ -61,8 +61,10 @@ QUICK = {("kill", FailPoint.ROUND_CLOSED), ("halt", FailPoint.TRAINED)}
 def places(action: str, among: dict[FailPoint, Any]) -> list[Any]:
     """Return the parameters of a test: quick ones, and the rest with the whole suite's mark."""
     return [
-        pytest.param(one, id=str(one), marks=() if (action, one) in QUICK else FULL)
-        for one in among
+        pytest.param(
+            fail_point, id=str(fail_point), marks=() if (action, fail_point) in QUICK else FULL
+        )
+        for fail_point in among
     ]
 
 
@@ -92,12 +94,12 @@ def go_on(process: Process) -> datetime:
     return at
 
 
-def expect_server_struck(scene: Scene, place: FailPoint) -> str:
+def expect_server_struck(scene: Scene, fail_point: FailPoint) -> str:
     """Examine that the server stands where the place is; returns that in words."""
-    _, number, phase = SERVER_PLACES[place]
+    _, number, phase = SERVER_PLACES[fail_point]
     last = scene.history()[-1]
     assert (last["round"], last["phase"]) == (number, phase)
-    stored = [one["client"] for one in last["orders"] if one["state"] == "STORED"]
+    stored = [order["client"] for order in last["orders"] if order["state"] == "STORED"]
     whole = list((scene.folder / "server" / "models").glob("*.safetensors"))
     exported = (scene.folder / "server" / "model.safetensors").exists()
     shown: dict[FailPoint, Callable[[], bool]] = {
@@ -110,98 +112,108 @@ def expect_server_struck(scene: Scene, place: FailPoint) -> str:
         FailPoint.EVALUATED: lambda: scene.history()[number - 2]["evaluation"] is None,
         FailPoint.RUN_EXPORTED: lambda: exported,
     }
-    assert shown.get(place, lambda: True)(), f"the fault struck elsewhere: {last}"
+    assert shown.get(fail_point, lambda: True)(), f"the fault struck elsewhere: {last}"
     return f"round {number} {phase}, {len(stored)} updates recorded"
 
 
-@pytest.mark.parametrize("place", places("kill", SERVER_PLACES))
-def test_a_server_killed_at(scene: Scene, place: FailPoint, undisturbed: Undisturbed) -> None:
+@pytest.mark.parametrize("fail_point", places("kill", SERVER_PLACES))
+def test_a_server_killed_at(scene: Scene, fail_point: FailPoint, undisturbed: Undisturbed) -> None:
     """Started again with the same command it ends in the same models."""
-    times, _, _ = SERVER_PLACES[place]
+    times, _, _ = SERVER_PLACES[fail_point]
     port = fixed_port()
-    armed = {VARIABLE: f"{place}:kill:{times}"}
+    armed = {VARIABLE: f"{fail_point}:kill:{times}"}
     server = start_server(scene, *run_flags(TINY, port), **armed)
-    clients = [start_client(scene, one, server.address) for one in CLIENTS]
+    clients = [start_client(scene, client_id, server.address) for client_id in CLIENTS]
     assert server.wait() == -signal.SIGKILL
     struck_at = now()
-    landed = expect_server_struck(scene, place)
+    landed = expect_server_struck(scene, fail_point)
     server = start_server(scene, *run_flags(TINY, port))
     expect_clean_exits(server, *clients)
     expect_whole_run(scene, undisturbed)
-    conclude(scene, fault=f"kill -9 of the server at {place}", struck_at=struck_at, seen=[landed])
-
-
-@pytest.mark.parametrize("place", places("halt", SERVER_PLACES))
-def test_a_server_halted_at(scene: Scene, place: FailPoint, undisturbed: Undisturbed) -> None:
-    """Silent until its clients say that nobody answers, it goes on as if nothing was."""
-    times, _, _ = SERVER_PLACES[place]
-    server = start_server(
-        scene, *run_flags(TINY, fixed_port()), **{VARIABLE: f"{place}:halt:{times}"}
+    conclude(
+        scene, fault=f"kill -9 of the server at {fail_point}", struck_at=struck_at, seen=[landed]
     )
-    clients = [start_client(scene, one, server.address) for one in CLIENTS]
+
+
+@pytest.mark.parametrize("fail_point", places("halt", SERVER_PLACES))
+def test_a_server_halted_at(scene: Scene, fail_point: FailPoint, undisturbed: Undisturbed) -> None:
+    """Silent until its clients say that nobody answers, it goes on as if nothing was."""
+    times, _, _ = SERVER_PLACES[fail_point]
+    server = start_server(
+        scene, *run_flags(TINY, fixed_port()), **{VARIABLE: f"{fail_point}:halt:{times}"}
+    )
+    clients = [start_client(scene, client_id, server.address) for client_id in CLIENTS]
     # Only once it listens can it come by.
     server.wait_for_line("fedserver listening on")
     wait_until_halted(server)
-    landed = expect_server_struck(scene, place)
+    landed = expect_server_struck(scene, fail_point)
     clients[0].wait_for_line("no answer from")
     struck_at = go_on(server)
     expect_clean_exits(server, *clients)
     expect_whole_run(scene, undisturbed)
     seen = [landed, "the clients noticed"]
-    conclude(scene, fault=f"SIGSTOP of the server at {place}", struck_at=struck_at, seen=seen)
+    conclude(scene, fault=f"SIGSTOP of the server at {fail_point}", struck_at=struck_at, seen=seen)
 
 
-def expect_client_struck(scene: Scene, place: FailPoint) -> str:
+def expect_client_struck(scene: Scene, fail_point: FailPoint) -> str:
     """Examine that the client stands where the place is; returns that in words."""
     entry = scene.history()[1]
-    (order,) = (one for one in entry["orders"] if one["client"] == VICTIM)
-    assert order["state"] in CLIENT_PLACES[place], f"the fault struck elsewhere: {order}"
+    (order,) = (order for order in entry["orders"] if order["client"] == VICTIM)
+    assert order["state"] in CLIENT_PLACES[fail_point], f"the fault struck elsewhere: {order}"
     folder = scene.folder / f"client-{VICTIM}"
     has_model = (folder / "blobs" / entry["base_digest"]).exists()
     is_kept = (folder / "outbox" / f"{order['order_id']}.json").exists()
-    assert has_model == (place is not FailPoint.ORDER_PULLED)
-    assert is_kept == (place in (FailPoint.UPDATE_KEPT, FailPoint.RECEIPT_GIVEN))
+    assert has_model == (fail_point is not FailPoint.ORDER_PULLED)
+    assert is_kept == (fail_point in (FailPoint.UPDATE_KEPT, FailPoint.RECEIPT_GIVEN))
     return f"its order of round 2 {order['state']}"
 
 
-@pytest.mark.parametrize("place", places("kill", CLIENT_PLACES))
-def test_a_client_killed_at(scene: Scene, place: FailPoint, undisturbed: Undisturbed) -> None:
+@pytest.mark.parametrize("fail_point", places("kill", CLIENT_PLACES))
+def test_a_client_killed_at(scene: Scene, fail_point: FailPoint, undisturbed: Undisturbed) -> None:
     """Started again with the same command it delivers the same order, once."""
     server = start_server(scene, *run_flags(TINY, 0))
-    others = [start_client(scene, one, server.address) for one in CLIENTS if one != VICTIM]
-    victim = start_client(scene, VICTIM, server.address, **{VARIABLE: f"{place}:kill:2"})
+    others = [
+        start_client(scene, client_id, server.address)
+        for client_id in CLIENTS
+        if client_id != VICTIM
+    ]
+    victim = start_client(scene, VICTIM, server.address, **{VARIABLE: f"{fail_point}:kill:2"})
     assert victim.wait() == -signal.SIGKILL
     struck_at = now()
-    landed = expect_client_struck(scene, place)
+    landed = expect_client_struck(scene, fail_point)
     victim = start_client(scene, VICTIM, server.address)
     expect_clean_exits(server, victim, *others)
     expect_whole_run(scene, undisturbed)
     conclude(
         scene,
-        fault=f"kill -9 of a client at {place}",
+        fault=f"kill -9 of a client at {fail_point}",
         struck_at=struck_at,
         seen=[landed],
         client_id=VICTIM,
     )
 
 
-@pytest.mark.parametrize("place", places("halt", CLIENT_PLACES))
-def test_a_client_halted_at(scene: Scene, place: FailPoint, undisturbed: Undisturbed) -> None:
+@pytest.mark.parametrize("fail_point", places("halt", CLIENT_PLACES))
+def test_a_client_halted_at(scene: Scene, fail_point: FailPoint, undisturbed: Undisturbed) -> None:
     """Silent until everybody else waits for it, it goes on as if nothing was."""
     server = start_server(scene, *run_flags(TINY, 0))
-    others = [start_client(scene, one, server.address) for one in CLIENTS if one != VICTIM]
-    victim = start_client(scene, VICTIM, server.address, **{VARIABLE: f"{place}:halt:2"})
+    others = [
+        start_client(scene, client_id, server.address)
+        for client_id in CLIENTS
+        if client_id != VICTIM
+    ]
+    victim = start_client(scene, VICTIM, server.address, **{VARIABLE: f"{fail_point}:halt:2"})
     wait_until_halted(victim)
-    landed = expect_client_struck(scene, place)
+    landed = expect_client_struck(scene, fail_point)
     # All that can come before it goes on: 3 of round 1, and 2 of the round that waits for it.
-    num_rounds = 3 if place is FailPoint.RECEIPT_GIVEN else 2
+    num_rounds = 3 if fail_point is FailPoint.RECEIPT_GIVEN else 2
     server.wait_for_line("update-stored", times=3 * num_rounds - 1)
     struck_at = go_on(victim)
     expect_clean_exits(server, victim, *others)
     expect_whole_run(scene, undisturbed)
     conclude(
         scene,
-        fault=f"SIGSTOP of a client at {place}",
+        fault=f"SIGSTOP of a client at {fail_point}",
         struck_at=struck_at,
         seen=[landed, "everybody waited"],
         client_id=VICTIM,
@@ -209,9 +221,9 @@ def test_a_client_halted_at(scene: Scene, place: FailPoint, undisturbed: Undistu
 
 
 @FULL
-@pytest.mark.parametrize("place", [FailPoint.MODEL_FETCHED, FailPoint.UPDATE_KEPT])
+@pytest.mark.parametrize("fail_point", [FailPoint.MODEL_FETCHED, FailPoint.UPDATE_KEPT])
 def test_a_client_halted_too_long_is_done_without_and_taken_back(
-    scene: Scene, place: FailPoint
+    scene: Scene, fail_point: FailPoint
 ) -> None:
     """Without --require-all a silent client's order is given up; later it takes part again.
 
@@ -223,22 +235,26 @@ def test_a_client_halted_too_long_is_done_without_and_taken_back(
         *("--stall-after", 15, "--lease", 120, "--farewell", 120),
     )
     slow = {"TINY_STEP_S": "0.05"}
-    others = [start_client(scene, one, server.address, **slow) for one in CLIENTS if one != VICTIM]
-    victim = start_client(scene, VICTIM, server.address, **{VARIABLE: f"{place}:halt:2"})
+    others = [
+        start_client(scene, client_id, server.address, **slow)
+        for client_id in CLIENTS
+        if client_id != VICTIM
+    ]
+    victim = start_client(scene, VICTIM, server.address, **{VARIABLE: f"{fail_point}:halt:2"})
     wait_until_halted(victim)
-    landed = expect_client_struck(scene, place)
+    landed = expect_client_struck(scene, fail_point)
     server.wait_for_line("client-stalled")
     struck_at = go_on(victim)
     expect_clean_exits(server, victim, *others)
     history = scene.history()
     assert {entry["phase"] for entry in history} == {"DONE"}
     given_up = [(2, VICTIM, "ABANDONED")]
-    assert [one for one in verdicts(history) if one[2] != "COUNTED"] == given_up
+    assert [verdict for verdict in verdicts(history) if verdict[2] != "COUNTED"] == given_up
     assert (history[-1]["round"], VICTIM, "COUNTED") in verdicts(history)
     assert set(incident_kinds(history)) <= {"client-stalled", "update-late"}
     conclude(
         scene,
-        fault=f"SIGSTOP of a client at {place}, given up",
+        fault=f"SIGSTOP of a client at {fail_point}, given up",
         struck_at=struck_at,
         seen=[landed],
         client_id=VICTIM,

@@ -46,7 +46,7 @@ class Struck:
             *("--port", fixed_port(), "--rounds", 1, "--min-clients", end.num_clients),
             *("--seed", 5, "--farewell", 120, *end.flags),
         )
-        armed = {VARIABLE: f"{end.place}:{action}"}
+        armed = {VARIABLE: f"{end.fail_point}:{action}"}
         self.server: Server = start_server(scene, *self._flags, **armed)
         self.peers = self._connect()
 
@@ -74,17 +74,22 @@ class Struck:
     def end(self, deliverers: tuple[int, ...]) -> None:
         """Let the run end: these clients deliver well in the attempt that is open."""
         if deliverers:
-            deliver(open_round({one: self.peers[one] for one in deliverers}), *deliverers)
+            deliver(
+                open_round({client_id: self.peers[client_id] for client_id in deliverers}),
+                *deliverers,
+            )
         say_farewell(self.server, self.peers)
 
     def _connect(self) -> dict[int, Peer]:
-        return {one: Peer(self.server.address, one) for one in self._clients}
+        return {client_id: Peer(self.server.address, client_id) for client_id in self._clients}
 
 
 def deliver(opened: OpenRound, *client_ids: int) -> None:
     """Send a good update for each of these clients."""
-    for one in client_ids:
-        answer = opened.peers[one].upload(opened.orders[one], payload_of(changed(opened.base)))
+    for client_id in client_ids:
+        answer = opened.peers[client_id].upload(
+            opened.orders[client_id], payload_of(changed(opened.base))
+        )
         assert answer.receipt == pb.RECEIPT_STORED
 
 
@@ -152,7 +157,7 @@ class End:
 
     bring_about: Callable[[Struck, OpenRound], list[str]]
     """Returns the incidents that are then on record."""
-    place: FailPoint
+    fail_point: FailPoint
     counted: tuple[int, ...] = (1,)
     deliverers: tuple[int, ...] = (1,)
     """Who delivers afterwards, so that the run ends."""
@@ -202,9 +207,9 @@ def test_a_server_struck_when_something_has_ended_badly(
     history = scene.history()
     kinds = [kind for kind in incident_kinds(history) if kind not in OF_THE_FAULT]
     assert kinds == expected
-    counted = [one for one in verdicts(history) if one[2] == "COUNTED"]
+    counted = [verdict for verdict in verdicts(history) if verdict[2] == "COUNTED"]
     assert counted == [(1, client_id, "COUNTED") for client_id in end.counted]
-    assert [one["phase"] for one in history] == ["FAILED"] * end.num_failed + ["DONE"]
+    assert [entry["phase"] for entry in history] == ["FAILED"] * end.num_failed + ["DONE"]
     fault = "kill -9" if action == "kill" else "SIGSTOP"
     conclude(
         scene,

@@ -39,8 +39,10 @@ def start_behind_wire(
 ) -> list[Process]:
     """Start all clients, the first of them behind the wire."""
     return [
-        start_client(scene, one, wire.address if one == VICTIM else server.address, task=task)
-        for one in CLIENTS
+        start_client(
+            scene, client_id, wire.address if client_id == VICTIM else server.address, task=task
+        )
+        for client_id in CLIENTS
     ]
 
 
@@ -85,15 +87,15 @@ def test_a_flipped_bit_is_found_and_the_payload_sent_again(
     wire.wait_until_struck(way)
     struck_at = now()
     # A bit of what HTTP/2 or gRPC add, one byte in a thousand, breaks the connection in its place.
-    found = "the bytes don't match digest|arrived with other bytes|no answer from"
-    said = clients[VICTIM].wait_for_line(found)
+    pattern = "the bytes don't match digest|arrived with other bytes|no answer from"
+    line = clients[VICTIM].wait_for_line(pattern)
     expect_clean_exits(server, *clients)
     expect_same_models(scene.history(), undisturbed(BIG).history)
     conclude(
         scene,
         fault=f"a bit flipped in the {way_name(way)}",
         struck_at=struck_at,
-        seen=["dropped and sent again" if "bytes" in said else "connection broken"],
+        seen=["dropped and sent again" if "bytes" in line else "connection broken"],
         client_id=VICTIM,
     )
 
@@ -248,8 +250,8 @@ def test_connections_that_go_silent_are_left_within_30_s(
     downloading.hold(Way.DOWN, after_bytes=SIZE_BYTES // 2)
     uploading.hold(Way.UP, after_bytes=SIZE_BYTES // 2)
     clients = [
-        start_client(scene, one, wire.address, task=BIG)
-        for one, wire in zip(CLIENTS, wires, strict=True)
+        start_client(scene, client_id, wire.address, task=BIG)
+        for client_id, wire in zip(CLIENTS, wires, strict=True)
     ]
     server.wait_for_line(f"update-stored round=1 client={CLIENTS[0]} ")
     downloading.wait_until_held(Way.DOWN)

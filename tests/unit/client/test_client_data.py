@@ -116,8 +116,8 @@ def test_shares_of_images_are_the_same_bytes() -> None:
     cut, own = many.examples_of(4), alone.examples_of(4)
     assert isinstance(cut, TensorDataset)
     assert isinstance(own, TensorDataset)
-    for one, other in zip(cut.tensors, own.tensors, strict=True):
-        assert torch.equal(one, other)
+    for tensor, other in zip(cut.tensors, own.tensors, strict=True):
+        assert torch.equal(tensor, other)
 
 
 def test_another_run_is_another_share(requests: list[DataRequest]) -> None:

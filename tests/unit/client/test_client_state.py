@@ -122,8 +122,8 @@ def test_tensors_are_kept_with_it_and_forgotten_with_it(
     for number in (1, 2, 3):
         kept = ClientState(tensors={"control": {"w": torch.full((2,), number / 3)}})
         states.keep(f"order-{number}", kept, follows=f"order-{number - 1}")
-        found = states.promoted(f"order-{number}").tensors["control"]["w"]
-        assert torch.equal(found, torch.full((2,), number / 3))
+        tensor = states.promoted(f"order-{number}").tensors["control"]["w"]
+        assert torch.equal(tensor, torch.full((2,), number / 3))
     assert len(list(tmp_path.iterdir())) == 4
     assert torch.equal(states.promoted("order-2").tensors["control"]["w"], torch.full((2,), 2 / 3))
     (path,) = tmp_path.glob("order-2.control.*")

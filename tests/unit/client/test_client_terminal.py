@@ -102,10 +102,10 @@ def test_outside_of_a_terminal_a_long_order_gets_a_line(
 ) -> None:
     """Before it ends: whoever reads a log sees that it goes on."""
     monkeypatch.setattr(terminal, "_FIRST_LINE_AFTER_S", 0.0)
-    said = threading.Event()
+    shown = threading.Event()
 
     def hear(_: logging.LogRecord) -> bool:
-        said.set()
+        shown.set()
         return True
 
     caplog.handler.addFilter(hear)
@@ -117,7 +117,7 @@ def test_outside_of_a_terminal_a_long_order_gets_a_line(
         showing(screen),
         screen.working_on(order_of(4), progress),
     ):
-        assert said.wait(60)
+        assert shown.wait(60)
     assert "client 0, round 4: step 2 of 8" in caplog.messages[0]
 
 

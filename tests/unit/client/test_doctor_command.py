@@ -100,7 +100,7 @@ def test_a_fit_client_is_ready(doctor: DoctorCommand) -> None:
     """All is well, the classes are counted, the loss falls, and the code is 0."""
     code, checks, text = doctor("well", "--id", "3", "--steps", "20")
     assert code == 0
-    assert all(one.startswith("ok: ") for one in checks.values())
+    assert all(message.startswith("ok: ") for message in checks.values())
     assert checks["examples"].startswith("ok: 96, inputs [4, 5] float32 from ")
     assert checks["labels"] == "ok: 0 to 1, all from 0 to 1"
     assert checks["classes"] == "ok: 0: 48  1: 48"
@@ -143,7 +143,9 @@ def test_a_rate_that_is_too_high_is_checks_before_the_run_is(doctor: DoctorComma
     """The data is well; the first steps aren't, and a lower rate is what they lack."""
     code, checks, text = doctor("well", "--lr", "1e6", "--momentum", "0.5")
     assert code == 1
-    assert [what for what, one in checks.items() if one.startswith("error")] == ["first steps"]
+    assert [what for what, message in checks.items() if message.startswith("error")] == [
+        "first steps"
+    ]
     assert checks["first steps"].startswith("error: learning-rate at step ")
     assert "rate times" in text
 
@@ -170,7 +172,9 @@ def test_a_received_model_is_examined_on_this_clients_data(
     code, checks, _ = doctor("well", "--model", str(path), "--steps", "20")
     assert code == 0
     assert "of this data right, loss 0." in checks["received model"]
-    blown_up = {name: -1e4 * one if name == "3.weight" else one for name, one in _state(path)}
+    blown_up = {
+        name: -1e4 * tensor if name == "3.weight" else tensor for name, tensor in _state(path)
+    }
     write_state(path, blown_up)
     code, checks, _ = doctor("well", "--model", str(path))
     assert code == 1
@@ -187,7 +191,7 @@ def test_a_received_model_is_examined_on_this_clients_data(
 
 
 def _state(path: Path) -> list[tuple[str, Tensor]]:
-    return [(name, one.clone()) for name, one in decode_state(path.read_bytes()).items()]
+    return [(name, tensor.clone()) for name, tensor in decode_state(path.read_bytes()).items()]
 
 
 def test_no_examples_are_no_client(doctor: DoctorCommand) -> None:

@@ -116,7 +116,10 @@ def test_the_number_is_that_of_the_global_model_on_them(tmp_path: Path) -> None:
         update, _ = work_on(tmp_path, order_of(holdout=holdout), examples)
         numbers = examples.seen[:10] if measured is None else measured
         points = [examples[number] for number in numbers]
-        batch = (torch.stack([one for one, _ in points]), torch.stack([one for _, one in points]))
+        batch = (
+            torch.stack([inputs for inputs, _ in points]),
+            torch.stack([label for _, label in points]),
+        )
         expected = evaluate(model, [batch])
         assert update.metrics["global_accuracy"] == pytest.approx(expected.accuracy)
         assert update.metrics["global_loss"] == pytest.approx(expected.loss)

@@ -41,7 +41,7 @@ def test_what_was_put_is_found_again_by_another_process(outbox: Outbox, tmp_path
 def test_all_that_wait_are_listed_once(outbox: Outbox) -> None:
     """In the order of their names, none twice."""
     updates = [put(outbox, f"order-{number}") for number in (2, 1, 3)]
-    assert outbox.waiting() == sorted(updates, key=lambda one: one.order_id)
+    assert outbox.waiting() == sorted(updates, key=lambda update: update.order_id)
 
 
 @pytest.mark.parametrize("step", ["draft", "payload", "half a description"])

@@ -112,13 +112,13 @@ def test_stragglers_are_a_share_of_each_round_with_epochs_of_their_own(tmp_path:
     federation = SmallFederation(tmp_path, stragglers=0.9, epochs=20)
     cohort = range(10)
     rounds = [[order.training.epochs for order in federation.open_round(cohort)] for _ in range(30)]
-    assert all(sum(epochs == 20 for epochs in one) >= 1 for one in rounds)
-    drawn = [epochs for one in rounds for epochs in one if epochs != 20]
+    assert all(sum(epochs == 20 for epochs in assigned) >= 1 for assigned in rounds)
+    drawn = [epochs for assigned in rounds for epochs in assigned if epochs != 20]
     assert set(drawn) == set(range(1, 20))
-    assert len({tuple(one) for one in rounds}) == 30
-    place = {"round_number": 3, "attempt": 1}
+    assert len({tuple(assigned) for assigned in rounds}) == 30
+    attempt = {"round_number": 3, "attempt": 1}
     settings = ServerSettings(stragglers=0.9, epochs=20)
-    again = draw_stragglers(cohort, settings, **place)
+    again = draw_stragglers(cohort, settings, **attempt)
     assert len(again) == 9
-    assert again == draw_stragglers(list(cohort)[::-1], settings, **place)
-    assert [again.get(one, 20) for one in cohort] == rounds[2]
+    assert again == draw_stragglers(list(cohort)[::-1], settings, **attempt)
+    assert [again.get(client_id, 20) for client_id in cohort] == rounds[2]

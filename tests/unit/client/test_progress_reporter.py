@@ -39,7 +39,7 @@ def test_of_very_many_incidents_the_first_and_the_newest_are_told() -> None:
     reporter = ProgressReporter(lambda _, __: None, stop=threading.Event())
     for number in range(MAX_INCIDENTS + 100):
         reporter.note(Incident(kind=IncidentKind.TRAINING_DIAGNOSED, step=number))
-    told = reporter.unreported
-    assert [number for number, _ in told] == list(range(1, MAX_INCIDENTS + 1))
-    assert [one.step for _, one in told[:2]] == [0, 1]
-    assert told[-1][1].step == MAX_INCIDENTS + 99
+    unreported = reporter.unreported
+    assert [number for number, _ in unreported] == list(range(1, MAX_INCIDENTS + 1))
+    assert [incident.step for _, incident in unreported[:2]] == [0, 1]
+    assert unreported[-1][1].step == MAX_INCIDENTS + 99

@@ -23,17 +23,17 @@ def load_example(name: str, *packages: str) -> ModuleType:
     return importlib.import_module(f"examples.{name}")
 
 
-def expect_same_weights(mine: Any, theirs: Any) -> None:  # noqa: ANN401
+def expect_same_weights(mine: Any, expected: Any) -> None:  # noqa: ANN401
     """Compare two models bit for bit."""
-    for own, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+    for own, other in zip(mine.parameters(), expected.parameters(), strict=True):
         assert torch.equal(own, other)
 
 
 def expect_cured(doctor: Any, model: Any) -> None:  # noqa: ANN401
     """The bad example is named in the batch of its first epoch, and the model stays finite."""
-    assert [one.cause for one in doctor.diagnoses] == [Cause.BAD_DATA]
+    assert [diagnosis.cause for diagnosis in doctor.diagnoses] == [Cause.BAD_DATA]
     assert len(doctor.diagnoses[0].samples) == 1
-    assert all(bool(one.isfinite().all()) for one in model.parameters())
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -30,14 +30,14 @@ def test_a_case_without_its_fault_is_found_out() -> None:
     case = named("norm mlp nan in a row")
     assert objections(case)[0] == []
     harmless = replace(case, fault=Fault())
-    assert any("no harm is done" in one for one in objections(harmless)[0])
+    assert any("no harm is done" in objection for objection in objections(harmless)[0])
 
 
 def test_a_fault_planted_elsewhere_is_found_out() -> None:
     """The step that a case names is the one in which its fault strikes."""
     case = named("norm mlp nan in a row")
     elsewhere = replace(case, expected=replace(case.expected, step=30))
-    assert any("expected at step 30" in one for one in objections(elsewhere)[0])
+    assert any("expected at step 30" in objection for objection in objections(elsewhere)[0])
 
 
 def test_a_run_that_is_not_healthy_is_found_out() -> None:

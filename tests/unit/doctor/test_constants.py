@@ -85,12 +85,14 @@ def test_a_training_with_an_unstable_constant_is_healed(momentum: float, decay: 
     model = nn.Linear(4, 1)
     optimizer = SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=decay)
     doctor = Doctor(model, optimizer, compute_loss)
-    losses = [doctor.step((one, one.sum(dim=1, keepdim=True))).loss for one in inputs]
+    losses = [
+        doctor.step((features, features.sum(dim=1, keepdim=True))).loss for features in inputs
+    ]
     doctor.finish()
-    (found,) = doctor.diagnoses
-    assert found.cause in (Cause.LEARNING_RATE, Cause.OPTIMIZER_STATE)
-    assert found.remedy.kind is RemedyKind.RESET_OPTIMIZER
-    assert found.remedy.is_working
+    (diagnosis,) = doctor.diagnoses
+    assert diagnosis.cause in (Cause.LEARNING_RATE, Cause.OPTIMIZER_STATE)
+    assert diagnosis.remedy.kind is RemedyKind.RESET_OPTIMIZER
+    assert diagnosis.remedy.is_working
     assert losses[-1] < 1e-3 * losses[0]
     (group,) = optimizer.param_groups
     assert (group["momentum"], group["weight_decay"]) == (momentum, decay)

@@ -38,7 +38,7 @@ def make_batches(num: int = NUM_STEPS, *, size: int = 16) -> list[tuple[Tensor, 
     generator = torch.Generator().manual_seed(1)
     separating = torch.randn(8, 3, generator=generator)
     inputs = torch.randn(num, size, 8, generator=generator)
-    return [(one, (one @ separating).argmax(1)) for one in inputs]
+    return [(features, (features @ separating).argmax(1)) for features in inputs]
 
 
 def compute_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ class Trained:
 
     def weights(self) -> list[Tensor]:
         """Return the trained parameters."""
-        return [one.detach().clone() for one in self.model.parameters()]
+        return [parameter.detach().clone() for parameter in self.model.parameters()]
 
 
 def plain_weights() -> list[Tensor]:
@@ -102,7 +102,7 @@ def plain_weights() -> list[Tensor]:
         optimizer.zero_grad()
         compute_loss(model, batch)[0].backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return [one.detach() for one in model.parameters()]
+    return [parameter.detach() for parameter in model.parameters()]
 
 
 @pytest.mark.parametrize("is_armed", [True, False])
@@ -135,10 +135,10 @@ def test_a_bad_sample_that_did_no_harm_before_makes_the_next_one_no_less_odd() -
             inputs[4:7, 3] = 1e20
             labels[4:7] = torch.arange(3)
 
-    found = Trained(spoil=spoil).diagnosis
-    assert (found.cause, found.step) == (Cause.BAD_DATA, 22)
-    assert {one.oddity for one in found.samples} == {Oddity.OUTLIER}
-    assert found.remedy.kind is RemedyKind.DROP_SAMPLES
+    diagnosis = Trained(spoil=spoil).diagnosis
+    assert (diagnosis.cause, diagnosis.step) == (Cause.BAD_DATA, 22)
+    assert {sample.oddity for sample in diagnosis.samples} == {Oddity.OUTLIER}
+    assert diagnosis.remedy.kind is RemedyKind.DROP_SAMPLES
 
 
 @pytest.mark.parametrize(
@@ -152,24 +152,26 @@ def test_a_bad_sample_that_did_no_harm_before_makes_the_next_one_no_less_odd() -
 )
 def test_a_bad_sample_is_named_left_out_and_training_goes_on(value: float, oddity: Oddity) -> None:
     trained = Trained(spoil=spoil_input(value))
-    found = trained.diagnosis
-    assert (found.cause, found.step, found.batch) == (Cause.BAD_DATA, 20, 20)
-    assert [(one.position, one.index, one.oddity) for one in found.samples] == [(5, 2005, oddity)]
-    assert found.remedy.kind is RemedyKind.DROP_SAMPLES
-    assert found.remedy.is_working
-    outcomes = {one.name: one.is_healed for one in found.experiments}
+    diagnosis = trained.diagnosis
+    assert (diagnosis.cause, diagnosis.step, diagnosis.batch) == (Cause.BAD_DATA, 20, 20)
+    assert [(sample.position, sample.index, sample.oddity) for sample in diagnosis.samples] == [
+        (5, 2005, oddity)
+    ]
+    assert diagnosis.remedy.kind is RemedyKind.DROP_SAMPLES
+    assert diagnosis.remedy.is_working
+    outcomes = {experiment.name: experiment.is_healed for experiment in diagnosis.experiments}
     assert outcomes[ExperimentName.UNCHANGED] is False
     assert outcomes[ExperimentName.WITHOUT_SAMPLES] is True
     # A finite loss is watched for a while before anything is done.
     assert max(trained.losses[-3:]) < trained.losses[0]
-    assert all(bool(one.isfinite().all()) for one in trained.weights())
+    assert all(bool(weight.isfinite().all()) for weight in trained.weights())
 
 
 def test_a_lower_rate_or_clipping_that_also_heals_is_only_contributing() -> None:
     """An input of -1e7 is bad data, though the step also goes well when its gradient is clipped."""
-    found = Trained(spoil=spoil_input(-1e7)).diagnosis
-    assert found.cause is Cause.BAD_DATA
-    assert ExperimentName.CLIPPED_GRADIENT in found.contributing
+    diagnosis = Trained(spoil=spoil_input(-1e7)).diagnosis
+    assert diagnosis.cause is Cause.BAD_DATA
+    assert ExperimentName.CLIPPED_GRADIENT in diagnosis.contributing
 
 
 def test_a_label_out_of_range_is_found_before_it_does_harm() -> None:
@@ -177,15 +179,17 @@ def test_a_label_out_of_range_is_found_before_it_does_harm() -> None:
         if step in (9, 30):
             labels[2] = 3
 
-    found = Trained(spoil=spoil).diagnosis
-    assert (found.symptom, found.cause) == (Symptom.LABEL_OUT_OF_RANGE, Cause.BAD_LABEL)
-    assert [(one.position, one.oddity) for one in found.samples] == [(2, Oddity.LABEL_OUT_OF_RANGE)]
+    diagnosis = Trained(spoil=spoil).diagnosis
+    assert (diagnosis.symptom, diagnosis.cause) == (Symptom.LABEL_OUT_OF_RANGE, Cause.BAD_LABEL)
+    assert [(sample.position, sample.oddity) for sample in diagnosis.samples] == [
+        (2, Oddity.LABEL_OUT_OF_RANGE)
+    ]
 
 
 @pytest.mark.parametrize("lr", [30.0, 1e6])
 def test_a_rate_that_is_too_high_is_lowered(lr: float) -> None:
     trained = Trained(lr=lr)
-    assert {one.cause for one in trained.doctor.diagnoses} == {Cause.LEARNING_RATE}
+    assert {diagnosis.cause for diagnosis in trained.doctor.diagnoses} == {Cause.LEARNING_RATE}
     assert trained.doctor.diagnoses[0].remedy.kind is RemedyKind.LOWER_RATE
     # From the last good state on it learns: the last ten losses are below that of guessing.
     assert sum(trained.losses[-10:]) / 10 < math.log(3)
@@ -208,15 +212,15 @@ def test_weights_that_nobody_initialises_so_are_named_and_not_cured() -> None:
         trained = Trained(model=_overgrown(), is_initial=is_initial)
         assert trained.doctor.diagnoses[0].cause is cause
         assert trained.doctor.diagnoses[0].remedy.kind is RemedyKind.NONE
-        assert all(bool(one.isfinite().all()) for one in trained.model.parameters())
+        assert all(bool(parameter.isfinite().all()) for parameter in trained.model.parameters())
 
 
 def _overgrown() -> nn.Module:
     """Return a model whose weights are a thousand times as large as usual."""
     model = make_model()
     with torch.no_grad():
-        for one in model.parameters():
-            one.mul_(1000)
+        for parameter in model.parameters():
+            parameter.mul_(1000)
     return model
 
 
@@ -236,10 +240,10 @@ def test_a_loss_that_isnt_defined_everywhere_is_guarded() -> None:
         return -chosen.log().mean(), outputs
 
     trained = Trained(loss=naive, lr=1e-4)
-    found = trained.doctor.diagnoses[0]
-    assert (found.cause, found.origin.phase) == (Cause.LOSS_FUNCTION, StepPhase.LOSS)
-    assert found.origin.operation == "log"
-    assert found.remedy.kind is RemedyKind.GUARD_LOSS
+    diagnosis = trained.doctor.diagnoses[0]
+    assert (diagnosis.cause, diagnosis.origin.phase) == (Cause.LOSS_FUNCTION, StepPhase.LOSS)
+    assert diagnosis.origin.operation == "log"
+    assert diagnosis.remedy.kind is RemedyKind.GUARD_LOSS
     assert math.isfinite(trained.losses[-1])
 
 
@@ -247,16 +251,19 @@ def test_a_gradient_that_nobody_measured_is_placed_in_its_step() -> None:
     """At step 21 the root of 0 has the value 0 and an infinite slope; step 22 shows it."""
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        found, outputs = compute_loss(model, batch)
+        value, outputs = compute_loss(model, batch)
         assert isinstance(batch, tuple)
         if batch[0][0, 0] == MARK:
-            found = found + (outputs - outputs.detach()).sqrt().mean()
-        return found, outputs
+            value = value + (outputs - outputs.detach()).sqrt().mean()
+        return value, outputs
 
-    found = Trained(spoil=mark(21), loss=loss).diagnosis
-    assert (found.step, found.noticed_at_step) == (21, 22)
-    assert (found.symptom, found.cause) == (Symptom.NON_FINITE_GRADIENT, Cause.LOSS_FUNCTION)
-    assert found.origin.phase is StepPhase.BACKWARD
+    diagnosis = Trained(spoil=mark(21), loss=loss).diagnosis
+    assert (diagnosis.step, diagnosis.noticed_at_step) == (21, 22)
+    assert (diagnosis.symptom, diagnosis.cause) == (
+        Symptom.NON_FINITE_GRADIENT,
+        Cause.LOSS_FUNCTION,
+    )
+    assert diagnosis.origin.phase is StepPhase.BACKWARD
 
 
 def test_a_guarded_loss_without_a_gradient_is_left_to_itself() -> None:
@@ -270,9 +277,9 @@ def test_a_guarded_loss_without_a_gradient_is_left_to_itself() -> None:
         outputs = model(batch[0])
         return 20 + torch.log(-outputs.abs().sum()), outputs
 
-    found, dead = Trained(loss=loss).doctor.diagnoses
-    assert (found.symptom, found.cause) == (Symptom.NON_FINITE_LOSS, Cause.LOSS_FUNCTION)
-    assert found.remedy.kind is RemedyKind.GUARD_LOSS
+    diagnosis, dead = Trained(loss=loss).doctor.diagnoses
+    assert (diagnosis.symptom, diagnosis.cause) == (Symptom.NON_FINITE_LOSS, Cause.LOSS_FUNCTION)
+    assert diagnosis.remedy.kind is RemedyKind.GUARD_LOSS
     assert (dead.symptom, dead.cause) == (Symptom.DEAD_NETWORK, Cause.UNKNOWN)
 
 
@@ -287,10 +294,12 @@ def test_samples_left_out_one_by_one_are_no_remedies_that_are_counted() -> None:
 
     one_remedy = DoctorSettings(max_remedies=1)
     trained = Trained(spoil=mark(4, 24, 44), loss=loss, settings=one_remedy)
-    assert [one.step for one in trained.doctor.diagnoses] == [4, 24, 44]
-    assert {one.cause for one in trained.doctor.diagnoses} == {Cause.BAD_DATA}
-    assert {one.remedy.kind for one in trained.doctor.diagnoses} == {RemedyKind.DROP_SAMPLES}
-    assert {one.num_samples for one in trained.doctor.diagnoses} == {1}
+    assert [diagnosis.step for diagnosis in trained.doctor.diagnoses] == [4, 24, 44]
+    assert {diagnosis.cause for diagnosis in trained.doctor.diagnoses} == {Cause.BAD_DATA}
+    assert {diagnosis.remedy.kind for diagnosis in trained.doctor.diagnoses} == {
+        RemedyKind.DROP_SAMPLES
+    }
+    assert {diagnosis.num_samples for diagnosis in trained.doctor.diagnoses} == {1}
 
 
 def mark(*steps: int) -> Spoil:
@@ -318,11 +327,11 @@ def test_a_momentum_changed_from_outside_is_the_optimizers_state() -> None:
 
     original, torch.optim.SGD = torch.optim.SGD, Watched  # type: ignore[misc]
     try:
-        found = Trained(spoil=spoil).diagnosis
+        diagnosis = Trained(spoil=spoil).diagnosis
     finally:
         torch.optim.SGD = original  # type: ignore[misc]
-    assert found.cause is Cause.OPTIMIZER_STATE
-    assert found.remedy.is_working
+    assert diagnosis.cause is Cause.OPTIMIZER_STATE
+    assert diagnosis.remedy.is_working
 
 
 def test_what_doesnt_repeat_is_said_to_and_no_cause_is_claimed() -> None:
@@ -333,9 +342,9 @@ def test_what_doesnt_repeat_is_said_to_and_no_cause_is_claimed() -> None:
         loss, outputs = compute_loss(model, batch)
         return (loss * math.nan if next(calls) == 20 else loss), outputs
 
-    found = Trained(loss=fickle).diagnosis
-    assert found.cause is Cause.NOT_REPRODUCIBLE
-    assert found.remedy.kind is RemedyKind.REPEAT
+    diagnosis = Trained(loss=fickle).diagnosis
+    assert diagnosis.cause is Cause.NOT_REPRODUCIBLE
+    assert diagnosis.remedy.kind is RemedyKind.REPEAT
 
 
 def test_a_policy_decides_what_may_be_done() -> None:
@@ -390,8 +399,8 @@ def test_an_error_that_a_step_raised_at_random_comes_with_the_halt() -> None:
 
 def test_a_cured_training_repeats_bit_for_bit() -> None:
     first, again = (Trained(spoil=spoil_input(-1e20)) for _ in range(2))
-    for one, other in zip(first.weights(), again.weights(), strict=True):
-        assert torch.equal(one, other)
+    for weight, other in zip(first.weights(), again.weights(), strict=True):
+        assert torch.equal(weight, other)
 
 
 def test_little_memory_keeps_one_state_and_still_finds_the_cause() -> None:

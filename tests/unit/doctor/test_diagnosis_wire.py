@@ -53,11 +53,11 @@ def comparable(diagnosis: Diagnosis) -> str:
 def test_a_diagnosis_comes_back_as_it_was(way: Callable[[Diagnosis], Diagnosis]) -> None:
     """Every field, NaN and infinities included, and the same without samples."""
     whole = make_diagnosis()
-    defaults = {one.name: one.default for one in fields(Diagnosis)}
+    defaults = {field.name: field.default for field in fields(Diagnosis)}
     unset = [name for name, value in defaults.items() if getattr(whole, name) == value]
     assert unset == [], "the example leaves these out, so this test wouldn't see them lost"
-    for one in (whole, whole.without_samples()):
-        assert comparable(way(one)) == comparable(one)
+    for diagnosis in (whole, whole.without_samples()):
+        assert comparable(way(diagnosis)) == comparable(diagnosis)
 
 
 @WAYS
@@ -180,7 +180,7 @@ def test_the_verdict_is_a_sentence() -> None:
         "unknown at step 17 (the loss isn't finite; no experiment healed it): "
         "training stopped, no update"
     )
-    assert [is_cured(one) for one in (cured, lowered, stopped)] == [True, False, False]
+    assert [is_cured(diagnosis) for diagnosis in (cured, lowered, stopped)] == [True, False, False]
 
 
 def test_every_name_has_words() -> None:

@@ -21,7 +21,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     """Return batches of two classes."""
     generator = torch.Generator().manual_seed(5)
     inputs = torch.randn(NUM_STEPS, 8, 4, generator=generator)
-    return [(one, (one[:, 0] > 0).long()) for one in inputs]
+    return [(features, (features[:, 0] > 0).long()) for features in inputs]
 
 
 class Spoiling(torch.autograd.Function):
@@ -70,14 +70,17 @@ def skipping(model: nn.Module, loss: Loss) -> nn.Module:
     for batch in batches():
         optimizer.zero_grad()
         loss(model, batch).backward()  # type: ignore[no-untyped-call]
-        if all(one.grad is not None and one.grad.isfinite().all() for one in model.parameters()):
+        if all(
+            parameter.grad is not None and parameter.grad.isfinite().all()
+            for parameter in model.parameters()
+        ):
             optimizer.step()
     return model
 
 
 def loss_of(model: nn.Module) -> float:
     """Return the cross-entropy over all batches."""
-    inputs = torch.cat([one for one, _ in batches()])
+    inputs = torch.cat([features for features, _ in batches()])
     model.eval()
     with torch.no_grad():
         return float(F.cross_entropy(model(inputs), (inputs[:, 0] > 0).long()))
@@ -119,8 +122,8 @@ def test_an_examination_ends_when_its_time_is_up() -> None:
     """Then the cause is unknown, and training goes on."""
     settings = DoctorSettings(max_diagnosis_s=0.0)
     _, doctor = doctored(make_model(Spoiled), compute_loss, settings)
-    assert {one.cause for one in doctor.diagnoses} == {Cause.UNKNOWN}
-    assert all(one.num_replayed_steps == 0 for one in doctor.diagnoses)
+    assert {diagnosis.cause for diagnosis in doctor.diagnoses} == {Cause.UNKNOWN}
+    assert all(diagnosis.num_replayed_steps == 0 for diagnosis in doctor.diagnoses)
 
 
 def test_a_dead_network_is_told_even_if_nothing_helps() -> None:
@@ -133,8 +136,8 @@ def test_a_dead_network_is_told_even_if_nothing_helps() -> None:
     for batch in batches():
         doctor.step(batch)
     doctor.finish()
-    (found,) = doctor.diagnoses
-    assert (found.symptom, found.cause) == (Symptom.DEAD_NETWORK, Cause.UNKNOWN)
+    (diagnosis,) = doctor.diagnoses
+    assert (diagnosis.symptom, diagnosis.cause) == (Symptom.DEAD_NETWORK, Cause.UNKNOWN)
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,9 @@ def test_away_from_the_edge_it_is_torch_bit_for_bit(name: str, dtype: torch.dtyp
     for inputs in [*many[::60, None].unbind(), *many[::15].reshape(-1, 5).unbind(), many]:
         expected = value_and_gradient(function, inputs)
         with guarding():
-            found = value_and_gradient(function, inputs)
-        for ours, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+            actual = value_and_gradient(function, inputs)
+        for value, wanted in zip(actual, expected, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,7 +20,7 @@ def ages_after(num_steps: int, *, memory_bytes: int = 2**20) -> list[int]:
     history = StepHistory(memory_bytes=memory_bytes)
     for step in range(0, num_steps + 1, INTERVAL):
         history.keep(state(step))
-    return [num_steps - one.step for one in history.snapshots]
+    return [num_steps - snapshot.step for snapshot in history.snapshots]
 
 
 def test_the_last_128_steps_can_always_be_undone() -> None:

@@ -80,8 +80,8 @@ def test_the_operation_of_the_loss_is_named(name: str) -> None:
 
 def test_the_numbers_of_the_first_bad_tensor() -> None:
     """Its dtype, shape, counts, first position, and the largest number that went in."""
-    found = locate(network(Apply(lambda x: (small(x) * 0.5).log())), samples(), cross_entropy)
-    origin = origin_of(found)
+    fault = locate(network(Apply(lambda x: (small(x) * 0.5).log())), samples(), cross_entropy)
+    origin = origin_of(fault)
     assert origin == Origin(
         phase=StepPhase.FORWARD,
         module="1",
@@ -91,17 +91,17 @@ def test_the_numbers_of_the_first_bad_tensor() -> None:
         num_inf=1,
         first_index=(2, 1),
     )
-    assert found is not None
-    assert 0.25 < found.largest_input <= 0.5
+    assert fault is not None
+    assert 0.25 < fault.largest_input <= 0.5
 
 
 def test_an_overflow_in_half_precision_says_its_dtype_and_the_number() -> None:
     """Seventy thousand is a number in float32 and none in float16, which ends at 65504."""
-    found = locate(network(Apply(lambda x: (0 * x + 7e4).half())), samples(), in_float)
-    origin = origin_of(found)
+    fault = locate(network(Apply(lambda x: (0 * x + 7e4).half())), samples(), in_float)
+    origin = origin_of(fault)
     assert (origin.operation, origin.dtype, origin.num_inf) == ("_to_copy", "float16", 48)
-    assert found is not None
-    assert found.largest_input == pytest.approx(7e4)
+    assert fault is not None
+    assert fault.largest_input == pytest.approx(7e4)
 
 
 def in_float(model: nn.Module, batch: Batch) -> Tensor:
@@ -145,8 +145,8 @@ def test_infinities_that_die_are_no_fault(name: str) -> None:
     """Masks, paddings and starting values: the step is finite, so nothing is found."""
     model = network(Apply(HARMLESS[name]))
     optimizer = torch.optim.Adam(model.parameters())
-    found = locate(model, samples(), cross_entropy, optimizer_step=optimizer.step)
-    assert found is None
+    fault = locate(model, samples(), cross_entropy, optimizer_step=optimizer.step)
+    assert fault is None
 
 
 @pytest.mark.parametrize("name", HARMLESS)
@@ -185,8 +185,8 @@ def test_a_recurrent_network_and_a_transformer_are_healthy() -> None:
     assert locate(model, (tokens, tokens), cross_entropy, optimizer_step=step) is None
     with torch.no_grad():
         model.encoder.linear1.weight.fill_(3e38)
-    found = locate(model, (tokens, tokens), cross_entropy, optimizer_step=step)
-    assert where(found) == ("forward", "encoder.linear1", "addmm")
+    fault = locate(model, (tokens, tokens), cross_entropy, optimizer_step=step)
+    assert where(fault) == ("forward", "encoder.linear1", "addmm")
 
 
 def test_a_mask_made_by_a_logarithm_comes_after_the_fault_it_is_added_to() -> None:
@@ -196,8 +196,8 @@ def test_a_mask_made_by_a_logarithm_comes_after_the_fault_it_is_added_to() -> No
         mask = torch.eye(6)[2].log()
         return (scores.sigmoid() * 2 * 3e38 + mask).softmax(1)
 
-    found = locate(network(Apply(attend)), samples(), cross_entropy)
-    assert where(found) == ("forward", "1", "mul")
+    fault = locate(network(Apply(attend)), samples(), cross_entropy)
+    assert where(fault) == ("forward", "1", "mul")
 
 
 def test_a_network_with_its_own_softmax_and_logarithm() -> None:
@@ -231,8 +231,8 @@ def test_a_loss_module_of_the_models_own_is_the_losss() -> None:
 
     # Never called as a whole: its parts are its forward.
     assert where(locate(model, samples(), compute_loss)) == ("forward", "criterion", "log")
-    found = locate(Whole(), samples(), lambda m, b: m.get_submodule("criterion")(outputs_of(m, b)))
-    assert where(found) == ("loss", "criterion", "log")
+    fault = locate(Whole(), samples(), lambda m, b: m.get_submodule("criterion")(outputs_of(m, b)))
+    assert where(fault) == ("loss", "criterion", "log")
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -297,5 +297,5 @@ def test_a_buffer_that_overflows_though_the_loss_is_finite() -> None:
 def test_a_constant_that_reaches_the_loss_is_named_for_want_of_another_cause() -> None:
     """Nothing makes it worse on the way: where it was written is all there is to say."""
     model = network(Apply(lambda x: x.masked_fill(x < 0, -INF)))
-    found = locate(model, samples(), lambda m, b: hidden_of(m, b, last=1).amin())
-    assert where(found) == ("forward", "1", "masked_fill")
+    fault = locate(model, samples(), lambda m, b: hidden_of(m, b, last=1).amin())
+    assert where(fault) == ("forward", "1", "masked_fill")

@@ -36,10 +36,10 @@ BACKWARD_FAULTS: dict[str, tuple[Forward, str]] = {
 def test_the_operation_of_the_backward_is_named(name: str) -> None:
     """The loss is finite; the module is the one whose forward made the node of the graph."""
     function, operation = BACKWARD_FAULTS[name]
-    found = locate(network(Apply(function)), samples(), lambda m, b: cross_entropy(m, b)[0] * 1e10)
-    assert where(found) == ("backward", "1", operation)
+    fault = locate(network(Apply(function)), samples(), lambda m, b: cross_entropy(m, b)[0] * 1e10)
+    assert where(fault) == ("backward", "1", operation)
     # The hidden layer is the first whose gradient is made of it.
-    assert origin_of(found).tensor in ("0.weight", "0.bias")
+    assert origin_of(fault).tensor in ("0.weight", "0.bias")
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_what_where_leaves_out_comes_back_in_the_backward(
     function: Forward, operation: str
 ) -> None:
     """Zero times an infinite derivative: found, in the operation that made it infinite."""
-    found = locate(network(Apply(function)), samples(), cross_entropy)
-    assert where(found)[1:] == ("1", operation)
+    fault = locate(network(Apply(function)), samples(), cross_entropy)
+    assert where(fault)[1:] == ("1", operation)
 
 
 def test_the_losss_own_backward_has_no_module() -> None:
@@ -82,8 +82,8 @@ def test_a_module_within_modules_and_called_twice() -> None:
         def forward(self, inputs: Tensor) -> Tensor:
             return self.inner(self.inner(inputs))  # type: ignore[no-any-return]
 
-    found = locate(network(Twice()), samples(), cross_entropy)
-    assert where(found) == ("backward", "1.inner.1", "div")
+    fault = locate(network(Twice()), samples(), cross_entropy)
+    assert where(fault) == ("backward", "1.inner.1", "div")
 
 
 def test_backward_of_a_checkpointed_module() -> None:
@@ -135,14 +135,14 @@ def test_a_second_moment_that_overflows_before_the_weights_do(foreach: bool) -> 
         gradient[1] = 1e25
         optimizer.step()
 
-    found = locate(model, samples(), cross_entropy, optimizer_step=step)
-    origin = origin_of(found)
+    fault = locate(model, samples(), cross_entropy, optimizer_step=step)
+    origin = origin_of(fault)
     assert origin.phase is StepPhase.OPTIMIZER
     assert origin.tensor == "2.bias"
     assert (origin.shape, origin.num_inf, origin.first_index) == ((3,), 1, (1,))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert found is not None
-    assert found.largest_input == pytest.approx(1e25)
+    assert fault is not None
+    assert fault.largest_input == pytest.approx(1e25)
 
 
 def test_the_step_is_the_step_that_is_taken_without_watch() -> None:
@@ -167,9 +167,9 @@ def test_the_error_of_a_label_out_of_range() -> None:
     """Cross entropy raises it: phase LOSS, its operation; locate lets it pass."""
     inputs, labels = samples()
     labels[3] = 7
-    found = locate_error(network(), (inputs, labels), cross_entropy)
-    assert found is not None
-    error, origin, _ = found
+    located = locate_error(network(), (inputs, labels), cross_entropy)
+    assert located is not None
+    error, origin, _ = located
     assert isinstance(error, IndexError)
     assert (origin.phase, origin.module, origin.operation) == (
         *(StepPhase.LOSS, ""),
@@ -183,9 +183,9 @@ def test_the_error_of_batchnorm_with_one_sample() -> None:
     """Raised by Python before any operation: the module is known from where it came out."""
     inputs, labels = samples()
     model = network(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(6)))
-    found = locate_error(model, (inputs[:1], labels[:1]), cross_entropy)
-    assert found is not None
-    error, origin, _ = found
+    located = locate_error(model, (inputs[:1], labels[:1]), cross_entropy)
+    assert located is not None
+    error, origin, _ = located
     assert isinstance(error, ValueError)
     assert origin == Origin(phase=StepPhase.FORWARD, module="1.1")
 
@@ -193,25 +193,25 @@ def test_the_error_of_batchnorm_with_one_sample() -> None:
 def test_errors_of_shapes_in_forward_loss_and_backward() -> None:
     """Each phase says its own name."""
     inputs, labels = samples()
-    found = locate_error(network(), (inputs[:, :3], labels), cross_entropy)
-    assert found is not None
-    assert (found[1].phase, found[1].module) == (StepPhase.FORWARD, "0")
+    located = locate_error(network(), (inputs[:, :3], labels), cross_entropy)
+    assert located is not None
+    assert (located[1].phase, located[1].module) == (StepPhase.FORWARD, "0")
 
-    assert not found.mixes_dtypes
+    assert not located.mixes_dtypes
 
-    found = locate_error(network(), (inputs.double(), labels), cross_entropy)
-    assert found is not None
-    assert (found.origin.phase, found.origin.module) == (StepPhase.FORWARD, "0")
-    assert found.mixes_dtypes
+    located = locate_error(network(), (inputs.double(), labels), cross_entropy)
+    assert located is not None
+    assert (located.origin.phase, located.origin.module) == (StepPhase.FORWARD, "0")
+    assert located.mixes_dtypes
 
-    found = locate_error(network(), (inputs, labels[:5]), cross_entropy)
-    assert found is not None
-    assert (found[1].phase, found[1].module) == (StepPhase.LOSS, "")
+    located = locate_error(network(), (inputs, labels[:5]), cross_entropy)
+    assert located is not None
+    assert (located[1].phase, located[1].module) == (StepPhase.LOSS, "")
 
     def without_gradient(model: nn.Module, batch: Batch) -> Tensor:
         return cross_entropy(model, batch)[0].detach()
 
-    found = locate_error(network(), (inputs, labels), without_gradient)
-    assert found is not None
-    assert (found[1].phase, found[1].operation) == (StepPhase.BACKWARD, "")
+    located = locate_error(network(), (inputs, labels), without_gradient)
+    assert located is not None
+    assert (located[1].phase, located[1].operation) == (StepPhase.BACKWARD, "")
     assert locate_error(network(), (inputs, labels), cross_entropy) is None

@@ -57,9 +57,9 @@ FORMS: dict[str, tuple[Function, Function]] = {
 def test_a_loss_has_its_stable_forms_value_and_gradient(name: str) -> None:
     naive, stable = FORMS[name]
     with guarding():
-        found = value_and_gradient(naive, INPUTS)
-    for ours, theirs in zip(found, value_and_gradient(stable, INPUTS), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        actual = value_and_gradient(naive, INPUTS)
+    for value, wanted in zip(actual, value_and_gradient(stable, INPUTS), strict=True):
+        torch.testing.assert_close(value, wanted)
 
 
 def test_a_factor_that_isnt_positive_has_no_logarithm() -> None:

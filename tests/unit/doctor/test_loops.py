@@ -45,7 +45,8 @@ def batches(*, is_faulty: bool) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(5)
     inputs = torch.randn(NUM_STEPS, 8, 4, generator=generator)
     given = [
-        {"x": one.clone(), "labels": (one[:, 0] > 0).long(), "id": ["a"] * 8} for one in inputs
+        {"x": features.clone(), "labels": (features[:, 0] > 0).long(), "id": ["a"] * 8}
+        for features in inputs
     ]
     if is_faulty:
         given[BAD_STEP - 1]["x"][BAD_SAMPLE, 2] = torch.nan
@@ -151,7 +152,10 @@ def frozen() -> Setup:
     for parameter in model[0].parameters():  # type: ignore[index]
         parameter.requires_grad_(False)
     return Setup(
-        model, torch.optim.SGD([one for one in model.parameters() if one.requires_grad], 0.1)
+        model,
+        torch.optim.SGD(
+            [parameter for parameter in model.parameters() if parameter.requires_grad], 0.1
+        ),
     )
 
 
@@ -202,11 +206,13 @@ LOOPS = {
     "L-BFGS": Loop(lambda: simple(lbfgs), needs_closure=True),
     "moving average": Loop(with_average),
     "plateau": Loop(
-        lambda: with_outer(lambda one: lr_scheduler.ReduceLROnPlateau(one, patience=0)),
+        lambda: with_outer(lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)),
         after=step_schedule,
     ),
     "schedule by epoch": Loop(
-        lambda: with_outer(lambda one: lr_scheduler.OneCycleLR(one, 0.2, total_steps=10)),
+        lambda: with_outer(
+            lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=10)
+        ),
         after=step_schedule,
     ),
     "unfreezing": Loop(frozen, after=unfreeze),
@@ -280,7 +286,7 @@ def test_a_healthy_training_keeps_every_bit(name: str) -> None:
     plain, _ = train(LOOPS[name], is_doctored=False)
     doctored, doctor = train(LOOPS[name], is_doctored=True)
     assert doctor.diagnoses == []
-    assert all(torch.equal(one, other) for one, other in zip(plain, doctored, strict=True))
+    assert all(torch.equal(tensor, other) for tensor, other in zip(plain, doctored, strict=True))
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -289,8 +295,8 @@ def test_a_bad_sample_is_named_and_left_out(name: str) -> None:
     left, doctor = train(LOOPS[name], is_doctored=True, is_faulty=True)
     (diagnosis,) = doctor.diagnoses
     assert (diagnosis.cause, diagnosis.step) == (Cause.BAD_DATA, BAD_STEP)
-    assert [one.position for one in diagnosis.samples] == [BAD_SAMPLE]
-    assert all(bool(one.isfinite().all()) for one in left)
+    assert [sample.position for sample in diagnosis.samples] == [BAD_SAMPLE]
+    assert all(bool(tensor.isfinite().all()) for tensor in left)
 
 
 def test_a_scaler_that_would_leave_out_every_step_is_no_scaler_s_matter() -> None:
@@ -316,7 +322,7 @@ def test_two_optimizers_that_take_turns_have_a_doctor_each() -> None:
     def run(*, is_doctored: bool, is_faulty: bool) -> tuple[list[Tensor], list[Any]]:
         torch.manual_seed(3)
         maker, judge = nn.Linear(2, 4), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-        both = [torch.optim.Adam(one.parameters(), 0.01) for one in (judge, maker)]
+        both = [torch.optim.Adam(model.parameters(), 0.01) for model in (judge, maker)]
 
         def loss_of_judge(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
             real, fake = model(batch["real"]), model(batch["fake"])
@@ -337,23 +343,23 @@ def test_two_optimizers_that_take_turns_have_a_doctor_each() -> None:
                 doctors[0].step(given)
                 doctors[1].step(noise)
                 continue
-            for optimizer, loss, model, one in (
+            for optimizer, loss, model, inputs in (
                 (both[0], loss_of_judge, judge, given),
                 (both[1], loss_of_maker, maker, noise),
             ):
                 optimizer.zero_grad()
-                loss(model, one).backward()  # type: ignore[arg-type,no-untyped-call]
+                loss(model, inputs).backward()  # type: ignore[arg-type,no-untyped-call]
                 optimizer.step()
-        found = [each for one in doctors for each in one.diagnoses]
-        return [*maker.parameters(), *judge.parameters()], found
+        diagnoses = [each for doctor in doctors for each in doctor.diagnoses]
+        return [*maker.parameters(), *judge.parameters()], diagnoses
 
     plain, _ = run(is_doctored=False, is_faulty=False)
-    doctored, found = run(is_doctored=True, is_faulty=False)
-    assert found == []
-    assert all(torch.equal(one, other) for one, other in zip(plain, doctored, strict=True))
+    doctored, diagnoses = run(is_doctored=True, is_faulty=False)
+    assert diagnoses == []
+    assert all(torch.equal(tensor, other) for tensor, other in zip(plain, doctored, strict=True))
     left, (diagnosis,) = run(is_doctored=True, is_faulty=True)
     assert (diagnosis.cause, diagnosis.step) == (Cause.BAD_DATA, BAD_STEP)
-    assert all(bool(one.isfinite().all()) for one in left)
+    assert all(bool(tensor.isfinite().all()) for tensor in left)
 
 
 class Parallel(nn.Linear):

@@ -38,13 +38,13 @@ PUBLIC = (
 
 def modules() -> Iterator[ModuleType]:
     """Yield the doctor's modules."""
-    for one in pkgutil.iter_modules(fedrounds.doctor.__path__):
-        yield importlib.import_module(f"fedrounds.doctor.{one.name}")
+    for info in pkgutil.iter_modules(fedrounds.doctor.__path__):
+        yield importlib.import_module(f"fedrounds.doctor.{info.name}")
 
 
 def internal_functions() -> Iterator[tuple[str, list[tuple[object, str]]]]:
     """Yield each function and method by its name, and wherever it is looked up."""
-    named = {one.__name__.rpartition(".")[2]: one for one in modules()}
+    named = {module.__name__.rpartition(".")[2]: module for module in modules()}
     for name, module in named.items():
         if name in SPARED:
             continue
@@ -107,7 +107,7 @@ def batches(*, is_faulty: bool) -> list[tuple[Tensor, Tensor]]:
     """Return the batches of a training, in one of which an input is NaN."""
     generator = torch.Generator().manual_seed(5)
     drawn = torch.randn(NUM_STEPS, 8, 4, generator=generator)
-    given = [(one.clone(), (one[:, 0] > 0).long()) for one in drawn]
+    given = [(features.clone(), (features[:, 0] > 0).long()) for features in drawn]
     if is_faulty:
         given[BAD_STEP - 1][0][2, 1] = torch.nan
     return given
@@ -171,11 +171,11 @@ def test_whatever_fails_in_the_doctor_the_training_goes_on(
                 trained = train(is_faulty=is_faulty, spoil=spoil)
             except TrainingHalted:
                 assert is_faulty, name
-        told = [one for one in caplog.records if "the doctor failed" in one.message]
-        assert len(told) <= 1, name
-        num_failed += len(told)
-        for mine, theirs in zip(trained, plain, strict=not is_faulty):
-            assert is_faulty or torch.equal(mine, theirs), name
+        warnings = [record for record in caplog.records if "the doctor failed" in record.message]
+        assert len(warnings) <= 1, name
+        num_failed += len(warnings)
+        for mine, undoctored in zip(trained, plain, strict=not is_faulty):
+            assert is_faulty or torch.equal(mine, undoctored), name
     # The test itself is of use only where the functions are called.
     assert num_failed > 15
 
@@ -189,8 +189,8 @@ def test_a_doctor_that_fails_before_the_first_step_is_off(
 ) -> None:
     """Also one that is disarmed: it would only have stopped what isn't finite."""
     owner, _, method = name.rpartition(".")
-    place = f"fedrounds.doctor.nan_guard.{owner}" if owner else "fedrounds.doctor.doctor"
-    monkeypatch.setattr(f"{place}.{method}", partial(fail_as, name))
+    owner_path = f"fedrounds.doctor.nan_guard.{owner}" if owner else "fedrounds.doctor.doctor"
+    monkeypatch.setattr(f"{owner_path}.{method}", partial(fail_as, name))
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     torch.manual_seed(9)
@@ -199,8 +199,8 @@ def test_a_doctor_that_fails_before_the_first_step_is_off(
     for batch in batches(is_faulty=False):
         doctor.step(batch)
     doctor.finish()
-    for mine, theirs in zip(model.parameters(), plain, strict=True):
-        assert torch.equal(mine, theirs)
+    for mine, undoctored in zip(model.parameters(), plain, strict=True):
+        assert torch.equal(mine, undoctored)
 
 
 def learn(
@@ -262,8 +262,8 @@ def test_new_classes_are_no_fault() -> None:
     plain, _ = learn(120, draw=draw, is_doctored=False)
     assert doctor is not None
     assert doctor.diagnoses == []
-    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    for mine, undoctored in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, undoctored)
 
 
 def test_of_a_rate_that_spikes_once_only_that_step_is_left_out() -> None:
@@ -277,8 +277,8 @@ def test_of_a_rate_that_spikes_once_only_that_step_is_left_out() -> None:
 
     model, doctor = learn(90, draw=draw, is_doctored=True, make_scheduler=spike)
     assert doctor is not None
-    (found,) = doctor.diagnoses
-    assert found.remedy.kind is RemedyKind.SKIP_BATCH
+    (diagnosis,) = doctor.diagnoses
+    assert diagnosis.remedy.kind is RemedyKind.SKIP_BATCH
     assert doctor.treatment.keeps_settings
     assert accuracy(model) > 0.9
 
@@ -293,8 +293,8 @@ def test_a_schedule_that_the_loop_steps_itself_is_not_changed() -> None:
     for step, batch in enumerate(batches(is_faulty=True), start=1):
         optimizer.param_groups[0]["lr"] = 0.1 / step
         rates.append(doctor.step(batch).lr)
-    (found,) = doctor.diagnoses
-    assert found.cause is Cause.BAD_DATA
+    (diagnosis,) = doctor.diagnoses
+    assert diagnosis.cause is Cause.BAD_DATA
     assert rates == [0.1 / step for step in range(1, NUM_STEPS + 1)]
 
 
@@ -312,7 +312,7 @@ def test_parameters_that_are_unfrozen_later_are_trained_on() -> None:
             first.requires_grad_(True)
             optimizer.add_param_group({"params": list(first.parameters())})
         doctor.step(batch)
-    assert [one.cause for one in doctor.diagnoses] == [Cause.BAD_DATA]
+    assert [diagnosis.cause for diagnosis in doctor.diagnoses] == [Cause.BAD_DATA]
     assert not torch.equal(before, first.weight)
 
 
@@ -334,8 +334,11 @@ def test_labels_that_the_loss_ignores_are_healthy(ignored: int) -> None:
         if step == BAD_STEP:
             labels[5] = 9
         doctor.step((inputs, labels, torch.arange(8)))
-    (found,) = doctor.diagnoses
-    assert (found.cause, [one.position for one in found.samples]) == (Cause.BAD_LABEL, [5])
+    (diagnosis,) = doctor.diagnoses
+    assert (diagnosis.cause, [sample.position for sample in diagnosis.samples]) == (
+        Cause.BAD_LABEL,
+        [5],
+    )
 
 
 def test_more_than_may_be_left_out_is_told_and_stops() -> None:
@@ -413,8 +416,8 @@ def test_clipped_gradients_are_those_of_a_plain_loop(clip_norm: float) -> None:
         nn.utils.clip_grad_norm_(plain.parameters(), clip_norm)
         optimizer.step()
     doctor.finish()
-    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    for mine, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, expected)
 
 
 def test_a_buffer_that_stops_being_finite_is_told() -> None:

@@ -111,7 +111,7 @@ def diagnoses_of(part: Written | None) -> list[Diagnosis]:
 )
 def test_a_write_that_does_harm_is_the_cause(part: Written, cause: Cause) -> None:
     diagnoses = diagnoses_of(part)
-    assert [(one.cause, one.step) for one in diagnoses] == [(cause, WRITTEN_AT)]
+    assert [(diagnosis.cause, diagnosis.step) for diagnosis in diagnoses] == [(cause, WRITTEN_AT)]
     assert diagnoses[0].remedy.is_working
 
 

@@ -28,7 +28,7 @@ def test_a_loop_of_ones_own_is_cured_with_the_proof_shown(
     assert re.search(r"unchanged +fails at step \d+", shown)
     assert re.search(r"without the suspects +1 +goes well", shown)
     assert float(re.findall(r"Right on (\S+)% of 500", shown)[0]) > 95
-    losses = [float(one) for one in re.findall(r"loss (\S+) after", shown)]
+    losses = [float(loss) for loss in re.findall(r"loss (\S+) after", shown)]
     assert losses[-1] < losses[0]
 
 
@@ -43,6 +43,6 @@ def test_the_program_in_the_documentation_does_what_it_says(
     runpy.run_path(str(copy))
     first, *verdicts = capsys.readouterr().out.splitlines()
     assert float(first.split()[1]) < 0.5
-    assert [re.sub(r"\d+", "N", one) for one in verdicts] == [
+    assert [re.sub(r"\d+", "N", verdict) for verdict in verdicts] == [
         "bad-data at step N (N sample with NaN in the input): dropped, training went on"
     ]

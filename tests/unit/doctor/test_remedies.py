@@ -89,8 +89,8 @@ def test_of_a_high_rate_the_step_is_skipped_that_did_the_harm(cause: Cause, expe
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_a_step_is_skipped_for_its_rate_first_only_if_none_was_just_before(is_alone: bool) -> None:
     lower = Experiment(name=ExperimentName.LOWER_RATE, is_healed=True, value=0.1)
-    found = replace(finding(Cause.LEARNING_RATE), experiments=(lower,))
-    first, second = candidates_for(found, RemedyPolicy.CURE, is_finite=False, is_alone=is_alone)
+    case = replace(finding(Cause.LEARNING_RATE), experiments=(lower,))
+    first, second = candidates_for(case, RemedyPolicy.CURE, is_finite=False, is_alone=is_alone)
     assert (first.kind is RemedyKind.SKIP_BATCH) == is_alone
     assert {first.kind, second.kind} == {RemedyKind.SKIP_BATCH, RemedyKind.LOWER_RATE}
 
@@ -108,15 +108,15 @@ def test_a_sample_without_an_oddity_is_left_out_wherever_its_number_is() -> None
     steps = [recorded(1, [6, 2]), recorded(2, [3, 4]), recorded(9, [5, 6])]
     treatment = leaving_out_earlier(UNTREATED, finding(Cause.BAD_DATA, samples=(sample,)), steps)
     assert treatment.without == {(1, 0), (9, 1)}
-    assert [holds_left_out(one, treatment, TRAINING) for one in steps] == [True, False, True]
+    assert [holds_left_out(step, treatment, TRAINING) for step in steps] == [True, False, True]
 
 
 def test_an_odd_sample_is_known_in_earlier_steps_by_its_oddity() -> None:
     """Without numbers in the data set: 50 is beyond the largest input that stays, 10."""
     sample = SuspectSample(position=1, oddity=Oddity.OUTLIER)
-    found = finding(Cause.BAD_DATA, samples=(sample,), max_input=10.0)
+    case = finding(Cause.BAD_DATA, samples=(sample,), max_input=10.0)
     remedy = Remedy(kind=RemedyKind.DROP_SAMPLES, oddity=Oddity.OUTLIER, value=10.0)
-    treatment = applied(UNTREATED, remedy, found)
+    treatment = applied(UNTREATED, remedy, case)
     steps = [recorded(1, [50, 2]), recorded(2, [3, 4]), recorded(3, [50], is_taken=False)]
-    assert leaving_out_earlier(treatment, found, steps).without == frozenset()
-    assert [holds_left_out(one, treatment, TRAINING) for one in steps] == [True, False, False]
+    assert leaving_out_earlier(treatment, case, steps).without == frozenset()
+    assert [holds_left_out(step, treatment, TRAINING) for step in steps] == [True, False, False]

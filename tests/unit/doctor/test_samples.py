@@ -71,10 +71,10 @@ def test_suspects_are_a_hint_and_never_believed(
     """Suspected samples, rightly or wrongly, change the number of tries and not the answer."""
     count, bad = drawn
     suspects = data.draw(st.lists(st.integers(-1, count), unique=True))
-    found = failing_samples(
+    failing = failing_samples(
         numbered(count), lambda batch: bool(positions_of(batch) & bad), suspects=suspects
     )
-    assert set(found) == bad
+    assert set(failing) == bad
 
 
 @given(st.integers(8, 40), st.data())
@@ -84,12 +84,12 @@ def test_beside_samples_that_go_well_each_is_judged_where_none_can_be_alone(
 ) -> None:
     """As under BatchNorm, whose single sample always fails: an eighth may be bad."""
     bad = data.draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=max(1, count // 8)))
-    found = failing_samples(
+    failing = failing_samples(
         numbered(count),
         lambda batch: len(positions_of(batch)) < 2 or bool(positions_of(batch) & bad),
         suspects=data.draw(st.sampled_from([[], sorted(bad), [0, 1, *sorted(bad)]])),
     )
-    assert set(found) == bad
+    assert set(failing) == bad
 
 
 @given(st.integers(4, 40), st.data())
@@ -97,10 +97,10 @@ def test_beside_samples_that_go_well_each_is_judged_where_none_can_be_alone(
 def test_a_combination_is_found_and_made_small(count: int, data: st.DataObject) -> None:
     """Two or three samples that fail only together: exactly these."""
     together = data.draw(st.sets(st.integers(0, count - 1), min_size=2, max_size=3))
-    found = failing_samples(
+    failing = failing_samples(
         numbered(count), lambda batch: together <= positions_of(batch), max_tries=200
     )
-    assert set(found) == together
+    assert set(failing) == together
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 32, 100])
@@ -197,9 +197,9 @@ def test_inputs_and_labels_are_told_apart() -> None:
 
 def odd_of(batch: Batch, healthy: list[Batch], num_classes: int | None = 10) -> dict[int, Oddity]:
     """Return the oddity of each odd sample."""
-    found = oddities(batch, num_classes=num_classes, healthy=healthy)
-    assert all(sample.position == position for position, sample in found.items())
-    return {position: sample.oddity for position, sample in found.items()}
+    odd = oddities(batch, num_classes=num_classes, healthy=healthy)
+    assert all(sample.position == position for position, sample in odd.items())
+    return {position: sample.oddity for position, sample in odd.items()}
 
 
 def digits(count: int = 32, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -218,8 +218,8 @@ def test_each_oddity_is_told() -> None:
     images[6] = 0
     labels[7], labels[8], labels[9] = 10, -1, -100
     healthy: list[Batch] = [digits(seed=1)]
-    found = oddities((images, labels), num_classes=10, healthy=healthy)
-    assert {position: (sample.oddity, sample.value) for position, sample in found.items()} == {
+    odd = oddities((images, labels), num_classes=10, healthy=healthy)
+    assert {position: (sample.oddity, sample.value) for position, sample in odd.items()} == {
         3: (Oddity.NAN, 2.0),
         4: (Oddity.INFINITY, 3.0),
         # Every picture's largest pixel is 1, so the deviation is its least, a tenth of that.
@@ -284,8 +284,8 @@ def test_samples_in_lists_are_items_and_texts_go_with_their_samples() -> None:
     boxes = [{"boxes": torch.rand(number + 1, 4)} for number in range(5)]
     assert batch_size((images, boxes)) == 5
     some_images, some_boxes = take((images, boxes), [1, 4])
-    assert [id(one) for one in some_images] == [id(images[1]), id(images[4])]
-    assert [len(one["boxes"]) for one in some_boxes] == [2, 5]
+    assert [id(image) for image in some_images] == [id(images[1]), id(images[4])]
+    assert [len(sample["boxes"]) for sample in some_boxes] == [2, 5]
     assert labels_of((images, boxes)) is None
 
     texts = {"text": ["a", "b", "c"], "id": torch.arange(3), "nothing": None, "task": "x"}

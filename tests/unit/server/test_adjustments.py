@@ -68,7 +68,7 @@ def test_two_clients_and_a_third_of_those_that_answered_must_agree(
 ) -> None:
     """Fewer say nothing about the run; what is said of it names them."""
     reports = [(client, RATE) for client in range(num_reporting)]
-    found, shared = after_attempt(
+    adjustments, shared = after_attempt(
         NO_ADJUSTMENTS,
         reports,
         round_number=2,
@@ -76,8 +76,8 @@ def test_two_clients_and_a_third_of_those_that_answered_must_agree(
         num_answers=num_answers,
         max_steps=3,
     )
-    assert (found.lr_factor == 0.5) == acts
-    assert [one.clients for one in shared] == [tuple(range(num_reporting))] * acts
+    assert (adjustments.lr_factor == 0.5) == acts
+    assert [cause.clients for cause in shared] == [tuple(range(num_reporting))] * acts
     # One client that says it twice is one client, and two causes aren't one.
     assert after([(0, RATE), (0, RATE)], is_done=False) == NO_ADJUSTMENTS
     other = reported(Cause.EXPLODING_GRADIENT, ExperimentName.CLIPPED_GRADIENT, 1.0)
@@ -105,37 +105,37 @@ def test_the_rate_is_multiplied_by_what_heals_it_for_all(
         (0, reported(Cause.LEARNING_RATE, name, *first, failing=(0.7,))),
         (1, reported(Cause.LEARNING_RATE, name, *second)),
     ]
-    found = after(reports, is_done=False)
-    assert found == Adjustments(lr_factor=factor, num_lowered=1)
-    assert adjusted(TrainingConfig(lr=0.2), found) == TrainingConfig(lr=0.2 * factor)
+    adjustments = after(reports, is_done=False)
+    assert adjustments == Adjustments(lr_factor=factor, num_lowered=1)
+    assert adjusted(TrainingConfig(lr=0.2), adjustments) == TrainingConfig(lr=0.2 * factor)
 
 
 def test_the_remedy_that_worked_counts_too() -> None:
     """0.25 is what the client itself did; it tried no other."""
     cured = Remedy(kind=RemedyKind.LOWER_RATE, value=0.25, is_working=True)
-    reports = [(one, reported(Cause.LEARNING_RATE, remedy=cured)) for one in range(2)]
+    reports = [(client_id, reported(Cause.LEARNING_RATE, remedy=cured)) for client_id in range(2)]
     assert after(reports).lr_factor == 0.25
 
 
 def test_steps_are_bounded_and_taken_back_one_by_one() -> None:
     """1 -> 1/2 -> 1/4 -> 1/8, no further; then a good round each: 1/4, 1/2, 1, and it may again."""
     reports = [(0, RATE), (1, RATE)]
-    found = NO_ADJUSTMENTS
+    adjustments = NO_ADJUSTMENTS
     factors = []
     for _ in range(4):
-        found = after(reports, found, is_done=False)
-        factors.append(found.lr_factor)
+        adjustments = after(reports, adjustments, is_done=False)
+        factors.append(adjustments.lr_factor)
     assert factors == [0.5, 0.25, 0.125, 0.125]
     # A failed attempt takes nothing back, and neither does a round in which one still complains.
-    assert after([], found, is_done=False) == found
-    assert after([(0, RATE)], found) == found
+    assert after([], adjustments, is_done=False) == adjustments
+    assert after([(0, RATE)], adjustments) == adjustments
     factors = []
     for _ in range(3):
-        found = after([], found)
-        factors.append(found.lr_factor)
+        adjustments = after([], adjustments)
+        factors.append(adjustments.lr_factor)
     assert factors == [0.25, 0.5, 1.0]
-    assert found == NO_ADJUSTMENTS
-    assert after(reports, replace(found, lr_factor=0.3, num_lowered=3)).lr_factor == 0.3
+    assert adjustments == NO_ADJUSTMENTS
+    assert after(reports, replace(adjustments, lr_factor=0.3, num_lowered=3)).lr_factor == 0.3
 
 
 def test_gradients_are_clipped_at_the_median_of_what_healed_them() -> None:
@@ -145,22 +145,22 @@ def test_gradients_are_clipped_at_the_median_of_what_healed_them() -> None:
         return reported(Cause.EXPLODING_GRADIENT, ExperimentName.CLIPPED_GRADIENT, *norms)
 
     reports = [(0, exploding(2.0)), (1, exploding(1.0, 8.0)), (2, exploding(3.0))]
-    found = after(reports, is_done=False)
-    assert found == Adjustments(clip_norm=3.0, num_clipped=1)
-    assert adjusted(TrainingConfig(), found).clip_norm == 3.0
-    assert adjusted(TrainingConfig(clip_norm=1.0), found).clip_norm == 1.0
-    found = after(reports, found, is_done=False)
-    assert found == Adjustments(clip_norm=1.5, num_clipped=2)
+    adjustments = after(reports, is_done=False)
+    assert adjustments == Adjustments(clip_norm=3.0, num_clipped=1)
+    assert adjusted(TrainingConfig(), adjustments).clip_norm == 3.0
+    assert adjusted(TrainingConfig(clip_norm=1.0), adjustments).clip_norm == 1.0
+    adjustments = after(reports, adjustments, is_done=False)
+    assert adjustments == Adjustments(clip_norm=1.5, num_clipped=2)
     norms = []
     for _ in range(3):
-        found = after([], found)
-        norms.append(found.clip_norm)
+        adjustments = after([], adjustments)
+        norms.append(adjustments.clip_norm)
     assert norms == [3.0, 6.0, None]
-    assert found == NO_ADJUSTMENTS
+    assert adjustments == NO_ADJUSTMENTS
     # What no number of ours could be doubled or halved from is cut to what could be.
-    for told, norm in ((1.7e308, 1e6), (5e-324, 1e-4)):
-        found = after([(0, exploding(told)), (1, exploding(told))])
-        assert found == Adjustments(clip_norm=norm, num_clipped=1)
+    for reported_norm, norm in ((1.7e308, 1e6), (5e-324, 1e-4)):
+        adjustments = after([(0, exploding(reported_norm)), (1, exploding(reported_norm))])
+        assert adjustments == Adjustments(clip_norm=norm, num_clipped=1)
     # Nobody knows a norm that heals it: nothing to clip at.
     assert after([(0, exploding()), (1, exploding())]) == NO_ADJUSTMENTS
 
@@ -181,7 +181,7 @@ def test_the_first_model_is_drawn_anew_twice_at_most() -> None:
 def test_a_cause_without_a_setting_is_said_and_nothing_changed() -> None:
     """Several clients with bad data are a fact for a person; so is a switch that is off."""
     bad = make_diagnosis(cause=Cause.BAD_DATA)
-    found, (shared,) = after_attempt(
+    adjustments, (shared,) = after_attempt(
         NO_ADJUSTMENTS,
         [(4, bad), (1, bad)],
         round_number=1,
@@ -189,10 +189,10 @@ def test_a_cause_without_a_setting_is_said_and_nothing_changed() -> None:
         num_answers=2,
         max_steps=3,
     )
-    assert found == NO_ADJUSTMENTS
+    assert adjustments == NO_ADJUSTMENTS
     assert (shared.cause, shared.clients) == (Cause.BAD_DATA, (1, 4))
     assert shared.change == "nothing is changed: no setting of a round would help"
-    found, (shared,) = after_attempt(
+    adjustments, (shared,) = after_attempt(
         NO_ADJUSTMENTS,
         [(0, RATE), (1, RATE)],
         round_number=1,
@@ -200,27 +200,27 @@ def test_a_cause_without_a_setting_is_said_and_nothing_changed() -> None:
         num_answers=2,
         max_steps=0,
     )
-    assert found == NO_ADJUSTMENTS
+    assert adjustments == NO_ADJUSTMENTS
     assert "--max-adjustments is 0" in shared.change
 
 
 def test_a_bad_model_halves_rate_and_band() -> None:
     """The band down to an eighth; both come back with good rounds."""
-    found = after_bad_model(NO_ADJUSTMENTS, max_steps=3)
-    assert found == Adjustments(lr_factor=0.5, num_lowered=1, norm_band_factor=0.5)
+    adjustments = after_bad_model(NO_ADJUSTMENTS, max_steps=3)
+    assert adjustments == Adjustments(lr_factor=0.5, num_lowered=1, norm_band_factor=0.5)
     for _ in range(4):
-        found = after_bad_model(found, max_steps=3)
-    assert (found.lr_factor, found.norm_band_factor) == (0.125, 0.5)
-    assert after([], found).norm_band_factor == 1
+        adjustments = after_bad_model(adjustments, max_steps=3)
+    assert (adjustments.lr_factor, adjustments.norm_band_factor) == (0.125, 0.5)
+    assert after([], adjustments).norm_band_factor == 1
     assert after_bad_model(NO_ADJUSTMENTS, max_steps=0) == NO_ADJUSTMENTS
 
 
 def test_adjustments_are_kept_as_what_differs_and_told_in_words() -> None:
     """Nothing is an empty object and no words."""
     assert (NO_ADJUSTMENTS.as_json(), adjustment_text(NO_ADJUSTMENTS)) == ({}, "")
-    found = Adjustments(lr_factor=0.25, num_lowered=2, clip_norm=1.5, num_redraws=1)
-    kept: dict[str, Any] = found.as_json()
-    assert Adjustments(**kept) == found
-    assert adjustment_text(found) == (
+    adjustments = Adjustments(lr_factor=0.25, num_lowered=2, clip_norm=1.5, num_redraws=1)
+    kept: dict[str, Any] = adjustments.as_json()
+    assert Adjustments(**kept) == adjustments
+    assert adjustment_text(adjustments) == (
         "rate times 0.25, gradients clipped at 1.5, first model drawn anew (1)"
     )

@@ -131,9 +131,9 @@ def test_a_header_that_the_strategy_cant_weigh_is_refused(
 def test_sections_must_cover_the_payload(base: StateFile) -> None:
     """No section, two sections, or one of another size than the payload: refused."""
     good = header(base)
-    one = good.sections[0]
-    short = Section(name=MODEL_SECTION, digest=one.digest, size_bytes=one.size_bytes - 1)
-    for sections in ((), (one, one), (short,)):
+    section = good.sections[0]
+    short = Section(name=MODEL_SECTION, digest=section.digest, size_bytes=section.size_bytes - 1)
+    for sections in ((), (section, section), (short,)):
         update = ClientUpdate(**vars(good) | {"sections": sections})
         with pytest.raises(UpdateRefused, match="it must hold 'model' alone, of the same size"):
             validate_header(update, base, make_limits())
@@ -241,7 +241,7 @@ def test_the_norm_of_any_precision_is_the_float64_one(tmp_path: Path, dtype: tor
     size = 2 * BLOCK_ELEMENTS + 5
     start, sent = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
     norm = float((sent.double() - start.double()).norm())
-    base, received = (write_state(tmp_path, {"w": one}) for one in (start, sent))
+    base, received = (write_state(tmp_path, {"w": values}) for values in (start, sent))
     for cap, is_good in ((norm * 1.001, True), (norm * 0.999, False)):
         limits = make_limits(max_delta_norm=cap)
         if is_good:

@@ -101,7 +101,7 @@ def record_round(folder: Path, arrival: Sequence[int]) -> None:
             stream.append(memoryview(payload))
             stream.make_durable()
         assert record_arrival(store, run, update)[0] is OrderState.STORED
-    assert [one.client_id for one in store.orders.stored_updates(opened)] == [0, 1, 2, 3]
+    assert [update.client_id for update in store.orders.stored_updates(opened)] == [0, 1, 2, 3]
     store.close()
 
 
@@ -143,7 +143,7 @@ def test_the_store_hands_updates_out_by_client_however_they_arrived(tmp_path: Pa
         random.Random(number).shuffle(orders)
         for order in orders:
             record_arrival(store, run, make_update(order.order_id, num_examples=order.client_id))
-        seen.add(tuple(one.client_id for one in store.orders.stored_updates(opened)))
+        seen.add(tuple(update.client_id for update in store.orders.stored_updates(opened)))
         store.close()
     assert seen == {(2, 7, 10, 33, 100)}
 
@@ -153,7 +153,7 @@ def test_thread_counts_agree_in_bfloat16(tmp_path: Path) -> None:
 
     (Of float16's few exponents float64 adds all without rounding: there no order can show.)
     """
-    values = [client_values(one).bfloat16() for one in range(4)]
+    values = [client_values(client_id).bfloat16() for client_id in range(4)]
 
     def mean(clients: Sequence[int]) -> Tensor:
         total = torch.zeros(NUM_ELEMENTS, dtype=torch.float64)
@@ -165,15 +165,15 @@ def test_thread_counts_agree_in_bfloat16(tmp_path: Path) -> None:
     assert not torch.equal(expected, mean([0, 2, 1, 3])), "the values can't tell orders apart"
     base = write_state(tmp_path, {"w": torch.zeros_like(values[0])})
     updates = [
-        write_state(tmp_path, {"w": one}, num_examples=weight)
-        for one, weight in zip(values, WEIGHTS, strict=True)
+        write_state(tmp_path, {"w": value}, num_examples=weight)
+        for value, weight in zip(values, WEIGHTS, strict=True)
     ]
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             cohort = Cohort(base=base, updates=updates, kinds=KINDS)
-            blocks = [one.values for one in next_blocks(FEDAVG, cohort)]
+            blocks = [block.values for block in next_blocks(FEDAVG, cohort)]
             assert torch.equal(torch.cat(blocks), expected), threads
     finally:
         torch.set_num_threads(before)

@@ -48,20 +48,20 @@ def next_state(
     """Return what a strategy makes of updates of equal weight, and what was bounded."""
     settings = StrategySettings(lr=0.1)
     chosen = find_strategy(strategy, STRATEGIES.get(strategy), settings=settings)
-    files = [write_state(folder, one, num_examples=10) for one in updates]
+    files = [write_state(folder, state, num_examples=10) for state in updates]
     cohort = Cohort(
         base=write_state(folder, base),
-        updates=[replace(one, num_steps=10) for one in files],
+        updates=[replace(file, num_steps=10) for file in files],
         kinds=kinds,
         ties=ties or {},
         variances=variances,
     )
     bounded: list[Bounded] = []
-    state = {name: torch.empty_like(one).flatten() for name, one in base.items()}
-    for one in next_blocks(chosen, cohort, on_bounded=bounded.append):
-        begin, count = one.block.begin, one.block.count
-        state[one.block.name][begin : begin + count] = one.values
-    return {name: one.view(base[name].shape) for name, one in state.items()}, bounded
+    state = {name: torch.empty_like(tensor).flatten() for name, tensor in base.items()}
+    for made in next_blocks(chosen, cohort, on_bounded=bounded.append):
+        begin, count = made.block.begin, made.block.count
+        state[made.block.name][begin : begin + count] = made.values
+    return {name: tensor.view(base[name].shape) for name, tensor in state.items()}, bounded
 
 
 WEIGHT = {"w": EntryKind.PARAMETER}
@@ -86,10 +86,10 @@ def test_a_buffer_that_is_the_same_everywhere_stays_bit_for_bit(
     mask = torch.triu(torch.full((5, 5), -math.inf, dtype=dtype), diagonal=1)
     mask[0, 0], mask[1, 0], mask[2, 0], mask[3, 0] = math.nan, -0.0, 1 / 3, math.inf
     state = with_weight(mask=mask)
-    found, bounded = next_state(
+    result, bounded = next_state(
         *(tmp_path, state, [state] * 5, WEIGHT | {"mask": EntryKind.MEAN}), strategy=strategy
     )
-    assert bits(found["mask"]) == bits(mask)
+    assert bits(result["mask"]) == bits(mask)
     assert not bounded
 
 
@@ -107,12 +107,12 @@ def test_one_of_five_clients_cannot_ruin_a_running_mean(tmp_path: Path, strategy
     kinds = WEIGHT | {"mean": EntryKind.MEAN}
     for bad in (1e30, -1e300):
         spoilt = torch.full((16,), bad, dtype=torch.float64)
-        updates = [with_weight(mean=one) for one in [*honest, spoilt]]
-        found, bounded = next_state(tmp_path, base, updates, kinds, strategy=strategy)
+        updates = [with_weight(mean=mean) for mean in [*honest, spoilt]]
+        result, bounded = next_state(tmp_path, base, updates, kinds, strategy=strategy)
         truth = torch.stack(honest).mean(dim=0)
         limit = max(REACH * 0.1 * 16**0.5, float(centre.norm()))
-        assert float((found["mean"] - truth).norm()) <= 1.1 * (float(centre.norm()) + limit) / 5
-        assert [(one.update, one.name) for one in bounded] == [(4, "mean")]
+        assert float((result["mean"] - truth).norm()) <= 1.1 * (float(centre.norm()) + limit) / 5
+        assert [(bound.update, bound.name) for bound in bounded] == [(4, "mean")]
 
 
 def test_scanners_whose_scales_differ_by_orders_of_magnitude_count(tmp_path: Path) -> None:
@@ -121,9 +121,9 @@ def test_scanners_whose_scales_differ_by_orders_of_magnitude_count(tmp_path: Pat
     shape = torch.rand(16, generator=draws) + 0.5
     updates = [with_weight(mean=shape * scale) for scale in (1.0, 30.0, 100.0, 300.0, 1000.0)]
     base = with_weight(mean=torch.zeros(16))
-    found, bounded = next_state(tmp_path, base, updates, WEIGHT | {"mean": EntryKind.MEAN})
+    result, bounded = next_state(tmp_path, base, updates, WEIGHT | {"mean": EntryKind.MEAN})
     assert not bounded
-    torch.testing.assert_close(found["mean"], shape * (1431 / 5))
+    torch.testing.assert_close(result["mean"], shape * (1431 / 5))
 
 
 def test_an_honest_cohort_is_averaged_as_before(tmp_path: Path) -> None:
@@ -138,11 +138,13 @@ def test_an_honest_cohort_is_averaged_as_before(tmp_path: Path) -> None:
             )
             for _ in range(num_clients)
         ]
-        found, bounded = next_state(tmp_path, base, updates, kinds)
+        result, bounded = next_state(tmp_path, base, updates, kinds)
         assert not bounded
         for name in ("var", "few"):
-            expected = torch.stack([one[name] for one in updates]).double().mean(dim=0).float()
-            assert torch.equal(found[name], expected)
+            expected = (
+                torch.stack([update[name] for update in updates]).double().mean(dim=0).float()
+            )
+            assert torch.equal(result[name], expected)
 
 
 def test_a_client_that_took_one_step_only_is_not_bounded(tmp_path: Path) -> None:
@@ -159,13 +161,13 @@ def test_an_entry_that_most_clients_leave_alone_is_a_constant(tmp_path: Path) ->
     table = torch.linspace(-1, 1, BLOCK_ELEMENTS + 3)
     base = with_weight(table=table)
     for changed in (table * 1.1, table + 1, table + 1e30):
-        found, bounded = next_state(
+        result, bounded = next_state(
             tmp_path,
             base,
             [base] * 4 + [with_weight(table=changed)],
             WEIGHT | {"table": EntryKind.MEAN},
         )
-        assert bits(found["table"]) == bits(table)
+        assert bits(result["table"]) == bits(table)
         assert not bounded
 
 
@@ -216,15 +218,15 @@ def test_honest_clients_whose_variances_differ_are_not_named(
 
     names = [f"b{number}" for number in range(NUM_DRAWS)]
     updates = [with_weight(**draw()) for _ in range(num_clients)]
-    found, bounded = next_state(
+    result, bounded = next_state(
         tmp_path,
         with_weight(**{name: torch.zeros(8) for name in names}),
         updates,
         WEIGHT | dict.fromkeys(names, EntryKind.MEAN),
     )
     assert bounded == []
-    plain = {name: torch.stack([one[name] for one in updates]).mean(dim=0) for name in names}
-    assert any(not torch.allclose(found[name], plain[name]) for name in names)
+    plain = {name: torch.stack([update[name] for update in updates]).mean(dim=0) for name in names}
+    assert any(not torch.allclose(result[name], plain[name]) for name in names)
 
 
 @pytest.mark.parametrize(("num_clients", "size"), SMALL_COHORTS)
@@ -238,16 +240,16 @@ def test_a_small_entry_of_1e30_is_bounded_however_few_clients_there_are(
         for _ in range(num_clients - 1)
     ]
     spoilt = with_weight(mean=torch.full((size,), 1e30, dtype=torch.float64))
-    found, bounded = next_state(
+    result, bounded = next_state(
         tmp_path,
         with_weight(mean=torch.zeros(size, dtype=torch.float64)),
         [*updates, spoilt],
         WEIGHT | {"mean": EntryKind.MEAN},
     )
-    assert [one.update for one in bounded] == [num_clients - 1]
+    assert [bound.update for bound in bounded] == [num_clients - 1]
     # k = size * (num_clients // 2) coincidences: the width, here times a distance of at most 5.
     width = REACH * RARITY ** (1 / (size * (num_clients // 2)))
-    assert float(found["mean"].abs().max()) < 5 * width
+    assert float(result["mean"].abs().max()) < 5 * width
 
 
 def test_rows_that_only_some_clients_change_are_averaged(tmp_path: Path) -> None:
@@ -259,9 +261,9 @@ def test_rows_that_only_some_clients_change_are_averaged(tmp_path: Path) -> None
         rows = torch.zeros(10, 4)
         rows[2 * client : 2 * client + 2] = 1.0
         updates.append(with_weight(rows=rows))
-    found, bounded = next_state(tmp_path, base, updates, kinds)
+    result, bounded = next_state(tmp_path, base, updates, kinds)
     assert not bounded
-    assert torch.equal(found["rows"], torch.full((10, 4), 0.2))
+    assert torch.equal(result["rows"], torch.full((10, 4), 0.2))
 
 
 def test_a_value_that_is_infinite_at_first_becomes_the_mean_of_all(tmp_path: Path) -> None:
@@ -269,11 +271,11 @@ def test_a_value_that_is_infinite_at_first_becomes_the_mean_of_all(tmp_path: Pat
     kinds = WEIGHT | {"smallest": EntryKind.MEAN}
     base = with_weight(smallest=torch.tensor([math.inf, math.inf]))
     updates = [
-        with_weight(smallest=torch.tensor([float(one), math.inf if one == 2 else 0.0]))
-        for one in (1, 2, 3)
+        with_weight(smallest=torch.tensor([float(number), math.inf if number == 2 else 0.0]))
+        for number in (1, 2, 3)
     ]
-    found, _ = next_state(tmp_path, base, updates, kinds)
-    assert found["smallest"].tolist() == [2.0, math.inf]
+    result, _ = next_state(tmp_path, base, updates, kinds)
+    assert result["smallest"].tolist() == [2.0, math.inf]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -289,15 +291,15 @@ def test_an_entry_with_an_impossible_value_does_not_count(
     base = with_weight(var=torch.full((2,), 0.5))
     honest = with_weight(var=torch.tensor([1.0, 4.0]))
     updates = [honest] * 4 + [{"w": torch.full((4,), 2.0), "var": torch.tensor([1000.0, bad])}]
-    found, bounded = next_state(
+    result, bounded = next_state(
         *(tmp_path, base, updates, WEIGHT | {"var": kind}), strategy=strategy, variances={"var"}
     )
-    assert found["var"].tolist() == [1.0, 4.0]
+    assert result["var"].tolist() == [1.0, 4.0]
     (entry,) = bounded
     assert (entry.update, entry.name, entry.share) == (4, "var", 0.0)
     assert str(entry.impossible) == str(float(torch.tensor(bad)))
     if strategy == "fedavg":
-        assert found["w"].tolist() == pytest.approx([1.2] * 4)
+        assert result["w"].tolist() == pytest.approx([1.2] * 4)
 
 
 def test_a_negative_value_is_impossible_for_running_variances_alone(tmp_path: Path) -> None:
@@ -305,8 +307,8 @@ def test_a_negative_value_is_impossible_for_running_variances_alone(tmp_path: Pa
     kinds = WEIGHT | {"log_running_var": EntryKind.MEAN}
     base = with_weight(log_running_var=torch.zeros(2))
     updates = [with_weight(log_running_var=torch.full((2,), -value)) for value in (1.0, 2.0, 3.0)]
-    found, bounded = next_state(tmp_path, base, updates, kinds, variances={"norm.running_var"})
-    assert found["log_running_var"].tolist() == [-2.0, -2.0]
+    result, bounded = next_state(tmp_path, base, updates, kinds, variances={"norm.running_var"})
+    assert result["log_running_var"].tolist() == [-2.0, -2.0]
     assert not bounded
 
 
@@ -322,11 +324,11 @@ def test_an_entry_that_is_impossible_in_all_updates_stays(
     base = with_weight(seen=torch.tensor(60000.0, dtype=torch.float16))
     update = with_weight(seen=torch.tensor(math.inf, dtype=torch.float16))
     for num_updates in (1, 2, 5):
-        found, bounded = next_state(
+        result, bounded = next_state(
             *(tmp_path, base, [update] * num_updates, WEIGHT | {"seen": kind}),
             strategy="fedavg" if num_updates < 5 else strategy,
         )
-        assert found["seen"].item() == 60000
+        assert result["seen"].item() == 60000
         assert len(bounded) == num_updates
 
 
@@ -334,8 +336,8 @@ def test_what_stands_in_for_an_entry_is_the_middle_of_the_others(tmp_path: Path)
     """Of three clients with equal weight one has a NaN: the mean is that of the other two."""
     kinds = WEIGHT | {"mean": EntryKind.MEAN}
     updates = [with_weight(mean=torch.full((3,), value)) for value in (1.0, math.nan, 4.0)]
-    found, _ = next_state(tmp_path, with_weight(mean=torch.zeros(3)), updates, kinds)
-    assert found["mean"].tolist() == [2.5, 2.5, 2.5]
+    result, _ = next_state(tmp_path, with_weight(mean=torch.zeros(3)), updates, kinds)
+    assert result["mean"].tolist() == [2.5, 2.5, 2.5]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -364,16 +366,16 @@ def test_counters_take_the_maximum_and_constants_stay(tmp_path: Path, strategy: 
         )
 
     base = state(0) | {"steps": torch.tensor(4)}
-    found, bounded = next_state(
-        tmp_path, base, [state(one) for one in range(1, 6)], kinds, strategy=strategy
+    result, bounded = next_state(
+        tmp_path, base, [state(number) for number in range(1, 6)], kinds, strategy=strategy
     )
     assert not bounded
-    assert found["steps"].item() == 5
-    assert found["seen"].tolist() == [True, True, False]
-    assert found["largest"].tolist() == [5.0, 5.0]
-    assert found["queue"].item() == 0
-    assert found["mask"].item() is False
-    assert found["head"].tolist() == [0.0, 0.0]
+    assert result["steps"].item() == 5
+    assert result["seen"].tolist() == [True, True, False]
+    assert result["largest"].tolist() == [5.0, 5.0]
+    assert result["queue"].item() == 0
+    assert result["mask"].item() is False
+    assert result["head"].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "median", "uniform", "fedbuff"])
@@ -384,11 +386,11 @@ def test_an_integer_that_is_declared_mean_is_rounded_to_the_nearest(
     kinds = WEIGHT | {"count": EntryKind.MEAN}
     base = with_weight(count=torch.tensor([0, 0], dtype=torch.int8))
     updates = [
-        with_weight(count=torch.tensor([one, 127], dtype=torch.int8))
-        for one in (10, 11, 13, 14, 14)
+        with_weight(count=torch.tensor([count, 127], dtype=torch.int8))
+        for count in (10, 11, 13, 14, 14)
     ]
-    found, _ = next_state(tmp_path, base, updates, kinds, strategy=strategy)
-    assert found["count"].tolist() == [13 if strategy == "median" else 12, 127]
+    result, _ = next_state(tmp_path, base, updates, kinds, strategy=strategy)
+    assert result["count"].tolist() == [13 if strategy == "median" else 12, 127]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -401,10 +403,10 @@ def test_tied_entries_stay_the_same_whatever_an_update_holds(tmp_path: Path, str
 
     kinds = dict.fromkeys(("first", "second"), EntryKind.PARAMETER)
     base = dict.fromkeys(("first", "second"), torch.zeros(7))
-    found, _ = next_state(
+    result, _ = next_state(
         *(tmp_path, base, [state() for _ in range(5)], kinds),
         strategy=strategy,
         ties={"second": "first"},
     )
-    assert bits(found["first"]) == bits(found["second"])
-    assert found["first"].any()
+    assert bits(result["first"]) == bits(result["second"])
+    assert result["first"].any()

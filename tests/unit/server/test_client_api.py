@@ -51,9 +51,9 @@ def test_a_session_is_durable_when_its_client_has_it(tmp_path: Path) -> None:
     """A server that starts again knows it; another task is refused with what to type."""
     with serving(tmp_path, **SETTINGS) as server:
         session_id = asyncio.run(server.register(0, 1))
-        assert [one.session_id for one in server.store.runs.load_sessions(server.run.run_id)] == [
-            session_id
-        ]
+        assert [
+            session.session_id for session in server.store.runs.load_sessions(server.run.run_id)
+        ] == [session_id]
         other = Registration(
             client_ids=(5,), instance_key="five", software_version="0", task="mnist-cnn"
         )
@@ -323,21 +323,21 @@ def test_an_error_that_is_a_clients_doing_is_told_and_no_event(tmp_path: Path) -
 
     async def answer(server: ServerRun, error: Exception) -> tuple[FederationError, list[str]]:
         server.events.clear()
-        told = await server.client_api.answer_for("PullWork", error)
-        return told, server.kinds_of_events()
+        answered = await server.client_api.answer_for("PullWork", error)
+        return answered, server.kinds_of_events()
 
     with serving(tmp_path, **SETTINGS) as server:
         mistake = InvalidInput("yours")
         assert asyncio.run(answer(server, mistake)) == (mistake, [])
         full = OutOfSpace("no room to write in /srv/s (database or disk is full); free some space")
-        told, kinds = asyncio.run(answer(server, full))
-        assert (type(told), kinds) == (OutOfSpace, ["disk-full"])
-        assert str(told).startswith("PullWork failed: the server is out of disk space")
-        assert "/srv" not in str(told)
-        assert "database" not in str(told)
-        told, kinds = asyncio.run(answer(server, OSError(errno.EMFILE, "too many open files")))
-        assert (type(told), kinds) == (OutOfFiles, ["out-of-files"])
-        assert str(told).startswith("PullWork failed: the server is out of files")
-        told, kinds = asyncio.run(answer(server, RuntimeError("our secret")))
-        assert "our secret" not in str(told)
-        assert (type(told), kinds) == (FederationError, ["server-failed"])
+        answered, kinds = asyncio.run(answer(server, full))
+        assert (type(answered), kinds) == (OutOfSpace, ["disk-full"])
+        assert str(answered).startswith("PullWork failed: the server is out of disk space")
+        assert "/srv" not in str(answered)
+        assert "database" not in str(answered)
+        answered, kinds = asyncio.run(answer(server, OSError(errno.EMFILE, "too many open files")))
+        assert (type(answered), kinds) == (OutOfFiles, ["out-of-files"])
+        assert str(answered).startswith("PullWork failed: the server is out of files")
+        answered, kinds = asyncio.run(answer(server, RuntimeError("our secret")))
+        assert "our secret" not in str(answered)
+        assert (type(answered), kinds) == (FederationError, ["server-failed"])

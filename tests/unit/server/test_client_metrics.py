@@ -25,7 +25,9 @@ from tests.factories import make_event, make_round, make_update, record_arrival
 shares = st.floats(0, 1)
 
 
-def told(accuracy: float, *, measured: int = 50, loss: float | None = 1.0) -> ClientUpdate:
+def measured_update(
+    accuracy: float, *, measured: int = 50, loss: float | None = 1.0
+) -> ClientUpdate:
     """Return the update of a client that has measured the base."""
     losses = {} if loss is None else {"global_loss": loss}
     return make_update(
@@ -39,8 +41,10 @@ def told(accuracy: float, *, measured: int = 50, loss: float | None = 1.0) -> Cl
 )
 def test_a_summary_is_numpys(clients: Sequence[tuple[float, int, float]]) -> None:
     """Means by the examples that were measured, not by those trained on; the rest by client."""
-    accuracies, sizes, losses = ([one[place] for one in clients] for place in range(3))
-    found = summarise_clients([told(a, measured=n, loss=e) for a, n, e in clients], holdout=0.2)
+    accuracies, sizes, losses = ([client[column] for client in clients] for column in range(3))
+    summary = summarise_clients(
+        [measured_update(a, measured=n, loss=e) for a, n, e in clients], holdout=0.2
+    )
     low, middle, high = np.percentile(accuracies, (25, 50, 75))
     expected = {
         "accuracy": np.average(accuracies, weights=sizes),
@@ -57,20 +61,20 @@ def test_a_summary_is_numpys(clients: Sequence[tuple[float, int, float]]) -> Non
         "num_examples": sum(sizes),
         "holdout": 0.2,
     }
-    assert found is not None
-    assert asdict(found) == pytest.approx(expected, abs=1e-9)
+    assert summary is not None
+    assert asdict(summary) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_summary_by_hand() -> None:
     """A client of 300 examples at 0.9 and one of 100 at 0.1: 0.7 in one heap, 0.5 by client."""
-    updates = [told(0.9, measured=300, loss=None), told(0.1, measured=100)]
-    found = summarise_clients(updates, holdout=0.0)
-    assert found is not None
-    assert found.accuracy == pytest.approx(0.7)
-    assert found.mean == pytest.approx(0.5)
-    assert found.std == pytest.approx(0.4)
-    assert found.worst_decile == 0.1
-    assert found.loss is None, "one client's loss was beyond all numbers"
+    updates = [measured_update(0.9, measured=300, loss=None), measured_update(0.1, measured=100)]
+    summary = summarise_clients(updates, holdout=0.0)
+    assert summary is not None
+    assert summary.accuracy == pytest.approx(0.7)
+    assert summary.mean == pytest.approx(0.5)
+    assert summary.std == pytest.approx(0.4)
+    assert summary.worst_decile == 0.1
+    assert summary.loss is None, "one client's loss was beyond all numbers"
     assert summarise_clients([make_update()], holdout=0.0) is None
     assert client_evaluation_events(make_round(), None) == []
 
@@ -88,12 +92,12 @@ def play(store: Store, run: Run, number: int) -> None:
     store.rounds.open_round(opened, make_event("round-opened", round_number=number))
     updates = []
     for order, accuracy in zip(opened.orders, ACCURACIES[number - 1], strict=True):
-        said = told(accuracy, measured=20, loss=2 - accuracy)
+        measured = measured_update(accuracy, measured=20, loss=2 - accuracy)
         update = replace(
-            said,
+            measured,
             order_id=order.order_id,
             digest=order.order_id,
-            metrics={**said.metrics, "personal_accuracy": (1 + accuracy) / 2},
+            metrics={**measured.metrics, "personal_accuracy": (1 + accuracy) / 2},
         )
         record_arrival(store, run, update)
         updates.append(update)
@@ -205,7 +209,11 @@ def test_show_has_each_client_before_and_while_it_trained(
     assert main(["show", "--state-dir", str(state_dir), "--round", "2", "--json"]) == 0
     (attempt,) = json.loads(capsys.readouterr().out)["attempts"]
     assert attempt["client_evaluation"]["worst_decile"] == 0.25
-    assert [one["metrics"]["global_accuracy"] for one in attempt["updates"]] == [0.9, 0.25, 0.5]
+    assert [update["metrics"]["global_accuracy"] for update in attempt["updates"]] == [
+        0.9,
+        0.25,
+        0.5,
+    ]
 
 
 @pytest.mark.parametrize("command", ["clients", "curve"])
@@ -236,7 +244,7 @@ def test_the_picture_of_the_clients_and_the_curve_are_pngs(state_dir: Path) -> N
         else:
             draw_clients(asked[1], path, title="clients")
         assert path.read_bytes().startswith(b"\x89PNG")
-    late = [replace(one, staleness=int(one.client_id == 1)) for one in asked[1].updates]
+    late = [replace(update, staleness=int(update.client_id == 1)) for update in asked[1].updates]
     table = client_table(replace(asked[1], updates=late), title="clients", max_width=80)
     assert table.row_count == 2, "a stale update tells of an earlier model"
     other = [history[0], replace(history[1], base_digest="44" * 32)]

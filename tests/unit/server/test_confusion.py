@@ -15,7 +15,7 @@ def counted(answers: list[int], targets: list[int], num_classes: int) -> list[li
     pairs = list(zip(targets, answers, strict=True))
     return [
         [pairs.count((true, answer)) for answer in range(num_classes)]
-        + [sum(one == true and not 0 <= answer < num_classes for one, answer in pairs)]
+        + [sum(target == true and not 0 <= answer < num_classes for target, answer in pairs)]
         for true in range(num_classes)
     ]
 
@@ -42,12 +42,12 @@ def test_each_pair_of_truth_and_answer_is_counted(num_outputs: int) -> None:
         batches.append((one_hot(answered, num_outputs), true))
         answers += answered
         targets += true.tolist()
-    found = evaluate(nn.Identity(), batches, num_classes=4)
-    assert found.confusion is not None
-    assert found.confusion.tolist() == counted(answers, targets, 4)
-    right = sum(one == other for one, other in zip(answers, targets, strict=True))
-    assert found.accuracy == pytest.approx(right / len(targets))
-    assert found.confusion.diagonal().sum() == right
+    evaluation = evaluate(nn.Identity(), batches, num_classes=4)
+    assert evaluation.confusion is not None
+    assert evaluation.confusion.tolist() == counted(answers, targets, 4)
+    right = sum(answer == other for answer, other in zip(answers, targets, strict=True))
+    assert evaluation.accuracy == pytest.approx(right / len(targets))
+    assert evaluation.confusion.diagonal().sum() == right
 
 
 def test_answers_for_each_place_count_places() -> None:
@@ -55,15 +55,15 @@ def test_answers_for_each_place_count_places() -> None:
     outputs = torch.zeros(2, 3, 5)
     outputs[:, 2] = 1.0
     targets = torch.tensor([[0, 1, 2, 2, 2], [1, 1, 0, 2, 0]])
-    found = evaluate(nn.Identity(), [(outputs, targets)], num_classes=3)
-    assert found.confusion is not None
-    assert found.confusion.tolist() == [[0, 0, 3, 0], [0, 0, 3, 0], [0, 0, 4, 0]]
+    evaluation = evaluate(nn.Identity(), [(outputs, targets)], num_classes=3)
+    assert evaluation.confusion is not None
+    assert evaluation.confusion.tolist() == [[0, 0, 3, 0], [0, 0, 3, 0], [0, 0, 4, 0]]
 
 
 def test_it_is_counted_only_if_asked_for() -> None:
     """A task that doesn't say how many classes it has has no matrix."""
-    found = evaluate(nn.Identity(), [(torch.eye(3), torch.arange(3))])
-    assert found.confusion is None
+    evaluation = evaluate(nn.Identity(), [(torch.eye(3), torch.arange(3))])
+    assert evaluation.confusion is None
 
 
 def test_a_classes_accuracy_is_its_share_of_right_answers() -> None:

@@ -79,7 +79,11 @@ def test_buffers_that_are_kept_or_local_train_beside_corrected_gradients(
     assert not after["mean"].any()
     assert not torch.equal(after["linear.weight"], before["linear.weight"])
     # All of a client's data is one batch: 5 epochs a round are 5 batches.
-    assert [int(federation.kept_by(one, "local")["seen"]) for one in (0, 1, 2)] == [10, 10, 10]
+    assert [int(federation.kept_by(client_id, "local")["seen"]) for client_id in (0, 1, 2)] == [
+        10,
+        10,
+        10,
+    ]
 
 
 def test_sides_that_declare_entries_otherwise_stop_the_client(tmp_path: Path) -> None:

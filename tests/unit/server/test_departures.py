@@ -38,7 +38,9 @@ def test_an_order_ends_with_its_clients_departure(tmp_path: Path) -> None:
         (left,) = server.events
         assert (left.kind, left.client_id, left.fields) == ("client-left", 0, {"reason": "gave-up"})
         assert server.sessions.ready_clients(only_live=False) == {1, 2}
-        sessions = {one.client_ids for one in server.store.runs.load_sessions(server.run.run_id)}
+        sessions = {
+            session.client_ids for session in server.store.runs.load_sessions(server.run.run_id)
+        }
         assert sessions == {(1,), (2,)}
 
     with serving(tmp_path, **SETTINGS) as server:
@@ -58,9 +60,9 @@ def test_a_session_all_of_whose_clients_leave_is_over(tmp_path: Path) -> None:
         assert (left.client_id, left.fields) == (None, {"clients": [0, 1], "reason": "stopped"})
         with pytest.raises(UnknownSession):
             await server.client_api.pull_work(session_id, wait_s=0)
-        assert [one.client_ids for one in server.store.runs.load_sessions(server.run.run_id)] == [
-            (2,)
-        ]
+        assert [
+            session.client_ids for session in server.store.runs.load_sessions(server.run.run_id)
+        ] == [(2,)]
 
     with serving(tmp_path, **SETTINGS) as server:
         asyncio.run(leave(server))
@@ -123,9 +125,9 @@ def test_a_client_that_does_not_come_back_is_expected_no_more(tmp_path: Path) ->
         )
         assert server.states(server.latest())[2] == "ABANDONED"
         assert server.events[-1].fields == {"reason": "did not come back", "away_s": 61.0}
-        assert [one.client_ids for one in server.store.runs.load_sessions(server.run.run_id)] == [
-            (0, 1)
-        ]
+        assert [
+            session.client_ids for session in server.store.runs.load_sessions(server.run.run_id)
+        ] == [(0, 1)]
 
     with serving(tmp_path, **SETTINGS) as server:
         asyncio.run(leave(server))

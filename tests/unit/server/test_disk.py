@@ -31,7 +31,9 @@ def test_a_disk_that_becomes_low_and_recovers_is_recorded_once_each(
 
     with serving(tmp_path, min_clients=1) as server:
         asyncio.run(note(server))
-    (warning,) = (one.getMessage() for one in caplog.records if "no round opens" in one.message)
+    (warning,) = (
+        record.getMessage() for record in caplog.records if "no round opens" in record.message
+    )
     assert str(tmp_path) in warning
     assert "free some space, or start again with a smaller --min-free-bytes" in warning
 

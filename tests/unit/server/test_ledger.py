@@ -94,8 +94,8 @@ def test_whatever_changes_changes_the_digest(changed: dict[str, Any]) -> None:
 def test_the_order_of_aggregation_is_part_of_the_entry() -> None:
     """The list of updates is kept as it was aggregated, not sorted anew."""
     updates = [replace(UPDATE, client_id=client) for client in (2, 1)]
-    found = json.loads(make_entry(updates=updates))["updates"]
-    assert [one["client"] for one in found] == [2, 1]
+    recorded = json.loads(make_entry(updates=updates))["updates"]
+    assert [update["client"] for update in recorded] == [2, 1]
 
 
 def test_an_entry_holds_no_number_that_json_lacks() -> None:

@@ -100,7 +100,7 @@ def test_a_command_asks_the_database_as_often_in_a_long_run(
     try:
         for folder in folders:
             counts.append(0)
-            words = [one.format(folder=folder) for one in LOOKING[command]]
+            words = [word.format(folder=folder) for word in LOOKING[command]]
             assert main([command, *words, "--state-dir", str(folder)]) == 0
     finally:
         event.remove(Engine, "before_cursor_execute", count)

@@ -40,16 +40,16 @@ def open_orders(clock: Clock, tmp_path: Path) -> OpenOrders:
         opened,
         base=base,
         limits=make_limits(),
-        orders=[make_order(one.order_id, client_id=one.client_id) for one in opened.orders],
+        orders=[make_order(order.order_id, client_id=order.client_id) for order in opened.orders],
     )
     return open_orders
 
 
 def order_of(open_orders: OpenOrders, client_id: int) -> OpenOrder:
     """Return the open order of a client that has one."""
-    found = open_orders.open_order_of([client_id])
-    assert found is not None
-    return found
+    order = open_orders.open_order_of([client_id])
+    assert order is not None
+    return order
 
 
 GROWING = ("bytes_received", "bytes_sent", "batches", "replays")
@@ -72,13 +72,13 @@ def test_a_heartbeat_alone_is_not_progress(open_orders: OpenOrders, clock: Clock
     """The same counters again, or smaller ones after a client's restart, leave the clock going."""
     order = order_of(open_orders, 0)
     order_id = open_orders.hand_out(order).order_id
-    told = Counters(bytes_received=10, batches=5)
-    open_orders.advance(order_id, told)
-    for same in (told, Counters(), Counters(bytes_received=9, batches=5), told):
+    counters = Counters(bytes_received=10, batches=5)
+    open_orders.advance(order_id, counters)
+    for same in (counters, Counters(), Counters(bytes_received=9, batches=5), counters):
         clock.now += 1
         open_orders.advance(order_id, same)
     assert open_orders.idle_s(order) == 4
-    assert order.counters == told
+    assert order.counters == counters
     open_orders.advance(order_id, Counters(batches=6))
     assert open_orders.idle_s(order) == 0
     assert order.counters == Counters(bytes_received=10, batches=6)
@@ -217,7 +217,7 @@ def test_a_round_resumed_keeps_the_ends_of_its_orders(open_orders: OpenOrders) -
         resumed,
         base=open_orders.current.base,
         limits=open_orders.current.limits,
-        orders=[make_order(one.order_id, client_id=one.client_id) for one in resumed.orders],
+        orders=[make_order(order.order_id, client_id=order.client_id) for order in resumed.orders],
     )
     assert open_orders.open_order_of([0]) is None
     assert open_orders.open_order_of([1]) is not None
@@ -254,8 +254,8 @@ def test_orders_carried_over_go_on_with_what_they_began_with(open_orders: OpenOr
         orders=[replace(make_order(order.order_id, client_id=0), round_number=2)],
         carried_over=[(first, [open_order.order])],
     )
-    found = order_of(open_orders, 1)
-    assert (found.counters.batches, found.given_in) == (3, first)
+    carried = order_of(open_orders, 1)
+    assert (carried.counters.batches, carried.given_in) == (3, first)
     record = open_orders.open_record(order_id)
     assert record is not None
     assert record.round_number == 1
@@ -269,11 +269,11 @@ def test_orders_carried_over_go_on_with_what_they_began_with(open_orders: OpenOr
     )
     assert order_of(open_orders, 0).order.order_id == more.order_id
     # A process that serves both goes on with what it has, then with what came in first.
-    assert open_orders.open_order_of([0, 1]) is found
+    assert open_orders.open_order_of([0, 1]) is carried
     assert open_orders.hand_out(order_of(open_orders, 0)).order_id == more.order_id
     open_orders.settle(order_id, OrderState.STORED)
     assert open_orders.open_order_of([0, 1]) is order_of(open_orders, 0)
-    found.state = OrderState.OPEN
+    carried.state = OrderState.OPEN
     # Only what round 2 has given ends with it.
     open_orders.abandon_round(second)
-    assert open_orders.open_order_of([1]) is found
+    assert open_orders.open_order_of([1]) is carried

@@ -12,13 +12,13 @@ from tests.factories import make_event, make_round, make_update, record_arrival
 
 
 def play_round(
-    store: Store, run: Run, number: int, told: dict[int, dict[str, float] | None]
+    store: Store, run: Run, number: int, metrics_of: dict[int, dict[str, float] | None]
 ) -> None:
     """Play a round to its end; a client with None doesn't answer."""
-    opened = make_round(run.run_id, round_number=number, clients=list(told))
+    opened = make_round(run.run_id, round_number=number, clients=list(metrics_of))
     store.rounds.open_round(opened, make_event(round_number=number))
     for order in opened.orders:
-        metrics = told[order.client_id]
+        metrics = metrics_of[order.client_id]
         if metrics is not None:
             payload = order.order_id.encode()
             record_arrival(

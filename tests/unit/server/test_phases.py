@@ -101,8 +101,8 @@ def test_a_collecting_round_closes_fails_or_waits(
     states: list[OrderState], min_updates: int, is_overdue: bool, due: RoundEvent | None
 ) -> None:
     """It closes when no order is open or time is up, with enough; it fails when it can't."""
-    found = due_event(states, min_updates=min_updates, closes_early=False, is_overdue=is_overdue)
-    assert found is due
+    event = due_event(states, min_updates=min_updates, closes_early=False, is_overdue=is_overdue)
+    assert event is due
 
 
 @pytest.mark.parametrize("num_states", range(4))

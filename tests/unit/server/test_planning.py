@@ -137,7 +137,7 @@ def test_a_cohort_of_a_size_is_drawn_by_the_seed(base: GlobalModel) -> None:
     """The same again for the same seed, another for another round."""
     context = make_context(min_clients=2, clients_per_round=4, seed=7)
     clients = make_clients(range(40))
-    cohorts = [asked(plan(context, base, clients, round_number=one)) for one in (1, 1, 2, 3)]
+    cohorts = [asked(plan(context, base, clients, round_number=number)) for number in (1, 1, 2, 3)]
     assert [len(cohort) for cohort in cohorts] == [4] * 4
     assert cohorts[0] == cohorts[1]
     assert len({tuple(cohort) for cohort in cohorts}) == 3
@@ -149,7 +149,7 @@ def test_the_bound_of_a_delta_grows_with_the_model_unless_it_is_given(base: Glob
         plan(make_context(min_clients=1, **given), base, make_clients({0}))
         for given in ({}, {"max_delta_norm": 2.5})
     ]
-    assert [one and one.max_delta_norm for one in planned] == [400.0, 2.5]
+    assert [published and published.max_delta_norm for published in planned] == [400.0, 2.5]
 
 
 def test_an_asynchronous_round_leaves_those_at_work_alone(base: GlobalModel) -> None:
@@ -227,5 +227,8 @@ def test_an_excluded_client_sits_out_before_that_is_recorded() -> None:
         event=make_event("update-excluded"),
     )
     after = suspensions_after(before, make_round(round_number=5), [exclusion], {1})
-    assert {client_id: one.suspended_until for client_id, one in after.items()} == {2: 9, 3: 7}
+    assert {client_id: suspension.suspended_until for client_id, suspension in after.items()} == {
+        2: 9,
+        3: 7,
+    }
     assert (after[3].strikes, after[3].reason) == (0, "too long")

@@ -43,7 +43,10 @@ def test_an_acknowledged_update_is_whole_gone_or_damaged(tmp_path: Path) -> None
         asyncio.run(store(server))
         stored = server.store.orders.stored_updates(server.latest())
         assert damaged_updates(server.spool, stored) == []
-        paths = [server.spool.path(one.update.order_id, one.update.digest) for one in stored]
+        paths = [
+            server.spool.path(stored_update.update.order_id, stored_update.update.digest)
+            for stored_update in stored
+        ]
         paths[1].unlink()
         paths[2].write_bytes(b"other")
         assert damaged_updates(server.spool, stored) == [
@@ -59,6 +62,6 @@ def test_a_database_that_is_lost_leaves_models_that_can_be_used(tmp_path: Path) 
     with serving(tmp_path, min_clients=1) as server:
         _, base = asyncio.run(server.begin(0))
     (models / f"{'0' * 64}.safetensors").write_bytes(b"torn")
-    said = salvageable(models)
-    assert said.startswith(f"1 of 2 global models in {models} are whole; the newest of them is ")
-    assert f"{base.digest}.safetensors" in said
+    text = salvageable(models)
+    assert text.startswith(f"1 of 2 global models in {models} are whole; the newest of them is ")
+    assert f"{base.digest}.safetensors" in text

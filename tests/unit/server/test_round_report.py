@@ -44,7 +44,7 @@ def state_dir(tmp_path: Path) -> Path:
     store.rounds.fail_round(failed, [event])
     opened = make_round(run.run_id, attempt=2, clients=(0, 1, 2, 3))
     store.rounds.open_round(opened, make_event("round-opened", attempt=2))
-    good, bad, stalled, late = (one.order_id for one in opened.orders)
+    good, bad, stalled, late = (order.order_id for order in opened.orders)
     record_arrival(store, run, make_update(good, num_examples=123, metrics={"accuracy": 0.8125}))
     record_arrival(store, run, make_update(bad), OrderEvent.REFUSE, reason=REASON)
     store.orders.abandon_order(
@@ -96,7 +96,7 @@ def test_show_tells_a_round_with_its_attempts_and_incidents(
     printed = shown(capsys, monkeypatch, "show", state_dir, "--round", "1")
     assert max(map(len, printed.splitlines())) <= 80
     words = " ".join(printed.split())
-    for told in (
+    for phrase in (
         "round 1 of 3: done",
         "Attempt 1: failed",
         "the attempt failed: too few updates can still come",
@@ -114,7 +114,7 @@ def test_show_tells_a_round_with_its_attempts_and_incidents(
         "client 2 until round 3: it got no further and was given up",
         "In the ledger with an entry of digest",
     ):
-        assert told in words, told
+        assert phrase in words, phrase
     # How late it is depends on the machine's pace.
     assert re.search(r"client 3 late: it came \d+\.\d\d s after the close", words)
     assert words.count(REASON) == 2, "beside the verdict and in the suspension, not once more"
@@ -139,13 +139,13 @@ def test_history_tells_each_incident_in_words(
     store.events.add_events(run.run_id, [refused, early])
     store.close()
     words = " ".join(shown(capsys, monkeypatch, "history", state_dir, width=120).split())
-    for told in (
+    for phrase in (
         "round 1: the attempt failed: too few updates can still come",
         f"round 2: client 1: its update was refused: {REASON}",
         "round 1: client 2: it got no further and was given up (idle 61.23 s)",
         "round 1: client 4: it left the run: the task's own code failed; its own log says how",
     ):
-        assert told in words, told
+        assert phrase in words, phrase
 
 
 @pytest.fixture
@@ -156,10 +156,10 @@ def diagnosed(state_dir: Path) -> Path:
     assert run is not None
     current = store.rounds.latest_attempt(run.run_id)
     stopped = make_diagnosis(cause=Cause.LEARNING_RATE, remedy=Remedy(kind=RemedyKind.NONE))
-    for client_id, found in ((3, make_diagnosis()), (0, stopped)):
+    for client_id, diagnosis in ((3, make_diagnosis()), (0, stopped)):
         event = event_of(
             *(IncidentKind.TRAINING_DIAGNOSED, current),
-            **{"step": 17, **diagnosis_fields(found)},
+            **{"step": 17, **diagnosis_fields(diagnosis)},
             client_id=client_id,
             is_incident=True,
         )
@@ -178,7 +178,7 @@ def test_show_tells_a_diagnosis_with_its_evidence(
     printed = shown(capsys, monkeypatch, "show", diagnosed)
     assert max(map(len, printed.splitlines())) <= 80
     words = " ".join(printed.split())
-    for told in (
+    for phrase in (
         CURED,
         "client 0: learning-rate at step 17",
         "training stopped, no update",
@@ -188,7 +188,7 @@ def test_show_tells_a_diagnosis_with_its_evidence(
         "without the suspects goes well 0.75",
         "17 bad nan inf 2.5 0.05",
     ):
-        assert told in words, told
+        assert phrase in words, phrase
     assert CURED[len("client 3: ") :] in " ".join(
         shown(capsys, monkeypatch, "history", diagnosed).split()
     )
@@ -198,14 +198,16 @@ def test_show_gives_a_round_as_json(
     diagnosed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The history's objects of the round's attempts, diagnoses whole; nothing but JSON."""
-    told = json.loads(shown(capsys, monkeypatch, "show", diagnosed, "--json"))
-    assert (told["round"], told["entry_digest"]) == (2, None)
-    (attempt,) = told["attempts"]
-    kept = [one for one in attempt["incidents"] if one["kind"] == "training-diagnosed"]
-    assert [one["client"] for one in kept] == [3, 0]
+    report = json.loads(shown(capsys, monkeypatch, "show", diagnosed, "--json"))
+    assert (report["round"], report["entry_digest"]) == (2, None)
+    (attempt,) = report["attempts"]
+    kept = [
+        incident for incident in attempt["incidents"] if incident["kind"] == "training-diagnosed"
+    ]
+    assert [incident["client"] for incident in kept] == [3, 0]
     assert kept[0]["diagnosis"]["trend"][1]["grad_norm"] == "inf"
     before = json.loads(shown(capsys, monkeypatch, "show", diagnosed, "--json", "--round", "1"))
-    assert [one["phase"] for one in before["attempts"]] == ["FAILED", "DONE"]
+    assert [attempt["phase"] for attempt in before["attempts"]] == ["FAILED", "DONE"]
     assert len(before["entry_digest"]) == 64
 
 
@@ -255,7 +257,7 @@ def test_tables_leave_columns_out_and_cut_no_word(
     left_out = words[words.index("for:") + 1 :] if "for:" in words else []
     assert (left_out == []) == (width >= 80)
     headings = ["round", "phase", "counted", "accuracy", "loss", "incidents", "seconds", "model"]
-    assert all(one in words or f"{one}," in words for one in headings)
+    assert all(heading in words or f"{heading}," in words for heading in headings)
     shown(capsys, monkeypatch, "show", state_dir, "--round", "1", width=width)
 
 
@@ -264,10 +266,10 @@ def test_the_history_can_be_that_of_the_last_rounds_alone(
 ) -> None:
     """Rounds, not attempts; more than there are is all of them."""
     every = history_json(capsys, state_dir)
-    numbers = sorted({one["round"] for one in every})
+    numbers = sorted({attempt["round"] for attempt in every})
     assert len(numbers) > 1
     last = history_json(capsys, state_dir, "--last", "1")
-    assert last == [one for one in every if one["round"] == numbers[-1]]
+    assert last == [attempt for attempt in every if attempt["round"] == numbers[-1]]
     assert history_json(capsys, state_dir, "--last", "1000") == every
 
 

@@ -26,12 +26,12 @@ candidate = st.builds(
     num_examples=st.integers(1, 10**7),
     past=pasts,
 )
-anybody = st.lists(candidate, unique_by=lambda one: one.client_id, max_size=30)
+anybody = st.lists(candidate, unique_by=lambda candidate: candidate.client_id, max_size=30)
 
 
 def those(client_ids: Collection[int]) -> list[Candidate]:
     """Return candidates of whom nothing is known."""
-    return [Candidate(client_id=one) for one in client_ids]
+    return [Candidate(client_id=client_id) for client_id in client_ids]
 
 
 @pytest.mark.parametrize("cohort", COHORTS)
@@ -42,7 +42,7 @@ def test_a_cohort_is_a_function_of_the_set_and_the_seed(
     """Ascending, of candidates only, as many as asked for (0: all), whatever order they come in."""
     chosen = choose_cohort(candidates, size=size, seed=seed, cohort=cohort)
     assert list(chosen) == sorted(set(chosen))
-    assert set(chosen) <= {one.client_id for one in candidates}
+    assert set(chosen) <= {candidate.client_id for candidate in candidates}
     assert len(chosen) == (min(size, len(candidates)) if size else len(candidates))
     shuffled = data.draw(st.permutations(candidates))
     assert choose_cohort(shuffled, size=size, seed=seed, cohort=cohort) == chosen
@@ -85,9 +85,11 @@ def test_by_data_size_a_client_is_chosen_in_proportion_to_its_examples() -> None
     Two of them without replacement: the first of two is left out with 0.9, and chosen second with
     0.2 / 0.8 * 0.1 ... : by hand 0.1 + 0.1 * (0.2 / 0.8 + 0.3 / 0.7 + 0.4 / 0.6) = 0.2345.
     """
-    candidates = [Candidate(client_id=one, num_examples=10 * one) for one in (1, 2, 3, 4)]
-    one = times_chosen(candidates, size=1, cohort="data-size")
-    assert all(abs(one[client] - 200 * client) < 110 for client in (1, 2, 3, 4))
+    candidates = [
+        Candidate(client_id=client_id, num_examples=10 * client_id) for client_id in (1, 2, 3, 4)
+    ]
+    times = times_chosen(candidates, size=1, cohort="data-size")
+    assert all(abs(times[client] - 200 * client) < 110 for client in (1, 2, 3, 4))
     two = times_chosen(candidates, size=2, cohort="data-size")
     assert abs(two[1] / 2000 - 0.2345) < 0.05
 
@@ -97,22 +99,22 @@ def test_round_robin_asks_everybody_before_it_asks_anybody_again() -> None:
     asked = dict.fromkeys(range(10), 0)
     for seed in range(25):
         candidates = [
-            Candidate(client_id=one, past=Participation(num_asked=count))
-            for one, count in asked.items()
+            Candidate(client_id=client_id, past=Participation(num_asked=count))
+            for client_id, count in asked.items()
         ]
-        for one in choose_cohort(candidates, size=4, seed=seed, cohort="round-robin"):
-            asked[one] += 1
+        for client_id in choose_cohort(candidates, size=4, seed=seed, cohort="round-robin"):
+            asked[client_id] += 1
         assert max(asked.values()) - min(asked.values()) <= 1
     first = times_chosen(those(range(10)), size=4, cohort="round-robin", num_rounds=200)
     # Among equals at random: 80 times each, five sigma is 35.
-    assert all(abs(first[one] - 80) < 35 for one in range(10))
+    assert all(abs(first[client_id] - 80) < 35 for client_id in range(10))
 
 
 def with_losses(losses: Sequence[float | None]) -> list[Candidate]:
     """Return clients that have told these losses."""
     return [
-        Candidate(client_id=one, past=Participation(num_asked=1, num_answered=1, loss=loss))
-        for one, loss in enumerate(losses)
+        Candidate(client_id=client_id, past=Participation(num_asked=1, num_answered=1, loss=loss))
+        for client_id, loss in enumerate(losses)
     ]
 
 
@@ -128,7 +130,7 @@ def test_power_of_choice_takes_the_largest_losses_of_those_it_draws() -> None:
     few = times_chosen(
         with_losses(losses), size=2, cohort="power-of-choice", num_drawn=2, num_rounds=600
     )
-    assert all(abs(few[one] - 200) < 58 for one in range(6))
+    assert all(abs(few[client_id] - 200) < 58 for client_id in range(6))
     # Of six, four are drawn: two of them have a larger loss than the two with the smallest.
     twice = times_chosen(with_losses(losses), size=2, cohort="power-of-choice", num_rounds=200)
     assert min(twice[1], twice[3]) > twice[2] > 0

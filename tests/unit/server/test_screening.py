@@ -62,15 +62,15 @@ def excluded(
 
 def ids(exclusions: Sequence[Exclusion]) -> list[int]:
     """Return whose updates were excluded."""
-    return [one.client_id for one in exclusions]
+    return [exclusion.client_id for exclusion in exclusions]
 
 
 def test_the_odd_one_is_excluded_with_the_numbers_that_show_it() -> None:
     """Norm, median of the others, width and bound are the evidence, in words and as numbers."""
-    (found,) = excluded(cohort([1.0, 1.1, 0.9, 1.2, 30.0]))
-    assert found.client_id == 4
+    (exclusion,) = excluded(cohort([1.0, 1.1, 0.9, 1.2, 30.0]))
+    assert exclusion.client_id == 4
     # Of four others the median is 1.05; ten times as wide for four is 10 (1 + 3 / 4).
-    assert found.refusal.evidence == {
+    assert exclusion.refusal.evidence == {
         "kind": "norm-band",
         "norm": 30.0,
         "typical": pytest.approx(1.05),
@@ -79,8 +79,8 @@ def test_the_odd_one_is_excluded_with_the_numbers_that_show_it() -> None:
         "compared": 4,
     }
     for shown in ("30 away", "1.05 is usual", "17.5 times", "18.375"):
-        assert shown in found.refusal.reason
-    assert found.event.is_incident
+        assert shown in exclusion.refusal.reason
+    assert exclusion.event.is_incident
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ def test_a_client_that_is_alone_against_others_who_agree_stays() -> None:
     alone = [*calm[:-1], stored(19, 4.9)]
     assert excluded(alone, history, round_number=50) == []
     # 5 (1 + 3 / 19) times the median of the other nineteen of round 2.
-    (found,) = excluded([*calm[:-1], stored(19, 5.9)], history, round_number=50)
-    assert found.refusal.evidence["bound"] == pytest.approx(5 * (1 + 3 / 19))
+    (exclusion,) = excluded([*calm[:-1], stored(19, 5.9)], history, round_number=50)
+    assert exclusion.refusal.evidence["bound"] == pytest.approx(5 * (1 + 3 / 19))
 
 
 def test_a_cohort_that_happens_to_be_calm_is_judged_by_the_last_rounds_too() -> None:
@@ -213,24 +213,24 @@ def test_the_short_way_excludes_whom_the_plain_rule_does(
     ]
     history = {1: cohort(past)}
     expected = []
-    for one in updates:
+    for update in updates:
         bounds = []
         for group, width in ((updates, 10), (history[1], 10), (history[1], 5)):
             allowed = [
                 each.delta_norm
                 * min(
                     MAX_GROWTH,
-                    max(1.0, travel_of(one, SETTINGS) / travel_of(each, SETTINGS)),
+                    max(1.0, travel_of(update, SETTINGS) / travel_of(each, SETTINGS)),
                 )
                 for each in group
-                if each.client_id != one.client_id
+                if each.client_id != update.client_id
             ]
             if len(allowed) >= 3 and np.median(allowed):
                 bounds.append(width * (1 + 3 / len(allowed)) * np.median(allowed))
-        if bounds and one.delta_norm > max(bounds):
-            expected.append(one.client_id)
-    found = outliers(updates, history, round_number=2, settings=SETTINGS, width=10, model_norm=0.0)
-    assert [one.update.client_id for one in found] == expected
+        if bounds and update.delta_norm > max(bounds):
+            expected.append(update.client_id)
+    odd = outliers(updates, history, round_number=2, settings=SETTINGS, width=10, model_norm=0.0)
+    assert [outlier.update.client_id for outlier in odd] == expected
     # What earlier rounds allow may be less than every update of a small round.
     beside = outliers(updates, {}, round_number=2, settings=SETTINGS, width=10, model_norm=0.0)
     assert 2 * len(beside) <= len(updates)
@@ -241,7 +241,7 @@ def played(
 ) -> list[Judged]:
     """Play a federation in this process; returns what was judged."""
     simulation = Simulation(federation, folder, seed=7, num_rounds=num_rounds, attack=attack)
-    return [one for of_round in simulation.play() for one in of_round]
+    return [update for of_round in simulation.play() for update in of_round]
 
 
 def test_a_client_with_twenty_times_the_data_counts_in_every_round(tmp_path: Path) -> None:
@@ -251,14 +251,14 @@ def test_a_client_with_twenty_times_the_data_counts_in_every_round(tmp_path: Pat
     )
     judged = played(federation, tmp_path, num_rounds=5)
     assert len(judged) == 25
-    assert not any(one.is_excluded or one.is_beyond_half for one in judged)
+    assert not any(update.is_excluded or update.is_beyond_half for update in judged)
 
 
 def test_four_clients_alike_lose_nobody_in_many_rounds(tmp_path: Path) -> None:
     federation = Federation(name="alike", num_clients=4, task="synthetic", smallest=20)
     judged = played(federation, tmp_path, num_rounds=30)
     assert len(judged) == 120
-    assert not any(one.is_excluded or one.is_beyond_half for one in judged)
+    assert not any(update.is_excluded or update.is_beyond_half for update in judged)
 
 
 @pytest.mark.parametrize(("claim", "is_caught"), [(1, True), (100, False)])
@@ -269,5 +269,5 @@ def test_an_update_scaled_by_30_is_excluded_unless_its_client_registered_for_it(
     attack = Attack(share=0, change=lambda _, own, __: own * 30, claim=claim)
     federation = Federation(name="alike", num_clients=5, smallest=20, settings={"epochs": 1})
     judged = played(federation, tmp_path, num_rounds=3, attack=attack)
-    assert not any(one.is_excluded for one in judged if not one.is_attack)
-    assert {one.is_excluded for one in judged if one.is_attack} == {is_caught}
+    assert not any(update.is_excluded for update in judged if not update.is_attack)
+    assert {update.is_excluded for update in judged if update.is_attack} == {is_caught}

@@ -52,10 +52,10 @@ def test_an_absence_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_TICK_S", 0)
     time = Time()
     serving = ServingClock(time)
-    told: list[float] = []
+    absences: list[float] = []
 
     async def tell(away_s: float) -> None:
-        told.append(away_s)
+        absences.append(away_s)
 
     async def scene() -> None:
         keeping = asyncio.create_task(serving.keep(tell))
@@ -66,4 +66,4 @@ def test_an_absence_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
         keeping.cancel()
 
     asyncio.run(scene())
-    assert told == [50, 70]
+    assert absences == [50, 70]

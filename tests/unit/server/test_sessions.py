@@ -71,12 +71,12 @@ def test_every_call_renews_the_lease(sessions: Sessions, clock: Clock) -> None:
 
 def test_an_instance_with_other_ids_replaces_its_old_sessions(sessions: Sessions) -> None:
     """One process that now serves two ids ends the sessions that served them one by one."""
-    one, _ = sessions.register(make_registration(1))
-    two, _ = sessions.register(make_registration(2))
+    first, _ = sessions.register(make_registration(1))
+    second, _ = sessions.register(make_registration(2))
     both, replaced = sessions.register(make_registration(1, 2))
-    assert sorted(replaced) == sorted([one.session_id, two.session_id])
+    assert sorted(replaced) == sorted([first.session_id, second.session_id])
     assert both.session_id not in replaced
-    for old in (one, two):
+    for old in (first, second):
         with pytest.raises(UnknownSession):
             sessions.touch(old.session_id)
     assert sessions.has_live_holder(1)

@@ -95,11 +95,11 @@ def test_a_closed_stream_writes_nothing(spool: Spool) -> None:
 def test_streams_of_other_updates_are_left_alone(spool: Spool) -> None:
     """Fencing is by order and digest: two contents of one order are two files."""
     with (
-        spool.open_stream(ORDER, DIGEST, offset=0) as one,
-        spool.open_stream(ORDER, OTHER, offset=0) as two,
-        spool.open_stream("another", DIGEST, offset=0) as three,
+        spool.open_stream(ORDER, DIGEST, offset=0) as first,
+        spool.open_stream(ORDER, OTHER, offset=0) as second,
+        spool.open_stream("another", DIGEST, offset=0) as third,
     ):
-        for stream, content in ((one, b"1"), (two, b"22"), (three, b"333")):
+        for stream, content in ((first, b"1"), (second, b"22"), (third, b"333")):
             stream.append(memoryview(content))
         assert spool.committed_bytes(ORDER, DIGEST) == 1
         assert spool.committed_bytes(ORDER, OTHER) == 2
@@ -155,7 +155,7 @@ def test_what_no_round_needs_is_deleted(spool: Spool) -> None:
 
 def sizes(spool: Spool, *digests: str) -> list[int]:
     """Return how much of each of these updates of ORDER is there."""
-    return [spool.committed_bytes(ORDER, one) for one in digests]
+    return [spool.committed_bytes(ORDER, digest) for digest in digests]
 
 
 def test_an_order_keeps_the_newest_of_what_was_left_unfinished(spool: Spool) -> None:
@@ -165,12 +165,12 @@ def test_an_order_keeps_the_newest_of_what_was_left_unfinished(spool: Spool) -> 
             stream.append(memoryview(b"12"))
     assert sizes(spool, DIGEST, OTHER, THIRD) == [0, 0, 2]
     with (
-        spool.open_stream(ORDER, DIGEST, offset=0) as one,
-        spool.open_stream(ORDER, OTHER, offset=0) as two,
+        spool.open_stream(ORDER, DIGEST, offset=0) as first,
+        spool.open_stream(ORDER, OTHER, offset=0) as second,
     ):
         assert sizes(spool, THIRD) == [0]
-        one.append(memoryview(b"1"))
-        two.append(memoryview(b"22"))
+        first.append(memoryview(b"1"))
+        second.append(memoryview(b"22"))
         assert sizes(spool, DIGEST, OTHER) == [1, 2], "nothing goes that is being written"
     assert sizes(spool, DIGEST, OTHER) == [1, 0]
     spool.drop_unfinished(but={ORDER})

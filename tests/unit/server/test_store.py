@@ -83,12 +83,12 @@ def test_an_update_is_recorded_with_its_order(store: Store) -> None:
     run, opened = begin_round(store)
     update = make_update(opened.orders[1].order_id, num_examples=7)
     assert record_arrival(store, run, update) == (OrderState.STORED, True)
-    assert [one.update for one in store.orders.stored_updates(opened)] == [update]
+    assert [stored.update for stored in store.orders.stored_updates(opened)] == [update]
     record = store.orders.find_order(update.order_id)
     assert (record.state, record.digest, record.client_id) == (OrderState.STORED, update.digest, 1)
     other = make_update(update.order_id, payload=b"other bytes")
     assert record_arrival(store, run, other) == (OrderState.STORED, False)
-    assert [one.update for one in store.orders.stored_updates(opened)] == [update]
+    assert [stored.update for stored in store.orders.stored_updates(opened)] == [update]
 
 
 def test_a_refused_update_is_kept_with_its_reason(store: Store) -> None:
@@ -108,8 +108,8 @@ def test_a_refused_update_is_kept_with_its_reason(store: Store) -> None:
 def test_the_spool_keeps_what_a_round_needs_and_what_is_held(store: Store) -> None:
     """What goes on and what is held; of a round that is done what counted, if it is recent."""
     run, opened = begin_round(store, clients=(0, 1, 2, 3))
-    good, bad, early, going_on = (one.order_id for one in opened.orders)
-    kept = {one: make_update(one).digest for one in (good, bad)}
+    good, bad, early, going_on = (order.order_id for order in opened.orders)
+    kept = {order_id: make_update(order_id).digest for order_id in (good, bad)}
     record_arrival(store, run, make_update(good))
     record_arrival(store, run, make_update(bad), OrderEvent.REFUSE, reason="bad", kept_bytes=9)
     # Refused by its header: there are no bytes of it.
@@ -118,7 +118,7 @@ def test_the_spool_keeps_what_a_round_needs_and_what_is_held(store: Store) -> No
     finish(store, run, opened)
     assert store.orders.updates_to_keep(run.run_id, since_round=1) == kept
     assert store.orders.updates_to_keep(run.run_id, since_round=2) == {bad: kept[bad]}
-    (held,) = (one for one in store.quarantine.held_updates() if one.order_id == bad)
+    (held,) = (update for update in store.quarantine.held_updates() if update.order_id == bad)
     store.quarantine.free_held(held, HeldState.DROPPED, make_event("quarantine-dropped"))
     assert store.orders.updates_to_keep(run.run_id, since_round=2) == {}
 
@@ -135,7 +135,7 @@ def test_an_update_that_comes_too_late_is_on_record_and_counts_for_nothing(store
     assert [event.kind for event in store.database.take_recorded()] == ["update-late"]
     assert record_arrival(store, run, late) == (OrderState.LATE, False)
     assert not store.database.take_recorded()
-    assert [one.client_id for one in store.orders.stored_updates(opened)] == [0]
+    assert [update.client_id for update in store.orders.stored_updates(opened)] == [0]
     assert store.orders.find_order(late.order_id).digest == late.digest
 
 
@@ -161,14 +161,14 @@ def test_of_two_threads_that_record_one_order_exactly_one_wins(store: Store) -> 
         def record(
             payload: bytes,
             order_id: str = order.order_id,
-            found: list[tuple[OrderState, bool]] = results,
+            recorded: list[tuple[OrderState, bool]] = results,
             gate: threading.Barrier = barrier,
         ) -> None:
             update = make_update(order_id, payload=payload)
             gate.wait()
-            found.append(record_arrival(store, run, update))
+            recorded.append(record_arrival(store, run, update))
 
-        threads = [threading.Thread(target=record, args=(bytes([one]),)) for one in range(3)]
+        threads = [threading.Thread(target=record, args=(bytes([number]),)) for number in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -225,8 +225,8 @@ def test_finishing_records_verdicts_ledger_and_the_next_round_at_once(store: Sto
         previous = row.digest
     assert [row.round for row in rows] == [1, 2]
     first_entry, second_entry = (json.loads(row.entry) for row in rows)
-    assert [one["client"] for one in first_entry["updates"]] == [0, 1]
-    assert [one["client"] for one in second_entry["updates"]] == [0]
+    assert [update["client"] for update in first_entry["updates"]] == [0, 1]
+    assert [update["client"] for update in second_entry["updates"]] == [0]
     assert first_entry["settings"] == run.settings
     latest = store.rounds.latest_attempt(run.run_id)
     assert latest is not None
@@ -392,7 +392,7 @@ def test_the_history_tells_everything_of_a_round(store: Store) -> None:
     )
     assert read_history(store, run)[0].evaluation is None, "there is no model to be so good"
     finish(store, run, opened)
-    assert [one.round_number for one in store.rounds.unevaluated_rounds(run.run_id)] == [1]
+    assert [attempt.round_number for attempt in store.rounds.unevaluated_rounds(run.run_id)] == [1]
     good = ModelEvaluation(accuracy=0.9, loss=0.3)
     store.rounds.record_evaluation(opened, good, make_event("evaluated"))
     assert store.rounds.unevaluated_rounds(run.run_id) == []

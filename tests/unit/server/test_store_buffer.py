@@ -76,13 +76,13 @@ def asynchronous(tmp_path: Path) -> Iterator[Asynchronous]:
 def test_the_newest_of_many_orders_of_one_client_comes_last(asynchronous: Asynchronous) -> None:
     """By number, not by text: a restarted server hands out the last one."""
     store, run, first = asynchronous.store, asynchronous.run, asynchronous.current
-    zero = first.orders[0].order_id
+    order_0 = first.orders[0].order_id
     for number in range(2, 12):
-        again = Order(order_id=zero.replace("-s1", f"-s{number}"), client_id=0)
+        again = Order(order_id=order_0.replace("-s1", f"-s{number}"), client_id=0)
         store.rounds.add_orders(first, [again])
     latest = store.rounds.latest_attempt(run.run_id)
     assert latest is not None
-    numbers = [one.sequence for one in latest.orders if one.client_id == 0]
+    numbers = [order.sequence for order in latest.orders if order.client_id == 0]
     assert numbers == list(range(1, 12))
 
 
@@ -91,39 +91,42 @@ def test_a_buffer_never_holds_more_than_its_size_and_the_rest_comes_into_the_nex
 ) -> None:
     """A third update waits, also while the round is aggregated; then it is counted once, stale."""
     store, run, first = asynchronous.store, asynchronous.run, asynchronous.current
-    zero, one, two = (order.order_id for order in first.orders)
-    again = Order(order_id=zero.replace("-s1", "-s2"), client_id=0)
-    assert asynchronous.arrive(zero) is OrderState.STORED
+    order_0, order_1, order_2 = (order.order_id for order in first.orders)
+    again = Order(order_id=order_0.replace("-s1", "-s2"), client_id=0)
+    assert asynchronous.arrive(order_0) is OrderState.STORED
     store.rounds.add_orders(first, [again])
-    assert asynchronous.arrive(one) is OrderState.STORED
-    assert asynchronous.arrive(two) is OrderState.OPEN
+    assert asynchronous.arrive(order_1) is OrderState.STORED
+    assert asynchronous.arrive(order_2) is OrderState.OPEN
     asynchronous.close()
-    assert asynchronous.arrive(two) is OrderState.OPEN
+    assert asynchronous.arrive(order_2) is OrderState.OPEN
     with pytest.raises(ForbiddenTransition):
         store.rounds.add_orders(first, [again])
     asynchronous.go_on(1)
     (carried,) = store.rounds.carried_over(asynchronous.current)
-    assert [order.order_id for order in carried.orders] == [again.order_id, two]
-    assert asynchronous.arrive(two) is OrderState.STORED
-    assert asynchronous.arrive(two) is OrderState.STORED, "a second time changes nothing"
+    assert [order.order_id for order in carried.orders] == [again.order_id, order_2]
+    assert asynchronous.arrive(order_2) is OrderState.STORED
+    assert asynchronous.arrive(order_2) is OrderState.STORED, "a second time changes nothing"
     assert asynchronous.arrive(again.order_id) is OrderState.STORED
     stored = store.orders.stored_updates(asynchronous.current)
-    assert [(found.update.order_id, found.own_base, found.staleness) for found in stored] == [
+    assert [(update.update.order_id, update.own_base, update.staleness) for update in stored] == [
         (again.order_id, first.base_digest, 1),
-        (two, first.base_digest, 1),
+        (order_2, first.base_digest, 1),
     ]
     # What it began with must stay, its bytes too, and its client's state counts already.
-    assert store.orders.updates_to_keep(run.run_id, since_round=9).keys() >= {two, again.order_id}
+    assert store.orders.updates_to_keep(run.run_id, since_round=9).keys() >= {
+        order_2,
+        again.order_id,
+    }
     assert store.rounds.models_let_go(run.run_id, [first.base_digest], since_round=9) == set()
     assert store.orders.last_counted_orders(run.run_id, stored_too=True)[0] == again.order_id
-    assert store.orders.last_counted_orders(run.run_id)[0] == zero
+    assert store.orders.last_counted_orders(run.run_id)[0] == order_0
     asynchronous.close()
     asynchronous.go_on()
     assert asynchronous.states() == {
-        zero: "COUNTED",
+        order_0: "COUNTED",
         again.order_id: "COUNTED",
-        one: "COUNTED",
-        two: "COUNTED",
+        order_1: "COUNTED",
+        order_2: "COUNTED",
         f"{run.run_id}-r2-a1-c1-s1": "OPEN",
     }
     history = read_history(store, run)
@@ -140,16 +143,16 @@ def test_an_order_ends_late_when_it_is_too_stale_and_all_do_with_the_run(
     asynchronous: Asynchronous,
 ) -> None:
     """On record as an incident; its update is late, and no other order is touched."""
-    zero, one, two = (order.order_id for order in asynchronous.current.orders)
+    order_0, order_1, order_2 = (order.order_id for order in asynchronous.current.orders)
     for number in (1, 2):
-        for order_id in (zero, one):
+        for order_id in (order_0, order_1):
             asynchronous.arrive(order_id)
         asynchronous.close()
         kinds = asynchronous.go_on(0, 1, stale_before=number)
-        zero, one = (order.order_id for order in asynchronous.current.orders)
+        order_0, order_1 = (order.order_id for order in asynchronous.current.orders)
     assert kinds == ["round-done", "order-stale", "round-opened"]
-    assert asynchronous.arrive(two) is OrderState.LATE
-    assert asynchronous.states()[zero] == "OPEN"
+    assert asynchronous.arrive(order_2) is OrderState.LATE
+    assert asynchronous.states()[order_0] == "OPEN"
     asynchronous.store.runs.end_run(
         asynchronous.run.run_id, RunState.FINISHED, make_event("run-finished", round_number=None)
     )
@@ -160,16 +163,16 @@ def test_an_attempt_that_fails_ends_what_came_into_it_and_its_own_orders_alone(
     asynchronous: Asynchronous,
 ) -> None:
     """Orders of earlier rounds go on and come into the next attempt."""
-    zero, one, two = (order.order_id for order in asynchronous.current.orders)
-    asynchronous.arrive(zero)
-    asynchronous.arrive(one)
+    order_0, order_1, order_2 = (order.order_id for order in asynchronous.current.orders)
+    asynchronous.arrive(order_0)
+    asynchronous.arrive(order_1)
     asynchronous.close()
     asynchronous.go_on(0, 1)
     second = asynchronous.current
     own, other = (order.order_id for order in second.orders)
     asynchronous.arrive(own)
     asynchronous.store.rounds.fail_round(second, [make_event("round-failed", round_number=2)])
-    assert asynchronous.arrive(two) is OrderState.OPEN, "there is no round to come into"
+    assert asynchronous.arrive(order_2) is OrderState.OPEN, "there is no round to come into"
     again = make_round(
         asynchronous.run.run_id,
         round_number=2,
@@ -180,25 +183,25 @@ def test_an_attempt_that_fails_ends_what_came_into_it_and_its_own_orders_alone(
     asynchronous.store.rounds.open_round(
         again, make_event("round-opened", round_number=2, attempt=2)
     )
-    assert asynchronous.arrive(two) is OrderState.STORED
+    assert asynchronous.arrive(order_2) is OrderState.STORED
     states = asynchronous.states()
-    assert (states[own], states[other], states[two]) == ("ABANDONED", "ABANDONED", "STORED")
+    assert (states[own], states[other], states[order_2]) == ("ABANDONED", "ABANDONED", "STORED")
 
 
 def test_a_refused_update_is_told_of_the_round_that_it_came_into(
     asynchronous: Asynchronous,
 ) -> None:
     """Its entry in the ledger names it, whichever round its order is of."""
-    zero, one, two = (order.order_id for order in asynchronous.current.orders)
-    asynchronous.arrive(zero)
-    asynchronous.arrive(one)
+    order_0, order_1, order_2 = (order.order_id for order in asynchronous.current.orders)
+    asynchronous.arrive(order_0)
+    asynchronous.arrive(order_1)
     asynchronous.close()
     asynchronous.go_on(0, 1)
     asynchronous.store.database.take_recorded()
     state, is_recorded = asynchronous.store.orders.record_arrival(
         asynchronous.run.run_id,
         Arrival(
-            update=make_update(two),
+            update=make_update(order_2),
             order_event=OrderEvent.REFUSE,
             refusal=Refusal(reason="bad", evidence={"kind": "test"}),
         ),

@@ -56,8 +56,8 @@ def test_everything_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
         assert store.runs.latest_run(number=2) is None
         latest = store.rounds.latest_attempt(run.run_id)
         assert latest is not None
-        assert [one.state for one in latest.orders] == [OrderState.STORED, OrderState.OPEN]
-        assert [one.update for one in store.orders.stored_updates(opened)] == [update]
+        assert [order.state for order in latest.orders] == [OrderState.STORED, OrderState.OPEN]
+        assert [stored.update for stored in store.orders.stored_updates(opened)] == [update]
         assert len(read_history(store, run)) == 1
         store.close()
     writer.close()
@@ -86,7 +86,7 @@ def test_a_file_that_is_no_database_is_damage_and_stays_as_it_is(
     with pytest.raises(StorageDamaged, match=r"federation\.sqlite can't be read.*--state-dir"):
         Store(path, read_only=read_only)
     assert path.read_bytes() == content
-    assert [one.name for one in tmp_path.iterdir()] == ["federation.sqlite"]
+    assert [path.name for path in tmp_path.iterdir()] == ["federation.sqlite"]
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -114,7 +114,7 @@ def test_a_database_of_an_unknown_version_is_refused_untouched(
     connection = sqlite3.connect(path)
     assert list(connection.iterdump()) == before
     connection.close()
-    assert [one.name for one in tmp_path.glob("*schema*")] == []
+    assert [path.name for path in tmp_path.glob("*schema*")] == []
 
 
 def test_looking_at_nothing_finds_nothing_and_makes_nothing(tmp_path: Path) -> None:

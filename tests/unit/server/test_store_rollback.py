@@ -47,14 +47,14 @@ def finish(store: Store, run: Run, opened: Attempt, model: str, following: Attem
 
 def latest(store: Store, run: Run) -> Attempt:
     """Return the attempt from which a run goes on."""
-    found = store.rounds.latest_attempt(run.run_id)
-    assert found is not None
-    return found
+    attempt = store.rounds.latest_attempt(run.run_id)
+    assert attempt is not None
+    return attempt
 
 
-def place(found: Attempt) -> tuple[int, int, Phase]:
+def state_of(attempt: Attempt) -> tuple[int, int, Phase]:
     """Return where an attempt is and how it stands."""
-    return found.round_number, found.attempt, found.phase
+    return attempt.round_number, attempt.attempt, attempt.phase
 
 
 def findings(store: Store, run: Run) -> list[str]:
@@ -109,16 +109,16 @@ def test_a_rollback_ends_both_attempts_at_once(store: Store) -> None:
     alarm(store, second)
     bad = store.rounds.regressed_round(run.run_id)
     assert bad is not None
-    assert place(bad) == (2, 1, Phase.DONE)
+    assert state_of(bad) == (2, 1, Phase.DONE)
     roll_back(store, run, third)
     after = latest(store, run)
-    assert place(after) == (2, 1, Phase.ROLLED_BACK)
+    assert state_of(after) == (2, 1, Phase.ROLLED_BACK)
     assert (after.base_digest, after.adjustments_after) == (FIRST, LOWERED)
     assert store.rounds.phases_of(run.run_id, 3) == [Phase.ABANDONED]
     assert store.orders.find_order(third.orders[0].order_id).state is OrderState.ABANDONED
     assert store.orders.find_order(second.orders[0].order_id).state is OrderState.COUNTED
     assert store.orders.last_counted_orders(run.run_id) == {
-        one.client_id: one.order_id for one in first.orders
+        order.client_id: order.order_id for order in first.orders
     }
     assert store.rounds.good_evaluations(run.run_id) == {}
     assert store.rounds.regressed_round(run.run_id) is None
@@ -155,12 +155,12 @@ def test_a_run_goes_on_from_the_repetition(store: Store) -> None:
     store.rounds.fail_round(third, [make_event("round-failed", round_number=3)])
     alarm(store, second)
     roll_back(store, run, None)
-    assert place(latest(store, run)) == (2, 1, Phase.ROLLED_BACK)
+    assert state_of(latest(store, run)) == (2, 1, Phase.ROLLED_BACK)
     again = make_round(run.run_id, round_number=2, attempt=2, base_digest=FIRST)
     store.rounds.open_round(again, make_event("round-opened", round_number=2, attempt=2))
-    assert place(latest(store, run)) == (2, 2, Phase.COLLECTING)
+    assert state_of(latest(store, run)) == (2, 2, Phase.COLLECTING)
     finish(store, run, again, GOOD, None)
-    assert place(latest(store, run)) == (2, 2, Phase.DONE)
+    assert state_of(latest(store, run)) == (2, 2, Phase.DONE)
     assert store.rounds.phases_of(run.run_id, 3) == [Phase.FAILED]
     assert findings(store, run) == []
 
@@ -243,8 +243,8 @@ def test_what_was_changed_about_a_rollback_is_found(
     assert connection.execute(change).rowcount == 1
     connection.commit()
     connection.close()
-    found = findings(store, run)
-    assert any(words in one for one in found), found
+    texts = findings(store, run)
+    assert any(words in text for text in texts), texts
 
 
 def test_attempts_at_the_first_round_share_their_model_unless_it_was_drawn_anew(
@@ -255,8 +255,8 @@ def test_attempts_at_the_first_round_share_their_model_unless_it_was_drawn_anew(
     store.rounds.fail_round(first, [make_event("round-failed")])
     redrawn = make_round(run.run_id, attempt=2, base_digest=FIRST)
     store.rounds.open_round(redrawn, make_event("round-opened", attempt=2))
-    (found,) = findings(store, run)
-    assert "attempt 2 began with model 111111111111" in found
+    (finding,) = findings(store, run)
+    assert "attempt 2 began with model 111111111111" in finding
 
 
 def test_the_best_model_that_stays_is_one_that_was_not_taken_back(store: Store) -> None:
@@ -268,9 +268,9 @@ def test_the_best_model_that_stays_is_one_that_was_not_taken_back(store: Store) 
     )
     roll_back(store, run, third)
     again, newest = repeat(store, run)
-    for one, accuracy in ((again, 0.94), (newest, 0.90)):
-        event = make_event("evaluated", round_number=one.round_number, attempt=one.attempt)
-        store.rounds.record_evaluation(one, ModelEvaluation(accuracy=accuracy, loss=0.1), event)
+    for attempt, accuracy in ((again, 0.94), (newest, 0.90)):
+        event = make_event("evaluated", round_number=attempt.round_number, attempt=attempt.attempt)
+        store.rounds.record_evaluation(attempt, ModelEvaluation(accuracy=accuracy, loss=0.1), event)
     assert GOOD not in store.rounds.models_let_go(
         run.run_id, [FIRST, BAD, GOOD, LAST], since_round=4
     )

@@ -73,12 +73,14 @@ def test_suspended_clients_are_called_back_only_as_far_as_needed(
 ) -> None:
     """All active clients may be asked; suspended ones make up what is missing, nearest first."""
     candidates = set(ends) | others
-    suspensions = {one: make_suspension(one, until) for one, until in ends.items()}
-    found = eligible_clients(
+    suspensions = {
+        client_id: make_suspension(client_id, until) for client_id, until in ends.items()
+    }
+    eligible = eligible_clients(
         candidates, suspensions, round_number=round_number, num_needed=num_needed
     )
-    active = {one for one in candidates if ends.get(one, 0) <= round_number}
-    assert active <= found <= candidates
-    assert len(found) == max(len(active), min(num_needed, len(candidates)))
-    recalled, left = found - active, candidates - found
+    active = {client_id for client_id in candidates if ends.get(client_id, 0) <= round_number}
+    assert active <= eligible <= candidates
+    assert len(eligible) == max(len(active), min(num_needed, len(candidates)))
+    recalled, left = eligible - active, candidates - eligible
     assert all((ends[a], a) < (ends[b], b) for a in recalled for b in left)

@@ -42,7 +42,7 @@ def open_orders(tmp_path: Path) -> OpenOrders:
         opened,
         base=base,
         limits=make_limits(),
-        orders=[make_order(one.order_id, client_id=one.client_id) for one in opened.orders],
+        orders=[make_order(order.order_id, client_id=order.client_id) for order in opened.orders],
     )
     return open_orders
 
@@ -76,9 +76,9 @@ def test_the_view_tells_round_clients_and_accuracy(open_orders: OpenOrders) -> N
     open_orders.settle(other.order.order_id, OrderState.STORED)
     view.hear(evaluated(2, 0.75))
     view.hear(evaluated(3, 0.5))
-    said = [make_update(metrics={"global_accuracy": one}) for one in (0.25, 0.75)]
+    updates = [make_update(metrics={"global_accuracy": accuracy}) for accuracy in (0.25, 0.75)]
     for event in client_evaluation_events(
-        make_round(round_number=3), summarise_clients(said, holdout=0)
+        make_round(round_number=3), summarise_clients(updates, holdout=0)
     ):
         view.hear(event)
     lines = shown(view)
@@ -142,8 +142,8 @@ def test_the_newest_incidents_stay_in_view(open_orders: OpenOrders) -> None:
     for number in range(7):
         event = make_event("client-stalled", round_number=number)
         view.hear(replace(event, is_incident=True, client_id=4))
-    told = [line.rstrip() for line in shown(view) if line.startswith("! ")]
-    assert told == [
+    incidents = [line.rstrip() for line in shown(view) if line.startswith("! ")]
+    assert incidents == [
         f"! round {number}, client 4: it got no further and was given up" for number in range(2, 7)
     ]
 
@@ -179,11 +179,11 @@ def test_a_diagnosis_is_told_in_its_sentence_the_moment_it_comes(open_orders: Op
     event = make_event("training-diagnosed", round_number=2)
     fields = {"step": 17, **diagnosis_fields(make_diagnosis())}
     view.hear(replace(event, is_incident=True, client_id=3, fields=fields))
-    told = " ".join(line.strip() for line in shown(view) if "client" in line or "on" in line)
+    text = " ".join(line.strip() for line in shown(view) if "client" in line or "on" in line)
     assert (
         "! round 2, client 3: bad-data at step 17 (2 samples with NaN in the input): dropped, "
         "training went on"
-    ) in told
+    ) in text
 
 
 def make_result(

@@ -47,9 +47,12 @@ def durations_of(entry: dict[str, object]) -> list[float]:
     """Return when the updates came, the close and the end, in seconds after the opening."""
     updates = entry["updates"]
     assert isinstance(updates, list)
-    found = [one["received_after_s"] for one in updates] + [entry["collected_s"], entry["took_s"]]
-    assert all(isinstance(one, float) for one in found), found
-    return found
+    durations = [update["received_after_s"] for update in updates] + [
+        entry["collected_s"],
+        entry["took_s"],
+    ]
+    assert all(isinstance(duration, float) for duration in durations), durations
+    return durations
 
 
 def test_a_wall_clock_that_is_set_back_changes_no_duration(
@@ -63,8 +66,8 @@ def test_a_wall_clock_that_is_set_back_changes_no_duration(
     entry = finish(store, run, opened)
     store.close()
     assert str(entry["finished_at"]) < str(entry["started_at"])
-    for found in durations_of(entry):
-        assert 100 <= found < 100 + 60
+    for duration in durations_of(entry):
+        assert 100 <= duration < 100 + 60
 
 
 def test_a_duration_goes_on_over_a_restart_of_the_server(
@@ -77,8 +80,8 @@ def test_a_duration_goes_on_over_a_restart_of_the_server(
     wall_clock.append(-THREE_DAYS_S)
     machine.append(100.0)
     again = Store(tmp_path / "federation.sqlite")
-    for found in durations_of(finish(again, run, opened)):
-        assert 100 <= found < 100 + 60
+    for duration in durations_of(finish(again, run, opened)):
+        assert 100 <= duration < 100 + 60
     again.close()
 
 
@@ -96,8 +99,8 @@ def test_after_a_restart_of_the_machine_the_wall_clock_says_what_has_passed(
     monkeypatch.setattr(run_clock, "boot_id", lambda: "another start")
     monkeypatch.setattr(run_clock, "since_boot_s", lambda: 12.0)
     wall_clock.append(set_by)
-    for found in durations_of(finish(store, run, opened)):
-        assert expected_s <= found < expected_s + 60
+    for duration in durations_of(finish(store, run, opened)):
+        assert expected_s <= duration < expected_s + 60
     store.close()
 
 

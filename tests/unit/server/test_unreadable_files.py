@@ -50,9 +50,9 @@ def expect_sentence(capsys: pytest.CaptureFixture[str], argv: list[str], name: s
     shown = capsys.readouterr()
     assert code != 0
     # `verify` tells what is damaged on standard output: it is what it was asked for.
-    told = (shown.err or shown.out).strip().splitlines()
-    assert len(told) == 1, told
-    assert name in told[0]
+    lines = (shown.err or shown.out).strip().splitlines()
+    assert len(lines) == 1, lines
+    assert name in lines[0]
 
 
 @pytest.mark.parametrize("command", LOOKING)

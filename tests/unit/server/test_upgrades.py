@@ -33,24 +33,25 @@ def earlier(tmp_path: Path) -> Path:
 
 def tables_of(engine: Engine) -> dict[str, Any]:
     """Return all that makes a table that table, by name; alembic's own left out."""
-    found = inspect(engine)
+    inspector = inspect(engine)
     tables = {
         name: {
             "columns": [
                 {key: str(value) for key, value in column.items()}
-                for column in found.get_columns(name)
+                for column in inspector.get_columns(name)
             ],
-            "primary key": found.get_pk_constraint(name)["constrained_columns"],
+            "primary key": inspector.get_pk_constraint(name)["constrained_columns"],
             "foreign keys": sorted(
-                str((one["constrained_columns"], one["referred_table"], one["referred_columns"]))
-                for one in found.get_foreign_keys(name)
+                str((key["constrained_columns"], key["referred_table"], key["referred_columns"]))
+                for key in inspector.get_foreign_keys(name)
             ),
             "unique": sorted(
-                str(one["column_names"]) for one in found.get_unique_constraints(name)
+                str(constraint["column_names"])
+                for constraint in inspector.get_unique_constraints(name)
             ),
-            "indexes": sorted(str(one) for one in found.get_indexes(name)),
+            "indexes": sorted(str(index) for index in inspector.get_indexes(name)),
         }
-        for name in found.get_table_names()
+        for name in inspector.get_table_names()
         if name != "alembic_version"
     }
     engine.dispose()
@@ -127,13 +128,13 @@ def test_looking_at_an_earlier_database_changes_nothing(
 ) -> None:
     """The commands that only read answer from an upgraded copy, and leave none behind."""
     path = earlier / "federation.sqlite"
-    content, names = path.read_bytes(), sorted(one.name for one in earlier.iterdir())
+    content, names = path.read_bytes(), sorted(path.name for path in earlier.iterdir())
     for command in ("history", "show"):
         code = main([command, "--state-dir", str(earlier), "--run", str(run)])
         assert code == 0, capsys.readouterr().err
         assert f"run{run}-" in capsys.readouterr().out
     assert path.read_bytes() == content
-    assert sorted(one.name for one in earlier.iterdir()) == names
+    assert sorted(path.name for path in earlier.iterdir()) == names
 
 
 def test_a_copy_that_was_read_is_gone_afterwards(

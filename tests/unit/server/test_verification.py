@@ -46,7 +46,7 @@ def test_an_untouched_state_dir_is_whole_and_stays_as_it_is(state_dir: StateDir)
     assert state_dir.verify() == ([], ALL_WHOLE)
     after = {path: path.read_bytes() for path in state_dir.folder.rglob("*") if path.is_file()}
     # SQLite's own shared memory comes and goes with any reader.
-    assert {path: one for path, one in after.items() if path in before} == before
+    assert {path: content for path, content in after.items() if path in before} == before
     assert {path.name for path in after.keys() - before.keys()} <= {
         "federation.sqlite-shm",
         "federation.sqlite-wal",
@@ -197,9 +197,13 @@ def test_swapped_entries_are_found(state_dir: StateDir) -> None:
     for was, becomes in ((2, -1), (3, 2), (-1, 3)):
         state_dir.change("UPDATE ledger SET round = ? WHERE round = ?", becomes, was)
     findings, summary = state_dir.verify()
-    assert any(", round 2: in its place in the ledger is the entry of" in one for one in findings)
-    assert any(", round 3: in its place in the ledger is the entry of" in one for one in findings)
-    assert sum("follows an entry" in one for one in findings) == 3
+    assert any(
+        ", round 2: in its place in the ledger is the entry of" in finding for finding in findings
+    )
+    assert any(
+        ", round 3: in its place in the ledger is the entry of" in finding for finding in findings
+    )
+    assert sum("follows an entry" in finding for finding in findings) == 3
     assert len(findings) == 5
     assert summary.endswith("2 of 4 re-aggregated (2 damaged)")
 
@@ -304,11 +308,13 @@ def test_what_was_let_go_is_no_finding_but_is_counted(state_dir: StateDir) -> No
     ("lose", "words"),
     [
         (
-            lambda one: one.path("models", round_number=NUM_ROUNDS),
+            lambda state_dir: state_dir.path("models", round_number=NUM_ROUNDS),
             "round 4: its model is gone",
         ),
         (
-            lambda one: one.path("quarantine", client=BAD_CLIENT, round_number=BAD_ROUND),
+            lambda state_dir: state_dir.path(
+                "quarantine", client=BAD_CLIENT, round_number=BAD_ROUND
+            ),
             "round 2: the quarantined update of client 2 is gone",
         ),
     ],

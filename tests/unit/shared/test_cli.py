@@ -85,9 +85,9 @@ def test_an_unknown_setting_is_told_the_nearest_one(
     assert "no flag --epoch; did you mean --epochs?" in _refusal(capsys, "--epoch", "3")
     assert "no command rounds; settings are given as --name" in _refusal(capsys, "rounds", "3")
     config = _toml(tmp_path, "learning_rate = 1\nepochss = 3\n")
-    told = _refusal(capsys, "--config", config)
-    assert f"in {config} there is no setting 'epochss'; did you mean 'epochs'?" in told
-    assert "there is no setting 'learning_rate'" in told
+    refusal = _refusal(capsys, "--config", config)
+    assert f"in {config} there is no setting 'epochss'; did you mean 'epochs'?" in refusal
+    assert "there is no setting 'learning_rate'" in refusal
 
 
 def test_an_unknown_variable_with_the_prefix_is_told_the_nearest_one(
@@ -98,8 +98,8 @@ def test_an_unknown_variable_with_the_prefix_is_told_the_nearest_one(
     monkeypatch.setenv("fedserver_epochs", "4")
     assert parse(ServerSettings, []).epochs == 4
     monkeypatch.setenv("FEDSERVER_ROUND", "3")
-    told = _refusal(capsys)
-    assert "FEDSERVER_ROUND, which is no setting; did you mean FEDSERVER_ROUNDS?" in told
+    refusal = _refusal(capsys)
+    assert "FEDSERVER_ROUND, which is no setting; did you mean FEDSERVER_ROUNDS?" in refusal
 
 
 def test_the_settings_file_is_named_by_a_flag_or_the_environment(
@@ -113,8 +113,8 @@ def test_the_settings_file_is_named_by_a_flag_or_the_environment(
     assert parse(ServerSettings, ["--config", by_flag]).rounds == 4
     for name in ("config = 'other.toml'", "print_config = true"):
         by_flag = _toml(tmp_path / "flag", name)
-        told = _refusal(capsys, "--config", by_flag)
-        assert f"can't stand in a settings file, as in {by_flag}; give --" in told
+        refusal = _refusal(capsys, "--config", by_flag)
+        assert f"can't stand in a settings file, as in {by_flag}; give --" in refusal
     assert "--config needs a value after it" in _refusal(capsys, "--config")
 
 
@@ -134,14 +134,14 @@ def test_a_value_that_cant_be_is_told_with_its_setting(
     assert "can't be read" in _refusal(capsys, "--config", str(tmp_path / "none.toml"))
     assert "is not TOML" in _refusal(capsys, "--config", _toml(tmp_path, "rounds: 3"))
     config = _toml(tmp_path, "rounds = 'x'")
-    told = _refusal(capsys, "--config", config)
-    assert f"in {config}, rounds is 'x': input should be" in told
+    refusal = _refusal(capsys, "--config", config)
+    assert f"in {config}, rounds is 'x': input should be" in refusal
     monkeypatch.setenv("FEDSERVER_PORT", "high")
-    told = _refusal(capsys)
-    assert "FEDSERVER_PORT is 'high': input should be" in told
-    assert "--" not in told
-    told = _refusal(capsys, "--log-level", "loud")
-    assert "--log-level is 'loud': input should be 'DEBUG', 'INFO', 'WARNING' or 'ERROR'" in told
+    refusal = _refusal(capsys)
+    assert "FEDSERVER_PORT is 'high': input should be" in refusal
+    assert "--" not in refusal
+    refusal = _refusal(capsys, "--log-level", "loud")
+    assert "--log-level is 'loud': input should be 'DEBUG', 'INFO', 'WARNING' or 'ERROR'" in refusal
 
 
 @pytest.mark.parametrize(

@@ -49,13 +49,13 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Compare names, shapes, dtypes and bytes."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].shape == tensor.shape
-        assert found[name].dtype == tensor.dtype
-        assert bits(found[name]) == bits(tensor), name
+        assert actual[name].shape == tensor.shape
+        assert actual[name].dtype == tensor.dtype
+        assert bits(actual[name]) == bits(tensor), name
 
 
 @st.composite

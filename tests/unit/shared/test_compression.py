@@ -45,10 +45,12 @@ def there_and_back(
     delta: dict[str, Tensor], compression: Compression, *, seed: int = 1
 ) -> dict[str, Tensor]:
     """Return what arrives of a delta; what is sent has the shapes that were announced."""
-    shapes = {name: (one.dtype, tuple(one.shape)) for name, one in delta.items()}
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in delta.items()}
     compressed = compress(delta, compression, seed=seed)
     announced = compressed_shapes(shapes, compression)
-    assert {name: (one.dtype, tuple(one.shape)) for name, one in compressed.items()} == announced
+    assert {
+        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in compressed.items()
+    } == announced
     return decompress(compressed, shapes, compression)
 
 
@@ -87,7 +89,7 @@ def test_top_k_contracts(values: Tensor, fraction: float) -> None:
     order = np.argsort(-np.abs(values.numpy()), kind="stable")
     assert int((arrived != 0).sum()) <= kept
     assert bool((arrived[order[:kept].copy()] == values[order[:kept].copy()]).all())
-    lost, whole = (float(one.double().square().sum()) for one in (values - arrived, values))
+    lost, whole = (float(vector.double().square().sum()) for vector in (values - arrived, values))
     assert lost <= (1 - kept / len(values)) * whole * (1 + 1e-12)
 
 
@@ -107,7 +109,7 @@ def test_a_cast_rounds_to_the_nearest_and_saturates(
     assert bool(((arrived - wanted).abs() <= wanted.abs() * 2.0**-bits + smallest).all())
 
 
-@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda one: one.encoding)
+@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda compression: compression.encoding)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_several_tensors_of_any_shape_and_precision(
     compression: Compression, dtype: torch.dtype
@@ -116,10 +118,13 @@ def test_several_tensors_of_any_shape_and_precision(
     generator = torch.Generator().manual_seed(7)
     shapes: dict[str, tuple[int, ...]] = {"z": (3, 50_000), "a": (), "m": (0, 4), "b": (7,)}
     local = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
-    delta = {n: one.double() if dtype is torch.float64 else one.float() for n, one in local.items()}
+    delta = {
+        n: tensor.double() if dtype is torch.float64 else tensor.float()
+        for n, tensor in local.items()
+    }
     arrived = there_and_back(delta, compression)
-    assert {n: (one.shape, one.dtype) for n, one in arrived.items()} == {
-        n: (one.shape, one.dtype) for n, one in delta.items()
+    assert {n: (tensor.shape, tensor.dtype) for n, tensor in arrived.items()} == {
+        n: (tensor.shape, tensor.dtype) for n, tensor in delta.items()
     }
     error = relative_error(delta, arrived)
     # Normal numbers: casts lose half a unit of 11 or 8 bits at most; the largest of five of them
@@ -135,22 +140,22 @@ def test_several_tensors_of_any_shape_and_precision(
     assert all(restored(base[n], arrived[n]).dtype is dtype for n in shapes)
 
 
-@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda one: one.encoding)
+@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda compression: compression.encoding)
 def test_tied_weights_arrive_alike(compression: Compression) -> None:
     """The same numbers under two names are the same after it; others are rounded on their own.
 
     TOP_K may have no place for the second of its last two.
     """
-    one, other = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(3))
-    arrived = there_and_back({"a": one, "b": one.clone(), "c": other}, compression)
+    tied, other = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(3))
+    arrived = there_and_back({"a": tied, "b": tied.clone(), "c": other}, compression)
     num_differing = int((arrived["a"] != arrived["b"]).sum())
     assert num_differing <= (compression.encoding is Encoding.TOP_K)
-    doubled = there_and_back({"a": one, "c": 2 * one}, compression)
+    doubled = there_and_back({"a": tied, "c": 2 * tied}, compression)
     if compression.encoding is Encoding.INT8:
         assert not torch.equal(2 * doubled["a"], doubled["c"])
 
 
-@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda one: one.encoding)
+@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda compression: compression.encoding)
 def test_the_same_arguments_give_the_same_bytes(compression: Compression) -> None:
     """Whatever was drawn before; only INT8 draws, and another seed rounds otherwise."""
     delta = {"w": torch.randn(1000, generator=torch.Generator().manual_seed(2)), "b": torch.ones(3)}
@@ -158,12 +163,12 @@ def test_the_same_arguments_give_the_same_bytes(compression: Compression) -> Non
     torch.rand(100)
     again = compress(dict(reversed(delta.items())), compression, seed=5)
     other = compress(delta, compression, seed=6)
-    assert all(torch.equal(one, again[name]) for name, one in first.items())
-    is_same = all(torch.equal(one, other[name]) for name, one in first.items())
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    is_same = all(torch.equal(tensor, other[name]) for name, tensor in first.items())
     assert is_same is (compression.encoding is not Encoding.INT8)
 
 
-@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda one: one.encoding)
+@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda compression: compression.encoding)
 def test_nothing_learned_is_sent_as_nothing(compression: Compression) -> None:
     """A delta of zeros arrives as zeros, without an error of 0 / 0."""
     delta = {"w": torch.zeros(11)}
@@ -187,13 +192,15 @@ def test_the_error_is_that_of_all_parameters_together() -> None:
     assert relative_error(delta, arrived) == 4 / 13
 
 
-@pytest.mark.parametrize("encoding", [one for one in Encoding if one is not Encoding.STATE_DICT])
+@pytest.mark.parametrize(
+    "encoding", [encoding for encoding in Encoding if encoding is not Encoding.STATE_DICT]
+)
 def test_what_is_received_of_1e300_is_finite(encoding: Encoding) -> None:
     """A float64 delta beyond float32's range: scales, values and the error are numbers."""
     compression = Compression(encoding=encoding, block_size=4, fraction=0.5)
     delta = {"w": torch.tensor([1e300, -1e300, 1.0, 0.0, 1e-300], dtype=torch.float64)}
     compressed = compress(delta, compression, seed=1)
-    assert all(bool(one.isfinite().all()) for one in compressed.values())
+    assert all(bool(tensor.isfinite().all()) for tensor in compressed.values())
     received = decompress(compressed, {"w": (torch.float64, (5,))}, compression)
     assert bool(received["w"].isfinite().all())
     assert received["w"][0] > 0 > received["w"][1]

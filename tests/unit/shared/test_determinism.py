@@ -93,8 +93,8 @@ def test_our_optimizers_are_torchs() -> None:
     }
     assert OPTIMIZERS.keys() == originals.keys()
     for name, original in originals.items():
-        ours = train(partial(make_optimizer, name, lr=0.1, momentum=0.9, weight_decay=0.01))
-        torch.testing.assert_close(ours, train(original), rtol=0, atol=0)
+        own = train(partial(make_optimizer, name, lr=0.1, momentum=0.9, weight_decay=0.01))
+        torch.testing.assert_close(own, train(original), rtol=0, atol=0)
 
 
 def train(make: Callable[[list[nn.Parameter]], Optimizer]) -> list[Any]:

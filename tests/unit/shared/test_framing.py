@@ -32,7 +32,7 @@ def varint(number: int, *, padding: int = 0) -> bytes:
     while number := number >> 7:
         sevens.append(number & 0x7F)
     sevens += [0] * min(padding, 10 - len(sevens))
-    return bytes([*(one | 0x80 for one in sevens[:-1]), sevens[-1]])
+    return bytes([*(bits | 0x80 for bits in sevens[:-1]), sevens[-1]])
 
 
 def field(number: int, kind: int, content: bytes, *, padding: int = 0) -> bytes:

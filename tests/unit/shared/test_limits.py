@@ -28,7 +28,7 @@ REQUESTS = [
 
 def comments() -> dict[str, str]:
     """Return the comment above each field of the protocol, as one line, by "Message.field"."""
-    found, message, lines = {}, "", list[str]()
+    known, message, lines = {}, "", list[str]()
     for line in PROTOCOL.read_text().splitlines():
         if opened := re.match(r"message (\w+) {", line):
             message = opened[1]
@@ -36,9 +36,9 @@ def comments() -> dict[str, str]:
             lines.append(comment[1])
             continue
         elif field := re.match(r"\s+(?:optional |repeated )?[\w.<>, ]+ (\w+) = \d+;", line):
-            found[f"{message}.{field[1]}"] = " ".join(lines)
+            known[f"{message}.{field[1]}"] = " ".join(lines)
         lines = []
-    return found
+    return known
 
 
 def fields_of(*roots: Descriptor) -> Iterator[FieldDescriptor]:
@@ -90,13 +90,13 @@ def test_the_protocols_comments_state_every_limit_of_the_table() -> None:
     """Each in the same words, so that a limit can't be changed in one of the two places alone."""
     known = comments()
     by_name = {name_of(field): field for field in fields_of(*REQUESTS)}
-    ours = {
+    limits = {
         key: limit
         for key, limit in LIMITS.items()
         if not key.startswith(("Duration.", "Timestamp."))
     }
     missing = {}
-    for key, limit in ours.items():
+    for key, limit in limits.items():
         name = key.removesuffix("[]")
         words = words_of(by_name[name], limit, of_each=key.endswith("[]"))
         if words not in known[name]:
@@ -153,10 +153,10 @@ def set_in(message: Message, key: str, value: float) -> bool:
             setattr(message, name, value)
         return True
     return any(
-        set_in(one, key, value)
+        set_in(child, key, value)
         for field, inner in message.ListFields()
         if field.message_type is not None and not field.message_type.GetOptions().map_entry
-        for one in (inner if field.is_repeated else (inner,))
+        for child in (inner if field.is_repeated else (inner,))
     )
 
 

@@ -61,9 +61,9 @@ def test_a_loader_reads_any_map_style_data_set() -> None:
     numbers = torch.arange(10)
     fast = list(make_loader(TensorDataset(numbers, numbers), batch_size=4, seed=3))
     assert [len(inputs) for inputs, _ in slow] == [4, 4, 2]
-    for one, other in zip(slow, fast, strict=True):
-        assert torch.equal(one[0], other[0])
-        assert torch.equal(one[1], other[1])
+    for batch, other in zip(slow, fast, strict=True):
+        assert torch.equal(batch[0], other[0])
+        assert torch.equal(batch[1], other[1])
 
 
 def test_a_loader_that_makes_no_sense_is_refused() -> None:

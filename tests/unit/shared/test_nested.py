@@ -70,7 +70,7 @@ ONE = torch.ones(2)
 )
 def test_any_structure_is_kept_and_every_tensor_changed(value: object) -> None:
     """Type, names and other leaves stay; the value that was given isn't changed."""
-    before = [torch.clone(one) if isinstance(one, Tensor) else one for one in leaves_of(value)]
+    before = [torch.clone(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves_of(value)]
     changed = map_leaves(value, doubled)
     assert type(changed) is type(value)
     pairs = list(zip(before, leaves_of(changed), leaves_of(value), strict=True))
@@ -103,5 +103,5 @@ def test_what_moves_itself_is_moved_by_itself() -> None:
 def test_the_caller_may_name_further_leaves() -> None:
     """A list of strings counts as one leaf where the caller says so."""
     seen: list[object] = []
-    map_leaves({"t": ["a", "b"]}, seen.append, is_leaf=lambda one: isinstance(one, list))
+    map_leaves({"t": ["a", "b"]}, seen.append, is_leaf=lambda value: isinstance(value, list))
     assert seen == [["a", "b"]]

@@ -39,22 +39,22 @@ def test_without_a_schedule_the_step_size_stays() -> None:
 
 def test_step_multiplies_every_few_epochs() -> None:
     """Decay 0.1 every 2 epochs of 4 steps: 8 steps each at lr, lr / 10, and 4 at lr / 100."""
-    found = rates(Schedule(name="step", decay_epochs=2, decay=0.1), epochs=5)
-    assert found == pytest.approx([0.5] * 8 + [0.05] * 8 + [0.005] * 4)
+    lrs = rates(Schedule(name="step", decay_epochs=2, decay=0.1), epochs=5)
+    assert lrs == pytest.approx([0.5] * 8 + [0.05] * 8 + [0.005] * 4)
 
 
 def test_warm_up_grows_evenly_and_then_stays() -> None:
     """One and a half epochs are 6 steps: 1/6, 2/6, ... 6/6 of lr."""
-    found = rates(Schedule(warmup_epochs=1.5), epochs=3)
-    assert found == pytest.approx([0.5 * k / 6 for k in range(1, 7)] + [0.5] * 6)
+    lrs = rates(Schedule(warmup_epochs=1.5), epochs=3)
+    assert lrs == pytest.approx([0.5 * k / 6 for k in range(1, 7)] + [0.5] * 6)
 
 
 def test_cosine_falls_along_half_a_wave_behind_the_warm_up() -> None:
     """After 4 of 12 steps the rest of 8 is at cos(pi k / 8); lr / 2 half way, k = 4."""
-    found = rates(Schedule(name="cosine", warmup_epochs=1), epochs=3)
+    lrs = rates(Schedule(name="cosine", warmup_epochs=1), epochs=3)
     falling = [0.25 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
-    assert found == pytest.approx([0.125, 0.25, 0.375, 0.5, *falling])
-    assert found[8] == pytest.approx(0.25)
+    assert lrs == pytest.approx([0.125, 0.25, 0.375, 0.5, *falling])
+    assert lrs[8] == pytest.approx(0.25)
 
 
 def test_the_schedules_are_torchs_own() -> None:
@@ -63,13 +63,13 @@ def test_the_schedules_are_torchs_own() -> None:
     def torchs(make: type[StepLR | CosineAnnealingLR], each: int, **options: float) -> list[float]:
         optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
         scheduler = make(optimizer, **options)  # type: ignore[arg-type]  # each has its own
-        found = []
+        lrs = []
         for step in range(1, 21):
-            found.append(optimizer.param_groups[0]["lr"])
+            lrs.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             if step % each == 0:
                 scheduler.step()
-        return found
+        return lrs
 
     step = Schedule(name="step", decay_epochs=2, decay=0.3)
     expected = torchs(StepLR, STEPS_PER_EPOCH, step_size=2, gamma=0.3)
@@ -92,7 +92,7 @@ def test_rounds_one_after_another_follow_the_schedule_of_the_whole_run(
     epochs, rounds = size
     total = epochs * rounds
 
-    def one(first_epoch: int) -> Schedule:
+    def schedule_from(first_epoch: int) -> Schedule:
         return Schedule(
             name=name,
             warmup_epochs=warmup * total,
@@ -102,8 +102,10 @@ def test_rounds_one_after_another_follow_the_schedule_of_the_whole_run(
             total_epochs=total,
         )
 
-    whole = rates(one(0), epochs=total)
-    parts = [rate for r in range(rounds) for rate in rates(one(r * epochs), epochs=epochs)]
+    whole = rates(schedule_from(0), epochs=total)
+    parts = [
+        rate for r in range(rounds) for rate in rates(schedule_from(r * epochs), epochs=epochs)
+    ]
     assert parts == whole
     assert all(0 < rate <= 0.5 for rate in whole)
 
@@ -114,7 +116,7 @@ def test_the_schedule_changes_what_is_learned() -> None:
     with torch.no_grad():
         model.weight.zero_()
     batch = (torch.ones(1, 1, dtype=torch.float64), torch.tensor([0]))
-    found = train_model(
+    trained = train_model(
         model,
         [batch] * 4,
         epochs=2,
@@ -124,7 +126,7 @@ def test_the_schedule_changes_what_is_learned() -> None:
         schedule=Schedule(name="step", decay_epochs=1, decay=0.1),
     )
     # Four steps of 0.5 and four of 0.05, down a slope of 1.
-    assert found.state_dict["weight"][:, 0].tolist() == pytest.approx([-2.2, 0.0])
+    assert trained.state_dict["weight"][:, 0].tolist() == pytest.approx([-2.2, 0.0])
 
 
 @pytest.mark.parametrize(

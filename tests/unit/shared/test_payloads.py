@@ -28,7 +28,7 @@ def test_each_section_is_read_where_it_lies(tmp_path: Path) -> None:
     written = write_payload(path, {"model": MODEL, "control": CONTROL})
     assert written[0] == alone
     assert list(tmp_path.iterdir()) == [path]
-    sections = [(one.name, one.size_bytes) for one in written]
+    sections = [(section.name, section.size_bytes) for section in written]
     file = update_file(
         path,
         base=write_state(tmp_path, MODEL),
@@ -50,7 +50,7 @@ def test_sections_that_weren_t_asked_for_are_refused(tmp_path: Path) -> None:
     base = write_state(tmp_path, MODEL)
     sections = write_payload(tmp_path / "payload", {"model": MODEL, "control": CONTROL})
     update = replace(
-        make_update(size_bytes=sum(one.size_bytes for one in sections)), sections=sections
+        make_update(size_bytes=sum(section.size_bytes for section in sections)), sections=sections
     )
     both = replace(make_limits(), sections=("model", "control"))
     validate_header(update, base, both)
@@ -97,7 +97,7 @@ def test_control_variates_are_finite_and_not_absurd(
     expected = read_layout(write_state(tmp_path, CONTROL).path)
     limits = replace(make_limits(), max_control_norm=100.0)
     validate_control(write_state(tmp_path, CONTROL), expected=expected, limits=limits)
-    bad = {name: one.clone() for name, one in CONTROL.items()}
+    bad = {name: tensor.clone() for name, tensor in CONTROL.items()}
     bad["w"][1, 1] = value
     with pytest.raises(UpdateRefused, match=words):
         validate_control(write_state(tmp_path, bad), expected=expected, limits=limits)

@@ -24,10 +24,10 @@ def nearest(value: Fraction, dtype: torch.dtype) -> float:
     )
     unit = Fraction(2) ** (max(exponent, smallest) - bits + 1)
     # Python rounds a fraction to the nearest whole number, ties to even.
-    found = round(value / unit) * unit
-    if abs(found) > Fraction(largest):
+    multiple = round(value / unit) * unit
+    if abs(multiple) > Fraction(largest):
         return math.copysign(math.inf, value)
-    return float(found)
+    return float(multiple)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -44,9 +44,9 @@ def test_each_value_is_the_nearest_one_of_the_dtype(dtype: torch.dtype) -> None:
         for nudge in (0.0, 2.0**-30, -(2.0**-30), 2.0**-50, -(2.0**-50)):
             values += [middle * (1 + nudge), -middle * (1 + nudge)]
     values += [largest * (1 + 2.0 ** -(bits + 1)), largest * 4, 5e-324, 1e300, 0.0]
-    found = rounded(torch.tensor(values, dtype=torch.float64), dtype)
-    assert found.dtype is dtype
-    for value, got in zip(values, found.tolist(), strict=True):
+    result = rounded(torch.tensor(values, dtype=torch.float64), dtype)
+    assert result.dtype is dtype
+    for value, got in zip(values, result.tolist(), strict=True):
         assert got == nearest(Fraction(value), dtype), value
 
 

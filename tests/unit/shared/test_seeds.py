@@ -8,8 +8,8 @@ def test_a_seed_stays_what_it_is() -> None:
 
     The first 8 bytes of BLAKE3("7/train/2/1/5"), little-endian, shifted right once.
     """
-    found = derive_seed(7, "train", round_number=2, attempt=1, client_id=5)
-    assert found == 2_271_495_147_821_223_207
+    seed = derive_seed(7, "train", round_number=2, attempt=1, client_id=5)
+    assert seed == 2_271_495_147_821_223_207
     assert derive_seed(0, "init") == 7_073_195_424_062_614_891
 
 

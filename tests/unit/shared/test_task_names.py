@@ -27,7 +27,7 @@ def test_the_built_in_names_are_those_of_the_tasks() -> None:
 
 
 @pytest.mark.parametrize(
-    "side", [["fedserver"], ["fedclient", "--id", "0"]], ids=lambda one: one[0]
+    "side", [["fedserver"], ["fedclient", "--id", "0"]], ids=lambda command: command[0]
 )
 def test_a_mistyped_task_is_refused_before_torch_is_imported(
     side: list[str], tmp_path: Path
@@ -89,14 +89,14 @@ def test_a_task_of_ones_own_is_looked_for_without_running_its_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A package is imported only where its folder doesn't hold the module."""
-    ours = tmp_path / "our_package"
-    ours.mkdir()
-    (ours / "__init__.py").write_text("raise RuntimeError('ran')\n")
-    (ours / "mine.py").write_text("raise RuntimeError('ran')\n")
-    theirs = tmp_path / "their_package"
-    (theirs / "hidden").mkdir(parents=True)
-    (theirs / "__init__.py").write_text("__path__.append(__path__[0] + '/hidden')\n")
-    (theirs / "hidden" / "deep.py").write_text("")
+    regular = tmp_path / "our_package"
+    regular.mkdir()
+    (regular / "__init__.py").write_text("raise RuntimeError('ran')\n")
+    (regular / "mine.py").write_text("raise RuntimeError('ran')\n")
+    extended = tmp_path / "their_package"
+    (extended / "hidden").mkdir(parents=True)
+    (extended / "__init__.py").write_text("__path__.append(__path__[0] + '/hidden')\n")
+    (extended / "hidden" / "deep.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     validate_task_name("our_package.mine:task")
     assert "our_package" not in sys.modules
@@ -113,5 +113,5 @@ def test_what_is_no_devices_name_is_refused_with_the_settings(
     with pytest.raises(SystemExit) as ended:
         parse(ClientSettings, ["--id", "0", "--device", name])
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert f"--device is {name!r}: write it as cpu, auto, cuda, cuda:1 or mps" in told
+    error = capsys.readouterr().err
+    assert f"--device is {name!r}: write it as cpu, auto, cuda, cuda:1 or mps" in error

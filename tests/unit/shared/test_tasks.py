@@ -114,8 +114,8 @@ def test_the_sample_task_needs_neither_network_nor_data_root_nor_torchvision() -
 def test_partitions_of_all_clients_are_the_whole_training_set() -> None:
     """Each image is in one share: the shares' pixels, sorted, are those of the whole."""
     task = find_task("mnist-sample")
-    one = Partition(num_partitions=1, index=0, seed=3)
-    whole = tensors_of(task.load_train(DataRequest(partition=one)))[0].flatten(1).sum(dim=1)
+    partition = Partition(num_partitions=1, index=0, seed=3)
+    whole = tensors_of(task.load_train(DataRequest(partition=partition)))[0].flatten(1).sum(dim=1)
     partitions = [
         Partition(scheme="dirichlet", num_partitions=7, index=i, seed=3, parameters={"alpha": 0.3})
         for i in range(7)
@@ -147,10 +147,10 @@ def test_mnist_files_are_read_as_torchvision_reads_them(tmp_path: Path) -> None:
 
     for prefix in ("train", "t10k"):
         write_raw(tmp_path, prefix=prefix, num=30)
-    ours = load_images("mnist", "test", data_root=tmp_path)
-    theirs = MNIST(str(tmp_path), train=False, download=False)
-    assert np.array_equal(ours.images, theirs.data.numpy())
-    assert ours.labels.tolist() == theirs.targets.tolist()
+    own = load_images("mnist", "test", data_root=tmp_path)
+    expected = MNIST(str(tmp_path), train=False, download=False)
+    assert np.array_equal(own.images, expected.data.numpy())
+    assert own.labels.tolist() == expected.targets.tolist()
 
 
 @pytest.mark.usefixtures("no_network")
@@ -274,9 +274,9 @@ def test_the_model_depends_on_the_global_generator_alone() -> None:
 
 
 def test_a_task_of_ones_own_is_found_by_module_and_attribute() -> None:
-    found = find_task(f"{__name__}:OWN_TASK")
-    assert found is sys.modules[__name__].OWN_TASK
-    assert found.load_test(None) is None
+    task = find_task(f"{__name__}:OWN_TASK")
+    assert task is sys.modules[__name__].OWN_TASK
+    assert task.load_test(None) is None
 
 
 @pytest.mark.parametrize(

@@ -153,9 +153,9 @@ def test_the_largest_gradient_is_told_every_few_steps() -> None:
         loss=lambda outputs, _: outputs[:, 0].sum(),
         callbacks=Callbacks(on_step=seen.append, gradient_every=2),
     )
-    told = [progress.largest_gradient for progress in seen]
-    assert told[::2] == [None] * 3
-    assert told[1::2] == pytest.approx([5.0] * 3, rel=1e-6)
+    reported = [progress.largest_gradient for progress in seen]
+    assert reported[::2] == [None] * 3
+    assert reported[1::2] == pytest.approx([5.0] * 3, rel=1e-6)
     assert seen[0].grad_norm == pytest.approx(math.hypot(3, 5))
 
 
@@ -188,7 +188,7 @@ def test_a_tasks_metrics_are_means_over_examples() -> None:
     inputs = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0], [0.0, 10.0]])
     targets = torch.tensor([1, 1, 0, 1])
     batches = [(inputs[:3], targets[:3]), (inputs[3:], targets[3:])]
-    found = evaluate(
+    evaluation = evaluate(
         nn.Identity(),
         batches,
         metrics={
@@ -196,8 +196,8 @@ def test_a_tasks_metrics_are_means_over_examples() -> None:
             "share_of_ones": lambda _, targets: (targets == 1).double().mean(),
         },
     )
-    assert found.metrics == pytest.approx({"mean_of_second": 4.0, "share_of_ones": 0.75})
-    assert found.loss == pytest.approx(F.cross_entropy(inputs, targets).item())
+    assert evaluation.metrics == pytest.approx({"mean_of_second": 4.0, "share_of_ones": 0.75})
+    assert evaluation.loss == pytest.approx(F.cross_entropy(inputs, targets).item())
 
 
 @pytest.mark.parametrize("name", ["loss", "accuracy", "client_id", "top 5", ""])

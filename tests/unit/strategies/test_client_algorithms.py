@@ -34,11 +34,11 @@ CLIENTS = (0, 1, 2)
 Vector = dict[str, Tensor]
 
 
-def assert_near(found: Mapping[str, Tensor], expected: Vector) -> None:
+def assert_near(actual: Mapping[str, Tensor], expected: Vector) -> None:
     """Hold that two states are the same but for rounding in float64."""
-    assert found.keys() == expected.keys()
-    for name, one in expected.items():
-        torch.testing.assert_close(found[name], one, rtol=1e-11, atol=1e-12)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-11, atol=1e-12)
 
 
 def weighted_mean(states: dict[int, Vector]) -> Vector:
@@ -48,7 +48,7 @@ def weighted_mean(states: dict[int, Vector]) -> Vector:
     first = next(iter(states.values()))
     return {
         name: torch.stack(
-            [weights[one] / total * state[name] for one, state in states.items()]
+            [weights[client] / total * state[name] for client, state in states.items()]
         ).sum(0)
         for name in first
     }
@@ -56,7 +56,7 @@ def weighted_mean(states: dict[int, Vector]) -> Vector:
 
 def zeros_like(state: Vector) -> Vector:
     """Return zeros of the shapes of a state."""
-    return {name: torch.zeros_like(one) for name, one in state.items()}
+    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
 
 
 def fedprox_local(client: int, start: Vector, *, mu: float, steps: int) -> Vector:
@@ -75,7 +75,7 @@ def test_fedprox_is_gradient_descent_on_the_paper_s_objective(tmp_path: Path) ->
     for _ in range(3):
         federation.play_round(CLIENTS)
         expected = weighted_mean(
-            {one: fedprox_local(one, expected, mu=0.7, steps=5) for one in CLIENTS}
+            {client: fedprox_local(client, expected, mu=0.7, steps=5) for client in CLIENTS}
         )
         assert_near(federation.state, expected)
 
@@ -144,7 +144,7 @@ def test_scaffold_is_the_paper_s_algorithm(
         for client in counted:
             assert_near(federation.kept_by(client, "control"), expected.c_i[client])
     kept = [federation.kept_by(client, "control") for client in CLIENTS]
-    mean = {k: torch.stack([one[k] for one in kept]).mean(dim=0) for k in expected.x}
+    mean = {k: torch.stack([control[k] for control in kept]).mean(dim=0) for k in expected.x}
     assert_near(federation.control, mean)
 
 
@@ -172,7 +172,7 @@ def test_the_same_orders_trained_again_give_the_same_bytes(tmp_path: Path) -> No
     order, *_ = federation.open_round(CLIENTS)
     first = federation.train(order).update
     again = federation.train(order).update
-    assert [one.name for one in first.sections] == ["model", "control"]
+    assert [section.name for section in first.sections] == ["model", "control"]
     assert (first.digest, first.sections) == (again.digest, again.sections)
 
 
@@ -233,7 +233,7 @@ def test_fedbn_leaves_norm_layers_with_the_clients_and_averages_the_rest(tmp_pat
                 F.cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             trained = model.state_dict()
-            own = {name: one for name, one in trained.items() if name.startswith("1.")}
+            own = {name: tensor for name, tensor in trained.items() if name.startswith("1.")}
             assert_near(federation.kept_by(client, "norms"), own)
             update = decode_state(sent[client].payload.read_bytes())
             assert all(torch.equal(update[name], start[name]) for name in own)
@@ -264,8 +264,8 @@ def test_ditto_trains_a_model_of_its_own_beside_the_global_one(tmp_path: Path) -
         sent = federation.play_round(counted)
         plain.play_round(counted)
         assert federation.model.digest == plain.model.digest
-        for one in sent:
-            client = one.order.client_id
+        for update in sent:
+            client = update.order.client_id
             # A client's own begins as the first global model that it is sent.
             v.setdefault(client, w)
             for _ in range(5):
@@ -274,7 +274,7 @@ def test_ditto_trains_a_model_of_its_own_beside_the_global_one(tmp_path: Path) -
             assert_near(federation.kept_by(client, "ditto"), v[client])
             inputs, labels = examples_of(client).tensors
             outputs = F.linear(inputs, v[client]["weight"], v[client]["bias"])
-            metrics = one.update.metrics
+            metrics = update.update.metrics
             right = (outputs.argmax(dim=1) == labels).double().mean().item()
             assert metrics["personal_accuracy"] == pytest.approx(right)
             assert metrics["personal_loss"] == pytest.approx(
@@ -316,30 +316,30 @@ def test_the_doctor_s_replays_repeat_a_correction_and_it_is_added_behind_clippin
     inputs[20] = torch.nan
     batches = [(two, torch.zeros(2, dtype=torch.int64)) for two in torch.split(inputs, 2)]
     model = nn.Linear(2, 1)
-    for one in model.parameters():
-        nn.init.constant_(one, 0.5)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.5)
     w: Vector = {"weight": torch.full((1, 2), 0.5), "bias": torch.full((1,), 0.5)}
-    momentum = {name: torch.zeros_like(one) for name, one in w.items()}
+    momentum = {name: torch.zeros_like(tensor) for name, tensor in w.items()}
     # The doctor leaves the bad sample out; the other one of its batch is trained on.
     sound = [*(x for x, _ in batches[:10]), inputs[21:22], *(x for x, _ in batches[11:])]
     for x in sound:
         d = 2 / len(x) * (x @ w["weight"].T + w["bias"])
         g = {"weight": d.T @ x, "bias": d.sum(dim=0)}
-        factor = 0.5 / torch.cat([one.flatten() for one in g.values()]).norm().clamp(min=0.5)
+        factor = 0.5 / torch.cat([tensor.flatten() for tensor in g.values()]).norm().clamp(min=0.5)
         for name in list(w):
             full = factor * g[name] + shift[name] + 0.1 * (w[name] - anchor[name])
             momentum[name] = 0.9 * momentum[name] + full
             w[name] = w[name] - LR * momentum[name]
-    found = train_model(
+    trained = train_model(
         *(model, batches, 1, LR),
         loss=lambda outputs, _: outputs.square().mean(),
         clip_norm=0.5,
         doctor=DoctorSettings(),
         correction=Correction(pull=0.1, anchor=anchor, shift=shift),
     )
-    assert [one.step for one in found.report.diagnoses] == [11]
+    assert [diagnosis.step for diagnosis in trained.report.diagnoses] == [11]
     for name, value in w.items():
-        torch.testing.assert_close(found.state_dict[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(trained.state_dict[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ COMPRESSIONS = [
     Compression(encoding=Encoding.INT8, block_size=48),
     Compression(encoding=Encoding.TOP_K, fraction=0.1),
 ]
-BY_ENCODING = pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda one: one.encoding)
+BY_ENCODING = pytest.mark.parametrize(
+    "compression", COMPRESSIONS, ids=lambda compression: compression.encoding
+)
 
 # The second parameter begins within a chunk of coordinates and ends in another one.
 SHAPES: dict[str, tuple[int, ...]] = {"a": (100, 7), "m": (3, CHUNK_ELEMENTS // 2), "z": ()}
@@ -94,13 +96,15 @@ class Received:
     def expected(self) -> dict[str, Tensor]:
         """Return the state_dict that was sent, from the payload by plain loops and NumPy."""
         compressed = {
-            name: one.numpy()
-            for name, one in self._payload().items()
-            if one.dtype is not torch.bfloat16
+            name: tensor.numpy()
+            for name, tensor in self._payload().items()
+            if tensor.dtype is not torch.bfloat16
         }
         base = decode_state(self.base.path.read_bytes())
         delta = {name: self._delta(name, compressed) for name in SHAPES}
-        restored = {n: base[n] + torch.from_numpy(one).view(SHAPES[n]) for n, one in delta.items()}
+        restored = {
+            n: base[n] + torch.from_numpy(values).view(SHAPES[n]) for n, values in delta.items()
+        }
         return restored | {n: self.trained[n] for n in KINDS if n not in SHAPES}
 
     def _payload(self) -> dict[str, Tensor]:
@@ -111,8 +115,8 @@ class Received:
         if self.compression.encoding is Encoding.INT8:
             values = compressed[f"delta/{name}"].reshape(-1)
             scales = compressed[f"scales/{name}"]
-            found = [scales[i // 48] * np.float32(values[i]) for i in range(size)]
-            return np.array(found, dtype=np.float32)
+            restored = [scales[i // 48] * np.float32(values[i]) for i in range(size)]
+            return np.array(restored, dtype=np.float32)
         if self.compression.encoding is Encoding.TOP_K:
             vector = np.zeros(sum(math.prod(shape) for shape in SHAPES.values()), dtype=np.float32)
             at = 0
@@ -131,7 +135,7 @@ def read_whole(file: StateFile, *, step: int) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {name: [] for name in file.layout.entries}
     for block in blocks_of(file.layout, max_elements=step):
         parts[block.name].append(reader.read(file, block).clone())
-    return {n: torch.cat(parts[n]).view(one.shape) for n, one in file.layout.entries.items()}
+    return {n: torch.cat(parts[n]).view(entry.shape) for n, entry in file.layout.entries.items()}
 
 
 @BY_ENCODING
@@ -144,7 +148,7 @@ def test_any_block_of_a_compressed_update_is_what_was_sent(
     for step in (999, 65_536):
         read = read_whole(received.open(), step=step)
         assert read.keys() == expected.keys()
-        assert all(torch.equal(one, expected[name]) for name, one in read.items())
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in read.items())
     reader, file = BlockReader(), received.open()
     last = reader.read(file, Block("m", 3 * CHUNK_ELEMENTS // 2 - 2, 2))
     assert torch.equal(last, expected["m"].view(-1)[-2:])
@@ -161,17 +165,19 @@ def test_every_rule_works_on_compressed_updates(
 ) -> None:
     """The next model is that of whole updates that hold what was sent, bit for bit."""
     sent = [Received(tmp_path, compression, seed=seed) for seed in range(1, 6)]
-    opened = [one.open() for one in sent]
+    opened = [received.open() for received in sent]
     plain = [
-        replace(write_state(tmp_path, read_whole(one, step=4096)), num_examples=3, num_steps=2)
-        for one in opened
+        replace(write_state(tmp_path, read_whole(file, step=4096)), num_examples=3, num_steps=2)
+        for file in opened
     ]
     rule = find_strategy(strategy, settings=StrategySettings(lr=0.1))
     models = [
         list(next_blocks(rule, Cohort(base=sent[0].base, updates=updates, kinds=KINDS)))
         for updates in (opened, plain)
     ]
-    assert all(torch.equal(one.values, two.values) for one, two in zip(*models, strict=True))
+    assert all(
+        torch.equal(first.values, second.values) for first, second in zip(*models, strict=True)
+    )
 
 
 def test_bytes_and_error_are_what_they_promise(tmp_path: Path) -> None:
@@ -286,7 +292,7 @@ def test_a_whole_update_is_not_taken_for_a_compressed_one(tmp_path: Path) -> Non
 def delta_of(federation: SmallFederation, sent: Sent) -> dict[str, Tensor]:
     """Return the delta that arrives of an update."""
     read = read_whole(federation.file_of(sent), step=5)
-    return {name: read[name] - one for name, one in federation.state.items()}
+    return {name: read[name] - tensor for name, tensor in federation.state.items()}
 
 
 def residual_after(folder: Path, sent: Sent) -> State:
@@ -304,7 +310,7 @@ def test_what_top_k_leaves_out_is_sent_later(tmp_path: Path) -> None:
         tmp_path / "top-k", compression="top-k", compression_fraction=0.2, lr=0.5
     )
     plain = SmallFederation(tmp_path / "plain", lr=0.5)
-    before: State = {name: torch.zeros_like(one) for name, one in federation.state.items()}
+    before: State = {name: torch.zeros_like(tensor) for name, tensor in federation.state.items()}
     for counts in (True, False, True, True):
         (order,) = federation.open_round([1])
         plain.model = federation.model
@@ -312,18 +318,18 @@ def test_what_top_k_leaves_out_is_sent_later(tmp_path: Path) -> None:
         sent = federation.train(order)
         arrived = delta_of(federation, sent)
         # Of 15 coordinates a fifth.
-        assert sum(int((one != 0).sum()) for one in arrived.values()) <= 3
+        assert sum(int((tensor != 0).sum()) for tensor in arrived.values()) <= 3
         if not counts:
             # It came too late: the next order names the one before, and what that left over.
             continue
         after = residual_after(tmp_path / "top-k", sent)
-        for name, one in learned.items():
+        for name, tensor in learned.items():
             torch.testing.assert_close(
-                arrived[name] + after[name], one + before[name], rtol=0, atol=1e-12
+                arrived[name] + after[name], tensor + before[name], rtol=0, atol=1e-12
             )
         before = after
         federation.close_round([sent])
-    assert any(bool((one != 0).any()) for one in before.values())
+    assert any(bool((tensor != 0).any()) for tensor in before.values())
 
 
 @pytest.mark.parametrize("compression", ["bfloat16", "int8", "top-k"])
@@ -334,13 +340,13 @@ def test_a_round_is_the_formula_written_out_and_repeats(tmp_path: Path, compress
         base = federation.state
         orders = federation.open_round([0, 1, 2])
         sent = [federation.train(order) for order in orders]
-        payloads = [one.payload.read_bytes() for one in sent]
+        payloads = [update.payload.read_bytes() for update in sent]
         # As after a kill between the state kept and the update kept.
         again = [federation.train(order) for order in orders]
-        assert [one.payload.read_bytes() for one in again] == payloads
-        assert [one.update.encoding for one in sent] == [compression] * 3
-        deltas = [delta_of(federation, one) for one in sent]
-        weights = [one.update.num_examples for one in sent]
+        assert [update.payload.read_bytes() for update in again] == payloads
+        assert [update.update.encoding for update in sent] == [compression] * 3
+        deltas = [delta_of(federation, update) for update in sent]
+        weights = [update.update.num_examples for update in sent]
         federation.close_round(sent)
         for name, values in federation.state.items():
             moved = sum(w * d[name] for w, d in zip(weights, deltas, strict=True)) / sum(weights)
@@ -363,13 +369,15 @@ def test_a_late_update_is_read_from_its_own_base(tmp_path: Path, compression: Co
         staleness=3,
     )
     expected = received.expected()
-    assert all(torch.equal(one, expected[name]) for name, one in read_whole(late, step=999).items())
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in read_whole(late, step=999).items()
+    )
     rule = find_strategy("fedbuff")
     made: dict[str, list[Tensor]] = {}
-    for one in next_blocks(rule, Cohort(base=newest, updates=[late], kinds=KINDS)):
-        made.setdefault(one.block.name, []).append(one.values.clone())
+    for block in next_blocks(rule, Cohort(base=newest, updates=[late], kinds=KINDS)):
+        made.setdefault(block.block.name, []).append(block.values.clone())
     was, now = a_state(0), a_state(7)
     for name, shape in SHAPES.items():
         moved = now[name].double() + (expected[name].double() - was[name].double()) / 2
-        found = torch.cat(made[name]).view(shape).double()
-        torch.testing.assert_close(found, moved, rtol=1e-6, atol=1e-6)
+        result = torch.cat(made[name]).view(shape).double()
+        torch.testing.assert_close(result, moved, rtol=1e-6, atol=1e-6)

@@ -43,12 +43,12 @@ def step(
     folder.mkdir(exist_ok=True)
     start = write_state(folder, base)
     updates = []
-    for number, one in enumerate(buffer):
-        place = folder / f"{number}"
-        place.mkdir(exist_ok=True)
-        own_base = None if one.base is None else write_state(place, one.base)
-        file = write_state(place, one.state, num_examples=one.num_examples)
-        updates.append(replace(file, base=own_base, staleness=one.staleness))
+    for number, arrived in enumerate(buffer):
+        subfolder = folder / f"{number}"
+        subfolder.mkdir(exist_ok=True)
+        own_base = None if arrived.base is None else write_state(subfolder, arrived.base)
+        file = write_state(subfolder, arrived.state, num_examples=arrived.num_examples)
+        updates.append(replace(file, base=own_base, staleness=arrived.staleness))
     strategy = find_strategy(name, given)
     cohort = Cohort(base=start, updates=updates, kinds=KINDS)
     made = Checkpoints(folder / "models", KINDS).save(start, next_blocks(strategy, cohort))
@@ -79,16 +79,20 @@ def expected(
         if kind is EntryKind.KEEP:
             made[name] = base[name]
         elif kind is EntryKind.MAX:
-            made[name] = torch.stack([base[name], *(one.state[name] for one in buffer)]).amax(0)
+            made[name] = torch.stack(
+                [base[name], *(arrived.state[name] for arrived in buffer)]
+            ).amax(0)
         else:
             is_parameter = kind is EntryKind.PARAMETER
-            counts = [one.num_examples if by_examples or not is_parameter else 1 for one in buffer]
+            counts = [
+                arrived.num_examples if by_examples or not is_parameter else 1 for arrived in buffer
+            ]
             total = torch.zeros_like(now)
-            for one, count in zip(buffer, counts, strict=True):
-                factor = 1 / (1 + one.staleness) ** exponent
-                began = base if one.base is None else one.base
+            for arrived, count in zip(buffer, counts, strict=True):
+                factor = 1 / (1 + arrived.staleness) ** exponent
+                began = base if arrived.base is None else arrived.base
                 reference = began[name].double() if is_parameter else now
-                total += count * factor * (one.state[name].double() - reference)
+                total += count * factor * (arrived.state[name].double() - reference)
             made[name] = (now + total / sum(counts)).to(base[name].dtype)
     return made
 
@@ -169,14 +173,16 @@ def test_whatever_comes_the_step_stays_within_what_it_is_made_of(
     made = step_of(buffer)
     for name, kind in KINDS.items():
         if kind is EntryKind.PARAMETER:
-            lengths = [(one.state[name] - (one.base or base)[name]).abs() for one in buffer]
+            lengths = [
+                (arrived.state[name] - (arrived.base or base)[name]).abs() for arrived in buffer
+            ]
             longest = torch.stack(lengths).amax(0)
             assert bool(((made[name] - base[name]).abs() <= longest + 1e-5).all())
         elif kind is EntryKind.MEAN:
-            values = torch.stack([base[name], *(one.state[name] for one in buffer)])
+            values = torch.stack([base[name], *(arrived.state[name] for arrived in buffer)])
             assert bool((made[name] >= values.amin(0) - 1e-6).all())
             assert bool((made[name] <= values.amax(0) + 1e-6).all())
-    fresh = [replace(one, base=None, staleness=0) for one in buffer]
+    fresh = [replace(arrived, base=None, staleness=0) for arrived in buffer]
     mean = step_of(fresh)
     plain = step(tmp_path, base, fresh, name="fedavg" if by_examples else "uniform")
     for name, kind in KINDS.items():

@@ -38,7 +38,7 @@ def state_of(values: Vectors) -> dict[str, torch.Tensor]:
     return {"w": torch.from_numpy(values.copy())}
 
 
-def found(strategy: str, parameters: dict[str, float]) -> Any:  # noqa: ANN401
+def own_strategy(strategy: str, parameters: dict[str, float]) -> Any:  # noqa: ANN401
     """Return the strategy."""
     return find_strategy(
         strategy,
@@ -65,13 +65,13 @@ def test_an_aggregator_is_flowers(
     """Within 1e-12; q-FedAvg within 1e-9, since Flower adds 1e-10 to every loss."""
     updates = [
         replace(
-            write_state(tmp_path, state_of(np.array(one)), num_examples=weight), global_loss=LOSS
+            write_state(tmp_path, state_of(np.array(update)), num_examples=weight), global_loss=LOSS
         )
-        for one, weight in zip(GOLDEN["updates"], GOLDEN["num_examples"], strict=True)
+        for update, weight in zip(GOLDEN["updates"], GOLDEN["num_examples"], strict=True)
     ]
     base = write_state(tmp_path, state_of(np.array(GOLDEN["base"])))
     cohort = Cohort(base=base, updates=updates, kinds=KINDS)
-    (block,) = next_blocks(found(strategy, parameters), cohort)
+    (block,) = next_blocks(own_strategy(strategy, parameters), cohort)
     distance = np.abs(block.values.numpy() - np.array(GOLDEN["aggregates"][strategy])).max()
     assert distance < (1e-9 if strategy == "qfedavg" else 1e-12)
 
@@ -89,7 +89,7 @@ def test_a_server_optimizer_is_flowers(
     tmp_path: Path, strategy: str, parameters: dict[str, float]
 ) -> None:
     """Over four rounds of three clients that weigh differently, moments carried on."""
-    optimizer = found(strategy, parameters)
+    optimizer = own_strategy(strategy, parameters)
     checkpoints = Checkpoints(tmp_path / "models", KINDS)
     model = checkpoints.save_initial(state_of(np.array(GOLDEN["base"])))
     for number, expected in enumerate(GOLDEN["rounds"][strategy]):
@@ -97,10 +97,10 @@ def test_a_server_optimizer_is_flowers(
         updates = [
             write_state(
                 tmp_path,
-                state_of(before + 0.1 * np.array(GOLDEN["updates"][one])),
-                num_examples=GOLDEN["num_examples"][one],
+                state_of(before + 0.1 * np.array(GOLDEN["updates"][position])),
+                num_examples=GOLDEN["num_examples"][position],
             )
-            for one in range(3 * number, 3 * number + 3)
+            for position in range(3 * number, 3 * number + 3)
         ]
         cohort = Cohort(base=model.file, updates=updates, kinds=KINDS)
         state = model.server_state.file if model.server_state else None

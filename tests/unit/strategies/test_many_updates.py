@@ -60,13 +60,17 @@ def test_distances_of_hundreds_are_those_of_the_oracle(tmp_path: Path) -> None:
     updates = [base + 0.01 * torch.randn(len(base), generator=generator) for _ in range(280)]
     updates[130], updates[260], updates[279] = updates[1] * (1 + 1e-6), updates[2], updates[278]
     updates[140] = base + 1e3
-    found = squared_distances(cohort_of(tmp_path, {"w": base}, [{"w": one} for one in updates]))
-    points = np.stack([one.double().numpy() for one in (base, *updates)]).astype(np.longdouble)
+    distances = squared_distances(
+        cohort_of(tmp_path, {"w": base}, [{"w": update} for update in updates])
+    )
+    points = np.stack([vector.double().numpy() for vector in (base, *updates)]).astype(
+        np.longdouble
+    )
     for row, point in enumerate(points):
         expected = ((points - point) ** 2).sum(axis=1)
-        assert (np.abs(found[row] - expected) <= 2e-9 * expected).all(), row
-    assert found[3, 261] == found[280, 279] == 0
-    assert np.array_equal(found, found.T)
+        assert (np.abs(distances[row] - expected) <= 2e-9 * expected).all(), row
+    assert distances[3, 261] == distances[280, 279] == 0
+    assert np.array_equal(distances, distances.T)
 
 
 @pytest.mark.parametrize("strategy", ["median", "krum", "nnm+median"])
@@ -95,5 +99,5 @@ def test_hundreds_of_updates_take_no_more_memory_than_their_blocks(
 def test_a_trimmed_mean_cuts_the_share_that_is_meant(tmp_path: Path) -> None:
     """0.29 times 100 is 28.999... in float64: 29 are cut at either end all the same."""
     updates = np.random.default_rng(4).permutation(np.arange(100.0) ** 2)[:, None]
-    found = aggregate(tmp_path, "trimmed-mean", updates, {"trim": 0.29})
-    assert found == pytest.approx(np.mean(np.arange(29, 71) ** 2))
+    mean = aggregate(tmp_path, "trimmed-mean", updates, {"trim": 0.29})
+    assert mean == pytest.approx(np.mean(np.arange(29, 71) ** 2))

@@ -96,13 +96,13 @@ def test_every_averaged_value_is_the_exact_mean_rounded_once(
     weights = [600, 1, 299]
     states = [random_state(seed, dtype) for seed in (1, 2, 3)]
     base = TinyNet(dtype).state_dict()
-    found = result_of(aggregate(tmp_path, base, list(zip(states, weights, strict=True))))
+    result = result_of(aggregate(tmp_path, base, list(zip(states, weights, strict=True))))
     for name, kind in KINDS.items():
         if kind not in AVERAGED:
             continue
-        assert found[name].dtype == dtype
+        assert result[name].dtype == dtype
         expected = exact_mean([state[name] for state in states], weights)
-        for got, fraction in zip(found[name].flatten().tolist(), expected, strict=True):
+        for got, fraction in zip(result[name].flatten().tolist(), expected, strict=True):
             if dtype is torch.float64:
                 scale = max(abs(float(state[name].abs().max())) for state in states)
                 assert abs(Fraction(got) - fraction) <= 4 * math.ulp(scale)
@@ -117,13 +117,13 @@ def test_counters_take_the_maximum_and_fixed_entries_the_base(tmp_path: Path) ->
     counted = [
         base | other | {"norm.num_batches_tracked": torch.tensor(value)} for value in (9, 11, 7)
     ]
-    found = result_of(aggregate(tmp_path, base, [(state, 1) for state in counted]))
-    assert found["norm.num_batches_tracked"].item() == 11
-    assert found["steps"].tolist() == [0, 1, 2, 3]
-    assert found["mask"].tolist() == [True, False, True]
+    result = result_of(aggregate(tmp_path, base, [(state, 1) for state in counted]))
+    assert result["norm.num_batches_tracked"].item() == 11
+    assert result["steps"].tolist() == [0, 1, 2, 3]
+    assert result["mask"].tolist() == [True, False, True]
     behind = base | {"norm.num_batches_tracked": torch.tensor(2)}
-    found = result_of(aggregate(tmp_path, base, [(behind, 1)]))
-    assert found["norm.num_batches_tracked"].item() == 5
+    result = result_of(aggregate(tmp_path, base, [(behind, 1)]))
+    assert result["norm.num_batches_tracked"].item() == 5
 
 
 def test_without_weight_the_next_model_is_the_base(tmp_path: Path) -> None:
@@ -152,12 +152,12 @@ def test_equal_updates_are_their_own_mean_to_the_last_bit(
 
 def test_a_weight_of_zero_beside_others_counts_for_nothing(tmp_path: Path) -> None:
     """Only num_examples decides: a client with none leaves the mean as it is."""
-    one, two = random_state(1, torch.float32), random_state(2, torch.float32)
+    first, second = random_state(1, torch.float32), random_state(2, torch.float32)
     base = TinyNet().state_dict()
-    model = aggregate(tmp_path, base, [(one, 0), (two, 3)])
-    found = result_of(model)
+    model = aggregate(tmp_path, base, [(first, 0), (second, 3)])
+    result = result_of(model)
     assert all(
-        torch.equal(found[name], two[name]) for name, kind in KINDS.items() if kind in AVERAGED
+        torch.equal(result[name], second[name]) for name, kind in KINDS.items() if kind in AVERAGED
     )
 
 
@@ -202,13 +202,13 @@ def test_blocks_cover_every_element_once(tmp_path: Path, monkeypatch: pytest.Mon
     whole = aggregate(tmp_path, state, [(state, 3)], kinds=kinds)
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 3)
     cut = list(blocks_of(whole.file.layout))
-    assert [(one.name, one.begin, one.count) for one in cut if one.name == "a"] == [
+    assert [(block.name, block.begin, block.count) for block in cut if block.name == "a"] == [
         ("a", 0, 3),
         ("a", 3, 3),
         ("a", 6, 3),
         ("a", 9, 1),
     ]
-    assert [one.count for one in cut if one.name != "a"] == [1]
+    assert [block.count for block in cut if block.name != "a"] == [1]
     again = aggregate(tmp_path, state, [(state, 3)], kinds=kinds)
     assert again.digest == whole.digest == digest_bytes(encode_state(state))
 

@@ -94,8 +94,8 @@ def test_a_rule_is_that_of_an_independent_library(
     """Equal to byzfl's or SciPy's within 1e-9, wherever the global model is."""
     updates = attacked()
     expected = np.asarray(reference(updates.copy()))
-    found = aggregate(tmp_path, strategy, updates, parameters)
-    assert np.abs(found - expected).max() < 1e-9
+    aggregated = aggregate(tmp_path, strategy, updates, parameters)
+    assert np.abs(aggregated - expected).max() < 1e-9
     base = 10 * attacked(num_updates=4)[0]
     moved = aggregate(tmp_path, strategy, updates + base, parameters, base=base)
     assert np.abs(moved - base - expected).max() < 1e-9
@@ -118,19 +118,19 @@ def test_under_byzfls_attacks_the_rules_still_agree(
     updates = attacked(size=50, attack=attack)
     for strategy, parameters, reference in REFERENCES:
         expected = np.asarray(reference(updates.copy()))
-        found = aggregate(tmp_path, strategy, updates, parameters)
-        assert np.abs(found - expected).max() < 1e-9, strategy
+        aggregated = aggregate(tmp_path, strategy, updates, parameters)
+        assert np.abs(aggregated - expected).max() < 1e-9, strategy
 
 
 def test_the_rows_of_the_examples_are_what_they_say(tmp_path: Path) -> None:
     """The middle half of 13 is 7 values, SciPy's trimmed mean; weights by a root of 1 to 13."""
     own = "examples.own_strategy"
     updates = attacked()
-    found = aggregate(tmp_path, f"{own}:midmean", updates)
-    assert np.abs(found - trim_mean(updates, 0.25, axis=0)).max() < 1e-12
-    found = aggregate(tmp_path, f"{own}:by_root", updates, {"power": 0.25})
+    aggregated = aggregate(tmp_path, f"{own}:midmean", updates)
+    assert np.abs(aggregated - trim_mean(updates, 0.25, axis=0)).max() < 1e-12
+    aggregated = aggregate(tmp_path, f"{own}:by_root", updates, {"power": 0.25})
     expected = np.average(updates, axis=0, weights=np.arange(1, 14) ** 0.25)
-    assert np.abs(found - expected).max() < 1e-12
+    assert np.abs(aggregated - expected).max() < 1e-12
 
 
 def plain_bulyan(updates: Vectors, f: int) -> Vectors:
@@ -139,11 +139,11 @@ def plain_bulyan(updates: Vectors, f: int) -> Vectors:
     chosen: list[int] = []
     while len(chosen) < len(updates) - 2 * f:
         scores = []
-        for one in remaining:
+        for candidate in remaining:
             distances = sorted(
-                float(((updates[one] - updates[other]) ** 2).sum())
+                float(((updates[candidate] - updates[other]) ** 2).sum())
                 for other in remaining
-                if other != one
+                if other != candidate
             )
             scores.append(sum(distances[: max(1, len(remaining) - f - 2)]))
         chosen.append(remaining.pop(int(np.argmin(scores))))
@@ -158,8 +158,8 @@ def plain_bulyan(updates: Vectors, f: int) -> Vectors:
 def test_bulyan_is_the_papers(tmp_path: Path, num_updates: int, f: int) -> None:
     """Beside the paper's two steps written out, with an even and an odd number chosen."""
     updates = attacked(num_updates=num_updates, num_bad=f, size=40) if f else attacked()[:5]
-    found = aggregate(tmp_path, "bulyan", updates, {"f": f})
-    assert np.abs(found - plain_bulyan(updates, f)).max() < 1e-12
+    aggregated = aggregate(tmp_path, "bulyan", updates, {"f": f})
+    assert np.abs(aggregated - plain_bulyan(updates, f)).max() < 1e-12
 
 
 def test_buckets_are_means_of_updates_dealt_at_random(tmp_path: Path) -> None:
@@ -168,9 +168,12 @@ def test_buckets_are_means_of_updates_dealt_at_random(tmp_path: Path) -> None:
     medians = set()
     for seed in range(5):
         # The largest of each place tells whose bucket it is in: 1/2, or 1 where it is alone.
-        found = aggregate(tmp_path, "bucketing+trimmed-mean", updates, {"trim": 0.25}, seed=seed)
+        aggregated = aggregate(
+            tmp_path, "bucketing+trimmed-mean", updates, {"trim": 0.25}, seed=seed
+        )
         assert np.array_equal(
-            found, aggregate(tmp_path, "bucketing+trimmed-mean", updates, {"trim": 0.25}, seed=seed)
+            aggregated,
+            aggregate(tmp_path, "bucketing+trimmed-mean", updates, {"trim": 0.25}, seed=seed),
         )
         mean = aggregate(tmp_path, "bucketing+uniform", updates, seed=seed)
         assert sorted(np.round(mean * 8).tolist()) == [1, 1, 1, 1, 1, 1, 2]
@@ -186,8 +189,8 @@ def test_buckets_are_byzfls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, siz
     monkeypatch.setattr(np.random, "permutation", lambda vectors: vectors[order])
     parameters = {"size": size, "nu": 0.1, "iterations": 3}
     expected = composed(Bucketing(s=size), GeometricMedian(nu=0.1, T=3))(updates)
-    found = aggregate(tmp_path, "bucketing+geometric-median", updates, parameters, seed=5)
-    assert np.abs(found - expected).max() < 1e-9
+    aggregated = aggregate(tmp_path, "bucketing+geometric-median", updates, parameters, seed=5)
+    assert np.abs(aggregated - expected).max() < 1e-9
 
 
 @pytest.mark.parametrize("strategy", ["median", "krum", "multi-krum", "geometric-median", "bulyan"])
@@ -217,18 +220,18 @@ def test_what_holds_for_every_rule(
 
     Where no ties are broken by the client id and nothing is drawn, the order doesn't matter either.
     """
-    found = aggregate(tmp_path, strategy, updates)
+    aggregated = aggregate(tmp_path, strategy, updates)
     with_base = np.vstack([updates, np.zeros(updates.shape[1])])
     scale = np.abs(updates).max() + 1
-    assert (found <= with_base.max(axis=0) + 1e-9 * scale).all()
-    assert (found >= with_base.min(axis=0) - 1e-9 * scale).all()
+    assert (aggregated <= with_base.max(axis=0) + 1e-9 * scale).all()
+    assert (aggregated >= with_base.min(axis=0) - 1e-9 * scale).all()
     if strategy in ("median", "trimmed-mean"):
         order = data.draw(st.permutations(range(len(updates))))
-        assert np.array_equal(aggregate(tmp_path, strategy, updates[order]), found)
+        assert np.array_equal(aggregate(tmp_path, strategy, updates[order]), aggregated)
     if strategy in ("uniform", "median", "trimmed-mean", "geometric-median", "centered-clipping"):
         shift = np.arange(1.0, updates.shape[1] + 1)
         moved = aggregate(tmp_path, strategy, updates + shift, base=shift)
-        assert np.abs(moved - shift - found).max() <= 1e-6 * scale
+        assert np.abs(moved - shift - aggregated).max() <= 1e-6 * scale
 
 
 def test_the_order_does_not_matter_where_nothing_is_tied(tmp_path: Path) -> None:
@@ -241,9 +244,9 @@ def test_the_order_does_not_matter_where_nothing_is_tied(tmp_path: Path) -> None
     for strategy in ALL:
         if strategy == "bulyan" or "bucketing" in strategy:
             continue
-        found = aggregate(tmp_path, strategy, updates)
+        aggregated = aggregate(tmp_path, strategy, updates)
         again = aggregate(tmp_path, strategy, updates[order])
-        assert np.abs(found - again).max() < 1e-12, strategy
+        assert np.abs(aggregated - again).max() < 1e-12, strategy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -253,15 +256,15 @@ def test_distances_are_those_of_the_oracle(tmp_path: Path, dtype: torch.dtype) -
     base = torch.randn(150_001, generator=generator)
     updates = [base + 0.01 * torch.randn(len(base), generator=generator) for _ in range(6)]
     updates += [updates[0] * (1 + 1e-5), updates[0].clone(), base + 1e4]
-    states = [one.to(dtype) for one in (base, *updates)]
-    cohort = cohort_of(tmp_path, {"w": states[0]}, [{"w": one} for one in states[1:]])
-    found = np.sqrt(squared_distances(cohort))
-    exact = [one.double().numpy().astype(np.longdouble) for one in states]
-    for row, one in enumerate(exact):
+    states = [vector.to(dtype) for vector in (base, *updates)]
+    cohort = cohort_of(tmp_path, {"w": states[0]}, [{"w": state} for state in states[1:]])
+    distances = np.sqrt(squared_distances(cohort))
+    exact = [state.double().numpy().astype(np.longdouble) for state in states]
+    for row, vector in enumerate(exact):
         for column, other in enumerate(exact):
-            expected = np.sqrt(((one - other) ** 2).sum())
-            assert abs(found[row, column] - expected) <= 1e-9 * expected, (row, column)
-    assert found[1, 8] == 0
+            expected = np.sqrt(((vector - other) ** 2).sum())
+            assert abs(distances[row, column] - expected) <= 1e-9 * expected, (row, column)
+    assert distances[1, 8] == 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
@@ -280,14 +283,14 @@ def test_squared_distances_of_small_entries_are_as_exact(
         states.append(states[-1] * (1 + nearer))
         # Of few bits, so that its own lower slice may be empty.
         states.append(states[0].bfloat16().double())
-        states = [one.to(dtype) for one in states]
-        cohort = cohort_of(tmp_path, {"w": states[0]}, [{"w": one} for one in states[1:]])
-        found = squared_distances(cohort)
-        exact = [[Fraction(value) for value in one.tolist()] for one in states]
-        for row, one in enumerate(exact):
+        states = [state.to(dtype) for state in states]
+        cohort = cohort_of(tmp_path, {"w": states[0]}, [{"w": state} for state in states[1:]])
+        distances = squared_distances(cohort)
+        exact = [[Fraction(value) for value in state.tolist()] for state in states]
+        for row, vector in enumerate(exact):
             for column, other in enumerate(exact):
-                expected = sum((a - b) ** 2 for a, b in zip(one, other, strict=True))
-                assert abs(Fraction(found[row, column]) - expected) <= expected / 10**9
+                expected = sum((a - b) ** 2 for a, b in zip(vector, other, strict=True))
+                assert abs(Fraction(distances[row, column]) - expected) <= expected / 10**9
 
 
 def test_float32_would_choose_the_wrong_client(tmp_path: Path) -> None:
@@ -306,10 +309,12 @@ def test_float32_would_choose_the_wrong_client(tmp_path: Path) -> None:
     norms = (narrow**2).sum(axis=1)
     in_float32 = norms[:, None] + norms[None, :] - 2 * narrow @ narrow.T
     exact = ((updates[:, None] - updates[None]) ** 2).sum(axis=2)
-    scores = [np.sort(one)[1:6].sum() for one in exact]
-    assert np.argmin([np.sort(one)[1:6].sum() for one in in_float32]) != np.argmin(scores)
-    found = aggregate(tmp_path, "krum", updates, {"f": 1})
-    assert np.array_equal(found, updates[np.argmin(scores)])
+    scores = [np.sort(distances)[1:6].sum() for distances in exact]
+    assert np.argmin([np.sort(distances)[1:6].sum() for distances in in_float32]) != np.argmin(
+        scores
+    )
+    aggregated = aggregate(tmp_path, "krum", updates, {"f": 1})
+    assert np.array_equal(aggregated, updates[np.argmin(scores)])
 
 
 def test_float_buffers_go_by_coordinate_and_the_rest_by_its_rule(tmp_path: Path) -> None:
@@ -328,11 +333,11 @@ def test_float_buffers_go_by_coordinate_and_the_rest_by_its_rule(tmp_path: Path)
             "norm.num_batches_tracked": torch.tensor(number),
         }
 
-    cohort = cohort_of(tmp_path, state(0), [state(one) for one in range(5)], kinds=kinds)
+    cohort = cohort_of(tmp_path, state(0), [state(number) for number in range(5)], kinds=kinds)
     strategy = find_strategy("krum", {"f": 1})
-    found = {one.block.name: one.values.item() for one in next_blocks(strategy, cohort)}
+    values = {block.block.name: block.values.item() for block in next_blocks(strategy, cohort)}
     # With n - f - 2 = 2 neighbours the middle one of the three is nearest.
-    assert found == {
+    assert values == {
         "w": pytest.approx(0.1),
         "norm.running_var": 20.0,
         "norm.num_batches_tracked": 4,
@@ -348,8 +353,8 @@ def test_a_buffer_cannot_do_what_a_step_prevents(tmp_path: Path, strategy: str) 
         for variance in (1.0, 1.25, 1e12, 1.5, 0.75, 0.5, 2.0)
     ]
     cohort = cohort_of(tmp_path, states[0], states, kinds=kinds)
-    found = next_blocks(find_strategy(strategy), cohort)
-    assert {one.block.name: one.values.item() for one in found} == {
+    blocks = next_blocks(find_strategy(strategy), cohort)
+    assert {block.block.name: block.values.item() for block in blocks} == {
         "w": 1,
         "norm.running_var": 1.25,
     }
@@ -373,8 +378,8 @@ def test_too_few_updates_are_a_sentence(
 ) -> None:
     """One fewer than the rule can bear its bad ones with is refused, exactly that many aren't."""
     updates = attacked()
-    found = find_strategy(strategy, parameters)
-    assert found.min_updates == needed
+    rule = find_strategy(strategy, parameters)
+    assert rule.min_updates == needed
     aggregate(tmp_path, strategy, updates[:needed], parameters)
     if needed > 1:
         with pytest.raises(UnfitCohort, match=f"at least {needed} updates, but only {needed - 1}"):
@@ -389,7 +394,7 @@ def test_threads_and_block_sizes_change_no_bit(
 ) -> None:
     """One thread of torch's or more, one of ours or three: the same bytes, also in float64."""
     generator = torch.Generator().manual_seed(1)
-    found = find_strategy(strategy, {})
+    rule = find_strategy(strategy, {})
     for num_updates in (7, 8, 11):
         # Of float64, as float32's rounding would hide in which order a sum was made.
         states = [
@@ -407,8 +412,8 @@ def test_threads_and_block_sizes_change_no_bit(
             for threads, of_ours in ((1, 1), (2, 1), (3, 3), (8, 2)):
                 torch.set_num_threads(threads)
                 monkeypatch.setattr(blocks, "_NUM_THREADS", of_ours)
-                made = next_blocks(found, cohort)
-                seen.add(b"".join(one.values.numpy().tobytes() for one in made))
+                made = next_blocks(rule, cohort)
+                seen.add(b"".join(block.values.numpy().tobytes() for block in made))
         finally:
             torch.set_num_threads(before)
         assert len(seen) == 1, num_updates

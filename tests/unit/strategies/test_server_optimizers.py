@@ -40,7 +40,7 @@ def run_rounds(
     num_rounds: int = NUM_ROUNDS,
 ) -> tuple[list[Tensor], list[Tensor], GlobalModel]:
     """Run rounds of two clients that count alike; returns models, pseudo-gradients, the last."""
-    found = find_strategy(strategy, parameters)
+    rule = find_strategy(strategy, parameters)
     checkpoints = Checkpoints(folder / "models", KINDS)
     model = checkpoints.save_initial(
         {"norm.running_mean": torch.zeros(2, dtype=dtype), "w": torch.ones(SIZE, dtype=dtype)}
@@ -52,19 +52,22 @@ def run_rounds(
         updates = [
             write_state(
                 folder,
-                {"norm.running_mean": torch.full((2,), number, dtype=dtype), "w": base["w"] + one},
+                {
+                    "norm.running_mean": torch.full((2,), number, dtype=dtype),
+                    "w": base["w"] + delta,
+                },
                 num_examples=3,
             )
-            for one in deltas
+            for delta in deltas
         ]
         cohort = Cohort(base=model.file, updates=updates, kinds=KINDS)
         model = checkpoints.save(
             model.file,
-            next_blocks(found, cohort, model.server_state.file if model.server_state else None),
-            state_layout=state_layout(found, cohort),
+            next_blocks(rule, cohort, model.server_state.file if model.server_state else None),
+            state_layout=state_layout(rule, cohort),
         )
         models.append(decode_state(model.file.path.read_bytes())["w"])
-        sent = [base["w"] + one for one in deltas]
+        sent = [base["w"] + delta for delta in deltas]
         gradients.append((sent[0] + sent[1]) / 2 - base["w"])
     return models, gradients, model
 
@@ -122,15 +125,15 @@ def adaptive(
     x, m, v = np.ones(SIZE), np.zeros(SIZE), np.full(SIZE, tau**2)
     models = []
     for gradient in gradients:
-        for place, delta in enumerate(gradient.tolist()):
-            m[place] = beta1 * m[place] + (1 - beta1) * delta
+        for index, delta in enumerate(gradient.tolist()):
+            m[index] = beta1 * m[index] + (1 - beta1) * delta
             if rule == "fedadagrad":
-                v[place] += delta**2
+                v[index] += delta**2
             elif rule == "fedyogi":
-                v[place] -= (1 - beta2) * delta**2 * np.sign(v[place] - delta**2)
+                v[index] -= (1 - beta2) * delta**2 * np.sign(v[index] - delta**2)
             else:
-                v[place] = beta2 * v[place] + (1 - beta2) * delta**2
-            x[place] += lr * m[place] / (v[place] ** 0.5 + tau)
+                v[index] = beta2 * v[index] + (1 - beta2) * delta**2
+            x[index] += lr * m[index] / (v[index] ** 0.5 + tau)
         models.append(torch.from_numpy(x.copy()))
     return models
 
@@ -193,12 +196,10 @@ def test_a_state_that_is_not_finite_is_no_state(tmp_path: Path) -> None:
     start = write_state(tmp_path, base)
     update = write_state(tmp_path, {"w": torch.full((2,), 1e25)}, num_examples=1)
     cohort = Cohort(base=start, updates=[update], kinds=kinds)
-    found = find_strategy("fedadam")
+    rule = find_strategy("fedadam")
     checkpoints = Checkpoints(tmp_path / "models", kinds)
     with pytest.raises(NonFiniteAggregate, match="server state of tensor 'w'"):
-        checkpoints.save(
-            start, next_blocks(found, cohort), state_layout=state_layout(found, cohort)
-        )
+        checkpoints.save(start, next_blocks(rule, cohort), state_layout=state_layout(rule, cohort))
     assert list((tmp_path / "models").iterdir()) == []
 
 

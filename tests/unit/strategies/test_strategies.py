@@ -21,10 +21,10 @@ def find(strategy: str, parameters: dict[str, float] | None = None, **changed: A
     return find_strategy(strategy, parameters, settings=replace(SETTINGS, **changed))
 
 
-def last(*, place: int = -1, of_many: bool = True) -> RobustAggregator:
+def last(*, rank: int = -1, of_many: bool = True) -> RobustAggregator:
     """One of each place's values, by rank: a row of somebody's own."""
     assert of_many
-    return RobustAggregator(reduce=lambda ascending: ascending[:, place].astype("float64"))
+    return RobustAggregator(reduce=lambda ascending: ascending[:, rank].astype("float64"))
 
 
 def picky(*, needed: float) -> RobustAggregator:
@@ -32,14 +32,14 @@ def picky(*, needed: float) -> RobustAggregator:
     return RobustAggregator(reduce=lambda ascending: ascending[:, 0] * needed)
 
 
-def bare(*, place=-1, share=0.5):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def bare(*, rank=-1, share=0.5):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """A row without annotations, as people write them."""
-    return last(place=place) if share == 0.5 else picky(needed=share)
+    return last(rank=rank) if share == 0.5 else picky(needed=share)
 
 
-def quoted(*, place: "int" = -1, needed: "float" = 0.5) -> "RobustAggregator":
+def quoted(*, rank: "int" = -1, needed: "float" = 0.5) -> "RobustAggregator":
     """Annotations that are text, as `from __future__ import annotations` makes them."""
-    return last(place=place) if needed == 0.5 else picky(needed=needed)
+    return last(rank=rank) if needed == 0.5 else picky(needed=needed)
 
 
 def by_rate(*, settings: StrategySettings) -> RobustAggregator:
@@ -61,10 +61,10 @@ def test_every_row_stands_by_itself_and_names_its_paper(name: str) -> None:
     """With its defaults alone it is a strategy; its docstring says what it is and whose."""
     mixes_alone = name in ("nnm", "bucketing")
     assert find(f"{name}+krum" if mixes_alone else name).name.startswith(name)
-    told = inspect.getdoc(COMPONENTS[name]) or ""
-    assert "et al." in told or "El Mhamdi" in told or name == "uniform"
+    text = inspect.getdoc(COMPONENTS[name]) or ""
+    assert "et al." in text or "El Mhamdi" in text or name == "uniform"
     for key in parameters_of(COMPONENTS[name]):
-        assert f"    {key}: " in told, f"{key} isn't told of"
+        assert f"    {key}: " in text, f"{key} isn't told of"
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_every_row_stands_by_itself_and_names_its_paper(name: str) -> None:
 )
 def test_rows_are_put_together(name: str) -> None:
     """Steps, an aggregator, a server optimizer; a step's default aggregator is uniform."""
-    found = find(name, {"f": 2.0} if "nnm" in name else {})
-    assert (found.server_optimizer is not None) == ("fed" in name.rpartition("+")[2])
+    strategy = find(name, {"f": 2.0} if "nnm" in name else {})
+    assert (strategy.server_optimizer is not None) == ("fed" in name.rpartition("+")[2])
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_a_row_whose_module_goes_wrong_is_told_where(
     """An AttributeError of the module's own isn't taken for a row that is missing."""
     (tmp_path / "bad_rows.py").write_text("import math\nmath.tua\n")
     monkeypatch.syspath_prepend(tmp_path)
-    told = r"importing bad_rows raised AttributeError: .*'tua'.* \(bad_rows.py, line 2\)"
-    with pytest.raises(InvalidInput, match=told):
+    message = r"importing bad_rows raised AttributeError: .*'tua'.* \(bad_rows.py, line 2\)"
+    with pytest.raises(InvalidInput, match=message):
         find("bad_rows:row", {})
 
 
@@ -142,15 +142,15 @@ def test_what_a_row_rests_on_must_be_set() -> None:
 
 def test_a_row_of_ones_own_is_named_by_its_module() -> None:
     """With its parameters, alone or beside rows of the table."""
-    found = find(f"nnm+{THIS}:last+fedadam", {"place": 0, "of_many": 1, "f": 2, "tau": 0.1})
-    assert found.min_updates == 5
-    with pytest.raises(InvalidInput, match="did you mean 'place'"):
+    strategy = find(f"nnm+{THIS}:last+fedadam", {"rank": 0, "of_many": 1, "f": 2, "tau": 0.1})
+    assert strategy.min_updates == 5
+    with pytest.raises(InvalidInput, match="did you mean 'rank'"):
         find(f"{THIS}:last", {"plaec": 0})
     assert find(f"{THIS}:bare", {"share": 0.25})
-    assert find(f"{THIS}:quoted", {"needed": 0.25, "place": 0})
+    assert find(f"{THIS}:quoted", {"needed": 0.25, "rank": 0})
     assert find(f"{THIS}:by_rate", lr=0.2)
-    with pytest.raises(InvalidInput, match=r"place of strategy .* must be a whole number"):
-        find(f"{THIS}:quoted", {"place": 0.5})
+    with pytest.raises(InvalidInput, match=r"rank of strategy .* must be a whole number"):
+        find(f"{THIS}:quoted", {"rank": 0.5})
 
 
 def test_the_command_describes_every_component_and_parameter(

@@ -33,7 +33,7 @@ def values(seed: int) -> Vectors:
     return np.random.default_rng(seed).standard_normal(SIZE)
 
 
-BASE, UPDATES = values(0), [values(one) for one in (1, 2, 3)]
+BASE, UPDATES = values(0), [values(seed) for seed in (1, 2, 3)]
 
 
 def aggregate(
@@ -61,8 +61,8 @@ def aggregate(
     cohort = Cohort(base=write_state(folder, state(BASE, 0.0)), updates=updates, kinds=KINDS)
     settings = StrategySettings(lr=0.05, momentum=momentum, evaluate_on_clients=True)
     rule = find_strategy(strategy, parameters, settings=settings)
-    found = {one.block.name: one.values for one in next_blocks(rule, cohort)}
-    return found["w"].numpy(), found["norm.running_var"].item()
+    entries = {block.block.name: block.values for block in next_blocks(rule, cohort)}
+    return entries["w"].numpy(), entries["norm.running_var"].item()
 
 
 @pytest.mark.parametrize("q", [0.0, 0.5, 1.0, 5.0])
@@ -76,22 +76,24 @@ def test_qfedavg_is_the_papers_algorithm(tmp_path: Path, q: float, lipschitz: fl
         deltas.append(loss**q * move)
         steps.append(q * loss ** (q - 1) * (move**2).sum() + smoothness * loss**q)
     expected = BASE - np.sum(deltas, axis=0) / sum(steps)
-    found, variance = aggregate(tmp_path, "qfedavg", parameters={"q": q, "lipschitz": lipschitz})
-    assert np.abs(found - expected).max() < 1e-12
+    aggregated, variance = aggregate(
+        tmp_path, "qfedavg", parameters={"q": q, "lipschitz": lipschitz}
+    )
+    assert np.abs(aggregated - expected).max() < 1e-12
     # 30, 10 and 60 examples with 1, 2 and 3.
     assert variance == pytest.approx(2.3)
 
 
 def test_qfedavg_with_q_0_is_the_uniform_mean(tmp_path: Path) -> None:
     """All clients count alike, as the paper's FedAvg does."""
-    found, _ = aggregate(tmp_path, "qfedavg", parameters={"q": 0})
-    assert np.abs(found - np.mean(UPDATES, axis=0)).max() < 1e-12
+    aggregated, _ = aggregate(tmp_path, "qfedavg", parameters={"q": 0})
+    assert np.abs(aggregated - np.mean(UPDATES, axis=0)).max() < 1e-12
 
 
 def test_qfedavg_with_q_0_needs_no_particular_loss(tmp_path: Path) -> None:
     """A loss of nothing, and one of which 1 / F is beyond float64, weigh as any other."""
-    found, _ = aggregate(tmp_path, "qfedavg", parameters={"q": 0}, losses=(0.0, 1e-310, 3.0))
-    assert np.abs(found - np.mean(UPDATES, axis=0)).max() < 1e-12
+    aggregated, _ = aggregate(tmp_path, "qfedavg", parameters={"q": 0}, losses=(0.0, 1e-310, 3.0))
+    assert np.abs(aggregated - np.mean(UPDATES, axis=0)).max() < 1e-12
 
 
 @pytest.mark.parametrize("q", [0.5, 1.0, 2.0])
@@ -109,15 +111,17 @@ def test_qfedavg_takes_a_loss_of_0(tmp_path: Path, q: float) -> None:
         slope = q * (1e-10 if q < 1 and loss == 0 else loss) ** (q - 1)
         steps.append(slope * (move**2).sum() + smoothness * loss**q)
     expected = BASE - np.sum(deltas, axis=0) / sum(steps)
-    found, _ = aggregate(tmp_path, "qfedavg", parameters={"q": q}, losses=losses)
-    assert np.abs(found - expected).max() < 1e-12
+    aggregated, _ = aggregate(tmp_path, "qfedavg", parameters={"q": q}, losses=losses)
+    assert np.abs(aggregated - expected).max() < 1e-12
 
 
 @pytest.mark.parametrize("q", [1.0, 2.0])
 def test_qfedavg_stays_where_nobody_has_a_loss(tmp_path: Path, q: float) -> None:
     """All losses are 0: the model is as good as it gets, and 0 / 0 isn't computed."""
-    found, variance = aggregate(tmp_path, "qfedavg", parameters={"q": q}, losses=(0.0, 0.0, 0.0))
-    assert np.abs(found - BASE).max() < 1e-12
+    aggregated, variance = aggregate(
+        tmp_path, "qfedavg", parameters={"q": q}, losses=(0.0, 0.0, 0.0)
+    )
+    assert np.abs(aggregated - BASE).max() < 1e-12
     assert variance == pytest.approx(2.3)
 
 
@@ -159,18 +163,18 @@ def test_fednova_is_the_papers_equation(tmp_path: Path, momentum: float) -> None
     reaches = np.array([reach_of_sgd(steps, momentum) for steps in STEPS])
     shares = np.array(EXAMPLES) / sum(EXAMPLES)
     tau = sum(shares * reaches)
-    normalised = [(one - BASE) / reach for one, reach in zip(UPDATES, reaches, strict=True)]
-    expected = BASE + tau * sum(p * one for p, one in zip(shares, normalised, strict=True))
-    found, variance = aggregate(tmp_path, "fednova", momentum=momentum)
-    assert np.abs(found - expected).max() < 1e-12
+    normalised = [(update - BASE) / reach for update, reach in zip(UPDATES, reaches, strict=True)]
+    expected = BASE + tau * sum(p * share for p, share in zip(shares, normalised, strict=True))
+    aggregated, variance = aggregate(tmp_path, "fednova", momentum=momentum)
+    assert np.abs(aggregated - expected).max() < 1e-12
     assert variance == pytest.approx(2.3)
 
 
 def test_fednova_of_equal_steps_is_fedavg(tmp_path: Path) -> None:
     """Nothing to normalise: the weighted mean."""
-    found, _ = aggregate(tmp_path, "fednova", steps=(7, 7, 7), momentum=0.9)
+    aggregated, _ = aggregate(tmp_path, "fednova", steps=(7, 7, 7), momentum=0.9)
     expected, _ = aggregate(tmp_path, "fedavg", steps=(7, 7, 7))
-    assert np.abs(found - expected).max() < 1e-12
+    assert np.abs(aggregated - expected).max() < 1e-12
 
 
 def test_fednova_without_steps_is_a_sentence(tmp_path: Path) -> None:
