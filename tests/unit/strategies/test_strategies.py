@@ -145,7 +145,7 @@ def test_a_row_of_ones_own_is_named_by_its_module() -> None:
     strategy = find(f"nnm+{THIS}:last+fedadam", {"rank": 0, "of_many": 1, "f": 2, "tau": 0.1})
     assert strategy.min_updates == 5
     with pytest.raises(InvalidInput, match="did you mean 'rank'"):
-        find(f"{THIS}:last", {"plaec": 0})
+        find(f"{THIS}:last", {"rnak": 0})
     assert find(f"{THIS}:bare", {"share": 0.25})
     assert find(f"{THIS}:quoted", {"needed": 0.25, "rank": 0})
     assert find(f"{THIS}:by_rate", lr=0.2)
