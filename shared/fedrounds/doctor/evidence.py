@@ -1,7 +1,7 @@
 """The bad step of a case, the state before it, and experiments on it alone."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -14,9 +14,7 @@ from fedrounds.diagnosis.values import (
     Symptom,
 )
 from fedrounds.doctor import interventions
-from fedrounds.doctor.batches import (
-    Batch,
-)
+from fedrounds.doctor.batches import Batch, take
 from fedrounds.doctor.findings import Case
 from fedrounds.doctor.guarded import GUARDS
 from fedrounds.doctor.history import (
@@ -184,6 +182,23 @@ class Evidence:
             )
             for other in others
         )
+
+    def fails_whatever_the_model(self, positions: Sequence[int], others: Sequence[int]) -> bool:
+        """Whether these samples fail from usual initial weights in float64, and the others don't.
+
+        The loss isn't defined for them then: neither the model's answers nor rounding are to blame.
+        """
+        fresh, training = self.case.fresh_state(), self.training
+
+        def prepare() -> None:
+            interventions.load_weights(training, fresh)
+            interventions.double(training)
+
+        def is_finite(part: Sequence[int]) -> bool:
+            batch = interventions.doubled(take(self.bad.batch, part))
+            return self.replay.take(self.before, self.bad, batch, prepare=prepare).is_finite
+
+        return is_finite(others) and not is_finite(positions)
 
     def step_is_finite(self, change: Change) -> bool:
         """Whether the bad step's loss and gradient are, with one thing changed."""

@@ -7,7 +7,8 @@ The verdict is the most specific cause whose removal alone heals it, in this ord
    `optimizer-state`.
 2. `loss-function`: more than a quarter of the samples have inputs that aren't finite, and with the
    guarded loss, in which a zero takes them away, all goes well. `bad-label`, `bad-data`: samples
-   with something odd about them, without which the step goes well.
+   without which the step goes well: with something odd about them, or so few that the loss isn't
+   defined for whatever the model answers.
 3. `degenerate-batch`: a batch of one sample, of none, or of one sample many times, that goes well
    when joined with another.
 4. `precision`: the bad value came up in 16 bits, and in float32 all goes well.
@@ -58,6 +59,7 @@ from fedrounds.doctor.determinism import find_nondeterminism, largest_norm
 from fedrounds.doctor.evidence import Evidence
 from fedrounds.doctor.findings import Case, Finding
 from fedrounds.doctor.history import (
+    Recorded,
     restore_snapshot,
     take_snapshot,
 )
@@ -70,6 +72,9 @@ _MAX_TRIES = 64
 _SMALL_SHARE = 0.25
 _NO_WORSE = 1.25
 _MOST = 0.5
+_FEW = 8
+_RARE = 0.02
+"""So many samples, or this share of them, may be ones that the loss isn't defined for."""
 _ROOM = 4.0
 """Inputs may be so many times as large as healthy ones before they count as outliers."""
 _LONGEST_RESTART = 48
@@ -268,8 +273,15 @@ def _look_at_samples(evidence: Evidence) -> Cause | None:
     if Oddity.LABEL_OUT_OF_RANGE in kinds:
         return Cause.BAD_LABEL
     if kinds == {Oddity.NONE}:
-        # Nothing to be seen; but an error that only these samples raise is theirs.
-        return None if bad.outcome.error is None else Cause.BAD_DATA
+        # Nothing to be seen; but an error that only these samples raise is theirs, and so is a
+        # loss that isn't defined for them.
+        is_theirs = bad.outcome.error is not None or (
+            evidence.is_loss_suspect()
+            and evidence.origin.phase is StepPhase.LOSS
+            and _are_rare(bad, len(positions))
+            and evidence.fails_whatever_the_model(positions, rest)
+        )
+        return Cause.BAD_DATA if is_theirs else None
     if not can_try:
         return Cause.BAD_DATA
     limit = evidence.max_input
@@ -279,6 +291,12 @@ def _look_at_samples(evidence: Evidence) -> Cause | None:
         value=limit,
     )
     return Cause.BAD_DATA
+
+
+def _are_rare(bad: Recorded, num_samples: int) -> bool:
+    """Whether so few samples were left out that what they have in common isn't this task's food."""
+    num_seen = bad.step * batch_size(bad.batch)
+    return len(bad.treatment.without) + num_samples <= max(_FEW, _RARE * num_seen)
 
 
 def _fails_for_input(evidence: Evidence, healthy: Sequence[Batch]) -> bool:

@@ -30,7 +30,7 @@ def ignored_labels(training: TrainingState, batch: Batch) -> frozenset[int]:
     buffers = [one.detach().clone() for one in training.model.buffers()]
     generator = torch.default_generator.get_state()
     try:
-        with torch.no_grad(), seen:
+        with seen:
             training.compute_loss(
                 training.model, map_tensors(batch, lambda one: safe if one is labels else one)
             )

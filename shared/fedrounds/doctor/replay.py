@@ -288,8 +288,8 @@ class Replay:
                 losses.clear()
                 answers.clear()
                 for batch in batches:
-                    with torch.set_grad_enabled(self._needs_gradient):
-                        loss, outputs = training.loss_of(batch, treatment)
+                    # With a graph: a gradient penalty differentiates in the loss.
+                    loss, outputs = training.loss_of(batch, treatment)
                     losses.append(float(loss.detach()))
                     found = answers_of(outputs, batch_size(batch))
                     if found is not None:

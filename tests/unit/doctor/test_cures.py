@@ -283,6 +283,37 @@ def test_a_guarded_loss_without_a_gradient_is_left_to_itself() -> None:
     assert (dead.symptom, dead.cause) == (Symptom.DEAD_NETWORK, Cause.UNKNOWN)
 
 
+def test_a_loss_that_few_samples_have_no_value_of_is_theirs() -> None:
+    """A logarithm of 0 from the batch alone; after eight such samples it is the loss's matter."""
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        found, outputs = compute_loss(model, batch)
+        assert isinstance(batch, tuple)
+        return found + 1e-3 * (batch[0][:, 0] - MARK).abs().log().square().mean(), outputs
+
+    *few, last = Trained(spoil=mark(*range(2, 12)), loss=loss).doctor.diagnoses
+    assert {(one.cause, one.remedy.kind, one.num_samples) for one in few} == {
+        (Cause.BAD_DATA, RemedyKind.DROP_SAMPLES, 1)
+    }
+    assert (len(few), last.cause) == (8, Cause.LOSS_FUNCTION)
+
+
+def test_a_loss_that_differentiates_by_itself_is_examined_as_any_other() -> None:
+    """A penalty on the gradient with respect to the inputs; what is bad is one input of step 20."""
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert isinstance(batch, tuple)
+        inputs = batch[0].detach().clone().requires_grad_()
+        outputs = model(inputs)
+        (slope,) = torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
+        penalty = 1e-3 * (slope / (inputs - MARK)).square().mean()
+        return F.cross_entropy(outputs, batch[1]) + penalty, outputs
+
+    found = Trained(spoil=mark(20), loss=loss).diagnosis
+    assert (found.step, found.cause, found.num_samples) == (20, Cause.BAD_DATA, 1)
+    assert found.remedy.is_working
+
+
 def test_samples_left_out_one_by_one_are_no_remedies_that_are_counted() -> None:
     """They are bounded by their share; an error that only one sample raises is that sample's."""
 
