@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedrounds.diagnosis.values import Origin
 from fedrounds.doctor.batches import Batch
-from fedrounds.doctor.locate import Found
+from fedrounds.doctor.locate import Fault
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -71,14 +71,14 @@ def cross_entropy(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(outputs, labels), outputs
 
 
-def origin_of(fault: Found | None) -> Origin:
-    """Return the origin of what must have been found."""
+def origin_of(fault: Fault | None) -> Origin:
+    """Return the origin of a fault that must have been located."""
     assert fault is not None
     return fault.origin
 
 
-def where(fault: Found | None) -> tuple[str, str, str]:
-    """Return phase, module and operation."""
+def where(fault: Fault | None) -> tuple[str, str, str]:
+    """Return phase, module and operation of a fault."""
     origin = origin_of(fault)
     return origin.phase.value, origin.module, origin.operation
 

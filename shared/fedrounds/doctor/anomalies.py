@@ -12,7 +12,7 @@ from fedrounds.doctor.history import Snapshot
 from fedrounds.tensors.entries import running_variances
 
 _RATIO = 10.0
-"""An initial weight tensor's root mean square is within this factor of a usual one's."""
+"""An initial weight tensor's root mean square is within this factor of a usual tensor's."""
 _RATIO_OTHER = 100.0
 _STATE_FACTOR = 100.0
 
@@ -22,7 +22,7 @@ def usual_state(model: nn.Module) -> dict[str, Tensor]:
 
     A function of the model's form alone. What a module doesn't reset stays as it is.
     """
-    state = {name: one.detach().clone() for name, one in model.state_dict().items()}
+    state = {name: entry.detach().clone() for name, entry in model.state_dict().items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for name, module in model.named_modules():
@@ -32,7 +32,7 @@ def usual_state(model: nn.Module) -> dict[str, Tensor]:
             fresh = copy.deepcopy(module)
             fresh.reset_parameters()
             prefix = f"{name}." if name else ""
-            state |= {f"{prefix}{key}": one.detach() for key, one in fresh.state_dict().items()}
+            state |= {f"{prefix}{key}": entry.detach() for key, entry in fresh.state_dict().items()}
     return state
 
 
@@ -41,15 +41,15 @@ def unusual_entries(
 ) -> list[str]:
     """Return the entries of a training's first state that no initialisation or training gives.
 
-    Weights (two or more dimensions) whose root mean square is more than 10 times a usual initial
-    one's or less than a tenth of it, or that are constant where usual ones aren't; other
-    entries more than 100 times as large as usual ones, or as 1; negative running variances of norm
-    layers.
+    Weights (two or more dimensions) whose root mean square is more than 10 times that of usual
+    initial weights or less than a tenth of it, or that are constant where usual weights aren't;
+    other entries more than 100 times as large as usual entries, or as 1; negative running variances
+    of norm layers.
     """
     variances = running_variances(model)
     names = [name for name, _ in model.named_parameters()]
     names += [name for name, _ in model.named_buffers()]
-    found = []
+    unusual = []
     for name, tensor in zip(names, start.tensors, strict=True):
         fresh = usual.get(name)
         if fresh is None or not tensor.is_floating_point() or tensor.numel() == 0:
@@ -64,8 +64,8 @@ def unusual_entries(
             is_odd = size > _RATIO_OTHER * max(usual_size, 1.0 if not is_initial else 0.1)
             is_odd |= name in variances and bool((tensor < 0).any())
         if is_odd or not math.isfinite(size):
-            found.append(name)
-    return found
+            unusual.append(name)
+    return unusual
 
 
 def has_odd_optimizer_state(snapshot: Snapshot, *, largest_norm: float) -> bool:
@@ -85,21 +85,21 @@ def has_odd_optimizer_state(snapshot: Snapshot, *, largest_norm: float) -> bool:
     return False
 
 
-def differ_in_optimizer_state(one: Snapshot, other: Snapshot) -> bool:
+def differ_in_optimizer_state(first: Snapshot, second: Snapshot) -> bool:
     """Whether two states of the same training hold other bits of optimizer history."""
     return any(
-        first.keys() != second.keys() or any(not _same(first[key], second[key]) for key in first)
-        for first, second in zip(one.optimizer_state, other.optimizer_state, strict=True)
+        values.keys() != others.keys() or any(not _same(values[key], others[key]) for key in values)
+        for values, others in zip(first.optimizer_state, second.optimizer_state, strict=True)
     )
 
 
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf")
 
 
-def _same(one: Any, other: Any) -> bool:  # noqa: ANN401  # an optimizer's state holds anything
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return bool(torch.equal(one.nan_to_num(), other.nan_to_num()))
-    return bool(one == other)
+def _same(value: Any, other: Any) -> bool:  # noqa: ANN401  # an optimizer's state holds anything
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return bool(torch.equal(value.nan_to_num(), other.nan_to_num()))
+    return bool(value == other)
 
 
 def _root_mean_square(tensor: Tensor) -> float:

@@ -22,14 +22,14 @@ def tensors_of(batch: Batch) -> list[Tensor]:
     """Return the batch's tensors in their order; those named as labels come last."""
     if isinstance(batch, Tensor):
         return [batch]
-    # Most batches are that: it is known without a walk.
-    if isinstance(batch, tuple | list) and all(isinstance(one, Tensor) for one in batch):
+    # Most batches are a list of tensors, which needs no walk.
+    if isinstance(batch, tuple | list) and all(isinstance(leaf, Tensor) for leaf in batch):
         return list(batch)
     items = items_of(batch)
     if items is None:
         return []
     in_order = sorted(items, key=lambda item: item[0] in _LABEL_NAMES)
-    return [leaf for _, one in in_order for leaf in leaves_of(one) if isinstance(leaf, Tensor)]
+    return [leaf for _, value in in_order for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
 
 
 def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -38,14 +38,14 @@ def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
 
 
 def batch_size(batch: Batch) -> int:
-    """Return the number of samples: the length of the first tensor that has one.
+    """Return the number of samples: the length of the first tensor that has a dimension.
 
     Where the samples are items of lists, it is their length; 1 where no samples can be seen.
     """
     lists = _lists_of_samples(batch)
     if lists is not None:
         return len(lists[0])
-    return next((one.shape[0] for one in tensors_of(batch) if one.ndim > 0), 1)
+    return next((tensor.shape[0] for tensor in tensors_of(batch) if tensor.ndim > 0), 1)
 
 
 def take(batch: Batch, positions: Sequence[int]) -> Batch:
@@ -55,17 +55,19 @@ def take(batch: Batch, positions: Sequence[int]) -> Batch:
     """
     num = batch_size(batch)
     if (lists := _lists_of_samples(batch)) is not None:
-        of_samples = {id(one) for one in lists}
+        of_samples = {id(samples) for samples in lists}
         return map_leaves(
             batch,
-            lambda one: [one[position] for position in positions] if id(one) in of_samples else one,
-            is_leaf=lambda one: id(one) in of_samples,
+            lambda value: (
+                [value[position] for position in positions] if id(value) in of_samples else value
+            ),
+            is_leaf=lambda value: id(value) in of_samples,
         )
 
     def is_text(value: object) -> bool:
         if not isinstance(value, list | tuple) or len(value) != num:
             return False
-        return all(isinstance(one, str) for one in value)
+        return all(isinstance(item, str) for item in value)
 
     def chosen(leaf: Any) -> Any:  # noqa: ANN401  # any leaf
         if is_text(leaf):
@@ -84,13 +86,15 @@ def _lists_of_samples(batch: Batch) -> list[Sequence[Any]] | None:
     """
     if isinstance(batch, Tensor):
         return None
-    if isinstance(batch, tuple | list) and all(isinstance(one, Tensor) for one in batch):
+    if isinstance(batch, tuple | list) and all(isinstance(leaf, Tensor) for leaf in batch):
         return None
     items = items_of(batch)
-    lists: list[Sequence[Any]] = [one for _, one in items or () if isinstance(one, list | tuple)]
-    if not lists or len(lists) != len(items or ()) or len({len(one) for one in lists}) != 1:
+    lists: list[Sequence[Any]] = [
+        value for _, value in items or () if isinstance(value, list | tuple)
+    ]
+    if not lists or len(lists) != len(items or ()) or len({len(samples) for samples in lists}) != 1:
         return None
-    lengths = {one.shape[0] for one in tensors_of(batch) if one.ndim > 0}
+    lengths = {tensor.shape[0] for tensor in tensors_of(batch) if tensor.ndim > 0}
     return lists if len(lengths) > 1 else None
 
 
@@ -103,8 +107,8 @@ def are_out_of_range(
 ) -> Tensor:
     """Return which labels are no class and not `ignored` by the loss, bool of their shape."""
     is_wrong = (labels < 0) | (labels >= num_classes)
-    for one in ignored:
-        is_wrong &= labels != one
+    for label in ignored:
+        is_wrong &= labels != label
     return is_wrong
 
 
@@ -116,10 +120,10 @@ def rows_of(tensor: Tensor) -> Tensor:
 def largest_input(*batches: Batch) -> float:
     """Return the largest absolute finite number in any input, 0 if there is none."""
     largest = [
-        float(one.detach().abs().nan_to_num(nan=0.0, posinf=0.0).max())
+        float(inputs.detach().abs().nan_to_num(nan=0.0, posinf=0.0).max())
         for batch in batches
-        for one in inputs_of(batch)
-        if one.numel() > 0
+        for inputs in inputs_of(batch)
+        if inputs.numel() > 0
     ]
     return max(largest, default=0.0)
 
@@ -130,11 +134,11 @@ def joined(first: Batch, second: Batch) -> Batch:
     Raises:
         RuntimeError: the samples' shapes differ.
     """
-    seconds = iter([one for one in leaves_of(second) if isinstance(one, Tensor)])
+    seconds = iter([leaf for leaf in leaves_of(second) if isinstance(leaf, Tensor)])
 
-    def both(one: Tensor) -> Tensor:
-        other = next(seconds)
-        return one if one.ndim == 0 else torch.cat([one, other])
+    def both(first_leaf: Tensor) -> Tensor:
+        second_leaf = next(seconds)
+        return first_leaf if first_leaf.ndim == 0 else torch.cat([first_leaf, second_leaf])
 
     return map_tensors(first, both)
 
@@ -146,11 +150,11 @@ def blurred(batch: Batch) -> Batch:
     """
     generator = torch.Generator().manual_seed(0)
 
-    def moved(one: Tensor) -> Tensor:
-        if not one.is_floating_point():
-            return one
-        noise = torch.randn(one.shape, generator=generator).to(one)
-        return one + 0.01 * noise * one.abs().clamp(min=1.0)
+    def moved(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
+            return leaf
+        noise = torch.randn(leaf.shape, generator=generator).to(leaf)
+        return leaf + 0.01 * noise * leaf.abs().clamp(min=1.0)
 
     return map_tensors(batch, moved)
 
@@ -161,9 +165,11 @@ def inputs_of(batch: Batch) -> list[Tensor]:
         return []
     num = batch_size(batch)
     return [
-        torch.view_as_real(one.resolve_conj()) if one.is_complex() else one
-        for one in tensors_of(batch)
-        if (one.is_floating_point() or one.is_complex()) and one.ndim > 0 and len(one) == num
+        torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+        for tensor in tensors_of(batch)
+        if (tensor.is_floating_point() or tensor.is_complex())
+        and tensor.ndim > 0
+        and len(tensor) == num
     ]
 
 
@@ -179,17 +185,17 @@ def labels_among(
 ) -> Tensor | None:
     """Return the tensor of whole numbers with so many samples that holds the labels, or None.
 
-    Of several the one most of whose numbers are classes, where it is known how many there are: an
+    Of several tensors that with the most numbers that are classes, if `num_classes` is known: an
     index into the data set isn't a label. Of equals the last.
     """
     whole = [
-        one
-        for one in reversed(tensors)
-        if one.dtype in _WHOLE and one.ndim > 0 and one.shape[0] == num_samples
+        tensor
+        for tensor in reversed(tensors)
+        if tensor.dtype in _WHOLE and tensor.ndim > 0 and tensor.shape[0] == num_samples
     ]
     if len(whole) < 2 or num_classes is None:
         return next(iter(whole), None)
-    return max(whole, key=lambda one: _share_of_classes(one, num_classes))
+    return max(whole, key=lambda tensor: _share_of_classes(tensor, num_classes))
 
 
 def _share_of_classes(labels: Tensor, num_classes: int) -> float:

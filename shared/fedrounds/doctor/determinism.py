@@ -17,7 +17,7 @@ _STATE_SYMPTOMS = (
 
 
 def find_nondeterminism(case: Case, trajectory: Trajectory, live: Snapshot) -> Cause | None:
-    """Return what to say if the same steps gave other bits, None if they gave the same.
+    """Return the cause if the same steps gave other bits, None if they gave the same bits.
 
     `trajectory` is the unchanged replay from the newest state on, which the training still is in;
     `live` the state in which something was noticed. Where all that differs is the optimizer's
@@ -25,12 +25,12 @@ def find_nondeterminism(case: Case, trajectory: Trajectory, live: Snapshot) -> C
     """
     noticed = case.history.steps[-1]
     recorded = case.history.between(case.history.snapshots[-1].step, noticed.step)
-    for one, again in zip(recorded, trajectory.steps, strict=False):
-        if _is_same(one.outcome, again.outcome):
+    for original, retaken in zip(recorded, trajectory.steps, strict=False):
+        if _is_same(original.outcome, retaken.outcome):
             continue
         # A step whose loss or gradient is bad was not taken: the states before it compare.
-        is_untouched = one is noticed and not one.outcome.is_finite
-        norm = largest_norm(case.history, before=one.step)
+        is_untouched = original is noticed and not original.outcome.is_finite
+        norm = largest_norm(case.history, before=original.step)
         if is_untouched and differ_in_optimizer_state(live, trajectory.before):
             return Cause.OPTIMIZER_STATE
         if has_odd_optimizer_state(live, largest_norm=norm):
@@ -46,21 +46,25 @@ def find_nondeterminism(case: Case, trajectory: Trajectory, live: Snapshot) -> C
 
 def largest_norm(history: StepHistory, *, before: int) -> float:
     """Return the largest norm of a gradient that was learned from before a step; at least 0."""
-    earlier = [one.outcome for one in history.steps if one.step < before]
-    norms = [one.grad_norm for one in earlier if one.is_finite and one.grad_norm is not None]
+    earlier = [recorded.outcome for recorded in history.steps if recorded.step < before]
+    norms = [
+        outcome.grad_norm
+        for outcome in earlier
+        if outcome.is_finite and outcome.grad_norm is not None
+    ]
     return max(norms, default=1.0)
 
 
-def _is_same(one: StepOutcome, again: StepOutcome) -> bool:
+def _is_same(outcome: StepOutcome, again: StepOutcome) -> bool:
     """Whether two takes of a step have the same bits, as far as loss and gradient norm tell."""
 
     def alike(first: float, second: float) -> bool:
         return first == second or (math.isnan(first) and math.isnan(second))
 
-    norms = (one.grad_norm, again.grad_norm)
+    norms = (outcome.grad_norm, again.grad_norm)
     return (
-        alike(one.loss, again.loss)
+        alike(outcome.loss, again.loss)
         # Not every step's gradient was measured.
         and (norms[0] is None or norms[1] is None or alike(norms[0], norms[1]))
-        and type(one.error) is type(again.error)
+        and type(outcome.error) is type(again.error)
     )

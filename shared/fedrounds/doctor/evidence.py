@@ -34,11 +34,11 @@ _NUM_DRAWS = 4
 _SPIKE = 100.0
 _SPOILT = 1.5
 _WORTH = 0.3
-"""A loss below this share of the first one is nothing to worry about."""
+"""A loss below this share of the first loss is nothing to worry about."""
 
 
 class Evidence:
-    """One case on the table: where it went wrong, and what was tried."""
+    """Everything known about a case: where it went wrong, and which experiments were made."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -71,7 +71,7 @@ class Evidence:
     def find_onset(self) -> None:
         """Find the first step that harmed the model, and the last good state before it.
 
-        Where the bad value came up stays what was found, unless no value was bad at all.
+        `failed` stays the step where the bad value came up, unless no value was bad at all.
         """
         restore_snapshot(self.training, self.before)
         if self.replay.is_sane():
@@ -103,7 +103,7 @@ class Evidence:
 
     def recorded(self, step: int) -> Recorded:
         """Return the recorded step of this number."""
-        return next(one for one in self.history.steps if one.step == step)
+        return next(recorded for recorded in self.history.steps if recorded.step == step)
 
     def find_origin(self) -> None:
         """Find where the first bad value comes up in the bad step."""
@@ -113,9 +113,9 @@ class Evidence:
         if batch is None:
             return
 
-        def compute_loss(model: torch.nn.Module, one: Batch) -> object:
+        def compute_loss(model: torch.nn.Module, any_batch: Batch) -> object:
             with treated(bad.treatment, model):
-                return training.compute_loss(model, one)
+                return training.compute_loss(model, any_batch)
 
         restore_snapshot(training, self.before)
         bad.random_state.restore(device_of(training))
@@ -126,7 +126,7 @@ class Evidence:
                 self.origin = raised.origin
                 self.mixes_dtypes = raised.mixes_dtypes
             return
-        found = locate(
+        fault = locate(
             training.model,
             batch,
             compute_loss,
@@ -137,9 +137,9 @@ class Evidence:
                 again=Again(training, batch, bad.treatment),
             ),
         )
-        if found is not None:
-            self.origin = found.origin
-            self.largest_input = found.largest_input
+        if fault is not None:
+            self.origin = fault.origin
+            self.largest_input = fault.largest_input
 
     def has_come_up(self) -> bool:
         """Whether a number of the bad step isn't finite."""
@@ -156,7 +156,7 @@ class Evidence:
         return is_moderate and operation in GUARDS
 
     def is_loss_suspect(self) -> bool:
-        """Whether the loss made a bad value of numbers that are no reason for one."""
+        """Whether the loss made a bad value of numbers that are no reason for it."""
         origin = self.origin
         is_in_loss = origin.phase is StepPhase.LOSS or (
             origin.phase is StepPhase.BACKWARD and not origin.module
@@ -213,7 +213,7 @@ class Evidence:
         name: ExperimentName,
         *,
         batch: Batch | None = None,
-        change: Change = lambda one: one,
+        change: Change = lambda treatment: treatment,
         prepare: Callable[[], None] | None = None,
         value: float = 0.0,
     ) -> bool:
@@ -237,9 +237,9 @@ class Evidence:
 
     def healthy_batches(self) -> list[Batch]:
         """Return the last batches before the bad step, the newest last."""
-        earlier = [one for one in self.history.steps if one.step < self.bad.step]
-        batches = (learned_from(self.training, one) for one in earlier[-_NUM_HEALTHY:])
-        return [one for one in batches if one is not None]
+        earlier = [recorded for recorded in self.history.steps if recorded.step < self.bad.step]
+        batches = (learned_from(self.training, recorded) for recorded in earlier[-_NUM_HEALTHY:])
+        return [batch for batch in batches if batch is not None]
 
     def index_of(self, position: int) -> int:
         """Return the number in the data set of the sample at a position, -1 if unknown."""

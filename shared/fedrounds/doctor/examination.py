@@ -7,15 +7,15 @@ The verdict is the most specific cause whose removal alone heals it, in this ord
    `optimizer-state`.
 2. `loss-function`: more than a quarter of the samples have inputs that aren't finite, and with the
    guarded loss, in which a zero takes them away, all goes well. `bad-label`, `bad-data`: samples
-   without which the step goes well: with something odd about them, or so few that the loss isn't
-   defined for whatever the model answers.
-3. `degenerate-batch`: a batch of one sample, of none, or of one sample many times, that goes well
-   when joined with another.
+   that look odd, or so few that the loss isn't defined for whatever the model answers, without
+   which the step goes well.
+3. `degenerate-batch`: a batch of a single sample, of none, or of copies of a sample, that goes well
+   when joined with another batch.
 4. `precision`: the bad value came up in 16 bits, and in float32 all goes well.
 5. `loss-function`: the bad value came up in the loss from outputs of an ordinary size, and the
    guarded loss goes well.
-6. `bad-initialisation`, `received-model`: weights at the start unlike any usual ones, or answers
-   beyond chance from the start, and the same steps go well from usual ones.
+6. `bad-initialisation`, `received-model`: weights at the start unlike any usual weights, or
+   answers beyond chance from the start, and the same steps go well from usual weights.
 7. `optimizer-state`: the bad value came up in the optimizer's step, or its state is beyond what the
    gradients explain, and without its history all goes well.
 8. `exploding-gradient`, `learning-rate`: clipping, or a lower rate, heals. Where both do, it is the
@@ -74,9 +74,9 @@ _NO_WORSE = 1.25
 _MOST = 0.5
 _FEW = 8
 _RARE = 0.02
-"""So many samples, or this share of them, may be ones that the loss isn't defined for."""
+"""So many samples, or this share of them, may be samples that the loss isn't defined for."""
 _ROOM = 4.0
-"""Inputs may be so many times as large as healthy ones before they count as outliers."""
+"""Inputs may be so many times as large as healthy inputs before they count as outliers."""
 _LONGEST_RESTART = 48
 _AT_ONCE = 2
 _NARROW = ("float16", "bfloat16")
@@ -86,8 +86,8 @@ def _without_odd_ones(batch: Batch) -> Batch:
     """Return a batch without outliers that did no harm by chance: they aren't what is usual."""
     odd = {
         position
-        for position, one in oddities(batch, num_classes=None, healthy=()).items()
-        if one.oddity is Oddity.OUTLIER
+        for position, sample in oddities(batch, num_classes=None, healthy=()).items()
+        if sample.oddity is Oddity.OUTLIER
     }
     kept = [position for position in range(batch_size(batch)) if position not in odd]
     return take(batch, kept) if odd and kept else batch
@@ -145,12 +145,12 @@ def _look_outside(evidence: Evidence) -> Cause | None:
     A replay from a state before that write leaves it out.
     """
     steps = evidence.history.steps
-    written = [one for one in steps if one.written]
+    written = [recorded for recorded in steps if recorded.written]
     if not written or len(written) > _SMALL_SHARE * len(steps):
         # A loop that writes in step after step means to.
         return None
     last = written[-1]
-    starts = [one for one in evidence.history.snapshots if one.step < last.step]
+    starts = [snapshot for snapshot in evidence.history.snapshots if snapshot.step < last.step]
     if not starts:
         return None
     trajectory = evidence.replay.run(starts[-1], evidence.noticed.step)
@@ -188,7 +188,7 @@ def _cause_of(evidence: Evidence) -> Cause:
             _add_contributing(evidence, cause)
             return cause
     if evidence.samples:
-        # Nothing is odd about them to see, and no other experiment tells more.
+        # The samples don't look odd, and no other experiment shows more.
         return Cause.BAD_DATA
     if evidence.is_operation_guarded():
         evidence.note(ExperimentName.GUARDED_LOSS, is_healed=evidence.guarded_step_goes_well())
@@ -199,12 +199,12 @@ def _cause_of(evidence: Evidence) -> Cause:
 
 
 def _look_at_mask(evidence: Evidence) -> Cause | None:
-    """Look whether inputs that aren't finite are the task's normal food, and its mask lets them by.
+    """Look whether the task expects inputs that aren't finite, and its mask lets them through.
 
     NaN marks what is missing, and a zero that multiplies it doesn't take it away.
     """
     batch = evidence.bad.batch
-    is_bad = [~rows_of(one).isfinite().all(dim=1).cpu() for one in inputs_of(batch)]
+    is_bad = [~rows_of(inputs).isfinite().all(dim=1).cpu() for inputs in inputs_of(batch)]
     num_bad = int(torch.stack(is_bad).any(dim=0).sum()) if is_bad else 0
     if evidence.bad.treatment.guards or num_bad <= _SMALL_SHARE * batch_size(batch):
         return None
@@ -217,19 +217,21 @@ def _look_at_mask(evidence: Evidence) -> Cause | None:
 def _look_at_samples(evidence: Evidence) -> Cause | None:
     bad, num_classes = evidence.bad, evidence.training.num_classes
     count = batch_size(bad.batch)
-    healthy = [_without_odd_ones(one) for one in evidence.healthy_batches()]
+    healthy = [_without_odd_ones(batch) for batch in evidence.healthy_batches()]
     odd = oddities(
         bad.batch, num_classes=num_classes, healthy=healthy, ignored=evidence.training.ignored
     )
     if evidence.is_finite_case():
         # What isn't finite in the input is no reason for a loss that is.
         not_finite = (Oddity.NAN, Oddity.INFINITY)
-        odd = {place: one for place, one in odd.items() if one.oddity not in not_finite}
+        odd = {
+            position: sample for position, sample in odd.items() if sample.oddity not in not_finite
+        }
     can_try = evidence.case.is_tried
-    wrong = [one for one in odd.values() if one.oddity is Oddity.LABEL_OUT_OF_RANGE]
-    others = [one for one in range(count) if one not in odd]
+    wrong = [sample for sample in odd.values() if sample.oddity is Oddity.LABEL_OUT_OF_RANGE]
+    others = [position for position in range(count) if position not in odd]
     if not can_try:
-        positions: tuple[int, ...] = tuple(one.position for one in wrong)
+        positions: tuple[int, ...] = tuple(sample.position for sample in wrong)
     elif len(odd) == 1 and others and evidence.step_goes_well(take(bad.batch, others)):
         # The whole batch fails and the rest doesn't: there is no smaller set.
         positions = tuple(odd)
@@ -245,7 +247,7 @@ def _look_at_samples(evidence: Evidence) -> Cause | None:
         positions = tuple(range(count))
     if not positions:
         return None
-    rest = [one for one in range(count) if one not in positions]
+    rest = [position for position in range(count) if position not in positions]
     is_healed = (
         evidence.step_goes_well(take(bad.batch, rest))
         if rest
@@ -259,22 +261,25 @@ def _look_at_samples(evidence: Evidence) -> Cause | None:
     if is_whole:
         # What makes most samples odd doesn't spare the others.
         unseen = next(iter(odd.values())).oddity
-    suspects = [odd.get(one, SuspectSample(position=one, oddity=unseen)) for one in positions]
-    kinds = {one.oddity for one in suspects}
+    suspects = [
+        odd.get(position, SuspectSample(position=position, oddity=unseen)) for position in positions
+    ]
+    kinds = {sample.oddity for sample in suspects}
     if not is_healed or (kinds == {Oddity.NONE} and len(suspects) > _SMALL_SHARE * count):
         return None
     evidence.num_samples = len(suspects)
     evidence.samples = tuple(
-        replace(one, index=evidence.index_of(one.position)) for one in suspects[:MAX_SAMPLES]
+        replace(sample, index=evidence.index_of(sample.position))
+        for sample in suspects[:MAX_SAMPLES]
     )
-    usual = [one for one in rest if one not in odd]
+    usual = [position for position in rest if position not in odd]
     good = [*([take(bad.batch, usual)] if usual else []), *healthy]
     evidence.max_input = _ROOM * largest_input(*good) or math.inf
     if Oddity.LABEL_OUT_OF_RANGE in kinds:
         return Cause.BAD_LABEL
     if kinds == {Oddity.NONE}:
-        # Nothing to be seen; but an error that only these samples raise is theirs, and so is a
-        # loss that isn't defined for them.
+        # The samples don't look odd; but they cause an error that only they raise, or the loss isn't
+        # defined for them.
         is_theirs = bad.outcome.error is not None or (
             evidence.is_loss_suspect()
             and evidence.origin.phase is StepPhase.LOSS
@@ -294,13 +299,13 @@ def _look_at_samples(evidence: Evidence) -> Cause | None:
 
 
 def _are_rare(bad: Recorded, num_samples: int) -> bool:
-    """Whether so few samples were left out that what they have in common isn't this task's food."""
+    """Whether so few samples were left out that the task doesn't expect what they have in common."""
     num_seen = bad.step * batch_size(bad.batch)
     return len(bad.treatment.without) + num_samples <= max(_FEW, _RARE * num_seen)
 
 
 def _fails_for_input(evidence: Evidence, healthy: Sequence[Batch]) -> bool:
-    """Whether a batch all of whose samples are odd fails for what is odd about them."""
+    """Whether a batch of odd samples alone fails because of what is odd about them."""
     if evidence.bad.outcome.error is not None:
         return True
     limit = _ROOM * largest_input(*healthy) or math.inf
@@ -319,11 +324,11 @@ def _look_at_batch(evidence: Evidence) -> Cause | None:
         )
         return Cause.DEGENERATE_BATCH if is_healed else None
     inputs = inputs_of(batch)
-    is_same = bool(inputs) and all(bool((one == one[:1]).all()) for one in inputs)
+    is_same = bool(inputs) and all(bool((tensor == tensor[:1]).all()) for tensor in inputs)
     labels = labels_of(batch, num_classes=evidence.training.num_classes)
     ignored = evidence.training.ignored
     is_unlabelled = labels is not None and all(
-        one in ignored for one in set(labels.flatten().tolist())
+        label in ignored for label in set(labels.flatten().tolist())
     )
     is_degenerate = batch_size(batch) == 1 or is_same or is_unlabelled
     if not is_degenerate:
@@ -366,7 +371,7 @@ def _look_at_start(evidence: Evidence) -> Cause | None:
 
 def _look_at_precision(evidence: Evidence) -> Cause | None:
     parameters = list(evidence.training.model.parameters())
-    has_narrow = any(one.dtype in (torch.float16, torch.bfloat16) for one in parameters)
+    has_narrow = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in parameters)
     if evidence.origin.dtype not in _NARROW and not has_narrow:
         return None
     is_healed = evidence.try_step(
@@ -423,14 +428,14 @@ def _look_at_draw(evidence: Evidence) -> Cause | None:
 
 
 def _look_at_rates(evidence: Evidence) -> Cause | None:
-    found = evidence.trials.look_at_rates(
+    verdict = evidence.trials.look_at_rates(
         evidence.start,
         until=evidence.noticed.step,
         usual_norm=evidence.case.usual_norm,
     )
-    if found is None:
+    if verdict is None:
         return None
-    cause, evidence.start = found
+    cause, evidence.start = verdict
     return cause
 
 
@@ -456,7 +461,7 @@ def _finding(evidence: Evidence, cause: Cause) -> Finding:
         num_samples=evidence.num_samples if cause not in _OF_ALL_SAMPLES else 0,
         max_input=evidence.max_input,
         experiments=tuple(evidence.experiments),
-        trend=tuple(one.point for one in steps[-MAX_TREND:]),
+        trend=tuple(traced.point for traced in steps[-MAX_TREND:]),
         return_to=evidence.start if cause in _FROM_EARLIER else evidence.before,
         is_onset=evidence.was_sane_before,
         onset=evidence.bad,
@@ -466,7 +471,7 @@ def _finding(evidence: Evidence, cause: Cause) -> Finding:
 
 
 _OF_THE_BATCH = (Cause.BAD_DATA, Cause.BAD_LABEL, Cause.DEGENERATE_BATCH, Cause.UNKNOWN)
-"""Reported with the step that harmed the model, others with the one where a bad value came up."""
+"""Reported with the step that harmed the model, others with the step where a bad value came up."""
 _OF_ALL_SAMPLES = (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.OPTIMIZER_STATE)
 """That some samples show it more than others says nothing against these."""
 _FROM_EARLIER = (Cause.LEARNING_RATE, Cause.EXPLODING_GRADIENT, Cause.NOT_REPRODUCIBLE)

@@ -1,4 +1,4 @@
-"""What an examination begins with, and what it comes to."""
+"""The case that an examination begins with, and the finding that it comes to."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ class Case:
 
     `is_tried` is False where that step was better not taken; `level` is the loss it began with,
     `usual_norm` the median gradient norm of its healthy steps; `fresh_state` gives usual initial
-    weights by name, `on_replay` is told of every step repeated. The examination takes at most
+    weights by name, `on_replay` is called for every step repeated. The examination takes at most
     `max_seconds` of its thread's time, and `longest_s` by the clock.
     """
 
@@ -46,11 +46,11 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What the examination came to.
+    """The result of an examination.
 
     `symptom` is what its bad step shows, if that isn't the step in which something was noticed;
     `return_to` is the last good state; with `is_onset` the model was still sane just before the bad
-    step. `onset` is the step that harmed the model, which may lie before the bad one. Where a
+    step. `onset` is the step that harmed the model, which may lie before the bad step. Where a
     schedule raised the rate since the last good state, no step above `max_rate` went well.
     """
 
@@ -70,8 +70,12 @@ class Finding:
     num_replayed_steps: int = 0
 
     def healing(self, name: ExperimentName) -> Experiment | None:
-        """Return the last experiment of that name that healed, if one did."""
-        healed = [one for one in self.experiments if one.name is name and one.is_healed]
+        """Return the last experiment of that name that healed, None if none did."""
+        healed = [
+            experiment
+            for experiment in self.experiments
+            if experiment.name is name and experiment.is_healed
+        ]
         return healed[-1] if healed else None
 
     @property
@@ -79,8 +83,8 @@ class Finding:
         """What else healed it, though the cause is another; nothing where none is claimed."""
         if self.cause is Cause.UNKNOWN:
             return ()
-        healed = [one.name for one in self.experiments if one.is_healed]
-        return tuple(one for one in dict.fromkeys(healed) if one is not PROOFS.get(self.cause))
+        healed = [experiment.name for experiment in self.experiments if experiment.is_healed]
+        return tuple(name for name in dict.fromkeys(healed) if name is not PROOFS.get(self.cause))
 
 
 PROOFS: Mapping[Cause, ExperimentName] = {
@@ -100,7 +104,7 @@ PROOFS: Mapping[Cause, ExperimentName] = {
 
 
 def diagnosis_of(finding: Finding, *, noticed_at: int, trend: tuple[TrendPoint, ...]) -> Diagnosis:
-    """Return what is told of a finding; `trend` is used where it has none of its own."""
+    """Return a finding as a diagnosis; `trend` is used where it has none of its own."""
     bad = finding.bad_step
     return Diagnosis(
         symptom=finding.symptom,

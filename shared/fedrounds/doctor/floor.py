@@ -1,8 +1,8 @@
 """Going on without a cure: the least that a training under the doctor comes to.
 
 Where nothing that the doctor may do helps, or its allowance is used up, training goes on as a plain
-loop that skips what it can't learn from. So a training with a doctor ends no worse than one without
-it, nor than one that skips its bad steps.
+loop that skips what it can't learn from. So a training with a doctor ends no worse than without it,
+nor than a training that skips its bad steps.
 """
 
 from dataclasses import replace
@@ -42,7 +42,7 @@ class Floor:
     def take(
         self, batch: Batch, *, step: int, updates: bool = True, attempt: Attempt | None = None
     ) -> StepOutcome:
-        """Take one step; the outcome isn't taken where its gradient isn't finite."""
+        """Take a step; the outcome says it isn't taken where its gradient isn't finite."""
         outcome = take_step(
             self._training, batch, self._treatment, step=step, updates=updates, attempt=attempt
         )
@@ -61,7 +61,7 @@ class Floor:
         return outcome
 
     def keep(self, *, step: int) -> None:
-        """Keep the state that the training has after `step`, or go back to the last good one."""
+        """Keep the state that the training has after `step`, or go back to the last good state."""
         if is_finite(self._training):
             self._good = take_snapshot(self._training, step=step, spare=self._good)
         else:

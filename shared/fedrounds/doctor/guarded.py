@@ -1,7 +1,7 @@
-"""A loss's operations kept off what they aren't finite for.
+"""A loss's operations kept away from inputs for which they aren't finite.
 
-Under `guarding()` what goes into an operation is moved to the nearest place where its value and its
-derivative are finite; what is well away from there goes in as it is, so that the result has the
+Under `guarding()` an operation's inputs are moved to the nearest number where its value and its
+derivative are finite; inputs well away from there stay as they are, so that the result has the
 same bits. A moved number has derivative zero: it is off the map, and no gradient can say how to get
 back. What has a stable form is computed in it (fedrounds.doctor.logarithms).
 
@@ -46,10 +46,10 @@ def guarding(model: nn.Module | None = None) -> Iterator[None]:
     - asin, acos, atanh, erfinv: within 1 - eps of zero;
     - lgamma, digamma: off the poles at 0, -1, -2 and so on by eps;
     - cross_entropy, nll_loss and the binary losses: weights that aren't finite become the largest
-      one that is; with label smoothing a class whose logit is -inf gets a finite one;
+      finite weight; with label smoothing a class whose logit is -inf gets a finite logit;
     - mean of nothing, std and var of nothing or of one number: 0.
 
-    Norms need no guard: torch gives them derivative 0 at 0. What torch computes inside of one of
+    Norms need no guard: torch gives them derivative 0 at 0. What torch computes inside of
     its own functions (cross_entropy, batch_norm) isn't touched.
     """
     guard = _Guarding()
@@ -96,7 +96,7 @@ class _Guarding(TorchFunctionMode):
             positional.insert(0, named.pop("input"))
         if "out" in named or not positional:
             return func(*args, **(kwargs or {}))
-        # The name of an operation in place ends with a line.
+        # The name of an operation that works in place ends with an underscore.
         plain = name.removesuffix("_") if not name.startswith("__") else name
         if plain != name:
             return self._in_place(func, plain, positional, named)
@@ -120,7 +120,7 @@ class _Guarding(TorchFunctionMode):
 
     def _watch(self, result: object) -> None:
         """Let what a result adds to the graph of the loss pass on no gradient that isn't finite."""
-        nodes: list[Any] = [one.grad_fn for one, _ in floating(result)]
+        nodes: list[Any] = [tensor.grad_fn for tensor, _ in floating(result)]
         while nodes:
             node = nodes.pop()
             if node is None or node in self._nodes:
@@ -233,7 +233,7 @@ def _guarded_exponent(base: float, exponent: Tensor) -> Tensor:
 def _guard_reduction(
     func: Callable[..., Any], name: str, positional: list[Any], named: dict[str, Any]
 ) -> object:
-    """Return a mean, deviation or variance, 0 where there are too few numbers for one."""
+    """Return a mean, deviation or variance, 0 where there are too few numbers for it."""
     tensor = positional[0]
     dim = named.get("dim", positional[1] if len(positional) > 1 else None)
     if not isinstance(tensor, Tensor) or isinstance(dim, str):
@@ -244,8 +244,8 @@ def _guard_reduction(
     count = math.prod(tensor.shape[each] for each in dims)
     if count > (0 if name == "mean" else 1):
         return func(*positional, **named)
-    place = 2 if name == "mean" else 3
-    keepdim = named.get("keepdim", positional[place] if len(positional) > place else False)
+    position = 2 if name == "mean" else 3
+    keepdim = named.get("keepdim", positional[position] if len(positional) > position else False)
     zero = 0 * tensor.sum(dims, keepdim=keepdim)
     return zero.to(named["dtype"]) if named.get("dtype") is not None else zero
 
@@ -261,13 +261,13 @@ def _settled(
     if not result.is_floating_point() or result.numel() == 0 or bool(result.isfinite().all()):
         return result
     values = [*positional, *named.values()]
-    tensors = [one for value in values for one, _ in floating(value)]
-    numbers = [one for one in values if isinstance(one, float)]
-    if not any(isinstance(one, Tensor) for one in values) and not tensors:
+    tensors = [tensor for value in values for tensor, _ in floating(value)]
+    numbers = [value for value in values if isinstance(value, float)]
+    if not any(isinstance(value, Tensor) for value in values) and not tensors:
         return result
-    has_nan = any(map(math.isnan, numbers)) or any(bool(one.isnan().any()) for one in tensors)
+    has_nan = any(map(math.isnan, numbers)) or any(bool(tensor.isnan().any()) for tensor in tensors)
     is_finite = all(map(math.isfinite, numbers)) and all(
-        bool(one.isfinite().all()) for one in tensors
+        bool(tensor.isfinite().all()) for tensor in tensors
     )
     is_replaced = torch.zeros_like(result, dtype=torch.bool) if has_nan else result.isnan()
     if is_finite:
@@ -288,10 +288,10 @@ def _settled(
 def _finite_gradients(gradients: Sequence[Tensor | None], _: object) -> tuple[Tensor | None, ...]:
     """Return gradients with zero for what isn't finite."""
     return tuple(
-        one.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        if one is not None and one.is_floating_point()
-        else one
-        for one in gradients
+        grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        if grad is not None and grad.is_floating_point()
+        else grad
+        for grad in gradients
     )
 
 
@@ -308,8 +308,8 @@ def _guard_poles(positional: list[Any], named: dict[str, Any]) -> None:
 
 def _guard_weights(positional: list[Any], named: dict[str, Any]) -> None:
     """Guard a loss's weights of classes or samples: 1 / 0 is no weight."""
-    for place in range(2, len(positional)):
-        positional[place] = _finite_weights(positional[place])
+    for position in range(2, len(positional)):
+        positional[position] = _finite_weights(positional[position])
     for name in ("weight", "pos_weight"):
         if name in named:
             named[name] = _finite_weights(named[name])
@@ -344,7 +344,7 @@ def _guard_ctc(positional: list[Any], named: dict[str, Any]) -> None:
 
 
 def _guard_poisson(positional: list[Any], named: dict[str, Any]) -> None:
-    """Guard the exponential of a Poisson loss, where it takes one."""
+    """Guard the exponential of a Poisson loss, where the loss takes an exponential."""
     if named.get("log_input", positional[2] if len(positional) > 2 else True):
         _exponential(positional, named)
 
@@ -362,7 +362,7 @@ def _guard_second(guard: Callable[..., None]) -> Callable[..., None]:
 
 
 def _real(value: object) -> Tensor | None:
-    """Return a tensor of real numbers as a floating one, None if it isn't such a tensor."""
+    """Return a tensor of real numbers as floating-point numbers, None for anything else."""
     if not isinstance(value, Tensor) or value.is_complex():
         return None
     return value if value.is_floating_point() else value.to(torch.get_default_dtype())
@@ -451,4 +451,4 @@ GUARDS: dict[str, Callable[[list[Any], dict[str, Any]], None]] = {
     "__ipow__": _guard_power,
     "__rpow__": _guard_reflected_power,
 }
-"""What happens to the arguments (positional, named; changed in place) of functions by name."""
+"""By function name: how its arguments (positional, named) are changed, in place."""

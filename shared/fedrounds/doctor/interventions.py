@@ -1,4 +1,4 @@
-"""What experiments and remedies change about a training, one thing at a time."""
+"""The changes that experiments and remedies make to a training, one at a time."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,52 +16,54 @@ _USUAL_EPS = 1e-8
 
 def slowing(factor: float) -> Change:
     """Multiply the learning rate."""
-    return lambda one: replace(one, rate_factor=one.rate_factor * factor)
+    return lambda treatment: replace(treatment, rate_factor=treatment.rate_factor * factor)
 
 
 def bounding_rate(max_rate: float) -> Change:
     """Take no step at a learning rate above this."""
-    return lambda one: replace(one, max_rate=min(max_rate, one.max_rate))
+    return lambda treatment: replace(treatment, max_rate=min(max_rate, treatment.max_rate))
 
 
 def clipping(norm: float) -> Change:
     """Clip gradients at a global L2 norm."""
-    return lambda one: replace(one, clip_norm=min(norm, one.clip_norm or norm))
+    return lambda treatment: replace(treatment, clip_norm=min(norm, treatment.clip_norm or norm))
 
 
 def skipping(step: int) -> Change:
     """Leave a step's batch out."""
-    return lambda one: replace(one, skips=one.skips | {step})
+    return lambda treatment: replace(treatment, skips=treatment.skips | {step})
 
 
 def sanitising(max_input: float) -> Change:
     """Put inputs right instead of leaving samples out."""
-    return lambda one: replace(one, sanitises=True, max_input=min(max_input, one.max_input))
+    return lambda treatment: replace(
+        treatment, sanitises=True, max_input=min(max_input, treatment.max_input)
+    )
 
 
 def guarding_loss() -> Change:
     """Compute the loss where it is defined."""
-    return lambda one: replace(one, guards=True)
+    return lambda treatment: replace(treatment, guards=True)
 
 
 def unguarding_loss() -> Change:
     """Compute the loss as it is written."""
-    return lambda one: replace(one, guards=False)
+    return lambda treatment: replace(treatment, guards=False)
 
 
 def stabilising() -> Change:
     """Take no step with constants of the optimizer that can't be stable."""
-    return lambda one: replace(one, stabilises=True)
+    return lambda treatment: replace(treatment, stabilises=True)
 
 
 def widening() -> Change:
     """Compute in float32 what is computed in fewer bits; the training is to be widened, too."""
-    return lambda one: replace(one, widens=True)
+    return lambda treatment: replace(treatment, widens=True)
 
 
 def widen(training: TrainingState) -> None:
     """Make parameters, buffers and the optimizer's state float32 where they are narrower."""
-    _convert(training, lambda one: one.float() if one.dtype in NARROW else one)
+    _convert(training, lambda tensor: tensor.float() if tensor.dtype in NARROW else tensor)
 
 
 def double(training: TrainingState) -> None:

@@ -1,4 +1,4 @@
-"""Which labels a loss passes over, read off its own call and not by trying them."""
+"""The labels that a loss passes over, read off its own call and not by trying them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,12 +27,12 @@ def ignored_labels(training: TrainingState, batch: Batch) -> frozenset[int]:
     is_class = (labels >= 0) & (labels < num_classes)
     safe = torch.where(is_class, labels, torch.zeros_like(labels))
     seen = _Calls()
-    buffers = [one.detach().clone() for one in training.model.buffers()]
+    buffers = [buffer.detach().clone() for buffer in training.model.buffers()]
     generator = torch.default_generator.get_state()
     try:
         with seen:
             training.compute_loss(
-                training.model, map_tensors(batch, lambda one: safe if one is labels else one)
+                training.model, map_tensors(batch, lambda leaf: safe if leaf is labels else leaf)
             )
     finally:
         torch.default_generator.set_state(generator)
@@ -58,8 +58,8 @@ class _Calls(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401  # whatever the function gives
         named = dict(kwargs or {})
         if func in _LOSSES:
-            place = _LOSSES[func]
-            given = named.get("ignore_index", args[place] if len(args) > place else None)
+            position = _LOSSES[func]
+            given = named.get("ignore_index", args[position] if len(args) > position else None)
             if isinstance(given, int):
                 self.ignored.add(given)
         return func(*args, **named)

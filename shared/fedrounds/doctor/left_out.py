@@ -1,4 +1,4 @@
-"""What a training is not trained on: which samples, how many, and whether that is too much."""
+"""The samples that a training leaves out: which, how many, and whether they are too many."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from fedrounds.doctor.batches import Batch, batch_size, labels_of, take
 from fedrounds.doctor.stepping import StepOutcome, TrainingState
 
 _NUM_BATCHES = 4
-"""So many batches may be left out whatever the share: the first ones say little about it."""
+"""So many batches may be left out whatever the share: the first few say little about it."""
 _LEAST_OF_CLASS = 8
 _SHARE_OF_CLASS = 0.1
 
@@ -15,7 +15,7 @@ _SHARE_OF_CLASS = 0.1
 class LeftOut:
     """Counts the samples given and those learned from; of these at most `max_share` may be missing.
 
-    `indices` are the numbers in the data set of the samples that are left out one by one. A class
+    `indices` are the numbers in the data set of the samples that are left out singly. A class
     that makes up a tenth of the samples may not be missing altogether.
     """
 
@@ -30,18 +30,20 @@ class LeftOut:
     def without(
         self, batch: Batch, indices: Sequence[int] | None
     ) -> tuple[Batch, Sequence[int] | None, bool]:
-        """Return a batch without the samples to leave out, their numbers, and whether none is left.
+        """Return a batch without the samples to leave out, its indices, and whether none is left.
 
         A batch of which nothing would be left is returned as it is.
         """
         if not self.indices or indices is None:
             return batch, indices, False
-        kept = [place for place, one in enumerate(indices) if int(one) not in self.indices]
+        kept = [
+            position for position, index in enumerate(indices) if int(index) not in self.indices
+        ]
         if len(kept) == len(indices):
             return batch, indices, False
         if not kept:
             return batch, indices, True
-        return take(batch, kept), [int(indices[place]) for place in kept], False
+        return take(batch, kept), [int(indices[position]) for position in kept], False
 
     def count(self, given: Batch, outcome: StepOutcome, training: TrainingState) -> None:
         """Count a step: the batch that was given, and what of it was learned from."""
@@ -55,13 +57,13 @@ class LeftOut:
             labels = labels_of(given, num_classes=training.num_classes)
             if labels is not None and labels.ndim == 1:
                 # What the loss passes over is no class that could be missed.
-                is_class = (one for one in labels.tolist() if one not in training.ignored)
+                is_class = (label for label in labels.tolist() if label not in training.ignored)
                 self._labels_given.update(is_class)
                 if num_used and outcome.labels is not None:
                     self._labels_used.update(outcome.labels.tolist())
 
     def excess(self) -> str | None:
-        """Return what is left out too much, None if nothing is."""
+        """Return which samples are left out too often, in words; None if none are."""
         num_missing = self._num_given - self._num_used
         if num_missing > max(self._max_share * self._num_given, _NUM_BATCHES * self._largest_batch):
             return f"{num_missing} of {self._num_given} samples"

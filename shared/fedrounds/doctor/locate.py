@@ -16,7 +16,7 @@ from fedrounds.doctor.tracer import Rank, Tracer
 
 
 @dataclass(frozen=True)
-class Found:
+class Fault:
     """Where it was, and the largest absolute finite value the operation was given (0: none)."""
 
     origin: Origin
@@ -29,7 +29,7 @@ def locate(
     compute_loss: ComputeLoss,
     *,
     optimizer_step: Callable[[], object] | None = None,
-) -> Found | None:
+) -> Fault | None:
     """Run one step under watch and return where its first non-finite value was produced.
 
     That is the first operation that made a NaN or an infinity of finite numbers, among those whose
@@ -38,9 +38,9 @@ def locate(
 
     - A parameter or buffer that is non-finite before the step: phase FORWARD, no operation,
       `tensor` its name. A buffer of infinities is only blamed where nothing else is or where they
-      come to the loss; one of -inf alone is a mask.
+      come to the loss; a buffer of -inf alone is a mask.
     - A tensor of the batch: phase INPUT. So it is, too, where the step copes with it.
-    - In backward, `module` is the one whose forward made the node of the graph, and `tensor` the
+    - In backward, `module` is the module whose forward made the node of the graph, and `tensor` the
       first parameter, as backward comes to them, whose gradient is bad.
 
     Args:
@@ -65,21 +65,21 @@ def locate(
     inputs = [tensor for tensor in tensors_of(batch) if _is_bad(tensor)]
 
     tracer = Tracer(model)
-    blamed: list[Found] = []
+    blamed: list[Fault] = []
     for tensor in inputs:
-        blamed.append(Found(describe(tensor, Origin(phase=StepPhase.INPUT)), 0.0))
+        blamed.append(Fault(describe(tensor, Origin(phase=StepPhase.INPUT)), 0.0))
         tracer.add_source(tensor, blamed[-1].origin)
     for name, tensor in entries.items():
         is_mask = bool((tensor != float("inf")).all())
-        found = _entry(name, tensor)
-        tracer.add_source(tensor, found.origin, Rank.CONSTANT if is_mask else Rank.FAULT)
+        fault = _entry(name, tensor)
+        tracer.add_source(tensor, fault.origin, Rank.CONSTANT if is_mask else Rank.FAULT)
         if not is_mask:
-            blamed.append(found)
+            blamed.append(fault)
     model.zero_grad(set_to_none=True)
-    found_in_step = _run(
+    fault_in_step = _run(
         tracer, model, batch, compute_loss, optimizer_step=optimizer_step, ignored=entries.keys()
     )
-    return found_in_step or next(iter(blamed), None)
+    return fault_in_step or next(iter(blamed), None)
 
 
 class Raised(NamedTuple):
@@ -123,7 +123,7 @@ def _run(
     *,
     optimizer_step: Callable[[], object] | None,
     ignored: Collection[str],
-) -> Found | None:
+) -> Fault | None:
     """Run the step as far as it is finite; entries in `ignored` weren't before."""
     parameters = dict(model.named_parameters())
     entries = {**parameters, **dict(model.named_buffers())}
@@ -143,15 +143,15 @@ def _run(
     try:
         with tracer.hooked():
             loss = loss_and_outputs(compute_loss(model, batch))[0]
-            found = _first_fault(tracer, [("", loss), *judged])
-            if found is not None:
-                return found
+            fault = _first_fault(tracer, [("", loss), *judged])
+            if fault is not None:
+                return fault
             tracer.phase = StepPhase.BACKWARD
             loss.backward()  # type: ignore[no-untyped-call]
             gradients = [(name, tensor.grad) for name, tensor in in_order.items()]
-            found = _first_fault(tracer, [*gradients, *judged])
-            if found is not None or optimizer_step is None:
-                return found
+            fault = _first_fault(tracer, [*gradients, *judged])
+            if fault is not None or optimizer_step is None:
+                return fault
             tracer.phase = StepPhase.OPTIMIZER
             optimizer_step()
             held = [("", tensor) for tensor in tracer.bad_after_optimizer()]
@@ -161,7 +161,7 @@ def _run(
             handle.remove()
 
 
-def _first_fault(tracer: Tracer, named: Iterable[tuple[str, Tensor | None]]) -> Found | None:
+def _first_fault(tracer: Tracer, named: Iterable[tuple[str, Tensor | None]]) -> Fault | None:
     """Return what is behind the tensors that are non-finite, None if none is."""
     bad = [(name, tensor) for name, tensor in named if tensor is not None and _is_bad(tensor)]
     if not bad:
@@ -171,12 +171,12 @@ def _first_fault(tracer: Tracer, named: Iterable[tuple[str, Tensor | None]]) -> 
     seen = [production for production in productions if production is not None]
     if not seen:
         # Written by something that isn't an operation of torch.
-        return Found(describe(bad[0][1], Origin(phase=tracer.phase, tensor=name)), 0.0)
+        return Fault(describe(bad[0][1], Origin(phase=tracer.phase, tensor=name)), 0.0)
     first = min(seen)
     origin = first.origin
     if origin.phase in (StepPhase.BACKWARD, StepPhase.OPTIMIZER) and not origin.tensor:
         origin = replace(origin, tensor=name)
-    return Found(origin, first.largest_input)
+    return Fault(origin, first.largest_input)
 
 
 def _is_bad(tensor: Tensor) -> bool:
@@ -184,10 +184,10 @@ def _is_bad(tensor: Tensor) -> bool:
     return (tensor.is_floating_point() or tensor.is_complex()) and not is_finite(tensor)
 
 
-def _entry(name: str, tensor: Tensor) -> Found:
+def _entry(name: str, tensor: Tensor) -> Fault:
     """Return that an entry of the model was bad before the step."""
     module = name.rpartition(".")[0]
-    return Found(describe(tensor, Origin(phase=StepPhase.FORWARD, module=module, tensor=name)), 0.0)
+    return Fault(describe(tensor, Origin(phase=StepPhase.FORWARD, module=module, tensor=name)), 0.0)
 
 
 def _modules_in(error: BaseException, model: nn.Module) -> list[str]:

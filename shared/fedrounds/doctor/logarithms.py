@@ -2,7 +2,7 @@
 
 An exponential, a softmax, a sigmoid or a hyperbolic cosine has a logarithm that is finite where it
 is itself too large or too small for its dtype. So have the products, quotients, powers and sums
-that are made of these. Where `log` is asked of such a tensor, or one is divided by another, the
+that are made of these. Where `log` is asked of such a tensor, or two of them are divided, the
 result is computed from the logarithms.
 """
 
@@ -45,7 +45,7 @@ class Logarithms:
             log = None if known is None else known.log()
             return None if log is None else F.softplus(log)
         if name in _DIVISIONS and len(positional) > 1:
-            above, below = (self._known.get(id(one)) for one in positional[:2])
+            above, below = (self._known.get(id(value)) for value in positional[:2])
             if above is None or below is None:
                 return None
             logs = above.log(), below.log()
@@ -65,7 +65,7 @@ class Logarithms:
         named: Mapping[str, Any],
         result: object,
     ) -> None:
-        """Remember the logarithm of a call's result, if it has one that may matter."""
+        """Remember the logarithm of a call's result, if that may matter."""
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return
         source = positional[0]
@@ -74,7 +74,7 @@ class Logarithms:
             complement = _of_sigmoid(-source) if name == "sigmoid" else None
             self._keep(result, log, complement)
             return
-        known = [self._known.get(id(one)) for one in positional[:2]]
+        known = [self._known.get(id(value)) for value in positional[:2]]
         if not any(known):
             return
         if name in _PICKS and known[0] is not None:
@@ -97,7 +97,7 @@ class Logarithms:
             if isinstance(exponent, int | float):
                 self._keep(result, _scaled(known[0].log, float(exponent)))
         elif name in _COMBINATIONS and len(positional) > 1 and not named:
-            logs = [self._log_of(one) for one in positional[:2]]
+            logs = [self._log_of(value) for value in positional[:2]]
             self._keep(result, _combined(_COMBINATIONS[name], logs[0], logs[1]))
 
     def _keep(self, tensor: Tensor, log: MakeLog, complement: MakeLog | None = None) -> None:
@@ -152,8 +152,8 @@ def _picked(
 
 def _scaled(log: MakeLog, factor: float) -> MakeLog:
     def scale() -> Tensor | None:
-        one = log()
-        return None if one is None else factor * one
+        unscaled = log()
+        return None if unscaled is None else factor * unscaled
 
     return scale
 

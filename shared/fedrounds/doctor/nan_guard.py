@@ -69,7 +69,7 @@ class NanGuard:
             batch_size=bad.outcome.batch_size,
             lr=bad.outcome.lr,
             origin=Origin(phase=PHASES.get(symptom, StepPhase.FORWARD), tensor=tensor or ""),
-            trend=tuple(trend_point(one.step, one.outcome) for one in self._past),
+            trend=tuple(trend_point(recorded.step, recorded.outcome) for recorded in self._past),
         )
 
 

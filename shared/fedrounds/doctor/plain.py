@@ -33,13 +33,13 @@ class Live:
         optimizer = training.optimizer
         self._training = training
         self._parameters: list[tuple[Tensor, Tensor]] = [
-            (one, one.detach().clone()) for one in training.model.parameters()
+            (parameter, parameter.detach().clone()) for parameter in training.model.parameters()
         ]
         self._buffers = [
-            (module, name, one.detach().clone())
+            (module, name, buffer.detach().clone())
             for module in training.model.modules()
-            for name, one in module._buffers.items()
-            if one is not None
+            for name, buffer in module._buffers.items()
+            if buffer is not None
         ]
         self._state = [
             (parameter, {key: _copied(value) for key, value in state.items()})
@@ -196,7 +196,9 @@ def descend_plainly(training: TrainingState, *, updates: bool = True) -> None:
     if training.clip_norm is not None and training.scaler is not None:
         training.scaler.unscale_(training.optimizer)
     if training.clip_norm is not None:
-        learned = [one for one in training.model.parameters() if one.grad is not None]
+        learned = [
+            parameter for parameter in training.model.parameters() if parameter.grad is not None
+        ]
         torch.nn.utils.clip_grad_norm_(learned, training.clip_norm)
     optimizer_step(training, None)
     end_step(training)
@@ -205,7 +207,7 @@ def descend_plainly(training: TrainingState, *, updates: bool = True) -> None:
 def report(
     training: TrainingState, batch: Batch, loss: float, outputs: object, *, step: int
 ) -> StepReport:
-    """Return what a step's caller is told of it."""
+    """Return the report on a step that was taken plainly."""
     tensors = tensors_of(batch)
     return StepReport(
         step=step,
@@ -214,21 +216,21 @@ def report(
         lr=float(training.optimizer.param_groups[0]["lr"]),
         outputs=map_tensors(outputs, Tensor.detach),
         targets=tensors[-1] if tensors else None,
-        batch_size=next((len(one) for one in tensors if one.ndim), 0),
+        batch_size=next((len(tensor) for tensor in tensors if tensor.ndim), 0),
     )
 
 
 def last_word(training: TrainingState, *, step: int) -> Diagnosis | None:
-    """Return what to say of a model that isn't finite at the end, None if it is."""
+    """Return the diagnosis of a model that isn't finite at the end, None if it is."""
     entries: Mapping[str, object] = training.model.state_dict()
     bad = next(
         (
             name
-            for name, one in entries.items()
-            if isinstance(one, Tensor)
-            and (one.is_floating_point() or one.is_complex())
+            for name, entry in entries.items()
+            if isinstance(entry, Tensor)
+            and (entry.is_floating_point() or entry.is_complex())
             and name not in training.non_finite
-            and not bool(torch.isfinite(one).all())
+            and not bool(torch.isfinite(entry).all())
         ),
         None,
     )

@@ -14,11 +14,11 @@ from fedrounds.doctor.history import Snapshot
 from fedrounds.doctor.stepping import Overrides
 
 _HOLD = 32
-"""So many steps go well under a remedy, or an eased one, before it is eased again."""
+"""So many steps go well under a remedy, eased or not, before it is eased again."""
 _NUM_JUDGED = 16
 _NO_WORSE = 1.1
 _NEGLIGIBLE = 0.02
-"""A loss that rises by less than this share of the first one hasn't risen."""
+"""A loss that rises by less than this share of the first loss hasn't risen."""
 LOST = 0.25
 """A loss that takes this share of what was learned away is harm, whenever it comes."""
 _LEAST_GROWTH = 2.0
@@ -76,9 +76,9 @@ class Release:
         return self._next_at is not None and step >= self._next_at
 
     def does_well(self, losses: Sequence[float], *, first_level: float) -> bool:
-        """Whether learning goes on as well as before the easing on trial, if there is one.
+        """Whether learning goes on as well as before the easing on trial.
 
-        Without one: whether what was learned at the last checkpoint is still there.
+        Without an easing: whether what was learned at the last checkpoint is still there.
         """
         if self.checkpoint is None:
             return True

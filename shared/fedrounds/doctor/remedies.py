@@ -1,4 +1,4 @@
-"""From a cause to what is done about it: the smallest thing that the experiments showed to work."""
+"""From a cause to its remedies: the smallest change that the experiments showed to work."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ class Allowance:
 def remedies_for(finding: Finding) -> Iterator[Remedy]:
     """Yield what may be done, the best first; nothing where only others can help.
 
-    A received model or a first one is the server's to change, never a client's.
+    Only the server may change a received or a first model, never a client.
     """
     clip = finding.healing(ExperimentName.CLIPPED_GRADIENT)
     rate = finding.healing(ExperimentName.LOWER_RATE)
@@ -96,7 +96,7 @@ def candidates_for(
     if (policy is RemedyPolicy.REPORT and not is_finite) or finding.cause in OF_THE_START:
         return []
     own = list(remedies_for(finding))
-    if any(one.kind is RemedyKind.SKIP_BATCH for one in own):
+    if any(remedy.kind is RemedyKind.SKIP_BATCH for remedy in own):
         return own
     is_single_spike = finding.cause in OF_THE_RATE and is_alone
     return [skip, *own] if is_finite or is_single_spike else [*own, skip]
@@ -126,13 +126,13 @@ def applied(treatment: Overrides, remedy: Remedy, finding: Finding) -> Overrides
         return replace(treatment, warmup_steps=INTERVAL, warmup_from=finding.return_to.step + 1)
     if remedy.kind is RemedyKind.DROP_SAMPLES and remedy.oddity is Oddity.NONE:
         step = finding.bad_step.step
-        left_out = {(step, one.position) for one in finding.samples}
+        left_out = {(step, sample.position) for sample in finding.samples}
         return replace(treatment, without=treatment.without | left_out)
     if remedy.oddity is not Oddity.NONE and remedy.kind is not RemedyKind.SANITISE_INPUTS:
         # Also where a whole batch is left out: others may hold some of its kind.
         return replace(
             treatment,
-            drops=treatment.drops | {one.oddity for one in finding.samples} - {Oddity.NONE},
+            drops=treatment.drops | {sample.oddity for sample in finding.samples} - {Oddity.NONE},
             max_input=min(treatment.max_input, finding.max_input),
         )
     if remedy.kind is RemedyKind.SKIP_BATCH and finding.cause is Cause.DEGENERATE_BATCH:
@@ -149,11 +149,11 @@ def leaving_out_earlier(
 
     Samples without an oddity are known by their number in the data set; others by their oddity.
     """
-    numbers = {one.index for one in finding.samples if one.index >= 0}
+    numbers = {sample.index for sample in finding.samples if sample.index >= 0}
     earlier = {
-        (one.step, place)
-        for one in steps
-        for place, index in enumerate(one.indices or ())
+        (recorded.step, position)
+        for recorded in steps
+        for position, index in enumerate(recorded.indices or ())
         if int(index) in numbers
     }
     return replace(treatment, without=treatment.without | earlier)
@@ -171,7 +171,8 @@ def holds_left_out(recorded: Recorded, treatment: Overrides, training: TrainingS
 
 def _remedies_for_samples(finding: Finding) -> Iterator[Remedy]:
     oddity = next(
-        (one.oddity for one in finding.samples if one.oddity is not Oddity.NONE), Oddity.NONE
+        (sample.oddity for sample in finding.samples if sample.oddity is not Oddity.NONE),
+        Oddity.NONE,
     )
     is_whole = finding.num_samples == batch_size(finding.bad_step.batch)
     sanitising = finding.healing(ExperimentName.INPUTS_SANITISED)

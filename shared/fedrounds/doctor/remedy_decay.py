@@ -22,12 +22,12 @@ class RemedyDecay:
     def after_round(
         self, treatment: Overrides, *, was_healthy: bool, has_dropped_samples: bool
     ) -> "RemedyDecay":
-        """Return what is in force in the next round, given how one ended.
+        """Return what is in force in the next round, given how this round ended.
 
-        A round with a diagnosis begins the count anew. With each healthy one the norm doubles that
-        gradients are clipped at. From the fourth on the rate doubles back to its own, and what
-        still holds is released, but for leaving samples out as long as there are any to leave out.
-        A step that was skipped is no step of the next round.
+        A round with a diagnosis begins the count anew. With each healthy round the norm doubles
+        at which gradients are clipped. From the fourth on the rate doubles back to its own, and
+        what still holds is released, but for leaving samples out as long as there are any to leave
+        out. A step that was skipped is no step of the next round.
         """
         lasting = replace(
             treatment,
@@ -55,19 +55,19 @@ class RemedyDecay:
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        one = self.treatment
+        treatment = self.treatment
         return {
             "num_healthy_rounds": self.num_healthy_rounds,
-            "rate_factor": one.rate_factor,
+            "rate_factor": treatment.rate_factor,
             # JSON has no infinity.
-            "max_rate": str(one.max_rate),
-            "clip_norm": one.clip_norm,
-            "drops": sorted(one.drops),
-            "sanitises": one.sanitises,
-            "max_input": str(one.max_input),
-            "min_batch_size": one.min_batch_size,
-            "guards": one.guards,
-            "widens": one.widens,
+            "max_rate": str(treatment.max_rate),
+            "clip_norm": treatment.clip_norm,
+            "drops": sorted(treatment.drops),
+            "sanitises": treatment.sanitises,
+            "max_input": str(treatment.max_input),
+            "min_batch_size": treatment.min_batch_size,
+            "guards": treatment.guards,
+            "widens": treatment.widens,
         }
 
     @classmethod
@@ -84,7 +84,7 @@ class RemedyDecay:
                     rate_factor=float(values["rate_factor"]),
                     max_rate=float(values["max_rate"]),
                     clip_norm=None if values["clip_norm"] is None else float(values["clip_norm"]),
-                    drops=frozenset(Oddity(one) for one in values["drops"]),
+                    drops=frozenset(Oddity(name) for name in values["drops"]),
                     sanitises=bool(values["sanitises"]),
                     max_input=float(values["max_input"]),
                     min_batch_size=int(values["min_batch_size"]),

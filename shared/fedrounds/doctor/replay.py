@@ -40,10 +40,10 @@ from fedrounds.doctor.stepping import (
 )
 
 _HEALED = 1.25
-"""The loss after an experiment is at most so many times the usual one, or nothing is healed."""
+"""The loss after an experiment is at most so many times the usual loss, or nothing is healed."""
 _FORGOTTEN = 10.0
 _KNOWN = 0.8
-"""A loss of this share of the first one, where it was a tenth of that, is knowledge lost."""
+"""A loss of this share of the first loss, where it was a tenth of that, is knowledge lost."""
 _FITTED = 0.1
 _PROBE_SAMPLES = 32
 _PROBE_BATCHES = 8
@@ -74,7 +74,7 @@ class Traced:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """A replay: its steps up to the one that failed, if one did; `failed_at` is 0 otherwise.
+    """A replay: its steps, the last being the step that failed; `failed_at` is 0 if none did.
 
     `before` is the state before the last step taken.
     """
@@ -143,16 +143,16 @@ class Replay:
         is_watched: bool = False,
         num_times: int = 1,
     ) -> Trajectory:
-        """Take the steps from a state until one again; stops where a step fails.
+        """Take the steps after a state again, up to and including `until`; stop where a step fails.
 
         Args:
             start: the state to begin with.
             until: the last step to take.
             change: what is done otherwise.
             prepare: called once the state is there, to change it.
-            convert: makes another batch of each recorded one.
+            convert: makes another batch of each recorded batch.
             is_watched: a step after which the model isn't sane fails, too.
-            num_times: how often all of them are taken, one pass after the other.
+            num_times: how many passes over all of these steps.
         """
         restore_snapshot(self.training, start)
         if prepare is not None:
@@ -163,9 +163,9 @@ class Replay:
             if number and recorded.step == start.step + 1:
                 restore_schedule(self.training, start)
             before = take_snapshot(self.training, step=recorded.step - 1)
-            one = self._take(recorded, convert(recorded.batch), change(recorded.treatment))
-            traced.append(one)
-            has_failed = not one.outcome.is_finite or not is_finite(self.training)
+            newest = self._take(recorded, convert(recorded.batch), change(recorded.treatment))
+            traced.append(newest)
+            has_failed = not newest.outcome.is_finite or not is_finite(self.training)
             if has_failed or (is_watched and not self.is_sane()):
                 return Trajectory(steps=tuple(traced), failed_at=recorded.step, before=before)
         return Trajectory(steps=tuple(traced), failed_at=0, before=before)
@@ -179,11 +179,11 @@ class Replay:
         change: Change = lambda treatment: treatment,
         prepare: Callable[[], None] | None = None,
     ) -> bool:
-        """Whether one step on this batch, from the state before it, leaves a sane model."""
+        """Whether a step on this batch, from the state before it, leaves a sane model."""
         treatment = change(recorded.treatment)
         least = 0.0
         if treatment.guards:
-            # Where the loss as it is written is 0, the guarded one needn't be.
+            # Where the loss as it is written is 0, the guarded loss needn't be.
             restore_snapshot(self.training, before)
             least = self.probe_loss(treatment)
         outcome = self.take(before, recorded, batch, change=change, prepare=prepare)
@@ -198,7 +198,7 @@ class Replay:
         change: Change = lambda treatment: treatment,
         prepare: Callable[[], None] | None = None,
     ) -> StepOutcome:
-        """Take one step once more, from the state before it, on its own batch or another."""
+        """Take a step once more, from the state before it, on its own batch or another."""
         restore_snapshot(self.training, before)
         if prepare is not None:
             prepare()
@@ -215,10 +215,10 @@ class Replay:
         )
 
     def count_step(self) -> None:
-        """Count a step that is taken once more, and tell.
+        """Count a step that is taken once more, and call `on_replay`.
 
         Raises:
-            OutOfTime: the examination may take no further one.
+            OutOfTime: the examination may take no further step.
         """
         if time.thread_time() > self._ends_after or time.monotonic() > self._ends_at:
             raise OutOfTime
@@ -241,13 +241,13 @@ class Replay:
             return True
         level, usual = max(abs(self.probe.level), least), max(abs(self.probe.usual), least)
         losses, outputs, has_gradient = self._look(self.probe.batches, treatment)
-        found = sum(losses) / len(losses)
-        is_fitted = found <= _FITTED * level
+        loss = sum(losses) / len(losses)
+        is_fitted = loss <= _FITTED * level
         limit = max(_HEALED * usual, level / 2) if is_strict else EXPLOSION * max(level, usual)
-        has_exploded = not found <= min(limit, self.allowed) or is_beyond_chance(
+        has_exploded = not loss <= min(limit, self.allowed) or is_beyond_chance(
             outputs, self.probe.labels, self.training.num_classes
         )
-        has_forgotten = found > _KNOWN * level and found > _FORGOTTEN * usual
+        has_forgotten = loss > _KNOWN * level and loss > _FORGOTTEN * usual
         is_dead = not has_gradient and not is_fitted
         is_mute = outputs is not None and not is_fitted and are_constant(outputs)
         return not (has_exploded or has_forgotten or is_dead or is_mute)
@@ -271,10 +271,10 @@ class Replay:
     ) -> tuple[list[float], Tensor | None, bool]:
         """Return the losses and outputs, and whether any weight has a gradient.
 
-        The gradient is looked at only where a lack of it was noticed: it costs as much again.
+        The gradient is examined only where a lack of it was noticed: it costs as much again.
         """
         training = self.training
-        buffers = [one.detach().clone() for one in training.model.buffers()]
+        buffers = [buffer.detach().clone() for buffer in training.model.buffers()]
         random_state = RandomState.now(device_of(training))
         waiting = gradients_of(training) if training.window.is_open else None
         losses: list[float] = []
@@ -283,7 +283,7 @@ class Replay:
         try:
             for draw in range(_NUM_DRAWS):
                 if draw:
-                    # Where forward draws random numbers, another draw may be a finite one.
+                    # Where forward draws random numbers, another draw may give a finite loss.
                     torch.default_generator.manual_seed(draw)
                 losses.clear()
                 answers.clear()
@@ -291,14 +291,14 @@ class Replay:
                     # With a graph: a gradient penalty differentiates in the loss.
                     loss, outputs = training.loss_of(batch, treatment)
                     losses.append(float(loss.detach()))
-                    found = answers_of(outputs, batch_size(batch))
-                    if found is not None:
-                        answers.append(found.detach().float())
+                    batch_answers = answers_of(outputs, batch_size(batch))
+                    if batch_answers is not None:
+                        answers.append(batch_answers.detach().float())
                     if self._needs_gradient:
                         training.optimizer.zero_grad()
                         loss.backward()  # type: ignore[no-untyped-call]  # unannotated in torch
                         has_gradient |= has_live_weights(training)
-                if all(math.isfinite(one) for one in losses):
+                if all(math.isfinite(value) for value in losses):
                     break
         except STEP_ERRORS:
             losses.append(math.nan)
@@ -312,7 +312,7 @@ class Replay:
             with torch.no_grad():
                 for buffer, kept in zip(training.model.buffers(), buffers, strict=True):
                     buffer.copy_(kept)
-        is_alike = len({one.shape[1:] for one in answers}) == 1
+        is_alike = len({batch_answers.shape[1:] for batch_answers in answers}) == 1
         return losses, torch.cat(answers) if is_alike else None, has_gradient
 
     def _take(self, recorded: Recorded, batch: Batch, treatment: Overrides) -> Traced:
@@ -322,33 +322,40 @@ class Replay:
         outcome = take_step(
             self.training, batch, treatment, step=recorded.step, updates=recorded.updates
         )
-        parameters = (one.detach() for one in self.training.model.parameters() if one.numel() > 0)
+        parameters = (
+            parameter.detach()
+            for parameter in self.training.model.parameters()
+            if parameter.numel() > 0
+        )
         return Traced(
             step=recorded.step,
             outcome=outcome.without_tensors(),
-            largest_weight=max((float(one.abs().max()) for one in parameters), default=0.0),
+            largest_weight=max(
+                (float(parameter.abs().max()) for parameter in parameters), default=0.0
+            ),
         )
 
     def _choose_probe(self) -> Probe | None:
         """Choose early batches whose loss was nothing special, without samples that look odd."""
         steps = [
-            one._replace(batch=learned)
-            for one in list(self.history.steps)[:-1]
-            if one.outcome.is_taken and one.outcome.is_finite
-            if (learned := learned_from(self.training, one)) is not None and batch_size(learned)
+            recorded._replace(batch=learned)
+            for recorded in list(self.history.steps)[:-1]
+            if recorded.outcome.is_taken and recorded.outcome.is_finite
+            if (learned := learned_from(self.training, recorded)) is not None
+            and batch_size(learned)
         ]
-        early = sorted(abs(one.outcome.loss) for one in steps[:16])
+        early = sorted(abs(recorded.outcome.loss) for recorded in steps[:16])
         bound = 3 * early[len(early) // 2] if early else math.inf
         chosen: list[Batch] = []
         losses: list[float] = []
         num = 0
-        for one in steps:
+        for recorded in steps:
             if num >= _PROBE_SAMPLES or len(chosen) == _PROBE_BATCHES:
                 break
-            if abs(one.outcome.loss) <= bound and not self._odd_positions(one.batch):
-                chosen.append(one.batch)
-                losses.append(one.outcome.loss)
-                num += batch_size(one.batch)
+            if abs(recorded.outcome.loss) <= bound and not self._odd_positions(recorded.batch):
+                chosen.append(recorded.batch)
+                losses.append(recorded.outcome.loss)
+                num += batch_size(recorded.batch)
         level = self._level
         if not chosen:
             chosen = self._cleaned()
@@ -356,15 +363,15 @@ class Replay:
                 return None
             restore_snapshot(self.training, self.history.snapshots[0])
             losses, _, _ = self._look(chosen)
-            if not all(math.isfinite(one) for one in losses):
+            if not all(math.isfinite(loss) for loss in losses):
                 return None
-            level = max(abs(one) for one in losses)
+            level = max(abs(loss) for loss in losses)
         labels = [
-            found
-            for one in chosen
-            if (found := labels_of(one, num_classes=self.training.num_classes)) is not None
+            batch_labels
+            for batch in chosen
+            if (batch_labels := labels_of(batch, num_classes=self.training.num_classes)) is not None
         ]
-        is_alike = len({one.shape[1:] for one in labels}) == 1
+        is_alike = len({batch_labels.shape[1:] for batch_labels in labels}) == 1
         return Probe(
             batches=tuple(chosen),
             labels=torch.cat(labels) if is_alike else None,
@@ -375,11 +382,11 @@ class Replay:
     def _cleaned(self) -> list[Batch]:
         """Return the oldest batches without the samples that look odd."""
         cleaned: list[Batch] = []
-        for one in list(self.history.steps)[:2]:
-            odd = self._odd_positions(one.batch)
-            good = [number for number in range(batch_size(one.batch)) if number not in odd]
+        for recorded in list(self.history.steps)[:2]:
+            odd = self._odd_positions(recorded.batch)
+            good = [number for number in range(batch_size(recorded.batch)) if number not in odd]
             if good:
-                cleaned.append(take(one.batch, good))
+                cleaned.append(take(recorded.batch, good))
         return cleaned[:1]
 
     def _odd_positions(self, batch: Batch) -> set[int]:
@@ -395,6 +402,8 @@ def learned_from(training: TrainingState, recorded: Recorded) -> Batch | None:
 
 
 def has_live_weights(training: TrainingState) -> bool:
-    """Whether any weight has a gradient other than zero, or no weight has one at all."""
-    gradients = [one.grad for one in training.learning if one.ndim > 1 and one.grad is not None]
-    return not gradients or any(bool(one.any()) for one in gradients)
+    """Whether any weight has a gradient other than zero, or no weight has a gradient at all."""
+    gradients = [
+        weight.grad for weight in training.learning if weight.ndim > 1 and weight.grad is not None
+    ]
+    return not gradients or any(bool(grad.any()) for grad in gradients)

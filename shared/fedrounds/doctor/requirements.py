@@ -37,9 +37,11 @@ def require_supported(training: TrainingState) -> None:
         raise InvalidInput(
             "an optimizer that computes the loss itself (L-BFGS) can't work with a GradScaler"
         )
-    held = {id(one) for one in training.model.parameters()}
+    held = {id(parameter) for parameter in training.model.parameters()}
     groups = training.optimizer.param_groups
-    num_foreign = sum(id(one) not in held for group in groups for one in group["params"])
+    num_foreign = sum(
+        id(parameter) not in held for group in groups for parameter in group["params"]
+    )
     if num_foreign:
         raise InvalidInput(
             f"the optimizer trains {num_foreign} parameters that the model doesn't hold; give the "

@@ -34,7 +34,7 @@ def nothing() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Retaking:
-    """The training, the steps up to now, and what hears of each that is taken again."""
+    """The training, the steps up to now, and the callback for each step that is taken again."""
 
     training: TrainingState
     steps: Sequence[Recorded]
@@ -53,7 +53,7 @@ class Retaking:
         """Take the steps since `start` again and keep them in history and monitor.
 
         Returns:
-            How the newest step went; None where one fails, or with `is_strict` is suspicious.
+            How the newest step went; None where a step fails, or with `is_strict` is suspicious.
         """
         restore_snapshot(self.training, start)
         prepare()
@@ -61,12 +61,12 @@ class Retaking:
         history.rewind(start.step)
         history.keep(take_snapshot(self.training, step=start.step))
         outcome = StepOutcome(is_taken=False)
-        for one in self._since(start):
-            outcome = self._take(one, treatment)
+        for recorded in self._since(start):
+            outcome = self._take(recorded, treatment)
             history.record(
-                one._replace(treatment=treatment, outcome=outcome.without_tensors()),
+                recorded._replace(treatment=treatment, outcome=outcome.without_tensors()),
             )
-            symptom = monitor.examine_step(outcome, step=one.step)
+            symptom = monitor.examine_step(outcome, step=recorded.step)
             if symptom is not None and (is_strict or symptom not in SUSPICIONS):
                 return None
         return outcome if is_finite(self.training) else None
@@ -74,12 +74,12 @@ class Retaking:
     def level_from(
         self, start: Snapshot, treatment: Overrides, *, prepare: Preparation = nothing
     ) -> float:
-        """Return the loss of the last steps, taken again from a state; infinite if one fails."""
+        """Return the loss of the last steps, taken again from a state; infinite if a step fails."""
         restore_snapshot(self.training, start)
         prepare()
         losses = []
-        for one in self._since(start):
-            outcome = self._take(one, treatment)
+        for recorded in self._since(start):
+            outcome = self._take(recorded, treatment)
             if not outcome.is_finite:
                 return math.inf
             if outcome.is_taken:
@@ -106,10 +106,12 @@ class Retaking:
 
     def live_level(self) -> float:
         """Return the loss that the steps came to as they were taken."""
-        return last_level([one.outcome.loss for one in self.steps if one.outcome.is_taken])
+        return last_level(
+            [recorded.outcome.loss for recorded in self.steps if recorded.outcome.is_taken]
+        )
 
     def _since(self, start: Snapshot) -> list[Recorded]:
-        return [one for one in self.steps if one.step > start.step]
+        return [recorded for recorded in self.steps if recorded.step > start.step]
 
     def _take(self, recorded: Recorded, treatment: Overrides) -> StepOutcome:
         recorded.random_state.restore(device_of(self.training))

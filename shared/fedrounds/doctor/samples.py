@@ -1,4 +1,4 @@
-"""Which samples of a batch make its step fail, and what is odd about them.
+"""The samples of a batch that make its step fail, and what is odd about each.
 
 Nothing here knows a model: whether a part of a batch fails is asked of a function, as seldom as
 possible. Where samples fail each on its own, the search is a group test: halves are tested, and
@@ -101,11 +101,11 @@ class _Search:
         if len(group) == 1:
             return list(group) if self.is_bad(group) else []
         middle = len(group) // 2
-        found = self.find_bad(group[:middle], is_known=False)
-        return found + self.find_bad(group[middle:], is_known=not found)
+        bad = self.find_bad(group[:middle], is_known=False)
+        return bad + self.find_bad(group[middle:], is_known=not bad)
 
     def find_combination(self, failing: Sequence[int]) -> list[int]:
-        """Return a smaller set, of two at least, that fails; the set itself if there is none.
+        """Return a smaller set, of two at least, that fails; the set itself if no smaller set does.
 
         Gives up where all but any eighth goes well: a combination of so many isn't a small set.
         """
@@ -163,10 +163,10 @@ def failing_samples(
     odd = [position for position in dict.fromkeys(suspects) if 0 <= position < count]
     search = _Search(batch, fails, max_tries)
     try:
-        found = _find(search, count, odd)
+        failing = _find(search, count, odd)
     except _OutOfTries:
-        found = search.proven
-    return tuple(sorted(found)) if len(found) < count else ()
+        failing = search.proven
+    return tuple(sorted(failing)) if len(failing) < count else ()
 
 
 def _find(search: _Search, count: int, odd: Sequence[int]) -> set[int]:
@@ -183,18 +183,18 @@ def _find(search: _Search, count: int, odd: Sequence[int]) -> set[int]:
         if split is None:
             return set()
         group, clean = split
-    found: set[int] = set()
+    failing: set[int] = set()
     if clean:
         search.calibrate(clean)
-        found.update(search.find_bad(sorted(group), is_known=True))
-    rest = [position for position in range(count) if position not in found]
-    while search.is_failing(rest) if found else True:
+        failing.update(search.find_bad(sorted(group), is_known=True))
+    rest = [position for position in range(count) if position not in failing]
+    while search.is_failing(rest) if failing else True:
         combination = search.find_combination(rest)
         if len(combination) == len(rest):
             break
-        found.update(combination)
+        failing.update(combination)
         rest = [position for position in rest if position not in combination]
-    return found
+    return failing
 
 
 def _split(search: _Search, order: Sequence[int]) -> tuple[list[int], list[int]] | None:
@@ -218,7 +218,7 @@ def _split(search: _Search, order: Sequence[int]) -> tuple[list[int], list[int]]
 
 
 def _probe(search: _Search, plainest: Sequence[int]) -> list[int] | None:
-    """Return one sample, or two, that go well; None if too many in a row don't."""
+    """Return a sample, or two, that go well; None if too many in a row don't."""
     pairs = [list(plainest[start : start + 2]) for start in range(0, len(plainest) - 1, 2)]
     probes = [[position] for position in plainest[:_MAX_PROBES]]
     if len(plainest) > 2:
@@ -238,8 +238,8 @@ def oddities(
     Of several oddities a sample shows the first in this order:
 
     - NAN, INFINITY: `value` is how many of its inputs are; not where a healthy sample has such
-      inputs, too: they are this model's normal food then;
-    - LABEL_OUT_OF_RANGE: a label below 0 or not below `num_classes`, unless it is one of `ignored`;
+      inputs, too: the model expects them then;
+    - LABEL_OUT_OF_RANGE: a label below 0 or not below `num_classes`, unless it is in `ignored`;
       the label itself stays private, `value` is 0;
     - OUTLIER: in one of the tensors its largest absolute input is `value` >= 20 robust standard
       deviations (1.4826 times the median absolute deviation, at least a tenth of the median) above
@@ -253,12 +253,14 @@ def oddities(
         healthy: batches of the same structure that went well.
         ignored: labels that the loss passes over.
     """
-    found: dict[int, SuspectSample] = {}
+    suspects: dict[int, SuspectSample] = {}
 
     def note(positions: Tensor, oddity: Oddity, values: Tensor) -> None:
         for position in positions.nonzero().flatten().tolist():
             value = float(values[position])
-            found.setdefault(position, SuspectSample(position=position, oddity=oddity, value=value))
+            suspects.setdefault(
+                position, SuspectSample(position=position, oddity=oddity, value=value)
+            )
 
     inputs = [_rows(tensor) for tensor in inputs_of(batch)]
     healthy_inputs = [[_rows(tensor) for tensor in inputs_of(other)] for other in healthy]
@@ -266,9 +268,13 @@ def oddities(
     none = torch.zeros(count)
     num_nan = sum((rows.isnan().sum(1) for rows in inputs), start=none)
     num_inf = sum((rows.isinf().sum(1) for rows in inputs), start=none)
-    if not any(bool(rows.isnan().any()) for one in healthy_inputs for rows in one):
+    if not any(
+        bool(rows.isnan().any()) for batch_inputs in healthy_inputs for rows in batch_inputs
+    ):
         note(num_nan > 0, Oddity.NAN, num_nan)
-    if not any(bool(rows.isinf().any()) for one in healthy_inputs for rows in one):
+    if not any(
+        bool(rows.isinf().any()) for batch_inputs in healthy_inputs for rows in batch_inputs
+    ):
         note(num_inf > 0, Oddity.INFINITY, num_inf)
 
     labels = labels_of(batch, num_classes=num_classes)
@@ -286,7 +292,7 @@ def oddities(
     empty_before = [bool(_is_empty(other).any()) for other in healthy_inputs if other]
     if inputs and empty_before and not any(empty_before):
         note(_is_empty(inputs), Oddity.EMPTY, none)
-    return found
+    return suspects
 
 
 def _rows(tensor: Tensor) -> Tensor:

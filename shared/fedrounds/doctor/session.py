@@ -27,7 +27,7 @@ class Session:
     step: int = 0
     num_updates: int = 0
     step_seconds: float = 0.0
-    """How long a step took of late: the mean of the last ones, with the newest an eighth of it."""
+    """How long a step took of late: the mean of the last steps, with the newest an eighth of it."""
     diagnoses: list[Diagnosis] = field(default_factory=list)
 
     def take(self, batch: Batch, attempt: Attempt, *, updates: bool = True) -> StepOutcome:

@@ -15,7 +15,7 @@ from fedrounds.doctor.history import Snapshot
 
 SUSPICIONS = (Symptom.LOSS_EXPLOSION, Symptom.DEAD_NETWORK, Symptom.COLLAPSE)
 CERTAIN = (Symptom.DEAD_NETWORK, Symptom.COLLAPSE)
-"""Where these persist nothing is learned any more: they are told even if nothing helps."""
+"""Where these persist nothing is learned any more: they are reported even if nothing helps."""
 PATIENCE = 24
 """So many steps a suspicion is watched, all on other batches."""
 _NUM_JUDGED = 8
@@ -31,8 +31,8 @@ _LONGEST_QUIET = 4096
 class Suspicion:
     """What was noticed in `step`; `start` is a state before it.
 
-    `usual` is the loss that was usual before, None where there were hardly any; `bar` the one
-    above which the suspicion persists.
+    `usual` is the loss that was usual before, None where there were too few losses; `bar` the
+    loss above which the suspicion persists.
     """
 
     symptom: Symptom
@@ -47,7 +47,7 @@ class Suspicion:
 
 
 class Quiet:
-    """After a suspicion that was none the next one has to wait, twice as long each time."""
+    """After a suspicion that was unfounded the next has to wait, twice as long each time."""
 
     def __init__(self) -> None:
         self._until = 0
@@ -64,9 +64,9 @@ class Quiet:
 
 
 def last_level(losses: Sequence[float]) -> float:
-    """Return the median of the last losses; infinite if one of them isn't finite."""
+    """Return the median of the last losses; infinite if any of them isn't finite."""
     last = list(losses)[-_NUM_JUDGED:]
-    return median(last) if last and all(math.isfinite(one) for one in last) else math.inf
+    return median(last) if last and all(math.isfinite(loss) for loss in last) else math.inf
 
 
 def choose(
@@ -94,4 +94,4 @@ def choose(
     # Beside a loss that exploded by powers of ten every remedy looks as good as the best: what
     # counts then is what is left, on the scale of the usual loss.
     room = min((1 - _NEAR_BEST) * (live - best), _AS_GOOD * max(abs(best), abs(usual or 0.0)))
-    return next(place for place, one in enumerate(levels) if one - best <= room)
+    return next(number for number, level in enumerate(levels) if level - best <= room)

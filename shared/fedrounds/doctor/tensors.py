@@ -1,4 +1,4 @@
-"""What a tensor's numbers are like, and which memory they are in."""
+"""Properties of a tensor's numbers, and the memory that they are in."""
 
 import cmath
 import math
@@ -15,7 +15,7 @@ Storage = tuple[torch.device, int]
 
 
 def floating(value: object) -> Iterator[tuple[Tensor, tuple[int, int] | None]]:
-    """Yield the floating tensors of an argument or a result, each with its place in a list."""
+    """Yield the floating tensors of an argument or a result, each with its position in a list."""
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex():
             yield value, None

@@ -45,7 +45,7 @@ class Rank(IntEnum):
 
 @dataclass(frozen=True, order=True)
 class Production:
-    """One operation that made a non-finite value of finite ones; earlier ones come first."""
+    """An operation that made a non-finite value of finite ones; earlier operations come first."""
 
     rank: Rank
     number: int
@@ -57,11 +57,11 @@ class Production:
 class _Argument:
     """A floating tensor that an operation is given.
 
-    `place` is its (position, length) in a list, or None; `before` a copy if it may be overwritten.
+    `position` is its (index, length) in a list, or None; `before` a copy if it may be overwritten.
     """
 
     tensor: Tensor
-    place: tuple[int, int] | None
+    position: tuple[int, int] | None
     storage: Storage | None
     is_written: bool
     is_bad: bool
@@ -83,9 +83,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, traces the non-finite values of one step of a model.
 
     `phase` is set by whoever runs the step; inside of the model's forward it is FORWARD anyway.
-    Tensors are known by their memory. What is found there was put there by an operation that was
-    seen, or was there before: a stale trace is overwritten with the memory. Without `is_judging`
-    it only knows which operation `failed`, where, and whether it was given several floating dtypes.
+    Tensors are known by their memory. What the memory holds was written by an operation that
+    was seen, or was there before: a stale trace is overwritten with the memory. Without
+    `is_judging` it only knows which operation `failed`, where, and whether it was given several
+    floating dtypes.
     """
 
     def __init__(self, model: nn.Module, *, is_judging: bool = True) -> None:
@@ -180,7 +181,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return min(around, key=lambda span: span[0])[1] if around else ""
 
     def name_of(self, tensor: Tensor) -> str:
-        """Return the state_dict's key of the entry, or of the one whose gradient it is."""
+        """Return the state_dict's key of the entry, or of the entry whose gradient it is."""
         storage = storage_of(tensor)
         if storage is None:
             return ""
@@ -214,7 +215,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        """Run one operation between looks at what goes in and what comes out."""
+        """Run an operation, and examine its arguments before and its results after."""
         kwargs = kwargs or {}
         operation = func.overloadpacket.__name__
         arguments = list(self._arguments_of(func, args, kwargs)) if self._is_judging else []
@@ -222,7 +223,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(*args, **kwargs)
         except Exception as error:
             phase, module = self.where()
-            given = {one.dtype for value in (*args, *kwargs.values()) for one, _ in floating(value)}
+            given = {
+                tensor.dtype for value in (*args, *kwargs.values()) for tensor, _ in floating(value)
+            }
             origin = Origin(phase=phase, module=module, operation=operation)
             self.failed = (error, origin, len(given) > 1)
             raise
@@ -234,14 +237,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(value, float) and not math.isfinite(value)
         ]
         old = {argument.storage for argument in arguments}
-        for tensor, place in floating(result):
+        for tensor, position in floating(result):
             storage = storage_of(tensor)
             # A view shows nothing new.
             if storage is not None and storage not in old:
-                self._look_at(operation, tensor, place, arguments, numbers)
+                self._look_at(operation, tensor, position, arguments, numbers)
         for argument in arguments:
             if argument.is_written:
-                self._look_at(operation, argument.tensor, argument.place, arguments, numbers)
+                self._look_at(operation, argument.tensor, argument.position, arguments, numbers)
         return result
 
     def _arguments_of(
@@ -256,7 +259,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_batch_norm = "batch_norm" in func.overloadpacket.__name__
         for number, (name, is_declared) in enumerate(self._declared[func]):
             value = args[number] if number < len(args) else kwargs.get(name)
-            for tensor, place in floating(value):
+            for tensor, position in floating(value):
                 storage = storage_of(tensor)
                 # BatchNorm's running statistics are written without being declared.
                 is_written = is_declared or (is_batch_norm and storage in self._buffers)
@@ -266,7 +269,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._seen.add(storage)
                 yield _Argument(
                     tensor,
-                    place,
+                    position,
                     storage,
                     is_written=is_written,
                     is_bad=is_bad,
@@ -278,7 +281,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self,
         operation: str,
         tensor: Tensor,
-        place: tuple[int, int] | None,
+        position: tuple[int, int] | None,
         arguments: Sequence[_Argument],
         numbers: Sequence[float],
     ) -> None:
@@ -291,11 +294,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if covers_its_storage(tensor):
                 self._productions.pop(storage, None)
             return
-        # In a list each entry is computed from the entries at its place in the other lists.
+        # In a list each entry is computed from the entries at its position in the other lists.
         inputs = [
             argument
             for argument in arguments
-            if (argument.place is None or place is None or argument.place == place)
+            if (argument.position is None or position is None or argument.position == position)
             and not (argument.is_written and operation in _OVERWRITING)
         ]
         production = self._explain(operation, tensor, inputs, numbers)
@@ -309,7 +312,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _explain(
         self, operation: str, tensor: Tensor, inputs: Sequence[_Argument], numbers: Sequence[float]
     ) -> Production:
-        """Return what made a result non-finite: this operation, or one before it."""
+        """Return what made a result non-finite: this operation, or an earlier operation."""
         bad = [argument for argument in inputs if argument.is_bad]
         known = [
             self._productions[argument.storage]
@@ -350,7 +353,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Production(rank, self._num_productions, origin, max(largest, default=0.0))
 
     def _name_in_optimizer(self, tensor: Tensor, inputs: Sequence[_Argument]) -> str:
-        """Return the parameter whose state this is: the one at work, else one of its shape."""
+        """Return the parameter whose state this is: an argument, else a parameter of its shape."""
         names = (self.name_of(argument.tensor) for argument in inputs)
         alike = (
             name

@@ -60,7 +60,7 @@ _MAX_STEPS = 200
 _LEAST_S = 30.0
 """An examination may take the time of so many steps, or so many seconds."""
 _APART = 32
-"""Two bad steps so far apart may be two single ones; nearer to each other, skipping doesn't do."""
+"""Two bad steps so far apart may be unrelated; nearer to each other, skipping isn't enough."""
 _SPOILT = 0.5
 """A loss that is higher than usual by this share of it isn't what it was."""
 _LEAST_GAIN = 0.1
@@ -76,9 +76,9 @@ class StepError(Exception):
 class Treatments:
     """Decides what is done about a training's symptoms, and does it.
 
-    Owns what was learned about them: the suspicion that is watched, the remedies left, what is left
-    out, and whether a remedy is being eased. Once `floor` is there nothing more is treated, and it
-    takes the steps.
+    Owns what was learned about them: the suspicion that is watched, the remedies left, the samples
+    left out, and whether a remedy is being eased. Once `floor` is there nothing more is treated,
+    and it takes the steps.
     """
 
     def __init__(
@@ -113,20 +113,21 @@ class Treatments:
 
     def suspect(self, symptom: Symptom, outcome: StepOutcome) -> None:
         """Watch from here on whether a suspicion persists, if none is being watched."""
-        is_known = symptom in self._dismissed or self._quiet.holds(self._session.step)
+        step, history = self._session.step, self._session.history
+        is_known = symptom in self._dismissed or self._quiet.holds(step)
         if self.suspicion is not None or is_known:
             return
-        earlier = [one for one in self._session.history.snapshots if one.step < self._session.step]
+        earlier = [snapshot for snapshot in history.snapshots if snapshot.step < step]
         if not earlier:
             return
         self.suspicion = Suspicion(
             symptom=symptom,
-            step=self._session.step,
+            step=step,
             start=earlier[-1],
-            usual=self._session.monitor.usual_loss(before=self._session.step),
+            usual=self._session.monitor.usual_loss(before=step),
             bar=self._session.monitor.bar(outcome),
         )
-        self._session.history.pin(earlier[-1])
+        history.pin(earlier[-1])
 
     def _examined(
         self, symptom: Symptom, history: StepHistory, *, is_tried: bool = True
@@ -200,7 +201,7 @@ class Treatments:
             or self._is_asked_to_stop(finding.cause)
             or not self._has_returned_to_finite(progress)
         )
-        # Without a remedy training goes on, too: what is told says so.
+        # Without a remedy training goes on, too: the diagnosis says so.
         tried = candidates[-1] if candidates else replace(diagnosis.remedy, is_working=not is_over)
         self._session.tell(replace(diagnosis, remedy=tried, seconds=time.monotonic() - began))
         if is_over:
@@ -353,16 +354,17 @@ class Treatments:
         else:
             candidates = self._candidates(finding, is_finite=True)
             levels = [
-                retaking.level_under(one, finding, self._session.treatment) for one in candidates
+                retaking.level_under(remedy, finding, self._session.treatment)
+                for remedy in candidates
             ]
         is_explosion = suspicion.symptom is Symptom.LOSS_EXPLOSION
-        place = choose(
+        chosen = choose(
             retaking.live_level(),
             levels,
             usual=suspicion.usual if is_explosion else None,
             is_learning=is_explosion,
         )
-        return None if place is None else candidates[place]
+        return None if chosen is None else candidates[chosen]
 
     def _candidates(self, finding: Finding, *, is_finite: bool = False) -> list[Remedy]:
         """Return what may be done about a cause, the mildest first."""
@@ -378,7 +380,8 @@ class Treatments:
         """Whether the last diagnoses say that a step that shows this is best left out."""
         last = self._session.diagnoses[-_NUM_ALIKE:]
         return len(last) == _NUM_ALIKE and all(
-            (one.remedy.kind, one.symptom) == (RemedyKind.SKIP_BATCH, symptom) for one in last
+            (diagnosis.remedy.kind, diagnosis.symptom) == (RemedyKind.SKIP_BATCH, symptom)
+            for diagnosis in last
         )
 
     def _skip_again(self, steps: Sequence[Recorded], progress: Progress) -> StepOutcome | None:
@@ -411,7 +414,9 @@ class Treatments:
         if remedy.kind is RemedyKind.SKIP_BATCH and finding.cause in OF_THE_RATE:
             self._skipped_for_rate = finding.bad_step.step
         if remedy.kind is RemedyKind.DROP_SAMPLES and remedy.oddity is Oddity.NONE:
-            self.left_out.indices |= {one.index for one in finding.samples if one.index >= 0}
+            self.left_out.indices |= {
+                sample.index for sample in finding.samples if sample.index >= 0
+            }
         cured = replace(remedy, is_working=True)
         self._session.tell(replace(diagnosis, remedy=cured, seconds=time.monotonic() - began))
 
@@ -436,8 +441,8 @@ class Treatments:
     ) -> tuple[Snapshot, Overrides]:
         """Return the state to go back to for a remedy, and the overrides from there on.
 
-        That is the last good state; for samples to leave out, one from before the first step that
-        learned from them, where the steps since then lead to a lower loss.
+        That is the last good state. For samples to leave out it is the last state before the first
+        step that learned from them, where the steps since then lead to a lower loss.
         """
         session = self._session
         last_good = finding.return_to, applied(session.treatment, remedy, finding)
@@ -445,9 +450,14 @@ class Treatments:
             return last_good
         treatment = leaving_out_earlier(last_good[1], finding, steps)
         first = next(
-            (one.step for one in steps if holds_left_out(one, treatment, session.training)), None
+            (
+                recorded.step
+                for recorded in steps
+                if holds_left_out(recorded, treatment, session.training)
+            ),
+            None,
         )
-        earlier = [one for one in session.history.snapshots if first and one.step < first]
+        earlier = [state for state in session.history.snapshots if first and state.step < first]
         if not earlier or earlier[-1].step >= finding.return_to.step:
             return last_good
         retaking = self._retaking(steps)
@@ -566,7 +576,7 @@ class Treatments:
         if excess is None or not self._session.diagnoses:
             return
         last = self._session.diagnoses[-1]
-        # Of a remedy this says that it was in vain; without one, only whether training goes on.
+        # Of a remedy this says that it was in vain; without it, only whether training goes on.
         goes_on = last.remedy.kind is RemedyKind.NONE and self._settings.goes_on_beyond
         self._session.tell(replace(last, remedy=replace(last.remedy, is_working=goes_on)))
         if not self._settings.goes_on_beyond:
@@ -587,4 +597,4 @@ class Treatments:
 
     def _trend(self) -> tuple[TrendPoint, ...]:
         newest = list(self._session.history.steps)[-_NUM_TREND:]
-        return tuple(trend_point(one.step, one.outcome) for one in newest)
+        return tuple(trend_point(recorded.step, recorded.outcome) for recorded in newest)

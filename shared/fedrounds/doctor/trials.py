@@ -22,14 +22,14 @@ _RATE_FACTORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)
 _JUMP = 10.0
 _STEEP = 30.0
 _NUM_LASTING = 24
-"""By so many steps at least a rate is judged beside others, each a third of the one before."""
+"""A rate is judged by at least so many steps beside others, each a third of the rate before."""
 _FURTHER = 0.9
 _LOWER = 3.0
 _NUM_LOWER = 8
 
 
 class Trials:
-    """Runs them on a replay, and writes them down in `experiments`."""
+    """Runs experiments on a replay, and writes them down in `experiments`."""
 
     def __init__(self, replay: Replay, experiments: list[Experiment]) -> None:
         self._replay = replay
@@ -44,9 +44,9 @@ class Trials:
         start: Snapshot,
         until: int,
         *,
-        change: Change = lambda one: one,
+        change: Change = lambda treatment: treatment,
         prepare: Callable[[], None] | None = None,
-        convert: Callable[[Batch], Batch] = lambda one: one,
+        convert: Callable[[Batch], Batch] = lambda batch: batch,
         value: float = 0.0,
         highest: float | None = None,
     ) -> Trajectory | None:
@@ -56,7 +56,7 @@ class Trials:
         """
         trajectory = self._replay.run(start, until, change=change, prepare=prepare, convert=convert)
         self._has_stepped = any(
-            one.outcome.is_taken and one.outcome.is_finite for one in trajectory.steps
+            traced.outcome.is_taken and traced.outcome.is_finite for traced in trajectory.steps
         )
         treatment = change(UNTREATED)
         is_healed = not trajectory.failed_at and (
@@ -81,7 +81,7 @@ class Trials:
     ) -> tuple[Cause, Snapshot] | None:
         """Return whether rate, gradient or precision is to blame, and the state to go back to."""
         clip = usual_norm or 1.0
-        starts = [one for one in self._good_starts(newest) if one.step < until]
+        starts = [snapshot for snapshot in self._good_starts(newest) if snapshot.step < until]
         if not starts:
             return None
         for start in starts:
@@ -117,7 +117,7 @@ class Trials:
     def _look_at_constants(self, start: Snapshot, until: int) -> Cause | None:
         """Return the cause where constants that can't be stable are to blame.
 
-        That is the rate, if a lower one heals as well: it is a factor of what the decay does.
+        That is the rate, if a lower rate heals as well: it is a factor of what the decay does.
         """
         training = self._replay.training
         restore_snapshot(training, start)
@@ -140,14 +140,16 @@ class Trials:
 
     def _slow_enough(self, start: Snapshot, until: int) -> Trajectory | None:
         """Lower the rate until it heals, and on as long as that leads further."""
-        rates = [one.outcome.lr for one in self._replay.history.between(start.step, until)]
+        rates = [
+            recorded.outcome.lr for recorded in self._replay.history.between(start.step, until)
+        ]
         factors: tuple[float, ...] = _RATE_FACTORS
         self._highest_rate = None
         if max(rates) > _RISEN * rates[0] > 0:
             # What the schedule goes on to raise needs a bound, beginning with the last good rate.
             self._highest_rate = max(rates)
             good = rates[0] / self._highest_rate
-            factors = (good, *(good * one for one in _RATE_FACTORS))
+            factors = (good, *(good * factor for factor in _RATE_FACTORS))
         for factor in factors:
             slow = self._at_rate(factor, start, until)
             if slow is not None:
@@ -176,7 +178,7 @@ class Trials:
         return interventions.slowing(factor)
 
     def _best_rate(self, factor: float, start: Snapshot, until: int) -> float:
-        """Return the rate that leads furthest, from one that heals on downwards.
+        """Return the rate that leads furthest, from a rate that heals on downwards.
 
         A few steps hardly show whether a rate lasts: they are repeated.
         """
@@ -206,11 +208,13 @@ class Trials:
     def _good_starts(self, newest: Snapshot) -> list[Snapshot]:
         """Return the newest state that is good beyond doubt, and the oldest.
 
-        Good is what still has most of what the best state had learned: a late one may have lost it
-        and be no worse than the first.
+        Good is what still has most of what the best state had learned: a late state may have lost
+        it and be no worse than the first.
         """
         replay = self._replay
-        oldest, *others = [one for one in replay.history.snapshots if one.step <= newest.step]
+        oldest, *others = [
+            snapshot for snapshot in replay.history.snapshots if snapshot.step <= newest.step
+        ]
         sane: list[tuple[Snapshot, float]] = []
         for snapshot in others:
             restore_snapshot(replay.training, snapshot)
@@ -221,7 +225,7 @@ class Trials:
         least = min(loss for _, loss in sane)
         level = least if replay.probe is None else abs(replay.probe.level)
         allowed = least + LOST * max(0.0, level - least)
-        good = [one for one, loss in sane if math.isnan(loss) or loss <= allowed]
+        good = [snapshot for snapshot, loss in sane if math.isnan(loss) or loss <= allowed]
         return [good[-1], oldest]
 
 
@@ -230,7 +234,7 @@ def _is_steep(slow: Trajectory, usual_norm: float | None) -> bool:
 
     Without earlier steps to compare with, steep is a gradient thirty times the loss, and thirty.
     """
-    steepest = max(one.outcome.grad_norm or 0.0 for one in slow.steps)
+    steepest = max(traced.outcome.grad_norm or 0.0 for traced in slow.steps)
     if usual_norm is not None:
         return steepest > _JUMP * usual_norm
     return steepest > _STEEP * max(1.0, abs(slow.steps[0].outcome.loss))
