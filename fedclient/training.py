@@ -440,12 +440,15 @@ def _begin_model(
             "both sides need the same version of the task"
         ) from error
     kinds = kinds_of(task, model)
-    theirs = inputs.entry_kinds
-    if theirs and (differing := sorted(n for n in kinds if theirs.get(n) is not kinds[n])):
+    server_kinds = inputs.entry_kinds
+    if server_kinds and (
+        differing := sorted(n for n in kinds if server_kinds.get(n) is not kinds[n])
+    ):
         name = differing[0]
         raise WrongSettings(
-            f"the server aggregates entry {name!r} as {theirs.get(name, 'nothing')}, but task "
-            f"{task.name!r} here says {kinds[name]}; both sides need the same version of the task"
+            f"the server aggregates entry {name!r} as {server_kinds.get(name, 'nothing')}, but "
+            f"task {task.name!r} here says {kinds[name]}; both sides need the same version of "
+            "the task"
         )
     entries = model.state_dict()
     global_values = {

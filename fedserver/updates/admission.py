@@ -229,8 +229,9 @@ def validate_control(received: StateFile, *, expected: Layout, limits: Admission
         )
 
 
-def _validate_entries(theirs: Mapping[str, Entry], ours: Mapping[str, Entry]) -> None:
-    missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+def _validate_entries(received: Mapping[str, Entry], expected: Mapping[str, Entry]) -> None:
+    missing = sorted(expected.keys() - received.keys())
+    unknown = sorted(received.keys() - expected.keys())
     if missing or unknown:
         raise UpdateRefused(
             f"tensors are missing: {_listed(missing)}"
@@ -240,8 +241,8 @@ def _validate_entries(theirs: Mapping[str, Entry], ours: Mapping[str, Entry]) ->
             missing=_listed(missing),
             unknown=_listed(unknown),
         )
-    for name, entry in ours.items():
-        sent = theirs[name]
+    for name, entry in expected.items():
+        sent = received[name]
         if sent.shape != entry.shape or sent.dtype != entry.dtype:
             raise UpdateRefused(
                 f"tensor {name!r} has shape {list(sent.shape)} and dtype {sent.dtype}; "

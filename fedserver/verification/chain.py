@@ -228,7 +228,7 @@ def _settings_findings(ledger: Ledger, entries: Mapping[int, LedgerEntry]) -> It
 
 def _differences(entry: LedgerEntry, row: AttemptRow) -> Iterator[str]:
     """Say in what the rows of a finished attempt differ from its entry."""
-    for what, ours, written in (
+    for what, stored_value, written in (
         ("the attempt that finished", row.attempt, entry.attempt),
         ("its base model", row.base_digest, entry.base_digest),
         ("its base's server state", row.base_state_digest, entry.base_state_digest),
@@ -236,21 +236,22 @@ def _differences(entry: LedgerEntry, row: AttemptRow) -> Iterator[str]:
         ("its server state", row.state_digest, entry.state_digest),
         ("what was changed for it", row.adjustments, entry.adjustments),
     ):
-        if ours != written:
-            yield f"{what} is {ours} in the table of rounds, {written} in the ledger"
+        if stored_value != written:
+            yield f"{what} is {stored_value} in the table of rounds, {written} in the ledger"
     stored = {update.order_id: update for update in row.updates}
     for written_update in entry.updates:
-        ours_update = stored.pop(written_update.order_id, None)
+        stored_update = stored.pop(written_update.order_id, None)
         client = f"client {written_update.client_id}"
-        if ours_update is None:
+        if stored_update is None:
             yield f"the update of {client} is in the ledger, but its row is missing"
             continue
-        values, written_values = ours_update.as_json(), written_update.as_json()
+        values, written_values = stored_update.as_json(), written_update.as_json()
         for name in sorted(values.keys() | written_values.keys()):
-            ours, written = values.get(name), written_values.get(name)
-            if ours != written:
+            stored_value, written = values.get(name), written_values.get(name)
+            if stored_value != written:
                 yield (
-                    f"the update of {client}: {name} is {ours} in its row, {written} in the ledger"
+                    f"the update of {client}: {name} is {stored_value} in its row, "
+                    f"{written} in the ledger"
                 )
     for update in stored.values():
         # These come in after the entry was written, too.

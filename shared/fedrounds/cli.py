@@ -164,7 +164,7 @@ def _pairs_sentence(message: str, settings_class: type[Settings]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Groups flags by the settings class that declares them; suggests the nearest unknown one."""
+    """Groups flags by the settings class that declares them; suggests the flag that was meant."""
 
     def __init__(self, settings_class: type[Settings]) -> None:
         super().__init__(
@@ -375,7 +375,7 @@ def _sentences(
         before = problems.setdefault((name, *rest) if is_plain else name, dict(problem))
         if before["msg"] != problem["msg"]:
             before["msg"] += f", or {problem['msg'][0].lower()}{problem['msg'][1:]}"
-    return [_sentence(one, settings_class, origins) for one in problems.values()]
+    return [_sentence(problem, settings_class, origins) for problem in problems.values()]
 
 
 def _sentence(

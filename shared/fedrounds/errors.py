@@ -95,7 +95,7 @@ class StateDirCopied(ClientIdTaken):
 
 
 class StreamFenced(FederationError):
-    """A newer upload of the same order took over; this one stops."""
+    """A newer upload of the same order took over; this upload stops."""
 
     status = "ABORTED"
 

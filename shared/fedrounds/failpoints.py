@@ -29,11 +29,11 @@ class FailPoint(StrEnum):
     ROUND_CLOSED = "round-closed"
     """The server has recorded that the round is closed and not begun to aggregate."""
     ROUND_FAILED = "round-failed"
-    """The server has recorded that an attempt failed and not opened the next one."""
+    """The server has recorded that an attempt failed and not opened the next attempt."""
     MODEL_WRITTEN = "model-written"
     """The server has the next model on the disk and not in the store."""
     ROUND_DONE = "round-done"
-    """The server has recorded that the round is done and not handed out the next one."""
+    """The server has recorded that the round is done and not handed out the next round."""
     EVALUATED = "evaluated"
     """The server has evaluated a model and not recorded it."""
     ALARM_RECORDED = "alarm-recorded"
@@ -55,15 +55,15 @@ class FailPoint(StrEnum):
 
 
 _SIGNALS = {"kill": signal.SIGKILL, "halt": signal.SIGSTOP}
-_place, _, _rest = os.environ.get(VARIABLE, "").partition(":")
+_armed_point, _, _rest = os.environ.get(VARIABLE, "").partition(":")
 _action, _, _times = _rest.partition(":")
 _passes_left = int(_times or "1")
 
 
-def failpoint(place: FailPoint) -> None:
-    """Let happen what is armed for this place."""
+def failpoint(point: FailPoint) -> None:
+    """Kill or halt the process if the environment arms this fail point."""
     global _passes_left  # noqa: PLW0603
-    if place == _place:
+    if point == _armed_point:
         _passes_left -= 1
         if _passes_left == 0:
             os.kill(os.getpid(), _SIGNALS[_action])

@@ -1,4 +1,4 @@
-"""Batches and outputs of any structure: the one way through what a data loader or a model returns.
+"""Batches and outputs of any structure: the project's only way through them.
 
 Mappings, lists, tuples, named tuples and dataclasses are structure, as in torch.utils.data's
 collate functions. Everything else is a leaf: a tensor, a string, a number, None, and an object that
@@ -28,7 +28,7 @@ def map_leaves(
     items = None if is_leaf(value) else items_of(value)
     if items is None:
         return change(value)
-    return _rebuilt(value, [map_leaves(one, change, is_leaf=is_leaf) for _, one in items])
+    return _rebuilt(value, [map_leaves(member, change, is_leaf=is_leaf) for _, member in items])
 
 
 def leaves_of(value: object) -> Iterator[Any]:

@@ -88,9 +88,9 @@ def in_one_line(error: BaseException) -> str:
 
 def show_error(error: BaseException) -> str:
     """Return an error with its traceback from the first file on that isn't of this package."""
-    ours = tuple(f"{folder}{os.sep}" for folder in _own_folders())
+    own_folders = tuple(f"{folder}{os.sep}" for folder in _own_folders())
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(ours):
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(own_folders):
         trace = trace.tb_next
     trace = trace or error.__traceback__
     return "".join(traceback.format_exception(type(error), error, trace))

@@ -55,7 +55,7 @@ class StopSignals:
         assert _in_force is None
         _in_force = self
         os.register_at_fork(after_in_child=self._forget_in_child)
-        # Exit hooks run last in, first out: this one after those of what is imported later.
+        # Exit hooks run last in, first out: this hook runs after those of later imports.
         atexit.register(self._ignore_signals)
         self._listener.start()
         signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
@@ -78,7 +78,7 @@ class StopSignals:
         self._close()
 
     def when_asked(self, act: Callable[[], None]) -> None:
-        """Call `act` from another thread when a signal comes; at once if one has come."""
+        """Call `act` from another thread when a signal comes; at once if a signal has come."""
         with self._lock:
             if not self._is_announced:
                 self._acts.append(act)

@@ -223,7 +223,7 @@ class Registration:
     """What a client reports about itself; `num_examples` is empty until it has read its data.
 
     `capabilities` are the encodings that it can send beside the whole state_dict. `process_key` is
-    a random text of this process; empty if the client doesn't send one.
+    a random text of this process; empty if the client sends no key.
     """
 
     client_ids: tuple[int, ...]
@@ -476,5 +476,5 @@ METRIC_NAMES = frozenset(
 accuracy, loss: share of right answers and mean loss over the last local epoch. train_s: seconds of
 training. global_*: if the order asks, how good the global model was before this training, and on
 how many examples (see WorkOrder). personal_*: the same for the client's own model after this
-training, if the client algorithm has one. compression_error: the L2 norm of what compression lost
-over that of the delta."""
+training, if the client algorithm has a personal model. compression_error: the L2 norm of what
+compression lost over that of the delta."""

@@ -38,9 +38,9 @@ class NumberedLoader(DataLoader[tuple[Tensor, ...]]):
         *,
         generator: torch.Generator,
     ) -> None:
-        # Without a generator of its own a DataLoader draws from the global one in every epoch.
+        # Without its own generator a DataLoader draws from the global generator in every epoch.
         if isinstance(dataset, TensorDataset):
-            # One indexing operation gathers a batch, instead of one for each example.
+            # One indexing operation gathers a whole batch.
             super().__init__(dataset, sampler=batches, batch_size=None, generator=generator)
         else:
             super().__init__(dataset, batch_sampler=batches, generator=generator)

@@ -5,7 +5,7 @@ each other. A partition depends only on (labels, scheme, num_partitions, seed, p
 index is in exactly one share, shares are sorted, and none is empty.
 
 A scheme is a function `(labels, num_partitions, rng, *, its own parameters) -> shares`; adding
-one is adding it to PARTITIONERS. A scheme needn't sort its shares or look for empty ones.
+one is adding it to PARTITIONERS. A scheme needn't sort its shares or look for empty shares.
 """
 
 import inspect
@@ -36,7 +36,7 @@ def partition_indices(
 ) -> list[Indices]:
     """Cut the examples labelled `labels` [n] into `num_partitions` shares.
 
-    `parameters` are the scheme's own, by name; one that is left out has its default.
+    `parameters` are the scheme's own, by name; a parameter that is left out has its default.
 
     Returns:
         `num_partitions` sorted int64 arrays of indices into `labels`; together every index once.

@@ -36,7 +36,7 @@ def load_windows(root: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Cut every `.txt` file under `root`, UTF-8, into windows of WINDOW + 1 characters.
 
     A window's first WINDOW characters are the input, its last WINDOW what is to be predicted;
-    a window begins where the one before it ends, and the last ends with the file. A file shorter
+    a window begins where the window before it ends, and the last ends with the file. A file shorter
     than a window is left out, and the log says so.
 
     Returns:

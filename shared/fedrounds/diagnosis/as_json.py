@@ -1,4 +1,4 @@
-"""Diagnoses as the store keeps them: a part of their incident, in JSON."""
+"""Diagnoses as the store keeps them: as part of their incident, in JSON."""
 
 import math
 from collections.abc import Mapping
@@ -30,9 +30,9 @@ def read_diagnosis(fields: Mapping[str, Any]) -> Diagnosis:
 
 def _plain(value: object) -> object:
     if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
+        return {name: _plain(member) for name, member in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

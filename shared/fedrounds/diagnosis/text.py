@@ -22,7 +22,7 @@ EXPERIMENT_HEADINGS = ("experiment", "value", "result", "loss")
 TREND_HEADINGS = ("step", "loss", "gradient", "weight", "rate")
 
 _MAX_LISTED = 8
-"""Samples that are listed one by one."""
+"""The number of samples that are listed singly."""
 
 _SYMPTOMS: Mapping[Symptom, str] = {
     Symptom.NON_FINITE_INPUT: "the input isn't finite",
@@ -83,9 +83,9 @@ def verdict(diagnosis: Diagnosis) -> str:
 
 
 def facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
-    """Return what is known of the place and of the samples, each with its name."""
+    """Return what is known of the fault's origin and of the samples, as (name, text)."""
     origin = diagnosis.origin
-    place = ", ".join(
+    origin_text = ", ".join(
         [
             f"{origin.phase} pass" if origin.phase in ("forward", "backward") else origin.phase,
             *([f"module {origin.module}"] if origin.module else []),
@@ -101,7 +101,7 @@ def facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         bad_values = (
             f": {origin.num_nan} NaN and {origin.num_inf} infinite of {size} numbers{dtype}{first}"
         )
-    found = [
+    rows = [
         ("what", _SYMPTOMS[diagnosis.symptom]),
         (
             "when",
@@ -109,27 +109,29 @@ def facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
             f"step {diagnosis.noticed_at_step}; rate {diagnosis.lr:.4g}, "
             f"{diagnosis.batch_size} samples a batch",
         ),
-        ("where", place + bad_values),
+        ("where", origin_text + bad_values),
     ]
     if diagnosis.num_samples:
-        found.append(("samples", _samples(diagnosis)))
+        rows.append(("samples", _samples(diagnosis)))
     if diagnosis.contributing:
-        others = ", ".join(_HEALING[one] for one in diagnosis.contributing)
-        found.append(("heals it too", others))
-    found.append(("done", f"{_done(diagnosis)} ({_effort(diagnosis)})"))
-    return found
+        others = ", ".join(_HEALING[name] for name in diagnosis.contributing)
+        rows.append(("heals it too", others))
+    rows.append(("done", f"{_done(diagnosis)} ({_effort(diagnosis)})"))
+    return rows
 
 
 def experiment_rows(diagnosis: Diagnosis) -> Rows:
     """Return a row for each experiment, with the columns of EXPERIMENT_HEADINGS."""
     return [
         (
-            _EXPERIMENTS[one.name],
-            f"{one.value:.4g}" if one.value or one.name in _WITH_VALUE else "",
-            outcome(one),
-            "" if math.isnan(one.loss) and one.is_healed else f"{one.loss:.4g}",
+            _EXPERIMENTS[experiment.name],
+            f"{experiment.value:.4g}" if experiment.value or experiment.name in _WITH_VALUE else "",
+            outcome(experiment),
+            ""
+            if math.isnan(experiment.loss) and experiment.is_healed
+            else f"{experiment.loss:.4g}",
         )
-        for one in diagnosis.experiments
+        for experiment in diagnosis.experiments
     ]
 
 
@@ -146,10 +148,13 @@ def trend_rows(diagnosis: Diagnosis) -> Rows:
     """Return a row for each step on the way, with the columns of TREND_HEADINGS."""
     return [
         (
-            str(one.step) + ("  bad" if one.step == diagnosis.step else ""),
-            *(f"{value:.4g}" for value in (one.loss, one.grad_norm, one.largest_weight, one.lr)),
+            str(point.step) + ("  bad" if point.step == diagnosis.step else ""),
+            *(
+                f"{value:.4g}"
+                for value in (point.loss, point.grad_norm, point.largest_weight, point.lr)
+            ),
         )
-        for one in diagnosis.trend
+        for point in diagnosis.trend
     ]
 
 
@@ -159,8 +164,8 @@ def _shown(diagnosis: Diagnosis) -> str:
         return f"{_SYMPTOMS[diagnosis.symptom]}; {_EXTRA_CAUSES[diagnosis.cause]}"
     if diagnosis.num_samples and diagnosis.cause in _OF_SAMPLES:
         odd = diagnosis.remedy.oddity
-        oddities = {one.oddity for one in diagnosis.samples} or {odd} - {Oddity.NONE}
-        how = " or ".join(text for one, text in _ODDITIES.items() if one in oddities)
+        oddities = {sample.oddity for sample in diagnosis.samples} or {odd} - {Oddity.NONE}
+        how = " or ".join(text for oddity, text in _ODDITIES.items() if oddity in oddities)
         return _number_of("sample", diagnosis.num_samples) + (f" with {how}" if how else "")
     origin = diagnosis.origin
     where = origin.tensor or origin.module
@@ -192,9 +197,9 @@ def _samples(diagnosis: Diagnosis) -> str:
     if not diagnosis.samples:
         return f"{diagnosis.num_samples}, which ones isn't told"
     listed = "; ".join(
-        (f"number {one.index}" if one.index >= 0 else f"position {one.position}")
-        + f" ({_ODDITIES[one.oddity]}{f', {one.value:.4g}' if one.value else ''})"
-        for one in diagnosis.samples[:_MAX_LISTED]
+        (f"number {sample.index}" if sample.index >= 0 else f"position {sample.position}")
+        + f" ({_ODDITIES[sample.oddity]}{f', {sample.value:.4g}' if sample.value else ''})"
+        for sample in diagnosis.samples[:_MAX_LISTED]
     )
     more = diagnosis.num_samples - min(len(diagnosis.samples), _MAX_LISTED)
     return listed + (f" and {more} more" if more > 0 else "")

@@ -79,7 +79,7 @@ class ExperimentName(StrEnum):
     INPUTS_SANITISED = "inputs-sanitised"
     WITHOUT_BATCH = "without-batch"
     LARGER_BATCH = "larger-batch"
-    """The batch joined with an earlier one that went well."""
+    """The batch joined with an earlier batch that went well."""
     GUARDED_LOSS = "guarded-loss"
     """The loss's logarithms, quotients, roots and exponentials kept off what they aren't
     defined or finite for."""
@@ -140,8 +140,8 @@ class DoctorSettings:
     Weights that were bad from the start are reported; with `stops_at_bad_start` they end training,
     for a service that can send others.
     An examination ends after the time of 200 steps, or 30 s if that is more, and in any case after
-    `max_diagnosis_s`; then what is known by then is said. Disarmed, the doctor only stops at what
-    isn't finite: nothing is kept, found out or cured.
+    `max_diagnosis_s`; then the diagnosis says what is known. Disarmed, the doctor only stops at
+    what isn't finite: it keeps, diagnoses and cures nothing.
     """
 
     is_armed: bool = True
@@ -211,7 +211,7 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class TrendPoint:
-    """A step on the way to the bad one; `largest_weight` is the largest absolute parameter."""
+    """A step on the way to the bad step; `largest_weight` is the largest absolute parameter."""
 
     step: int
     loss: float
@@ -235,7 +235,7 @@ class Diagnosis:
     """A training that went wrong: what, where, which samples, why and what was done.
 
     `step` counts optimizer steps from 1 over all epochs, `batch` from 1 in its epoch: the step in
-    which the bad value came up, `noticed_at_step` the one in which it was noticed; `lr` and
+    which the bad value came up, `noticed_at_step` the step in which it was noticed; `lr` and
     `batch_size` are those of the bad step, `returned_to_step` the last good step that training
     went back to. `samples` are at most MAX_SAMPLES. `experiments` are in the order in which they
     were made, `contributing` those that also heal it without being the cause. `seconds` is how

@@ -320,7 +320,7 @@ def _same_bits(values: Tensor, reference: Tensor) -> Tensor:
 
 
 def _median(updates: Tensor) -> Tensor:
-    """Return the middle value of each column, float64 [count]; the lower one of two."""
+    """Return the middle value of each column, float64 [count]; of two the lower."""
     # NaN sorts last.
     return updates.double().sort(dim=0).values[(len(updates) - 1) // 2]
 

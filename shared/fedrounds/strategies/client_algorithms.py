@@ -119,7 +119,7 @@ def fedbn() -> ClientAlgorithm:
 
     "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization". All entries of
     batch, instance, group and layer norms are the client's own: never sent, never averaged; the
-    global model keeps its initial ones. The metric personal_accuracy says how good a client's model
+    global model keeps its first values. The metric personal_accuracy says how good a client's model
     is on its own examples. The server can't evaluate these models, so its evaluation never takes a
     round back.
     """

@@ -95,7 +95,7 @@ def geometric_median(*, nu: float = 1e-6, iterations: int = 100) -> RobustAggreg
     paper weights by num_examples; here all count the same, so that no client can claim a majority.
 
     Args:
-        nu: smallest distance; shorter ones count as nu.
+        nu: smallest distance; shorter distances count as nu.
         iterations: number of Weiszfeld iterations; they cost next to nothing.
     """
     if not 0 < nu < math.inf or iterations < 1:

@@ -1,7 +1,7 @@
-"""A Task: a model, its data and its loss, found by its name.
+"""A Task: a model, its data and its loss, looked up by its name.
 
 Built in are `mnist-sample` (bundled, needs no network), `mnist`, `fashion-mnist`, `text` and
-`tabular`. Your own lives in your own module, is found by `package.module:attribute`, and is the
+`tabular`. Your own lives in your own module, is named `package.module:attribute`, and is the
 same object on the server (which builds the model and holds the test set) and on every client:
 
     my_task = Task(
@@ -191,7 +191,7 @@ def inspect_examples(task: Task, examples: Examples) -> list[int]:
 
     Returns:
         The examples, from 0, whose inputs hold a NaN or an infinity though the task says they
-        don't: the first step that uses one goes wrong.
+        don't: the first step that uses such an example goes wrong.
 
     Raises:
         InvalidInput: a target is no class of the task, or an example isn't (input, target).

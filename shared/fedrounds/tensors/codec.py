@@ -103,7 +103,7 @@ def write_state(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Write a state_dict as a safetensors file, without a copy of it in memory.
 
     The same tensors give the same bytes, in whatever order the mapping holds them. Tensors that
-    share memory (tied weights) are written once for each name; 0-dim and empty ones keep their
+    share memory (tied weights) are written once for each name; 0-dim and empty tensors keep their
     shape.
 
     Raises:
@@ -130,15 +130,16 @@ def load_state_into(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
         InvalidInput: the file isn't a safetensors file, or names, shapes or dtypes differ.
     """
     layout = read_layout(path)
-    ours = {name: _describe(tensor) for name, tensor in state_dict.items()}
-    theirs = {name: _describe(entry) for name, entry in layout.entries.items()}
+    in_model = {name: _describe(tensor) for name, tensor in state_dict.items()}
+    in_file = {name: _describe(entry) for name, entry in layout.entries.items()}
     if differing := sorted(
-        name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
+        name for name in in_model.keys() | in_file.keys() if in_model.get(name) != in_file.get(name)
     ):
         name = differing[0]
         raise InvalidInput(
             f"{len(differing)} tensors differ from the model's, first {name!r}: "
-            f"{theirs.get(name, 'nothing')} in the file, {ours.get(name, 'nothing')} in the model"
+            f"{in_file.get(name, 'nothing')} in the file, "
+            f"{in_model.get(name, 'nothing')} in the model"
         )
     with path.open("rb", buffering=0) as file, torch.no_grad():
         for name, entry in layout.entries.items():

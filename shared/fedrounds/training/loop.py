@@ -283,7 +283,7 @@ def incident_of(diagnosis: Diagnosis) -> Incident:
 
     - `lr`; `batch` (from 1 in its epoch); `loss` of the step, itself perhaps nan or inf;
     - `grad_norm_0`, `grad_norm_1`, ...: L2 norms of the gradients before clipping, of the
-      failing step, of the one before it, and so on.
+      failing step, of the step before it, and so on.
     """
     if diagnosis.experiments:
         return Incident(

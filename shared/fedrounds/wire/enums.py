@@ -18,9 +18,9 @@ class _ProtobufEnum(Protocol[N_co]):
 
 
 def numbers_of(
-    ours: type[E], protobuf_enum: _ProtobufEnum[N], members: Iterable[E] | None = None
+    enum_type: type[E], protobuf_enum: _ProtobufEnum[N], members: Iterable[E] | None = None
 ) -> dict[E, N]:
-    """Return the protocol's number of each member of `ours`, or of `members` alone.
+    """Return the protocol's number of each member of `enum_type`, or of `members` alone.
 
     The protocol's enum has the same names with a prefix: RunFailure.TOO_FEW_UPDATES is
     RUN_FAILURE_TOO_FEW_UPDATES.
@@ -28,9 +28,10 @@ def numbers_of(
     Raises:
         ValueError: the protocol has no such name.
     """
-    prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", ours.__name__).upper()
+    prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", enum_type.__name__).upper()
     return {
-        member: protobuf_enum.Value(f"{prefix}_{member.name}") for member in members or tuple(ours)
+        member: protobuf_enum.Value(f"{prefix}_{member.name}")
+        for member in members or tuple(enum_type)
     }
 
 
