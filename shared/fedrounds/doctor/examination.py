@@ -278,8 +278,8 @@ def _look_at_samples(evidence: Evidence) -> Cause | None:
     if Oddity.LABEL_OUT_OF_RANGE in kinds:
         return Cause.BAD_LABEL
     if kinds == {Oddity.NONE}:
-        # The samples don't look odd; but they cause an error that only they raise, or the loss isn't
-        # defined for them.
+        # The samples don't look odd; but only they raise an error, or the loss isn't defined for
+        # them.
         is_theirs = bad.outcome.error is not None or (
             evidence.is_loss_suspect()
             and evidence.origin.phase is StepPhase.LOSS
@@ -299,7 +299,7 @@ def _look_at_samples(evidence: Evidence) -> Cause | None:
 
 
 def _are_rare(bad: Recorded, num_samples: int) -> bool:
-    """Whether so few samples were left out that the task doesn't expect what they have in common."""
+    """Whether so few samples were left out that the task can't expect what they share."""
     num_seen = bad.step * batch_size(bad.batch)
     return len(bad.treatment.without) + num_samples <= max(_FEW, _RARE * num_seen)
 
