@@ -34,7 +34,7 @@ from fedserver.models.checkpoints import Checkpoints
 MB = 1_000_000
 _PIECE_BYTES = 1 << 20
 _NUM_TENSORS = 4
-# Odd, so that no two updates have one number in one place.
+# Odd, so that no two updates have the same number in the same position.
 _SHIFT = 997
 _SEED = 1
 
@@ -48,19 +48,19 @@ def main() -> None:
     parser.add_argument("--f", type=int, default=20, help="bad updates that krum is to bear")
     parser.add_argument("--folder", type=Path, default=None, help="where the updates go")
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(_measure(arguments.one, arguments.folder, f=arguments.f)))
+    if arguments.measure:
+        print(json.dumps(_measure(arguments.measure, arguments.folder, f=arguments.f)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         _write_updates(folder, num_updates=arguments.updates, model_bytes=arguments.model_mb * MB)
         rows = []
         for strategy in ("read", *arguments.strategies.split(",")):
-            found = _in_new_process(strategy, folder, f=arguments.f)
-            rows.append((strategy, found))
-            print(strategy, found, file=sys.stderr)
+            measured = _in_new_process(strategy, folder, f=arguments.f)
+            rows.append((strategy, measured))
+            print(strategy, measured, file=sys.stderr)
     text = "\n".join(_table(arguments, rows))
     print(text)
     if arguments.write:
@@ -70,11 +70,13 @@ def main() -> None:
 def _write_updates(folder: Path, *, num_updates: int, model_bytes: int) -> None:
     size = model_bytes // 4 // _NUM_TENSORS
     generator = torch.Generator().manual_seed(_SEED)
-    base = {f"{one}.weight": torch.randn(size, generator=generator) for one in range(_NUM_TENSORS)}
+    base = {
+        f"{index}.weight": torch.randn(size, generator=generator) for index in range(_NUM_TENSORS)
+    }
     pool = 0.01 * torch.randn(size + _SHIFT * _NUM_TENSORS * num_updates, generator=generator)
     write_state(folder / "base", base)
     for number in track(range(num_updates), description="writing the updates"):
-        begins = (_SHIFT * (number * _NUM_TENSORS + one) for one in range(_NUM_TENSORS))
+        begins = (_SHIFT * (number * _NUM_TENSORS + index) for index in range(_NUM_TENSORS))
         update = {
             name: values + pool[begin : begin + size]
             for (name, values), begin in zip(base.items(), begins, strict=True)
@@ -83,15 +85,15 @@ def _write_updates(folder: Path, *, num_updates: int, model_bytes: int) -> None:
 
 
 def _in_new_process(strategy: str, folder: Path, *, f: int) -> dict[str, float]:
-    command = ["--one", strategy, "--folder", str(folder), "--f", str(f)]
+    command = ["--measure", strategy, "--folder", str(folder), "--f", str(f)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.aggregators", *command],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    measured: dict[str, float] = json.loads(done.stdout)
+    return measured
 
 
 def _measure(strategy: str, folder: Path, *, f: int) -> dict[str, float]:
@@ -128,9 +130,9 @@ def _aggregate(strategy: str, folder: Path, *, f: int) -> None:
     ]
     cohort = Cohort(base=base, updates=updates, kinds=kinds)
     parameters = {"f": f} if {"krum", "multi-krum", "bulyan"} & set(strategy.split("+")) else {}
-    found = find_strategy(strategy, parameters)
+    resolved = find_strategy(strategy, parameters)
     Checkpoints(folder / "models", kinds).save(
-        base, next_blocks(found, cohort), state_layout=state_layout(found, cohort)
+        base, next_blocks(resolved, cohort), state_layout=state_layout(resolved, cohort)
     )
 
 
@@ -147,12 +149,13 @@ def _table(arguments: argparse.Namespace, rows: list[tuple[str, dict[str, float]
         "| strategy | time (s) | times reading | idle -> peak (MB) | peak - idle in models |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for strategy, found in rows:
-        grown_mb = found["peak_mb"] - found["idle_mb"]
+    for strategy, measured in rows:
+        grown_mb = measured["peak_mb"] - measured["idle_mb"]
         lines.append(
-            f"| {'reading alone' if strategy == 'read' else strategy} | {found['seconds']:.1f} | "
-            f"{found['seconds'] / reading_s:.2f} | {found['idle_mb']:.0f} -> "
-            f"{found['peak_mb']:.0f} | {grown_mb / arguments.model_mb:.2f} |"
+            f"| {'reading alone' if strategy == 'read' else strategy} "
+            f"| {measured['seconds']:.1f} | {measured['seconds'] / reading_s:.2f} "
+            f"| {measured['idle_mb']:.0f} -> {measured['peak_mb']:.0f} "
+            f"| {grown_mb / arguments.model_mb:.2f} |"
         )
     return lines
 

@@ -135,9 +135,9 @@ def main() -> None:
 
 def _share(data_root: Path, index: int) -> TensorDataset:
     partition = Partition(num_partitions=_NUM_PARTITIONS, index=index, seed=0)
-    found = two_nn.load_train(DataRequest(data_root=data_root, partition=partition))
-    assert isinstance(found, TensorDataset)
-    return found
+    share = two_nn.load_train(DataRequest(data_root=data_root, partition=partition))
+    assert isinstance(share, TensorDataset)
+    return share
 
 
 def _run(
@@ -200,8 +200,8 @@ def _aggregated(
             base=written(0, state), updates=updates, kinds=dict.fromkeys(state, EntryKind.PARAMETER)
         )
         parts: dict[str, list[Tensor]] = {key: [] for key in state}
-        for one in next_blocks(strategy, cohort):
-            parts[one.block.name].append(one.values)
+        for result in next_blocks(strategy, cohort):
+            parts[result.block.name].append(result.values)
     return {key: torch.cat(parts[key]).view_as(tensor) for key, tensor in state.items()}
 
 
@@ -229,11 +229,11 @@ def _keep(accuracies: Mapping[str, Mapping[str, float]], *, num_rounds: int) -> 
         f"| | {' | '.join(ATTACKS)} |",
         f"| --- |{' --- |' * len(ATTACKS)}",
     ]
-    for name, found in accuracies.items():
+    for name, by_attack in accuracies.items():
         cells = []
         for attack in ATTACKS:
-            text = f"{100 * found[attack]:.1f}" if attack in found else ""
-            falls = attack in found and found[attack] < found["none"] - 0.03
+            text = f"{100 * by_attack[attack]:.1f}" if attack in by_attack else ""
+            falls = attack in by_attack and by_attack[attack] < by_attack["none"] - 0.03
             cells.append(f"**{text}**" if falls else text)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     write_section("attacks", "\n".join([*lines, "", machine]), page=PAGE)

@@ -47,14 +47,14 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table into the docs")
     arguments = parser.parse_args()
     payloads = [os.urandom(CHUNK_BYTES) for _ in range(NUM_CHUNKS)]
-    messages = [frame_upload(one) for one in payloads]
-    newer = [one + NEW_FIELD for one in messages]
+    messages = [frame_upload(payload) for payload in payloads]
+    newer = [message + NEW_FIELD for message in messages]
 
     def hash_all(read: Callable[[bytes], bytes | memoryview], chunks: list[bytes]) -> Way:
         def way() -> None:
             hasher = blake3()
-            for one in chunks:
-                hasher.update(read(one))
+            for chunk in chunks:
+                hasher.update(read(chunk))
 
         return way
 

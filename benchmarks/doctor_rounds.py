@@ -72,7 +72,7 @@ class _Unseen(Dataset[tuple[Tensor, ...]]):
 
 def _load_train(request: DataRequest) -> Examples:
     assert request.partition is not None
-    pairs = [one.split("=") for one in os.environ[FAULTS_VARIABLE].split(",") if one]
+    pairs = [pair.split("=") for pair in os.environ[FAULTS_VARIABLE].split(",") if pair]
     _planted[:] = [fault for client, fault in pairs if int(client) == request.partition.index]
     images, labels = _digits.load_train(request)[:]
     match _planted:
@@ -143,7 +143,7 @@ def run(faults: Mapping[int, str], *, num_rounds: int) -> Run:
 
 
 def _is_finite(path: Path) -> bool:
-    return all(bool(one.isfinite().all()) for one in decode_state(path.read_bytes()).values())
+    return all(bool(tensor.isfinite().all()) for tensor in decode_state(path.read_bytes()).values())
 
 
 def table(faults: Mapping[int, str], healthy: Run, treated: Run, *, num_rounds: int) -> str:
@@ -155,19 +155,19 @@ def table(faults: Mapping[int, str], healthy: Run, treated: Run, *, num_rounds: 
         "| run | accuracy | updates counted | models with a NaN or an infinity |",
         "| --- | --- | --- | --- |",
         *(
-            f"| {name} | {one.accuracy:.4f} | {_num_counted(one.history)} "
-            f"| {one.num_bad_models} of {one.num_models} |"
-            for name, one in (("without faults", healthy), ("with three faults", treated))
+            f"| {name} | {run.accuracy:.4f} | {_num_counted(run.history)} "
+            f"| {run.num_bad_models} of {run.num_models} |"
+            for name, run in (("without faults", healthy), ("with three faults", treated))
         ),
         "",
         "| client | planted | diagnosed | first verdict | rounds with one |",
         "| --- | --- | --- | --- | --- |",
     ]
     for client, fault in faults.items():
-        found = _diagnoses(treated.history, client)
-        causes = sorted({incident["diagnosis"]["cause"] for _, incident in found})
-        rounds = sorted({round_number for round_number, _ in found})
-        verdict = found[0][1]["verdict"] if found else "none"
+        diagnosed = _diagnoses(treated.history, client)
+        causes = sorted({incident["diagnosis"]["cause"] for _, incident in diagnosed})
+        rounds = sorted({round_number for round_number, _ in diagnosed})
+        verdict = diagnosed[0][1]["verdict"] if diagnosed else "none"
         lines.append(
             f"| {client} | {FAULTS[fault].what} | {', '.join(causes)} | {verdict} "
             f"| {', '.join(map(str, rounds))} |"
@@ -190,10 +190,10 @@ def judge(faults: Mapping[int, str], healthy: Run, treated: Run) -> list[str]:
             wrong.append(f"client {client} with {fault}: {', '.join(causes) or 'no diagnosis'}")
     others = [
         f"client {incident['client']}: {incident.get('verdict') or incident['kind']}"
-        for one in (healthy, treated)
-        for entry in one.history
+        for run in (healthy, treated)
+        for entry in run.history
         for incident in entry["incidents"]
-        if one is healthy or incident["client"] not in faults
+        if run is healthy or incident["client"] not in faults
     ]
     return wrong + others
 

@@ -61,12 +61,12 @@ def main() -> None:
         "",
     ]
     for clock, name in enumerate(Seconds._fields):
-        ours = [one[clock] for one, _ in timed]
-        bare = [one[clock] for _, one in timed]
-        ratios = sorted(mine / theirs for mine, theirs in zip(ours, bare, strict=True))
+        own = [seconds[clock] for seconds, _ in timed]
+        bare = [seconds[clock] for _, seconds in timed]
+        ratios = sorted(own_s / bare_s for own_s, bare_s in zip(own, bare, strict=True))
         low, high = median_interval(ratios)
         lines.append(
-            f"- {name}: train_model {statistics.median(ours):.3f} s, bare loop "
+            f"- {name}: train_model {statistics.median(own):.3f} s, bare loop "
             f"{statistics.median(bare):.3f} s, ratio {statistics.median(ratios):.3f} "
             f"(95 % interval {low:.3f} to {high:.3f})"
         )

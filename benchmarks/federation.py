@@ -52,10 +52,10 @@ class Federation:
         """Return what `python -m fedserver history --json` says."""
         command = [sys.executable, "-m", "fedserver", "history", "--json"]
         command += ["--state-dir", str(self.folder / "server")]
-        found: list[dict[str, Any]] = json.loads(
+        history: list[dict[str, Any]] = json.loads(
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
         )
-        return found
+        return history
 
 
 @contextmanager

@@ -35,7 +35,7 @@ NUM_ROUNDS = 4
 LOSS = 1.75
 LOCAL_LR = 0.25
 LATE = 10**9
-"""A round so late that Adam's correction for its beginning, which ours hasn't, is 1."""
+"""A round so late that Adam's correction for its beginning, which this project's hasn't, is 1."""
 
 _CUT = 5
 
@@ -46,10 +46,12 @@ def main() -> None:
     updates = np.round(1 + 0.5 * generator.standard_normal((NUM_UPDATES, SIZE)), 6)
     updates[-NUM_BAD:] -= 6
     base = np.round(generator.standard_normal(SIZE), 6)
-    num_examples = [int(one) for one in generator.integers(1, 100, NUM_UPDATES)]
-    weighted = [(_layers(one), weight) for one, weight in zip(updates, num_examples, strict=True)]
-    alike = [(_layers(one), 1) for one in updates]
-    found = {
+    num_examples = [int(number) for number in generator.integers(1, 100, NUM_UPDATES)]
+    weighted = [
+        (_layers(update), weight) for update, weight in zip(updates, num_examples, strict=True)
+    ]
+    alike = [(_layers(update), 1) for update in updates]
+    aggregates = {
         "fedavg": aggregate(weighted),
         "median": aggregate_median(weighted),
         "trimmed-mean": aggregate_trimmed_avg(weighted, 0.2),
@@ -69,17 +71,18 @@ def main() -> None:
         "fedyogi": FedYogi(beta_1=0.8, beta_2=0.95, **adaptive),
     }
     rounds = {
-        name: _rounds(one, base, updates, num_examples, tau=tau) for name, one in optimizers.items()
+        name: _rounds(optimizer, base, updates, num_examples, tau=tau)
+        for name, optimizer in optimizers.items()
     }
-    told = {
+    golden = {
         "made": f"python benchmarks/flower_golden.py, flwr {version('flwr')}",
         "base": base.tolist(),
         "updates": updates.tolist(),
         "num_examples": num_examples,
-        "aggregates": {name: _flat(one).tolist() for name, one in found.items()},
-        "rounds": {name: [one.tolist() for one in models] for name, models in rounds.items()},
+        "aggregates": {name: _flat(layers).tolist() for name, layers in aggregates.items()},
+        "rounds": {name: [model.tolist() for model in models] for name, models in rounds.items()},
     }
-    json.dump(told, sys.stdout)
+    json.dump(golden, sys.stdout)
     print()
 
 
@@ -88,7 +91,7 @@ def _layers(vector: Vector) -> Layers:
 
 
 def _flat(layers: Layers) -> Vector:
-    return np.concatenate([np.ravel(one) for one in layers])
+    return np.concatenate([np.ravel(layer) for layer in layers])
 
 
 def _results(updates: list[Vector], num_examples: list[int]) -> list[tuple[Any, FitRes]]:
@@ -97,12 +100,12 @@ def _results(updates: list[Vector], num_examples: list[int]) -> list[tuple[Any, 
             None,
             FitRes(
                 status=Status(Code.OK, ""),
-                parameters=ndarrays_to_parameters(_layers(one)),
+                parameters=ndarrays_to_parameters(_layers(update)),
                 num_examples=weight,
                 metrics={},
             ),
         )
-        for one, weight in zip(updates, num_examples, strict=True)
+        for update, weight in zip(updates, num_examples, strict=True)
     ]
 
 
@@ -129,13 +132,13 @@ def _rounds(
     model, models = base, []
     if not isinstance(strategy, FedAvgM):
         # Flower's v begins at 0, the paper's at tau^2.
-        strategy.v_t = [np.full_like(one, tau**2) for one in _layers(base)]
+        strategy.v_t = [np.full_like(layer, tau**2) for layer in _layers(base)]
     for number in range(NUM_ROUNDS):
         chosen = range(3 * number, 3 * number + 3)
-        sent = [model + 0.1 * updates[one] for one in chosen]
+        sent = [model + 0.1 * updates[index] for index in chosen]
         late = LATE if isinstance(strategy, FedAdam) else 0
         parameters, _ = strategy.aggregate_fit(
-            1 + number + late, _results(sent, [num_examples[one] for one in chosen]), []
+            1 + number + late, _results(sent, [num_examples[index] for index in chosen]), []
         )
         model = _flat(parameters_to_ndarrays(parameters))
         models.append(model)

@@ -98,9 +98,9 @@ def measure(peer: Peer, megabytes: float, num_clients: int, num_measured: int) -
             time.sleep(0.2)
         if not results.exists():
             raise _failure(folder, "run", "gave no results")
-        found = json.loads(results.read_text())
-        peak_mb = peak_memory_mb(link.pid) + found["peak_mb"]
-    took_s = [after - before for before, after in itertools.pairwise(found["ended_s"])]
+        measured = json.loads(results.read_text())
+        peak_mb = peak_memory_mb(link.pid) + measured["peak_mb"]
+    took_s = [after - before for before, after in itertools.pairwise(measured["ended_s"])]
     return PeerMeasured(statistics.median(took_s[_NUM_WARM_UP:]), peak_mb)
 
 
@@ -145,18 +145,18 @@ def _wait_until_healthy(folder: Path, link: subprocess.Popen[bytes], url: str) -
 def _free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+        for opened in sockets:
+            opened.bind(("127.0.0.1", 0))
+        return [int(opened.getsockname()[1]) for opened in sockets]
 
 
 def _kill_all(folder: Path) -> None:
     """Kill whatever was started with this FLWR_HOME, also what left its parent's session."""
-    while found := [process for process in psutil.process_iter() if _lives_in(process, folder)]:
-        for process in found:
+    while running := [process for process in psutil.process_iter() if _lives_in(process, folder)]:
+        for process in running:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(found, timeout=5.0)
+        psutil.wait_procs(running, timeout=5.0)
 
 
 def _lives_in(process: psutil.Process, folder: Path) -> bool:

@@ -297,8 +297,8 @@ def _start(module: str, flags: list[str], log: Path, environment: Mapping[str, s
 
 
 def _environment(more: Mapping[str, str]) -> dict[str, str]:
-    ours = ("FEDSERVER_", "FEDCLIENT_", "FED_", "GOLDEN_", *_OLD_CPU)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    own_prefixes = ("FEDSERVER_", "FEDCLIENT_", "FED_", "GOLDEN_", *_OLD_CPU)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(own_prefixes)}
     return {**kept, **more}
 
 
@@ -401,7 +401,11 @@ def find_differences(golden: object, made: object, path: str) -> list[str]:
         ]
     else:
         return [] if golden == made else [f"{path}: {golden!r}, now {made!r}"]
-    return [line for place, *both in pairs for line in find_differences(both[0], both[1], place)]
+    return [
+        line
+        for inner_path, *both in pairs
+        for line in find_differences(both[0], both[1], inner_path)
+    ]
 
 
 def describe_machine() -> dict[str, str]:

@@ -278,8 +278,8 @@ def _honest_row(federation: Federation, *, seed: int, num_rounds: int) -> str:
     """Return how many honest updates a federation's rounds excluded, as a row of a table."""
     judged, _ = _played(federation, seed=seed, num_rounds=num_rounds)
     excluded, beyond_half = (
-        sum(one.is_excluded for one in judged),
-        sum(one.is_beyond_half for one in judged),
+        sum(update.is_excluded for update in judged),
+        sum(update.is_beyond_half for update in judged),
     )
     return f"| {federation.name} | {len(judged)} | {excluded} | {beyond_half} |"
 
@@ -297,8 +297,8 @@ def _attacked_row(federation: Federation, name: str, *, seed: int, num_rounds: i
         )
         cells.append(f"{100 * accuracy:.1f}")
         if defence == "default":
-            bad = [one.is_excluded for one in judged if one.is_attack]
-            good = [one.is_excluded for one in judged if not one.is_attack]
+            bad = [update.is_excluded for update in judged if update.is_attack]
+            good = [update.is_excluded for update in judged if not update.is_attack]
             counts = f"{sum(bad)} of {len(bad)} | {sum(good)} of {len(good)}"
     return f"| {federation.name} | {name} | {counts} | {' | '.join(cells)} |"
 
@@ -312,7 +312,7 @@ def _played(
         simulation = Simulation(
             federation, Path(folder), seed=seed, num_rounds=num_rounds, attack=attack
         )
-        judged = [one for of_round in simulation.play() for one in of_round]
+        judged = [update for of_round in simulation.play() for update in of_round]
         accuracy = 0.0 if federation.task == "synthetic" else simulation.accuracy()
     return judged, accuracy
 

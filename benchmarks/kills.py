@@ -55,7 +55,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Size:
-    """What a federation takes at one moment."""
+    """What a federation takes at a moment."""
 
     server_bytes: int
     client_bytes: int
@@ -82,7 +82,7 @@ class Federation:
             *("--require-all", "--seed", 5, "--farewell", 120),
         ]
         self.server: Server = start_server(scene, *self._flags)
-        self.clients = {one: self._start_client(one) for one in CLIENTS}
+        self.clients = {client_id: self._start_client(client_id) for client_id in CLIENTS}
 
     def start(self, who: int | None) -> None:
         """Start one side again with the same command."""
@@ -117,7 +117,7 @@ class Federation:
                 blocks += [path.stat().st_blocks] if path.is_file() else []
         return Size(
             server_bytes=self.server.rss_bytes(),
-            client_bytes=max(one.rss_bytes() for one in self.clients.values()),
+            client_bytes=max(client.rss_bytes() for client in self.clients.values()),
             disk_bytes=512 * sum(blocks),
             num_files=len(blocks),
         )
@@ -169,7 +169,7 @@ def strike(federation: Federation, *, num_kills: int, rng: random.Random) -> lis
 
 
 def measure(*, num_kills: int, seed: int) -> str:
-    """Return what is to be told of a run with so many kills.
+    """Return the report of a run with so many kills.
 
     Raises:
         AssertionError: a kill changed a model, lost an update or made one count twice.
@@ -188,10 +188,10 @@ def measure(*, num_kills: int, seed: int) -> str:
     assert len(history) == num_rounds
     lost, twice = count_lost(history, receipts), count_twice(history)
     assert (lost, twice) == (0, 0), f"{lost} updates lost, {twice} counted twice"
-    found = [recovery_s(history, since=one.at, client_id=one.who) for one in kills]
-    times_s = [one for one in found if one is not None]
+    recoveries_s = [recovery_s(history, since=kill.at, client_id=kill.who) for kill in kills]
+    times_s = [time_s for time_s in recoveries_s if time_s is not None]
     assert len(times_s) == num_kills
-    num_server = sum(one.who is None for one in kills)
+    num_server = sum(kill.who is None for kill in kills)
     return "\n".join(
         (
             f"{machine_line()}: `python -m benchmarks.kills --kills {num_kills} --seed {seed}`",

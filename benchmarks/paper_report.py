@@ -49,23 +49,25 @@ def _table(title: str, rows: Sequence[Row], records: Sequence[dict[str, Any]]) -
     ]
     commands = []
     for row in rows:
-        of_row = [one for one in records if one["row"] == row.name]
+        of_row = [record for record in records if record["row"] == row.name]
         if not of_row:
             lines.append(f"| {row.name} | {row.what} | {row.goal} | not run yet | | | | |")
             continue
-        ours = ", ".join(_found(row, one) for one in of_row)
-        seeds = ", ".join(str(one["seed"]) for one in of_row)
-        minutes = ", ".join(f"{one['seconds'] / 60:.0f}" for one in of_row)
+        measured = ", ".join(_measured_text(row, record) for record in of_row)
+        seeds = ", ".join(str(record["seed"]) for record in of_row)
+        minutes = ", ".join(f"{record['seconds'] / 60:.0f}" for record in of_row)
         excluded = ", ".join(map(_excluded, of_row))
-        dates = ", ".join(dict.fromkeys(one["date"] for one in of_row))
+        dates = ", ".join(dict.fromkeys(record["date"] for record in of_row))
         lines.append(
-            f"| {row.name} | {row.what} | {row.goal} | {ours} | {seeds} | {excluded} | "
+            f"| {row.name} | {row.what} | {row.goal} | {measured} | {seeds} | {excluded} | "
             f"{minutes} min | {dates} |"
         )
         commands.append(f"    {of_row[0]['command']}")
     if commands:
         commands = ["", "The server's commands, with the first seed:", "", *commands]
-    machines = sorted({one["machine"] for one in records if one["row"] in {r.name for r in rows}})
+    machines = sorted(
+        {record["machine"] for record in records if record["row"] in {r.name for r in rows}}
+    )
     return [*lines, *commands, *(["", machines[-1]] if machines else [])]
 
 
@@ -77,12 +79,12 @@ def _excluded(record: Mapping[str, Any]) -> str:
     return f"{num_updates['EXCLUDED']} of {sum(num_updates.values())}"
 
 
-def _found(row: Row, record: Mapping[str, Any]) -> str:
-    """Return what a run found, as it stands in the table."""
+def _measured_text(row: Row, record: Mapping[str, Any]) -> str:
+    """Return what a run reached, as it stands in the table."""
     accuracies: Sequence[float] = record["accuracies"]
     if row.target is None:
-        place = f" after {len(accuracies)}" if len(accuracies) < row.rounds else ""
-        return f"{accuracies[-1]:.2%}{place}"
+        after = f" after {len(accuracies)}" if len(accuracies) < row.rounds else ""
+        return f"{accuracies[-1]:.2%}{after}"
     rounds = crossing(accuracies, row.target)
     if rounds is None:
         return f"not in {len(accuracies)} (best {max(accuracies):.2%})"

@@ -112,7 +112,7 @@ def _load_power_law(request: DataRequest) -> Examples:
         )
     share = _power_law_shares(request.data_root, partition.seed)[partition.index]
     chosen = torch.from_numpy(share)
-    return TensorDataset(*(one[chosen] for one in _all_examples(request.data_root).tensors))
+    return TensorDataset(*(tensor[chosen] for tensor in _all_examples(request.data_root).tensors))
 
 
 def _slow_loss(outputs: Tensor, targets: Tensor) -> Tensor:

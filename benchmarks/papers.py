@@ -92,10 +92,16 @@ def _run(row: Row, seed: int, arguments: argparse.Namespace) -> None:
         "command": f"python -m fedserver {' '.join(flags)}",
         "client_processes": len(row.step_s) or arguments.processes,
         "seconds": round(sum(map(_seconds_of, history))),
-        "round_ends_s": [round(one, 2) for one in itertools.accumulate(map(_seconds_of, history))],
-        "incidents": sorted({one["kind"] for entry in history for one in entry["incidents"]}),
+        "round_ends_s": [
+            round(end_s, 2) for end_s in itertools.accumulate(map(_seconds_of, history))
+        ],
+        "incidents": sorted(
+            {incident["kind"] for entry in history for incident in entry["incidents"]}
+        ),
         "num_updates": {
-            verdict: sum(one["verdict"] == verdict for entry in history for one in entry["updates"])
+            verdict: sum(
+                update["verdict"] == verdict for entry in history for update in entry["updates"]
+            )
             for verdict in ("COUNTED", "EXCLUDED")
         },
         "accuracies": [entry["evaluation"]["accuracy"] for entry in history],
@@ -213,7 +219,7 @@ def _history(state_dir: Path) -> list[dict[str, Any]]:
 
 def _seconds_of(entry: dict[str, Any]) -> float:
     finished, started = (
-        datetime.fromisoformat(entry[f"{one}_at"]) for one in ("finished", "started")
+        datetime.fromisoformat(entry[f"{event}_at"]) for event in ("finished", "started")
     )
     return (finished - started).total_seconds()
 

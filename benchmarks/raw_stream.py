@@ -31,8 +31,8 @@ async def _serve(num_bytes: int, folder: Path) -> None:
     loop = asyncio.get_running_loop()
 
     async def get(_: bytes, context: aio.ServicerContext[bytes, bytes]) -> None:
-        for one in chunks:
-            await context.write(one)
+        for message in chunks:
+            await context.write(message)
 
     async def put(messages: AsyncIterator[bytes], _: aio.ServicerContext[bytes, bytes]) -> bytes:
         descriptor, path = tempfile.mkstemp(dir=folder)
@@ -105,7 +105,7 @@ class RawRounds:
         return RawRound(round_s, self._processor_s() - used_before)
 
     def _processor_s(self) -> float:
-        return sum(processor_s(one.pid) for one in (self._server, *self._clients))
+        return sum(processor_s(process.pid) for process in (self._server, *self._clients))
 
 
 @contextmanager

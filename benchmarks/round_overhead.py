@@ -75,7 +75,7 @@ class Usage:
     def __init__(self, federation: Federation) -> None:
         self.server_mb = self.client_mb = 0.0
         self._server = federation.server.pid
-        clients = [one.pid for one in federation.clients if one.pid is not None]
+        clients = [client.pid for client in federation.clients if client.pid is not None]
         self._client = clients[0]
         self._pids = [self._server, *clients]
         self._times: list[float] = []
@@ -93,8 +93,8 @@ class Usage:
 
     def processor_s(self, times: list[float]) -> list[float]:
         """Return the processor seconds of all processes together up to each of these times."""
-        found = np.interp(times, self._times, self._processor_s)
-        return [float(one) for one in found]
+        used_s = np.interp(times, self._times, self._processor_s)
+        return [float(seconds) for seconds in used_s]
 
     def _sample(self) -> None:
         while not self._ended.wait(_SAMPLE_S):
@@ -133,9 +133,9 @@ def measure(megabytes: float, num_clients: int) -> Measured:
         megabytes=megabytes,
         num_clients=num_clients,
         round_s=_median_step(finished[_NUM_WARM_UP:]),
-        raw_s=statistics.median(one.round_s for one in raw_took),
+        raw_s=statistics.median(raw_round.round_s for raw_round in raw_took),
         processor_s=_median_step(used[_NUM_WARM_UP:]),
-        raw_processor_s=statistics.median(one.processor_s for one in raw_took),
+        raw_processor_s=statistics.median(raw_round.processor_s for raw_round in raw_took),
         wire_ratio=wire_bytes / (2 * num_bytes * num_clients * num_rounds),
         server_idle_mb=server_idle_mb,
         server_peak_mb=usage.server_mb,
@@ -164,37 +164,41 @@ def _loopback_bytes() -> int:
     return int(psutil.net_io_counters(pernic=True)["lo"].bytes_sent)
 
 
-def table(one: Measured) -> str:
+def table(measured: Measured) -> str:
     """Return a case as a Markdown table with one row."""
-    server_models = (one.server_peak_mb - one.server_idle_mb) / one.megabytes
-    client_models = (one.client_peak_mb - one.client_idle_mb) / one.megabytes
+    server_models = (measured.server_peak_mb - measured.server_idle_mb) / measured.megabytes
+    client_models = (measured.client_peak_mb - measured.client_idle_mb) / measured.megabytes
     return _table(
         {
-            "model x clients": f"{one.megabytes:g} MB x {one.num_clients}",
-            "round (s)": f"{one.round_s:.3f}",
-            "raw (s)": f"{one.raw_s:.3f}",
-            "ratio": f"{one.round_s / one.raw_s:.2f}",
-            "processor (s)": f"{one.processor_s:.3f}",
-            "raw processor (s)": f"{one.raw_processor_s:.3f}",
-            "ratio of these": f"{one.processor_s / one.raw_processor_s:.2f}",
-            "wire / ideal": f"{one.wire_ratio:.4f}",
-            "server idle -> peak (MB)": f"{one.server_idle_mb:.0f} -> {one.server_peak_mb:.0f}",
+            "model x clients": f"{measured.megabytes:g} MB x {measured.num_clients}",
+            "round (s)": f"{measured.round_s:.3f}",
+            "raw (s)": f"{measured.raw_s:.3f}",
+            "ratio": f"{measured.round_s / measured.raw_s:.2f}",
+            "processor (s)": f"{measured.processor_s:.3f}",
+            "raw processor (s)": f"{measured.raw_processor_s:.3f}",
+            "ratio of these": f"{measured.processor_s / measured.raw_processor_s:.2f}",
+            "wire / ideal": f"{measured.wire_ratio:.4f}",
+            "server idle -> peak (MB)": (
+                f"{measured.server_idle_mb:.0f} -> {measured.server_peak_mb:.0f}"
+            ),
             "in models": f"{server_models:.1f}",
-            "client idle -> peak (MB)": f"{one.client_idle_mb:.0f} -> {one.client_peak_mb:.0f}",
+            "client idle -> peak (MB)": (
+                f"{measured.client_idle_mb:.0f} -> {measured.client_peak_mb:.0f}"
+            ),
             "in models ": f"{client_models:.1f}",
         }
     )
 
 
-def peer_table(one: Measured, peer: flower_peer.PeerMeasured) -> str:
+def peer_table(measured: Measured, peer: flower_peer.PeerMeasured) -> str:
     """Return a case beside the same on Flower as a Markdown table with one row."""
     return _table(
         {
-            "model x clients": f"{one.megabytes:g} MB x {one.num_clients}",
-            "round (s)": f"{one.round_s:.3f}",
+            "model x clients": f"{measured.megabytes:g} MB x {measured.num_clients}",
+            "round (s)": f"{measured.round_s:.3f}",
             "Flower (s)": f"{peer.round_s:.3f}",
-            "Flower / ours": f"{peer.round_s / one.round_s:.1f}",
-            "server peak (MB)": f"{one.server_peak_mb:.0f}",
+            "Flower / ours": f"{peer.round_s / measured.round_s:.1f}",
+            "server peak (MB)": f"{measured.server_peak_mb:.0f}",
             "Flower's (MB)": f"{peer.server_peak_mb:.0f}",
         }
     )
@@ -203,12 +207,14 @@ def peer_table(one: Measured, peer: flower_peer.PeerMeasured) -> str:
 def _table(row: dict[str, str]) -> str:
     row["measured (UTC)"] = f"{datetime.now(UTC):%Y-%m-%d %H:%M}"
     lines = [list(row), ["---"] * len(row), list(row.values())]
-    return "\n".join(f"| {' | '.join(one.strip() for one in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines)
 
 
 def joined(earlier: str, new: str) -> str:
-    """Return a table with the rows of an earlier one, by size, but for those measured again."""
-    kept, lines = ([one for one in text.splitlines() if one[:1] == "|"] for text in (earlier, new))
+    """Return a table with the rows of an earlier table, by size, but for those measured again."""
+    kept, lines = (
+        [line for line in text.splitlines() if line[:1] == "|"] for text in (earlier, new)
+    )
     if kept[:1] != lines[:1]:
         return new
     rows = {line.split("|")[1]: line for line in (*kept[2:], *lines[2:])}

@@ -12,17 +12,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="put the story into docs/doctor.md")
     args = parser.parse_args()
-    told = subprocess.run(
+    story = subprocess.run(
         [sys.executable, "examples/seed_story.py"],
         cwd=ROOT,
         check=True,
         stdout=subprocess.PIPE,
         text=True,
     ).stdout
-    print(told)
+    print(story)
     if args.write:
         head = f"{machine_line()}: `python examples/seed_story.py`"
-        write_section("seed_story", f"{head}\n\n```\n{told.strip()}\n```", page="doctor.md")
+        write_section("seed_story", f"{head}\n\n```\n{story.strip()}\n```", page="doctor.md")
 
 
 if __name__ == "__main__":

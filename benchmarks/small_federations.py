@@ -267,7 +267,7 @@ class Simulation:
         self.number = 0
 
     def play(self) -> Iterator[list[Judged]]:
-        """Play all rounds; give each one's updates as they were judged."""
+        """Play all rounds; yield each round's updates as they were judged."""
         while self.number < self.settings.rounds:
             self.number += 1
             yield self._round()
@@ -279,17 +279,19 @@ class Simulation:
             {client: order_id for client, (order_id, _) in self.states.items()},
             algorithm=self.strategy.client_algorithm,
         )
-        self.at_work += [Given(order=one, base=self.model, given_in=opened) for one in orders]
-        trained = [(one, update) for one in self._arriving() if (update := self._train(one))]
-        stored = [(given, self._admitted(given, one)) for given, one in self._attacked(trained)]
+        self.at_work += [Given(order=order, base=self.model, given_in=opened) for order in orders]
+        trained = [(given, update) for given in self._arriving() if (update := self._train(given))]
+        stored = [
+            (given, self._admitted(given, update)) for given, update in self._attacked(trained)
+        ]
         excluded, beyond_half = (
-            self._screened(opened, [one for _, one in stored], factor=factor)
+            self._screened(opened, [stored_update for _, stored_update in stored], factor=factor)
             for factor in (1.0, 0.5)
         )
         counted = [pair for pair in stored if pair[1].update.order_id not in excluded]
         if counted:
             self._aggregate(counted)
-        self.counted[self.number] = [one for _, one in counted]
+        self.counted[self.number] = [stored_update for _, stored_update in counted]
         for given, _ in counted:
             self.states[given.order.client_id] = self.pending[given.order.client_id]
         for path in self.folder.glob("run1-*"):
@@ -298,17 +300,19 @@ class Simulation:
             self.checkpoints.drop(digest)
         return [
             Judged(
-                stored=one,
-                is_attack=self._is_attacker(one.client_id),
-                is_excluded=one.update.order_id in excluded,
-                is_beyond_half=one.update.order_id in beyond_half,
+                stored=stored_update,
+                is_attack=self._is_attacker(stored_update.client_id),
+                is_excluded=stored_update.update.order_id in excluded,
+                is_beyond_half=stored_update.update.order_id in beyond_half,
             )
-            for _, one in stored
+            for _, stored_update in stored
         ]
 
     def _opened(self) -> Attempt:
-        busy = {one.order.client_id for one in self.at_work}
-        idle = [one for one in range(self.federation.num_clients) if one not in busy]
+        busy = {given.order.client_id for given in self.at_work}
+        idle = [
+            client_id for client_id in range(self.federation.num_clients) if client_id not in busy
+        ]
         size = 0 if self.strategy.buffer_size else self.settings.clients_per_round
         cohort = sorted(self.draw.sample(idle, size)) if size else idle
         return Attempt(
@@ -321,11 +325,11 @@ class Simulation:
             max_delta_norm=100 * (1 + self.model.parameter_norm),
             orders=tuple(
                 Order(
-                    order_id=f"run1-r{self.number}-a1-c{one}-s1",
-                    client_id=one,
-                    num_examples=self._registered(one),
+                    order_id=f"run1-r{self.number}-a1-c{client_id}-s1",
+                    client_id=client_id,
+                    num_examples=self._registered(client_id),
                 )
-                for one in cohort
+                for client_id in cohort
             ),
         )
 
@@ -343,8 +347,8 @@ class Simulation:
         """Take from those at work whoever comes into this round, by client id."""
         size = self.strategy.buffer_size
         arrived = self.draw.sample(self.at_work, size) if size else self.at_work
-        self.at_work = [one for one in self.at_work if one not in arrived]
-        return sorted(arrived, key=lambda one: one.order.client_id)
+        self.at_work = [given for given in self.at_work if given not in arrived]
+        return sorted(arrived, key=lambda given: given.order.client_id)
 
     def _train(self, given: Given) -> ClientUpdate | None:
         """Return what a client sends for an order; None where it gave up, as a client would."""
@@ -471,7 +475,7 @@ class Simulation:
             base=self.model.file,
             kinds=self.kinds,
             compression=compression_of(self.settings, update.encoding),
-            sections=[(one.name, one.size_bytes) for one in update.sections],
+            sections=[(section.name, section.size_bytes) for section in update.sections],
             num_examples=update.num_examples,
             num_steps=update.num_steps,
             global_loss=update.metrics.get("global_loss"),
@@ -491,13 +495,13 @@ class Simulation:
             model_norm=self.model.parameter_norm,
             trusted=(),
         )
-        return {one.order_id for one in exclusions}
+        return {exclusion.order_id for exclusion in exclusions}
 
     def _aggregate(self, counted: Sequence[tuple[Given, StoredUpdate]]) -> None:
         state = self.model.server_state
         cohort = Cohort(
             base=self.model.file,
-            updates=[self._file(given, one.update) for given, one in counted],
+            updates=[self._file(given, stored_update.update) for given, stored_update in counted],
             kinds=self.kinds,
             seed=self.number,
         )
@@ -508,8 +512,8 @@ class Simulation:
         )
 
     def _needed(self) -> set[str | None]:
-        models = [self.model, *(one.base for one in self.at_work)]
-        return {digest for one in models for digest in (one.digest, one.state_digest)}
+        models = [self.model, *(given.base for given in self.at_work)]
+        return {digest for model in models for digest in (model.digest, model.state_digest)}
 
     def accuracy(self) -> float:
         """Return the global model's share of right answers on the bundled test digits."""

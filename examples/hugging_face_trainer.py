@@ -69,7 +69,7 @@ def draw_examples(*, is_faulty: bool) -> list[dict[str, Tensor]]:
     labels = (inputs[:, 0] > 0).long()
     if is_faulty:
         inputs[20, 3] = torch.nan
-    return [{"inputs": one, "labels": label} for one, label in zip(inputs, labels, strict=True)]
+    return [{"inputs": row, "labels": label} for row, label in zip(inputs, labels, strict=True)]
 
 
 def train(

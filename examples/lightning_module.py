@@ -40,7 +40,7 @@ class Doctored(LightningModule):
             self.doctor = Doctor(
                 self,
                 optimizer.optimizer,
-                lambda module, one: super(Doctored, module).training_step(one, 0),  # noqa: UP008
+                lambda module, batch: super(Doctored, module).training_step(batch, 0),  # noqa: UP008
             )
         loss = self.doctor.step(batch).loss
         # Lightning counts the steps of its own optimizer: without gradients it does nothing else.

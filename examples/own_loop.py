@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).resolve().parent.parent
-# Run by its path, a script sees its own folder and not the one it is to be imported from.
+# Run by its path, a script sees its own folder and not the folder to import it from.
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
@@ -61,8 +61,8 @@ def main() -> None:
 
     for diagnosis in doctor.diagnoses:
         print(f"\n{verdict(diagnosis)}")
-        for name, found in facts(diagnosis):
-            print(f"  {name:12}  {found}")
+        for name, fact in facts(diagnosis):
+            print(f"  {name:12}  {fact}")
         for row in experiment_rows(diagnosis):
             print("  {:22} {:6} {:17} {}".format(*row).rstrip())
     with torch.no_grad():

@@ -26,7 +26,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).resolve().parent.parent
-# Run by its path, a script sees its own folder and not the one it is to be imported from.
+# Run by its path, a script sees its own folder and not the folder to import it from.
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
@@ -117,13 +117,13 @@ def average_plainly(fault: str, size: Size) -> tuple[float, float, float]:
         shares.append(load_train(request, fault=fault if client == BAD_CLIENT else "none"))
     loss = accuracy = 0.0
     for round_number in range(1, size.num_rounds + 1):
-        before = {name: one.clone() for name, one in model.state_dict().items()}
-        sums = {name: torch.zeros_like(one) for name, one in before.items()}
+        before = {name: entry.clone() for name, entry in model.state_dict().items()}
+        sums = {name: torch.zeros_like(entry) for name, entry in before.items()}
         for client, share in enumerate(shares):
             model.load_state_dict(before)
             _train(model, share, fault=fault if client == BAD_CLIENT else "none")
-            for name, one in model.state_dict().items():
-                sums[name] += one / NUM_CLIENTS
+            for name, entry in model.state_dict().items():
+                sums[name] += entry / NUM_CLIENTS
         model.load_state_dict(sums)
         with torch.no_grad():
             outputs = torch.cat([model(part) for part in images.split(500)])

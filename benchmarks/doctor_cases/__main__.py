@@ -99,12 +99,12 @@ def _judge(planted: list[Case], healthy: list[Healthy], *, with_baselines: bool)
     if planted:
         judged = []
         for case in planted:
-            one = judge.judge(case, with_baselines=with_baselines)
-            if one.wrong and DRAW.get() and objections(case)[0]:
+            judgement = judge.judge(case, with_baselines=with_baselines)
+            if judgement.wrong and DRAW.get() and objections(case)[0]:
                 print(f"void {case.name}", flush=True)
                 continue
-            judged.append(one)
-            _say(case.name, one.wrong, one.took_s)
+            judged.append(judgement)
+            _say(case.name, judgement.wrong, judgement.took_s)
         sections += [
             report.planted_table(judged),
             report.cause_table(judged),

@@ -1,4 +1,4 @@
-"""What a case is: a fault planted in a sane training, and what is to be found of it."""
+"""A case: a fault planted in a sane training, and the diagnosis that is expected."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -35,11 +35,11 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What is to be found; an empty set and None are not judged.
+    """The expected diagnosis; an empty set and None are not judged.
 
     `modules` are those in which the first bad value may be said to arise; `step` is the step in
-    which it does. `positions` are the bad samples of that batch, judged where the cause that was
-    found is bad data or a bad label; `indices` are the same in the data set. With `may_add_one`,
+    which it does. `positions` are the bad samples of that batch, judged where the diagnosed
+    cause is bad data or a bad label; `indices` are the same in the data set. With `may_add_one`,
     under BatchNorm, a set that was verified to fail alone may hold one good sample more: a sample
     by itself can't be normalised.
     """

@@ -49,8 +49,8 @@ def digits(classes: tuple[int, ...], *, is_small: bool = False) -> tuple[Data, D
 def images_alone(classes: tuple[int, ...]) -> tuple[Data, Data]:
     """Return small images scaled to 0..1 without their labels, float32 [n, 196]."""
     train, test = (
-        {"images": (one["images"].flatten(1) * 0.3081 + 0.1307).clamp(0, 1)}
-        for one in digits(classes, is_small=True)
+        {"images": (split["images"].flatten(1) * 0.3081 + 0.1307).clamp(0, 1)}
+        for split in digits(classes, is_small=True)
     )
     return train, test
 

@@ -1,4 +1,4 @@
-"""Whether the cases are what they say, found without the doctor.
+"""Whether the cases are what they say, examined without the doctor.
 
 Each planted fault must do harm in a plain loop and its twin must learn; each healthy run must stay
 sane. Where a case names one of two causes that are easily mixed up, the difference is measured.
@@ -98,13 +98,13 @@ def _slower(case: Case, part: int) -> Callable[[nn.Module], Optimizer]:
 
 def complaints(run: Healthy) -> tuple[list[str], str]:
     """Return what is wrong with a healthy run, and a line of what was measured."""
-    found = train_plainly(run.begin(), is_watched=True)
+    result = train_plainly(run.begin(), is_watched=True)
     wrong = []
-    if found.first is not None:
-        wrong.append(f"not healthy: {found.first}")
-    if found.score < run.least_score:
-        wrong.append(f"ends at {found.score:.4f}, below {run.least_score}")
-    return wrong, f"score {found.score:.4f}, losses {_brief(found)}, {sum(found.step_s):.1f} s"
+    if result.first is not None:
+        wrong.append(f"not healthy: {result.first}")
+    if result.score < run.least_score:
+        wrong.append(f"ends at {result.score:.4f}, below {run.least_score}")
+    return wrong, f"score {result.score:.4f}, losses {_brief(result)}, {sum(result.step_s):.1f} s"
 
 
 def _brief(run: PlainRun) -> str:

@@ -88,12 +88,12 @@ def several_labels() -> tuple[Data, Data]:
     """Return rows with five labels each that are rarely 1, float32 [n, 5]."""
     train, test = data.blobs()
 
-    def part(one: Data) -> Data:
-        wanted = torch.zeros(len(one["labels"]), 5)
-        rare = one["labels"] == 0
+    def part(split: Data) -> Data:
+        wanted = torch.zeros(len(split["labels"]), 5)
+        rare = split["labels"] == 0
         wanted[rare, 0] = 1
-        wanted[rare & (one["rows"][:, 0] > 0), 1] = 1
-        return {"rows": one["rows"], "wanted": wanted}
+        wanted[rare & (split["rows"][:, 0] > 0), 1] = 1
+        return {"rows": split["rows"], "wanted": wanted}
 
     return part(train), part(test)
 
@@ -105,8 +105,8 @@ def heavy_tails() -> tuple[Data, Data]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(23)
         train, test = (
-            {"rows": one["rows"] + noise.sample(one["rows"].shape), "labels": one["labels"]}
-            for one in data.blobs()
+            {"rows": split["rows"] + noise.sample(split["rows"].shape), "labels": split["labels"]}
+            for split in data.blobs()
         )
     return train, test
 
@@ -117,10 +117,10 @@ def sparse_rows() -> tuple[Data, Data]:
     drawn = torch.Generator().manual_seed(24)
     train, test = (
         {
-            "rows": one["rows"] * (torch.rand(one["rows"].shape, generator=drawn) < 0.3),
-            "labels": one["labels"],
+            "rows": split["rows"] * (torch.rand(split["rows"].shape, generator=drawn) < 0.3),
+            "labels": split["labels"],
         }
-        for one in data.blobs()
+        for split in data.blobs()
     )
     return train, test
 
@@ -129,8 +129,8 @@ def sparse_rows() -> tuple[Data, Data]:
 def large_rows() -> tuple[Data, Data]:
     """Return rows moved and scaled to 0..255, as pixels that nobody normalised."""
     train, test = (
-        {"rows": (one["rows"] * 12 + 128).clamp(0, 255), "labels": one["labels"]}
-        for one in data.blobs()
+        {"rows": (split["rows"] * 12 + 128).clamp(0, 255), "labels": split["labels"]}
+        for split in data.blobs()
     )
     return train, test
 

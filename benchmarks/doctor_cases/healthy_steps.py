@@ -179,7 +179,7 @@ def _frozen(build: Callable[[], nn.Module], *learning: str) -> Callable[[], nn.M
 
 
 class HalfUsed(PlainMLP):
-    """Has a branch that isn't used, and one that is multiplied by zero."""
+    """Has a branch that isn't used, and a branch that is multiplied by zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,9 @@ class HalfUsed(PlainMLP):
 
 def _learning_only(lr: float) -> Callable[[nn.Module], Optimizer]:
     return lambda model: SGD(
-        [one for one in model.parameters() if one.requires_grad], lr=lr, momentum=0.9
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=lr,
+        momentum=0.9,
     )
 
 

@@ -1,4 +1,4 @@
-"""A case before the doctor: what it found, beside what is to be found, and how it ended."""
+"""Judges a case: the doctor's diagnoses beside those expected, and how the training ended."""
 
 import time
 import traceback
@@ -25,7 +25,7 @@ _NO_CLAIM = frozenset({Cause.UNKNOWN, Cause.NOT_REPRODUCIBLE})
 
 @dataclass(frozen=True, kw_only=True)
 class Treated:
-    """A training under the doctor. `error` is one that got past the doctor."""
+    """A training under the doctor. `error` is an error that got past the doctor."""
 
     diagnoses: tuple[Diagnosis, ...]
     is_halted: bool
@@ -123,7 +123,7 @@ def judge(case: Case, *, with_baselines: bool) -> Judgement:
     if first is None:
         wrong.append("nothing was detected")
     # A later diagnosis that claims nothing isn't wrong.
-    later = {one.cause for one in treated.diagnoses[1:]} - _NO_CLAIM
+    later = {diagnosis.cause for diagnosis in treated.diagnoses[1:]} - _NO_CLAIM
     is_cause_right = first is not None and {first.cause} | later <= expected.causes
     if first is not None and not is_cause_right:
         wrong.append(f"cause: expected {_list(expected.causes)}, found {_causes(treated)}")
@@ -155,7 +155,10 @@ def judge(case: Case, *, with_baselines: bool) -> Judgement:
         is_step_right=is_step_right,
         are_samples_right=are_samples_right,
         is_end_right=is_end_right,
-        in_steps=tuple((one.cause, one.seconds / twin.median_step_s) for one in treated.diagnoses),
+        in_steps=tuple(
+            (diagnosis.cause, diagnosis.seconds / twin.median_step_s)
+            for diagnosis in treated.diagnoses
+        ),
         halved=halved,
         skipped=skipped,
         wrong=tuple(wrong),
@@ -172,8 +175,8 @@ def _judge_samples(case: Case, first: Diagnosis | None, wrong: list[str]) -> boo
     if first.cause not in _WITH_SAMPLES:
         # Where another name is right too, it needn't name samples.
         return None if first.cause in expected.causes else False
-    positions = {one.position for one in first.samples}
-    indices = {one.index for one in first.samples}
+    positions = {sample.position for sample in first.samples}
+    indices = {sample.index for sample in first.samples}
     num_more = int(expected.may_add_one)
     is_right = _is_set(positions, expected.positions, num_more)
     if expected.indices is not None:
@@ -186,8 +189,8 @@ def _judge_samples(case: Case, first: Diagnosis | None, wrong: list[str]) -> boo
     return is_right
 
 
-def _is_set(found: set[int], bad: frozenset[int], num_more: int) -> bool:
-    return bad <= found and len(found) <= len(bad) + num_more
+def _is_set(named: set[int], bad: frozenset[int], num_more: int) -> bool:
+    return bad <= named and len(named) <= len(bad) + num_more
 
 
 def _judge_end(case: Case, treated: Treated, twin_score: float, wrong: list[str]) -> bool:
@@ -226,13 +229,14 @@ def judge_healthy(run: Healthy) -> HealthyJudgement:
     if treated.error:
         wrong.append(f"the doctor raised {treated.error[:200]}")
     if treated.diagnoses:
-        told = ", ".join(
-            f"{one.symptom} as {one.cause} at step {one.step}" for one in treated.diagnoses
+        alarms = ", ".join(
+            f"{diagnosis.symptom} as {diagnosis.cause} at step {diagnosis.step}"
+            for diagnosis in treated.diagnoses
         )
-        wrong.append(f"false alarm: {told}")
-    theirs = watched.model.state_dict()
+        wrong.append(f"false alarm: {alarms}")
+    watched_state = watched.model.state_dict()
     is_unchanged = all(
-        torch.equal(entry, theirs[key]) for key, entry in bare.model.state_dict().items()
+        torch.equal(entry, watched_state[key]) for key, entry in bare.model.state_dict().items()
     )
     if not is_unchanged and not treated.diagnoses:
         wrong.append("the weights aren't those of a plain loop")
@@ -247,14 +251,15 @@ def judge_healthy(run: Healthy) -> HealthyJudgement:
 
 def _causes(treated: Treated) -> str:
     return ", ".join(
-        f"{one.symptom} -> {one.cause} at step {one.step} (noticed {one.noticed_at_step}), "
-        f"{one.remedy.kind}{'' if one.remedy.is_working else ' not working'}"
-        for one in treated.diagnoses
+        f"{diagnosis.symptom} -> {diagnosis.cause} at step {diagnosis.step} "
+        f"(noticed {diagnosis.noticed_at_step}), "
+        f"{diagnosis.remedy.kind}{'' if diagnosis.remedy.is_working else ' not working'}"
+        for diagnosis in treated.diagnoses
     )
 
 
 def _oddities(samples: tuple[SuspectSample, ...]) -> str:
-    return ", ".join(sorted({str(one.oddity) for one in samples}))
+    return ", ".join(sorted({str(sample.oddity) for sample in samples}))
 
 
 def _list(values: frozenset[str] | frozenset[Cause]) -> str:

@@ -168,9 +168,9 @@ def _restore(training: Training, kept: tuple[Any, ...]) -> None:
         training.scheduler.load_state_dict(copy.deepcopy(scheduler))
 
 
-def loss_of(found: object) -> Tensor:
-    """Return the loss of what a task's loss gave."""
-    loss = found[0] if isinstance(found, tuple) else found
+def loss_of(returned: object) -> Tensor:
+    """Return the loss in what a task's loss function returned."""
+    loss = returned[0] if isinstance(returned, tuple) else returned
     assert isinstance(loss, Tensor)
     return loss
 
@@ -179,7 +179,9 @@ def _backward(training: Training, batch: Batch) -> tuple[float, float]:
     training.optimizer.zero_grad()
     loss = loss_of(training.task.loss(training.model, batch))
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-    gradients = [one.grad for one in training.model.parameters() if one.grad is not None]
+    gradients = [
+        parameter.grad for parameter in training.model.parameters() if parameter.grad is not None
+    ]
     norm, most = get_total_norm(gradients).item(), training.task.clip_norm
     # As train_model clips: exactly to the norm, where clip_grad_norm_ adds 1e-6 to the divisor.
     if most is not None and norm > most:
@@ -213,7 +215,7 @@ def _is_state_finite(training: Training) -> bool:
         for value in state.values()
         if isinstance(value, Tensor)
     ]
-    return is_finite(training.model) and all(bool(torch.isfinite(one).all()) for one in held)
+    return is_finite(training.model) and all(bool(torch.isfinite(value).all()) for value in held)
 
 
 def _first_of(
@@ -241,8 +243,8 @@ def _watching(model: nn.Module) -> Iterator[list[tuple[str, str]]]:
         def look(_: nn.Module, inputs: object, output: object, name: str = name) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
             assert isinstance(inputs, tuple)
-            for one in tensors:
-                if isinstance(one, Tensor) and not bool(torch.isfinite(one).all()):
+            for tensor in tensors:
+                if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
                     was_finite = all(
                         bool(torch.isfinite(given).all())
                         for given in inputs

@@ -157,8 +157,8 @@ def _naive_bce(scale: float) -> ComputeLoss:
     def loss(model: nn.Module, batch: Batch) -> tasks.Outcome:
         outputs, logits, labels = _scaled(model, batch, scale)
         chance = torch.sigmoid(logits[:, 1] - logits[:, 0])
-        said = labels * torch.log(chance) + (1 - labels) * torch.log(1 - chance)
-        return -said.mean(), outputs
+        log_likelihoods = labels * torch.log(chance) + (1 - labels) * torch.log(1 - chance)
+        return -log_likelihoods.mean(), outputs
 
     return loss
 
@@ -192,7 +192,7 @@ def _focal_root(scale: float) -> ComputeLoss:
 def _group_lasso(floor: float) -> ComputeLoss:
     def loss(model: nn.Module, batch: Batch) -> tasks.Outcome:
         value, outputs = tasks.cross_entropy(model, batch)
-        norms = [(one.square().sum() + floor).sqrt() for one in model.parameters()]
+        norms = [(parameter.square().sum() + floor).sqrt() for parameter in model.parameters()]
         return value + 1e-4 * torch.stack(norms).sum(), outputs
 
     return loss
@@ -223,7 +223,7 @@ def _begins_at_zero() -> tuple[Data, Data]:
 
 
 def _above_zero() -> tuple[Data, Data]:
-    train, test = ({**one, "targets": 1.5 + 0.4 * one["targets"]} for one in data.curve())
+    train, test = ({**split, "targets": 1.5 + 0.4 * split["targets"]} for split in data.curve())
     return (
         train | {"targets": train["targets"].clamp(min=0.1)},
         test | {"targets": test["targets"].clamp(min=0.1)},

@@ -123,8 +123,8 @@ def _received(task: Task) -> Task:
         inputs, targets = (tensor[-400:] for tensor in task.load()[0].values())
         for at in range(0, 400, 20):
             optimizer.zero_grad()
-            found: Any = task.loss(model, (inputs[at : at + 20], targets[at : at + 20]))
-            found[0].backward()
+            returned: Any = task.loss(model, (inputs[at : at + 20], targets[at : at + 20]))
+            returned[0].backward()
             optimizer.step()
         optimizer.zero_grad()
         # An optimizer always starts without history.

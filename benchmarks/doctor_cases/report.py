@@ -11,31 +11,43 @@ from fedrounds.diagnosis.values import Cause
 
 
 def planted_table(judged: list[Judgement]) -> str:
-    """Return what was found over all cases, beside what is aimed at."""
-    data_cases = [one for one in judged if one.are_samples_right is not None]
-    curable = [one for one in judged if one.case.expected.outcome is Outcome.CURED]
-    halting = [one for one in judged if one.case.expected.outcome is Outcome.HALTED]
+    """Return the totals over all cases, beside the aims."""
+    data_cases = [judgement for judgement in judged if judgement.are_samples_right is not None]
+    curable = [
+        judgement for judgement in judged if judgement.case.expected.outcome is Outcome.CURED
+    ]
+    halting = [
+        judgement for judgement in judged if judgement.case.expected.outcome is Outcome.HALTED
+    ]
     placed = [
-        one.is_phase_right is not False and one.is_module_right is not False
-        for one in judged
-        if one.is_phase_right is not None or one.is_module_right is not None
+        judgement.is_phase_right is not False and judgement.is_module_right is not False
+        for judgement in judged
+        if judgement.is_phase_right is not None or judgement.is_module_right is not None
     ]
     rows: list[tuple[str, Iterable[bool], str]] = [
-        ("detected", [one.is_detected for one in judged], "100 %"),
-        ("cause named rightly", [one.is_cause_right for one in judged], "95 %"),
+        ("detected", [judgement.is_detected for judgement in judged], "100 %"),
+        ("cause named rightly", [judgement.is_cause_right for judgement in judged], "95 %"),
         ("phase and module rightly, where there is one", placed, "90 %"),
-        ("step rightly, where there is one", _known(one.is_step_right for one in judged), ""),
+        (
+            "step rightly, where there is one",
+            _known(judgement.is_step_right for judgement in judged),
+            "",
+        ),
         (
             "smallest set of samples rightly",
-            [one.are_samples_right is True for one in data_cases],
+            [judgement.are_samples_right is True for judgement in data_cases],
             "95 %",
         ),
         (
             "cured, within 0.5 points of the healthy twin",
-            [one.is_end_right for one in curable],
+            [judgement.is_end_right for judgement in curable],
             "100 %",
         ),
-        ("halted where no cure is the client's to make", [one.is_end_right for one in halting], ""),
+        (
+            "halted where no cure is the client's to make",
+            [judgement.is_end_right for judgement in halting],
+            "",
+        ),
     ]
     lines = ["| planted faults | of | | aim |", "| --- | --- | --- | --- |"]
     for name, right, aim in rows:
@@ -57,22 +69,23 @@ def cause_table(judged: list[Judgement]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cause in Cause:
-        mine = [one for one in judged if _planted(one) is cause]
+        mine = [judgement for judgement in judged if _planted(judgement) is cause]
         if not mine:
             continue
-        spent = [steps for one in mine for _, steps in one.in_steps]
+        spent = [steps for judgement in mine for _, steps in judgement.in_steps]
         lines.append(
-            f"| {cause} | {len(mine)} | {sum(one.is_cause_right for one in mine)} "
-            f"| {sum(one.is_end_right for one in mine)} "
-            f"| {_share(mine, lambda one: one.halved)} | {_share(mine, lambda one: one.skipped)} "
+            f"| {cause} | {len(mine)} | {sum(judgement.is_cause_right for judgement in mine)} "
+            f"| {sum(judgement.is_end_right for judgement in mine)} "
+            f"| {_share(mine, lambda judgement: judgement.halved)} "
+            f"| {_share(mine, lambda judgement: judgement.skipped)} "
             f"| {statistics.median(spent) if spent else math.nan:.0f} "
             f"| {max(spent, default=math.nan):.0f} | {_median_for('SimpleCNN', mine)} |"
         )
     lines.append(
-        f"| all | {len(judged)} | {sum(one.is_cause_right for one in judged)} "
-        f"| {sum(one.is_end_right for one in judged)} "
-        f"| {_share(judged, lambda one: one.halved)} "
-        f"| {_share(judged, lambda one: one.skipped)} | | | |"
+        f"| all | {len(judged)} | {sum(judgement.is_cause_right for judgement in judged)} "
+        f"| {sum(judgement.is_end_right for judgement in judged)} "
+        f"| {_share(judged, lambda judgement: judgement.halved)} "
+        f"| {_share(judged, lambda judgement: judgement.skipped)} | | | |"
     )
     return "\n".join(lines)
 
@@ -80,28 +93,30 @@ def cause_table(judged: list[Judgement]) -> str:
 def _median_for(architecture: str, judged: list[Judgement]) -> str:
     spent = [
         steps
-        for one in judged
-        if one.case.task.architecture == architecture
-        for _, steps in one.in_steps
+        for judgement in judged
+        if judgement.case.task.architecture == architecture
+        for _, steps in judgement.in_steps
     ]
     return f"{statistics.median(spent):.0f}" if spent else ""
 
 
-def _planted(one: Judgement) -> Cause:
+def _planted(judgement: Judgement) -> Cause:
     """The cause a case stands under: the first of those that are right, as Cause lists them."""
-    return next(cause for cause in Cause if cause in one.case.expected.causes)
+    return next(cause for cause in Cause if cause in judgement.case.expected.causes)
 
 
 def _share(judged: list[Judgement], of: Callable[[Judgement], bool | None]) -> str:
-    known = _known(of(one) for one in judged)
+    known = _known(of(judgement) for judgement in judged)
     return f"{sum(known)} of {len(known)}" if known else ""
 
 
 def healthy_table(judged: list[HealthyJudgement]) -> str:
     """Return the false alarms, and whether the doctor changed what it only watched."""
-    alarms = sum(bool(one.treated.diagnoses or one.treated.is_halted) for one in judged)
-    errors = sum(bool(one.treated.error) for one in judged)
-    unchanged = sum(one.is_unchanged for one in judged)
+    alarms = sum(
+        bool(judgement.treated.diagnoses or judgement.treated.is_halted) for judgement in judged
+    )
+    errors = sum(bool(judgement.treated.error) for judgement in judged)
+    unchanged = sum(judgement.is_unchanged for judgement in judged)
     return "\n".join(
         [
             "| healthy runs | of | aim |",
@@ -121,29 +136,30 @@ def overhead_table(measured: list[Overhead]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {one.name} | {one.bare_us:.0f} | {_ratio(one, 'armed')} | {_ratio(one, 'unarmed')} "
-        f"| {_ratio(one, 'anomaly')} | {_added(one, 'armed')} | {_added(one, 'unarmed')} "
-        f"| {one.over_us['armed'][0] - one.over_us['unarmed'][0]:.0f} |"
-        for one in measured
+        f"| {overhead.name} | {overhead.bare_us:.0f} | {_ratio(overhead, 'armed')} "
+        f"| {_ratio(overhead, 'unarmed')} | {_ratio(overhead, 'anomaly')} "
+        f"| {_added(overhead, 'armed')} | {_added(overhead, 'unarmed')} "
+        f"| {overhead.over_us['armed'][0] - overhead.over_us['unarmed'][0]:.0f} |"
+        for overhead in measured
     ]
     return "\n".join(lines)
 
 
-def _ratio(one: Overhead, way: str) -> str:
-    middle, low, high = one.ratios[way]
+def _ratio(overhead: Overhead, way: str) -> str:
+    middle, low, high = overhead.ratios[way]
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _added(one: Overhead, way: str) -> str:
-    middle, low, high = one.over_us[way]
+def _added(overhead: Overhead, way: str) -> str:
+    middle, low, high = overhead.over_us[way]
     return f"{middle:.0f} ({low:.0f} to {high:.0f})"
 
 
 def wrong_list(judged: list[Judgement] | list[HealthyJudgement]) -> str:
     """Return each case that went wrong, with what was expected and what came."""
     lines = []
-    for one in judged:
-        if one.wrong:
-            name = one.case.name if isinstance(one, Judgement) else one.run.name
-            lines.append(f"- {name}: {'; '.join(one.wrong)}")
+    for judgement in judged:
+        if judgement.wrong:
+            name = judgement.case.name if isinstance(judgement, Judgement) else judgement.run.name
+            lines.append(f"- {name}: {'; '.join(judgement.wrong)}")
     return "\n".join(lines) or "- none"

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fedrounds.seeds import derive_seed
 
 DRAW: ContextVar[int] = ContextVar("DRAW", default=0)
-"""Which draw of all that is random is in force: 0 is the one that docs/doctor.md tells of."""
+"""Which draw of all that is random is in force: docs/doctor.md reports draw 0."""
 Data = dict[str, Tensor]
 """Tensors by name, all with the samples in dimension 0."""
 Batch = Any

@@ -63,7 +63,9 @@ def run_rounds(grid: Grid, context: Context) -> None:
         train_config=ConfigRecord(),
         evaluate_fn=note_the_time,
     )
-    clients = {at: int(one["clients"]) for at, one in result.train_metrics_clientapp.items()}
+    clients = {
+        at: int(metrics["clients"]) for at, metrics in result.train_metrics_clientapp.items()
+    }
     expected_clients = dict.fromkeys(range(1, num_rounds + 1), num_clients)
     assert clients == expected_clients, f"clients that answered, by round: {clients}"
     final = result.arrays.to_numpy_ndarrays()

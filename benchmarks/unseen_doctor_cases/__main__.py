@@ -57,10 +57,10 @@ def line(result: PlantedResult | HealthyResult) -> str:
         "twin": result.is_near_twin,
     }
     marks = {True: "+", False: "X", None: "-"}
-    told = " ".join(f"{name}{marks[answer]}" for name, answer in answers.items())
+    marked = " ".join(f"{name}{marks[answer]}" for name, answer in answers.items())
     ends = " CRASHED" * result.is_crashed + " HALTED" * result.is_halted
     return (
-        f"{head} {told}{ends} | plain {result.untreated:.3f} skip {result.skipped:.3f} "
+        f"{head} {marked}{ends} | plain {result.untreated:.3f} skip {result.skipped:.3f} "
         f"doctor {result.doctored:.3f} twin {result.twin:.3f} {result.seconds:.1f} s | "
         f"{result.words}"
     )
@@ -85,8 +85,10 @@ def main() -> int:
     ]
     seeds = [int(seed) for seed in options.seeds.split(",")]
     wanted = [(name, seed) for seed in seeds for name in names]
-    results = [one for one in load_results(options.keep) if (one.name, one.seed) in wanted]
-    known = {(one.name, one.seed) for one in results}
+    results = [
+        result for result in load_results(options.keep) if (result.name, result.seed) in wanted
+    ]
+    known = {(result.name, result.seed) for result in results}
     left = [run for run in wanted if run not in known]
     num_missing = 0 if options.processes else len(left)
     for result in judge_all(
@@ -97,12 +99,15 @@ def main() -> int:
         if options.keep is not None:
             with options.keep.open("a") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
-    planted = [one for one in results if isinstance(one, PlantedResult)]
-    healthy = [one for one in results if isinstance(one, HealthyResult)]
+    planted = [result for result in results if isinstance(result, PlantedResult)]
+    healthy = [result for result in results if isinstance(result, HealthyResult)]
     print(f"{kinds_table(planted)}\n\n{totals(planted, healthy)}")
     if options.write:
         command = " ".join(["python -m benchmarks.unseen_doctor_cases", *_arguments(options)])
-        num_cases = len({one.name for one in planted}), len({one.name for one in healthy})
+        num_cases = (
+            len({result.name for result in planted}),
+            len({result.name for result in healthy}),
+        )
         write_section(
             "doctor_unseen",
             f"{machine_line()}, torch {torch.__version__}; `{command}`: {num_cases[0]} planted and "
@@ -112,22 +117,22 @@ def main() -> int:
             page=PAGE,
         )
         print(f"written to {Path('docs') / PAGE}")
-    is_harmless = not any(one.is_crashed for one in results)
-    return 0 if is_harmless and not any(one.is_changed for one in healthy) else 1
+    is_harmless = not any(result.is_crashed for result in results)
+    return 0 if is_harmless and not any(result.is_changed for result in healthy) else 1
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:
     """Return the arguments that differ from the defaults, but for --write itself."""
-    told = []
+    arguments = []
     if options.cases:
-        told += ["--cases", options.cases]
+        arguments += ["--cases", options.cases]
     if options.seeds != "0,1,2":
-        told += ["--seeds", options.seeds]
+        arguments += ["--seeds", options.seeds]
     if options.keep is not None:
-        told += ["--keep", options.keep.name]
+        arguments += ["--keep", options.keep.name]
     if not options.processes:
-        told += ["--processes", "0"]
-    return [*told, "--write"]
+        arguments += ["--processes", "0"]
+    return [*arguments, "--write"]
 
 
 if __name__ == "__main__":

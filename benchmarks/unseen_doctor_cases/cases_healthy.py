@@ -69,7 +69,7 @@ def second_task(seed: int) -> Training:
         model=model,
         optimizer=adam(model, 0.01),
         compute_loss=cross_entropy,
-        steps=[*first, *(Step(one.batch, one.indices, one.epoch + 6) for one in second)],
+        steps=[*first, *(Step(step.batch, step.indices, step.epoch + 6) for step in second)],
         score=accuracy((test_inputs, 3 - test_labels)),
         num_classes=4,
     )
@@ -87,7 +87,7 @@ def sorted_by_class(seed: int) -> Training:
         model=model,
         optimizer=sgd(model, 0.02),
         compute_loss=cross_entropy,
-        steps=[*steps, *(Step(one.batch, one.indices, one.epoch + 8) for one in shuffled)],
+        steps=[*steps, *(Step(step.batch, step.indices, step.epoch + 8) for step in shuffled)],
         score=accuracy(test),
         num_classes=4,
     )
@@ -121,8 +121,8 @@ def term_switched_on(seed: int) -> Training:
     (inputs, targets), test = plane(seed)
     model = mlp(6, 1)
     steps = [
-        Step((*one.batch, torch.full((len(one.indices), 1), float(number >= 100))), *one[1:])
-        for number, one in enumerate(minibatches((inputs, targets), seed=seed, epochs=12))
+        Step((*step.batch, torch.full((len(step.indices), 1), float(number >= 100))), *step[1:])
+        for number, step in enumerate(minibatches((inputs, targets), seed=seed, epochs=12))
     ]
 
     def with_penalty(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -145,8 +145,8 @@ def annealed_divergence(seed: int) -> Training:
     (inputs, _), (test, _) = blobs(seed, spread=3.0)
     model = Encoder()
     steps = [
-        Step((*one.batch, torch.full((len(one.indices),), min(number / 150, 1.0))), *one[1:])
-        for number, one in enumerate(minibatches((inputs,), seed=seed, epochs=15))
+        Step((*step.batch, torch.full((len(step.indices),), min(number / 150, 1.0))), *step[1:])
+        for number, step in enumerate(minibatches((inputs,), seed=seed, epochs=15))
     ]
 
     def annealed(model: nn.Module, batch: Batch) -> Tensor:

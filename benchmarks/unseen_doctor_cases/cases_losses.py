@@ -289,8 +289,11 @@ def contrastive_scale(seed: int, *, fault: bool) -> Training:
             self.log_scale = nn.Parameter(torch.tensor(1.5))
 
         def forward(self, left: Tensor, right: Tensor) -> Tensor:
-            one, other = F.normalize(self.left(left), dim=1), F.normalize(self.right(right), dim=1)
-            return self.log_scale.exp() * one @ other.T
+            left_unit, right_unit = (
+                F.normalize(self.left(left), dim=1),
+                F.normalize(self.right(right), dim=1),
+            )
+            return self.log_scale.exp() * left_unit @ right_unit.T
 
     model = Pair()
     groups = [

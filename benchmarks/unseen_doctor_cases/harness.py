@@ -128,10 +128,10 @@ def copy_state(model: nn.Module) -> State:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def are_same(one: State, other: State) -> bool:
+def are_same(first: State, second: State) -> bool:
     """Whether two states are the same bit for bit."""
-    return one.keys() == other.keys() and all(
-        torch.equal(tensor, other[name]) for name, tensor in one.items()
+    return first.keys() == second.keys() and all(
+        torch.equal(tensor, second[name]) for name, tensor in first.items()
     )
 
 
@@ -143,4 +143,6 @@ def gradients_are_finite(model: nn.Module) -> bool:
     """Return whether every gradient is finite."""
     # A sparse gradient is finite where its values are.
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    return all(_is_finite(one.coalesce().values() if one.is_sparse else one) for one in gradients)
+    return all(
+        _is_finite(grad.coalesce().values() if grad.is_sparse else grad) for grad in gradients
+    )

@@ -121,9 +121,9 @@ def judge_healthy(case: HealthyCase, *, seed: int) -> HealthyResult:
 
 def bound_holds_on_average(results: list[PlantedResult]) -> bool:
     """Whether the bound holds for the means over the seeds."""
-    doctored = statistics.fmean(one.doctored for one in results)
-    untreated = statistics.fmean(one.untreated for one in results)
-    skipped = statistics.fmean(one.skipped for one in results)
+    doctored = statistics.fmean(result.doctored for result in results)
+    untreated = statistics.fmean(result.untreated for result in results)
+    skipped = statistics.fmean(result.skipped for result in results)
     return doctored >= max(untreated, skipped) - TOLERANCE
 
 
@@ -153,10 +153,11 @@ def _are_exact(training: Training, first: Diagnosis | None) -> bool | None:
 
 
 def _words(doctored: Outcome) -> str:
-    told = [
-        f"{verdict(one)} [{one.origin.phase}:{one.origin.module}:{one.origin.operation}]"
-        for one in doctored.diagnoses
+    words = [
+        f"{verdict(diagnosis)} [{diagnosis.origin.phase}:{diagnosis.origin.module}"
+        f":{diagnosis.origin.operation}]"
+        for diagnosis in doctored.diagnoses
     ]
     if doctored.error:
-        told.append(f"raised {doctored.error[:120]}")
-    return "; ".join(told) or "nothing"
+        words.append(f"raised {doctored.error[:120]}")
+    return "; ".join(words) or "nothing"

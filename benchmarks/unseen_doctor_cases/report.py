@@ -42,11 +42,11 @@ def healthy_table(results: Sequence[HealthyResult]) -> str:
             [
                 group[0].name,
                 REGISTER.healthy[group[0].name].story,
-                _mean(one.plain for one in group),
-                _mean(one.doctored for one in group),
-                _count(one.is_changed for one in group),
-                _count(one.is_crashed for one in group),
-                str(sum(one.num_diagnoses for one in group)),
+                _mean(result.plain for result in group),
+                _mean(result.doctored for result in group),
+                _count(result.is_changed for result in group),
+                _count(result.is_crashed for result in group),
+                str(sum(result.num_diagnoses for result in group)),
             ]
         )
     return table(HEALTHY_HEADINGS, rows)
@@ -54,30 +54,49 @@ def healthy_table(results: Sequence[HealthyResult]) -> str:
 
 def totals(planted: Sequence[PlantedResult], healthy: Sequence[HealthyResult]) -> str:
     """Return the totals as a list of shares of runs."""
-    non_finite = [one for one in planted if REGISTER.planted[one.name].truth.becomes_non_finite]
-    finite = [one for one in planted if not REGISTER.planted[one.name].truth.becomes_non_finite]
-    curable = [one for one in planted if REGISTER.planted[one.name].truth.is_curable]
+    non_finite = [
+        result for result in planted if REGISTER.planted[result.name].truth.becomes_non_finite
+    ]
+    finite = [
+        result for result in planted if not REGISTER.planted[result.name].truth.becomes_non_finite
+    ]
+    curable = [result for result in planted if REGISTER.planted[result.name].truth.is_curable]
     groups = by_case(planted)
     lines = [
-        ("the plain loop shows the fault", _share(one.is_as_planted for one in planted)),
-        ("detected, of what becomes non-finite", _share(one.is_detected for one in non_finite)),
-        ("detected, of finite faults", _share(one.is_detected for one in finite)),
-        ("cause right", _share(one.is_cause_right for one in planted)),
-        ("phase right", _share(one.is_phase_right for one in planted)),
-        ("module right", _share(one.is_module_right for one in planted)),
-        ("samples exact", _share(one.are_samples_exact for one in planted)),
-        ("crashed", _share(one.is_crashed for one in planted)),
-        ("halted", _share(one.is_halted for one in planted)),
-        ("no worse than untreated and than skipping", _share(one.holds_bound for one in planted)),
-        ("the same, of cases by their mean", _share(bound_holds_on_average(one) for one in groups)),
-        ("as good as the healthy twin, where curable", _share(one.is_near_twin for one in curable)),
-        ("healthy trainings changed", _share(one.is_changed for one in healthy)),
-        ("healthy trainings crashed", _share(one.is_crashed for one in healthy)),
-        ("healthy trainings with a diagnosis", _share(one.num_diagnoses > 0 for one in healthy)),
+        ("the plain loop shows the fault", _share(result.is_as_planted for result in planted)),
+        (
+            "detected, of what becomes non-finite",
+            _share(result.is_detected for result in non_finite),
+        ),
+        ("detected, of finite faults", _share(result.is_detected for result in finite)),
+        ("cause right", _share(result.is_cause_right for result in planted)),
+        ("phase right", _share(result.is_phase_right for result in planted)),
+        ("module right", _share(result.is_module_right for result in planted)),
+        ("samples exact", _share(result.are_samples_exact for result in planted)),
+        ("crashed", _share(result.is_crashed for result in planted)),
+        ("halted", _share(result.is_halted for result in planted)),
+        (
+            "no worse than untreated and than skipping",
+            _share(result.holds_bound for result in planted),
+        ),
+        (
+            "the same, of cases by their mean",
+            _share(bound_holds_on_average(group) for group in groups),
+        ),
+        (
+            "as good as the healthy twin, where curable",
+            _share(result.is_near_twin for result in curable),
+        ),
+        ("healthy trainings changed", _share(result.is_changed for result in healthy)),
+        ("healthy trainings crashed", _share(result.is_crashed for result in healthy)),
+        (
+            "healthy trainings with a diagnosis",
+            _share(result.num_diagnoses > 0 for result in healthy),
+        ),
     ]
     if planted:
-        seconds = sorted(one.seconds for one in planted)
-        steps = sorted(one.seconds / one.step_seconds for one in planted)
+        seconds = sorted(result.seconds for result in planted)
+        steps = sorted(result.seconds / result.step_seconds for result in planted)
         middle = len(planted) // 2
         lines.append(
             (
@@ -92,8 +111,8 @@ def totals(planted: Sequence[PlantedResult], healthy: Sequence[HealthyResult]) -
 def by_case(results: Sequence[Result]) -> list[list[Result]]:
     """Return the results of each case, in the cases' order."""
     order = [*REGISTER.planted, *REGISTER.healthy]
-    ordered = sorted(results, key=lambda one: (order.index(one.name), one.seed))
-    return [list(group) for _, group in groupby(ordered, key=lambda one: one.name)]
+    ordered = sorted(results, key=lambda result: (order.index(result.name), result.seed))
+    return [list(group) for _, group in groupby(ordered, key=lambda result: result.name)]
 
 
 def _planted_row(group: Sequence[PlantedResult]) -> list[str]:
@@ -102,28 +121,28 @@ def _planted_row(group: Sequence[PlantedResult]) -> list[str]:
         REGISTER.planted[group[0].name].story,
         *_answers(group),
         *(_mean(map(metric, group)) for metric in _METRICS),
-        f"{statistics.fmean(one.seconds for one in group):.1f}",
+        f"{statistics.fmean(result.seconds for result in group):.1f}",
     ]
 
 
 def _answers(group: Sequence[PlantedResult]) -> list[str]:
     return [
-        _count(one.is_detected for one in group),
-        _count(one.is_cause_right for one in group),
-        _count(one.is_phase_right for one in group),
-        _count(one.is_module_right for one in group),
-        _count(one.are_samples_exact for one in group),
-        _count(one.holds_bound for one in group),
-        _count(one.is_near_twin for one in group),
-        _count(one.is_halted for one in group),
+        _count(result.is_detected for result in group),
+        _count(result.is_cause_right for result in group),
+        _count(result.is_phase_right for result in group),
+        _count(result.is_module_right for result in group),
+        _count(result.are_samples_exact for result in group),
+        _count(result.holds_bound for result in group),
+        _count(result.is_near_twin for result in group),
+        _count(result.is_halted for result in group),
     ]
 
 
 _METRICS: tuple[Callable[[PlantedResult], float], ...] = (
-    lambda one: one.untreated,
-    lambda one: one.skipped,
-    lambda one: one.doctored,
-    lambda one: one.twin,
+    lambda result: result.untreated,
+    lambda result: result.skipped,
+    lambda result: result.doctored,
+    lambda result: result.twin,
 )
 
 

@@ -40,7 +40,9 @@ def as_set(numbers: Tensor | Sequence[int]) -> frozenset[int]:
 
 
 def _split(tensors: Batch, num: int) -> tuple[Batch, Batch]:
-    return tuple(one[:num].clone() for one in tensors), tuple(one[num:].clone() for one in tensors)
+    return tuple(tensor[:num].clone() for tensor in tensors), tuple(
+        tensor[num:].clone() for tensor in tensors
+    )
 
 
 def blobs(
