@@ -10,7 +10,8 @@ The verdict is the most specific cause whose removal alone heals it, in this ord
    that look odd, or so few that the loss isn't defined for whatever the model answers, without
    which the step goes well.
 3. `degenerate-batch`: a batch of a single sample, of none, or of copies of a sample, that goes well
-   when joined with another batch.
+   when joined with another batch; after 5 also any other batch that a module has no value for as
+   a whole.
 4. `precision`: the bad value came up in 16 bits, and in float32 all goes well.
 5. `loss-function`: the bad value came up in the loss from outputs of an ordinary size, and the
    guarded loss goes well.
@@ -179,6 +180,7 @@ def _cause_of(evidence: Evidence) -> Cause:
         _look_at_precision,
         _look_at_loss,
         _look_at_draw,
+        _look_at_statistics,
         _look_at_start,
         _look_at_optimizer,
         _look_at_rates,
@@ -425,6 +427,28 @@ def _look_at_draw(evidence: Evidence) -> Cause | None:
         ExperimentName.WITHOUT_BATCH, change=interventions.skipping(evidence.bad.step)
     )
     return Cause.UNKNOWN
+
+
+def _look_at_statistics(evidence: Evidence) -> Cause | None:
+    """Look whether a module isn't defined for this batch as a whole, and is for a larger one.
+
+    The deviation of a column that is constant by chance is 0. No part of the batch is to blame, and
+    the model was well.
+    """
+    is_in_module = evidence.origin.phase is StepPhase.FORWARD and evidence.origin.module
+    is_suspect = is_in_module and evidence.has_come_up() and evidence.was_sane_before
+    healthy = evidence.healthy_batches()
+    if not is_suspect or evidence.samples or not healthy:
+        return None
+    try:
+        larger = joined(evidence.bad.batch, healthy[-1])
+    except RuntimeError:
+        return None
+    if not evidence.try_step(ExperimentName.LARGER_BATCH, batch=larger):
+        return None
+    if evidence.is_operation_guarded():
+        evidence.note(ExperimentName.GUARDED_LOSS, is_healed=evidence.guarded_step_goes_well())
+    return Cause.DEGENERATE_BATCH
 
 
 def _look_at_rates(evidence: Evidence) -> Cause | None:

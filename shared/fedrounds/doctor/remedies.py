@@ -59,6 +59,8 @@ def remedies_for(finding: Finding) -> Iterator[Remedy]:
         case Cause.BAD_DATA | Cause.BAD_LABEL:
             yield from _remedies_for_samples(finding)
         case Cause.DEGENERATE_BATCH:
+            if finding.healing(ExperimentName.GUARDED_LOSS) is not None:
+                yield Remedy(kind=RemedyKind.GUARD_LOSS)
             yield Remedy(kind=RemedyKind.SKIP_BATCH, value=batch_size(finding.bad_step.batch))
         case Cause.LOSS_FUNCTION if not finding.bad_step.treatment.guards:
             yield Remedy(kind=RemedyKind.GUARD_LOSS)

@@ -402,8 +402,11 @@ def learned_from(training: TrainingState, recorded: Recorded) -> Batch | None:
 
 
 def has_live_weights(training: TrainingState) -> bool:
-    """Whether any weight has a gradient other than zero, or no weight has a gradient at all."""
+    """Whether any weight has a gradient whose norm isn't zero, or no weight has a gradient at all.
+
+    As the norm of a step is measured: float32 has zero for that of gradients below 1e-23.
+    """
     gradients = [
         weight.grad for weight in training.learning if weight.ndim > 1 and weight.grad is not None
     ]
-    return not gradients or any(bool(grad.any()) for grad in gradients)
+    return not gradients or any(bool(grad.norm() != 0) for grad in gradients)

@@ -314,6 +314,24 @@ def test_a_loss_that_differentiates_by_itself_is_examined_as_any_other() -> None
     assert found.remedy.is_working
 
 
+def test_a_batch_that_a_module_isnt_defined_for_as_a_whole_is_degenerate() -> None:
+    """A column that is constant by chance has no deviation; beside other samples it has."""
+
+    class Standardise(nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return (inputs - inputs.mean(dim=0)) / inputs.std(dim=0)
+
+    def spoil(step: int, inputs: Tensor, _: Tensor) -> None:
+        if step in (20, 30):
+            inputs[:, 3] = 0.0
+
+    found = Trained(spoil=spoil, model=nn.Sequential(Standardise(), make_model())).diagnosis
+    assert (found.step, found.cause) == (20, Cause.DEGENERATE_BATCH)
+    assert (found.origin.module, found.origin.operation) == ("0", "div")
+    # Where the operation can be guarded the batch is kept, and the next such batch is no news.
+    assert found.remedy.kind is RemedyKind.GUARD_LOSS
+
+
 def test_samples_left_out_one_by_one_are_no_remedies_that_are_counted() -> None:
     """They are bounded by their share; an error that only one sample raises is that sample's."""
 
