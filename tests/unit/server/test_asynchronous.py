@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrounds.types import Counters, Receipt, RunFailure
-from fedserver.phases import RoundEvent
+from fedserver.phases import OrderState, RoundEvent
 from fedserver.rounds.asynchronous import AsynchronousCollecting
 from tests.factories import make_registration
 from tests.server_run import ServerRun, serving
@@ -158,6 +158,51 @@ def test_one_update_that_is_left_makes_a_round(tmp_path: Path) -> None:
     with serving(tmp_path, **FEDBUFF) as server:
         current, _ = asyncio.run(server.begin(0))
         assert server.collecting.updates_to_count(current) == 1
+
+
+def test_a_full_disk_gives_no_further_orders_and_fails_no_round(tmp_path: Path) -> None:
+    """Whether the disk is full before or fills while the store is asked; with room it goes on."""
+
+    async def collect(server: ServerRun) -> None:
+        current, _ = await server.begin(0)
+        await server.answer(0)
+        assert isinstance(server.collecting, AsynchronousCollecting)
+
+        async def fill() -> None:
+            server.disk._min_free_bytes = 1 << 60
+
+        # The second one runs when the first one waits for the store for the first time.
+        can_go_on, _ = await asyncio.gather(server.collecting.give_more(), fill())
+        assert can_go_on
+        assert await server.collecting.due(current) is None
+        assert len(server.latest().orders) == 1
+        server.disk._min_free_bytes = 0
+        assert await server.collecting.due(current) is None
+        assert server.order_of(0).order_id == current.orders[0].order_id.replace("-s1", "-s2")
+
+    with serving(tmp_path, **FEDBUFF) as server:
+        asyncio.run(collect(server))
+
+
+def test_an_excluded_update_counts_for_nothing_in_its_clients_next_order(tmp_path: Path) -> None:
+    """It was taken to count from the close of its round until it was screened."""
+
+    async def finish(server: ServerRun) -> None:
+        current, base = await server.begin(0, 1, 2, 3, 4)
+        for client_id in range(5):
+            await server.answer(client_id, shift=3.0 if client_id == 4 else 0.001)
+        closed = await server.closer.close(current)
+        assert sorted(server.last_counted.order_ids) == [0, 1, 2, 3, 4]
+        await server.closer.finish(closed, base)
+        assert server.states(closed)[4] == OrderState.EXCLUDED
+        # A buffer of five needs all five clients: client 4 doesn't sit out.
+        counted = [server.order_of(client_id).last_counted_order_id for client_id in range(5)]
+        assert counted == [*(order.order_id for order in closed.orders[:4]), ""]
+        await server.evaluations.done()
+
+    settings = FEDBUFF | {"strategy_parameters": {"buffer_size": 5}, "min_clients": 5}
+    with serving(tmp_path, **settings, norm_band=3) as server:
+        asyncio.run(finish(server))
 
 
 def test_an_update_of_an_attempt_that_failed_counts_for_nothing(tmp_path: Path) -> None:

@@ -120,15 +120,23 @@ def test_a_pull_gives_the_clients_order_again_and_again(tmp_path: Path) -> None:
         asyncio.run(pull(server))
 
 
-def test_a_parked_pull_is_woken_by_the_round_that_opens(tmp_path: Path) -> None:
-    """And one that is too early says how many clients are missing."""
+def test_a_parked_pull_is_woken_by_the_round_that_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pull that is too early says how many clients are missing."""
 
     async def pull(server: ServerRun) -> None:
         server.session_ids[0] = await server.register(0)
+        is_waiting, wait = asyncio.Event(), server.sessions.changed.wait
+
+        async def note_and_wait(timeout_s: float) -> bool:
+            is_waiting.set()
+            return await wait(timeout_s)
+
+        monkeypatch.setattr(server.sessions.changed, "wait", note_and_wait)
         opening = asyncio.create_task(server.resume())
         api = server.client_api
-        while server.open_orders.clients_here is None:
-            await asyncio.sleep(0.01)
+        await asyncio.wait_for(is_waiting.wait(), 60)
         early = await api.pull_work(server.session_ids[0], wait_s=0)
         assert early.waiting is not None
         assert (early.waiting.clients_here, early.waiting.clients_needed) == (1, 2)

@@ -10,7 +10,7 @@ import pytest
 
 from fedrounds.errors import OutOfSpace, RunFailed, StorageUnusable
 from fedserver.phases import Phase
-from fedserver.records import RunState
+from fedserver.records import Attempt, RunState
 from tests.server_run import ServerRun, serving
 
 # A tick is a quarter of the shortest of these.
@@ -110,6 +110,34 @@ def test_a_bad_model_is_taken_back_and_its_round_repeated(tmp_path: Path) -> Non
         (taken_back,) = [event for event in server.events if event.kind == "model-rolled-back"]
         assert taken_back.round_number == 2
         assert taken_back.fields["change"] == "rate times 0.5, norm band times 0.5"
+
+
+def test_a_suspicion_that_is_not_borne_out_costs_no_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop leaves the wait, looks at the base, and collects the same attempt further."""
+
+    async def run(server: ServerRun) -> str:
+        server.session_ids[0] = await server.register(0)
+        looks, take_bad_round = asyncio.Semaphore(0), server.evaluations.take_bad_round
+
+        async def look(run_id: str) -> Attempt | None:
+            looks.release()
+            return await take_bad_round(run_id)
+
+        monkeypatch.setattr(server.evaluations, "take_bad_round", look)
+        completing = asyncio.create_task(server.coordinator.complete())
+        await asyncio.wait_for(looks.acquire(), 60)
+        server.evaluations.suspect_model()
+        server.open_orders.round_changed.notify()
+        await asyncio.wait_for(looks.acquire(), 60)
+        assert phases_of(server, 1) == [Phase.COLLECTING]
+        await server.answer(0)
+        return await completing
+
+    with serving(tmp_path, rounds=1, min_clients=1, **QUICK) as server:
+        assert asyncio.run(run(server)) == server.latest().model_digest
+        assert phases_of(server, 1) == [Phase.DONE]
 
 
 def steps(*results: Exception | str) -> Callable[[], Awaitable[str]]:

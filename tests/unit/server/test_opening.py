@@ -20,21 +20,25 @@ def test_a_round_opens_when_the_last_client_that_is_needed_comes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Until then the log says who is here, and who has gone again."""
-    caplog.set_level(logging.INFO, logger="fedserver.rounds.opening")
+    logger = logging.getLogger("fedserver.rounds.opening")
+    caplog.set_level(logging.INFO, logger=logger.name)
 
     async def come_and_go(server: ServerRun) -> None:
+        logged = asyncio.Semaphore(0)
+
+        def note(_: logging.LogRecord) -> bool:
+            logged.release()
+            return True
+
+        logger.addFilter(note)
         opening = asyncio.create_task(server.resume())
-
-        async def until_logged(num_lines: int) -> None:
-            while len(caplog.messages) < num_lines:
-                await asyncio.sleep(0.01)
-
-        await until_logged(1)
+        await asyncio.wait_for(logged.acquire(), 60)
         await server.register(7)
-        await until_logged(2)
+        await asyncio.wait_for(logged.acquire(), 60)
         assert server.open_orders.clients_here == 1
         server.sessions.leave([7])
-        await until_logged(3)
+        await asyncio.wait_for(logged.acquire(), 60)
+        logger.removeFilter(note)
         await server.register(0, 1)
         opened, _ = await opening
         assert opened.cohort == (0, 1)

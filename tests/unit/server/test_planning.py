@@ -216,6 +216,16 @@ def test_stragglers_do_a_part_of_the_work_or_are_left_out(base: GlobalModel) -> 
     }
 
 
+def test_stragglers_that_send_nothing_leave_whole_orders_to_the_others(base: GlobalModel) -> None:
+    """The others do all epochs, also where a server that starts again makes their orders again."""
+    context = make_context(min_clients=4, epochs=4, stragglers=0.5, straggler_work="none")
+    planned = plan(context, base, make_clients(range(4)))
+    assert planned is not None
+    assert len(planned.orders) == 2
+    orders = work_orders(context.settings, planned, base, {}, algorithm=None)
+    assert [order.training.epochs for order in orders] == [4, 4]
+
+
 def test_an_excluded_client_sits_out_before_that_is_recorded() -> None:
     """And one whose update counts is back at once, with no strike."""
     before = suspended(1, until=9) | suspended(2, until=9)
