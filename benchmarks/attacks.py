@@ -164,7 +164,9 @@ def _run(
         state = _aggregated(strategy, state, sent)
     model.load_state_dict(state)
     loader = make_loader(test, batch_size=1000, shuffle=False)
-    return evaluate(model, loader, two_nn.loss, torch.device("cpu")).accuracy
+    accuracy = evaluate(model, loader, two_nn.loss, torch.device("cpu")).accuracy
+    assert accuracy is not None
+    return accuracy
 
 
 def _train(

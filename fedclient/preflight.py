@@ -135,11 +135,19 @@ def inspect_received_model(
 ) -> Check:
     """Evaluate a received model on a client's examples."""
     loader = make_loader(examples, batch_size=_CHUNK, shuffle=False)
-    evaluation = evaluate(model, loader, task.loss, device)
+    evaluation = evaluate(
+        model,
+        loader,
+        task.loss,
+        device,
+        training_step=task.training_step,
+        num_classes=task.num_classes,
+    )
+    right = "" if evaluation.accuracy is None else f"{evaluation.accuracy:.2%} of this data right, "
     return Check(
         severity=Severity.OK if math.isfinite(evaluation.loss) else Severity.ERROR,
         subject="received model",
-        result=f"{evaluation.accuracy:.2%} of this data right, loss {evaluation.loss:.4g}",
+        result=f"{right}loss {evaluation.loss:.4g}",
     )
 
 
@@ -195,6 +203,7 @@ def take_first_steps(
             lr=training.lr,
             device=device,
             loss=task.loss,
+            training_step=task.training_step,
             optimizer=training.optimizer,
             momentum=training.momentum,
             weight_decay=training.weight_decay,

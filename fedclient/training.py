@@ -20,6 +20,7 @@ from fedrounds.data.loaders import NumberedLoader
 from fedrounds.diagnosis.text import verdict
 from fedrounds.diagnosis.values import Diagnosis, DoctorSettings
 from fedrounds.doctor import TrainingHalted
+from fedrounds.doctor.batches import Batch
 from fedrounds.errors import FederationError, InvalidInput, WrongSettings
 from fedrounds.seeds import derive_seed
 from fedrounds.tasks.task import Examples, Task, build_model, kinds_of
@@ -195,7 +196,7 @@ def train_order(
         num_steps=report.num_steps,
         metrics=_admissible(
             {
-                "accuracy": last_epoch.accuracy,
+                **({} if last_epoch.accuracy is None else {"accuracy": last_epoch.accuracy}),
                 "loss": last_epoch.loss,
                 "train_s": train_s,
                 **metrics,
@@ -284,6 +285,7 @@ class _Trainer:
             lr=training.lr,
             device=self._settings.device,
             loss=task.loss,
+            training_step=task.training_step,
             optimizer=training.optimizer,
             momentum=training.momentum,
             weight_decay=training.weight_decay,
@@ -481,18 +483,27 @@ def _measure(
     *,
     prefix: str,
 ) -> dict[str, float]:
-    """Return accuracy, loss and number of examples of a model, each name with the prefix."""
+    """Return loss, number of examples and, for classes, accuracy, each name with the prefix."""
 
-    def batches() -> Iterator[tuple[Tensor, ...]]:
+    def batches() -> Iterator[Batch]:
         for batch in loader:
             yield batch
             # Report each batch: the server would take a client with much data for a stalled one.
             progress.add(evaluation_batches=1)
             progress.raise_if_over()
 
-    evaluation = evaluate(model, batches(), task.loss, device)
-    return {
-        f"{prefix}accuracy": evaluation.accuracy,
+    evaluation = evaluate(
+        model,
+        batches(),
+        task.loss,
+        device,
+        training_step=task.training_step,
+        num_classes=task.num_classes,
+    )
+    measured = {
         f"{prefix}examples": float(evaluation.num_examples),
         f"{prefix}loss": evaluation.loss,
     }
+    if evaluation.accuracy is None:
+        return measured
+    return {f"{prefix}accuracy": evaluation.accuracy, **measured}

@@ -102,8 +102,10 @@ class Evaluator:
             self._model,
             batches,
             self._task.loss,
+            training_step=self._task.training_step,
             metrics=self._task.metrics,
-            num_classes=num_classes if (num_classes or 0) <= _MAX_CLASSES else None,
+            num_classes=num_classes,
+            counts_confusion=num_classes is not None and num_classes <= _MAX_CLASSES,
         )
 
     def _batches(self) -> Iterator[Any]:
@@ -217,7 +219,7 @@ def _as_recorded(measured: Evaluation) -> ModelEvaluation:
     """Return an evaluation as JSON can hold it: there is no NaN in it."""
     confusion = measured.confusion
     return ModelEvaluation(
-        accuracy=_finite(measured.accuracy),
+        accuracy=measured.accuracy,
         loss=_finite(measured.loss),
         metrics={name: _finite(value) for name, value in measured.metrics.items()},
         class_accuracy=None if confusion is None else class_accuracies(confusion),

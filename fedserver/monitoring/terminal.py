@@ -108,8 +108,9 @@ class LiveView:
             self._num_done = event.round_number
         elif event.kind == "evaluated" and event.round_number is not None:
             accuracy = event.fields["accuracy"]
-            assert isinstance(accuracy, float)
-            self._accuracies.append((event.round_number, accuracy))
+            # None where it means nothing.
+            if isinstance(accuracy, float):
+                self._accuracies.append((event.round_number, accuracy))
         elif event.kind == "evaluated-on-clients":
             self._on_clients = event.fields
 

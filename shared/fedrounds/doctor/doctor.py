@@ -568,4 +568,5 @@ class Doctor:
             outputs=outcome.returned,
             targets=outcome.targets,
             batch_size=outcome.batch_size if outcome.is_taken else 0,
+            labels=outcome.labels,
         )

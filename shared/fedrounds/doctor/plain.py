@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedrounds.diagnosis.values import Cause, Diagnosis, Origin, StepPhase, Symptom
-from fedrounds.doctor.batches import Batch, map_tensors, tensors_of
+from fedrounds.doctor.batches import Batch, labels_of, map_tensors, tensors_of
 from fedrounds.doctor.history import RandomState, gradients_of, restore_extras
 from fedrounds.doctor.reports import StepReport
 from fedrounds.doctor.stepping import (
@@ -217,6 +217,7 @@ def report(
         outputs=map_tensors(outputs, Tensor.detach),
         targets=tensors[-1] if tensors else None,
         batch_size=next((len(tensor) for tensor in tensors if tensor.ndim), 0),
+        labels=labels_of(batch, num_classes=training.num_classes),
     )
 
 

@@ -14,8 +14,9 @@ class StepReport(NamedTuple):
 
     `grad_norm` is the global L2 norm before clipping, None where it wasn't measured; `lr` the rate
     in force, `outputs` what `compute_loss` gave beside the loss, `targets` the last tensor of what
-    was learned from. Where nothing of the batch was left to learn from, `batch_size` is 0 and the
-    loss nan.
+    was learned from, `labels` its tensor of labels, if it has one (see
+    `fedrounds.doctor.batches.labels_among`). Where nothing of the batch was left to learn from,
+    `batch_size` is 0 and the loss nan.
     """
 
     step: int
@@ -25,6 +26,7 @@ class StepReport(NamedTuple):
     outputs: Any
     targets: Tensor | None
     batch_size: int
+    labels: Tensor | None = None
 
 
 class TrainingHalted(FederationError):

@@ -20,15 +20,18 @@ from numbers import Number
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fedrounds.data import partition_indices
+from fedrounds.doctor.batches import are_out_of_range, labels_among
 from fedrounds.errors import InvalidInput
+from fedrounds.nested import leaves_of
 from fedrounds.plugins import naming_task_errors
 from fedrounds.tensors.entries import DECLARABLE, entry_kinds, unfold_expanded, validate_entries
-from fedrounds.training.evaluation import Loss
+from fedrounds.training.objective import Loss, TrainingStep
 from fedrounds.types import EntryKind
 
 Examples = Dataset[tuple[Tensor, ...]]
@@ -75,14 +78,21 @@ class Task:
 
     `build_model` draws initial weights from torch's global generator, which the caller seeds.
     `load_train` gives one client's private examples, `load_test` the server's held-out set or
-    None if there is none; both are map-style data sets of (input, target). `loss` takes
-    (outputs, targets) of a batch to its mean, a scalar tensor; the outputs are all that the model
-    returns (see fedrounds.training.evaluation.main_output).
+    None if there is none.
+
+    What is minimised is said in exactly one of two ways. With `loss` an example is (input, target),
+    and `loss` takes (outputs, targets) of a batch to its mean, a scalar tensor; the outputs are all
+    that the model returns. With `training_step` examples and batches may be anything, and
+    `training_step` takes (model, batch) to the mean loss, to (loss, outputs), or to a dictionary or
+    an object with `loss`; the doctor may call it again for the same batch, so it depends on its
+    arguments and torch's generators alone.
 
     The rest has defaults. `metrics` are what the server measures on the held-out set besides
-    accuracy and loss: by name, each like `loss`. `num_classes` says that targets are whole
-    numbers from 0 to below it; `finite_inputs` that a NaN or an infinity in an input is a
-    mistake. Both are checked where the data is read (see `inspect_examples`). `load_labels` gives
+    accuracy and loss: by name, each like `loss` of the main output (see
+    fedrounds.training.objective.main_output) and the targets. `num_classes` says that targets are
+    whole numbers from 0 to below it, or -100, which torch's losses leave out; `finite_inputs` that
+    a NaN or an infinity in an input is a mistake. Both are checked where the data is read (see
+    `inspect_examples`). With `training_step` accuracy needs `num_classes`. `load_labels` gives
     what a partitioning of the examples under a data root goes by, int64 [n] from 0, in the order in
     which `load_train` gives them for one partition: `python -m fedclient partitions` counts it
     (without it the targets of each share), and a process that serves many clients cuts their shares
@@ -95,7 +105,8 @@ class Task:
     build_model: Callable[[], nn.Module]
     load_train: Callable[[DataRequest], Examples]
     load_test: Callable[[Path | None], Examples | None]
-    loss: Loss
+    loss: Loss | None = None
+    training_step: TrainingStep | None = None
     metrics: Mapping[str, Loss] = field(default_factory=dict)
     num_classes: int | None = None
     finite_inputs: bool = True
@@ -103,6 +114,12 @@ class Task:
     entries: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if (self.loss is None) == (self.training_step is None):
+            given = "neither" if self.loss is None else "both"
+            raise InvalidInput(
+                f"task {self.name!r}: give it loss(outputs, targets), for examples of (input, "
+                f"target), or training_step(model, batch); it has {given}"
+            )
         for pattern, kind in self.entries.items():
             if kind not in DECLARABLE:
                 raise InvalidInput(
@@ -170,20 +187,26 @@ def count_examples(task: Task, examples: object, *, loaded_by: str) -> int:
 
 
 def validate_example(task: Task, example: object) -> None:
-    """Refuse an example that can't be put into a batch of inputs and one of targets.
+    """Refuse an example that can't be put into a batch of what the task's loss is for.
 
     Raises:
-        InvalidInput: it isn't (input, target), each a tensor, an array or a number.
+        InvalidInput: it isn't (input, target), though the task has a `loss`, or it holds something
+            other than tensors, arrays, numbers and strings.
     """
     items = tuple(example) if isinstance(example, tuple | list) else ()
-    if len(items) == 2 and all(isinstance(item, Tensor | np.ndarray | Number) for item in items):
-        return
     kinds = ", ".join(type(item).__name__ for item in items)
     got = f"({kinds})" if items else f"a {type(example).__name__}"
-    raise InvalidInput(
-        f"task {task.name!r}: an example is (input, target), each a tensor, an array or a number, "
-        f"but the first of the data set is {got}"
-    )
+    if task.loss is not None and len(items) != 2:
+        raise InvalidInput(
+            f"task {task.name!r}: an example is (input, target), but the first of the data set is "
+            f"{got}; for other examples give the task training_step(model, batch) instead of loss"
+        )
+    for leaf in leaves_of(example):
+        if not isinstance(leaf, Tensor | np.ndarray | Number | str | bytes):
+            raise InvalidInput(
+                f"task {task.name!r}: an example holds tensors, arrays, numbers and strings, but "
+                f"the first of the data set, {got}, holds a {type(leaf).__name__}"
+            )
 
 
 def inspect_examples(task: Task, examples: Examples) -> list[int]:
@@ -194,18 +217,25 @@ def inspect_examples(task: Task, examples: Examples) -> list[int]:
         don't: the first step that uses such an example goes wrong.
 
     Raises:
-        InvalidInput: a target is no class of the task, or an example isn't (input, target).
+        InvalidInput: a target is no class of the task, or an example isn't (input, target) though
+            the task has a `loss`.
     """
     if not isinstance(examples, TensorDataset):
         return []
-    if len(examples.tensors) != 2:
+    tensors = examples.tensors
+    targets: Tensor | None
+    if task.loss is None:
+        targets = labels_among(tensors, len(examples), num_classes=task.num_classes)
+        inputs = tensors
+    elif len(tensors) == 2:
+        inputs, targets = tensors[:1], tensors[1]
+    else:
         raise InvalidInput(
             f"task {task.name!r}: an example is (input, target), but the data set has "
-            f"{len(examples.tensors)} tensors"
+            f"{len(tensors)} tensors; give the task training_step(model, batch) instead of loss"
         )
-    inputs, targets = examples.tensors
-    if task.num_classes is not None and len(targets) > 0:
-        outside = _any_in_each((targets < 0) | (targets >= task.num_classes))
+    if task.num_classes is not None and targets is not None and len(targets) > 0:
+        outside = _any_in_each(are_out_of_range(targets, task.num_classes))
         if outside.any():
             first = int(outside.nonzero()[0])
             raise InvalidInput(
@@ -213,9 +243,15 @@ def inspect_examples(task: Task, examples: Examples) -> list[int]:
                 f"{targets[first].tolist()}; labels go from 0 to {task.num_classes - 1}"
             )
     # The sum is a screen a hundred times cheaper than looking at each number.
-    if not (task.finite_inputs and inputs.is_floating_point()) or math.isfinite(inputs.sum()):
-        return []
-    bad: list[int] = _any_in_each(~inputs.isfinite()).nonzero().flatten().tolist()
+    suspects = [
+        tensor
+        for tensor in inputs
+        if task.finite_inputs and tensor.is_floating_point() and not math.isfinite(tensor.sum())
+    ]
+    is_bad = torch.zeros(len(examples), dtype=torch.bool)
+    for tensor in suspects:
+        is_bad |= _any_in_each(~tensor.isfinite())
+    bad: list[int] = is_bad.nonzero().flatten().tolist()
     return bad
 
 

@@ -16,11 +16,18 @@ from torch import Tensor, nn
 
 from fedrounds.diagnosis.values import Diagnosis, Symptom
 from fedrounds.doctor import UNTREATED, Doctor, DoctorSettings, Overrides, StepReport
-from fedrounds.doctor.batches import Batch
+from fedrounds.doctor.batches import Batch, batch_size
 from fedrounds.errors import InvalidInput
 from fedrounds.nested import to_device
 from fedrounds.training.corrections import Correction, correct_gradients
-from fedrounds.training.evaluation import Batches, Loss, count_correct, main_output, validate_loss
+from fedrounds.training.evaluation import Batches
+from fedrounds.training.objective import (
+    Loss,
+    TrainingStep,
+    compute_loss_of,
+    count_correct,
+    share_of,
+)
 from fedrounds.training.optimizers import make_optimizer, make_scheduler
 from fedrounds.types import Incident, IncidentKind, Schedule
 
@@ -88,10 +95,14 @@ class DoctorContext:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochReport:
-    """Means over an epoch's examples, each taken just before the step that learned from it."""
+    """Means over an epoch's examples, each taken just before the step that learned from it.
+
+    `accuracy` is None where it means nothing (see fedrounds.training.objective.count_correct). If
+    every batch was left out, it is None and the loss is nan.
+    """
 
     loss: float
-    accuracy: float
+    accuracy: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +126,11 @@ class TrainingResult(NamedTuple):
     """The trained model and how it went: `state_dict, accuracy, report = train_model(...)`.
 
     `state_dict` holds detached copies on the CPU (see `keeps_model`); `accuracy` is the last
-    epoch's, in 0..1, as in EpochReport.
+    epoch's, in 0..1 or None, as in EpochReport.
     """
 
     state_dict: dict[str, Tensor]
-    accuracy: float
+    accuracy: float | None
     report: TrainingReport
 
 
@@ -134,7 +145,8 @@ def train_model(
     lr: float = 0.01,
     device: str | torch.device = "cpu",
     *,
-    loss: Loss = F.cross_entropy,
+    loss: Loss | None = F.cross_entropy,
+    training_step: TrainingStep | None = None,
     optimizer: str = "sgd",
     momentum: float = 0.9,
     weight_decay: float = 0.0,
@@ -148,8 +160,10 @@ def train_model(
 ) -> TrainingResult:
     """Train `model` in place for `epochs` passes over `dataloader`.
 
-    Batches are (inputs [batch, ...], targets int64 [batch, ...]). The model's output, or its main
-    output (see fedrounds.training.evaluation.main_output), has the classes in dimension 1.
+    With `loss` batches are (inputs, targets), each of any structure (see fedrounds.nested); with
+    `training_step` a batch may be anything. The examples are in dimension 0 of its tensors, or are
+    the items of lists. Accuracy is counted for targets that are classes, with `training_step` only
+    if the doctor's context knows how many (see fedrounds.training.objective).
 
     On one machine, torch build and number of threads, the same weights and the same batches give
     the same result bit for bit. This function draws no random numbers; dropout in a model draws
@@ -163,6 +177,9 @@ def train_model(
         lr: step size, above 0, before the schedule.
         device: a torch device.
         loss: (outputs, targets) to the mean loss of a batch.
+        training_step: (model, batch) to the mean loss of a batch, or to (loss, outputs), or to a
+            dictionary or an object with `loss`; it replaces `loss`. The doctor may call it again
+            for the same batch, so it must depend on its arguments and torch's generators alone.
         optimizer: a name in OPTIMIZERS; it always starts without history.
         momentum: of SGD, in 0..1 (1 excluded); beta_1 of Adam and AdamW.
         weight_decay: coefficient of the L2 penalty (AdamW: decoupled), 0 or more.
@@ -181,7 +198,7 @@ def train_model(
         The trained state_dict, its accuracy while training, and the report.
 
     Raises:
-        InvalidInput: a setting out of range, no batches, or outputs that don't fit the targets.
+        InvalidInput: a setting out of range, no batches, or a batch or loss of another form.
         TrainingHalted: training went wrong, and may not or can't be cured.
     """
     if epochs < 1:
@@ -200,7 +217,7 @@ def train_model(
     stepper = Doctor(
         model,
         descent,
-        _compute_loss(loss),
+        compute_loss_of(loss, training_step),
         scheduler=make_scheduler(descent, schedule, steps_per_epoch=steps_per_epoch, epochs=epochs),
         settings=doctor,
         clip_norm=clip_norm,
@@ -211,19 +228,27 @@ def train_model(
         on_replay=callbacks.on_replay,
         on_diagnosis=callbacks.on_diagnosis,
     )
+
+    def class_targets(taken: StepReport, batch: Batch) -> Tensor | None:
+        """Return what may be classes of the samples that were learned from."""
+        if training_step is not None:
+            return None if doctor_context.num_classes is None else taken.labels
+        return taken.targets if isinstance(batch[1], Tensor) else None
+
     epoch_reports: list[EpochReport] = []
     step = num_examples = num_kept = 0
     is_over = False
     for epoch in range(1, epochs + 1):
         means = _EpochMeans(device)
-        for batch, (inputs, targets) in enumerate(dataloader, start=1):
+        for batch_number, given in enumerate(dataloader, start=1):
+            batch = to_device(given, device)
             taken = stepper.step(
-                to_device((inputs, targets), device),
+                batch,
                 indices=getattr(dataloader, "newest_indices", None),
                 epoch=epoch,
             )
             step += 1
-            means.add(taken, num_given=len(targets))
+            means.add(taken, num_given=batch_size(batch), targets=class_targets(taken, batch))
             measures_gradient = (
                 callbacks.gradient_every > 0 and step % callbacks.gradient_every == 0
             )
@@ -231,7 +256,7 @@ def train_model(
                 StepProgress(
                     step=step,
                     epoch=epoch,
-                    batch=batch,
+                    batch=batch_number,
                     batch_size=taken.batch_size,
                     loss=taken.loss,
                     grad_norm=taken.grad_norm,
@@ -321,38 +346,28 @@ class _EpochMeans:
 
     def __init__(self, device: str | torch.device) -> None:
         self.num_given = self.num_examples = 0
-        self._num_targets = 0
         self._loss_sum = 0.0
-        self._num_correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._num_correct, self._num_targets = (
+            torch.zeros((), dtype=torch.int64, device=device) for _ in range(2)
+        )
 
-    def add(self, taken: StepReport, *, num_given: int) -> None:
+    def add(self, taken: StepReport, *, num_given: int, targets: Tensor | None) -> None:
         self.num_given += num_given
         if taken.batch_size == 0:
             return
-        assert taken.outputs is not None
-        assert taken.targets is not None
         self.num_examples += taken.batch_size
-        self._num_targets += taken.targets.numel()
         self._loss_sum += taken.loss * taken.batch_size
-        self._num_correct += count_correct(taken.outputs, taken.targets)
+        if (counts := count_correct(taken.outputs, targets)) is not None:
+            self._num_correct += counts[0]
+            self._num_targets += counts[1]
 
     def report(self) -> EpochReport:
         if self.num_examples == 0:
-            return EpochReport(loss=math.nan, accuracy=0.0)
+            return EpochReport(loss=math.nan, accuracy=None)
         return EpochReport(
             loss=self._loss_sum / self.num_examples,
-            accuracy=self._num_correct.item() / self._num_targets,
+            accuracy=share_of(self._num_correct, self._num_targets),
         )
-
-
-def _compute_loss(loss: Loss) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
-    def compute(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        assert isinstance(batch, tuple)
-        inputs, targets = batch
-        outputs = model(inputs)
-        return validate_loss(loss(outputs, targets)), main_output(outputs)
-
-    return compute
 
 
 def _largest_gradient(

@@ -17,15 +17,15 @@ from fedrounds.doctor import TrainingHalted
 from fedrounds.nested import to_device
 from fedrounds.plugins import naming_task_errors
 from fedrounds.tasks.task import Examples, Task, validate_example
-from fedrounds.training.evaluation import count_correct
 from fedrounds.training.loop import DoctorContext, train_model
+from fedrounds.training.objective import compute_loss_of
 
 _NUM_EXAMPLES = 8
 _NUM_FOR_THE_DOCTOR = 64
 
 
 def try_training_step(task: Task, examples: Examples, *, device: torch.device) -> None:
-    """Compute the loss, gradient and accuracy of the task's model on its first 8 examples.
+    """Compute the loss and gradient of the task's model on its first 8 examples.
 
     If that raises an error, the doctor takes a step on more examples. A failure that it would cure
     or report in a run is no reason not to join. Neither are values that aren't finite, nor a full
@@ -33,7 +33,7 @@ def try_training_step(task: Task, examples: Examples, *, device: torch.device) -
 
     Raises:
         OwnCodeFailed: the step raised an error, which is the cause.
-        InvalidInput: an example isn't (input, target), or the outputs don't fit the targets.
+        InvalidInput: an example isn't what the task's loss is for.
     """
     num_examples = len(examples)  # type: ignore[arg-type]  # Dataset itself declares no length
     few, more = (min(size, num_examples) for size in (_NUM_EXAMPLES, _NUM_FOR_THE_DOCTOR))
@@ -53,12 +53,10 @@ def _first(num: int, examples: Examples) -> NumberedLoader:
 
 def _goes_well(task: Task, batches: NumberedLoader, device: torch.device) -> bool:
     try:
-        inputs, targets = to_device(next(iter(batches)), device)
+        batch = to_device(next(iter(batches)), device)
         model = task.build_model().to(device).train()
-        outputs = model(inputs)
-        task.loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            count_correct(outputs, targets)
+        loss, _ = compute_loss_of(task.loss, task.training_step)(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
     except torch.OutOfMemoryError:
         return True
     except (Exception, SystemExit):
@@ -75,6 +73,7 @@ def _step_with_doctor(task: Task, batches: NumberedLoader, device: torch.device)
             epochs=1,
             device=device,
             loss=task.loss,
+            training_step=task.training_step,
             doctor=DoctorSettings(),
             doctor_context=DoctorContext(num_classes=task.num_classes),
         )

@@ -60,12 +60,36 @@ def test_what_cant_be_trained_fails_with_its_own_error(name: str, sentence: str)
     assert show_error(cause).startswith("Traceback")
 
 
-def test_outputs_that_dont_fit_the_targets_are_told() -> None:
+def test_a_loss_that_is_no_number_is_refused_in_a_sentence() -> None:
     """Without a traceback: there is no error of the task's own."""
-    task = replace(tiny, loss=lambda outputs, targets: outputs.square().mean())
-    examples = examples_with(targets=torch.zeros(32, 3))
-    with pytest.raises(InvalidInput, match="don't fit targets"):
-        try_training_step(task, examples, device=CPU)
+    task = replace(tiny, loss=lambda outputs, targets: outputs.square())
+    with pytest.raises(InvalidInput, match=r"the loss function returned a tensor of shape \(32, 3"):
+        try_training_step(task, examples_with(), device=CPU)
+
+
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_a_training_step_of_a_dictionary_is_tried_too(num_classes: int | None) -> None:
+    """Examples are dictionaries, and the model is called by names."""
+    seen = []
+
+    def step(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(batch.keys())
+        logits = model(batch["x"])
+        return {"loss": nn.functional.cross_entropy(logits, batch["labels"]), "logits": logits}
+
+    class Named(Dataset[Any]):
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"x": torch.ones(8) * index, "labels": index % 3}
+
+    task = replace(tiny, loss=None, training_step=step, num_classes=num_classes)
+    try_training_step(task, Named(), device=CPU)
+    assert seen == [{"x", "labels"}]
+    refused = replace(tiny, loss=nn.functional.cross_entropy)
+    with pytest.raises(InvalidInput, match=r"is a dict; .* training_step\(model, batch\) instead"):
+        try_training_step(refused, Named(), device=CPU)
 
 
 class Segmenting(nn.Module):

@@ -42,7 +42,7 @@ def test_each_pair_of_truth_and_answer_is_counted(num_outputs: int) -> None:
         batches.append((one_hot(answered, num_outputs), true))
         answers += answered
         targets += true.tolist()
-    evaluation = evaluate(nn.Identity(), batches, num_classes=4)
+    evaluation = evaluate(nn.Identity(), batches, num_classes=4, counts_confusion=True)
     assert evaluation.confusion is not None
     assert evaluation.confusion.tolist() == counted(answers, targets, 4)
     right = sum(answer == other for answer, other in zip(answers, targets, strict=True))
@@ -55,7 +55,7 @@ def test_answers_for_each_place_count_places() -> None:
     outputs = torch.zeros(2, 3, 5)
     outputs[:, 2] = 1.0
     targets = torch.tensor([[0, 1, 2, 2, 2], [1, 1, 0, 2, 0]])
-    evaluation = evaluate(nn.Identity(), [(outputs, targets)], num_classes=3)
+    evaluation = evaluate(nn.Identity(), [(outputs, targets)], num_classes=3, counts_confusion=True)
     assert evaluation.confusion is not None
     assert evaluation.confusion.tolist() == [[0, 0, 3, 0], [0, 0, 3, 0], [0, 0, 4, 0]]
 

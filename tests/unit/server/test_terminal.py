@@ -174,6 +174,13 @@ def test_a_run_that_goes_on_knows_its_best_round(open_orders: OpenOrders) -> Non
     assert shown(view)[0] == "3 of 5 rounds done"
 
 
+def test_a_model_without_an_accuracy_changes_nothing(open_orders: OpenOrders) -> None:
+    view = LiveView(open_orders, total_rounds=3)
+    fields = {"accuracy": None, "loss": 0.5}
+    view.hear(replace(make_event("evaluated", round_number=1), fields=fields))
+    assert shown(view)[2] == "no accuracy yet"
+
+
 def test_a_diagnosis_is_told_in_its_sentence_the_moment_it_comes(open_orders: OpenOrders) -> None:
     view = LiveView(open_orders, total_rounds=3)
     event = make_event("training-diagnosed", round_number=2)

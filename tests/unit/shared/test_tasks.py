@@ -363,18 +363,24 @@ def test_what_is_no_map_style_data_set_is_refused(examples: object) -> None:
     ("example", "described"),
     [
         (torch.zeros(2), "a Tensor"),
-        (("a", 1), r"\(str, int\)"),
         ({"x": 1, "y": 2}, "a dict"),
         ((torch.zeros(2), 0, 1), r"\(Tensor, int, int\)"),
     ],
 )
 def test_what_is_no_example_is_refused(example: object, described: str) -> None:
-    with pytest.raises(InvalidInput, match=f"but the first of the data set is {described}$"):
+    with pytest.raises(InvalidInput, match=f"first of the data set is {described}; for other"):
         validate_example(OWN_TASK, example)
 
 
 @pytest.mark.parametrize(
-    "example", [(torch.zeros(2), 1), [np.zeros(2), np.int64(1)], (0.5, True)], ids=str
+    "example",
+    [(torch.zeros(2), 1), [np.zeros(2), np.int64(1)], (0.5, True), ({"a": "text", "b": 1}, 0)],
+    ids=str,
 )
-def test_an_example_may_be_of_tensors_arrays_or_numbers(example: object) -> None:
+def test_an_example_may_be_of_tensors_arrays_numbers_or_strings(example: object) -> None:
     validate_example(OWN_TASK, example)
+
+
+def test_an_example_that_no_batch_can_hold_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"\(NoneType, int\), holds a NoneType$"):
+        validate_example(OWN_TASK, (None, 1))

@@ -226,6 +226,24 @@ def test_examples_without_targets_are_told() -> None:
         inspect_examples(make_task(), TensorDataset(torch.zeros(2, 4)))
 
 
+def test_a_label_that_losses_leave_out_is_no_mistake() -> None:
+    examples = TensorDataset(torch.zeros(2, 4), torch.tensor([[0, 1], [-100, 0]]))
+    assert inspect_examples(make_task(num_classes=2), examples) == []
+
+
+def test_examples_of_a_training_step_are_inspected_whatever_their_number_of_tensors() -> None:
+    """The labels are the tensor most of whose numbers are classes, also before the weights."""
+    inputs, weights = torch.zeros(3, 2), torch.ones(3)
+    weights[2] = math.nan
+    numbers, labels = torch.tensor([7, 8, 9]), torch.tensor([0, 1, 1])
+    task = make_task(num_classes=2, loss=None, training_step=lambda model, batch: None)
+    assert inspect_examples(task, TensorDataset(inputs, labels, numbers, weights)) == [2]
+    assert inspect_examples(task, TensorDataset(inputs)) == []
+    wrong = torch.tensor([0, 1, 2])
+    with pytest.raises(InvalidInput, match=r"example 2 \(from 0\) has the label 2"):
+        inspect_examples(task, TensorDataset(inputs, wrong, numbers, weights))
+
+
 def test_inputs_that_arent_finite_are_counted_where_they_shouldnt_be() -> None:
     """Infinities that cancel in a sum are found all the same; large sums are no false alarm."""
     inputs = torch.zeros(5, 2, 2)

@@ -1312,7 +1312,8 @@ class UploadHeader(_message.Message):
         """By declared names: "accuracy", "loss", "train_s", "global_accuracy", "global_loss",
         "global_examples", "personal_accuracy", "personal_loss", "personal_examples",
         "compression_error". REFUSED with any other name, outside -1e30 to 1e30, and for an accuracy
-        outside 0 to 1 or global_examples outside 1 to the server's --max-num-examples.
+        outside 0 to 1 or global_examples outside 1 to the server's --max-num-examples. An accuracy is
+        left out where it means nothing, as in a regression.
         """
 
     def __init__(
