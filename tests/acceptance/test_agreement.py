@@ -43,7 +43,7 @@ def test_a_rate_that_is_too_high_for_all_is_lowered_for_all(scene: Scene) -> Non
 
 
 @pytest.mark.parametrize("flags", [(), ("--report-samples",)], ids=["by default", "if told"])
-def test_which_samples_are_bad_leaves_the_client_only_if_told(
+def test_which_samples_are_bad_leaves_the_client_only_if_allowed(
     scene: Scene, flags: tuple[str, ...]
 ) -> None:
     """Neither their numbers nor where in its batch the first bad number is."""

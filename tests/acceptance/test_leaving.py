@@ -37,7 +37,9 @@ def test_a_stopped_client_is_done_without_and_goes_on_when_it_is_back(scene: Sce
     ]
 
 
-def test_of_many_ids_an_empty_one_and_a_broken_one_leave_the_others_at_work(scene: Scene) -> None:
+def test_of_many_ids_an_id_without_data_and_one_with_broken_data_leave_the_others_at_work(
+    scene: Scene,
+) -> None:
     """The one takes no part, the other leaves with its error in the log; the run is done."""
     server = start_server(
         scene, *("--rounds", 2, "--min-clients", 2, "--min-updates", 1), *NO_CLOCK

@@ -108,7 +108,7 @@ def test_a_full_disk_is_waited_out(scene: Scene, who: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
-def test_a_full_disk_during_a_download_is_told_as_the_clients_own(scene: Scene) -> None:
+def test_a_full_disk_during_a_download_is_reported_as_the_clients_own(scene: Scene) -> None:
     """Not as a server that doesn't answer; the download goes on when there is room."""
     server = start_server(scene, "--rounds", 1, "--min-clients", 1, task=BIG)
     armed = {VARIABLE: f"{FailPoint.ORDER_PULLED}:halt"}
@@ -125,7 +125,7 @@ def test_a_full_disk_during_a_download_is_told_as_the_clients_own(scene: Scene) 
     assert verdicts(scene.history()) == [(1, 0, "COUNTED")]
 
 
-def test_a_client_with_another_model_is_told_where_they_differ(scene: Scene) -> None:
+def test_the_error_of_a_client_with_another_model_says_where_they_differ(scene: Scene) -> None:
     """One name, two versions of a task: the client ends, and with the right one takes part."""
     server = start_server(scene, "--rounds", 1, "--min-clients", 1)
     other = start_client(scene, 0, server.address, TINY_WIDTH="17")
@@ -134,7 +134,7 @@ def test_a_client_with_another_model_is_told_where_they_differ(scene: Scene) -> 
     expect_clean_exits(start_client(scene, 0, server.address), server)
 
 
-def test_a_state_dir_that_cant_be_one_is_told(scene: Scene) -> None:
+def test_a_state_dir_that_cant_be_made_is_refused(scene: Scene) -> None:
     """A file in the folder's place, on either side."""
     (scene.folder / "file").write_text("not a folder")
     server = start_server(scene, state="file")

@@ -42,7 +42,7 @@ def expect_refusal(process: Process, *words: str, code: int = 1) -> None:
     assert not missing, f"{missing} aren't in: {sentence}"
 
 
-def test_a_port_in_use_is_told(waiting: Server, scene: Scene) -> None:
+def test_a_port_in_use_is_an_error_with_what_to_do(waiting: Server, scene: Scene) -> None:
     """Two servers never share a port silently; gRPC's own words about it aren't shown."""
     port = waiting.address.rpartition(":")[2]
     second = start_server(scene, "--port", port)
@@ -59,7 +59,7 @@ def test_a_run_that_never_began_takes_other_settings(waiting: Server, scene: Sce
     assert verdicts(scene.history()) == [(1, 0, "COUNTED")]
 
 
-def test_a_lost_database_is_told_where_models_are(scene: Scene) -> None:
+def test_the_error_of_a_lost_database_says_where_models_are(scene: Scene) -> None:
     """No new run begins over what an old one has left."""
     server = start_server(scene, "--rounds", 1, "--min-clients", 1)
     expect_clean_exits(server, start_client(scene, 0, server.address))
@@ -70,14 +70,14 @@ def test_a_lost_database_is_told_where_models_are(scene: Scene) -> None:
     assert not (scene.folder / "server" / "federation.sqlite").exists()
 
 
-def test_a_state_dir_in_use_is_told(waiting: Server, module_scene: Scene) -> None:
+def test_a_state_dir_in_use_is_refused(waiting: Server, module_scene: Scene) -> None:
     """Two servers never write one state-dir; the second says which it is."""
     assert waiting.is_running
     second = start_server(module_scene, "--min-clients", 9, "--rounds", 3)
     expect_refusal(second, str(module_scene.folder / "server"), "in use by another process")
 
 
-def test_a_client_id_in_use_is_told(waiting: Server, module_scene: Scene) -> None:
+def test_a_client_id_in_use_is_refused(waiting: Server, module_scene: Scene) -> None:
     """One id is one client: the second to come is told, and the first isn't disturbed."""
     holder = Peer(waiting.address, 4)
     client = start_client(module_scene, 4, waiting.address)
@@ -101,7 +101,7 @@ def test_a_place_the_final_model_cant_go_to_begins_no_run(scene: Scene) -> None:
     assert not (scene.folder / "server").exists()
 
 
-def test_a_clients_state_dir_in_use_is_told(waiting: Server, module_scene: Scene) -> None:
+def test_a_clients_state_dir_in_use_is_refused(waiting: Server, module_scene: Scene) -> None:
     """One state-dir is one client process."""
     folder = module_scene.folder / "client-3"
     with locked_folder(folder):
@@ -163,7 +163,7 @@ def test_a_client_never_runs_code_that_only_the_server_names(
     expect_refusal(client, f"if you trust it and have it here, start with --task {TINY}")
 
 
-def test_an_id_beyond_the_partitions_is_told(waiting: Server, module_scene: Scene) -> None:
+def test_an_id_beyond_the_partitions_is_refused(waiting: Server, module_scene: Scene) -> None:
     """A client whose share of the data doesn't exist learns how many shares there are."""
     client = start_client(module_scene, 10, waiting.address)
     expect_refusal(client, "partition 10 of 10 doesn't exist")
@@ -228,7 +228,7 @@ def test_a_client_that_stays_takes_part_in_the_next_run(scene: Scene) -> None:
     assert runs[0][0]["orders"][0]["order_id"] != runs[1][0]["orders"][0]["order_id"]
 
 
-def test_copies_of_a_state_dir_in_use_at_the_same_time_are_told_to_both(scene: Scene) -> None:
+def test_both_processes_with_copies_of_a_state_dir_learn_of_it(scene: Scene) -> None:
     """Both clients end with a sentence; the one that is started again goes on."""
     server = start_server(scene, "--min-clients", 2, "--rounds", 1, "--lease", 10)
     clients = [start_client(scene, 0, server.address, state="original")]

@@ -51,7 +51,9 @@ def test_the_own_task_is_short() -> None:
     assert len(lines) < 40
 
 
-def test_clients_learn_from_their_own_tables_and_a_bad_one_is_told_where(scene: Scene) -> None:
+def test_clients_learn_from_their_own_tables_and_the_error_of_a_bad_table_says_where(
+    scene: Scene,
+) -> None:
     """The client with a bad cell stops at its start; its sentence stays with it; two go on."""
     held_out = write_flowers(scene.folder / "held-out", num=50, first=1000)
     server = scene.server(

@@ -40,7 +40,7 @@ def model(scene: Scene, digest: str) -> State:
     return decode_state((scene.folder / f"server/models/{digest}.safetensors").read_bytes())
 
 
-def test_the_slow_ones_update_counts_later_and_once_through_a_kill(scene: Scene) -> None:
+def test_a_slow_clients_update_counts_later_and_once_through_a_kill(scene: Scene) -> None:
     """Two rounds of two updates close without it; the server dies; it arrives in the third.
 
     The third model is the paper's formula, written out here; verify makes all of them again.
@@ -184,7 +184,7 @@ def test_the_norm_cap_is_on_what_a_client_changed_of_its_own_base(scene: Scene) 
         peer.close()
 
 
-def test_the_next_order_names_the_one_just_stored(scene: Scene) -> None:
+def test_the_next_order_names_the_order_just_stored(scene: Scene) -> None:
     """Its client's state is in force as soon as the update is stored, not when it is counted."""
     server = start(
         *(scene, "--rounds", 1000, "--min-clients", 2), *("--strategy-parameters", "buffer_size=3")

@@ -7,7 +7,7 @@ from tests.processes import Scene, wait_until
 CLIENTS = (0, 1, 2)
 
 
-def test_in_turns_each_client_is_asked_before_one_is_asked_again(scene: Scene) -> None:
+def test_in_turns_each_client_is_asked_before_any_is_asked_again(scene: Scene) -> None:
     """One of three a round: in three rounds each is asked once, in the next three once more."""
     server = scene.server(
         *("--task", "tests.tiny_task:tiny", "--rounds", 7, "--farewell", 0),

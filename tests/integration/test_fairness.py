@@ -31,7 +31,7 @@ NUM_DOWNLOADS = 32
 """How many places it has for downloads."""
 
 
-def test_all_streams_of_one_order_hold_one_place(opened: OpenRound) -> None:
+def test_all_streams_of_one_order_hold_one_slot(opened: OpenRound) -> None:
     """A newer one ends the older one whatever it brings, and though nothing comes from that."""
     peer, order = opened.peers[0], opened.orders[0]
     streams = []
@@ -88,7 +88,9 @@ def test_a_stream_ends_with_its_order(session_scene: Scene, opened: OpenRound) -
     assert left.stat().st_size == HALF
 
 
-def test_who_gets_a_place_after_its_order_has_ended_gives_it_back_at_once(scene: Scene) -> None:
+def test_an_upload_that_gets_its_slot_after_its_order_has_ended_frees_it_at_once(
+    scene: Scene,
+) -> None:
     """Though nothing comes from it: others have waited behind it."""
     server = scene.server(
         *("--task", "tests.tiny_task:tiny", "--rounds", 1, "--min-clients", 3),

@@ -199,7 +199,7 @@ def test_whoever_does_not_come_back_within_a_lease_is_done_without(scene: Scene)
         peer.close()
 
 
-def test_with_require_all_a_stopped_client_is_waited_for_and_one_that_failed_isnt(
+def test_with_require_all_a_stopped_client_is_waited_for_and_a_failed_client_isnt(
     scene: Scene,
 ) -> None:
     """Time decides nothing there: a stop and a start give the run that nobody disturbed."""

@@ -227,7 +227,7 @@ def test_a_client_that_waits_for_the_server_to_take_its_upload_is_not_late(
     assert hurried.peers[1].report(hurried.orders[1]) == pb.DIRECTIVE_CONTINUE
 
 
-def test_an_upload_that_waits_for_its_place_ends_with_its_order(
+def test_an_upload_that_waits_for_its_slot_ends_with_its_order(
     hurried: OpenRound, queued: SlowUpload
 ) -> None:
     """The place isn't free yet, but there is nothing left to wait for."""
@@ -235,7 +235,7 @@ def test_an_upload_that_waits_for_its_place_ends_with_its_order(
     assert queued.result().receipt == pb.RECEIPT_LATE
 
 
-def test_an_upload_that_trickles_gives_its_place_to_who_waits(hurried: OpenRound) -> None:
+def test_an_upload_that_trickles_gives_its_slot_to_others(hurried: OpenRound) -> None:
     """A byte now and then isn't enough any more, and the upload goes on later where it was."""
     hurried.settle(2)
     payload = payload_of(changed(hurried.base))
@@ -290,7 +290,7 @@ def test_a_round_closes_at_its_deadline_with_what_it_has_or_fails(scene: Scene) 
         peer.close()
 
 
-def test_an_upload_nothing_comes_from_gives_its_place_to_others(
+def test_an_upload_nothing_comes_from_gives_its_slot_to_others(
     hurried: OpenRound, impatient: Server
 ) -> None:
     """A stream that stands still ends with UNAVAILABLE, keeps its bytes and can be resumed."""

@@ -200,7 +200,7 @@ def test_norms_are_judged_by_the_examples_registered_and_not_by_those_claimed(
         peer.close()
 
 
-def test_a_person_who_asks_for_what_isnt_there_is_told_so(
+def test_a_command_for_an_update_that_isnt_there_fails_with_a_sentence(
     scene: Scene, peers: dict[int, Peer]
 ) -> None:
     """No order, an unknown order, one dropped twice, no such action: a sentence each."""

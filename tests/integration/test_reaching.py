@@ -165,7 +165,7 @@ def test_each_reason_for_no_answer_is_named_with_what_may_be_its_cause() -> None
         assert "isn't a fedserver" in cause_at(web_server)
 
 
-def test_a_cause_is_said_once_however_often_it_is_tried(
+def test_a_cause_is_logged_once_however_often_the_call_is_tried(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second cause is said too; what is said of causes in all is bounded."""
@@ -239,7 +239,7 @@ def test_a_client_says_which_run_it_has_joined_and_with_what(scene: Scene) -> No
         )
 
 
-def test_a_state_dir_with_something_else_in_a_folders_place_is_a_sentence(
+def test_a_state_dir_with_a_file_named_as_a_folder_is_refused_with_a_sentence(
     server: Server, session_scene: Scene
 ) -> None:
     """What the client itself can't write is no error of the task's own code: no traceback."""

@@ -250,7 +250,7 @@ def test_a_refused_order_stays_refused(opened: OpenRound, history: History) -> N
     assert contradicted["second"] == digest_bytes(other)
 
 
-def test_a_round_without_one_good_update_fails_and_is_tried_again(
+def test_a_round_without_any_good_update_fails_and_is_tried_again(
     opened: OpenRound, history: History
 ) -> None:
     """Where nothing good came, the model stays as it was and the next attempt begins from it."""

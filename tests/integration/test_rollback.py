@@ -358,7 +358,7 @@ def test_a_repeated_round_has_half_the_norm_band(scene: Scene) -> None:
         peer.close()
 
 
-def test_clients_take_back_one_model_and_not_the_one_before_it_too(
+def test_clients_take_back_one_model_and_not_its_predecessor_too(
     scene: Scene, connect: Connect
 ) -> None:
     """A round that is repeated for its own bad model blames nobody: older models may be gone."""

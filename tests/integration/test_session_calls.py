@@ -84,7 +84,7 @@ def test_a_malformed_registration_is_refused_with_a_sentence(
     assert sentence in details
 
 
-def test_a_client_of_another_task_is_told_both_names(stranger: Peer) -> None:
+def test_the_refusal_of_a_client_of_another_task_has_both_names(stranger: Peer) -> None:
     """A client that insists on a task other than the run's learns which is which."""
     details = expect_status(
         grpc.StatusCode.FAILED_PRECONDITION, lambda: stranger.register(task="mnist-sample")
@@ -154,7 +154,7 @@ def test_a_parked_pull_is_woken_when_the_round_opens(opened: OpenRound) -> None:
     open_round(opened.peers).settle()
 
 
-def test_a_client_is_told_the_partitioning(scene: Scene) -> None:
+def test_the_answer_to_register_has_the_partitioning(scene: Scene) -> None:
     """As the server's flags have it: shares are cut by it."""
     server = scene.server(
         *("--task", "tests.tiny_task:tiny", "--partition", "dirichlet", "--alpha", 0.3),

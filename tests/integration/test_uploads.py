@@ -254,7 +254,7 @@ def test_what_was_left_unfinished_fills_no_disk(scene: Scene) -> None:
         peer.close()
 
 
-def test_a_stream_of_empty_chunks_gives_its_place_to_others(scene: Scene) -> None:
+def test_a_stream_of_empty_chunks_gives_its_slot_to_others(scene: Scene) -> None:
     """Chunks without a byte are no progress, however many come."""
     server = scene.server(
         *("--task", "tests.tiny_task:tiny", "--rounds", 1, "--min-clients", 1),

@@ -68,7 +68,7 @@ def places(action: str, among: dict[FailPoint, Any]) -> list[Any]:
     ]
 
 
-def test_every_place_is_struck_on_one_side() -> None:
+def test_every_fail_point_is_struck_on_one_side() -> None:
     """A new fail point comes with its row here."""
     in_test_upgrades = FailPoint.UPGRADE_MADE
     struck = {in_test_upgrades, *SERVER_PLACES, *CLIENT_PLACES, *OTHER_PLACES, *BAD_MODEL_PLACES}

@@ -154,7 +154,7 @@ def test_a_client_beyond_the_partitions_is_named(requests: list[DataRequest]) ->
     assert not requests
 
 
-def test_labels_that_are_not_those_of_the_examples_are_told(
+def test_labels_that_are_not_those_of_the_examples_are_refused(
     requests: list[DataRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A share is never cut by labels of something else."""
@@ -165,7 +165,7 @@ def test_labels_that_are_not_those_of_the_examples_are_told(
     assert len(requests) == 1
 
 
-def test_a_run_of_another_task_than_the_one_insisted_on_is_refused() -> None:
+def test_a_run_of_another_task_than_the_required_task_is_refused() -> None:
     """Whatever module the server names, it isn't imported."""
     with pytest.raises(
         WrongSettings, match=r"'somebody\.elses:task', but --task insists on 'mnist"
@@ -182,7 +182,7 @@ def test_a_run_of_another_task_than_the_one_insisted_on_is_refused() -> None:
         ("unreadable", "loading the data of client 0 failed with KeyError"),
     ],
 )
-def test_what_the_tasks_own_code_raises_is_told_before_the_data_is_registered(
+def test_an_error_of_the_tasks_code_is_shown_before_the_data_is_registered(
     name: str, sentence: str
 ) -> None:
     """With the error itself, for the person here."""
@@ -223,7 +223,7 @@ def test_a_client_whose_data_cant_be_loaded_takes_no_part(
         client_data_of("--ids", "0-3").load(SESSION)
 
 
-def test_why_a_client_takes_no_part_is_told_once(
+def test_why_a_client_takes_no_part_is_logged_once(
     requests: list[DataRequest],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -121,7 +121,7 @@ def test_outside_of_a_terminal_a_long_order_gets_a_line(
     assert "client 0, round 4: step 2 of 8" in caplog.messages[0]
 
 
-def test_what_isnt_known_isnt_said(progress: ProgressReporter) -> None:
+def test_unknown_fields_are_left_out(progress: ProgressReporter) -> None:
     progress.add(steps=1)
     assert describe_progress(progress) == "step 1 of 0"
 

@@ -25,7 +25,9 @@ def put(outbox: Outbox, order_id: str) -> ClientUpdate:
     return update
 
 
-def test_what_was_put_is_found_again_by_another_process(outbox: Outbox, tmp_path: Path) -> None:
+def test_an_update_that_was_put_is_there_for_another_process(
+    outbox: Outbox, tmp_path: Path
+) -> None:
     """Every field and every byte, until it is dropped; then it is gone."""
     update = put(outbox, "order-1")
     again = Outbox(tmp_path / "outbox")

@@ -130,18 +130,18 @@ def test_more_labels_than_fit_are_summed_up(
     assert max(map(len, shown.splitlines()[:-1])) <= 80
 
 
-def test_more_shards_than_examples_are_told() -> None:
+def test_more_shards_than_examples_are_refused() -> None:
     """They are counted before any is cut: an empty one takes memory too."""
     with pytest.raises(InvalidInput, match="are more shards than the 10000 examples; use fewer"):
         run("--partition", "shards", "--shards-per-client", "1000000000")
 
 
-def test_targets_that_are_no_labels_are_told() -> None:
+def test_targets_that_are_no_labels_are_refused() -> None:
     with pytest.raises(InvalidInput, match=r"no labels to count.*float32.*give the Task load_labe"):
         run("--task", f"{__name__}:measured", "--num-partitions", "2")
 
 
-def test_a_parameter_of_another_scheme_is_told() -> None:
+def test_a_parameter_of_another_scheme_is_refused() -> None:
     """Also where a task of one's own would have passed it over."""
     with pytest.raises(InvalidInput, match="'iid' has no parameter 'alpha'"):
         run("--task", f"{__name__}:dealt", "--alpha", "0.5")

@@ -34,7 +34,7 @@ def test_a_report_under_way_ends_before_the_order_does(monkeypatch: pytest.Monke
     assert ended == ["report", "order"]
 
 
-def test_of_very_many_incidents_the_first_and_the_newest_are_told() -> None:
+def test_of_very_many_incidents_the_first_and_the_newest_are_reported() -> None:
     """The server takes so many of an order, and none at all of a report with more."""
     reporter = ProgressReporter(lambda _, __: None, stop=threading.Event())
     for number in range(MAX_INCIDENTS + 100):

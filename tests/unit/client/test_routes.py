@@ -62,7 +62,7 @@ def test_a_password_is_sent_and_never_shown() -> None:
     "written",
     ["proxy.example:3128", "https://proxy:1", "socks5://proxy:1", "http://", "http://a:b"],
 )
-def test_a_proxy_that_cant_be_read_is_said_before_anything_starts(
+def test_a_proxy_that_cant_be_read_is_an_error_before_anything_starts(
     written: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Given as a flag or in the environment."""

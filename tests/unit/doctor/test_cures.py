@@ -123,7 +123,7 @@ def spoil_input(value: float, *, at_step: int = 20, position: int = 5) -> Spoil:
     return spoil
 
 
-def test_a_bad_sample_that_did_no_harm_before_makes_the_next_one_no_less_odd() -> None:
+def test_a_bad_sample_that_did_no_harm_before_makes_the_next_bad_sample_no_less_odd() -> None:
     """The first has the label that torch's loss passes over, so nothing is learned from it."""
 
     def spoil(step: int, inputs: Tensor, labels: Tensor) -> None:
@@ -283,7 +283,7 @@ def test_a_guarded_loss_without_a_gradient_is_left_to_itself() -> None:
     assert (dead.symptom, dead.cause) == (Symptom.DEAD_NETWORK, Cause.UNKNOWN)
 
 
-def test_a_loss_that_few_samples_have_no_value_of_is_theirs() -> None:
+def test_a_loss_without_a_value_for_few_samples_is_blamed_on_the_samples() -> None:
     """A logarithm of 0 from the batch alone; after eight such samples it is the loss's matter."""
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -383,7 +383,7 @@ def test_a_momentum_changed_from_outside_is_the_optimizers_state() -> None:
     assert diagnosis.remedy.is_working
 
 
-def test_what_doesnt_repeat_is_said_to_and_no_cause_is_claimed() -> None:
+def test_a_fault_that_doesnt_repeat_is_called_so_and_no_cause_is_claimed() -> None:
     """The loss is NaN the 20th time it is computed, and never again."""
     calls = iter(range(1, 10_000))
 

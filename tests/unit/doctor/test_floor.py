@@ -126,7 +126,7 @@ def test_an_examination_ends_when_its_time_is_up() -> None:
     assert all(diagnosis.num_replayed_steps == 0 for diagnosis in doctor.diagnoses)
 
 
-def test_a_dead_network_is_told_even_if_nothing_helps() -> None:
+def test_a_dead_network_is_diagnosed_even_if_nothing_helps() -> None:
     """Dropout of everything: no weight has a gradient, whatever the weights are."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(1.0), nn.Linear(8, 2))
@@ -151,7 +151,7 @@ def test_a_dead_network_is_told_even_if_nothing_helps() -> None:
         (math.nan, False, True),
     ],
 )
-def test_what_is_said_of_a_bad_start_is_what_was_done(
+def test_the_diagnosis_of_a_bad_start_says_what_was_done(
     scale: float, asks_to_stop: bool, stops: bool
 ) -> None:
     """In an own loop training goes on from it if that can be, and the verdict says so."""

@@ -135,7 +135,7 @@ def test_numbers_that_are_no_tensors() -> None:
         assert torch.tensor([4, 0]).log()[0] == torch.tensor(4.0).log()
 
 
-def test_whole_powers_keep_the_sign_and_fractional_ones_have_none() -> None:
+def test_whole_powers_keep_the_sign_and_fractional_powers_have_none() -> None:
     """(-2) ** -1 is -0.5 as ever; (-2) ** 0.5 isn't a number and becomes the edge's root."""
     base = torch.tensor([-2.0, 2.0, 0.0])
     with guarding():

@@ -250,7 +250,7 @@ def test_a_bad_input_is_named_with_its_position(value: float) -> None:
     )
 
 
-def test_a_bad_input_that_the_model_copes_with_is_told_unless_something_else_is_bad() -> None:
+def test_a_bad_input_that_the_model_copes_with_is_reported_unless_something_else_is_bad() -> None:
     """Missing values that are filled in do no harm; the fault beside them is what counts."""
     inputs, labels = samples()
     inputs[5, 2] = NAN

@@ -341,7 +341,7 @@ def test_labels_that_the_loss_ignores_are_healthy(ignored: int) -> None:
     )
 
 
-def test_more_than_may_be_left_out_is_told_and_stops() -> None:
+def test_more_than_may_be_left_out_is_diagnosed_and_stops() -> None:
     """Every sample of a class is left out: that is a mistake in the data, not a cure."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -420,7 +420,7 @@ def test_clipped_gradients_are_those_of_a_plain_loop(clip_norm: float) -> None:
         assert torch.equal(mine, expected)
 
 
-def test_a_buffer_that_stops_being_finite_is_told() -> None:
+def test_a_buffer_that_stops_being_finite_is_diagnosed() -> None:
     """The other half: what was finite before the first step is watched."""
 
     class Counting(nn.Module):

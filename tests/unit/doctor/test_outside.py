@@ -115,5 +115,5 @@ def test_a_write_that_does_harm_is_the_cause(part: Written, cause: Cause) -> Non
     assert diagnoses[0].remedy.is_working
 
 
-def test_without_a_write_nothing_is_said() -> None:
+def test_without_a_write_nothing_is_diagnosed() -> None:
     assert diagnoses_of(None) == []

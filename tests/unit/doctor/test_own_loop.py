@@ -9,7 +9,7 @@ import pytest
 from tests.processes import ROOT
 
 
-def test_a_loop_of_ones_own_is_cured_with_the_proof_shown(
+def test_a_users_own_loop_is_cured_with_the_proof_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One of the three failed readings is named, is proven to be the cause, and all are left out.

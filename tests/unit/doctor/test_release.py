@@ -33,13 +33,13 @@ def begun(treatment: Overrides) -> Release:
     return release
 
 
-def test_each_easing_that_does_well_is_followed_by_a_larger_one() -> None:
+def test_each_easing_that_does_well_is_followed_by_a_larger_easing() -> None:
     """Factors 2, 4, 16 and 256: 2^15 = 32768 in four easings, and the rate's own in the fifth."""
     assert eased(begun(SLOW), SLOW, times=4).rate_factor == pytest.approx(1e-6 * 2**15)
     assert eased(begun(SLOW), SLOW, times=5).rate_factor == 1.0
 
 
-def test_a_large_easing_that_does_harm_is_followed_by_a_small_one() -> None:
+def test_a_large_easing_that_does_harm_is_followed_by_a_small_easing() -> None:
     release = begun(SLOW)
     treatment = eased(release, SLOW, times=3)
     assert treatment.rate_factor == pytest.approx(1e-6 * 2**7)

@@ -131,7 +131,7 @@ def test_how_often_a_step_is_tried(bad: set[int], odd: list[int], most: int) -> 
     assert oracle.num_calls <= most
 
 
-def test_out_of_tries_what_is_proven_is_told() -> None:
+def test_out_of_tries_what_is_proven_is_returned() -> None:
     """Never more calls than allowed, and never a sample that wasn't seen to fail."""
     bad = set(range(0, 64, 2))
     for max_tries in (1, 3, 10, 20):
@@ -183,7 +183,7 @@ def test_a_batch_keeps_its_kind() -> None:
     assert named["scale"] is scale
 
 
-def test_inputs_and_labels_are_told_apart() -> None:
+def test_inputs_and_labels_are_distinguished() -> None:
     """Floating tensors are inputs; the last integer tensor with a row a sample is labels."""
     images, tokens = torch.rand(3, 2), torch.zeros(3, 5, dtype=torch.int64)
     mask, labels = torch.ones(3, dtype=torch.bool), torch.tensor([0, 1, 2])
@@ -209,7 +209,7 @@ def digits(count: int = 32, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, 10, (count,), generator=generator)
 
 
-def test_each_oddity_is_told() -> None:
+def test_each_oddity_is_named() -> None:
     """NaN and infinity with their number, labels without, an outlier in deviations, an empty."""
     images, labels = digits()
     images[3, 0, 0, :2] = float("nan")
@@ -266,7 +266,7 @@ def test_outliers_need_both_deviations_and_size() -> None:
     assert odd_of(batch, healthy) == dict.fromkeys(range(16, 32), Oddity.OUTLIER)
 
 
-def test_empty_samples_are_ordinary_where_healthy_ones_were() -> None:
+def test_empty_samples_are_ordinary_where_healthy_samples_were_empty() -> None:
     """Silence in a data set that has some isn't odd; without anything healthy nobody knows."""
     batch, silence = torch.rand(4, 3), torch.zeros(2, 3)
     batch[1] = 0

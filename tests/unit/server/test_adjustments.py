@@ -215,7 +215,7 @@ def test_a_bad_model_halves_rate_and_band() -> None:
     assert after_bad_model(NO_ADJUSTMENTS, max_steps=0) == NO_ADJUSTMENTS
 
 
-def test_adjustments_are_kept_as_what_differs_and_told_in_words() -> None:
+def test_adjustments_are_kept_as_what_differs_and_described_in_words() -> None:
     """Nothing is an empty object and no words."""
     assert (NO_ADJUSTMENTS.as_json(), adjustment_text(NO_ADJUSTMENTS)) == ({}, "")
     adjustments = Adjustments(lr_factor=0.25, num_lowered=2, clip_norm=1.5, num_redraws=1)

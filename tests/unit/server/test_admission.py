@@ -162,7 +162,7 @@ def state_of(base: StateFile) -> dict[str, Tensor]:
     return decode_state(base.path.read_bytes())
 
 
-def test_the_model_itself_and_a_trained_one_are_admitted(tmp_path: Path, base: StateFile) -> None:
+def test_the_model_itself_and_a_trained_model_are_admitted(tmp_path: Path, base: StateFile) -> None:
     """No change is fine; so are changed parameters, and buffers whatever they hold."""
     state = state_of(base)
     examine(tmp_path, base, state)
@@ -234,7 +234,7 @@ def test_the_norm_cap_is_on_the_delta_of_all_parameters(tmp_path: Path, base: St
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_norm_of_any_precision_is_the_float64_one(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_the_norm_of_any_precision_is_that_of_float64(tmp_path: Path, dtype: torch.dtype) -> None:
     """Over several blocks, the cap lies between 0.1 % below and above the independent norm."""
     kinds = {"w": EntryKind.PARAMETER}
     generator = torch.Generator().manual_seed(3)

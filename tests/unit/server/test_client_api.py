@@ -326,7 +326,9 @@ def test_a_diagnosis_of_another_model_is_refused(
         asyncio.run(reports(server))
 
 
-def test_an_error_that_is_a_clients_doing_is_told_and_no_event(tmp_path: Path) -> None:
+def test_an_error_that_is_a_clients_doing_reaches_the_client_and_is_no_event(
+    tmp_path: Path,
+) -> None:
     """Other errors are events; what nobody foresaw reaches no client as text."""
 
     async def answer(server: ServerRun, error: Exception) -> tuple[FederationError, list[str]]:

@@ -197,7 +197,7 @@ def test_the_wait_ends_when_the_base_may_be_bad(tmp_path: Path) -> None:
         assert asyncio.run(collect(server)) is None
 
 
-def test_a_verdict_names_all_clients_and_the_first_ones_reason() -> None:
+def test_a_verdict_names_all_clients_and_the_first_clients_reason() -> None:
     """One client has a sentence of its own."""
     assert verdict_text("refused", {3}, "bad") == "the update of client 3 was refused: bad"
     assert verdict_text("excluded", {5, 3, 4}, "too long") == (

@@ -89,7 +89,9 @@ def test_clients_that_agree_on_a_bad_base_take_it_back(tmp_path: Path) -> None:
         asyncio.run(blame(server))
 
 
-def test_the_first_model_and_one_taken_back_as_often_as_allowed_stand(tmp_path: Path) -> None:
+def test_the_first_model_stands_and_so_does_a_model_taken_back_as_often_as_allowed(
+    tmp_path: Path,
+) -> None:
     """There is none before it; --max-rollbacks says how often a round is repeated."""
 
     async def blame(server: ServerRun, current: Attempt) -> bool:

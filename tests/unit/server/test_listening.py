@@ -58,7 +58,7 @@ def test_what_can_be_no_host_is_refused(host: str) -> None:
         ServerSettings(host=host)
 
 
-def test_why_an_address_cant_be_listened_on_is_said() -> None:
+def test_the_error_says_why_an_address_cant_be_listened_on() -> None:
     """In use, somebody else's, unknown: each has another remedy."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "the port is in use" in _refusal("127.0.0.1", taken.getsockname()[1])

@@ -29,7 +29,7 @@ def play_round(
     store.rounds.finish_round(opened, model_digest="model", next_round=None, events=[event])
 
 
-def test_the_past_is_how_often_a_client_was_asked_answered_and_what_it_told_last(
+def test_the_past_is_how_often_a_client_was_asked_and_answered_and_its_last_loss(
     tmp_path: Path,
 ) -> None:
     """Over rounds, of this run alone; the global model's loss before that of the local epochs."""

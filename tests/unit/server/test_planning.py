@@ -161,7 +161,7 @@ def test_an_asynchronous_round_leaves_those_at_work_alone(base: GlobalModel) -> 
     assert 0 not in cohort
 
 
-def test_an_order_that_is_too_stale_is_not_one_at_work(base: GlobalModel) -> None:
+def test_an_order_that_is_too_stale_is_not_at_work(base: GlobalModel) -> None:
     """With --max-staleness 0 an order of round 1 is over when round 2 opens."""
     context = make_context(strategy="fedbuff", min_clients=1, max_staleness=0)
     orders = [make_open_order(base, 0, OrderState.OPEN)]

@@ -283,7 +283,7 @@ def history_json(
     return rounds
 
 
-def test_a_client_that_is_not_in_the_run_is_said_not_to_be(
+def test_a_client_that_is_not_in_the_run_is_an_error(
     capsys: pytest.CaptureFixture[str], state_dir: Path
 ) -> None:
     """With a picture wanted or not."""

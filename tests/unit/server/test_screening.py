@@ -65,7 +65,7 @@ def ids(exclusions: Sequence[Exclusion]) -> list[int]:
     return [exclusion.client_id for exclusion in exclusions]
 
 
-def test_the_odd_one_is_excluded_with_the_numbers_that_show_it() -> None:
+def test_an_update_too_long_beside_the_others_is_excluded_with_its_evidence() -> None:
     """Norm, median of the others, width and bound are the evidence, in words and as numbers."""
     (exclusion,) = excluded(cohort([1.0, 1.1, 0.9, 1.2, 30.0]))
     assert exclusion.client_id == 4

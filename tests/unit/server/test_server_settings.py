@@ -46,7 +46,9 @@ half = replace(tiny, build_model=lambda: nn.Linear(8, 3, dtype=torch.bfloat16))
     ],
     ids=str,
 )
-def test_what_contradicts_itself_is_told(settings: dict[str, object], words: str) -> None:
+def test_settings_that_contradict_each_other_are_refused(
+    settings: dict[str, object], words: str
+) -> None:
     """No run begins with settings of which one defeats the other."""
     with pytest.raises(ValueError, match=words):
         ServerSettings(**settings)  # type: ignore[arg-type]

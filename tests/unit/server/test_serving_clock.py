@@ -47,7 +47,7 @@ def test_a_lease_outlives_the_servers_absence() -> None:
     assert not sessions.is_live(session)
 
 
-def test_an_absence_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absence_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever keeps the clock hears how long the server was away."""
     monkeypatch.setattr(runtime, "_TICK_S", 0)
     time = Time()

@@ -106,7 +106,7 @@ def test_after_a_restart_everybody_has_a_whole_lease(clock: Clock) -> None:
     assert sessions.live_sessions() == set()
 
 
-def test_only_clients_that_told_their_data_are_ready(sessions: Sessions, clock: Clock) -> None:
+def test_only_clients_that_declared_their_data_are_ready(sessions: Sessions, clock: Clock) -> None:
     """A client is a candidate when it knows its data; a lease that ended matters if asked."""
     sessions.register(make_registration(1))
     assert sessions.ready_clients(only_live=True) == set()
@@ -192,7 +192,9 @@ def register_process(sessions: Sessions, key: str, *, size: int = 5) -> str:
     return sessions.register(registration)[0].session_id
 
 
-def test_a_restarted_process_takes_over_at_once_and_the_old_one_is_told(sessions: Sessions) -> None:
+def test_a_restarted_process_takes_over_at_once_and_the_old_process_learns_it(
+    sessions: Sessions,
+) -> None:
     """However often: each has a session of its own, and what it said before stays known."""
     old = register_process(sessions, "0")
     assert register_process(sessions, "0") == old

@@ -343,7 +343,7 @@ def test_a_report_made_twice_is_one_event(store: Store) -> None:
     assert len(read_history(store, run)[0].incidents) == 4
 
 
-def test_what_went_wrong_before_the_first_round_is_told_with_its_first_attempt(
+def test_an_incident_before_the_first_round_is_shown_with_its_first_attempt(
     store: Store,
 ) -> None:
     """And with no other one."""

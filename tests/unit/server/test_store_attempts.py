@@ -45,7 +45,7 @@ def diagnosis_event(client_id: int, cause: str, *, attempt: int = 1) -> Event:
     return replace(event, client_id=client_id, fields={"cause": cause})
 
 
-def test_the_last_failure_is_told_with_its_kind(store: Store) -> None:
+def test_the_last_failure_is_given_with_its_kind(store: Store) -> None:
     """No failure, one that an earlier version recorded, one of today's; the last of them counts."""
     run, opened = begin_round(store)
     assert store.events.last_failure(run.run_id) == ("", None)

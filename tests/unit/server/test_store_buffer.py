@@ -188,7 +188,7 @@ def test_an_attempt_that_fails_ends_what_came_into_it_and_its_own_orders_alone(
     assert (states[own], states[other], states[order_2]) == ("ABANDONED", "ABANDONED", "STORED")
 
 
-def test_a_refused_update_is_told_of_the_round_that_it_came_into(
+def test_a_refused_update_is_recorded_with_the_round_that_it_came_into(
     asynchronous: Asynchronous,
 ) -> None:
     """Its entry in the ledger names it, whichever round its order is of."""

@@ -145,7 +145,7 @@ def as_somebody_else(folder: Path, *, mode: int) -> Iterator[None]:
         folder.chmod(0o755)
 
 
-def test_a_database_that_isnt_ones_own_is_a_sentence_with_the_way_out(
+def test_a_database_of_another_user_is_refused_with_what_to_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """SQLite writes beside it even to read it; into some folders one can't even look."""

@@ -259,7 +259,7 @@ def test_attempts_at_the_first_round_share_their_model_unless_it_was_drawn_anew(
     assert "attempt 2 began with model 111111111111" in finding
 
 
-def test_the_best_model_that_stays_is_one_that_was_not_taken_back(store: Store) -> None:
+def test_the_best_model_that_stays_was_not_taken_back(store: Store) -> None:
     """However well the one that was taken back had scored before its alarm."""
     run, _, second, third = two_rounds(store)
     event = make_event("evaluated", round_number=2)

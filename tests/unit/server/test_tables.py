@@ -19,7 +19,7 @@ from fedserver.reporting.tables import class_table, share_text
         ([9, 1, 2, 3, 5, 10], "1 to 3, 5, 9 to 10"),
     ],
 )
-def test_numbers_are_told_in_words(numbers: list[int], text: str) -> None:
+def test_numbers_are_described_in_words(numbers: list[int], text: str) -> None:
     assert numbers_text(numbers) == text
 
 

@@ -181,7 +181,7 @@ def test_a_model_without_an_accuracy_changes_nothing(open_orders: OpenOrders) ->
     assert shown(view)[2] == "no accuracy yet"
 
 
-def test_a_diagnosis_is_told_in_its_sentence_the_moment_it_comes(open_orders: OpenOrders) -> None:
+def test_a_diagnosis_is_shown_in_its_sentence_the_moment_it_comes(open_orders: OpenOrders) -> None:
     view = LiveView(open_orders, total_rounds=3)
     event = make_event("training-diagnosed", round_number=2)
     fields = {"step": 17, **diagnosis_fields(make_diagnosis())}

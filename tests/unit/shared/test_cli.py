@@ -79,7 +79,7 @@ def test_print_config_calls_a_setting_what_its_flag_is_called(
     assert "json = true  # flag" in capsys.readouterr().out.splitlines()
 
 
-def test_an_unknown_setting_is_told_the_nearest_one(
+def test_the_error_of_an_unknown_setting_names_the_nearest_setting(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "no flag --epoch; did you mean --epochs?" in _refusal(capsys, "--epoch", "3")
@@ -90,7 +90,7 @@ def test_an_unknown_setting_is_told_the_nearest_one(
     assert "there is no setting 'learning_rate'" in refusal
 
 
-def test_an_unknown_variable_with_the_prefix_is_told_the_nearest_one(
+def test_the_error_of_an_unknown_variable_with_the_prefix_names_the_nearest_variable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The other side's variables, and everybody else's, are none of its business."""
@@ -124,7 +124,7 @@ def test_a_flag_takes_back_what_a_file_switched_on(tmp_path: Path) -> None:
     assert (settings.require_all, settings.give_up_damaged) == (False, True)
 
 
-def test_a_value_that_cant_be_is_told_with_its_setting(
+def test_the_error_of_an_invalid_value_names_its_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Wherever it stands."""
@@ -159,7 +159,7 @@ def test_a_value_that_cant_be_is_told_with_its_setting(
         ),
     ],
 )
-def test_a_setting_of_several_types_or_values_is_told_in_one_sentence(
+def test_an_error_of_a_setting_of_several_types_or_values_is_one_sentence(
     capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], sentence: str
 ) -> None:
     """In the user's words, not in those of the library that validates."""
@@ -172,7 +172,7 @@ def test_the_name_of_a_value_is_refused_as_a_name(capsys: pytest.CaptureFixture[
     assert "--doctor-policies has the name 'x': input should be " in capsys.readouterr().err
 
 
-def test_the_word_none_can_be_chosen_where_it_is_one_of_the_words() -> None:
+def test_the_word_none_can_be_chosen_where_it_is_a_choice() -> None:
     """Elsewhere it takes a setting back, as --data-root none does."""
     settings = parse(
         ServerSettings,
@@ -202,7 +202,7 @@ def test_a_client_never_waits_for_a_server_nowhere(
 
 
 @pytest.mark.parametrize("server", ["localhost:1", "10.0.0.7:65535", "[::1]:50051", "a-b.c:80"])
-def test_an_address_that_can_be_one_is_taken(server: str) -> None:
+def test_a_valid_address_is_taken(server: str) -> None:
     assert parse(ClientSettings, ["--id", "1", "--server", server]).server == server
 
 
@@ -245,7 +245,9 @@ def test_which_clients_a_process_is_must_be_clear(
     assert sentence in capsys.readouterr().err
 
 
-def test_a_misspelt_command_is_told_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_of_a_misspelt_command_names_the_nearest_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit):
         parse(ClientSettings, ["partition"])
     assert "no command partition; did you mean partitions?" in capsys.readouterr().err
@@ -259,7 +261,7 @@ def test_a_misspelt_command_is_told_the_nearest_one(capsys: pytest.CaptureFixtur
         (["--strategy", "--seed", "1"], "--strategy needs a value after it"),
     ],
 )
-def test_a_value_too_many_or_too_few_is_told(
+def test_a_value_too_many_or_too_few_is_an_error(
     argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sentence in _refusal(capsys, *argv)
@@ -292,7 +294,7 @@ def test_a_command_of_the_other_program_is_named_with_it(
         assert f"{command} is a command of {other}; type" in capsys.readouterr().err
 
 
-def test_a_command_after_a_flag_is_told_where_it_belongs(
+def test_the_error_of_a_command_after_a_flag_says_where_it_belongs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert "comes before all flags: python -m fedserver history" in _refusal(
@@ -363,7 +365,7 @@ def test_a_strategys_parameters_are_one_flag_or_a_table(
     assert "f is 'two': input should be a valid number" in refused
 
 
-def test_parameters_that_arent_pairs_are_told_how_they_are_written(
+def test_the_error_of_parameters_that_arent_pairs_says_how_to_write_them(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a flag, and in the environment, where they are JSON."""

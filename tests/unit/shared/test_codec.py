@@ -158,7 +158,7 @@ def test_a_model_with_tied_weights_is_filled_in_place(tmp_path: Path) -> None:
         ({"w": torch.zeros(2, dtype=torch.float64)}, "first 'w'"),
     ],
 )
-def test_a_model_is_not_filled_from_another_ones_file(
+def test_a_model_is_not_filled_from_another_models_file(
     tmp_path: Path, other: dict[str, Tensor], words: str
 ) -> None:
     """Names, shapes and dtypes must agree; the message names the first that doesn't."""
@@ -207,7 +207,9 @@ def assert_library_agrees(path: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(state=st.dictionaries(names, tensors(), max_size=5))
-def test_our_layout_is_the_one_the_library_reads(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_our_layout_is_the_layout_that_the_library_reads(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
     """Shapes, dtypes and byte ranges of `read_layout` are those of safetensors itself."""
     encoded = encode_state(state)
     path = tmp_path / "file"

@@ -84,7 +84,7 @@ def test_a_missing_column_is_named(tmp_path: Path, header: str, complaint: str) 
         load_tables(write(tmp_path, "t.csv", header), IRIS)
 
 
-def test_no_rows_and_no_text_are_told_apart(tmp_path: Path) -> None:
+def test_no_rows_and_no_text_are_distinguished(tmp_path: Path) -> None:
     with pytest.raises(DataUnavailable, match=r"no .csv file with rows under .*--data-root"):
         load_tables(tmp_path, IRIS)
     with pytest.raises(DataUnavailable, match=r"no .csv file with rows"):

@@ -278,7 +278,7 @@ def test_progress_arrives_as_it_was_reported() -> None:
     assert all(incident.at.seconds > 0 for incident in message.incidents)
 
 
-def test_a_diagnosis_belongs_to_the_kind_that_has_one() -> None:
+def test_only_incidents_of_the_kind_diagnosed_have_a_diagnosis() -> None:
     """Neither comes without the other, and the kind must be a declared one."""
     diagnosed = progress_message(
         "s",

@@ -12,7 +12,7 @@ from fedrounds.standard_output import run_program
 
 @pytest.mark.parametrize("size", [1, 100_000], ids=["in the buffer", "beyond the buffer"])
 @pytest.mark.parametrize("ends_by_exit", [False, True])
-def test_a_full_disk_is_told_once(
+def test_a_full_disk_is_reported_once(
     size: int,
     ends_by_exit: bool,
     monkeypatch: pytest.MonkeyPatch,

@@ -14,7 +14,7 @@ def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_a_new_one_is_its_users_alone(tmp_path: Path) -> None:
+def test_a_new_folder_is_its_users_alone(tmp_path: Path) -> None:
     """The folders above it, and what is written elsewhere, have the usual mode."""
     before = os.umask(0o022)
     try:
@@ -26,7 +26,7 @@ def test_a_new_one_is_its_users_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "after"), [(0o755, 0o700), (0o701, 0o700), (0o2777, 0o700)])
-def test_one_that_everybody_may_look_into_is_closed(
+def test_a_folder_that_everybody_may_look_into_is_closed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, after: int
 ) -> None:
     """As older versions left it; it is said, once."""
@@ -39,7 +39,7 @@ def test_one_that_everybody_may_look_into_is_closed(
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o750, 0o2770])
-def test_one_that_is_shared_with_a_group_stays_so(
+def test_a_folder_that_is_shared_with_a_group_stays_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
 ) -> None:
     """Nobody gives a group what others don't get by accident."""
@@ -50,7 +50,7 @@ def test_one_that_is_shared_with_a_group_stays_so(
 
 
 @pytest.mark.parametrize("whose", ["everybody's", "somebody else's", "of no mode"])
-def test_one_that_cant_be_closed_is_used_with_a_warning(
+def test_a_folder_that_cant_be_closed_is_used_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, whose: str
 ) -> None:
     """As /tmp; of another user; on a file system that knows no modes."""

@@ -85,7 +85,7 @@ def test_the_clients_commands_read_their_flags_before_torch_is_imported(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_task_of_ones_own_is_looked_for_without_running_its_code(
+def test_a_users_own_task_is_looked_for_without_running_its_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A package is imported only where its folder doesn't hold the module."""

@@ -211,7 +211,7 @@ def test_the_bundled_sample_is_nobodys_own_data() -> None:
 
 
 @pytest.mark.parametrize("name", ["text", "tabular,label=a,features=b,classes=2"])
-def test_a_data_root_that_is_no_folder_is_told(name: str, tmp_path: Path) -> None:
+def test_a_data_root_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     task = find_task(name)
     for root, what in ((tmp_path / "file", "is no folder"), (tmp_path / "no", "doesn't exist")):
@@ -224,7 +224,7 @@ def test_the_own_task_of_the_examples_asks_for_its_folder() -> None:
         find_task("examples.own_task.waves:waves").load_train(DataRequest())
 
 
-def test_a_folder_in_an_image_files_place_is_told(tmp_path: Path) -> None:
+def test_a_folder_named_as_an_image_file_is_refused(tmp_path: Path) -> None:
     write_raw(tmp_path)
     path = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte"
     path.unlink()
@@ -273,7 +273,7 @@ def test_the_model_depends_on_the_global_generator_alone() -> None:
     assert not torch.equal(states[0], states[2])
 
 
-def test_a_task_of_ones_own_is_found_by_module_and_attribute() -> None:
+def test_a_users_own_task_is_found_by_module_and_attribute() -> None:
     task = find_task(f"{__name__}:OWN_TASK")
     assert task is sys.modules[__name__].OWN_TASK
     assert task.load_test(None) is None

@@ -32,7 +32,7 @@ def test_the_classes_are_pinned() -> None:
 
 
 @given(st.text())
-def test_every_character_has_a_class_and_ascii_ones_their_own(text: str) -> None:
+def test_every_character_has_a_class_and_ascii_characters_their_own(text: str) -> None:
     classes = encode_text(text)
     assert classes.dtype == np.int64
     expected = [CHARACTERS.find(character) + 1 for character in text]
@@ -58,7 +58,7 @@ def test_windows_cover_every_character_once_or_at_the_end_twice(
     assert rebuilt.tolist() == encode_text(text).tolist()
 
 
-def test_targets_are_the_inputs_one_later(tmp_path: Path) -> None:
+def test_targets_are_the_inputs_shifted_by_one_character(tmp_path: Path) -> None:
     task = find_task("text")
     root = write(tmp_path, a="abcdefghij" * 20)
     examples = task.load_train(DataRequest(data_root=root))

@@ -139,7 +139,7 @@ def test_how_clients_train_makes_a_run_a_run() -> None:
 # ---- what is measured on the way
 
 
-def test_the_largest_gradient_is_told_every_few_steps() -> None:
+def test_the_largest_gradient_is_reported_every_few_steps() -> None:
     """The gradient of sum(w x) is x: its largest absolute value is 5, before clipping to 1."""
     model = nn.Linear(2, 2, bias=False)
     batch = (torch.tensor([[3.0, -5.0]]), torch.tensor([0]))
@@ -221,7 +221,7 @@ def test_a_label_that_is_no_class_is_named() -> None:
         inspect_examples(make_task(num_classes=2), sequences)
 
 
-def test_examples_without_targets_are_told() -> None:
+def test_examples_without_targets_are_refused() -> None:
     with pytest.raises(InvalidInput, match=r"is \(input, target\), but the data set has 1 tensors"):
         inspect_examples(make_task(), TensorDataset(torch.zeros(2, 4)))
 

@@ -254,7 +254,7 @@ def test_fedbn_leaves_norm_layers_with_the_clients_and_averages_the_rest(tmp_pat
             model.load_state_dict(shared, strict=False)
 
 
-def test_ditto_trains_a_model_of_its_own_beside_the_global_one(tmp_path: Path) -> None:
+def test_ditto_trains_a_model_of_its_own_beside_the_global_model(tmp_path: Path) -> None:
     """Algorithm 1 of Li et al. 2021 (Ditto); the global model is FedAvg's, bit for bit."""
     federation = SmallFederation(tmp_path, strategy="ditto", strategy_parameters={"strength": 0.4})
     plain = SmallFederation(tmp_path / "plain")

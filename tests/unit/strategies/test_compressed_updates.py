@@ -278,7 +278,7 @@ def test_a_corrupt_payload_is_refused_with_a_reason(tmp_path: Path, fault: str) 
         received.examine()
 
 
-def test_a_whole_update_is_not_taken_for_a_compressed_one(tmp_path: Path) -> None:
+def test_a_whole_update_is_not_taken_for_a_compressed_update(tmp_path: Path) -> None:
     """What the header says must be what the file holds, either way."""
     received = Received(tmp_path, TOP_K)
     received.compression = INT8

@@ -181,7 +181,9 @@ def test_an_optimizer_leaves_running_statistics_alone(tmp_path: Path) -> None:
     assert state["norm.running_mean"].tolist() == [NUM_ROUNDS - 1] * 2
 
 
-def test_many_blocks_make_the_state_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_blocks_make_the_state_of_a_single_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The state is written in the order of the model's blocks, whatever their size."""
     _, _, whole = run_rounds(tmp_path / "whole", "fedadam", {})
     monkeypatch.setattr("fedrounds.strategies.blocks.BLOCK_ELEMENTS", 3)

@@ -121,7 +121,7 @@ def test_what_makes_no_sense_is_a_sentence(
         find(name, parameters)
 
 
-def test_a_row_whose_module_goes_wrong_is_told_where(
+def test_the_error_of_a_row_whose_module_fails_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An AttributeError of the module's own isn't taken for a row that is missing."""
@@ -140,7 +140,7 @@ def test_what_a_row_rests_on_must_be_set() -> None:
         find("fednova", optimizer="adam")
 
 
-def test_a_row_of_ones_own_is_named_by_its_module() -> None:
+def test_a_users_own_row_is_named_by_its_module() -> None:
     """With its parameters, alone or beside rows of the table."""
     strategy = find(f"nnm+{THIS}:last+fedadam", {"rank": 0, "of_many": 1, "f": 2, "tau": 0.1})
     assert strategy.min_updates == 5
