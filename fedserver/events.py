@@ -43,7 +43,7 @@ def event_of(
     """Return an event that happens now, in a round if one is given."""
     return Event(
         kind=str(kind),
-        at=time.time(),
+        occurred_at=time.time(),
         round_number=None if of is None else of.round_number,
         attempt=None if of is None else of.attempt,
         client_id=client_id,
@@ -62,7 +62,7 @@ def update_event(
     order_end: OrderEnd | None,
     client_id: int,
     round_key: tuple[int, int],
-    at: float,
+    occurred_at: float,
 ) -> Event:
     """Return the event of an update that has come in, in the round and attempt it came into.
 
@@ -82,7 +82,7 @@ def update_event(
         fields = {"reason": None if arrival.refusal is None else arrival.refusal.reason}
     return Event(
         kind=str(kind),
-        at=at,
+        occurred_at=occurred_at,
         round_number=round_key[0],
         attempt=round_key[1],
         client_id=client_id,

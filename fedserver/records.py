@@ -313,11 +313,12 @@ class Participation:
 class Event:
     """An event of a run; an incident is an event of something that went wrong.
 
-    `fields` holds what belongs to the kind, JSON values only.
+    `occurred_at` is in seconds since 1970 (UTC). `fields` holds what belongs to the kind, only
+    JSON values.
     """
 
     kind: str
-    at: float
+    occurred_at: float
     round_number: int | None = None
     attempt: int | None = None
     client_id: int | None = None

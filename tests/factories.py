@@ -70,7 +70,7 @@ class TinyNet(nn.Module):
 
 def make_event(kind: str = "something", *, round_number: int | None = 1, attempt: int = 1) -> Event:
     """Return an event that happens now."""
-    return Event(kind=kind, at=time.time(), round_number=round_number, attempt=attempt)
+    return Event(kind=kind, occurred_at=time.time(), round_number=round_number, attempt=attempt)
 
 
 def make_order(order_id: str = "run1-r1-a1-c0-s1", *, client_id: int = 0) -> WorkOrder:

@@ -271,7 +271,7 @@ class ClientApi:
             round_number, attempt = self._open_orders.round_key_of(record)
             event = Event(
                 kind="order-given-up",
-                at=time.time(),
+                occurred_at=time.time(),
                 round_number=round_number,
                 attempt=attempt,
                 client_id=record.client_id,
@@ -385,7 +385,7 @@ def _incident_event(
     }
     return Event(
         kind=incident.kind,
-        at=time.time(),
+        occurred_at=time.time(),
         round_number=round_key[0],
         attempt=round_key[1],
         client_id=client_id,

@@ -377,7 +377,7 @@ class Uploads:
         """Record, once, that an order which had an update was sent an update with other bytes."""
         event = Event(
             kind=IncidentKind.UPDATE_CONTRADICTED,
-            at=time.time(),
+            occurred_at=time.time(),
             round_number=record.round_number,
             attempt=record.attempt,
             client_id=record.client_id,

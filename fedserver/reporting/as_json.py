@@ -72,7 +72,7 @@ def _order_json(order: OrderHistory) -> dict[str, Any]:
 def _incident_json(incident: Event) -> dict[str, Any]:
     return {
         "kind": incident.kind,
-        "at": iso_time(incident.at),
+        "at": iso_time(incident.occurred_at),
         "client": incident.client_id,
         **incident.fields,
     }

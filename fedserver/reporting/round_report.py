@@ -162,7 +162,7 @@ def _attempt_report(
         yield _heading("Incidents")
     for incident in attempt.incidents:
         text = incident_text(incident, is_beside_verdict=True)
-        yield Text(f"{_second_text(incident.at)}  {text}")
+        yield Text(f"{_second_text(incident.occurred_at)}  {text}")
     for incident in diagnosed_incidents(attempt)[:NUM_SHOWN_WHOLE]:
         yield from diagnosis_report(incident, max_width=max_width)
 
@@ -173,8 +173,8 @@ def incident_lines(history: Sequence[AttemptHistory]) -> list[str]:
     Its kind, by which the documentation calls it, stands at the end.
     """
     return [
-        f"{_second_text(incident.at)} round {attempt.round_number}: {incident_text(incident)} "
-        f"[{incident.kind}]"
+        f"{_second_text(incident.occurred_at)} round {attempt.round_number}: "
+        f"{incident_text(incident)} [{incident.kind}]"
         for attempt in history
         for incident in attempt.incidents
     ]

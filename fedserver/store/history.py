@@ -160,7 +160,7 @@ def _read_incidents(connection: Connection, attempt: Row[Any]) -> list[Event]:
     return [
         Event(
             kind=row.kind,
-            at=row.at,
+            occurred_at=row.at,
             round_number=row.round,
             attempt=row.attempt,
             client_id=row.client_id,

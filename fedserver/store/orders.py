@@ -203,7 +203,7 @@ class Orders(Tables[D_co]):
             order_end=find_order_end(connection, received.order_id),
             client_id=order.client_id,
             round_key=round_key,
-            at=at,
+            occurred_at=at,
         )
         if state is OrderState.REFUSED:
             assert refusal is not None
@@ -239,7 +239,7 @@ class Orders(Tables[D_co]):
             order_id,
             order.state,
             OrderEvent.ABANDON,
-            ended_at=event.at,
+            ended_at=event.occurred_at,
             order_end=OrderEnd.GIVEN_UP,
         )
         if strikes:

@@ -96,7 +96,7 @@ class Rounds(Tables[D_co]):
 
         Open orders that were given before round `stale_before` end LATE.
         """
-        end_stale_orders(connection, opened, stale_before, at=event.at)
+        end_stale_orders(connection, opened, stale_before, at=event.occurred_at)
         insert_attempt(connection, opened, event)
 
     @writes
@@ -158,7 +158,9 @@ class Rounds(Tables[D_co]):
         transaction in which it writes.
         """
         closed_s = read_clock(connection, closing.run_id)
-        move_attempt(connection, closing, RoundEvent.CLOSE, closed_at=event.at, closed_s=closed_s)
+        move_attempt(
+            connection, closing, RoundEvent.CLOSE, closed_at=event.occurred_at, closed_s=closed_s
+        )
         if not carries_over:
             move_orders(
                 connection,
@@ -166,7 +168,7 @@ class Rounds(Tables[D_co]):
                 state=OrderState.OPEN,
                 order_event=OrderEvent.MISS,
                 order_end=OrderEnd.ROUND_CLOSED,
-                at=event.at,
+                at=event.occurred_at,
             )
         add_events(connection, closing.run_id, [event])
 
@@ -185,7 +187,7 @@ class Rounds(Tables[D_co]):
 
         `is_base_blamed` says that its base model, which the last DONE round made, is bad.
         """
-        at = events[0].at
+        at = events[0].occurred_at
         exclude_orders(connection, failing, exclusions)
         end_attempt(
             connection,
@@ -218,7 +220,7 @@ class Rounds(Tables[D_co]):
 
         `abandoned` is the attempt that was training from the bad model, if there is one.
         """
-        at = events[0].at
+        at = events[0].occurred_at
         if abandoned is not None:
             end_attempt(
                 connection, abandoned, RoundEvent.ABANDON, order_end=OrderEnd.TAKEN_BACK, at=at
@@ -250,7 +252,7 @@ class Rounds(Tables[D_co]):
         """
         # The model's file was synced and renamed before this commit, so a DONE row never names a
         # model that a loss of power could take away. What the round replaced is deleted after it.
-        run_id, at = finishing.run_id, events[0].at
+        run_id, at = finishing.run_id, events[0].occurred_at
         exclude_orders(connection, finishing, exclusions)
         move_attempt(
             connection,

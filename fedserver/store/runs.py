@@ -70,12 +70,12 @@ class Runs(Tables[D_co]):
             state=OrderState.OPEN,
             order_event=OrderEvent.MISS if is_finished else OrderEvent.ABANDON,
             order_end=OrderEnd.ROUND_CLOSED if is_finished else OrderEnd.GIVEN_UP,
-            at=event.at,
+            at=event.occurred_at,
         )
         connection.execute(
             update(schema.runs)
             .where(schema.runs.c.run_id == run_id)
-            .values(state=state, finished_at=event.at)
+            .values(state=state, finished_at=event.occurred_at)
         )
         add_events(connection, run_id, [event])
 

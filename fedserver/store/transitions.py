@@ -90,7 +90,7 @@ def insert_attempt(connection: Connection, opened: Attempt, event: Event) -> Non
             "max_delta_norm": opened.max_delta_norm,
             "adjustments": opened.adjustments.as_json(),
             "num_carried_over": num_open,
-            "started_at": event.at,
+            "started_at": event.occurred_at,
             "opened_s": read_clock(connection, opened.run_id),
         },
     )
@@ -185,7 +185,7 @@ def end_stale_orders(
         events.append(
             Event(
                 kind=IncidentKind.ORDER_STALE,
-                at=at,
+                occurred_at=at,
                 round_number=opened.round_number,
                 attempt=opened.attempt,
                 client_id=row.client_id,
@@ -295,7 +295,7 @@ def exclude_orders(
     """Take stored updates out of their round, each with its event."""
     for exclusion in exclusions:
         order_id, reason = exclusion.order_id, exclusion.refusal.reason
-        ended_at = exclusion.event.at
+        ended_at = exclusion.event.occurred_at
         move_order(connection, order_id, OrderState.STORED, OrderEvent.EXCLUDE, ended_at=ended_at)
         connection.execute(
             update(schema.updates)
@@ -368,7 +368,7 @@ def add_events(
             {
                 "run_id": run_id,
                 "kind": event.kind,
-                "at": event.at,
+                "at": event.occurred_at,
                 "round": event.round_number,
                 "attempt": event.attempt,
                 "client_id": event.client_id,

@@ -34,7 +34,7 @@ ATTEMPT = AttemptHistory(
             answered_s=None,
         )
     ],
-    incidents=[Event(kind="disk-low", at=0.0, is_incident=True, fields={"free_bytes": 9})],
+    incidents=[Event(kind="disk-low", occurred_at=0.0, is_incident=True, fields={"free_bytes": 9})],
     num_carried_over=0,
     base_digest="bb",
     base_bytes=100,

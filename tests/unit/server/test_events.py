@@ -15,13 +15,15 @@ def update_event_of(
     """Return the event of an update of client 3 whose order is in `state` afterwards."""
     update = make_update("order", num_examples=8, metrics={"loss": 0.5, "accuracy": 0.25})
     arrival = Arrival(update=update, order_event=OrderEvent.STORE, refusal=refusal)
-    return update_event(arrival, state, order_end=order_end, client_id=3, round_key=(4, 2), at=1.5)
+    return update_event(
+        arrival, state, order_end=order_end, client_id=3, round_key=(4, 2), occurred_at=1.5
+    )
 
 
 def test_a_stored_update_is_announced_with_its_numbers() -> None:
     """Metrics come in the order of their names, whatever the client sent first."""
     event = update_event_of(OrderState.STORED)
-    assert (event.kind, event.is_incident, event.at) == ("update-stored", False, 1.5)
+    assert (event.kind, event.is_incident, event.occurred_at) == ("update-stored", False, 1.5)
     assert (event.round_number, event.attempt, event.client_id) == (4, 2, 3)
     assert list(event.fields.items()) == [("num_examples", 8), ("accuracy", 0.25), ("loss", 0.5)]
 

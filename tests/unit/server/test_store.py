@@ -334,7 +334,9 @@ def test_an_unknown_order_is_not_found(store: Store) -> None:
 def test_a_report_made_twice_is_one_event(store: Store) -> None:
     """The same report key is recorded once; without a key every event counts."""
     run, _ = begin_round(store)
-    incident = Event(kind="non-finite-loss", at=1.0, round_number=1, attempt=1, is_incident=True)
+    incident = Event(
+        kind="non-finite-loss", occurred_at=1.0, round_number=1, attempt=1, is_incident=True
+    )
     assert store.events.add_events(run.run_id, [incident], report_key="order#1")
     assert not store.events.add_events(run.run_id, [incident], report_key="order#1")
     assert store.events.add_events(run.run_id, [incident], report_key="order#2")
@@ -348,7 +350,7 @@ def test_an_incident_before_the_first_round_is_shown_with_its_first_attempt(
 ) -> None:
     """And with no other one."""
     run, opened = begin_round(store)
-    early = Event(kind="client-left", at=1.0, client_id=7, is_incident=True)
+    early = Event(kind="client-left", occurred_at=1.0, client_id=7, is_incident=True)
     store.events.add_events(run.run_id, [early])
     store.rounds.fail_round(opened, [make_event("round-failed")])
     store.rounds.open_round(make_round(run.run_id, attempt=2), make_event("round-opened"))
@@ -375,7 +377,7 @@ def test_the_history_tells_everything_of_a_round(store: Store) -> None:
     record_arrival(store, run, update)
     incident = Event(
         kind="client-stalled",
-        at=0.5,
+        occurred_at=0.5,
         round_number=1,
         attempt=1,
         client_id=1,
