@@ -11,39 +11,39 @@ model it doesn't hold yet, trains on data that never leaves it, and uploads its 
 Privacy: no message carries an example, a label, a path or the text of an exception. What goes up
 is tensors of declared names and shapes, counts, declared metric names with numbers, and enums.
 
-Exactly once: every piece of work is an order with an id of its own, unique over
-(run, round, attempt, client, sequence). An order ends once, as one of OrderState's final values.
-Every call may be repeated: the answer to a repeated call is the answer to the first.
+Exactly once: all work is orders. Each order has an id that is unique over
+(run, round, attempt, client, sequence), and ends exactly once, in one of OrderState's final
+states. Every call may be repeated: a repeated call gets the same answer as the first.
 
 Payloads are safetensors bytes in named sections ("model", and under SCAFFOLD "control"), never
 pickle. Content is named by its digest: BLAKE3, 256 bits, as 64 lower-case hexadecimal digits.
 
 Limits. The comment of each field of a request states its limits. The server refuses a message
-that breaks one with INVALID_ARGUMENT and keeps nothing of it. Besides:
-  - A request has at most 1 MiB. An UploadUpdateRequest with the header has at most 256 KiB, one
-    with data at most 3 MiB of data. gRPC itself refuses a message above 4 MiB
-    (RESOURCE_EXHAUSTED).
+that breaks a limit with INVALID_ARGUMENT and keeps nothing of it. Besides:
+  - A request has at most 1 MiB. An UploadUpdateRequest that holds the header has at most 256
+    KiB. An UploadUpdateRequest that holds data has at most 3 MiB of data. gRPC itself refuses a
+    message above 4 MiB (RESOURCE_EXHAUSTED).
   - A Duration or Timestamp lies within the bounds that its own definition states.
-  - A number "to 2^53" can be kept in JSON exactly.
-  - A session_id, order_id or digest that the server didn't give names nothing (UNAUTHENTICATED,
-    NOT_FOUND); a digest must have its 64 digits. An order_id has at most 200 characters, of A-Z,
-    a-z, 0-9, "_" and "-".
-Fields that the receiver doesn't know are passed over, in every message.
+  - JSON holds a number "to 2^53" exactly.
+  - The server answers UNAUTHENTICATED to a session_id, and NOT_FOUND to an order_id or digest,
+    that it didn't give. A digest must have its 64 digits. An order_id has at most 200
+    characters, of A-Z, a-z, 0-9, "_" and "-".
+Both sides ignore fields that they don't know, in every message.
 
 Common statuses, besides those each call names:
-  UNAUTHENTICATED     the session isn't known (the server began another run): Register again
-  INVALID_ARGUMENT    the request is malformed; the message says how; don't repeat it
-  RESOURCE_EXHAUSTED  the server has no room on its disk or can't open another file; repeat with
+  UNAUTHENTICATED     the server doesn't know the session (it began another run): Register again
+  INVALID_ARGUMENT    the request is malformed, and the message says how; don't repeat it
+  RESOURCE_EXHAUSTED  the server's disk is full or it can't open another file; repeat with
                       back-off and jitter
   UNAVAILABLE         the server is stopping or unreachable; repeat with back-off and jitter
-  INTERNAL            the server failed in a way that it doesn't foresee, and its log says how;
-                      repeat with back-off and jitter
+  INTERNAL            an unforeseen error of the server, and its log says which; repeat with
+                      back-off and jitter
 A status comes with a sentence of at most 1,000 printable ASCII characters.
 
-Proxies. An HTTP proxy on the way answers for itself, with an HTTP status. 408, 429, 500, 502,
-503 and 504 say that the server can't be reached for now: repeat with back-off and jitter. Any
-other status is the proxy's own decision, such as 413 (its limit on the size of a body): don't
-repeat the call, and say what to change.
+Proxies. An HTTP proxy on the way may answer a call itself, with an HTTP status. 408, 429, 500,
+502, 503 and 504 mean that the server can't be reached for now: repeat with back-off and jitter.
+Any other status is the proxy's own decision, such as 413 (its limit on the size of a body):
+don't repeat the call, and tell the user what to change.
 """
 
 from collections import abc as _abc
@@ -72,12 +72,12 @@ class _EntryKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EntryKind.V
     DESCRIPTOR: _descriptor.EnumDescriptor
     ENTRY_KIND_UNSPECIFIED: _EntryKind.ValueType  # 0
     ENTRY_KIND_PARAMETER: _EntryKind.ValueType  # 1
-    """A parameter: aggregated as the strategy says. Deltas, the encodings that compress them and
-    SCAFFOLD's control variates are of these entries alone. Every value must be finite.
+    """A parameter: aggregated as the strategy says. Only these entries have deltas, which encodings
+    compress, and control variates (SCAFFOLD). Every value must be finite.
     """
     ENTRY_KIND_MEAN: _EntryKind.ValueType  # 2
     """Averaged, such as BatchNorm's running statistics. A value must be finite unless the global
-    model's isn't. One update can't move the mean arbitrarily far; docs/own_task.md says how far.
+    model's isn't. An update can move the mean only within bounds, which docs/own_task.md states.
     """
     ENTRY_KIND_MAX: _EntryKind.ValueType  # 3
     """The largest value of the global model and the updates, such as BatchNorm's num_batches_tracked."""
@@ -93,12 +93,12 @@ class EntryKind(_EntryKind, metaclass=_EntryKindEnumTypeWrapper):
 
 ENTRY_KIND_UNSPECIFIED: EntryKind.ValueType  # 0
 ENTRY_KIND_PARAMETER: EntryKind.ValueType  # 1
-"""A parameter: aggregated as the strategy says. Deltas, the encodings that compress them and
-SCAFFOLD's control variates are of these entries alone. Every value must be finite.
+"""A parameter: aggregated as the strategy says. Only these entries have deltas, which encodings
+compress, and control variates (SCAFFOLD). Every value must be finite.
 """
 ENTRY_KIND_MEAN: EntryKind.ValueType  # 2
 """Averaged, such as BatchNorm's running statistics. A value must be finite unless the global
-model's isn't. One update can't move the mean arbitrarily far; docs/own_task.md says how far.
+model's isn't. An update can move the mean only within bounds, which docs/own_task.md states.
 """
 ENTRY_KIND_MAX: EntryKind.ValueType  # 3
 """The largest value of the global model and the updates, such as BatchNorm's num_batches_tracked."""
@@ -120,7 +120,7 @@ class _RunOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunOutcome
     RUN_OUTCOME_FINISHED: _RunOutcome.ValueType  # 1
     """Every round is done."""
     RUN_OUTCOME_FAILED: _RunOutcome.ValueType  # 2
-    """A round failed as often as the server tries one; the server's operator has to look at it."""
+    """A round failed in every attempt that the server allows; its operator has to find out why."""
 
 class RunOutcome(_RunOutcome, metaclass=_RunOutcomeEnumTypeWrapper): ...
 
@@ -128,7 +128,7 @@ RUN_OUTCOME_UNSPECIFIED: RunOutcome.ValueType  # 0
 RUN_OUTCOME_FINISHED: RunOutcome.ValueType  # 1
 """Every round is done."""
 RUN_OUTCOME_FAILED: RunOutcome.ValueType  # 2
-"""A round failed as often as the server tries one; the server's operator has to look at it."""
+"""A round failed in every attempt that the server allows; its operator has to find out why."""
 Global___RunOutcome: _TypeAlias = RunOutcome  # noqa: Y015
 
 class _RunFailure:
@@ -143,7 +143,7 @@ class _RunFailureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunFailure
     RUN_FAILURE_TOO_MANY_EXCLUDED: _RunFailure.ValueType  # 2
     """Too many of the updates were excluded."""
     RUN_FAILURE_NOT_AGGREGATED: _RunFailure.ValueType  # 3
-    """The updates couldn't be aggregated to a finite model."""
+    """The aggregate of the updates wasn't a finite model."""
     RUN_FAILURE_UPDATES_DAMAGED: _RunFailure.ValueType  # 4
     """Updates were damaged on the server's disk."""
     RUN_FAILURE_UPDATES_REFUSED: _RunFailure.ValueType  # 5
@@ -158,7 +158,7 @@ RUN_FAILURE_TOO_FEW_UPDATES: RunFailure.ValueType  # 1
 RUN_FAILURE_TOO_MANY_EXCLUDED: RunFailure.ValueType  # 2
 """Too many of the updates were excluded."""
 RUN_FAILURE_NOT_AGGREGATED: RunFailure.ValueType  # 3
-"""The updates couldn't be aggregated to a finite model."""
+"""The aggregate of the updates wasn't a finite model."""
 RUN_FAILURE_UPDATES_DAMAGED: RunFailure.ValueType  # 4
 """Updates were damaged on the server's disk."""
 RUN_FAILURE_UPDATES_REFUSED: RunFailure.ValueType  # 5
@@ -175,9 +175,9 @@ class _WorkStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkState.V
     WORK_STATE_ORDER: _WorkState.ValueType  # 1
     """There is an order."""
     WORK_STATE_WAIT: _WorkState.ValueType  # 2
-    """Nothing yet; ask again at once."""
+    """There is no order yet; ask again at once."""
     WORK_STATE_FINISHED: _WorkState.ValueType  # 3
-    """The run is over: nothing more will come. `outcome` says how it ended."""
+    """The run is over: there will be no further order. `outcome` says how it ended."""
 
 class WorkState(_WorkState, metaclass=_WorkStateEnumTypeWrapper): ...
 
@@ -185,9 +185,9 @@ WORK_STATE_UNSPECIFIED: WorkState.ValueType  # 0
 WORK_STATE_ORDER: WorkState.ValueType  # 1
 """There is an order."""
 WORK_STATE_WAIT: WorkState.ValueType  # 2
-"""Nothing yet; ask again at once."""
+"""There is no order yet; ask again at once."""
 WORK_STATE_FINISHED: WorkState.ValueType  # 3
-"""The run is over: nothing more will come. `outcome` says how it ended."""
+"""The run is over: there will be no further order. `outcome` says how it ended."""
 Global___WorkState: _TypeAlias = WorkState  # noqa: Y015
 
 class _Encoding:
@@ -200,52 +200,53 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     ENCODING_STATE_DICT: _Encoding.ValueType  # 1
     """The whole updated state_dict."""
     ENCODING_FLOAT16: _Encoding.ValueType  # 2
-    """"delta/NAME", F16 or BF16, of NAME's shape: the delta rounded to the nearest; what is beyond the
-    type's range is its largest number.
+    """"delta/NAME", F16 or BF16, of NAME's shape: the delta rounded to the nearest number. Values
+    beyond the type's range become its largest number.
     """
     ENCODING_BFLOAT16: _Encoding.ValueType  # 3
     ENCODING_INT8: _Encoding.ValueType  # 4
-    """"delta/NAME", I8, of NAME's shape, and "scales/NAME", F32 [ceil(size / block_size)]: elements of
-    the flattened parameter from i * block_size on are scales[i] * delta. Scales are finite and not
-    below 0.
+    """"delta/NAME", I8, of NAME's shape, and "scales/NAME", F32 [ceil(size / block_size)]: elements
+    of the flattened parameter from i * block_size on are scales[i] * delta. Scales are finite and
+    not below 0.
     """
     ENCODING_TOP_K: _Encoding.ValueType  # 5
-    """Of all parameters, flattened one after another in the order of their names (by code point), d
-    coordinates in all, k = ceil(fraction * d) of them in ascending order; the others are 0.
-    "values", F32 (F64 if a parameter is) [k]. "counts", I32 [ceil(d / 65536)]: how many lie in each
-    run of 65,536 coordinates. "offsets", U8 [k, 2]: the coordinate's place in its run, low byte
-    first.
+    """All parameters are flattened and joined in the order of their names (by code point): d
+    coordinates. The update holds k = ceil(fraction * d) of them in ascending order; the others are
+    0. "values", F32 (F64 if a parameter is) [k]. "counts", I32 [ceil(d / 65536)]: how many lie in
+    each run of 65,536 coordinates. "offsets", U8 [k, 2]: the coordinate's position in its run, low
+    byte first.
     """
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
-    """What the section "model" holds, a safetensors file in any case.
+    """The content of the section "model", which is always a safetensors file.
 
-    All but the first hold the delta, local minus global, of the model's parameters, in float32 (in
-    float64 for float64 parameters) before it is compressed. Entries of the state_dict that aren't
-    parameters are in them as they are, each under "whole/NAME". Which tensors there are, with which
-    dtypes and shapes, follows from the model and from RegisterResponse.compression; an update with
-    any other is REFUSED. The server reads value = global + delta, rounded to the parameter's dtype.
+    All encodings but the first hold the delta, local minus global, of the model's parameters, in
+    float32 (in float64 for float64 parameters) before it is compressed. Entries of the state_dict
+    that aren't parameters are in them unchanged, each under "whole/NAME". The model and
+    RegisterResponse.compression determine the tensors, their dtypes and shapes; an update with any
+    other tensor, dtype or shape is REFUSED. The server reads value = global + delta, rounded to the
+    parameter's dtype.
     """
 
 ENCODING_UNSPECIFIED: Encoding.ValueType  # 0
 ENCODING_STATE_DICT: Encoding.ValueType  # 1
 """The whole updated state_dict."""
 ENCODING_FLOAT16: Encoding.ValueType  # 2
-""""delta/NAME", F16 or BF16, of NAME's shape: the delta rounded to the nearest; what is beyond the
-type's range is its largest number.
+""""delta/NAME", F16 or BF16, of NAME's shape: the delta rounded to the nearest number. Values
+beyond the type's range become its largest number.
 """
 ENCODING_BFLOAT16: Encoding.ValueType  # 3
 ENCODING_INT8: Encoding.ValueType  # 4
-""""delta/NAME", I8, of NAME's shape, and "scales/NAME", F32 [ceil(size / block_size)]: elements of
-the flattened parameter from i * block_size on are scales[i] * delta. Scales are finite and not
-below 0.
+""""delta/NAME", I8, of NAME's shape, and "scales/NAME", F32 [ceil(size / block_size)]: elements
+of the flattened parameter from i * block_size on are scales[i] * delta. Scales are finite and
+not below 0.
 """
 ENCODING_TOP_K: Encoding.ValueType  # 5
-"""Of all parameters, flattened one after another in the order of their names (by code point), d
-coordinates in all, k = ceil(fraction * d) of them in ascending order; the others are 0.
-"values", F32 (F64 if a parameter is) [k]. "counts", I32 [ceil(d / 65536)]: how many lie in each
-run of 65,536 coordinates. "offsets", U8 [k, 2]: the coordinate's place in its run, low byte
-first.
+"""All parameters are flattened and joined in the order of their names (by code point): d
+coordinates. The update holds k = ceil(fraction * d) of them in ascending order; the others are
+0. "values", F32 (F64 if a parameter is) [k]. "counts", I32 [ceil(d / 65536)]: how many lie in
+each run of 65,536 coordinates. "offsets", U8 [k, 2]: the coordinate's position in its run, low
+byte first.
 """
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
@@ -257,30 +258,34 @@ class _OrderEndEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OrderEnd.Val
     DESCRIPTOR: _descriptor.EnumDescriptor
     ORDER_END_UNSPECIFIED: _OrderEnd.ValueType  # 0
     ORDER_END_ROUND_CLOSED: _OrderEnd.ValueType  # 1
-    """The update came too late: the round closed without it, or went on too far without it."""
+    """The update came too late: the round closed without it, or in an asynchronous run it became too
+    stale.
+    """
     ORDER_END_ATTEMPT_FAILED: _OrderEnd.ValueType  # 2
-    """The attempt failed for a reason that isn't this client's, such as too few updates of others;
-    the round is tried again. The update wasn't late.
+    """The attempt failed for a reason outside this client, such as too few updates of other clients.
+    The round is tried again. The update wasn't late.
     """
     ORDER_END_GIVEN_UP: _OrderEnd.ValueType  # 3
     """The client gave the order up or left, or the server lost it."""
     ORDER_END_TAKEN_BACK: _OrderEnd.ValueType  # 4
-    """The model that the order began with was taken back. The update wasn't late."""
+    """The order's base model was rolled back. The update wasn't late."""
 
 class OrderEnd(_OrderEnd, metaclass=_OrderEndEnumTypeWrapper):
-    """How an order ended without an update of its own that counts."""
+    """How an order ended whose update doesn't count."""
 
 ORDER_END_UNSPECIFIED: OrderEnd.ValueType  # 0
 ORDER_END_ROUND_CLOSED: OrderEnd.ValueType  # 1
-"""The update came too late: the round closed without it, or went on too far without it."""
+"""The update came too late: the round closed without it, or in an asynchronous run it became too
+stale.
+"""
 ORDER_END_ATTEMPT_FAILED: OrderEnd.ValueType  # 2
-"""The attempt failed for a reason that isn't this client's, such as too few updates of others;
-the round is tried again. The update wasn't late.
+"""The attempt failed for a reason outside this client, such as too few updates of other clients.
+The round is tried again. The update wasn't late.
 """
 ORDER_END_GIVEN_UP: OrderEnd.ValueType  # 3
 """The client gave the order up or left, or the server lost it."""
 ORDER_END_TAKEN_BACK: OrderEnd.ValueType  # 4
-"""The model that the order began with was taken back. The update wasn't late."""
+"""The order's base model was rolled back. The update wasn't late."""
 Global___OrderEnd: _TypeAlias = OrderEnd  # noqa: Y015
 
 class _Receipt:
@@ -293,9 +298,9 @@ class _ReceiptEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Receipt.Value
     RECEIPT_STORED: _Receipt.ValueType  # 1
     """Durable, and part of the round."""
     RECEIPT_DUPLICATE: _Receipt.ValueType  # 2
-    """Durable since an earlier call; this one changed nothing."""
+    """Durable since an earlier call; this call changed nothing."""
     RECEIPT_REFUSED: _Receipt.ValueType  # 3
-    """Kept out of the global model for the reason given. Don't send it again."""
+    """Kept out of the global model; `reason` says why. Don't send it again."""
     RECEIPT_LATE: _Receipt.ValueType  # 4
     """The order had ended, and `order_end` says how. Don't send it again."""
 
@@ -305,9 +310,9 @@ RECEIPT_UNSPECIFIED: Receipt.ValueType  # 0
 RECEIPT_STORED: Receipt.ValueType  # 1
 """Durable, and part of the round."""
 RECEIPT_DUPLICATE: Receipt.ValueType  # 2
-"""Durable since an earlier call; this one changed nothing."""
+"""Durable since an earlier call; this call changed nothing."""
 RECEIPT_REFUSED: Receipt.ValueType  # 3
-"""Kept out of the global model for the reason given. Don't send it again."""
+"""Kept out of the global model; `reason` says why. Don't send it again."""
 RECEIPT_LATE: Receipt.ValueType  # 4
 """The order had ended, and `order_end` says how. Don't send it again."""
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
@@ -325,7 +330,7 @@ class _IncidentKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Incident
     INCIDENT_KIND_TRAINING_FAILED: _IncidentKind.ValueType  # 4
     """Training ended with an error; its text stays in the client's log."""
     INCIDENT_KIND_CLIENT_STATE_LOST: _IncidentKind.ValueType  # 5
-    """The client's kept state was gone or damaged."""
+    """The state that the client had kept was missing or damaged."""
     INCIDENT_KIND_TRAINING_DIAGNOSED: _IncidentKind.ValueType  # 6
     """Training went wrong and the diagnosis says why. Its remedy says whether it was cured: then
     training went on and an update comes. REMEDY_KIND_NONE: nothing helped; unless the remedy is
@@ -341,7 +346,7 @@ INCIDENT_KIND_NON_FINITE_PARAMETER: IncidentKind.ValueType  # 3
 INCIDENT_KIND_TRAINING_FAILED: IncidentKind.ValueType  # 4
 """Training ended with an error; its text stays in the client's log."""
 INCIDENT_KIND_CLIENT_STATE_LOST: IncidentKind.ValueType  # 5
-"""The client's kept state was gone or damaged."""
+"""The state that the client had kept was missing or damaged."""
 INCIDENT_KIND_TRAINING_DIAGNOSED: IncidentKind.ValueType  # 6
 """Training went wrong and the diagnosis says why. Its remedy says whether it was cured: then
 training went on and an update comes. REMEDY_KIND_NONE: nothing helped; unless the remedy is
@@ -550,14 +555,14 @@ class _DirectiveEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Directive.V
     DIRECTIVE_UNSPECIFIED: _Directive.ValueType  # 0
     DIRECTIVE_CONTINUE: _Directive.ValueType  # 1
     DIRECTIVE_ABANDON: _Directive.ValueType  # 2
-    """The order has ended without this client: stop working on it and pull again."""
+    """The order has ended: stop working on it and call PullWork again."""
 
 class Directive(_Directive, metaclass=_DirectiveEnumTypeWrapper): ...
 
 DIRECTIVE_UNSPECIFIED: Directive.ValueType  # 0
 DIRECTIVE_CONTINUE: Directive.ValueType  # 1
 DIRECTIVE_ABANDON: Directive.ValueType  # 2
-"""The order has ended without this client: stop working on it and pull again."""
+"""The order has ended: stop working on it and call PullWork again."""
 Global___Directive: _TypeAlias = Directive  # noqa: Y015
 
 class _LeaveReason:
@@ -568,9 +573,9 @@ class _LeaveReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LeaveReas
     DESCRIPTOR: _descriptor.EnumDescriptor
     LEAVE_REASON_UNSPECIFIED: _LeaveReason.ValueType  # 0
     LEAVE_REASON_STOPPED: _LeaveReason.ValueType  # 1
-    """Somebody stopped the process, as by SIGTERM or Ctrl-C."""
+    """The process was stopped, for example by SIGTERM or Ctrl-C."""
     LEAVE_REASON_GAVE_UP: _LeaveReason.ValueType  # 2
-    """The client can't do what the run asks for, as with other settings or another version."""
+    """The client can't do what the run requires, for example because its version is another."""
     LEAVE_REASON_TASK_FAILED: _LeaveReason.ValueType  # 3
     """The task's own code failed; its error stays in the client's log."""
 
@@ -578,9 +583,9 @@ class LeaveReason(_LeaveReason, metaclass=_LeaveReasonEnumTypeWrapper): ...
 
 LEAVE_REASON_UNSPECIFIED: LeaveReason.ValueType  # 0
 LEAVE_REASON_STOPPED: LeaveReason.ValueType  # 1
-"""Somebody stopped the process, as by SIGTERM or Ctrl-C."""
+"""The process was stopped, for example by SIGTERM or Ctrl-C."""
 LEAVE_REASON_GAVE_UP: LeaveReason.ValueType  # 2
-"""The client can't do what the run asks for, as with other settings or another version."""
+"""The client can't do what the run requires, for example because its version is another."""
 LEAVE_REASON_TASK_FAILED: LeaveReason.ValueType  # 3
 """The task's own code failed; its error stays in the client's log."""
 Global___LeaveReason: _TypeAlias = LeaveReason  # noqa: Y015
@@ -599,34 +604,34 @@ class RegisterRequest(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     PROCESS_KEY_FIELD_NUMBER: _builtins.int
     instance_key: _builtins.str
-    """A random text made once per state-dir and kept there: who is who, should two use one id.
-    From 1 to 128 characters.
+    """A random text, made once per state-dir and kept there. It tells two clients apart that use the
+    same id. From 1 to 128 characters.
     """
     software_version: _builtins.str
     """At most 128 characters."""
     task: _builtins.str
-    """The task this client insists on; empty: whatever the run's task is. At most 4,096 characters."""
+    """The task that this client requires; empty: any task. At most 4,096 characters."""
     process_key: _builtins.str
-    """A random text that the process makes when it starts: it tells two processes of one instance
-    apart. Empty: copies of the state-dir aren't noticed, and the session's id stays the same. At
-    most 128 characters.
+    """A random text that the process makes when it starts. It tells two processes of the same
+    instance apart. Empty: the server can't notice copies of the state-dir, and the session's id
+    stays the same. At most 128 characters.
     """
     @_builtins.property
     def client_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The ids this process serves, without repetition. From 1 to 10,000 of them, each from 0 to 2^53."""
+        """The ids that this process serves, each once. From 1 to 10,000 of them, each from 0 to 2^53."""
 
     @_builtins.property
     def num_examples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """How many training examples each id has, in the order of client_ids; empty: not known yet
-        (the first call of a client that learns the task from the answer). Each from 1 to the server's
+        """Number of training examples of each id, in the order of client_ids; empty: not known yet
+        (the first call of a client that gets the task from the answer). Each from 1 to the server's
         --max-num-examples, which bounds UploadHeader.num_examples too.
         """
 
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What this client can do beyond the core of the protocol: the encodings it can send beside the
-        whole state_dict, "float16", "bfloat16", "int8", "top-k". Names the server doesn't know are
-        passed over. At most 64 of them, each of at most 128 characters.
+        """What this client can do beyond the core of the protocol: the encodings that it can send beside
+        the whole state_dict, "float16", "bfloat16", "int8", "top-k". The server ignores names that it
+        doesn't know. At most 64 of them, each of at most 128 characters.
         """
 
     def __init__(
@@ -687,30 +692,30 @@ class RegisterResponse(_message.Message):
     total_rounds: _builtins.int
     @_builtins.property
     def partitioning(self) -> Global___Partitioning:
-        """How a simulation deals one data set out over the clients. A client with data of its own
-        (source "local") doesn't use it.
+        """How a simulation partitions a data set over the clients. A client with its own data (source
+        "local") doesn't use it.
         """
 
     @_builtins.property
     def max_wait(self) -> _duration_pb2.Duration:
-        """The longest the server parks a PullWork."""
+        """The longest time for which the server parks a PullWork."""
 
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
-        """A session nobody has called from for this long lapses: its orders go to others."""
+        """A session without a call for this long lapses, and its orders go to other clients."""
 
     @_builtins.property
     def compression(self) -> Global___Compression:
-        """How updates are to be sent. Absent: as ENCODING_STATE_DICT, because the run doesn't compress or
-        because this client hasn't named the run's encoding as one of its capabilities. A client may
+        """How the client should send updates. Absent: as ENCODING_STATE_DICT, because the run doesn't
+        compress or because the run's encoding isn't among this client's capabilities. A client may
         always send ENCODING_STATE_DICT: that takes more bytes and is otherwise as good.
         """
 
     @_builtins.property
     def entry_kinds(self) -> _containers.ScalarMap[_builtins.str, Global___EntryKind.ValueType]:
-        """What becomes of each entry of the model's state_dict, by its name. Each entry is there. Of tied
-        entries (one tensor under several names) the server reads the first in the order of the
-        state_dict and gives its new value to all of them.
+        """How each entry of the model's state_dict is aggregated, by its name; all entries are listed. Of
+        tied entries (the same tensor under several names) the server reads the first in the order of
+        the state_dict and gives its new value to all of them.
         """
 
     def __init__(
@@ -736,7 +741,7 @@ Global___RegisterResponse: _TypeAlias = RegisterResponse  # noqa: Y015
 
 @_typing.final
 class Compression(_message.Message):
-    """What the numbers of an encoding are; UploadHeader.encoding says how they are used."""
+    """The numbers of an encoding; Encoding says how they are used."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -796,7 +801,7 @@ class Partitioning(_message.Message):
     seed: _builtins.int
     @_builtins.property
     def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """The scheme's own parameters by name, such as alpha for "dirichlet"."""
+        """The scheme's parameters by name, such as alpha for "dirichlet"."""
 
     def __init__(
         self,
@@ -825,7 +830,9 @@ class PullWorkRequest(_message.Message):
     session_id: _builtins.str
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
-        """How long the client is willing to be parked; the server answers at once if it isn't above 0."""
+        """The longest time for which the client wants to be parked. If it isn't above 0, the server
+        answers at once.
+        """
 
     def __init__(
         self,
@@ -886,7 +893,7 @@ Global___PullWorkResponse: _TypeAlias = PullWorkResponse  # noqa: Y015
 
 @_typing.final
 class Waiting(_message.Message):
-    """Why there is no order yet: for people to read."""
+    """Why there is no order yet; the client shows it to its user."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -894,10 +901,10 @@ class Waiting(_message.Message):
     CLIENTS_HERE_FIELD_NUMBER: _builtins.int
     CLIENTS_NEEDED_FIELD_NUMBER: _builtins.int
     round: _builtins.int
-    """The round that collects updates, from 1. 0: none does, and the next one is still to open."""
+    """The round that collects updates, from 1. 0: no round does, and the next round isn't open yet."""
     clients_here: _builtins.int
-    """How many clients are there, and how many the next round needs to open. Both are 0 where a round
-    collects updates or clients aren't what is missing.
+    """How many clients are available, and how many the next round needs to open. Both are 0 while a
+    round collects updates, or if enough clients are available.
     """
     clients_needed: _builtins.int
     def __init__(
@@ -936,24 +943,24 @@ class WorkOrder(_message.Message):
     attempt: _builtins.int
     """From 1; a round that failed is tried again with the next attempt."""
     seed: _builtins.int
-    """Every random stream of the client's work on this order derives from it."""
+    """Every random stream of the client's work on this order is seeded from it."""
     last_counted_order_id: _builtins.str
-    """The last order of this client that was COUNTED, empty if none: state kept with that order's
-    update is in force, any later state isn't. In an asynchronous run an order that is STORED
-    counts for this already.
+    """The last order of this client that was COUNTED; empty: none. The client goes on from the state
+    that it kept with that order's update, and not from a later state. In an asynchronous run a
+    STORED order is enough.
     """
     evaluate: _builtins.bool
-    """Whether the client is to say how good the global model is on its own examples, before it
-    trains: the metrics "global_accuracy", "global_loss" and "global_examples" (on how many).
+    """Whether the client evaluates the global model on its own examples before it trains, and reports
+    the metrics "global_accuracy", "global_loss" and "global_examples" (their number).
     """
     holdout: _builtins.float
-    """The share of its examples, from 0 to below 1, that the client doesn't train on and evaluates
-    on, the same ones in every order. 0: it trains on all and evaluates on all.
+    """The share of its examples, from 0 to below 1, on which the client doesn't train and evaluates
+    instead, the same examples in every order. 0: it trains and evaluates on all.
     """
     @_builtins.property
     def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Section]:
-        """What to start from: "model", the global model; and under SCAFFOLD, from the second round on,
-        "control", the server's control variates, each tensor with a dimension of 1 more at the end.
+        """The blobs to start from: "model", the global model; and under SCAFFOLD, from the second round
+        on, "control", the server's control variates, each tensor with a last dimension of 1 added.
         """
 
     @_builtins.property
@@ -1031,8 +1038,8 @@ class TrainingConfig(_message.Message):
     clip_norm: _builtins.float
     """The largest global L2 norm of a gradient; absent: no clipping."""
     augmentation: _builtins.str
-    """The random change of each batch's inputs: "shift" (images, by up to 2 pixels); "none" or empty:
-    no change.
+    """How each batch's inputs are changed at random: "shift" (images, by up to 2 pixels); "none" or
+    empty: no change.
     """
     @_builtins.property
     def schedule(self) -> Global___Schedule:
@@ -1044,8 +1051,8 @@ class TrainingConfig(_message.Message):
 
     @_builtins.property
     def work_deadline(self) -> _duration_pb2.Duration:
-        """Training ends after the first step beyond this time, and the update is what was learned by then;
-        absent: no limit.
+        """Training ends after the first step beyond this time, and the client sends the model that it has
+        then; absent: no limit.
         """
 
     def __init__(
@@ -1075,8 +1082,8 @@ Global___TrainingConfig: _TypeAlias = TrainingConfig  # noqa: Y015
 
 @_typing.final
 class LocalRule(_message.Message):
-    """A client algorithm. A client that doesn't know the name must not train without it: it stops and
-    asks its user to update it.
+    """A client algorithm. A client that doesn't know the name must not train without the algorithm: it
+    stops and asks its user to update the client.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1107,7 +1114,7 @@ class LocalRule(_message.Message):
     """"fedprox", "scaffold", "feddyn", "fedbn" or "ditto"."""
     @_builtins.property
     def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Its numbers by name, such as mu."""
+        """The algorithm's parameters by name, such as mu."""
 
     def __init__(
         self,
@@ -1125,7 +1132,7 @@ Global___LocalRule: _TypeAlias = LocalRule  # noqa: Y015
 
 @_typing.final
 class Schedule(_message.Message):
-    """How the step size changes over `total_epochs` epochs, of which the order's are those from
+    """How the learning rate changes over `total_epochs` epochs. The order's epochs are those from
     `first_epoch` (from 0) on.
     """
 
@@ -1177,7 +1184,7 @@ class DownloadBlobRequest(_message.Message):
     session_id: _builtins.str
     digest: _builtins.str
     offset: _builtins.int
-    """The first byte that is wanted, from 0 to the blob's size."""
+    """The first byte to send, from 0 to the blob's size."""
     def __init__(
         self,
         *,
@@ -1280,31 +1287,30 @@ class UploadHeader(_message.Message):
     session_id: _builtins.str
     order_id: _builtins.str
     digest: _builtins.str
-    """Of the whole payload: the sections' bytes one after another."""
+    """The digest of the whole payload: the bytes of all sections in order."""
     size_bytes: _builtins.int
     """At most 2^63 - 1. REFUSED if it isn't the sum of the sections' sizes, or more than the model's
     size and 1 MiB for each section.
     """
     offset: _builtins.int
-    """Where this stream begins; must equal what QueryUpload answers."""
+    """The payload's byte at which this stream begins; must equal committed_bytes of QueryUpload."""
     encoding: Global___Encoding.ValueType
-    """ENCODING_STATE_DICT, or what RegisterResponse.compression asked for; any other that is declared
-    here is REFUSED.
+    """ENCODING_STATE_DICT, or the encoding of RegisterResponse.compression. REFUSED with any other
+    declared encoding.
     """
     num_examples: _builtins.int
-    """The examples this update was trained on: its weight in the mean. REFUSED outside 1 to the
-    server's --max-num-examples.
+    """Number of examples that the client trained on: the update's weight in the mean. REFUSED outside
+    1 to the server's --max-num-examples.
     """
     num_steps: _builtins.int
-    """Optimizer steps taken.
-    REFUSED outside 0 to num_examples times the run's epochs an order: an epoch has at most one
-    step for each example.
+    """Number of optimizer steps taken. REFUSED outside 0 to num_examples times the run's epochs an
+    order: an epoch has at most one step for each example.
     """
     @_builtins.property
     def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Section]:
-        """The sections in the payload's order: "model", and under SCAFFOLD "control", by how much the
-        client's own control variates change. The digest of a section may be left empty; REFUSED if it
-        is given and isn't that of the section's bytes. At most 8 of them.
+        """The sections in the payload's order: "model", and under SCAFFOLD "control", the change of the
+        client's control variates. The digest of a section may be empty. REFUSED if it isn't empty and
+        isn't that of the section's bytes. At most 8 of them.
         """
 
     @_builtins.property
@@ -1400,7 +1406,7 @@ class QueryUploadResponse(_message.Message):
     COMPLETE_FIELD_NUMBER: _builtins.int
     committed_bytes: _builtins.int
     complete: _builtins.bool
-    """Whether the update is recorded: then there is a receipt and nothing to send."""
+    """Whether the update is recorded. If so, UploadUpdate gives a receipt without further bytes."""
     def __init__(
         self,
         *,
@@ -1429,7 +1435,7 @@ class ReportProgressRequest(_message.Message):
     session_id: _builtins.str
     order_id: _builtins.str
     gave_up: _builtins.bool
-    """No update of this order will come; the incidents say why."""
+    """The client will send no update of this order; the incidents say why."""
     @_builtins.property
     def counters(self) -> Global___Counters: ...
     @_builtins.property
@@ -1455,8 +1461,8 @@ Global___ReportProgressRequest: _TypeAlias = ReportProgressRequest  # noqa: Y015
 
 @_typing.final
 class Counters(_message.Message):
-    """How far the client is with one order since it last pulled it. Each only ever grows: the server
-    keeps the largest value it has heard of, so a smaller one changes nothing.
+    """The client's progress with an order since it last pulled that order. No counter decreases: the
+    server keeps the largest value that it has received, and a smaller value changes nothing.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1469,16 +1475,16 @@ class Counters(_message.Message):
     EVALUATION_BATCHES_FIELD_NUMBER: _builtins.int
     EVALUATION_BATCHES_TOTAL_FIELD_NUMBER: _builtins.int
     bytes_received: _builtins.int
-    """Of payloads, downloads and uploads, bytes sent again included."""
+    """Bytes of blobs and payloads, including bytes that are sent again."""
     bytes_sent: _builtins.int
     batches: _builtins.int
-    """Batches done: one for each training step, and those on which models were evaluated."""
+    """Number of batches done, both of training steps and of evaluations."""
     batches_total: _builtins.int
-    """How many batches the order takes; 0: not known yet."""
+    """Number of batches that the order takes; 0: not known yet."""
     replays: _builtins.int
-    """Steps the doctor took again to find a cause."""
+    """Number of steps that the doctor has repeated to find a cause."""
     evaluation_batches: _builtins.int
-    """How many of `batches`, and of `batches_total`, are of evaluations: the others are training steps."""
+    """The part of `batches`, and of `batches_total`, that is evaluations; the rest is training steps."""
     evaluation_batches_total: _builtins.int
     def __init__(
         self,
@@ -1532,26 +1538,28 @@ class Incident(_message.Message):
     AT_FIELD_NUMBER: _builtins.int
     DIAGNOSIS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """The incident's number within its order: tells a repeated report from a new incident.
-    From 1 to 64.
+    """The incident's number within its order. It tells a repeated report from a new incident. From 1
+    to 64.
     """
     kind: Global___IncidentKind.ValueType
-    """One that is declared here."""
+    """A declared kind."""
     step: _builtins.int
     """Optimizer step of the order. From 1 to 2^53."""
     epoch: _builtins.int
     """From 1 to 2^31 - 1."""
     tensor: _builtins.str
-    """A declared entry of the model's state_dict; any other name is passed over."""
+    """A declared entry of the model's state_dict; the server ignores any other name."""
     @_builtins.property
     def detail(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Any numbers, NaN and infinity included, by declared names: "lr", "batch", "loss", and
-        "grad_norm_0" to "grad_norm_4". Other names are passed over.
+        """Any numbers, including NaN and infinity, by declared names: "lr", "batch", "loss", and
+        "grad_norm_0" to "grad_norm_4". The server ignores other names.
         """
 
     @_builtins.property
     def at(self) -> _timestamp_pb2.Timestamp:
-        """When the client noticed it, by its own clock. The history has the time of the report instead."""
+        """When the client noticed the incident, by the client's clock. The run's history holds the time
+        of the report instead.
+        """
 
     @_builtins.property
     def diagnosis(self) -> Global___Diagnosis:
@@ -1592,13 +1600,13 @@ Global___Incident: _TypeAlias = Incident  # noqa: Y015
 class Diagnosis(_message.Message):
     """---- Diagnosis
 
-    What the doctor says of a training that went wrong: what, where, why (by experiment), and what
-    was done. shared/fedrounds/diagnosis/values.py says what each field and each name means; names and numbers are
-    the same there.
+    The doctor's report on a training that went wrong: what went wrong and where, the cause that
+    experiments proved, and the remedy. shared/fedrounds/diagnosis/values.py explains each field and
+    each name; names and numbers are the same there.
 
     Privacy: enums, counts, numbers, and names that the task's code declares. No example, no label,
-    no free text. The server refuses (INVALID_ARGUMENT), and doesn't keep, a report with any other
-    name, with more of anything or with another number than is said here.
+    no free text. The server refuses (INVALID_ARGUMENT) a report with an undeclared name, with more
+    items or with other numbers than the comments here allow, and keeps nothing of it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1643,12 +1651,12 @@ class Diagnosis(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     symptom: Global___Symptom.ValueType
-    """Enums hold a value that is declared here, in this message and in those below."""
+    """In this message and those below every enum holds a declared value."""
     cause: Global___Cause.ValueType
     step: _builtins.int
-    """Optimizer step of the order in which the bad value came up. From 1 to 2^53."""
+    """The order's optimizer step in which the bad value came up. From 1 to 2^53."""
     noticed_at_step: _builtins.int
-    """The step in which it was noticed. From 1 to 2^53."""
+    """The step in which the doctor noticed it. From 1 to 2^53."""
     epoch: _builtins.int
     """From 1 to 2^31 - 1."""
     batch: _builtins.int
@@ -1656,24 +1664,24 @@ class Diagnosis(_message.Message):
     batch_size: _builtins.int
     """From 0 to 2^53."""
     lr: _builtins.float
-    """The step size of the bad step. Finite, from 0."""
+    """The learning rate of the bad step. Finite, from 0."""
     num_samples: _builtins.int
-    """How many they are, said in any case. From 0 to 2^53."""
+    """Number of suspect examples, always given. From 0 to 2^53."""
     returned_to_step: _builtins.int
-    """The last good step that training went back to; 0: to before the first. From 0 to 2^53."""
+    """The last good step, to which training went back; 0: to before the first step. From 0 to 2^53."""
     num_replayed_steps: _builtins.int
     """From 0 to 2^53."""
     seconds: _builtins.float
-    """How long finding the cause took. Finite, from 0."""
+    """Seconds that it took to find the cause. Finite, from 0."""
     @_builtins.property
     def origin(self) -> Global___Origin: ...
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___SuspectSample]:
-        """Which examples: only where the client's own policy allows it to say so. At most 64."""
+        """The suspect examples; empty unless the client's own policy allows it to name them. At most 64."""
 
     @_builtins.property
     def experiments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Experiment]:
-        """In the order they were made. At most 32."""
+        """In the order in which the doctor made them. At most 32."""
 
     @_builtins.property
     def contributing(self) -> _containers.RepeatedScalarFieldContainer[Global___ExperimentName.ValueType]:
@@ -1681,13 +1689,13 @@ class Diagnosis(_message.Message):
 
     @_builtins.property
     def trend(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrendPoint]:
-        """The steps before. At most 16."""
+        """The steps before the bad step. At most 16."""
 
     @_builtins.property
     def remedy(self) -> Global___Remedy: ...
     @_builtins.property
     def detail(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Any numbers, by declared names: "clip_norm", "healthy_grad_norm", "largest_input",
+        """Any numbers by declared names: "clip_norm", "healthy_grad_norm", "largest_input",
         "loss_bound".
         """
 
@@ -1737,16 +1745,16 @@ class Origin(_message.Message):
     FIRST_INDEX_FIELD_NUMBER: _builtins.int
     phase: Global___StepPhase.ValueType
     module: _builtins.str
-    """The dotted name of a module of the task's model; empty: the model itself, or outside of it."""
+    """The dotted name of a module in the task's model; empty: the model itself, or no module."""
     operation: _builtins.str
-    """torch's name of the operation: up to 64 of a-z, 0-9 and _. The server drops a name that its torch
-    doesn't have.
+    """torch's name of the operation: up to 64 characters of a-z, 0-9 and _. The server drops a name
+    that its torch doesn't have.
     """
     tensor: _builtins.str
-    """A declared entry of the model's state_dict; empty: another tensor."""
+    """A declared entry of the model's state_dict; empty: any other tensor."""
     dtype: _builtins.str
-    """torch's name of the type, such as "float32": up to 16 of a-z, 0-9 and _. The server drops a name
-    that its torch doesn't have.
+    """torch's name of the dtype, such as "float32": up to 16 characters of a-z, 0-9 and _. The server
+    drops a name that its torch doesn't have.
     """
     num_nan: _builtins.int
     """From 0 to 2^53."""
@@ -1758,7 +1766,7 @@ class Origin(_message.Message):
 
     @_builtins.property
     def first_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Where the first bad number is. At most 16, each from 0 to 2^53."""
+        """The index of the first bad number. At most 16, each from 0 to 2^53."""
 
     def __init__(
         self,
@@ -1790,9 +1798,9 @@ class SuspectSample(_message.Message):
     ODDITY_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """The place in the batch. From 0 to 2^53."""
+    """The position in the batch. From 0 to 2^53."""
     index: _builtins.int
-    """The place in the data set; -1: not known. From -1 to 2^53."""
+    """The index in the data set; -1: not known. From -1 to 2^53."""
     oddity: Global___Oddity.ValueType
     value: _builtins.float
     """Any number."""
@@ -1828,7 +1836,7 @@ class Experiment(_message.Message):
     loss: _builtins.float
     """Any number; NaN: there was no loss."""
     failed_at_step: _builtins.int
-    """0: it went well. From 0 to 2^53."""
+    """The step that failed; 0: none did. From 0 to 2^53."""
     def __init__(
         self,
         *,
@@ -1858,7 +1866,7 @@ class TrendPoint(_message.Message):
     step: _builtins.int
     """From 1 to 2^53."""
     loss: _builtins.float
-    """Any number, as the two below."""
+    """Any number, as grad_norm and largest_weight."""
     grad_norm: _builtins.float
     largest_weight: _builtins.float
     lr: _builtins.float
@@ -1946,18 +1954,18 @@ class LeaveRequest(_message.Message):
     session_id: _builtins.str
     reason: Global___LeaveReason.ValueType
     coming_back: _builtins.bool
-    """These clients will be started again soon, as by a service manager."""
+    """These clients will start again soon, for example by a service manager."""
     @_builtins.property
     def client_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The ids that leave. At most 10,000, each from 0 to 2^53. None: all of the session's. An id that
-        isn't the session's (any more) is passed over.
+        """The ids that leave; empty: all ids of the session. At most 10,000, each from 0 to 2^53. The
+        server ignores an id that isn't in the session (any more).
         """
 
     @_builtins.property
     def kept_order_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Orders of these clients whose updates are durable at the client and not acknowledged yet. The
-        client sends them when it is started again. At most 10,000. What isn't an open order of these
-        ids is passed over.
+        client sends the updates when it starts again. At most 10,000. The server ignores an order id
+        that isn't an open order of these ids.
         """
 
     def __init__(

@@ -75,15 +75,16 @@ class FederationServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Register(self, request, context):
-        """Called by a client first, and again whenever a call answers UNAUTHENTICATED.
-        Opens a session for all the client ids in the request, or takes over the session these ids
-        have if the instance key is the same (a client restarted after a crash: it goes on at once).
-        The session of another process of the same instance ends, and that process is answered
-        UNAUTHENTICATED. It may register again once, since processes overlap where one replaces the
-        other. When it registers the second time both are at work with copies of one state-dir: the
-        server ends the session, refuses both processes, and accepts one that is new.
-        ALREADY_EXISTS       another instance holds one of the ids, until its lease ends; or another
-        process uses a copy of the client's state-dir: don't repeat it
+        """A client calls this first, and again whenever a call answers UNAUTHENTICATED.
+        The server opens a session for all client ids in the request. If these ids have a session with
+        the same instance key, the client takes that session over: a client that restarts after a crash
+        goes on at once.
+        A session of another process of the same instance ends, and that process gets UNAUTHENTICATED.
+        It may register again once, since an old and a new process overlap while a service restarts. If
+        it registers a second time, both processes are working with copies of the same state-dir: the
+        server ends the session, refuses both processes, and accepts a new process.
+        ALREADY_EXISTS       another instance holds an id of the request, until its lease ends; or
+        another process uses a copy of the client's state-dir: don't repeat it
         FAILED_PRECONDITION  the client's task isn't the run's
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -91,43 +92,44 @@ class FederationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PullWork(self, request, context):
-        """Called by a client that is ready for work. The server parks the call until there is an order
-        for one of the session's ids, the run ends, or `wait` (bounded by the server) is over.
-        Asking again returns the same order until it ends, and its counters begin at 0 again. Once an
-        order is handed out, its counters must advance (see ReportProgress); an order that isn't pulled
-        though its client could is lost.
+        """A client calls this when it is ready for work. The server parks the call until there is an
+        order for an id of the session, the run ends, or `wait` (bounded by the server) is over.
+        A repeated call returns the same order until that order ends, and its counters begin at 0
+        again. Once an order is handed out, its counters must advance (see ReportProgress). A client
+        that could pull its order and doesn't loses it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadBlob(self, request, context):
-        """Called by a client for a blob its cache doesn't hold. The server sends the bytes from `offset`
-        to the end. After a broken stream the client goes on from what it has; at the end it checks
-        the digest and, where it doesn't match, drops the bytes and starts from zero.
-        NOT_FOUND     no such blob (any more): PullWork tells what is wanted now
+        """A client calls this for a blob that its cache doesn't hold. The server sends the bytes from
+        `offset` to the end. After a broken stream the client asks for the bytes that it still misses.
+        At the end it checks the digest; if that differs, it drops the bytes and starts from zero.
+        NOT_FOUND     the server doesn't have this blob (any more): PullWork says what is needed now
         OUT_OF_RANGE  the offset is beyond the blob's end: start from zero
         ABORTED       two newer downloads of the same session took over: stop
-        UNAVAILABLE   nothing was taken for the server's stall time: ask for the rest
+        UNAVAILABLE   the client took no bytes for the server's stall time: ask for the rest
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UploadUpdate(self, request_iterator, context):
-        """Called by a client to deliver an order's update: one header, then the payload's bytes in
-        chunks. The client half-closes the stream after the last byte: without that there is no receipt.
-        The receipt comes after the update is durable on the server: whatever happens then, it isn't
-        lost, and the client may forget it. It may come before all bytes are sent, if the order has
-        ended: the rest isn't wanted.
-        The bytes of each message are committed as they come, and stay when the stream breaks off. A
-        message that would go beyond the header's size_bytes isn't taken and ends the stream with
-        INVALID_ARGUMENT; the bytes before it stay committed.
-        OUT_OF_RANGE  the header's offset isn't what is committed: QueryUpload, then go on from there
-        ABORTED       a newer stream of the same order took over, whatever it brings: stop
-        UNAVAILABLE   the header, or the rest of the payload, didn't come: too slowly while others
-        wait for the place, or not before the client half-closed the stream. QueryUpload,
-        then go on
+        """A client calls this to deliver an order's update: one header, then the payload's bytes in
+        chunks. The client half-closes the stream after the last byte; without that it gets no receipt.
+        The server sends the receipt after the update is durable. From then on the update can't be
+        lost, and the client may delete its copy. If the order has ended, the receipt may come before
+        all bytes are sent: the client needn't send the rest.
+        The server commits the bytes of each message as they come, and keeps them when the stream
+        breaks off. A message that would go beyond the header's size_bytes ends the stream with
+        INVALID_ARGUMENT, and the bytes before it stay committed.
+        OUT_OF_RANGE  the header's offset isn't the number of committed bytes: QueryUpload, then go
+        on from there
+        ABORTED       a newer stream of the same order took over, whatever it holds: stop
+        UNAVAILABLE   the header or the rest of the payload is missing: it came too slowly while
+        other uploads waited, or the client half-closed the stream before it.
+        QueryUpload, then go on
         DATA_LOSS     the bytes don't match the digest; the server dropped them: send from zero
         NOT_FOUND     the server never gave this order
         """
@@ -136,8 +138,8 @@ class FederationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def QueryUpload(self, request, context):
-        """Called by a client before it uploads what it may have sent a part of before: how many bytes of
-        this payload are committed.
+        """A client calls this before it uploads a payload of which it may have sent a part before. The
+        answer says how many bytes of this payload are committed.
         NOT_FOUND  the server never gave this order
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -145,11 +147,13 @@ class FederationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReportProgress(self, request, context):
-        """Called by a client every second or so while it works on an order, and once for every incident.
-        The server ABANDONS the order of a client that it hasn't heard of for its stall time; that
-        reports, but whose counters don't advance for ten times the longest time that a batch took it so
-        far (before the second batch: for the server's --first-step); or that takes longer in all than
-        its examples and bytes can take. Incidents are kept once, however often they are sent.
+        """A client calls this about every second while it works on an order, and once for every incident.
+        The server ABANDONS the order of a client
+        - that has made no call for the server's stall time;
+        - that reports, but whose counters don't advance for ten times the longest time that a batch
+        took it so far (before the second batch: for the server's --first-step);
+        - that takes longer in all than its examples and bytes can take.
+        The server keeps each incident once, however often the client sends it.
         NOT_FOUND  the server never gave this order
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -157,20 +161,19 @@ class FederationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Leave(self, request, context):
-        """Called by a client whose process ends, or that can no longer take part with some of its ids: it
-        was stopped, or it met an error. After WORK_STATE_FINISHED there is nothing to leave.
+        """A client calls this when its process ends, or when it can no longer take part with some of its
+        ids: a user stopped it, or it met an error. After WORK_STATE_FINISHED no call is needed.
 
-        The server neither chooses these ids nor waits for them until they register again. Their open
-        orders are ABANDONED before the answer is sent, and the reason is in the run's history. Two
-        kinds of open orders stay open until the ids register again, but for at most one lease from
-        this call:
+        The server neither chooses these ids nor waits for them until they register again. It ABANDONS
+        their open orders before it answers, and writes the reason into the run's history. Two kinds of
+        open orders stay open until the ids register again, but for at most one lease from this call:
         - all orders of the ids, if `coming_back` is set;
         - the orders in `kept_order_ids`, whose updates the client has durably and will still send.
         In a run that waits for every client however long it takes (--require-all), ids that were
         stopped or are coming back keep their orders without a bound, and later rounds wait for them.
-        Nobody is suspended for leaving. The session goes on with the ids that stay; without any it
-        ends, and a call repeated after that answers UNAUTHENTICATED: there is nothing left to do.
-        INVALID_ARGUMENT  the reason isn't one of LeaveReason's
+        A client isn't suspended for leaving. The session goes on with the ids that stay. Without any
+        it ends: a call repeated after that answers UNAUTHENTICATED, which the client may ignore.
+        INVALID_ARGUMENT  LeaveReason doesn't declare the reason
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
