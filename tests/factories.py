@@ -175,7 +175,7 @@ def make_registration(
 def make_session(
     *client_ids: int, session_id: str = "session", instance_key: str = "key"
 ) -> Session:
-    """Return a session whose clients have told how much data they have."""
+    """Return a session whose clients have declared how much data they have."""
     ids = client_ids or (0,)
     return Session(
         session_id=session_id,

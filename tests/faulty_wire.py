@@ -121,7 +121,7 @@ class FaultyWire:
             self._bytes_per_s = bytes_per_s or {}
 
     def leave_hanging(self, end: End) -> None:
-        """Break every connection so that the other end hears of it and this one never does."""
+        """Break every connection so that only the other end learns of it."""
         for link in self.links:
             with self._changed:
                 was_over, link.is_over = link.is_over, True
@@ -130,7 +130,7 @@ class FaultyWire:
                 _reset(link.client if end is End.SERVER else link.server)
 
     def silence(self) -> list[Link]:
-        """Turn all connections that there are into black holes, and return them; new ones work.
+        """Turn all connections that there are into black holes, and return them.
 
         Each end goes on writing, as to a relay that has lost its way on, and hears nothing.
         """

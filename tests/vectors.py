@@ -66,7 +66,7 @@ def attacked(
     size: int = 301,
     attack: Callable[[Vectors], Vectors] | None = None,
 ) -> Vectors:
-    """Return updates around one direction, and bad ones: an attack's, or scattered behind it."""
+    """Return updates around one direction, and bad updates: an attack's, or scattered behind it."""
     generator = np.random.default_rng(7)
     updates = 1 + generator.standard_normal((num_updates, size))
     updates[-num_bad:] = -3 + 2 * generator.standard_normal((num_bad, size))

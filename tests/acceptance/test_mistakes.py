@@ -1,4 +1,4 @@
-"""What goes wrong around a run: told in a sentence, and nothing is lost by it."""
+"""What goes wrong around a run: each error is a sentence, and nothing is lost by it."""
 
 import resource
 import signal

@@ -24,7 +24,7 @@ def _told(*flags: str) -> list[str]:
 
 
 def _rounds(act: str) -> list[tuple[float, float]]:
-    """Return (loss, accuracy) of each round that is told."""
+    """Return (loss, accuracy) of each round in the output."""
     rounds = re.findall(r"^round +\d+   loss (\S+)   test acc (\S+)", act, re.MULTILINE)
     return [(float(loss), float(accuracy)) for loss, accuracy in rounds]
 

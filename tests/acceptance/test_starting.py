@@ -1,4 +1,4 @@
-"""Starting: in which order one likes, and with which mistakes; each is told in a sentence."""
+"""Starting: in any order, and with any mistake; each mistake's error is a sentence."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def test_a_port_in_use_is_an_error_with_what_to_do(waiting: Server, scene: Scene
 
 
 def test_a_run_that_never_began_takes_other_settings(waiting: Server, scene: Scene) -> None:
-    """The port was taken; with another one and other settings the same folder will do."""
+    """The port was taken; with another port and other settings the same folder will do."""
     port = waiting.address.rpartition(":")[2]
     assert start_server(scene, "--port", port, "--rounds", 7).wait() == 1
     server = start_server(scene, "--rounds", 1, "--min-clients", 1)
@@ -60,7 +60,7 @@ def test_a_run_that_never_began_takes_other_settings(waiting: Server, scene: Sce
 
 
 def test_the_error_of_a_lost_database_says_where_models_are(scene: Scene) -> None:
-    """No new run begins over what an old one has left."""
+    """No new run begins over what an old run has left."""
     server = start_server(scene, "--rounds", 1, "--min-clients", 1)
     expect_clean_exits(server, start_client(scene, 0, server.address))
     for path in (scene.folder / "server").glob("federation.sqlite*"):
@@ -78,7 +78,7 @@ def test_a_state_dir_in_use_is_refused(waiting: Server, module_scene: Scene) -> 
 
 
 def test_a_client_id_in_use_is_refused(waiting: Server, module_scene: Scene) -> None:
-    """One id is one client: the second to come is told, and the first isn't disturbed."""
+    """One id is one client: the second process gets an error, and the first isn't disturbed."""
     holder = Peer(waiting.address, 4)
     client = start_client(module_scene, 4, waiting.address)
     expect_refusal(client, "client id 4 is in use by another process", "--id")
@@ -125,7 +125,7 @@ def test_a_task_nobody_knows_lists_the_tasks(scene: Scene) -> None:
 
 
 def test_a_task_without_a_model_begins_no_run(scene: Scene) -> None:
-    """What is wrong with a task is told before anything is written for it."""
+    """What is wrong with a task is an error before anything is written for it."""
     lines = (
         "from torch.nn.functional import cross_entropy",
         "from fedrounds.tasks.task import Task",
@@ -150,7 +150,7 @@ def test_a_client_whose_own_task_is_broken_waits_for_no_server(scene: Scene) -> 
 def test_a_client_of_another_task_ends_with_both_names(
     waiting: Server, module_scene: Scene
 ) -> None:
-    """A client that insists on a task is told the run's."""
+    """The error of a client that requires another task names the run's."""
     client = module_scene.client(6, waiting.address, "--task", "mnist-sample")
     expect_refusal(client, f"'{TINY}'", "'mnist-sample'")
 
@@ -170,7 +170,7 @@ def test_an_id_beyond_the_partitions_is_refused(waiting: Server, module_scene: S
 
 
 def test_wrong_flags_end_with_code_2_and_a_sentence(scene: Scene) -> None:
-    """What can be told without a server or torch is told at once, with the nearest right name."""
+    """An error that needs neither server nor torch comes at once, with the nearest right name."""
     expect_refusal(scene.server("--round", 3), "round", "--rounds", code=2)
     expect_refusal(scene.server("--lr", "-1"), "--lr", "-1", code=2)
     expect_refusal(scene.client(1, "localhost:1", "--sorce", "local"), "--source", code=2)
@@ -229,7 +229,7 @@ def test_a_client_that_stays_takes_part_in_the_next_run(scene: Scene) -> None:
 
 
 def test_both_processes_with_copies_of_a_state_dir_learn_of_it(scene: Scene) -> None:
-    """Both clients end with a sentence; the one that is started again goes on."""
+    """Both clients end with a sentence; the client that is started again goes on."""
     server = start_server(scene, "--min-clients", 2, "--rounds", 1, "--lease", 10)
     clients = [start_client(scene, 0, server.address, state="original")]
     clients[0].wait_for_line("waiting for clients: 1 of the 2 that a round needs are here")

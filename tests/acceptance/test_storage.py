@@ -185,7 +185,7 @@ def test_a_model_that_somebody_downloads_is_kept_until_it_is_there(scene: Scene)
 
 
 def test_a_round_that_asks_more_than_it_needs_leaves_the_slowest_behind(scene: Scene) -> None:
-    """Three are asked, two count: the third is told to stop, late, and asked again."""
+    """Three are asked, two count: the third gets ABANDON, is late, and is asked again."""
     server = start_server(
         *(scene, "--rounds", 3, "--min-clients", 3, "--clients-per-round", 2),
         *("--over-select", 1.5),

@@ -1,4 +1,4 @@
-"""Tasks with real processes: one's own, texts, tables, and what is asked of a training."""
+"""Tasks with real processes: a user's own, texts, tables, and the options of a training."""
 
 import math
 import re

@@ -65,7 +65,7 @@ def test_a_model_with_every_kind_of_entry_trains(scene: Scene, flags: tuple[str,
 def test_declared_entries_are_kept_or_stay_at_the_client(
     scene: Scene, flags: tuple[str, ...]
 ) -> None:
-    """Local ones are in no update and last in the client's state; `max` and `keep` are obeyed."""
+    """Local entries are in no update, last in the client's state; `max` and `keep` are obeyed."""
     model, history = trained(scene, "declared", *flags)
     assert [entry["incidents"] for entry in history] == [[], []]
     assert model["counter"] == 2 * 6

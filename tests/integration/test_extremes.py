@@ -176,7 +176,7 @@ class Requester:
             assert 10 < len(sentence) <= 1000
 
     def renew(self) -> None:
-        """Take the order that is open now, if the last one has ended."""
+        """Take the order that is open now, if the last order has ended."""
         work = self._peer.pull(wait_s=0)
         if work.state == pb.WORK_STATE_ORDER:
             self.order = work.order

@@ -35,7 +35,7 @@ def no_file_to_open(server: Server) -> Iterator[None]:
     """Leave a process the files that it has, and not one more."""
     before = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
     used = max(int(descriptor) for descriptor in os.listdir(f"/proc/{server.pid}/fd"))  # noqa: PTH208
-    # The limit is one on numbers, of which lower ones may be free: what is taken is the lowest.
+    # The limit is on the descriptors' numbers; a new file takes the lowest number that is free.
     free = used + 1 - psutil.Process(server.pid).num_fds()
     resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (used + 1 - free, before[1]))
     try:

@@ -49,7 +49,7 @@ def pair(pair_server: Server) -> Iterator[OpenRound]:
 
 
 def open_next_attempt(failing: OpenRound) -> OpenRound:
-    """Pull the orders of the attempt that follows; by then the one before has failed."""
+    """Pull the orders of the attempt that follows; by then the previous attempt has failed."""
     order = failing.orders[0]
     return open_round(failing.peers, attempt=(order.round, order.attempt + 1))
 
@@ -275,7 +275,7 @@ def test_a_process_whose_main_thread_is_busy_says_goodbye_all_the_same(
 
 
 def test_a_client_gives_up_a_server_that_never_answers() -> None:
-    """Not one that answers that its disk is full; the time begins anew with each answer."""
+    """Not a server that answers that its disk is full; the time begins anew with each answer."""
     answers = iter([OutOfSpace("full")] + [ServerUnreachable("gone")] * 1000)
 
     def attempt() -> None:

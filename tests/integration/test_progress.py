@@ -67,7 +67,7 @@ def test_an_order_whose_counters_stand_still_is_given_up_despite_heartbeats(
         directives.add(busy.report(hurried.orders[1], batches=next(batches)))
         return stuck.report(hurried.orders[0], batches=7) == pb.DIRECTIVE_ABANDON
 
-    wait_until(is_given_up, what="the stuck client to be told ABANDON", every_s=0.05)
+    wait_until(is_given_up, what="the stuck client to get ABANDON", every_s=0.05)
     assert directives == {pb.DIRECTIVE_CONTINUE}
     payload = payload_of(changed(hurried.base))
     assert stuck.upload(hurried.orders[0], payload).receipt == pb.RECEIPT_LATE
@@ -86,11 +86,11 @@ def test_an_order_whose_counters_stand_still_is_given_up_despite_heartbeats(
 def test_a_batch_longer_than_the_silence_allowed_isnt_late(
     hurried: OpenRound, impatient: Server, module_scene: Scene
 ) -> None:
-    """A client that reports with unchanged counters is waited for; one that says nothing isn't."""
+    """A client that reports with unchanged counters is waited for, a silent client isn't."""
     hurried.settle(2)
     silent, training = hurried.peers[0], hurried.peers[1]
     num_before = impatient.count_lines("client-stalled")
-    # Its silence begins here: after the other one last made progress, which was when it pulled.
+    # Its silence begins here: after the other client's last progress, which was its pull.
     silent.query(hurried.orders[0], b"")
 
     def is_given_up() -> bool:
@@ -124,7 +124,7 @@ def test_neither_tiny_progress_nor_registering_again_holds_a_round_open(scene: S
         nonlocal has_ended
         number = next(batches)
         if not has_ended:
-            # Another one after it was told to stop would only be told so again.
+            # A further report after ABANDON would only get ABANDON again.
             has_ended = tiny.report(orders[0], batches=number) == pb.DIRECTIVE_ABANDON
         assert large.report(orders[1], batches=number) == pb.DIRECTIVE_CONTINUE
         idler.register(num_examples=[10])
@@ -208,7 +208,7 @@ def queued(hurried: OpenRound, holding: Holding, impatient: Server) -> SlowUploa
     waiting.send(payload)
     given_up = "client=2 why=silent"
     num_before = impatient.count_lines(given_up)
-    # The last call of this one: its clock begins after the waiting one's.
+    # Its last call: its clock begins after that of the client that waits.
     hurried.peers[2].report(hurried.orders[2], batches=1)
 
     def is_given_up() -> bool:
@@ -275,7 +275,7 @@ def test_a_round_closes_at_its_deadline_with_what_it_has_or_fails(scene: Scene) 
     def is_over() -> bool:
         return peers[1].report(opened.orders[1], batches=next(batches)) == pb.DIRECTIVE_ABANDON
 
-    wait_until(is_over, what="the client that is still at work to be told ABANDON", every_s=0.05)
+    wait_until(is_over, what="the client that is still at work to get ABANDON", every_s=0.05)
     assert opened.settle(1) == [pb.RECEIPT_LATE]
     # Nobody delivers to the round after it.
     server.wait_for_line("round-opened round=2 attempt=2")

@@ -33,7 +33,7 @@ def strict(scene: Scene) -> Server:
 
 @pytest.fixture
 def peers(strict: Server) -> Iterator[dict[int, Peer]]:
-    """Give five clients; the first round asks some of them, the later ones all."""
+    """Give five clients; the first round asks some of them, later rounds ask all."""
     connected = {client_id: Peer(strict.address, client_id) for client_id in CLIENTS}
     settle_first_round(connected)
     yield connected

@@ -160,7 +160,7 @@ def test_clients_that_agree_on_exploding_gradients_get_them_clipped(connect: Con
 
 
 def test_a_bad_first_model_is_drawn_anew(scene: Scene, connect: Connect) -> None:
-    """Twice, each time another one; then the draw stays as it is."""
+    """Twice, each time another model; then the draw stays as it is."""
     peers = connect()
     bases = []
     for attempt in range(1, 5):
@@ -252,7 +252,7 @@ def test_a_bad_model_is_taken_back_and_its_round_repeated(scene: Scene, connect:
 def test_a_model_that_clients_call_bad_is_taken_back(scene: Scene, connect: Connect) -> None:
     """Nobody else could: whoever was sent it says so, and the round that made it is repeated once.
 
-    What only one of them says is not acted on.
+    What only one client says is not acted on.
     """
     peers = connect("--max-rollbacks", 1)
     first = open_round(peers)
@@ -322,7 +322,7 @@ def test_a_bad_model_stands_where_that_is_switched_off(scene: Scene, connect: Co
 
 
 def test_a_bad_evaluation_takes_nothing_back_under_fedbn(scene: Scene, connect: Connect) -> None:
-    """The server's model lacks its norm layers: its evaluation tells nothing."""
+    """The server's model lacks its norm layers: its evaluation means nothing."""
     peers = connect("--strategy", "fedbn")
     deliver(open_round(peers))
     second = open_round(peers)

@@ -35,7 +35,7 @@ def test_the_same_instance_takes_its_session_over_at_once(stranger: Peer) -> Non
 
 
 def test_another_instance_is_refused_an_id_in_use(stranger: Peer) -> None:
-    """Two state-dirs with one id are a mistake, and the second to come is told so."""
+    """Two state-dirs with one id are a mistake: the second process is refused with a sentence."""
     mine = stranger.register()
     details = expect_status(
         grpc.StatusCode.ALREADY_EXISTS, lambda: stranger.register(instance_key="another")
@@ -133,7 +133,7 @@ def test_pulling_again_returns_the_same_order(opened: OpenRound) -> None:
 
 
 def test_there_is_nothing_to_pull_once_the_order_is_delivered(opened: OpenRound) -> None:
-    """Between its update and the next round a client is told to wait, and for what."""
+    """Between its update and the next round a client waits, and learns for what."""
     assert opened.settle(0) == [pb.RECEIPT_STORED]
     work = opened.peers[0].pull(wait_s=0)
     assert work.state == pb.WORK_STATE_WAIT

@@ -1,4 +1,4 @@
-"""UploadUpdate and QueryUpload: broken streams, repeated ones, and what comes too late."""
+"""UploadUpdate and QueryUpload: broken and repeated streams, and updates that come too late."""
 
 import os
 from functools import partial
@@ -123,7 +123,7 @@ def test_a_message_over_the_limit_is_refused_and_nothing_is_lost(opened: OpenRou
 
 @pytest.mark.parametrize("offset", [1, HALF + 1, 2**40])
 def test_a_wrong_offset_is_out_of_range(opened: OpenRound, offset: int) -> None:
-    """A stream that doesn't begin where the committed bytes end is told where that is."""
+    """A stream that doesn't begin where the committed bytes end learns where they end."""
     peer, order = opened.peers[0], opened.orders[0]
     payload = payload_of(changed(opened.base))
     expect_status(

@@ -53,7 +53,7 @@ def count_twice(history: History, *, is_asynchronous: bool = False) -> int:
     places: Counter[tuple[int, int]] = Counter()
     for entry in history:
         for order in entry["orders"]:
-            # What was counted in a model that was taken back may count in the one in its place.
+            # What was counted in a model that was taken back may count in its replacement.
             if order["state"] == "COUNTED" and entry["phase"] != "ROLLED_BACK":
                 orders[order["order_id"]] += 1
                 places[entry["round"], order["client"]] += 1

@@ -26,8 +26,8 @@ NUM_ROUNDS = 3
 NUM_AT_ONCE = 8
 
 IN_THE_WAY = (
-    grpc.StatusCode.ABORTED,  # a newer stream fenced this one
-    grpc.StatusCode.OUT_OF_RANGE,  # another one committed bytes since the query
+    grpc.StatusCode.ABORTED,  # a newer stream fenced this stream
+    grpc.StatusCode.OUT_OF_RANGE,  # another stream committed bytes since the query
     grpc.StatusCode.UNAVAILABLE,  # the round is changing
 )
 
@@ -35,7 +35,7 @@ Deliver = Callable[[OpenRound], None]
 
 
 def payload_for(opened: OpenRound, client_id: int) -> bytes:
-    """Return a client's update of a round: another one for each."""
+    """Return a client's update of a round: each client has another update."""
     return payload_of(changed(opened.base, 0.01 * (1 + client_id)))
 
 
@@ -141,7 +141,7 @@ def repeat_what_is_over(before: OpenRound) -> None:
 
 @FULL
 def test_calls_in_an_order_that_no_client_has(scene: Scene) -> None:
-    """Uploading before pulling, for another's order, pulling twice: told, and nothing is mixed."""
+    """Uploading before pulling, for another's order, pulling twice: nothing is mixed."""
     expected = run_by_hand(scene, deliver_plainly, state="undisturbed")
 
     def deliver(opened: OpenRound) -> None:
@@ -160,7 +160,7 @@ def test_calls_in_an_order_that_no_client_has(scene: Scene) -> None:
         stream = second.stream(opened.orders[1], payload)
         stream.send(payload[:1000])
         stream.wait_until_committed(1000)
-        # Its other half comes on a second stream, and on the first one after that.
+        # Its other half comes on a second stream, and after that on the first stream.
         assert second.upload(opened.orders[1], payload, offset=1000).receipt == pb.RECEIPT_STORED
         stream.send(payload[1000:])
         expect_status(grpc.StatusCode.ABORTED, stream.finish, match="a newer upload")

@@ -59,7 +59,7 @@ QUICK = {("kill", FailPoint.ROUND_CLOSED), ("halt", FailPoint.TRAINED)}
 
 
 def places(action: str, among: dict[FailPoint, Any]) -> list[Any]:
-    """Return the parameters of a test: quick ones, and the rest with the whole suite's mark."""
+    """Return the parameters of a test: quick cases, and the rest with the whole suite's mark."""
     return [
         pytest.param(
             fail_point, id=str(fail_point), marks=() if (action, fail_point) in QUICK else FULL
@@ -76,7 +76,7 @@ def test_every_fail_point_is_struck_on_one_side() -> None:
 
 
 def expect_whole_run(scene: Scene, undisturbed: Undisturbed) -> None:
-    """Compare a run that has ended with the one nobody disturbed: all of its models."""
+    """Compare a run that has ended with the undisturbed run: all of its models."""
     history = scene.history()
     expect_same_models(history, undisturbed(TINY).history)
     assert len(history) == NUM_ROUNDS[TINY]

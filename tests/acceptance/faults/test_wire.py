@@ -1,4 +1,4 @@
-"""A network that breaks between one client and the server; the other clients have a good one."""
+"""A network that breaks between one client and the server; the other clients' network is good."""
 
 import random
 import signal
@@ -159,7 +159,7 @@ def test_a_silence_that_ends_by_itself(scene: Scene, way: Way, undisturbed: Undi
 def test_a_silence_that_is_noticed(
     scene: Scene, way: Way, kind: str, undisturbed: Undisturbed
 ) -> None:
-    """Pings without an answer end the connection; the transfer goes on, on another one."""
+    """Pings without an answer end the connection; the transfer goes on over another connection."""
     server = start_server(scene, *run_flags(BIG, 0), *ONE_ROUND, task=BIG)
     wire = wire_to(scene, server.address)
     wire.hold(way, after_bytes=SIZE_BYTES // 2)

@@ -109,7 +109,7 @@ def test_a_blob_damaged_on_the_disk_is_fetched_anew(cache: BlobCache, damage: by
 
 
 def test_the_cache_does_not_grow_with_the_rounds(cache: BlobCache, tmp_path: Path) -> None:
-    """The newest two stay: the blob in use and the one before."""
+    """The newest two stay: the blob in use and the blob before."""
     blobs = [bytes([number]) * 100 for number in range(5)]
     paths = []
     for number, blob in enumerate(blobs):

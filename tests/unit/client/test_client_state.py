@@ -1,4 +1,4 @@
-"""What a client keeps between orders: in force is what went with the last one that counts."""
+"""What a client keeps between orders: in force is what went with the last order that counts."""
 
 import os
 from dataclasses import replace
@@ -37,7 +37,7 @@ def test_only_what_went_with_the_last_counted_order_is_in_force(states: ClientSt
 
 
 def test_a_round_rolled_back_brings_the_state_before_it_back(states: ClientStates) -> None:
-    """Also when its repetition is rolled back, and when it was the first one."""
+    """Also when its repetition is rolled back, and when it was the first order."""
     states.keep("first", state(0.5), follows="")
     states.promoted("first")
     for attempt in ("second", "second again"):
@@ -67,7 +67,7 @@ def keep_at(time: int, states: ClientStates, order_id: str, folder: Path) -> Non
 def test_an_order_that_names_nothing_that_is_here_takes_nothing_away(
     states: ClientStates, tmp_path: Path
 ) -> None:
-    """A mistake of a server's, or a bad one, doesn't cost a personal model of months."""
+    """A server that is mistaken or malicious doesn't cost a personal model of months."""
     keep_at(1, states, "first", tmp_path)
     keep_at(2, states, "second", tmp_path)
     assert states.promoted("") == ClientState()
@@ -118,7 +118,7 @@ def test_states_do_not_grow_with_the_runs(tmp_path: Path) -> None:
 def test_tensors_are_kept_with_it_and_forgotten_with_it(
     states: ClientStates, tmp_path: Path
 ) -> None:
-    """Bit for bit; damaged ones are a lost state, not a wrong one."""
+    """Bit for bit; damaged tensors are a lost state, not a wrong state."""
     for number in (1, 2, 3):
         kept = ClientState(tensors={"control": {"w": torch.full((2,), number / 3)}})
         states.keep(f"order-{number}", kept, follows=f"order-{number - 1}")

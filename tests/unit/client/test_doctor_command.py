@@ -48,7 +48,7 @@ def _task(examples: Examples, *, scale: float = 1.0) -> Task:
 
 
 def _spoilt() -> TensorDataset:
-    """Return the points with one fault of each kind, and one that is only a warning."""
+    """Return the points with a fault of each kind, and a blank input, which is only a warning."""
     points, labels = _examples().tensors
     points[3, 1, 2] = torch.nan
     points[4, 0, 0] = torch.inf
@@ -151,7 +151,7 @@ def test_a_rate_that_is_too_high_is_checks_before_the_run_is(doctor: DoctorComma
 
 
 def test_weights_that_no_initialisation_draws_are_named(doctor: DoctorCommand) -> None:
-    """One layer's are ten thousand times too large, and with usual ones all goes well."""
+    """One layer's are ten thousand times too large; with usual weights all goes well."""
     code, checks, _ = doctor("born_broken")
     assert code == 1
     assert checks["weights"].startswith("error: unlike what torch draws: 3.weight ")
@@ -161,7 +161,7 @@ def test_weights_that_no_initialisation_draws_are_named(doctor: DoctorCommand) -
 def test_a_received_model_is_examined_on_this_clients_data(
     doctor: DoctorCommand, tmp_path: Path
 ) -> None:
-    """A good one answers and trains well; one blown up and turned round is named as received.
+    """A good model answers and trains well; a model blown up and turned round is named as received.
 
     One that has a NaN is bad already as it is; a file of another model is refused with a sentence.
     """

@@ -50,7 +50,7 @@ def test_all_that_wait_are_listed_once(outbox: Outbox) -> None:
 def test_a_put_cut_off_by_death_leaves_nothing_to_send(
     outbox: Outbox, tmp_path: Path, step: str
 ) -> None:
-    """Killed after any step of a put: not found, cleared away, and put again without harm."""
+    """Killed after any step of a put: not there, cleared away, and put again without harm."""
     folder = tmp_path / "outbox"
     good = put(outbox, "good")
     put(outbox, "cut")

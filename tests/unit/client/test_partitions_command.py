@@ -17,7 +17,7 @@ from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.task import DataRequest, Partition, Task
 
 WINDOW = 65
-"""Characters of a text that one window takes up, the one to be predicted included."""
+"""Characters of a text that one window takes up, the character to be predicted included."""
 
 
 class Pairs(Dataset[tuple[torch.Tensor, ...]]):
@@ -142,6 +142,6 @@ def test_targets_that_are_no_labels_are_refused() -> None:
 
 
 def test_a_parameter_of_another_scheme_is_refused() -> None:
-    """Also where a task of one's own would have passed it over."""
+    """Also where a user's own task would have ignored it."""
     with pytest.raises(InvalidInput, match="'iid' has no parameter 'alpha'"):
         run("--task", f"{__name__}:dealt", "--alpha", "0.5")

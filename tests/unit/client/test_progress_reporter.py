@@ -1,4 +1,4 @@
-"""The thread that tells the server how far an order is."""
+"""The thread that reports to the server how far an order is."""
 
 import threading
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from fedrounds.types import MAX_INCIDENTS, Counters, Incident, IncidentKind
 
 
 def test_a_report_under_way_ends_before_the_order_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No thread of an order is left over: one that comes back as the process ends would crash."""
+    """No thread of an order is left over: a thread that returns as the process ends would crash."""
     has_begun, may_end = threading.Event(), threading.Event()
     ended: list[str] = []
 

@@ -128,7 +128,7 @@ def test_structured_outputs_need_a_loss_that_takes_them(structure: str) -> None:
 
 @pytest.mark.parametrize("num", [2, 8, 32])
 def test_what_the_doctor_cures_is_no_reason_not_to_join(num: int) -> None:
-    """A label out of range among good ones, an input that is NaN; also with few examples."""
+    """A label out of range among good labels, an input that is NaN; also with few examples."""
     targets = torch.zeros(32, dtype=torch.int64)
     targets[1] = 7
     try_training_step(replace(tiny, num_classes=None), examples_with(targets=targets), device=CPU)

@@ -189,7 +189,7 @@ def test_a_model_that_cant_be_read_and_a_picture_that_cant_be_written(
 def test_a_state_dir_that_cant_be_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """A folder where the lock is, or one that may not be written to."""
+    """A folder where the lock is, or a folder that may not be written to."""
     state_dir = tmp_path / "state"
     state_dir.mkdir()
     if name == "lock":

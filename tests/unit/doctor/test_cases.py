@@ -34,7 +34,7 @@ def test_a_case_without_its_fault_is_found_out() -> None:
 
 
 def test_a_fault_planted_elsewhere_is_found_out() -> None:
-    """The step that a case names is the one in which its fault strikes."""
+    """A case names the step in which its fault strikes."""
     case = named("norm mlp nan in a row")
     elsewhere = replace(case, expected=replace(case.expected, step=30))
     assert any("expected at step 30" in objection for objection in objections(elsewhere)[0])

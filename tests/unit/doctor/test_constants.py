@@ -49,7 +49,7 @@ def size_after(optimizer: Optimizer, weight: nn.Parameter, *, num_steps: int = 4
 def test_a_constant_is_unstable_where_a_weight_grows_by_itself(
     make: Make, expected: float | None
 ) -> None:
-    """Momentum needs a push to grow; the decay is one."""
+    """Momentum needs a push to grow; the decay is such a push."""
     assert unstable_constant(make(weights())) == (
         None if expected is None else pytest.approx(expected)
     )

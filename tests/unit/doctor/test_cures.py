@@ -198,7 +198,7 @@ def test_a_rate_that_is_too_high_is_lowered(lr: float) -> None:
 def test_weights_that_nobody_initialises_so_are_named_and_not_cured() -> None:
     """A client may not draw other weights than it was given: it stops and says so.
 
-    In a loop of one's own nobody sends others: it is said, and training goes on.
+    In a loop of one's own nobody sends others: the diagnosis says so, and training goes on.
     """
     for is_initial, cause in ((True, Cause.BAD_INITIALISATION), (False, Cause.RECEIVED_MODEL)):
         with pytest.raises(TrainingHalted) as caught:
@@ -227,7 +227,7 @@ def _overgrown() -> nn.Module:
 def test_a_loss_that_isnt_defined_everywhere_is_guarded() -> None:
     """log(softmax) is -inf where the softmax is 0; its stable form is the cross-entropy.
 
-    Targets that the outputs are told to be far from: a gap of 120 makes the softmax 0 in float32.
+    Targets that the outputs are to be far from: a gap of 120 makes the softmax 0 in float32.
     """
 
     def naive(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -269,7 +269,7 @@ def test_a_gradient_that_nobody_measured_is_placed_in_its_step() -> None:
 def test_a_guarded_loss_without_a_gradient_is_left_to_itself() -> None:
     """The logarithm of a negative number: guarded it is finite, and the same for all weights.
 
-    Nothing helps that, so nothing more is done about it, and it is told.
+    Nothing helps that, so nothing more is done about it, and the diagnosis says so.
     """
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -299,7 +299,7 @@ def test_a_loss_without_a_value_for_few_samples_is_blamed_on_the_samples() -> No
 
 
 def test_a_loss_that_differentiates_by_itself_is_examined_as_any_other() -> None:
-    """A penalty on the gradient with respect to the inputs; what is bad is one input of step 20."""
+    """A penalty on the gradient with respect to the inputs; one input of step 20 is bad."""
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         assert isinstance(batch, tuple)

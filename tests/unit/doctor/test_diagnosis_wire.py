@@ -164,7 +164,7 @@ def test_the_verdict_is_a_sentence() -> None:
     assert verdict(cured) == (
         "bad-data at step 17 (2 samples with NaN in the input): dropped, training went on"
     )
-    # Without samples the remedy still tells what was odd.
+    # Without samples the remedy still says what was odd.
     assert verdict(cured.without_samples()) == verdict(cured)
     lowered = make_diagnosis(
         symptom=Symptom.NON_FINITE_GRADIENT,

@@ -1,4 +1,4 @@
-"""What nothing heals ends no worse than a plain loop, or one that skips its bad steps."""
+"""What nothing heals ends no worse than a plain loop, or a loop that skips its bad steps."""
 
 import math
 from collections.abc import Callable

@@ -59,7 +59,7 @@ FORWARD_FAULTS: dict[str, tuple[Forward, str]] = {
 
 @pytest.mark.parametrize("name", FORWARD_FAULTS)
 def test_the_operation_of_the_forward_is_named(name: str) -> None:
-    """The one that made it, though all that follow pass it on; inside of the module it is in."""
+    """The operation that made it, though all that follow pass it on; inside of its module."""
     function, operation = FORWARD_FAULTS[name]
     assert where(locate(network(Apply(function)), samples(), cross_entropy)) == (
         *("forward", "1"),
@@ -142,7 +142,7 @@ HARMLESS: dict[str, Forward] = {
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_infinities_that_die_are_no_fault(name: str) -> None:
-    """Masks, paddings and starting values: the step is finite, so nothing is found."""
+    """Masks, paddings and starting values: the step is finite, so there is no fault."""
     model = network(Apply(HARMLESS[name]))
     optimizer = torch.optim.Adam(model.parameters())
     fault = locate(model, samples(), cross_entropy, optimizer_step=optimizer.step)
@@ -158,7 +158,7 @@ def test_they_do_not_hide_the_fault_beside_them(name: str) -> None:
 
 
 def test_a_recurrent_network_and_a_transformer_are_healthy() -> None:
-    """Whole layers of torch, with a causal mask, Adam and clipping: nothing is found."""
+    """Whole layers of torch, with a causal mask, Adam and clipping: there is no fault."""
     torch.manual_seed(0)
 
     class Reader(nn.Module):

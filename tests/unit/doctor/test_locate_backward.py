@@ -34,7 +34,7 @@ BACKWARD_FAULTS: dict[str, tuple[Forward, str]] = {
 
 @pytest.mark.parametrize("name", BACKWARD_FAULTS)
 def test_the_operation_of_the_backward_is_named(name: str) -> None:
-    """The loss is finite; the module is the one whose forward made the node of the graph."""
+    """The loss is finite; the module is that whose forward made the node of the graph."""
     function, operation = BACKWARD_FAULTS[name]
     fault = locate(network(Apply(function)), samples(), lambda m, b: cross_entropy(m, b)[0] * 1e10)
     assert where(fault) == ("backward", "1", operation)
@@ -54,13 +54,13 @@ def test_the_operation_of_the_backward_is_named(name: str) -> None:
 def test_what_where_leaves_out_comes_back_in_the_backward(
     function: Forward, operation: str
 ) -> None:
-    """Zero times an infinite derivative: found, in the operation that made it infinite."""
+    """Zero times an infinite derivative: located in the operation that made it infinite."""
     fault = locate(network(Apply(function)), samples(), cross_entropy)
     assert where(fault)[1:] == ("1", operation)
 
 
 def test_the_losss_own_backward_has_no_module() -> None:
-    """A root of zero in the loss: found in backward, outside of all modules."""
+    """A root of zero in the loss: located in the backward pass, outside of all modules."""
 
     def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
         return (outputs_of(model, batch) * 0).abs().sum().sqrt()

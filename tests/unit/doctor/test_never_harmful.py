@@ -154,7 +154,7 @@ def test_whatever_fails_in_the_doctor_the_training_goes_on(
 ) -> None:
     """Each function raises in turn; a healthy training ends with a plain loop's bits.
 
-    A faulty one ends, or is stopped as one that isn't finite. What failed is told at most once.
+    A faulty training ends, or is stopped as not finite. A failure is logged at most once.
     """
     caplog.set_level(logging.WARNING)
     num_failed = 0
@@ -187,7 +187,7 @@ def test_whatever_fails_in_the_doctor_the_training_goes_on(
 def test_a_doctor_that_fails_before_the_first_step_is_off(
     name: str, is_armed: bool, plain: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that is disarmed: it would only have stopped what isn't finite."""
+    """Also a doctor that is disarmed: it would only have stopped what isn't finite."""
     owner, _, method = name.rpartition(".")
     owner_path = f"fedrounds.doctor.nan_guard.{owner}" if owner else "fedrounds.doctor.doctor"
     monkeypatch.setattr(f"{owner_path}.{method}", partial(fail_as, name))

@@ -1,4 +1,4 @@
-"""The failing set: all bad samples and no good ones, found in few tries; and what looks odd."""
+"""The failing set: all bad samples and no good samples, in few tries; and what looks odd."""
 
 from collections import namedtuple
 from collections.abc import Callable
@@ -114,7 +114,7 @@ def test_it_is_not_the_samples(count: int) -> None:
 
 
 def test_a_batch_of_one_cannot_be_divided() -> None:
-    """Whether it is the sample or the step can't be told, so it isn't asked."""
+    """Whether the sample or the step is at fault can't be known, so it isn't tried."""
     oracle = Oracle(lambda _: True)
     assert failing_samples(numbered(1), oracle) == ()
     assert oracle.num_calls == 0
@@ -125,7 +125,7 @@ def test_a_batch_of_one_cannot_be_divided() -> None:
     [({7}, [7], 2), ({7, 8}, [7, 8], 5), ({7}, [3, 7], 6), ({7}, [], 11), ({1, 15, 30}, [], 26)],
 )
 def test_how_often_a_step_is_tried(bad: set[int], odd: list[int], most: int) -> None:
-    """Of 32 samples: two tries for one that looks odd, a few more for the rest."""
+    """Of 32 samples: two tries for a sample that looks odd, a few more for the rest."""
     oracle = Oracle(lambda positions: bool(positions & bad))
     assert set(failing_samples(numbered(32), oracle, suspects=odd)) == bad
     assert oracle.num_calls <= most

@@ -78,7 +78,7 @@ def test_two_clients_and_a_third_of_those_that_answered_must_agree(
     )
     assert (adjustments.lr_factor == 0.5) == acts
     assert [cause.clients for cause in shared] == [tuple(range(num_reporting))] * acts
-    # One client that says it twice is one client, and two causes aren't one.
+    # A client that reports a cause twice is one client, and two causes aren't the same cause.
     assert after([(0, RATE), (0, RATE)], is_done=False) == NO_ADJUSTMENTS
     other = reported(Cause.EXPLODING_GRADIENT, ExperimentName.CLIPPED_GRADIENT, 1.0)
     assert after([(0, RATE), (1, other)], is_done=False) == NO_ADJUSTMENTS
@@ -88,7 +88,7 @@ def test_two_clients_and_a_third_of_those_that_answered_must_agree(
     ("first", "second", "factor"),
     [
         ((0.5,), (0.5,), 0.5),
-        ((0.1, 0.5), (0.1,), 0.1),  # 0.5 healed the one, only 0.1 the other
+        ((0.1, 0.5), (0.1,), 0.1),  # 0.5 healed the first, only 0.1 the second
         ((), (), 0.5),  # nobody knows what helps
         ((), (0.25,), 0.25),
         ((0.9,), (0.9,), 0.5),  # at least one half

@@ -44,7 +44,7 @@ def test_a_client_that_comes_back_without_its_data_sizes_meanwhile_isnt_asked(
             async def come_back() -> None:
                 server.sessions.register(make_registration(1))
 
-            # The second one runs when the first one waits for the first time.
+            # `come_back` runs when `give_more` waits for the first time.
             await asyncio.gather(server.collecting.give_more(), come_back())
             return {order.order.client_id for order in server.open_orders.list_open()}
 
@@ -171,7 +171,7 @@ def test_a_full_disk_gives_no_further_orders_and_fails_no_round(tmp_path: Path) 
         async def fill() -> None:
             server.disk._min_free_bytes = 1 << 60
 
-        # The second one runs when the first one waits for the store for the first time.
+        # `fill` runs when `give_more` waits for the store for the first time.
         can_go_on, _ = await asyncio.gather(server.collecting.give_more(), fill())
         assert can_go_on
         assert await server.collecting.due(current) is None

@@ -317,7 +317,7 @@ def test_a_negative_value_is_impossible_for_running_variances_alone(tmp_path: Pa
 def test_an_entry_that_is_impossible_in_all_updates_stays(
     tmp_path: Path, strategy: str, kind: EntryKind
 ) -> None:
-    """A float16 counter that overflows everywhere: the global model's value is the last good one.
+    """A float16 counter that overflows everywhere: the global model's value is the last good value.
 
     It stands at 60000, far from 65504, the largest of float16.
     """
@@ -344,7 +344,7 @@ def test_what_stands_in_for_an_entry_is_the_middle_of_the_others(tmp_path: Path)
 def test_counters_take_the_maximum_and_constants_stay(tmp_path: Path, strategy: str) -> None:
     """Integers, booleans and declared floats, whatever the strategy; the base counts in a maximum.
 
-    A local entry in an update is nothing but the global one, and one that isn't changes nothing.
+    A local entry in an update holds the global value; any other value changes nothing.
     """
     kinds = WEIGHT | {
         "steps": EntryKind.MAX,
@@ -395,7 +395,7 @@ def test_an_integer_that_is_declared_mean_is_rounded_to_the_nearest(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_tied_entries_stay_the_same_whatever_an_update_holds(tmp_path: Path, strategy: str) -> None:
-    """The first entry's values count for both, so that the model is one that can exist."""
+    """The first entry's values count for both, so that the model can exist."""
     draws = torch.Generator().manual_seed(5)
 
     def state() -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def test_a_session_is_durable_when_its_client_has_it(tmp_path: Path) -> None:
         )
         with pytest.raises(WrongSettings, match="start it with --task tests"):
             asyncio.run(server.client_api.register(other))
-        # With other ids the same instance opens another session, and the old one is gone.
+        # With other ids the same instance opens another session, and the old session is gone.
         registration = make_registration(1, instance_key="instance-(0, 1)", num_examples=(9,))
         asyncio.run(server.client_api.register(registration))
         (session,) = server.store.runs.load_sessions(server.run.run_id)
@@ -161,7 +161,7 @@ def test_between_two_rounds_a_pull_says_nothing_of_any(tmp_path: Path) -> None:
 
 
 def test_parked_pulls_are_sent_away_when_the_server_stops(tmp_path: Path) -> None:
-    """They are told that it goes on later."""
+    """Their error says that it goes on later."""
 
     async def pull(server: ServerRun) -> None:
         session_id = await server.register(0)

@@ -158,7 +158,7 @@ SPREAD = (
 def test_clients_are_shown_the_worst_first(
     state_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last model that anybody was asked about is that of round 1; round 0 is the first one."""
+    """The last model that anybody was asked about is that of round 1; round 0 is the start."""
     lines = shown(capsys, monkeypatch, state_dir, "clients")
     assert ["1", "0.2500", "1.7500", "20", "80"] in lines
     rows = [line[0] for line in lines if len(line) == 5 and line[0].isdecimal()]

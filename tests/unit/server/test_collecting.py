@@ -128,7 +128,7 @@ def test_a_round_without_refusals_fails_for_want_of_updates(tmp_path: Path) -> N
         ({"min_clients": 2, "min_updates": 1}, 1),
         # Of those that were asked, however many are wanted.
         ({"min_clients": 2, "min_updates": 2, "clients_per_round": 2}, 2),
-        # --require-all is about answers: an exclusion is one.
+        # --require-all is about answers: an update that is excluded is an answer.
         ({"min_clients": 2, "min_updates": 1, "require_all": True}, 1),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_run_that_refused_clients_end_says_how_to_go_on_without_them(tmp_path:
 
 
 def test_a_start_of_a_run_that_had_begun_is_recorded(tmp_path: Path) -> None:
-    """Not the first one; a run that was complete gives its model at once."""
+    """Not the first start; a run that was complete gives its model at once."""
     with serving(tmp_path, rounds=1, min_clients=1) as server:
         digest = asyncio.run(run_with(server, 0))
         assert "server-restarted" not in server.kinds_of_events()

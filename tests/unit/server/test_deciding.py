@@ -67,7 +67,7 @@ def test_what_two_clients_agree_on_is_an_incident_and_changes_the_next_attempt(
 
 
 def test_clients_that_agree_on_a_bad_base_take_it_back(tmp_path: Path) -> None:
-    """Unless the attempt made a model all the same, or its clients were sent different ones."""
+    """Unless the attempt made a model all the same, or its clients were sent different models."""
 
     async def blame(server: ServerRun) -> None:
         _, current = await server.finish_first_round(0, 1)

@@ -31,7 +31,7 @@ class CountingThreads(Threads):
 
 
 def test_a_chunk_is_read_once_for_all_who_ask_meanwhile(tmp_path: Path) -> None:
-    """Also if the one who asked first hangs up."""
+    """Also if the client that asked first hangs up."""
     checkpoints = Checkpoints(tmp_path, {"w": EntryKind.PARAMETER})
     model = checkpoints.save_initial({"w": torch.arange(300_000.0)})  # two chunks
     threads = CountingThreads()

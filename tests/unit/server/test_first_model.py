@@ -8,7 +8,7 @@ from tests.server_run import ServerRun, serving
 
 
 def test_a_first_model_is_a_function_of_seed_and_draw(tmp_path: Path) -> None:
-    """Drawn anew it is another one, the same for every server."""
+    """Drawn anew it is another model, the same for every server."""
 
     async def draw(server: ServerRun, num_redraws: int) -> str:
         model = await first_model(

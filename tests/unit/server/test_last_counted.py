@@ -1,4 +1,4 @@
-"""Which order of each client counted last: as the store has it, with and without stored ones."""
+"""Which order of each client counted last: as the store has it, with and without stored updates."""
 
 import asyncio
 from pathlib import Path

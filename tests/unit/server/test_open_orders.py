@@ -14,7 +14,7 @@ from tests.factories import make_limits, make_order, make_round
 
 
 class Clock:
-    """A clock that goes on when told."""
+    """A clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = 50.0
@@ -69,7 +69,7 @@ def test_a_growing_counter_is_progress(open_orders: OpenOrders, clock: Clock, na
 
 
 def test_a_heartbeat_alone_is_not_progress(open_orders: OpenOrders, clock: Clock) -> None:
-    """The same counters again, or smaller ones after a client's restart, leave the clock going."""
+    """The same counters, or smaller counters after a client's restart, leave the clock going."""
     order = order_of(open_orders, 0)
     order_id = open_orders.hand_out(order).order_id
     counters = Counters(bytes_received=10, batches=5)
@@ -87,7 +87,7 @@ def test_a_heartbeat_alone_is_not_progress(open_orders: OpenOrders, clock: Clock
 def test_the_longest_step_is_the_time_between_two_batches(
     open_orders: OpenOrders, clock: Clock
 ) -> None:
-    """Not the time before the first one, and neither bytes nor waiting for the server are steps."""
+    """Not the time before the first step; neither bytes nor waiting for the server are steps."""
     order = order_of(open_orders, 0)
     order_id = open_orders.hand_out(order).order_id
     clock.now += 300
@@ -126,7 +126,7 @@ def test_a_client_that_asks_for_its_order_again_begins_anew(
 def test_an_order_that_its_client_left_is_as_if_it_had_not_been_given(
     open_orders: OpenOrders,
 ) -> None:
-    """Nobody is asked for it, and another one may be given to the client in the same round."""
+    """Nobody is asked for it, and its client may get another order in the same round."""
     order = order_of(open_orders, 0)
     open_orders.forget(order.order.order_id)
     assert open_orders.find(order.order.order_id) is None

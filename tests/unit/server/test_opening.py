@@ -100,7 +100,7 @@ def test_the_attempt_after_one_that_failed_has_its_adjustments(tmp_path: Path) -
 
 
 def test_a_first_model_that_is_drawn_anew_is_the_base(tmp_path: Path) -> None:
-    """Clients agreed that the first one was bad."""
+    """Clients agreed that the first model was bad."""
 
     async def open_next(server: ServerRun) -> None:
         current, base = await server.begin(0, 1)

@@ -48,7 +48,7 @@ def test_the_past_is_how_often_a_client_was_asked_and_answered_and_its_last_loss
 
 
 def test_the_round_that_goes_on_counts_and_what_was_refused_is_no_answer(tmp_path: Path) -> None:
-    """The next cohort is chosen before its round is recorded as done; a NaN comes back as one."""
+    """The next cohort is chosen before its round is recorded as done; a NaN comes back as a NaN."""
     store = Store(tmp_path / "federation.sqlite")
     run = store.runs.begin_run({})
     opened = make_round(run.run_id, clients=(0, 1, 2))

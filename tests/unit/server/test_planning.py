@@ -181,7 +181,7 @@ def test_idle_are_those_without_an_order_or_with_a_stored_update(base: GlobalMod
 def test_further_orders_go_first_to_those_without_an_update_in_the_round(
     base: GlobalModel,
 ) -> None:
-    """One more fits beside the one at work: client 2's; then client 0's second one."""
+    """One more order fits beside client 1's: client 2's; then client 0's second order."""
     orders = [
         make_open_order(base, 0, OrderState.STORED),
         make_open_order(base, 1, OrderState.OPEN),

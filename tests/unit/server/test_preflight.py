@@ -80,7 +80,7 @@ def test_the_final_model_goes_to_a_file_that_can_be_written(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("folder", ["models", "spool"])
 def test_files_of_a_run_without_its_database_are_refused(tmp_path: Path, folder: str) -> None:
-    """An empty state-dir is a new one; so is one whose folders are empty."""
+    """An empty state-dir is new; so is a state-dir whose folders are empty."""
     (tmp_path / folder).mkdir()
     expect_database(tmp_path)
     (tmp_path / folder / "file").touch()

@@ -29,7 +29,7 @@ DROPPED = replace(HELD, order_id="run1-r1-a1-c1-s1", state=HeldState.DROPPED)
 
 
 def test_the_folder_takes_what_is_held_out_of_the_spool(tmp_path: Path) -> None:
-    """A payload that a fenced stream left in the spool; one that isn't held stays there."""
+    """A payload that a fenced stream left in the spool; a payload that isn't held stays there."""
     spool = Spool(tmp_path / "spool")
     folder = QuarantineFolder(tmp_path / "quarantine", max_bytes=100)
     for update in (HELD, DROPPED):

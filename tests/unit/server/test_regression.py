@@ -37,12 +37,12 @@ def test_a_loss_that_is_no_number_is_an_alarm_from_the_first_round_on() -> None:
         ([1.2, 0.2, 0.1, 0.1], 1.2),
         # Median 5, deviations 4, 4, 4, 4, 0, so 5 + 10 * 1.4826 * 4.
         ([1.0, 9.0, 1.0, 9.0, 5.0], 5 + 59.304),
-        # Only the newest ten: of 1 and ten times 0.2, still not below the first one's.
+        # Only the newest ten: of 1 and ten times 0.2, still not below the first loss.
         ([1.0, *[0.2] * 10], 1.2),
     ],
 )
 def test_a_loss_far_above_all_before_is_an_alarm(before: list[float], bound: float) -> None:
-    """Up to the bound it is none, above it is one."""
+    """Up to the bound there is no regression, above it there is."""
     assert detect_regression(evaluation(bound * 0.999), losses(*before)) is None
     alarm = detect_regression(evaluation(bound * 1.001), losses(*before))
     assert alarm is not None

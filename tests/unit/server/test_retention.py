@@ -64,7 +64,7 @@ def test_what_the_open_round_needs_stays_and_what_was_never_finished_goes(
 
 
 def test_models_of_the_last_rounds_and_the_best_model_are_kept(tmp_path: Path) -> None:
-    """And one that somebody is downloading, until a later call."""
+    """And a model that somebody is downloading, until a later call."""
 
     async def drop(server: ServerRun) -> None:
         current, base = await server.begin(0, 1)

@@ -1,4 +1,4 @@
-"""What a person reads: `show` tells a round, and no table cuts a word."""
+"""What a person reads: `show` describes a round, and no table cuts a word."""
 
 import json
 import re
@@ -214,7 +214,7 @@ def test_show_gives_a_round_as_json(
 def test_a_diagnosis_is_drawn(
     diagnosed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last one, or a client's; where there is none, a sentence says which there are."""
+    """The last diagnosis, or a client's; where there is none, a sentence says which there are."""
     pictures = []
     for flags in ([], ["--client", "3"]):
         out = diagnosed / "diagnosis.png"
@@ -232,7 +232,7 @@ def test_a_diagnosis_is_drawn(
 def test_show_tells_the_round_that_goes_on(
     state_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The latest by default; what isn't there yet isn't told. A round that isn't is a sentence."""
+    """The latest by default, without what isn't there yet. A missing round is an error."""
     words = " ".join(shown(capsys, monkeypatch, "show", state_dir).split())
     assert "round 2 of 3: collecting" in words
     assert "base model eeeeeeeeeeee (of round 1)" in words

@@ -111,7 +111,7 @@ def test_round_robin_asks_everybody_before_it_asks_anybody_again() -> None:
 
 
 def with_losses(losses: Sequence[float | None]) -> list[Candidate]:
-    """Return clients that have told these losses."""
+    """Return clients that have reported these losses."""
     return [
         Candidate(client_id=client_id, past=Participation(num_asked=1, num_answered=1, loss=loss))
         for client_id, loss in enumerate(losses)
@@ -119,7 +119,7 @@ def with_losses(losses: Sequence[float | None]) -> list[Candidate]:
 
 
 def test_power_of_choice_takes_the_largest_losses_of_those_it_draws() -> None:
-    """All drawn: the largest of all. As many drawn as asked: any. Unknown and broken ones first."""
+    """All drawn: the largest. As many drawn as asked: any. Unknown and invalid losses first."""
     losses = [0.1, 0.9, 0.5, 0.7, 0.3, 0.2]
     everybody = with_losses(losses)
     for num_drawn in (6, 100):

@@ -11,7 +11,7 @@ from tests.factories import make_registration
 
 
 class Time:
-    """A monotonic clock that goes on when told."""
+    """A monotonic clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0

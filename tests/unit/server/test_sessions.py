@@ -1,4 +1,4 @@
-"""Who holds a client id: the same instance at once, another one when the lease is over."""
+"""Who holds a client id: the same instance at once, another instance when the lease is over."""
 
 import pytest
 
@@ -12,7 +12,7 @@ MAX_NUM_EXAMPLES = 1000
 
 
 class Clock:
-    """A clock that goes on when told."""
+    """A clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -35,7 +35,7 @@ def sessions(clock: Clock) -> Sessions:
 
 
 def test_the_same_instance_takes_its_session_over_at_once(sessions: Sessions) -> None:
-    """A client that crashed and came back keeps its session, and what it told of its data."""
+    """A client that crashed and came back keeps its session, and what it declared of its data."""
     first, _ = sessions.register(make_registration(4, num_examples=(7,)))
     again, replaced = sessions.register(make_registration(4))
     assert (again.session_id, again.num_examples, replaced) == (first.session_id, (7,), [])
@@ -175,7 +175,7 @@ def test_a_client_that_is_expected_back_keeps_its_place(sessions: Sessions, cloc
 
 
 def test_one_of_many_expected_back_leaves_the_others_their_session(sessions: Sessions) -> None:
-    """Calls for the others go on; a second goodbye takes the one that was expected out."""
+    """Calls for the others go on; a second goodbye removes the client that was expected back."""
     session, _ = sessions.register(make_registration(1, 2, 3, num_examples=(5, 6, 7)))
     sessions.leave([1, 2], expected=[2])
     assert sessions.touch(session.session_id).client_ids == (2, 3)

@@ -180,7 +180,7 @@ def test_an_order_keeps_the_newest_of_what_was_left_unfinished(spool: Spool) -> 
 
 
 def test_what_is_durable_is_not_in_the_way_of_another_update(spool: Spool) -> None:
-    """Neither by a new stream, nor by one that took it over and broke off, nor as unfinished."""
+    """Neither by a new stream, nor by a stream that took over and broke off, nor as unfinished."""
     with spool.open_stream(ORDER, DIGEST, offset=0) as stream:
         stream.append(memoryview(b"12"))
         spool.make_durable(stream)
@@ -247,7 +247,7 @@ def test_what_was_durable_and_is_gone_may_be_sent_again(spool: Spool) -> None:
 
 
 def test_discarding_spares_the_file_of_a_newer_stream(spool: Spool) -> None:
-    """What an older stream sent was corrupt; the newer one that took the file over goes on."""
+    """What an older stream sent was corrupt; the newer stream that took the file over goes on."""
     with spool.open_stream("a", DIGEST, offset=0) as older:
         older.append(memoryview(b"bad"))
         with spool.open_stream("a", DIGEST, offset=3) as newer:

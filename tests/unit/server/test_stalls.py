@@ -46,7 +46,7 @@ def stall_of(
 
 
 def test_a_silent_client_has_stalled() -> None:
-    """Whatever its steps took so far: one that works reports every second."""
+    """Whatever its steps took so far: a client that works reports every second."""
     assert stall_of(silent_s=60, idle_s=60, longest_step_s=300) is None
     assert stall_of(silent_s=60.1, idle_s=60.1, longest_step_s=300) is Stall.SILENT
 
@@ -63,7 +63,7 @@ def test_a_first_step_has_the_time_of_its_setting() -> None:
         # Quick steps: a pause as long as a silence is nothing unusual.
         (0.01, 60),
         (6, 60),
-        # Long ones: ten times the longest.
+        # Long steps: ten times the longest.
         (7, 70),
         (300, 3000),
     ],

@@ -1,4 +1,4 @@
-"""The store's transitions: each is one transaction that happened as a whole or not at all."""
+"""The store's transitions: each is one transaction, recorded as a whole or not at all."""
 
 import json
 import sqlite3
@@ -302,7 +302,7 @@ def test_no_phase_is_entered_twice_or_out_of_turn(store: Store, path: Path) -> N
 
 
 def test_a_failed_round_ends_every_order(store: Store) -> None:
-    """Open and stored ones are ABANDONED, refused ones stay; nothing of it is aggregated."""
+    """Open and stored orders are ABANDONED, refused orders stay; nothing of it is aggregated."""
     run, opened = begin_round(store, clients=(0, 1, 2))
     record_arrival(store, run, make_update(opened.orders[0].order_id))
     record_arrival(
@@ -348,7 +348,7 @@ def test_a_report_made_twice_is_one_event(store: Store) -> None:
 def test_an_incident_before_the_first_round_is_shown_with_its_first_attempt(
     store: Store,
 ) -> None:
-    """And with no other one."""
+    """And with no other attempt."""
     run, opened = begin_round(store)
     early = Event(kind="client-left", occurred_at=1.0, client_id=7, is_incident=True)
     store.events.add_events(run.run_id, [early])

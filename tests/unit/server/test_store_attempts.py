@@ -46,7 +46,7 @@ def diagnosis_event(client_id: int, cause: str, *, attempt: int = 1) -> Event:
 
 
 def test_the_last_failure_is_given_with_its_kind(store: Store) -> None:
-    """No failure, one that an earlier version recorded, one of today's; the last of them counts."""
+    """No failure, an earlier version's, one of today's; the last counts."""
     run, opened = begin_round(store)
     assert store.events.last_failure(run.run_id) == ("", None)
     store.rounds.fail_round(opened, [failure_event("too few")])

@@ -74,7 +74,7 @@ def asynchronous(tmp_path: Path) -> Iterator[Asynchronous]:
 
 
 def test_the_newest_of_many_orders_of_one_client_comes_last(asynchronous: Asynchronous) -> None:
-    """By number, not by text: a restarted server hands out the last one."""
+    """By number, not by text: a restarted server hands out the last order."""
     store, run, first = asynchronous.store, asynchronous.run, asynchronous.current
     order_0 = first.orders[0].order_id
     for number in range(2, 12):

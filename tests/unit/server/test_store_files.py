@@ -130,7 +130,7 @@ def test_looking_at_nothing_finds_nothing_and_makes_nothing(tmp_path: Path) -> N
 
 @contextmanager
 def as_somebody_else(folder: Path, *, mode: int) -> Iterator[None]:
-    """Let the process be one to which a folder's mode applies and its files are to read only."""
+    """Make folders and files read-only in a process to which their mode applies."""
     for path in folder.iterdir():
         path.chmod(0o444)
     folder.chmod(mode)

@@ -82,7 +82,7 @@ ENDS = {
 
 
 def test_the_cause_of_an_end_is_recorded_with_it(tmp_path: Path) -> None:
-    """Not told by its time: an order that is given up as its attempt fails was given up."""
+    """Its time doesn't decide: an order that is given up as its attempt fails was given up."""
     store = Store(tmp_path / "federation.sqlite")
     assert ends_of(store, end_orders(store)) == ENDS
     store.close()

@@ -150,7 +150,7 @@ def test_of_evaluations_no_more_is_read_than_is_compared(store: Store) -> None:
 
 
 def test_a_run_goes_on_from_the_repetition(store: Store) -> None:
-    """Whatever attempts at the round after it were left behind, also failed ones."""
+    """Whatever attempts at the round after it were left behind, also failed attempts."""
     run, _, second, third = two_rounds(store)
     store.rounds.fail_round(third, [make_event("round-failed", round_number=3)])
     alarm(store, second)
@@ -234,7 +234,7 @@ def test_the_ledger_holds_a_rollback_as_a_fact(store: Store) -> None:
 def test_what_was_changed_about_a_rollback_is_found(
     store: Store, path: Path, change: str, words: str
 ) -> None:
-    """In the ledger, in the table of rounds, or the one without the other."""
+    """In the ledger, in the table of rounds, or in one of them alone."""
     run, _, second, third = two_rounds(store)
     alarm(store, second)
     roll_back(store, run, third)
@@ -260,7 +260,7 @@ def test_attempts_at_the_first_round_share_their_model_unless_it_was_drawn_anew(
 
 
 def test_the_best_model_that_stays_was_not_taken_back(store: Store) -> None:
-    """However well the one that was taken back had scored before its alarm."""
+    """However well the model that was taken back had scored before its alarm."""
     run, _, second, third = two_rounds(store)
     event = make_event("evaluated", round_number=2)
     store.rounds.record_evaluation(

@@ -71,7 +71,7 @@ def test_a_client_struck_in_an_attempt_isnt_asked_in_the_next() -> None:
 def test_suspended_clients_are_called_back_only_as_far_as_needed(
     ends: dict[int, int], others: set[int], round_number: int, num_needed: int
 ) -> None:
-    """All active clients may be asked; suspended ones make up what is missing, nearest first."""
+    """All active clients may be asked; suspended clients make up what is missing, nearest first."""
     candidates = set(ends) | others
     suspensions = {
         client_id: make_suspension(client_id, until) for client_id, until in ends.items()

@@ -40,7 +40,7 @@ def test_ten_classes_of_a_thousand_examples_each_fit_a_terminal_of_80_columns() 
 
 
 def test_a_share_is_per_cent_and_what_is_none_keeps_its_name() -> None:
-    """A client may have told one that isn't finite: it is kept by its name, and shown by it."""
+    """A client may have reported a number that isn't finite: its name is kept and shown."""
     assert [share_text(share) for share in (0.12345, 1.0, None, "nan")] == [
         "12.3 %",
         "100 %",

@@ -49,7 +49,7 @@ def expect_sentence(capsys: pytest.CaptureFixture[str], argv: list[str], name: s
         code = int(str(ended.code))
     shown = capsys.readouterr()
     assert code != 0
-    # `verify` tells what is damaged on standard output: it is what it was asked for.
+    # `verify` prints what is damaged to standard output: that is its result.
     lines = (shown.err or shown.out).strip().splitlines()
     assert len(lines) == 1, lines
     assert name in lines[0]

@@ -83,7 +83,7 @@ def test_an_update_is_durable_before_it_is_recorded(
 
 
 def test_the_same_bytes_again_are_a_duplicate_and_others_are_refused(tmp_path: Path) -> None:
-    """The first update stands; that another one came is on record once."""
+    """The first update stands; that another update came is on record once."""
 
     async def upload(server: ServerRun) -> None:
         await server.begin(0, 1)

@@ -26,7 +26,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> StateDir:
 
 @pytest.fixture
 def state_dir(written: StateDir, tmp_path: Path) -> StateDir:
-    """Give a state-dir of one's own."""
+    """Give a copy of the state-dir that the test may change."""
     copied = StateDir(tmp_path / "server")
     copied.run_id = written.run_id
     shutil.copytree(written.folder, copied.folder)
@@ -225,7 +225,7 @@ def test_a_flipped_bit_in_an_entry_is_found(state_dir: StateDir, at: int) -> Non
 
 
 def test_a_changed_digest_of_an_entry_is_found(state_dir: StateDir) -> None:
-    """The one that the row has, and the one that the run has as its last."""
+    """The digest in the row, and the digest that the run has as its last."""
     state_dir.change("UPDATE ledger SET digest = 'abc' WHERE round = 3")
     expect_found(state_dir, ("round 3: its entry in the ledger isn't", "recorded is abc"))
     state_dir.change("UPDATE runs SET ledger_head = 'abc'")

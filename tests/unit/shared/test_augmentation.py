@@ -47,7 +47,7 @@ def moved_by_hand(image: Tensor, down: int, right: int) -> Tensor:
 def test_every_image_is_moved_by_up_to_two_pixels(
     num: int, channels: int, height: int, width: int, seed: int
 ) -> None:
-    """Each result is one of the 25 that moving pixel by pixel gives; shape and type stay."""
+    """Each result is among the 25 that moving pixel by pixel gives; shape and type stay."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(num, channels, height, width, generator=generator)
     shifted = shift_images(images, generator)
@@ -61,7 +61,7 @@ def test_every_image_is_moved_by_up_to_two_pixels(
 def test_all_ways_to_move_occur_equally_often() -> None:
     """2,500 images with one bright pixel: each of 25 places 100 times, give or take 6 sigma.
 
-    The bright pixel is in the middle of 5 x 5, so that its place tells the move.
+    The bright pixel is in the middle of 5 x 5, so that its position shows the move.
     """
     images = torch.zeros(2500, 1, 5, 5)
     images[:, :, 2, 2] = 1

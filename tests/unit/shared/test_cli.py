@@ -1,4 +1,4 @@
-"""Settings: who has the last word, where a value came from, and what a mistake is told."""
+"""Settings: which source wins, where a value came from, and the error of each mistake."""
 
 import os
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ def _toml(folder: Path, text: str) -> str:
 def test_a_flag_beats_the_environment_and_that_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of three settings is given one place more than the one before."""
+    """Each of three settings is given in one place more than the setting before."""
     config = _toml(tmp_path, "rounds = 3\nlr = 0.3\nepochs = 3\n")
     monkeypatch.setenv("FEDSERVER_LR", "0.2")
     monkeypatch.setenv("FEDSERVER_EPOCHS", "2")
@@ -105,7 +105,7 @@ def test_the_error_of_an_unknown_variable_with_the_prefix_names_the_nearest_vari
 def test_the_settings_file_is_named_by_a_flag_or_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A flag comes first; a file that names another one would be passed over, so it can't."""
+    """A flag comes first; a settings file can't name another settings file: it would be ignored."""
     monkeypatch.setenv("FEDSERVER_CONFIG", _toml(tmp_path, "rounds = 3\n"))
     assert parse(ServerSettings, []).rounds == 3
     (tmp_path / "flag").mkdir()
@@ -195,7 +195,7 @@ def test_the_word_none_can_be_chosen_where_it_is_a_choice() -> None:
 def test_a_client_never_waits_for_a_server_nowhere(
     server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What can't be an address is told at the start."""
+    """A value that can't be an address is an error at the start."""
     with pytest.raises(SystemExit):
         parse(ClientSettings, ["--id", "1", "--server", server])
     assert f"--server is '{server}': write it as host:port" in capsys.readouterr().err

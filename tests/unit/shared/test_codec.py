@@ -134,7 +134,7 @@ def test_a_state_dict_is_filled_from_the_file_it_was_written_to(
 
 
 def test_a_model_with_tied_weights_is_filled_in_place(tmp_path: Path) -> None:
-    """The model's own tensors change, tied ones stay tied, transposed ones are filled too."""
+    """The model's own tensors change, tied tensors stay tied, transposed tensors are filled too."""
     trained, model = TinyNet(), TinyNet()
     write_state(tmp_path / "file", trained.state_dict())
     load_state_into(model.state_dict(), tmp_path / "file")

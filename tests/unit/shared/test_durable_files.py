@@ -59,7 +59,7 @@ def test_replaced_files_spooled_updates_and_models_are_synced(
 
 
 def test_a_sync_that_fails_is_no_success(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Only a system that doesn't know the call is asked for another one."""
+    """Only a system that doesn't know the call gets another call."""
 
     def fail(*_: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

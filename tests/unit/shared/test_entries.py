@@ -10,7 +10,7 @@ from tests.factories import TinyNet
 
 
 def test_every_entry_has_the_kind_its_module_gives_it() -> None:
-    """Parameters (tied ones under each name), float buffers, BatchNorm's counter, the rest."""
+    """Parameters (under each name, if tied), float buffers, BatchNorm's counter, the rest."""
     kinds = entry_kinds(TinyNet())
     assert kinds == {
         "fc.weight": EntryKind.PARAMETER,

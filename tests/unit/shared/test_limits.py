@@ -124,7 +124,7 @@ def test_every_number_of_a_request_has_a_limit_or_says_why_not() -> None:
         *("Counters.evaluation_batches_total", "Counters.replays"),
         # Their values are compared with the bytes that there are.
         *("DownloadBlobRequest.offset", "Section.size_bytes"),
-        # As the one above each of them says.
+        # As the comment above each of them says.
         *("TrendPoint.grad_norm", "TrendPoint.largest_weight", "UploadHeader.offset"),
     ]
 
@@ -144,7 +144,7 @@ def whole_report() -> pb.ReportProgressRequest:
 
 
 def set_in(message: Message, key: str, value: float) -> bool:
-    """Set the field "Message.field" of a message or of one in it; whether there is one."""
+    """Set field "Message.field" of a message or an inner message; return whether it is in it."""
     owner, _, name = key.removesuffix("[]").partition(".")
     if message.DESCRIPTOR.name == owner:
         if message.DESCRIPTOR.fields_by_name[name].is_repeated:

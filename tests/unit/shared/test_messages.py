@@ -297,7 +297,7 @@ def test_only_incidents_of_the_kind_diagnosed_have_a_diagnosis() -> None:
 
 
 def test_the_answer_to_a_report_says_whether_the_order_goes_on() -> None:
-    """None is to go on; an end of a later version is one that isn't known."""
+    """None is to go on; an end that a later version has added is the unknown end."""
     for end in (None, *OrderEnd):
         assert order_end_of(order_end_message(end)) is end
     later = pb.ReportProgressResponse(directive=pb.DIRECTIVE_ABANDON, order_end=UNKNOWN)  # type: ignore[arg-type]

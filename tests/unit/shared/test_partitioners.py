@@ -176,7 +176,7 @@ def test_dirichlet_goes_from_one_class_to_iid_with_alpha() -> None:
 def test_class_dirichlet_deals_a_class_out_by_the_papers_law() -> None:
     """A part of a class is Beta(alpha, (N - 1) alpha): variance (1/N)(1 - 1/N) / (N alpha + 1).
 
-    That is of the first class: of later ones nothing goes to who has its even share.
+    That holds for the first class: of later classes nothing goes to a client with its even share.
     """
     labels, num_clients = balanced_labels(num_per_class=10_000), 100
     for alpha in (0.5, 5.0):

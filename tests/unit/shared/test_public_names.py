@@ -30,7 +30,7 @@ PUBLIC = {
         "mean_by",
     ),
 }
-"""A name may be added; one that is taken away or moved breaks somebody's task or strategy."""
+"""A name may be added; a name that is removed or moved breaks somebody's task or strategy."""
 
 
 @pytest.mark.parametrize("module", PUBLIC)

@@ -32,7 +32,7 @@ def nearest(value: Fraction, dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_each_value_is_the_nearest_value_of_the_dtype(dtype: torch.dtype) -> None:
-    """Random ones of all sizes, and those next to the middle between two numbers."""
+    """Random values of all sizes, and the values next to the middle between two numbers."""
     bits, smallest, largest = PRECISIONS[dtype]
     generator = torch.Generator().manual_seed(1)
     values = (

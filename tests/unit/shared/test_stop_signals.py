@@ -1,4 +1,4 @@
-"""A process that is told to stop again and again ends once, cleanly and without a word about it."""
+"""A process that gets the signal to stop again and again ends once, cleanly and silently."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Data sets and tasks: what a client gets, and what it is told when it can't have it."""
+"""Data sets and tasks: what a client gets, and the error when it can't get it."""
 
 import gzip
 import subprocess
@@ -68,7 +68,7 @@ def write_raw(
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Make every download fail, and look for earlier ones in an empty folder."""
+    """Make every download fail, and look for earlier downloads in an empty folder."""
 
     def refuse(*_: object) -> None:
         raise OSError("network is unreachable")
@@ -192,7 +192,7 @@ def test_a_download_appears_complete_or_not_at_all(
 def test_a_client_with_its_own_data_never_downloads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Public images in place of missing private ones would be worse than an error."""
+    """Public images in place of missing private images would be worse than an error."""
 
     def download(_: object, root: Path) -> None:
         pytest.fail("downloaded")

@@ -245,7 +245,7 @@ def test_examples_of_a_training_step_are_inspected_whatever_their_number_of_tens
 
 
 def test_inputs_that_arent_finite_are_counted_where_they_shouldnt_be() -> None:
-    """Infinities that cancel in a sum are found all the same; large sums are no false alarm."""
+    """Infinities that cancel in a sum are detected all the same; large sums are no false alarm."""
     inputs = torch.zeros(5, 2, 2)
     inputs[1, 0, 1] = math.nan
     inputs[3, 1] = torch.tensor([math.inf, -math.inf])

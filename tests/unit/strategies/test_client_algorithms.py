@@ -320,7 +320,7 @@ def test_the_doctor_s_replays_repeat_a_correction_and_it_is_added_behind_clippin
         nn.init.constant_(parameter, 0.5)
     w: Vector = {"weight": torch.full((1, 2), 0.5), "bias": torch.full((1,), 0.5)}
     momentum = {name: torch.zeros_like(tensor) for name, tensor in w.items()}
-    # The doctor leaves the bad sample out; the other one of its batch is trained on.
+    # The doctor leaves the bad sample out; the other sample of its batch is trained on.
     sound = [*(x for x, _ in batches[:10]), inputs[21:22], *(x for x, _ in batches[11:])]
     for x in sound:
         d = 2 / len(x) * (x @ w["weight"].T + w["bias"])

@@ -36,7 +36,7 @@ BY_ENCODING = pytest.mark.parametrize(
     "compression", COMPRESSIONS, ids=lambda compression: compression.encoding
 )
 
-# The second parameter begins within a chunk of coordinates and ends in another one.
+# The second parameter begins within a chunk of coordinates and ends in another chunk.
 SHAPES: dict[str, tuple[int, ...]] = {"a": (100, 7), "m": (3, CHUNK_ELEMENTS // 2), "z": ()}
 KINDS = dict.fromkeys(SHAPES, EntryKind.PARAMETER) | {
     "running_var": EntryKind.MEAN,
@@ -304,7 +304,7 @@ def residual_after(folder: Path, sent: Sent) -> State:
 def test_what_top_k_leaves_out_is_sent_later(tmp_path: Path) -> None:
     """Sent and left over are what was learned and what was left over before, if that counted.
 
-    What is learned is told by the same order trained without compression, in the same place.
+    The same order trained without compression, in the same place, gives what is learned.
     """
     federation = SmallFederation(
         tmp_path / "top-k", compression="top-k", compression_fraction=0.2, lr=0.5
@@ -320,7 +320,7 @@ def test_what_top_k_leaves_out_is_sent_later(tmp_path: Path) -> None:
         # Of 15 coordinates a fifth.
         assert sum(int((tensor != 0).sum()) for tensor in arrived.values()) <= 3
         if not counts:
-            # It came too late: the next order names the one before, and what that left over.
+            # It came too late: the next order names the order before, and what that left over.
             continue
         after = residual_after(tmp_path / "top-k", sent)
         for name, tensor in learned.items():

@@ -52,7 +52,7 @@ def clipped_to_median(vectors: Vectors) -> Vectors:
 
 
 def one_clipping(vectors: Vectors) -> Vectors:
-    """Byzfl's remembers its last centre, so each gets a new one."""
+    """Byzfl's remembers its last centre, so each call gets a new object."""
     return np.asarray(CenteredClipping(L=4, tau=5.0)(vectors))
 
 
@@ -134,7 +134,7 @@ def test_the_rows_of_the_examples_are_what_they_say(tmp_path: Path) -> None:
 
 
 def plain_bulyan(updates: Vectors, f: int) -> Vectors:
-    """Return Bulyan as El Mhamdi et al. tell it: choose by Krum, then the middle of each place."""
+    """Return Bulyan as in El Mhamdi et al.: choose by Krum, then the middle of each coordinate."""
     remaining = list(range(len(updates)))
     chosen: list[int] = []
     while len(chosen) < len(updates) - 2 * f:
@@ -167,7 +167,7 @@ def test_buckets_are_means_of_updates_dealt_at_random(tmp_path: Path) -> None:
     updates = np.eye(7)
     medians = set()
     for seed in range(5):
-        # The largest of each place tells whose bucket it is in: 1/2, or 1 where it is alone.
+        # The largest of each coordinate shows whose bucket it is in: 1/2, or 1 where it is alone.
         aggregated = aggregate(
             tmp_path, "bucketing+trimmed-mean", updates, {"trim": 0.25}, seed=seed
         )
@@ -251,7 +251,7 @@ def test_the_order_does_not_matter_where_nothing_is_tied(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_distances_are_those_of_the_oracle(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Within 1e-9 of long doubles, also of updates that are nearly equal, and 0 of equal ones."""
+    """Within 1e-9 of long doubles, also of nearly equal updates, and 0 of equal updates."""
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(150_001, generator=generator)
     updates = [base + 0.01 * torch.randn(len(base), generator=generator) for _ in range(6)]
@@ -376,7 +376,7 @@ def test_a_buffer_cannot_do_what_a_step_prevents(tmp_path: Path, strategy: str) 
 def test_too_few_updates_are_a_sentence(
     tmp_path: Path, strategy: str, parameters: dict[str, float], needed: int
 ) -> None:
-    """One fewer than the rule can bear its bad ones with is refused, exactly that many aren't."""
+    """One update fewer than the rule needs is refused, exactly as many aren't."""
     updates = attacked()
     rule = find_strategy(strategy, parameters)
     assert rule.min_updates == needed

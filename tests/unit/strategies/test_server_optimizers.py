@@ -140,7 +140,7 @@ def adaptive(
 
 @pytest.mark.parametrize("strategy", ["fedadagrad", "fedadam", "fedyogi"])
 def test_an_adaptive_optimizer_is_algorithm_2(tmp_path: Path, strategy: str) -> None:
-    """Beside the paper's lines written out; beta1 given to all, beta2 where there is one."""
+    """Beside the paper's lines written out; beta1 given to all, beta2 where it exists."""
     parameters = {"server_lr": 0.03, "beta1": 0.8, "tau": 0.01}
     if strategy != "fedadagrad":
         parameters["beta2"] = 0.95
@@ -206,7 +206,7 @@ def test_a_state_that_is_not_finite_is_no_state(tmp_path: Path) -> None:
 
 
 def test_a_state_is_examined_before_it_is_used(tmp_path: Path) -> None:
-    """As the model: other bytes are damage, and one that isn't there is told."""
+    """As the model: other bytes are damage, and a missing state is an error."""
     _, _, model = run_rounds(tmp_path, "fedavgm", {}, num_rounds=1)
     assert model.server_state is not None
     checkpoints = Checkpoints(tmp_path / "models", KINDS)

@@ -142,7 +142,7 @@ def test_qfedavg_with_an_absurd_lipschitz_is_a_sentence(tmp_path: Path, lipschit
 
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf, -1.0])
 def test_qfedavg_without_a_loss_is_a_sentence(tmp_path: Path, loss: float | None) -> None:
-    """A client that tells none, or one that is no loss, can't be weighed."""
+    """A client that reports no loss, or a number that can't be a loss, can't be weighed."""
     with pytest.raises(UnfitCohort, match="needs each client's loss of the global model"):
         aggregate(tmp_path, "qfedavg", losses=(0.2, loss, 0.9))
 
