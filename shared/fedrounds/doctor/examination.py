@@ -106,6 +106,39 @@ def examine(case: Case) -> Finding | None:
         return _finding(evidence, Cause.BAD_DATA if evidence.samples else Cause.UNKNOWN)
 
 
+def blame_outliers(case: Case) -> Finding | None:
+    """Return a finding against the newest step's outliers; None without any, or with many.
+
+    Whether they did harm is for the caller to prove, by going on without them.
+    """
+    evidence = Evidence(case)
+    try:
+        return _find_outliers(evidence)
+    except OutOfTime:
+        return None
+
+
+def _find_outliers(evidence: Evidence) -> Finding | None:
+    batch, start, step = evidence.bad.batch, evidence.start, evidence.noticed.step
+    healthy = [_without_odd_ones(earlier) for earlier in evidence.healthy_batches()]
+    odd = oddities(batch, num_classes=None, healthy=healthy)
+    outliers = [sample for sample in odd.values() if sample.oddity is Oddity.OUTLIER]
+    usual = [position for position in range(batch_size(batch)) if position not in odd]
+    if not outliers or not usual or len(outliers) > _SMALL_SHARE * batch_size(batch):
+        return None
+    repeated = [traced.outcome.loss for traced in evidence.replay.run(start, step).steps]
+    recorded = [earlier.outcome.loss for earlier in evidence.history.between(start.step, step)]
+    if repeated != recorded:
+        # What the steps without the outliers lead to would prove nothing.
+        return None
+    evidence.note(ExperimentName.UNCHANGED, is_healed=False)
+    evidence.note(ExperimentName.WITHOUT_SAMPLES, is_healed=True, value=len(outliers))
+    _blame(evidence, outliers, good=[take(batch, usual), *healthy])
+    evidence.origin = Origin(phase=StepPhase.LOSS)
+    evidence.was_sane_before = True
+    return _finding(evidence, Cause.BAD_DATA)
+
+
 def _find(evidence: Evidence) -> Finding | None:
     if not evidence.case.is_tried:
         # A label out of range ends a CUDA process for good: the batch is never tried as it is.
@@ -269,14 +302,8 @@ def _look_at_samples(evidence: Evidence) -> Cause | None:
     kinds = {sample.oddity for sample in suspects}
     if not is_healed or (kinds == {Oddity.NONE} and len(suspects) > _SMALL_SHARE * count):
         return None
-    evidence.num_samples = len(suspects)
-    evidence.samples = tuple(
-        replace(sample, index=evidence.index_of(sample.position))
-        for sample in suspects[:MAX_SAMPLES]
-    )
     usual = [position for position in rest if position not in odd]
-    good = [*([take(bad.batch, usual)] if usual else []), *healthy]
-    evidence.max_input = _ROOM * largest_input(*good) or math.inf
+    _blame(evidence, suspects, good=[*([take(bad.batch, usual)] if usual else []), *healthy])
     if Oddity.LABEL_OUT_OF_RANGE in kinds:
         return Cause.BAD_LABEL
     if kinds == {Oddity.NONE}:
@@ -298,6 +325,16 @@ def _look_at_samples(evidence: Evidence) -> Cause | None:
         value=limit,
     )
     return Cause.BAD_DATA
+
+
+def _blame(evidence: Evidence, suspects: Sequence[SuspectSample], *, good: Sequence[Batch]) -> None:
+    """Name samples of the bad step; the batches in `good` say how large an input may be."""
+    evidence.num_samples = len(suspects)
+    evidence.samples = tuple(
+        replace(sample, index=evidence.index_of(sample.position))
+        for sample in suspects[:MAX_SAMPLES]
+    )
+    evidence.max_input = _ROOM * largest_input(*good) or math.inf
 
 
 def _are_rare(bad: Recorded, num_samples: int) -> bool:

@@ -12,12 +12,16 @@ from fedrounds.diagnosis.values import (
     Experiment,
     ExperimentName,
     Origin,
+    Remedy,
+    RemedyKind,
+    StepPhase,
     SuspectSample,
     Symptom,
     TrendPoint,
 )
 from fedrounds.doctor.batches import batch_size
 from fedrounds.doctor.history import Recorded, Snapshot, StepHistory
+from fedrounds.doctor.monitor import PHASES
 from fedrounds.doctor.stepping import TrainingState
 
 
@@ -123,4 +127,25 @@ def diagnosis_of(finding: Finding, *, noticed_at: int, trend: tuple[TrendPoint, 
         trend=finding.trend or trend,
         returned_to_step=finding.return_to.step,
         num_replayed_steps=finding.num_replayed_steps,
+    )
+
+
+def unexplained(
+    symptom: Symptom, step: Recorded, finding: Finding | None, *, trend: tuple[TrendPoint, ...]
+) -> Diagnosis:
+    """Return the diagnosis of a symptom that nothing heals: it claims no cause."""
+    phase = PHASES.get(symptom, StepPhase.FORWARD)
+    return Diagnosis(
+        symptom=symptom,
+        cause=Cause.UNKNOWN,
+        step=step.step,
+        noticed_at_step=step.step,
+        epoch=step.epoch,
+        batch=step.batch_number,
+        batch_size=step.outcome.batch_size,
+        lr=step.outcome.lr,
+        origin=Origin(phase=phase) if finding is None else finding.origin,
+        experiments=() if finding is None else finding.experiments,
+        trend=trend,
+        remedy=Remedy(kind=RemedyKind.NONE, is_working=True),
     )

@@ -25,6 +25,8 @@ _NEAR_BEST = 0.9
 _AS_GOOD = 0.25
 """A remedy is as good as the best if its loss is higher by at most this share of the usual loss."""
 _LONGEST_QUIET = 4096
+_RISEN = 0.02
+"""A loss that is higher by less than this share of the first level hasn't risen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,12 @@ def last_level(losses: Sequence[float]) -> float:
     """Return the median of the last losses; infinite if any of them isn't finite."""
     last = list(losses)[-_NUM_JUDGED:]
     return median(last) if last and all(math.isfinite(loss) for loss in last) else math.inf
+
+
+def has_risen(losses: Sequence[float], *, usual: float, first_level: float) -> bool:
+    """Whether the last losses are twice the usual loss or more, and that is no small matter."""
+    rise = last_level(losses) - usual
+    return rise >= max(abs(usual), _RISEN * abs(first_level))
 
 
 def choose(

@@ -13,18 +13,16 @@ from fedrounds.diagnosis.values import (
     Diagnosis,
     DoctorSettings,
     Oddity,
-    Origin,
     Remedy,
     RemedyKind,
     RemedyPolicy,
-    StepPhase,
     Symptom,
     TrendPoint,
 )
 from fedrounds.doctor import interventions
 from fedrounds.doctor.batches import Batch
-from fedrounds.doctor.examination import examine
-from fedrounds.doctor.findings import Case, Finding, diagnosis_of
+from fedrounds.doctor.examination import blame_outliers, examine
+from fedrounds.doctor.findings import Case, Finding, diagnosis_of, unexplained
 from fedrounds.doctor.floor import Floor, restore_weights
 from fedrounds.doctor.history import (
     Recorded,
@@ -34,7 +32,7 @@ from fedrounds.doctor.history import (
     take_snapshot,
 )
 from fedrounds.doctor.left_out import LeftOut
-from fedrounds.doctor.monitor import INTERVAL, PHASES
+from fedrounds.doctor.monitor import INTERVAL
 from fedrounds.doctor.nan_guard import trend_point
 from fedrounds.doctor.plain import Progress
 from fedrounds.doctor.release import Release
@@ -51,7 +49,7 @@ from fedrounds.doctor.reports import TrainingHalted
 from fedrounds.doctor.retaking import Preparation, Retaking, nothing, preparation
 from fedrounds.doctor.session import Session
 from fedrounds.doctor.stepping import UNTREATED, Attempt, Overrides, StepOutcome
-from fedrounds.doctor.suspicion import CERTAIN, SUSPICIONS, Quiet, Suspicion, choose
+from fedrounds.doctor.suspicion import CERTAIN, SUSPICIONS, Quiet, Suspicion, choose, has_risen
 
 logger = logging.getLogger(__name__)
 
@@ -130,10 +128,15 @@ class Treatments:
         history.pin(earlier[-1])
 
     def _examined(
-        self, symptom: Symptom, history: StepHistory, *, is_tried: bool = True
+        self,
+        symptom: Symptom,
+        history: StepHistory,
+        *,
+        is_tried: bool = True,
+        look: Callable[[Case], Finding | None] = examine,
     ) -> Finding | None:
         """Return what an examination of the newest step of a history comes to."""
-        return examine(
+        return look(
             Case(
                 training=self._session.training,
                 history=history,
@@ -271,19 +274,21 @@ class Treatments:
         persists = suspicion.usual is None or self._session.monitor.persists(
             suspicion.symptom, bar=suspicion.bar
         )
-        if not is_kept or not persists:
+        if not is_kept or not (persists or self._has_left_harm(suspicion)):
             return outcome
         progress.set_aside(self._session.training, self._session.device)
         steps = list(self._session.history.steps)
         earlier = self._session.history.until(suspicion.step)
-        finding = self._examined(suspicion.symptom, earlier)
+        look = examine if persists else blame_outliers
+        finding = self._examined(suspicion.symptom, earlier, look=look)
         remedy = None
         if finding is not None:
             remedy = self._best_remedy(suspicion, finding, self._retaking(steps))
         if finding is None or remedy is None:
             progress.put_back(self._session.device)
             self._tell_if_certain(suspicion, earlier.steps[-1], finding, began)
-            self._quiet.begin(self._session.step)
+            if persists or finding is not None:
+                self._quiet.begin(self._session.step)
             if suspicion.symptom is not Symptom.LOSS_EXPLOSION:
                 self._dismissed.add(suspicion.symptom)
             return outcome
@@ -313,6 +318,14 @@ class Treatments:
         self._quiet.begin(self._session.step)
         return outcome
 
+    def _has_left_harm(self, suspicion: Suspicion) -> bool:
+        """Whether the loss came down again from an explosion, but not to what was usual."""
+        monitor, usual = self._session.monitor, suspicion.usual
+        is_explosion = suspicion.symptom is Symptom.LOSS_EXPLOSION and usual is not None
+        return is_explosion and has_risen(
+            monitor.losses, usual=usual or 0.0, first_level=monitor.first_level
+        )
+
     def _tell_if_certain(
         self, suspicion: Suspicion, step: Recorded, finding: Finding | None, began: float
     ) -> None:
@@ -320,24 +333,8 @@ class Treatments:
         persists = self._session.monitor.persists(suspicion.symptom, bar=suspicion.bar)
         if suspicion.symptom not in CERTAIN or not persists:
             return
-        phase = PHASES.get(suspicion.symptom, StepPhase.FORWARD)
-        self._session.tell(
-            Diagnosis(
-                symptom=suspicion.symptom,
-                cause=Cause.UNKNOWN,
-                step=step.step,
-                noticed_at_step=step.step,
-                epoch=step.epoch,
-                batch=step.batch_number,
-                batch_size=step.outcome.batch_size,
-                lr=step.outcome.lr,
-                origin=Origin(phase=phase) if finding is None else finding.origin,
-                experiments=() if finding is None else finding.experiments,
-                trend=self._trend(),
-                remedy=Remedy(kind=RemedyKind.NONE, is_working=True),
-                seconds=time.monotonic() - began,
-            )
-        )
+        diagnosis = unexplained(suspicion.symptom, step, finding, trend=self._trend())
+        self._session.tell(replace(diagnosis, seconds=time.monotonic() - began))
 
     def _best_remedy(
         self, suspicion: Suspicion, finding: Finding, retaking: Retaking

@@ -20,7 +20,7 @@ from fedrounds.diagnosis.values import Cause, Diagnosis, DoctorSettings, RemedyK
 from fedrounds.doctor import Doctor, TrainingHalted
 from fedrounds.doctor.batches import Batch
 from fedrounds.doctor.history import non_finite_buffers
-from fedrounds.doctor.suspicion import choose
+from fedrounds.doctor.suspicion import choose, has_risen
 
 NUM_STEPS = 11
 BAD_STEP = 10
@@ -370,6 +370,55 @@ def test_a_remedy_is_chosen_only_for_harm_that_it_removes() -> None:
     assert choose(9.0, [4.0], usual=None) == 0
     assert choose(float("inf"), [float("inf"), 2.0], usual=1.0) == 1
     assert choose(1.0, [], usual=1.0) is None
+
+
+def test_a_loss_has_risen_where_the_last_losses_are_twice_the_usual_loss() -> None:
+    """Eight losses are judged by their median; a rise below 2 % of the first loss is none."""
+    assert has_risen([9.0] * 8 + [2.0] * 7 + [90.0], usual=1.0, first_level=5.0)
+    assert not has_risen([1.9] * 8, usual=1.0, first_level=5.0)
+    assert not has_risen([0.09] * 8, usual=0.01, first_level=5.0)
+    assert has_risen([-1.0] * 8, usual=-3.0, first_level=5.0) is False
+    assert has_risen([0.5] * 8, usual=-0.2, first_level=5.0)
+
+
+def squared_error(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of a regression."""
+    assert isinstance(batch, tuple)
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("is_harmful", [True, False])
+def test_an_outlier_is_left_out_only_where_the_loss_stays_higher_than_before(
+    is_harmful: bool,
+) -> None:
+    """A row 10,000 times too large: Adam's history carries it on, a clipped gradient doesn't."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+    model.append(nn.Linear(32, 1))
+    inputs = torch.randn(110, 32, 6)
+    targets = inputs.sum(dim=2, keepdim=True) / 6**0.5
+    inputs[70, 3] *= 1e4
+    plain, clip_norm = copy.deepcopy(model), None if is_harmful else 1.0
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    doctor = Doctor(model, adam if is_harmful else sgd, squared_error, clip_norm=clip_norm)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
+    for batch in zip(inputs, targets, strict=True):
+        doctor.step(batch)
+        optimizer.zero_grad()
+        squared_error(plain, batch).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+    doctor.finish()
+    if is_harmful:
+        (found,) = doctor.diagnoses
+        assert (found.step, found.cause, found.num_samples) == (71, Cause.BAD_DATA, 1)
+        assert found.remedy.kind is RemedyKind.DROP_SAMPLES
+        assert squared_error(model, (inputs[-1], targets[-1])) < 0.05
+        return
+    assert doctor.diagnoses == []
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
