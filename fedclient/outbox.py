@@ -47,9 +47,14 @@ class Outbox:
         try:
             description = json.loads(self._description_path(order_id).read_bytes())
             description["sections"] = tuple(Section(**fields) for fields in description["sections"])
+            # Updates of earlier software have none.
+            measurements = description.get("measurements", {})
+            description["measurements"] = {
+                name: tuple(values) for name, values in measurements.items()
+            }
             update = ClientUpdate(**description)
             is_intact = digest_file(self.payload_path(order_id)) == update.digest
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
         return update if is_intact else None
 

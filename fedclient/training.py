@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from fedrounds.tensors.codec import decode_state, digest_file, load_state_into
 from fedrounds.tensors.payloads import write_payload
 from fedrounds.training.corrections import Correction
 from fedrounds.training.effective_steps import EffectiveSteps
-from fedrounds.training.evaluation import evaluate
+from fedrounds.training.evaluation import Evaluation, evaluate
 from fedrounds.training.loop import (
     Callbacks,
     DoctorContext,
@@ -38,6 +38,7 @@ from fedrounds.training.loop import (
     TrainingResult,
     train_model,
 )
+from fedrounds.training.metrics import NO_METRICS, MetricFactory, measurements_of
 from fedrounds.types import (
     EVALUATION_BATCH_SIZE,
     MAX_METRIC,
@@ -143,8 +144,13 @@ def train_order(
         evaluation_batches=num_evaluations * len(evaluated or ()),
     )
     metrics: dict[str, float] = {}
+    measurements: Mapping[str, Sequence[float]] = {}
     if order.evaluate and evaluated is not None:
-        metrics |= _measure(model, evaluated, task, settings.device, progress, prefix="global_")
+        of_global = _evaluate(
+            model, evaluated, task, settings.device, progress, metrics=task.metrics
+        )
+        metrics |= _numbers(of_global, prefix="global_")
+        measurements = measurements_of(of_global.measured)
 
     effective_steps = EffectiveSteps(order.training.momentum)
 
@@ -168,7 +174,8 @@ def train_order(
         )
     )
     if algorithm.has_personal_model and evaluated is not None:
-        metrics |= _measure(model, evaluated, task, settings.device, progress, prefix="personal_")
+        of_personal = _evaluate(model, evaluated, task, settings.device, progress)
+        metrics |= _numbers(of_personal, prefix="personal_")
     encoded = encode_update(
         {**output.model, **global_values},
         global_model=inputs.global_model,
@@ -203,6 +210,7 @@ def train_order(
                 **encoded.metrics,
             }
         ),
+        measurements=measurements,
         encoding=inputs.compression.encoding,
     )
     remedy_decay = state.remedy_decay.after_round(
@@ -474,16 +482,15 @@ def _evaluation_batches(
     return make_loader(examples, batch_size=EVALUATION_BATCH_SIZE, shuffle=False, numbers=held_out)
 
 
-def _measure(
+def _evaluate(
     model: nn.Module,
     loader: NumberedLoader,
     task: Task,
     device: torch.device,
     progress: ProgressReporter,
     *,
-    prefix: str,
-) -> dict[str, float]:
-    """Return loss, number of examples and, for classes, accuracy, each name with the prefix."""
+    metrics: Mapping[str, MetricFactory] = NO_METRICS,
+) -> Evaluation:
 
     def batches() -> Iterator[Batch]:
         for batch in loader:
@@ -492,14 +499,19 @@ def _measure(
             progress.add(evaluation_batches=1)
             progress.raise_if_over()
 
-    evaluation = evaluate(
+    return evaluate(
         model,
         batches(),
         task.loss,
         device,
         training_step=task.training_step,
+        metrics=metrics,
         num_classes=task.num_classes,
     )
+
+
+def _numbers(evaluation: Evaluation, *, prefix: str) -> dict[str, float]:
+    """Return loss, number of examples and, for classes, accuracy, each name with the prefix."""
     measured = {
         f"{prefix}examples": float(evaluation.num_examples),
         f"{prefix}loss": evaluation.loss,

@@ -86,6 +86,8 @@ def compose(
         ties=prepared.ties,
         variances=prepared.variances,
         modules=prepared.modules,
+        metrics=prepared.task.metrics,
+        measurement_sizes=prepared.measurement_sizes,
     )
     bus = EventBus()
     recording = AsyncStore(store, threads=threads, publish=bus.publish)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from fedrounds.data import validate_scheme
+from fedrounds.plugins import naming_task_errors
 from fedrounds.strategies.client_algorithms import validate_model
 from fedrounds.strategies.components import Strategy
 from fedrounds.tasks.builtin import find_task
 from fedrounds.tasks.task import Task, build_model, kinds_of
 from fedrounds.tensors.compression import Shape, compressed_shapes
 from fedrounds.tensors.entries import running_variances, tied_entries, validate_first_values
+from fedrounds.training.metrics import measurement_sizes
 from fedrounds.types import Encoding, EntryKind
 from fedserver.models.evaluation import Evaluator
 from fedserver.preflight import validate_compression, validate_strategy
@@ -31,6 +33,7 @@ class Prepared:
     ties: Mapping[str, str]
     variances: Set[str]
     modules: Set[str]
+    measurement_sizes: Mapping[str, int]
     evaluator: Evaluator
 
 
@@ -60,8 +63,14 @@ def prepare(settings: ServerSettings) -> Prepared:
         ties=tied_entries(model),
         variances=running_variances(model),
         modules={name for name, _ in model.named_modules()},
+        measurement_sizes=_measurement_sizes(task) if settings.evaluate_on_clients else {},
         evaluator=evaluator,
     )
+
+
+def _measurement_sizes(task: Task) -> Mapping[str, int]:
+    with naming_task_errors(f"task {task.name!r}: making its metrics"):
+        return measurement_sizes(task.metrics)
 
 
 def _sizes(

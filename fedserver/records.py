@@ -185,7 +185,9 @@ class ClientEvaluation:
     the worst tenth, at least one client; `std` is the standard deviation of exactly these clients;
     the quartiles lie between two clients linearly. `num_clients` and `num_examples` count those
     measured. `holdout` is the share of its examples that a client never trains on and was asked
-    about; 0: it was asked about those it trains on.
+    about; 0: it was asked about those it trains on. `metrics` are the task's own, None where they
+    can't be computed: over the examples of all clients together, but those named in
+    `means_over_clients` are the mean of the clients' values.
     """
 
     accuracy: float
@@ -201,10 +203,12 @@ class ClientEvaluation:
     num_examples: float
     holdout: float
     loss: float | None = None
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    means_over_clients: tuple[str, ...] = ()
 
-    def as_json(self) -> dict[str, float]:
+    def as_json(self) -> dict[str, Any]:
         """Return the JSON object that the store keeps and the history shows."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in asdict(self).items() if value not in (None, {}, ())}
 
 
 @dataclass(frozen=True, kw_only=True)

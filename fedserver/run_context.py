@@ -1,10 +1,11 @@
 """The facts of one run. Its resources are passed as arguments of their own."""
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedrounds.strategies.components import Strategy, StrategySettings
 from fedrounds.strategies.registry import find_strategy
+from fedrounds.training.metrics import MetricFactory
 from fedrounds.types import EntryKind
 from fedserver.records import Run
 from fedserver.settings import ServerSettings
@@ -16,7 +17,8 @@ class RunContext:
 
     `strategy` is what the settings name. `kinds` are of the entries of the model's state_dict,
     `ties` name the earlier entry that an entry is the same tensor as, `variances` are the running
-    variances of norm layers, `modules` are the dotted names of the model's modules.
+    variances of norm layers, `modules` are the dotted names of the model's modules. `metrics` are
+    the task's own, `measurement_sizes` how many numbers clients report of them under each name.
     """
 
     settings: ServerSettings
@@ -26,6 +28,8 @@ class RunContext:
     ties: Mapping[str, str]
     variances: Set[str]
     modules: Set[str]
+    metrics: Mapping[str, MetricFactory] = field(default_factory=dict)
+    measurement_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def run_id(self) -> str:

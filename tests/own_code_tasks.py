@@ -27,6 +27,16 @@ def _fail(*_: object) -> Tensor:
     raise KeyError(SECRET)
 
 
+class _FailingMetric:
+    """A metric that can't take a batch."""
+
+    def update(self, *_: object) -> None:
+        _fail()
+
+    def compute(self) -> float:
+        return 0.0
+
+
 def _fail_to_load(_: DataRequest) -> Examples:
     raise KeyError(SECRET)
 
@@ -68,4 +78,4 @@ exits = replace(tiny, loss=_exit_later, load_test=lambda _: None)
 huge = replace(tiny, loss=lambda *pair: F.cross_entropy(*pair) + 3e31, load_test=lambda _: None)
 later = replace(tiny, loss=_fail_later, load_test=lambda _: None)
 narrow_test = replace(narrow, load_test=tiny.load_test)
-bad_metric = replace(tiny, metrics={"own": _fail})
+bad_metric = replace(tiny, metrics={"own": _FailingMetric})

@@ -7,8 +7,9 @@ and a bounded number of streams; the others wait in HTTP/2's flow control.
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
@@ -49,6 +50,8 @@ from fedserver.updates.admission import (
 from fedserver.updates.payload import update_file
 from fedserver.updates.quarantine import QuarantineFolder
 from fedserver.updates.spool import Spool, UpdateStream
+
+logger = logging.getLogger(__name__)
 
 _ANSWERS = {
     OrderState.STORED: Receipt.STORED,
@@ -125,6 +128,7 @@ class Uploads:
         order = self._open_orders.find(update.order_id)
         if order is None:
             return await self._answer_ended_meanwhile(update)
+        update = _with_declared(update, self._context.measurement_sizes)
         try:
             validate_header(update, order.given_in.base.file, order.given_in.limits)
             async with AsyncExitStack() as held:
@@ -389,10 +393,30 @@ class Uploads:
         )
 
 
+def _with_declared(update: ClientUpdate, sizes: Mapping[str, int]) -> ClientUpdate:
+    """Return an update without measurements of names or sizes that the run's task doesn't have.
+
+    They change no model, so a client whose task has other metrics takes part all the same.
+    """
+    declared = {
+        name: values
+        for name, values in update.measurements.items()
+        if sizes.get(name) == len(values)
+    }
+    if num_dropped := len(update.measurements) - len(declared):
+        logger.warning(
+            "order %s: %d measurements aren't those of this task's metrics, and are dropped",
+            update.order_id,
+            num_dropped,
+        )
+    return replace(update, measurements=declared)
+
+
 def _with_known_names(update: ClientUpdate) -> ClientUpdate:
     """Return an update without unknown metrics and sections: no text of a client is kept."""
     return replace(
         update,
+        measurements={},
         metrics={name: value for name, value in update.metrics.items() if name in METRIC_NAMES},
         sections=tuple(
             section

@@ -1,17 +1,24 @@
 """How good a global model is on its clients, by what they report with their updates."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from fedrounds.training.metrics import NO_METRICS, MetricFactory, pool
 from fedrounds.types import ClientUpdate
 from fedserver.events import event_of
 from fedserver.records import Attempt, ClientEvaluation, Event
 
 
 def summarise_clients(
-    updates: Sequence[ClientUpdate], *, holdout: float
+    updates: Sequence[ClientUpdate],
+    *,
+    holdout: float,
+    metrics: Mapping[str, MetricFactory] = NO_METRICS,
 ) -> ClientEvaluation | None:
-    """Return the clients' metrics of a round's base model, None if no client evaluated it."""
+    """Return the clients' evaluation of a round's base model, None if no client evaluated it.
+
+    `metrics` are the task's own.
+    """
     reported = [update for update in updates if "global_accuracy" in update.metrics]
     if not reported:
         return None
@@ -22,6 +29,7 @@ def summarise_clients(
     ]
     finite_losses = [loss for loss in losses if loss is not None]
     ascending = sorted(accuracies)
+    pooled = pool(metrics, [update.measurements for update in reported])
     return ClientEvaluation(
         accuracy=statistics.fmean(accuracies, sizes),
         mean=statistics.fmean(ascending),
@@ -38,6 +46,8 @@ def summarise_clients(
         loss=(
             statistics.fmean(finite_losses, sizes) if len(finite_losses) == len(losses) else None
         ),
+        metrics={name: metric.value for name, metric in pooled.items()},
+        means_over_clients=tuple(name for name, metric in pooled.items() if not metric.is_pooled),
     )
 
 
@@ -61,11 +71,16 @@ def client_evaluation_events(asked: Attempt, evaluation: ClientEvaluation | None
 def client_evaluation_text(evaluation: ClientEvaluation) -> str:
     """Return an evaluation in a sentence: how good, how even, and on what that was measured."""
     share = evaluation.holdout
+    others = "".join(
+        f", {name} {'-' if value is None else format(value, '.4f')}"
+        + (" as mean over clients" if name in evaluation.means_over_clients else "")
+        for name, value in evaluation.metrics.items()
+    )
     measured = f"on {share:.0%} of each one's examples, held out" if share else "on what they train"
     return (
         f"mean {evaluation.mean:.4f}, worst tenth {evaluation.worst_decile:.4f}, standard "
         f"deviation {evaluation.std:.4f}, quartiles {evaluation.quartile_1:.4f} to "
-        f"{evaluation.quartile_3:.4f} ({measured})"
+        f"{evaluation.quartile_3:.4f}{others} ({measured})"
     )
 
 

@@ -82,19 +82,29 @@ class Evaluator:
         what = f"task {self._task.name!r}: evaluating the model on the first held-out examples"
         with keeping_random_streams(torch.device("cpu")), naming_task_errors(what):
             validate_example(self._task, self._loader.dataset[0])
-            self._measure([next(iter(self._loader))])
+            # Computed here, so that a metric that computes no number is refused at the start.
+            _ = self._measure([next(iter(self._loader))]).metrics
 
-    def evaluate(self, path: Path) -> Evaluation:
+    def evaluate(self, path: Path) -> ModelEvaluation:
         """Measure the model in the safetensors file at `path`.
 
-        Accuracy, mean loss, the task's metrics and, for up to 100 classes, the confusion matrix.
+        Accuracy, mean loss, the task's metrics and, for up to 100 classes, the confusion matrix, as
+        JSON can hold them: there is no NaN.
 
         Raises:
             EvaluationStopped: `stop` was called.
         """
         assert self._loader is not None
         load_state_into(self._model.state_dict(), path)
-        return self._measure(self._batches())
+        measured = self._measure(self._batches())
+        values, confusion = measured.metrics, measured.confusion
+        return ModelEvaluation(
+            accuracy=measured.accuracy,
+            loss=_finite(measured.loss),
+            metrics={name: _finite(values.get(name, math.nan)) for name in self._task.metrics},
+            class_accuracy=None if confusion is None else class_accuracies(confusion),
+            confusion=None if confusion is None else confusion.tolist(),
+        )
 
     def _measure(self, batches: Batches) -> Evaluation:
         num_classes = self._task.num_classes
@@ -180,13 +190,12 @@ class Evaluations:
 
     async def _evaluate(self, evaluated: Attempt, digest: str) -> None:
         try:
-            measured = await self._threads.on_disk(
+            evaluation = await self._threads.on_disk(
                 self._evaluator.evaluate, self._checkpoints.path(digest)
             )
         except EvaluationStopped:
             return
         failpoint(FailPoint.EVALUATED)
-        evaluation = _as_recorded(measured)
         regression = None
         if self._detects_regressions:
             before = await self._store.rounds.good_evaluations(evaluated.run_id)
@@ -213,18 +222,6 @@ class Evaluations:
             failpoint(FailPoint.ALARM_RECORDED)
             self.suspect_model()
             self._on_suspect()
-
-
-def _as_recorded(measured: Evaluation) -> ModelEvaluation:
-    """Return an evaluation as JSON can hold it: there is no NaN in it."""
-    confusion = measured.confusion
-    return ModelEvaluation(
-        accuracy=measured.accuracy,
-        loss=_finite(measured.loss),
-        metrics={name: _finite(value) for name, value in measured.metrics.items()},
-        class_accuracy=None if confusion is None else class_accuracies(confusion),
-        confusion=None if confusion is None else confusion.tolist(),
-    )
 
 
 def _finite(value: float) -> float | None:

@@ -214,7 +214,9 @@ class Closer:
                 closed, model, decision.adjustments, counted=counted, exclusions=exclusions
             )
         client_metrics = summarise_clients(
-            [update.update for update in counted if not update.staleness], holdout=settings.holdout
+            [update.update for update in counted if not update.staleness],
+            holdout=settings.holdout,
+            metrics=self._context.metrics,
         )
         events = [
             *client_evaluation_events(closed, client_metrics),

@@ -180,6 +180,7 @@ class Orders(Tables[D_co]):
             "round": round_key[0],
             "attempt": round_key[1],
             "metrics": metrics,
+            "measurements": received.measurements or None,
             "delta_norm": arrival.delta_norm,
             "received_at": at,
             "received_s": read_clock(connection, run_id),

@@ -272,6 +272,17 @@ class Rounds(Tables[D_co]):
             order_event=OrderEvent.COUNT,
             at=at,
         )
+        # The evaluation holds what came of them.
+        connection.execute(
+            update(schema.updates)
+            .where(
+                schema.updates.c.measurements.is_not(None),
+                schema.updates.c.order_id.in_(
+                    select(schema.orders.c.order_id).where(came_into(finishing))
+                ),
+            )
+            .values(measurements=None)
+        )
         verdicts = read_verdicts(connection, run_id, finishing.round_number, finishing.attempt)
         reinstate_clients(
             connection,

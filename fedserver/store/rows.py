@@ -121,7 +121,8 @@ def read_evaluation(values: Mapping[str, Any]) -> ModelEvaluation:
 def read_client_evaluation(values: Mapping[str, Any]) -> ClientEvaluation:
     """Return the clients' evaluation that a column of `rounds` holds."""
     try:
-        return ClientEvaluation(**values)
+        means = tuple(values.get("means_over_clients", ()))
+        return ClientEvaluation(**{**values, "means_over_clients": means})
     except TypeError as error:
         raise ValueError(f"clients' evaluation {values!r}: {error}") from error
 
@@ -143,6 +144,7 @@ def read_update(row: Row[Any]) -> ClientUpdate:
         num_examples=row.num_examples,
         num_steps=row.num_steps,
         metrics=row.metrics,
+        measurements=row.measurements or {},
         encoding=Encoding(row.encoding),
     )
 

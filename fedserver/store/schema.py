@@ -22,7 +22,7 @@ from sqlalchemy import (
 FIRST_REVISION = "0006"
 """The schema that databases had before there were migrations; older ones can't be upgraded."""
 
-REVISION = "0010"
+REVISION = "0011"
 """The newest migration: what its tables are is below (see migrations/__init__.py)."""
 
 metadata = MetaData()
@@ -133,6 +133,8 @@ updates = Table(
     Column("num_examples", Integer, nullable=False),
     Column("num_steps", Integer, nullable=False),
     Column("metrics", JSON, nullable=False),
+    # Of the task's own metrics, until its round is done. NULL: none.
+    Column("measurements", JSON(none_as_null=True)),
     # L2 norm of local minus global over all parameters; of those that were examined to the end.
     Column("delta_norm", Float),
     Column("received_at", Float, nullable=False),

@@ -103,6 +103,13 @@ def validate_header(update: ClientUpdate, base: StateFile, limits: AdmissionLimi
                 f"metric {name!r} is {value:g}; it must lie in 1 to {limits.max_num_examples}",
                 kind="metrics",
             )
+    for name, values in update.measurements.items():
+        if not all(abs(value) <= MAX_METRIC for value in values):
+            raise UpdateRefused(
+                f"the measurements {name[:80]!r} hold a value that isn't a number of at most "
+                f"{MAX_METRIC:g} either side of 0",
+                kind="metrics",
+            )
     if reason := limits.unmet(update.num_steps, update.metrics.get("global_loss")):
         raise UpdateRefused(reason, kind="lack")
     if update.encoding not in (Encoding.STATE_DICT, limits.compression.encoding):

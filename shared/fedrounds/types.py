@@ -1,6 +1,6 @@
 """The values that both sides share: frozen, and independent of wire and database."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -334,6 +334,8 @@ class ClientUpdate:
 
     `num_examples` is the update's weight in the mean, `num_steps` its number of optimizer steps.
     The payload is the concatenation of the sections, and `digest` the digest of the payload.
+    `measurements` are what the client reports of the task's metrics of the global model, by the
+    names of `fedrounds.training.metrics.measurement_sizes`.
     """
 
     order_id: str
@@ -343,6 +345,7 @@ class ClientUpdate:
     num_examples: int
     num_steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    measurements: Mapping[str, Sequence[float]] = field(default_factory=dict)
     encoding: Encoding = Encoding.STATE_DICT
 
 
@@ -456,6 +459,9 @@ in float64 any more (see fedrounds.strategies.means)."""
 MAX_METRIC = 1e30
 """The largest absolute value of a metric that an update may carry: beyond it a sum over clients
 could overflow. A client leaves such a metric out."""
+
+MAX_SUMS = 4096
+"""The largest number of values in the state of a metric that is pooled over clients."""
 
 METRIC_NAMES = frozenset(
     {

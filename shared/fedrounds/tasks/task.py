@@ -31,6 +31,7 @@ from fedrounds.errors import InvalidInput
 from fedrounds.nested import leaves_of
 from fedrounds.plugins import naming_task_errors
 from fedrounds.tensors.entries import DECLARABLE, entry_kinds, unfold_expanded, validate_entries
+from fedrounds.training.metrics import MetricFactory
 from fedrounds.training.objective import Loss, TrainingStep
 from fedrounds.types import EntryKind
 
@@ -87,8 +88,9 @@ class Task:
     an object with `loss`; the doctor may call it again for the same batch, so it depends on its
     arguments and torch's generators alone.
 
-    The rest has defaults. `metrics` are what the server measures on the held-out set besides
-    accuracy and loss: by name, each like `loss` of the main output (see
+    The rest has defaults. `metrics` are measured over a whole data set besides accuracy and loss,
+    on the server's held-out set and on what clients hold out: by name, each a function that makes a
+    torchmetrics.Metric (see fedrounds.training.metrics), which is given the main output (see
     fedrounds.training.objective.main_output) and the targets. `num_classes` says that targets are
     whole numbers from 0 to below it, or -100, which torch's losses leave out; `finite_inputs` that
     a NaN or an infinity in an input is a mistake. Both are checked where the data is read (see
@@ -107,7 +109,7 @@ class Task:
     load_test: Callable[[Path | None], Examples | None]
     loss: Loss | None = None
     training_step: TrainingStep | None = None
-    metrics: Mapping[str, Loss] = field(default_factory=dict)
+    metrics: Mapping[str, MetricFactory] = field(default_factory=dict)
     num_classes: int | None = None
     finite_inputs: bool = True
     load_labels: Callable[[Path | None], NDArray[np.int64]] | None = None
@@ -276,4 +278,7 @@ def choose_indices(labels: NDArray[np.int64], partition: Partition) -> NDArray[n
     return shares[partition.index]
 
 
-_TAKEN_METRIC_NAMES = ("accuracy", "loss", "kind", "of", "client_id", "is_incident")
+_TAKEN_METRIC_NAMES = (
+    *("accuracy", "loss", "class_accuracy", "confusion"),
+    *("kind", "of", "client_id", "is_incident", "reason"),
+)

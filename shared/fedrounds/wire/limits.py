@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 
 from fedrounds.diagnosis.values import MAX_DIMENSIONS, MAX_EXPERIMENTS, MAX_SAMPLES, MAX_TREND
 from fedrounds.errors import InvalidInput
-from fedrounds.types import MAX_CLIENT_ID, MAX_CLIENT_IDS, MAX_INCIDENTS, MAX_INT32
+from fedrounds.types import MAX_CLIENT_ID, MAX_CLIENT_IDS, MAX_INCIDENTS, MAX_INT32, MAX_SUMS
 
 MAX_COUNT = 2**53
 """The largest whole number of those that are kept: up to here JSON numbers are exact."""
@@ -52,6 +52,9 @@ LIMITS = {
     "RegisterRequest.process_key": _TEXT,
     "UploadHeader.size_bytes": Limit(0, MAX_INT64),
     "UploadHeader.sections": Limit(0, 8),
+    "UploadHeader.measurements": Limit(0, 256),
+    "Measurement.name": _TEXT,
+    "Measurement.values": Limit(0, MAX_SUMS),
     "ReportProgressRequest.incidents": Limit(0, MAX_INCIDENTS),
     "LeaveRequest.client_ids": Limit(0, MAX_CLIENT_IDS),
     "LeaveRequest.client_ids[]": Limit(0, MAX_CLIENT_ID),

@@ -1,8 +1,7 @@
 """Translates the protocol's messages to the values of fedrounds.types and back.
 
 Each message and enum is translated here for both directions, so that server and client can't come
-apart. `..._message` makes a message, `..._of` reads one. The module knows protobuf and no gRPC;
-diagnoses have a module of their own, fedrounds.wire.diagnosis.
+apart. `..._message` makes a message, `..._of` reads one. Diagnoses: fedrounds.wire.diagnosis.
 
 A reader raises InvalidInput for what a client may not send and WrongSettings for what a client
 can't use of a server's answer. Limits of single fields are checked by fedrounds.wire.limits.
@@ -363,6 +362,7 @@ def upload_header(session_id: str, update: ClientUpdate, *, offset: int) -> pb.U
         num_examples=update.num_examples,
         num_steps=update.num_steps,
         metrics=update.metrics,
+        measurements=[pb.Measurement(name=n, values=v) for n, v in update.measurements.items()],
     )
 
 
@@ -392,6 +392,7 @@ def update_of(header: pb.UploadHeader) -> ClientUpdate:
         num_examples=header.num_examples,
         num_steps=header.num_steps,
         metrics=dict(header.metrics),
+        measurements={sent.name: tuple(sent.values) for sent in header.measurements},
         encoding=_MEMBERS_OF_ENCODINGS[header.encoding],
     )
 

@@ -1,5 +1,6 @@
 """The outbox: an update is there whole or not at all, whatever the process died of."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ def outbox(tmp_path: Path) -> Outbox:
 def put(outbox: Outbox, order_id: str) -> ClientUpdate:
     """Put an update as a client does: its payload as a draft, then the rest."""
     update = make_update(order_id, payload=PAYLOAD, metrics={"loss": 0.1, "accuracy": 1 / 3})
+    update = replace(update, measurements={"f1/tp": (1.0, 2.0)})
     outbox.draft_path(order_id).write_bytes(PAYLOAD)
     outbox.put(update)
     return update

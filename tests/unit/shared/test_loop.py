@@ -387,23 +387,11 @@ def test_a_loader_that_is_used_up_or_doesnt_fit_is_an_error() -> None:
         evaluate(make_model(), [])
 
 
-def test_a_metric_may_be_a_python_number() -> None:
-    """As `.item()` gives it; the mean is the same as of a tensor."""
-    metrics = {
-        "tensor": lambda outputs, _: outputs.mean(),
-        "number": lambda outputs, _: outputs.mean().item(),
-    }
-    measured = evaluate(make_model(), make_batches(), metrics=metrics)
-    assert measured.metrics["number"] == pytest.approx(measured.metrics["tensor"])
-
-
 @pytest.mark.parametrize(
     ("value", "described"),
     [("good", "a str"), (None, "a NoneType"), (torch.zeros(3), r"a tensor of shape \(3,\)")],
 )
 def test_what_isnt_one_number_is_refused_by_name(value: Any, described: str) -> None:  # noqa: ANN401
-    with pytest.raises(InvalidInput, match=f"metric 'share' returned {described}"):
-        evaluate(make_model(), make_batches(), metrics={"share": lambda *_: value})
     with pytest.raises(InvalidInput, match=f"the loss function returned {described}"):
         evaluate(make_model(), make_batches(), loss=lambda *_: value)
     with pytest.raises(InvalidInput, match=f"the loss function returned {described}"):

@@ -210,6 +210,7 @@ def test_an_update_arrives_as_its_header_declares_it(encoding: Encoding) -> None
         num_examples=5,
         num_steps=6,
         metrics={"loss": 0.5},
+        measurements={"f1/tp": (1.0, 2.0), "auc": (0.5,)},
         encoding=encoding,
     )
     header = upload_header("session", update, offset=7)

@@ -1284,6 +1284,7 @@ class UploadHeader(_message.Message):
     NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    MEASUREMENTS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     order_id: _builtins.str
     digest: _builtins.str
@@ -1322,6 +1323,12 @@ class UploadHeader(_message.Message):
         left out where it means nothing, as in a regression.
         """
 
+    @_builtins.property
+    def measurements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Measurement]:
+        """The task's own metrics of the global model, where the order asks for an evaluation. A name or a
+        number of values that isn't the task's is dropped. At most 256.
+        """
+
     def __init__(
         self,
         *,
@@ -1335,14 +1342,43 @@ class UploadHeader(_message.Message):
         num_examples: _builtins.int = ...,
         num_steps: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        measurements: _abc.Iterable[Global___Measurement] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "encoding", b"encoding", "metrics", b"metrics", "num_examples", b"num_examples", "num_steps", b"num_steps", "offset", b"offset", "order_id", b"order_id", "sections", b"sections", "session_id", b"session_id", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "encoding", b"encoding", "measurements", b"measurements", "metrics", b"metrics", "num_examples", b"num_examples", "num_steps", b"num_steps", "offset", b"offset", "order_id", b"order_id", "sections", b"sections", "session_id", b"session_id", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UploadHeader: _TypeAlias = UploadHeader  # noqa: Y015
+
+@_typing.final
+class Measurement(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"f1/tp": the sums `tp` in the state of the metric "f1", whose state is sums alone; "auc": the
+    value of a metric whose state isn't. At most 128 characters.
+    """
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """At most 4,096. REFUSED outside -1e30 to 1e30."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Measurement: _TypeAlias = Measurement  # noqa: Y015
 
 @_typing.final
 class UploadUpdateResponse(_message.Message):
