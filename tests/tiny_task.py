@@ -1,6 +1,7 @@
 """Small tasks for tests that start real processes: `--task tests.tiny_task:tiny` on both sides.
 
-`tiny` has a few hundred parameters, BatchNorm among them; `big` has 27 MB, so that something can
+`tiny` has a few hundred parameters, BatchNorm among them, and `measured` is `tiny` with metrics of
+its own; `big` has 27 MB, so that something can
 happen while an update is on the wire. What one process does differently is told by its environment:
 
     TINY_STEP_S     seconds that every training step takes longer
@@ -19,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from fedrounds.tasks.task import DataRequest, Examples, Task
+from fedrounds.training.metrics import Metric
 
 NUM_FEATURES = 8
 NUM_CLASSES = 3
@@ -132,3 +135,18 @@ def _task(name: str, *, is_big: bool) -> Task:
 
 tiny = _task("tiny", is_big=False)
 big = _task("big", is_big=True)
+
+
+def _f1() -> Metric:
+    from torchmetrics import F1Score
+
+    return F1Score("multiclass", num_classes=NUM_CLASSES, average="macro")
+
+
+def _auc() -> Metric:
+    from torchmetrics import AUROC
+
+    return AUROC("multiclass", num_classes=NUM_CLASSES)
+
+
+measured = replace(tiny, name="measured", metrics={"f1": _f1, "auc": _auc})

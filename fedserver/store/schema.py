@@ -133,8 +133,6 @@ updates = Table(
     Column("num_examples", Integer, nullable=False),
     Column("num_steps", Integer, nullable=False),
     Column("metrics", JSON, nullable=False),
-    # Of the task's own metrics, until its round is done. NULL: none.
-    Column("measurements", JSON(none_as_null=True)),
     # L2 norm of local minus global over all parameters; of those that were examined to the end.
     Column("delta_norm", Float),
     Column("received_at", Float, nullable=False),
@@ -142,6 +140,8 @@ updates = Table(
     Column("received_s", Float),
     # From the hand-over of the order to its update, in seconds.
     Column("answered_s", Float),
+    # What the client reports of the task's own metrics, until its round is done. NULL: nothing.
+    Column("measurements", JSON(none_as_null=True)),
     Index("updates_by_round", "round", "attempt"),
 )
 

@@ -2,9 +2,8 @@
 
 Each message and enum is translated here for both directions, so that server and client can't come
 apart. `..._message` makes a message, `..._of` reads one. Diagnoses: fedrounds.wire.diagnosis.
-
-A reader raises InvalidInput for what a client may not send and WrongSettings for what a client
-can't use of a server's answer. Limits of single fields are checked by fedrounds.wire.limits.
+A reader raises InvalidInput for what a client may not send, WrongSettings for what a client can't
+use of a server's answer. Limits of fields: fedrounds.wire.limits.
 """
 
 import re

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchmetrics import AUROC, F1Score
 
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientState
@@ -19,6 +20,7 @@ from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.tasks.task import Task
 from fedrounds.tensors.codec import encode_state
 from fedrounds.training.evaluation import evaluate
+from fedrounds.training.metrics import make_metrics, measurement_sizes, measurements_of
 from fedrounds.types import ClientUpdate, Counters, Incident, WorkOrder
 from tests.factories import make_order
 
@@ -53,6 +55,10 @@ TASK = Task(
     load_train=lambda request: WatchedExamples(),
     load_test=lambda root: None,
     loss=F.cross_entropy,
+    metrics={
+        "f1": lambda: F1Score("multiclass", num_classes=2, average="macro"),
+        "auc": lambda: AUROC("multiclass", num_classes=2),
+    },
 )
 
 
@@ -123,6 +129,12 @@ def test_the_number_is_that_of_the_global_model_on_them(tmp_path: Path) -> None:
         expected = evaluate(model, [batch])
         assert update.metrics["global_accuracy"] == pytest.approx(expected.accuracy)
         assert update.metrics["global_loss"] == pytest.approx(expected.loss)
+        metrics = make_metrics(TASK.metrics)
+        for metric in metrics.values():
+            metric.update(model(batch[0]), batch[1])
+        assert update.measurements == measurements_of(metrics)
+        sizes = {name: len(values) for name, values in update.measurements.items()}
+        assert sizes == measurement_sizes(TASK.metrics)
 
 
 def test_a_client_with_one_example_trains_on_it_and_says_nothing(tmp_path: Path) -> None:

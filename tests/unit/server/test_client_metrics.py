@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -10,16 +10,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torchmetrics import AUROC, Accuracy
 
+from fedrounds.training.metrics import MetricFactory
 from fedrounds.types import ClientUpdate
 from fedserver.__main__ import main
 from fedserver.clients.sampling import cohort_seed
 from fedserver.history import attempts_that_asked
-from fedserver.models.client_metrics import client_evaluation_events, summarise_clients
+from fedserver.models.client_metrics import (
+    client_evaluation_events,
+    client_evaluation_text,
+    summarise_clients,
+)
 from fedserver.records import ModelEvaluation, Run
 from fedserver.reporting.client_report import client_table, draw_clients
 from fedserver.reporting.tables import draw_curve
 from fedserver.store import Store, read_history
+from fedserver.store.rows import read_client_evaluation
 from tests.factories import make_event, make_round, make_update, record_arrival
 
 shares = st.floats(0, 1)
@@ -62,7 +69,7 @@ def test_a_summary_is_numpys(clients: Sequence[tuple[float, int, float]]) -> Non
         "holdout": 0.2,
     }
     assert summary is not None
-    assert asdict(summary) == pytest.approx(expected, abs=1e-9)
+    assert summary.as_json() == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_summary_by_hand() -> None:
@@ -77,6 +84,29 @@ def test_a_summary_by_hand() -> None:
     assert summary.loss is None, "one client's loss was beyond all numbers"
     assert summarise_clients([make_update()], holdout=0.0) is None
     assert client_evaluation_events(make_round(), None) == []
+
+
+def test_metrics_of_the_tasks_own_are_pooled_or_means() -> None:
+    """Clients with 3 of 4 and 0 of 1 right: 3/5. AUC 0.5 and 1: in the mean 0.75."""
+    metrics: dict[str, MetricFactory] = {
+        "share": lambda: Accuracy("multiclass", num_classes=2),
+        "auc": lambda: AUROC("binary"),
+    }
+    reports = [
+        {"share/tp": (3.0,), "share/fp": (1.0,), "share/fn": (1.0,), "share/tn": (0.0,)},
+        {"share/tp": (0.0,), "share/fp": (1.0,), "share/fn": (1.0,), "share/tn": (0.0,)},
+    ]
+    updates = [
+        replace(measured_update(0.5), measurements=report | {"auc": (auc,)})
+        for report, auc in zip(reports, (0.5, 1.0), strict=True)
+    ]
+    summary = summarise_clients(updates, holdout=0.2, metrics=metrics)
+    assert summary is not None
+    assert summary.metrics == {"share": pytest.approx(3 / 5), "auc": 0.75}
+    assert read_client_evaluation(json.loads(json.dumps(summary.as_json()))) == summary
+    assert "share 0.6000, auc 0.7500 as mean over clients (on 20%" in client_evaluation_text(
+        summary
+    )
 
 
 MODELS = ("11" * 32, "22" * 32, "33" * 32)

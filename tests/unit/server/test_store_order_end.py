@@ -96,6 +96,7 @@ def test_orders_that_ended_before_the_upgrade_get_the_cause_of_their_end(tmp_pat
     store.close()
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("ALTER TABLE orders DROP COLUMN order_end")
+        connection.execute("ALTER TABLE updates DROP COLUMN measurements")
         connection.execute("UPDATE alembic_version SET version_num = '0009'")
         connection.commit()
     store = Store(path, upgrades=True)

@@ -1,7 +1,9 @@
 """Uploads: each answer, and what is on the disk and in the store when it is given."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from fedrounds.types import Counters, Encoding, OrderEnd, Receipt, RunFailure, S
 from fedserver.api import uploads
 from fedserver.phases import OrderState
 from fedserver.records import HeldState
+from fedserver.store import read_history
 from tests.server_run import ServerRun, chunks_of, non_finite, serving, update_of
 
 SETTINGS: dict[str, Any] = {"min_clients": 2, "min_updates": 1}
@@ -102,6 +105,34 @@ def test_the_same_bytes_again_are_a_duplicate_and_others_are_refused(tmp_path: P
 
     with serving(tmp_path, **SETTINGS) as server:
         asyncio.run(upload(server))
+
+
+def test_measurements_that_the_task_doesnt_have_are_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The update counts all the same; once its round is done, what came of the rest is recorded."""
+    perfect = {"f1/tp": (4.0, 4.0, 4.0)} | {f"f1/{part}": (0.0,) * 3 for part in ("fp", "fn", "tn")}
+    foreign = {"secret": (1.0,), "auc": (0.5, 0.5)}
+
+    async def upload(server: ServerRun) -> None:
+        opened, base = await server.begin(0, 1)
+        metrics = {"global_accuracy": 1.0, "global_examples": 12.0}
+        answer = await server.answer(0, metrics=metrics, measurements={**perfect, **foreign})
+        assert answer.receipt is Receipt.STORED
+        (stored,) = server.store.orders.stored_updates(opened)
+        assert {n: tuple(v) for n, v in stored.update.measurements.items()} == perfect
+        await server.closer.finish(await server.closer.close(opened), base)
+        (first, *_) = read_history(server.store, server.run)
+        assert first.client_evaluation is not None
+        assert first.client_evaluation.metrics == {"f1": pytest.approx(1.0)}
+        with closing(sqlite3.connect(tmp_path / "federation.sqlite")) as connection:
+            assert connection.execute("SELECT measurements FROM updates").fetchall() == [(None,)]
+        await server.evaluations.done()
+
+    settings = {**SETTINGS, "task": "tests.tiny_task:measured", "evaluate_on_clients": True}
+    with serving(tmp_path, **settings) as server:
+        asyncio.run(upload(server))
+    assert "2 measurements aren't those of this task's metrics" in caplog.text
 
 
 @pytest.mark.parametrize(
