@@ -10,9 +10,8 @@ from fedrounds.cli import parse
 from fedrounds.errors import NotFound
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.history import attempts_that_asked
-from fedserver.models.client_metrics import client_evaluation_text
 from fedserver.numbers import numbers_text
-from fedserver.reporting.client_report import client_table, draw_clients
+from fedserver.reporting.client_report import client_evaluation_text, client_table, draw_clients
 from fedserver.store import read_history, read_rounds
 
 

@@ -68,22 +68,6 @@ def client_evaluation_events(asked: Attempt, evaluation: ClientEvaluation | None
     ]
 
 
-def client_evaluation_text(evaluation: ClientEvaluation) -> str:
-    """Return an evaluation in a sentence: how good, how even, and on what that was measured."""
-    share = evaluation.holdout
-    others = "".join(
-        f", {name} {'-' if value is None else format(value, '.4f')}"
-        + (" as mean over clients" if name in evaluation.means_over_clients else "")
-        for name, value in evaluation.metrics.items()
-    )
-    measured = f"on {share:.0%} of each one's examples, held out" if share else "on what they train"
-    return (
-        f"mean {evaluation.mean:.4f}, worst tenth {evaluation.worst_decile:.4f}, standard "
-        f"deviation {evaluation.std:.4f}, quartiles {evaluation.quartile_1:.4f} to "
-        f"{evaluation.quartile_3:.4f}{others} ({measured})"
-    )
-
-
 def _quantile(ascending: Sequence[float], share: float) -> float:
     """Return the value below which `share` of the others lie, between two of them linearly."""
     position = share * (len(ascending) - 1)

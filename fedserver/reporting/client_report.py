@@ -7,6 +7,7 @@ from rich.table import Table
 
 from fedserver.history import AttemptHistory
 from fedserver.phases import OrderState
+from fedserver.records import ClientEvaluation
 from fedserver.reporting.tables import Column, fitting_table, number_text
 
 _MAX_CLIENTS_LABELLED = 40
@@ -21,6 +22,22 @@ class _Measured:
     loss: float | None
     num_measured: int
     num_trained: int
+
+
+def client_evaluation_text(evaluation: ClientEvaluation) -> str:
+    """Return an evaluation in a sentence: how good, how even, and on what that was measured."""
+    share = evaluation.holdout
+    others = "".join(
+        f", {name} {'-' if value is None else format(value, '.4f')}"
+        + (" as mean over clients" if name in evaluation.means_over_clients else "")
+        for name, value in evaluation.metrics.items()
+    )
+    measured = f"on {share:.0%} of each one's examples, held out" if share else "on what they train"
+    return (
+        f"mean {evaluation.mean:.4f}, worst tenth {evaluation.worst_decile:.4f}, standard "
+        f"deviation {evaluation.std:.4f}, quartiles {evaluation.quartile_1:.4f} to "
+        f"{evaluation.quartile_3:.4f}{others} ({measured})"
+    )
 
 
 def client_table(asked: AttemptHistory, *, title: str, max_width: int) -> Table:

@@ -13,10 +13,10 @@ from fedrounds.times import iso_time
 from fedrounds.types import IncidentKind, LeaveReason
 from fedserver.clients.sampling import cohort_seed
 from fedserver.history import AttemptHistory, OrderHistory, UpdateHistory
-from fedserver.models.client_metrics import client_evaluation_text
 from fedserver.numbers import numbers_text
 from fedserver.phases import OrderState, Phase
 from fedserver.records import Event, Suspension
+from fedserver.reporting.client_report import client_evaluation_text
 from fedserver.reporting.diagnosis_report import (
     NUM_SHOWN_WHOLE,
     diagnosed_incidents,

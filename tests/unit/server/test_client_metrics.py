@@ -19,11 +19,10 @@ from fedserver.clients.sampling import cohort_seed
 from fedserver.history import attempts_that_asked
 from fedserver.models.client_metrics import (
     client_evaluation_events,
-    client_evaluation_text,
     summarise_clients,
 )
 from fedserver.records import ModelEvaluation, Run
-from fedserver.reporting.client_report import client_table, draw_clients
+from fedserver.reporting.client_report import client_evaluation_text, client_table, draw_clients
 from fedserver.reporting.tables import draw_curve
 from fedserver.store import Store, read_history
 from fedserver.store.rows import read_client_evaluation
