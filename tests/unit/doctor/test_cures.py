@@ -287,14 +287,14 @@ def test_a_loss_without_a_value_for_few_samples_is_blamed_on_the_samples() -> No
     """A logarithm of 0 from the batch alone; after eight such samples it is the loss's matter."""
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        found, outputs = compute_loss(model, batch)
+        value, outputs = compute_loss(model, batch)
         assert isinstance(batch, tuple)
-        return found + 1e-3 * (batch[0][:, 0] - MARK).abs().log().square().mean(), outputs
+        return value + 1e-3 * (batch[0][:, 0] - MARK).abs().log().square().mean(), outputs
 
     *few, last = Trained(spoil=mark(*range(2, 12)), loss=loss).doctor.diagnoses
-    assert {(one.cause, one.remedy.kind, one.num_samples) for one in few} == {
-        (Cause.BAD_DATA, RemedyKind.DROP_SAMPLES, 1)
-    }
+    assert {
+        (diagnosis.cause, diagnosis.remedy.kind, diagnosis.num_samples) for diagnosis in few
+    } == {(Cause.BAD_DATA, RemedyKind.DROP_SAMPLES, 1)}
     assert (len(few), last.cause) == (8, Cause.LOSS_FUNCTION)
 
 
@@ -309,9 +309,9 @@ def test_a_loss_that_differentiates_by_itself_is_examined_as_any_other() -> None
         penalty = 1e-3 * (slope / (inputs - MARK)).square().mean()
         return F.cross_entropy(outputs, batch[1]) + penalty, outputs
 
-    found = Trained(spoil=mark(20), loss=loss).diagnosis
-    assert (found.step, found.cause, found.num_samples) == (20, Cause.BAD_DATA, 1)
-    assert found.remedy.is_working
+    diagnosis = Trained(spoil=mark(20), loss=loss).diagnosis
+    assert (diagnosis.step, diagnosis.cause, diagnosis.num_samples) == (20, Cause.BAD_DATA, 1)
+    assert diagnosis.remedy.is_working
 
 
 def test_a_batch_that_a_module_isnt_defined_for_as_a_whole_is_degenerate() -> None:
@@ -325,11 +325,11 @@ def test_a_batch_that_a_module_isnt_defined_for_as_a_whole_is_degenerate() -> No
         if step in (20, 30):
             inputs[:, 3] = 0.0
 
-    found = Trained(spoil=spoil, model=nn.Sequential(Standardise(), make_model())).diagnosis
-    assert (found.step, found.cause) == (20, Cause.DEGENERATE_BATCH)
-    assert (found.origin.module, found.origin.operation) == ("0", "div")
+    diagnosis = Trained(spoil=spoil, model=nn.Sequential(Standardise(), make_model())).diagnosis
+    assert (diagnosis.step, diagnosis.cause) == (20, Cause.DEGENERATE_BATCH)
+    assert (diagnosis.origin.module, diagnosis.origin.operation) == ("0", "div")
     # Where the operation can be guarded the batch is kept, and the next such batch is no news.
-    assert found.remedy.kind is RemedyKind.GUARD_LOSS
+    assert diagnosis.remedy.kind is RemedyKind.GUARD_LOSS
 
 
 def test_samples_left_out_one_by_one_are_no_remedies_that_are_counted() -> None:

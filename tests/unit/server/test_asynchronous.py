@@ -184,6 +184,24 @@ def test_a_full_disk_gives_no_further_orders_and_fails_no_round(tmp_path: Path) 
         asyncio.run(collect(server))
 
 
+def test_a_suspended_client_gets_no_further_order(tmp_path: Path) -> None:
+    """It is here and idle; client 0 goes on without it."""
+
+    async def collect(server: ServerRun) -> None:
+        current, base = await server.begin(0, 1)
+        assert (await server.answer(1, num_examples=0)).receipt is Receipt.REFUSED
+        await server.answer(0)
+        following, _ = await server.closer.finish(await server.closer.close(current), base)
+        await server.evaluations.done()
+        assert following.cohort == (0,)
+        assert await server.collecting.due(following) is None
+        assert [order.order.client_id for order in server.open_orders.list_open()] == [0]
+
+    settings = FEDBUFF | {"strategy_parameters": {"buffer_size": 1}}
+    with serving(tmp_path, **settings) as server:
+        asyncio.run(collect(server))
+
+
 def test_an_excluded_update_counts_for_nothing_in_its_clients_next_order(tmp_path: Path) -> None:
     """It was taken to count from the close of its round until it was screened."""
 

@@ -69,15 +69,15 @@ def test_every_structure_of_a_batch_trains_as_the_pair_does() -> None:
             return F.cross_entropy(outputs, targets), outputs
 
         for doctor in (DoctorSettings(), DoctorSettings(is_armed=False)):
-            weight, ours = train(
+            weight, own_report = train(
                 batch,
                 training_step=step,
                 doctor=doctor,
                 doctor_context=DoctorContext(num_classes=3),
             )
             assert torch.equal(weight, expected)
-            assert ours.num_examples == report.num_examples == 6
-            assert ours.epochs == report.epochs
+            assert own_report.num_examples == report.num_examples == 6
+            assert own_report.epochs == report.epochs
         measured = evaluate(make_model(), [batch], training_step=step, num_classes=3)
         assert measured == evaluate(make_model(), [(x, y)])
 

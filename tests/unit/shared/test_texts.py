@@ -103,7 +103,7 @@ def test_a_partition_by_classes_deals_out_whole_files(tmp_path: Path) -> None:
 
 def test_a_folder_named_like_a_text_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "old.txt").mkdir()
-    windows, _ = load_windows(write(tmp_path, one="a" * 65))
+    windows, _ = load_windows(write(tmp_path, text="a" * 65))
     assert len(windows) == 1
 
 
