@@ -89,7 +89,7 @@ def begin(config: ClientAlgorithmConfig | None, start: TrainingStart) -> LocalTr
     """Begin an algorithm's work on an order; None is plain training.
 
     Raises:
-        WrongSettings: this client doesn't know the algorithm, one of its numbers is missing, or the
+        WrongSettings: this client doesn't know the algorithm, a number of it is missing, or the
             model has no layers for it.
     """
     if config is None:
@@ -168,8 +168,8 @@ def _feddyn(start: TrainingStart) -> LocalTraining:
 def _fedbn(start: TrainingStart) -> LocalTraining:
     """Keep the normalisation layers at the client (Li et al. 2021, algorithm 1).
 
-    The client trains with its own entries of these layers, and sends the global ones back as they
-    came.
+    The client trains with its own entries of these layers, and sends the global entries back as
+    they came.
     """
     entries = start.model.state_dict()
     names = norm_entries(start.model)

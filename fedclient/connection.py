@@ -61,7 +61,7 @@ from fedrounds.wire.pb.federation_pb2_grpc import FederationServiceStub
 Answer = TypeVar("Answer", pb.RegisterResponse, pb.PullWorkResponse)
 
 _OPTIONS = [
-    # A proxy is used only where the route names one (see fedclient.routes).
+    # A proxy is used only where the route names it (see fedclient.routes).
     ("grpc.enable_http_proxy", 0),
     # Connects to a restarted server within a second or two.
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -177,7 +177,7 @@ class Connection:
             pass
 
     def register(self, registration: Registration) -> SessionInfo:
-        """Open a session, or take over the one this instance had."""
+        """Open a session, or take over the session that this instance had."""
         with _errors_translated(self._proxy):
             answer = self._stub.Register(
                 registration_message(registration), timeout=_CALL_TIMEOUT_S

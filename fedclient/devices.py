@@ -39,7 +39,7 @@ def may_have_gpu() -> bool:
 
 
 def find_device(name: str) -> "torch.device":
-    """Return the device of that name; `auto` is the first GPU, or without one the CPU.
+    """Return the device of that name; `auto` is the first GPU, or without a GPU the CPU.
 
     Raises:
         InvalidInput: this machine doesn't have the device; the message lists its devices.

@@ -59,7 +59,7 @@ class Outbox:
         return update if is_intact else None
 
     def waiting(self) -> list[ClientUpdate]:
-        """Return all updates that are here, and delete the files of damaged ones."""
+        """Return all updates that are here, and delete the files of damaged updates."""
         updates = []
         for path in sorted(self._folder.iterdir()):
             order_id = path.name.partition(".")[0]

@@ -1,7 +1,7 @@
 """How a connection gets to the server: directly, or through an HTTP proxy.
 
 By itself, gRPC obeys `http_proxy` without saying so, even for localhost. Here a connection goes
-through a proxy only if `--proxy` or the variable `grpc_proxy` names one, and `describe` says so.
+through a proxy only if `--proxy` or the variable `grpc_proxy` names it, and `describe` says so.
 """
 
 from base64 import b64encode
@@ -35,7 +35,7 @@ class Route:
 
 
 def choose_route(server: str, *, proxy: str | None, environment: Mapping[str, str]) -> Route:
-    """Return the way to `server`: through `proxy`, or else the one that `grpc_proxy` names.
+    """Return the way to `server`: through `proxy`, or else the proxy that `grpc_proxy` names.
 
     `no_grpc_proxy`, or else `no_proxy`, lists hosts to reach without `grpc_proxy`.
 
@@ -82,6 +82,6 @@ def read_proxy(text: str) -> Proxy:
 
 
 def _is_among(host: str, names: Sequence[str]) -> bool:
-    """Return whether a host is one of the names or in one of these domains; * matches all."""
+    """Return whether a host is among the names or in any of these domains; * matches all."""
     words = [name.strip().lower().lstrip(".") for name in names]
     return any(word and f".{host.lower()}".endswith(f".{word}") for word in words) or "*" in words

@@ -1,7 +1,7 @@
 """The session with the server, and the repetition of calls until the server answers.
 
 Every call of the main loop goes through here. It is repeated until the server answers, and made
-with a new session if the server has forgotten the old one.
+with a new session if the server has forgotten the old session.
 """
 
 import itertools
@@ -176,7 +176,7 @@ class ServerSession:
 
     @property
     def info(self) -> SessionInfo:
-        """The session in force, once there is one."""
+        """The session in force; read it after `open`."""
         assert self._info is not None
         return self._info
 
@@ -192,7 +192,7 @@ class ServerSession:
     def call(
         self, call: Callable[[SessionInfo], T], *, how_far: Callable[[], int] = lambda: 0
     ) -> T:
-        """Return the result of a call, made with a new session if the server forgot the old one.
+        """Return the result of a call, made with a new session if the server forgot the old.
 
         The call is repeated until the server answers (see `Patience.insist`).
 
@@ -213,7 +213,7 @@ class ServerSession:
         return self._patience.insist(attempt, how_far=how_far)
 
     def leave(self, client_id: int, reason: LeaveReason) -> None:
-        """Leave the run for one of several ids; the others stay.
+        """Leave the run with one of several ids; the others stay.
 
         Raises:
             Stopped, NoAnswer, FederationError: see `call`.

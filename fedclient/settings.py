@@ -233,7 +233,7 @@ class DoctorOptions(Settings):
             policies=self.doctor_policies,
             max_remedies=self.max_remedies,
             memory_bytes=self.doctor_bytes,
-            # The server draws another first model, or returns to one that was good.
+            # The server draws another first model, or returns to a model that was good.
             stops_at_bad_start=True,
         )
 

@@ -26,7 +26,7 @@ Tensors = Mapping[str, Tensor]
 
 _NUM_OF_THIS_RUN = 2
 _NUM_OF_OTHER_RUNS = 3
-"""The number that a run leaves: the last one in force, the one before, and the next."""
+"""The number of states that a run leaves: the last in force, the state before, and the next."""
 
 
 class StateLost(InvalidInput):

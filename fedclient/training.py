@@ -495,7 +495,7 @@ def _evaluate(
     def batches() -> Iterator[Batch]:
         for batch in loader:
             yield batch
-            # Report each batch: the server would take a client with much data for a stalled one.
+            # Report each batch: the server would take a client with much data for stalled.
             progress.add(evaluation_batches=1)
             progress.raise_if_over()
 

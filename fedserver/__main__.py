@@ -1,4 +1,4 @@
-"""`python -m fedserver`: serve a run, or look at one with a command."""
+"""`python -m fedserver`: serve a run, or examine a run with a command."""
 
 import importlib
 import sys

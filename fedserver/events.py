@@ -40,7 +40,7 @@ def event_of(
     is_incident: bool = False,
     **fields: object,
 ) -> Event:
-    """Return an event that happens now, in a round if one is given."""
+    """Return an event that happens now, in the round `of` if that is given."""
     return Event(
         kind=str(kind),
         occurred_at=time.time(),
@@ -92,7 +92,7 @@ def update_event(
 
 
 def event_line(event: Event) -> str:
-    """Return an event as key=value words; a whole diagnosis isn't one, its verdict is."""
+    """Return an event as key=value words; of a diagnosis only its verdict."""
     words = [event.kind]
     for key, value in (
         ("round", event.round_number),

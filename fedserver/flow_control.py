@@ -1,4 +1,4 @@
-"""Flow control: slots for what goes on at a time, and a fence between streams of one key.
+"""Flow control: slots limit what goes on at a time, a fence separates a key's streams.
 
 A client that waits for a slot isn't late; slots are given in the order of coming.
 """
@@ -45,7 +45,7 @@ class Slots:
     async def hold(
         self, *, every_s: float, while_waiting: Callable[[], None]
     ) -> AsyncIterator[None]:
-        """Hold a slot; `while_waiting` is called every `every_s` seconds until there is one."""
+        """Hold a slot; `while_waiting` is called every `every_s` seconds until a slot is free."""
         slot = asyncio.get_running_loop().create_future()
         if self._num_free:
             self._num_free -= 1

@@ -137,7 +137,7 @@ A = TypeVar("A", bound=AttemptResult)
 def attempts_that_asked(attempts: Sequence[A]) -> dict[int, A]:
     """Return, for each round whose model clients evaluated, the attempt that asked them.
 
-    It is one at the next round: clients evaluate a model when they begin to train from it, so
+    That attempt is at the next round: clients evaluate a model when they begin to train from it, so
     nobody evaluates the last model of a run. Round 0 stands for the first model.
     """
     models = {attempt.round_number: attempt.model_digest for attempt in attempts if attempt.is_done}
@@ -152,7 +152,7 @@ def attempts_that_asked(attempts: Sequence[A]) -> dict[int, A]:
 
 
 def models_by_round(attempts: Sequence[AttemptResult]) -> dict[int, str]:
-    """Return the digest of the model of each round that is done, not of rolled back ones."""
+    """Return the digest of the model of each round that is done and not rolled back."""
     return {
         attempt.round_number: attempt.model_digest
         for attempt in attempts

@@ -1,7 +1,7 @@
 """One entry a finished round, chained by digest: what went in, what came out.
 
-A round that is rolled back has a second entry, which says so; its repetition has one of its own.
-An entry is canonical JSON; this module alone makes and reads it.
+A round that is rolled back has a second entry, which says so; its repetition has an entry of its
+own. An entry is canonical JSON; this module alone makes and reads it.
 
 The chain finds accidents (a flipped bit, a changed or missing row). Against somebody who can
 rewrite the whole store it proves nothing.
@@ -165,7 +165,7 @@ def _read_update(update: Mapping[str, Any]) -> LedgerUpdate:
         num_steps=update["num_steps"],
         global_loss=update["global_loss"],
         digest=update["digest"],
-        # Entries of runs that knew one encoding don't name it.
+        # Entries from before there were encodings don't name it.
         encoding=update.get("encoding", Encoding.STATE_DICT),
         delta_norm=update["delta_norm"],
         verdict=update["verdict"],
@@ -176,7 +176,7 @@ def _read_update(update: Mapping[str, Any]) -> LedgerUpdate:
 
 
 def entry_digest(entry: bytes) -> str:
-    """Return the BLAKE3-256 digest that names an entry and that the next one carries."""
+    """Return the BLAKE3-256 digest that names an entry and that the next entry carries."""
     return blake3(entry).hexdigest()
 
 

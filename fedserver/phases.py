@@ -6,8 +6,8 @@
                 |                    |
                 +------ abandon -----+-------------> ABANDONED
 
-FAILED is tried again. ROLLED_BACK: the model it made is bad, so the model before it is the global
-one again, and the round is tried again; the attempt at the round after, which began with the bad
+FAILED is tried again. ROLLED_BACK: its model is bad, so the model before it is the global model
+again, and the round is tried again; the attempt at the round after, which began with the bad
 model, is ABANDONED. Every new try is the next attempt.
 
     order:  OPEN -store-> STORED -count-> COUNTED

@@ -11,12 +11,12 @@ from fedserver.phases import OrderEvent, OrderState, Phase
 
 
 def json_number(value: float) -> float | str:
-    """Return a number as JSON can hold it; JSON has no NaN, so non-finite ones by their names."""
+    """Return a number as JSON can hold it: a name instead of a NaN or an infinity."""
     return value if abs(value) < float("inf") else str(value)
 
 
 class HeldState(StrEnum):
-    """What has become of an update in quarantine: only of HELD ones are the bytes kept."""
+    """The state of an update in quarantine; the bytes are kept only while it is HELD."""
 
     HELD = "HELD"
     RELEASED = "RELEASED"
@@ -181,12 +181,12 @@ class ClientEvaluation:
     """How good a global model is on its clients, as they report it.
 
     `accuracy` and `loss` are means weighted by the examples measured on (loss is None unless every
-    client reports one). In the others each client counts the same: `worst_decile` is the mean of
-    the worst tenth, at least one client; `std` is the standard deviation of exactly these clients;
-    the quartiles lie between two clients linearly. `num_clients` and `num_examples` count those
-    measured. `holdout` is the share of its examples that a client never trains on and was asked
-    about; 0: it was asked about those it trains on. `metrics` are the task's own, None where they
-    can't be computed: over the examples of all clients together, but those named in
+    client reports a loss). In the other numbers each client counts the same: `worst_decile` is the
+    mean of the worst tenth, at least one client; `std` is the standard deviation of exactly these
+    clients; the quartiles lie between two clients linearly. `num_clients` and `num_examples` count
+    those measured. `holdout` is the share of its examples that a client never trains on and was
+    asked about; 0: it was asked about those it trains on. `metrics` are the task's own, None where
+    they can't be computed: over the examples of all clients together, but those named in
     `means_over_clients` are the mean of the clients' values.
     """
 
@@ -287,7 +287,7 @@ class HeldUpdate:
 
 @dataclass(frozen=True, kw_only=True)
 class Suspension:
-    """A client that sits out some rounds; clients without one are active.
+    """A client that sits out some rounds; clients without a suspension are active.
 
     It takes part again from round `suspended_until` on. `strikes` counts the client's strikes since
     an update of its last counted.
@@ -304,8 +304,8 @@ class Participation:
     """What a client has done in a run so far.
 
     `num_asked` counts its orders, `num_answered` those it has sent an admitted update for. `loss`
-    is the last one it reported: of the global model on its data, if it is asked for that, else of
-    its last local epoch; None before the first.
+    is the last loss that it reported: of the global model on its data, if it is asked for that,
+    else of its last local epoch; None before the first.
     """
 
     num_asked: int = 0

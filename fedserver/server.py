@@ -94,7 +94,7 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
 
 
 def _open_run(store: Store, settings: ServerSettings) -> Run:
-    """Return the unfinished run, or begin the next one."""
+    """Return the unfinished run, or begin the next run."""
     latest = store.runs.latest_run()
     if latest is None or latest.state is not RunState.OPEN:
         return store.runs.begin_run(settings.run_settings())

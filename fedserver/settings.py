@@ -75,7 +75,7 @@ RUN_SETTINGS = (
 """The settings that identify a run: with other values it would be another run."""
 
 CHANGEABLE_SETTINGS = ("keep_rounds",)
-"""Recorded too, but a later start may give another value; not given, the recorded one holds."""
+"""Recorded too, but a later start may give another value; without it the recorded value holds."""
 
 BEFORE_THEY_WERE_RECORDED: Mapping[str, Any] = {"keep_rounds": "all"}
 """What a run of earlier software does, where that isn't what the setting's default says today."""
@@ -567,9 +567,9 @@ def settings_begun_with(recorded: Mapping[str, Any]) -> dict[str, Any]:
 def differing_settings(
     settings: ServerSettings, recorded: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that make this another run than the one begun with `recorded`.
+    """Return the settings by which this run differs from the run begun with `recorded`.
 
-    The values are the recorded one and the one given now, by name.
+    By name: the recorded value and the value given now.
     """
     wanted = settings.going_on_with(recorded).run_settings()
     begun_with = settings_begun_with(recorded)

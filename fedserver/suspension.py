@@ -1,9 +1,9 @@
 """Which clients a round may ask: suspended clients sit out some rounds, then come back.
 
 A client gets a strike when it stalls, is lost, or sends an update that is bad in itself. The first
-strike costs one whole round and each further strike twice as many as the one before; an update that
-counts clears them all. An excluded update is no strike: it was compared with others, which proves
-nothing against its client. It costs one round, however often.
+strike costs a whole round and each further strike twice as many rounds as the strike before; an
+update that counts clears them all. An excluded update is no strike: it was compared with others,
+which proves nothing against its client. It costs a single round, however often.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,7 +17,7 @@ MAX_SPAN = 64
 def after_strike(
     before: Suspension | None, *, client_id: int, round_number: int, reason: str
 ) -> Suspension:
-    """Return the suspension of a client that got a strike in a round; `before` is its last one."""
+    """Return a client's suspension after a strike in a round; `before` is its last suspension."""
     strikes = 1 if before is None else before.strikes + 1
     return Suspension(
         client_id=client_id,

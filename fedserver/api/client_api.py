@@ -155,7 +155,7 @@ class ClientApi:
             UnknownSession: register again.
             ServerUnreachable: the server is stopping.
         """
-        # A parked client is a live one: the lease is renewed at both ends of the wait, so the wait
+        # A parked client is live: the lease is renewed at both ends of the wait, so the wait
         # must be shorter than it.
         deadline = time.monotonic() + min(wait_s, _MAX_WAIT_S, self._context.settings.lease / 2)
         while True:
@@ -263,7 +263,7 @@ class ClientApi:
                 round_key=self._open_orders.round_key_of(record),
                 client_id=record.client_id,
             )
-            # The key makes a report that is sent again, because its answer was lost, one event.
+            # With the key, a report that is sent again because its answer was lost stays one event.
             await self._store.events.add_events(
                 record.run_id, [event], report_key=f"{order_id}#{sequence}"
             )

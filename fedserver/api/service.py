@@ -1,7 +1,7 @@
 """The servicer: gRPC stops here.
 
-Translates each call to one of the client API, and the domain's errors to gRPC statuses. The two
-calls that carry payloads are served as raw bytes (see fedrounds.wire.framing), the others as
+Translates each call to a method of the client API, and the domain's errors to gRPC statuses. The
+two calls that carry payloads are served as raw bytes (see fedrounds.wire.framing), the others as
 messages.
 """
 

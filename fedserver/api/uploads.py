@@ -74,7 +74,7 @@ class _OrderEnded(Exception):
 
 
 class Uploads:
-    """Takes updates in; one for the whole server."""
+    """Takes updates in; the server has a single receiver."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Uploads:
                     await held.enter_async_context(self._slot(update.order_id))
                     stream = await held.enter_async_context(self._stream(update, offset=offset))
                     await self._append(update, stream, chunks)
-                # All bytes are there. Outside of the fence: a newer stream can't end this one
+                # All bytes are there. Outside of the fence: a newer stream can't end this stream
                 # between durable and recorded.
                 accepting = asyncio.ensure_future(
                     self._accept(record, update, stream, order.given_in)

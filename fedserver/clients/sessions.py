@@ -171,7 +171,7 @@ class Sessions:
         return self._clock() - self._last_call[self._holders[client_id]]
 
     def num_examples_of(self, client_id: int) -> int:
-        """Return the number of a client's examples; 0 until it registers with one."""
+        """Return the number of a client's examples; 0 until it registers that number."""
         return self._data_sizes.get(client_id, 0)
 
     def has_live_holder(self, client_id: int) -> bool:

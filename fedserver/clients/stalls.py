@@ -168,8 +168,8 @@ def work_of(order: WorkOrder, *, num_examples: float) -> Work:
 def most_credible_examples(sizes: Collection[int]) -> float:
     """Return how many examples a client has at most, as far as an order's time is concerned.
 
-    `sizes` are the numbers that the clients registered, one of each. Fewer than four say nothing of
-    each other.
+    `sizes` are the numbers that the clients registered, one for each client. Fewer than four say
+    nothing of each other.
     """
     if len(sizes) < _MIN_COMPARED:
         return math.inf

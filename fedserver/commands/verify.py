@@ -36,7 +36,7 @@ class VerifySettings(InspectionSettings):
 
 
 def run(argv: list[str]) -> int:
-    """Print what is found and a summary; returns the exit code."""
+    """Print the findings and a summary; return the exit code."""
     settings = parse(VerifySettings, argv)
     num_gaps = 0
     try:

@@ -77,7 +77,7 @@ class GlobalModel:
 
     @property
     def state_digest(self) -> str | None:
-        """The digest of the server state, if there is one."""
+        """The digest of the server state, None if there is no state."""
         return None if self.server_state is None else self.server_state.digest
 
 
@@ -182,7 +182,7 @@ class Checkpoints:
         state_path(self._folder, digest).unlink(missing_ok=True)
 
     def load(self, digest: str, *, state_digest: str | None = None) -> GlobalModel:
-        """Return a model that was written before, once its bytes are found to be those written.
+        """Return a model that was written before, after a check that its bytes are those written.
 
         `state_digest` is that of its server state.
 

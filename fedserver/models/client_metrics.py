@@ -52,7 +52,7 @@ def summarise_clients(
 
 
 def client_evaluation_events(asked: Attempt, evaluation: ClientEvaluation | None) -> list[Event]:
-    """Return the event of the clients' evaluation of a round's base model, if there is one."""
+    """Return the event of the clients' evaluation of a round's base model, or None."""
     if evaluation is None:
         return []
     return [

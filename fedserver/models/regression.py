@@ -9,8 +9,9 @@ A model is bad if
 - it collapsed: it answers one class to nearly everything, though the examples hold others, and a
   model before it was at least half way from there to knowing all.
 
-A run begins with models that know nothing, and a cohort of few classes makes one forget the others
-for a while: neither is a regression, so the rules ask for a fall from what was reached.
+A run begins with models that know nothing, and after a cohort of few classes a model forgets the
+other classes for a while. Neither is a regression, so the rules ask for a fall from what was
+reached.
 """
 
 import math
@@ -79,7 +80,8 @@ def _detect_collapse(
     answer = max(range(len(counts)), key=counts.__getitem__)
     if counts[answer] < _NEARLY_ALL * num_answers:
         return None
-    # What it would be right about that answered nothing else; none of the classes is the last one.
+    # The share that a model is right about that always gives this answer. The last number stands
+    # for no class.
     share = sum(confusion[answer]) / num_answers if answer < len(confusion) else 0.0
     if share == 1 or reached < share + (1 - share) / 2:
         return None

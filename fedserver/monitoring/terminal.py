@@ -81,7 +81,8 @@ class LiveView:
         self._open_orders = open_orders
         self._clock = clock
         self._spent_s = spent_s
-        # Of the rounds done lately; those before the server's start count as one of their mean.
+        # Of the rounds done lately; those before the server's start count as a single round of
+        # their mean.
         self._took_s: deque[float] = deque(
             [spent_s / num_done] if num_done and spent_s else [], maxlen=_NUM_ROUNDS_TIMED
         )

@@ -62,7 +62,7 @@ def _bare_table(*, title: str | None, caption: str | None = None) -> Table:
 
 
 def fact_table(lines: Sequence[tuple[str, str]]) -> Table:
-    """Return a line for each fact, its name before it; long ones fold."""
+    """Return a line for each fact, its name before it; long lines fold."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

@@ -7,7 +7,7 @@
                               band that a cohort's norms must lie in
 
 A function of what is stored of an attempt: the adjustments in force, and the diagnoses that came.
-Each rule takes at most `max_steps` steps without a way back; a round that went well takes one back:
+Each rule takes at most `max_steps` steps in a row; a round that went well takes a step back:
 the rate, the band and the norm to clip at double, until they are the settings' again.
 """
 
@@ -195,7 +195,7 @@ def _lowered(before: Adjustments, factor: float, *, max_steps: int) -> Adjustmen
 
 
 def _released(before: Adjustments, reported: set[Cause]) -> Adjustments:
-    """Take back one step of each adjustment whose cause no client reports any more."""
+    """Take back a step of each adjustment whose cause no client reports any more."""
     after = replace(before, norm_band_factor=min(1.0, 2 * before.norm_band_factor))
     if Cause.LEARNING_RATE not in reported and before.num_lowered:
         factor = min(1.0, 2 * before.lr_factor)

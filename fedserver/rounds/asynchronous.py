@@ -116,7 +116,7 @@ class AsynchronousCollecting:
         return bool(open_orders.list_open()) or not is_anybody_here or self._disk.is_low()
 
     def updates_to_count(self, closed: Attempt) -> int:
-        """See `Collecting`: a buffer of which one update is left is a round."""
+        """See `Collecting`: a single update left in a buffer is enough for a round."""
         return 1
 
     async def carried_over(self, opened: Attempt) -> list[tuple[OpenRound, Sequence[WorkOrder]]]:

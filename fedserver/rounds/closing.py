@@ -69,8 +69,8 @@ class Closer:
         """Close a round that collects: no further update comes in. Returns the closed attempt."""
         carries_over = self._collecting.carries_over
         failpoint(FailPoint.ROUND_CLOSING)
-        # The store closes first: an update whose transaction comes before this one's is in the
-        # round, one that comes after is late (or carried over), whatever memory says meanwhile.
+        # The store closes first: an update whose transaction comes before this transaction is in
+        # the round, a later update is late (or carried over), whatever memory says meanwhile.
         await self._store.rounds.close_round(
             collecting, event_of("round-closed", collecting), carries_over=carries_over
         )
@@ -83,9 +83,9 @@ class Closer:
         """Make the next global model of a closed round, and open the round after it.
 
         Returns the round to go on with, and the model that it begins with: the round after; the
-        same one if its base may be bad; or the attempt as it has failed.
+        same round if its base may be bad; or the failed attempt.
         """
-        # Nothing is to rest on a model that turns out to be bad.
+        # The next round must not rest on a model that turns out to be bad.
         await self._evaluations.done()
         if self._evaluations.is_model_suspect:
             return closed, base
@@ -197,8 +197,8 @@ class Closer:
     ) -> Attempt | None:
         """Record a round as done, and the round after it in the same transaction.
 
-        Returns the round after; None after the last one, or while there are too few clients or too
-        little disk to open it.
+        Returns the round after; None after the last round, or while there are too few clients or
+        too little disk to open it.
         """
         settings = self._context.settings
         decision = await decide_after(

@@ -1,7 +1,7 @@
 """A round collects: it waits for updates until it may close, or has to fail.
 
 How it collects is a policy, chosen once for a run. A synchronous round, here, asks its cohort and
-waits for it. An asynchronous one (fedserver.rounds.asynchronous) fills a buffer.
+waits for it. An asynchronous round (fedserver.rounds.asynchronous) fills a buffer.
 """
 
 import math
@@ -39,7 +39,7 @@ class Collecting(Protocol):
 
     @property
     def carries_over(self) -> bool:
-        """Whether orders that are open when a round closes go on in the next one."""
+        """Whether orders that are open when a round closes go on in the next round."""
 
     @property
     def max_at_work(self) -> int:
@@ -60,7 +60,7 @@ class Collecting(Protocol):
     async def note_finished(
         self, counted: Sequence[StoredUpdate], exclusions: Sequence[Exclusion]
     ) -> None:
-        """Take note that a round is recorded as done, before the next one's orders are made."""
+        """Take note that a round is recorded as done, before the next round's orders are made."""
 
     async def note_failed(self) -> None:
         """Take note that an attempt is recorded as failed."""

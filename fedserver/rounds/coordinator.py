@@ -3,8 +3,7 @@
     open (opening) -> collect (collecting) -> close, aggregate, record as DONE (closing) -> open ...
 
 Each step rests on the phase that the store holds and can be repeated with the same result. The
-transaction that records a round as DONE opens the next one. Evaluation goes on beside the next
-round.
+transaction that records a round as DONE opens the next round. Evaluation goes on beside that round.
 """
 
 import asyncio

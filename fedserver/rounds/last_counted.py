@@ -24,7 +24,7 @@ class LastCounted:
 
     @property
     def order_ids(self) -> Mapping[int, str]:
-        """The id of each client's last order that counts; clients without one are missing."""
+        """The id of each client's last order that counts; clients without it are missing."""
         return self._order_ids
 
     async def read(self) -> None:

@@ -37,8 +37,8 @@ class Events(Tables[D_co]):
     def last_failure(self, connection: Connection, run_id: str) -> tuple[str, RunFailure | None]:
         """Return why the run's last failed attempt failed: a reason in words, and its kind.
 
-        The reason is empty if no attempt has failed. The kind, which clients are told, is None if
-        an earlier version recorded the failure.
+        The reason is empty if no attempt has failed. The kind, which clients get, is None if an
+        earlier version recorded the failure.
         """
         events = schema.events
         fields = connection.execute(

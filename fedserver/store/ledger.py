@@ -122,7 +122,7 @@ def append_entry(
     state_digest: str | None,
     updates: Sequence[LedgerUpdate],
 ) -> None:
-    """Write the entry of a round that is done, chained to the one before."""
+    """Write the entry of a round that is done, chained to the entry before."""
     settings, previous = _settings_and_head(connection, finished.run_id)
     entry = LedgerEntry(
         run_id=finished.run_id,
@@ -141,7 +141,7 @@ def append_entry(
 
 
 def append_rollback(connection: Connection, bad: Attempt) -> None:
-    """Write the entry of a round that is rolled back, chained to the one before."""
+    """Write the entry of a round that is rolled back, chained to the entry before."""
     assert bad.model_digest is not None
     _, previous = _settings_and_head(connection, bad.run_id)
     entry = RollbackEntry(

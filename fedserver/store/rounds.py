@@ -218,7 +218,7 @@ class Rounds(Tables[D_co]):
     ) -> None:
         """Take a DONE round's model back; the round's base model is the global model again.
 
-        `abandoned` is the attempt that was training from the bad model, if there is one.
+        `abandoned` is the attempt that was training from the bad model, None if none was.
         """
         at = events[0].occurred_at
         if abandoned is not None:

@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 
 FIRST_REVISION = "0006"
-"""The schema that databases had before there were migrations; older ones can't be upgraded."""
+"""The schema that databases had before there were migrations; older databases can't be upgraded."""
 
 REVISION = "0011"
 """The newest migration: what its tables are is below (see migrations/__init__.py)."""
@@ -76,7 +76,7 @@ rounds = Table(
     Column("max_delta_norm", Float, nullable=False),
     Column("model_digest", String),
     Column("state_digest", String),
-    # What was changed of the settings for this attempt, and what its end changed for the next one.
+    # How the settings were changed for this attempt, and how its end changed them for the next.
     Column("adjustments", JSON, nullable=False),
     Column("adjustments_after", JSON(none_as_null=True)),
     Column("evaluation", JSON(none_as_null=True)),
@@ -122,8 +122,8 @@ updates = Table(
     "updates",
     metadata,
     Column("order_id", ForeignKey("orders.order_id"), primary_key=True),
-    # The attempt at a round that it came into: its order's, or in an asynchronous run the one that
-    # went on when it came.
+    # The attempt at a round that it came into: its order's, or in an asynchronous run the attempt
+    # that collected when it came.
     Column("round", Integer, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("digest", String, nullable=False),

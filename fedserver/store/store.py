@@ -29,9 +29,9 @@ class Store:
     Raises:
         NotFound: `read_only`, and there is no database.
         StorageUnusable: this user may not open it; even to read, SQLite writes files beside it.
-        WrongSettings: a newer or much older version of this software made the database, or an
-            earlier one and it is opened to write without `upgrades`.
-        StorageDamaged: the file isn't a database, or a damaged one.
+        WrongSettings: a newer or much older version of this software made the database; or an
+            earlier version did, and it is opened to write without `upgrades`.
+        StorageDamaged: the file isn't a database, or is damaged.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False, upgrades: bool = False) -> None:

@@ -54,7 +54,7 @@ class _Method(Generic[P, R]):
 
 
 def reads(method: Callable[Concatenate[Any, Connection, P], R]) -> _Method[P, R]:
-    """Let a method see one state of the database from its first read to its last.
+    """Let a method see the same state of the database from its first read to its last.
 
     It raises StorageDamaged where the file can't be read or holds a value that nobody writes.
     """

@@ -32,7 +32,7 @@ def upgrade_in_place(path: Path) -> None:
     """Upgrade a database of an earlier version, after a copy of it is written beside it.
 
     Nobody else writes to the database meanwhile. It is one transaction: a process that is killed
-    leaves the old version, or the new one.
+    leaves the old version, or the new version.
 
     Raises:
         StorageDamaged: rows refer to rows that aren't there; nothing was changed.
@@ -49,8 +49,9 @@ def upgraded_copy(path: Path, folder: Path) -> Path:
 
 
 def _migrate(path: Path, *, keeps_copy: bool) -> None:
-    """Bring a database of any known revision, or an empty one, to today's schema."""
-    # Foreign keys would forbid the batch operations, which make a table anew and drop the old one.
+    """Bring a database of any known revision, or an empty database, to today's schema."""
+    # Foreign keys would forbid the batch operations, which make a table anew and drop the old
+    # table.
     engine = open_engine(path, read_only=False, checks_references=False)
     try:
         with engine.begin() as connection:

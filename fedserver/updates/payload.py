@@ -35,7 +35,7 @@ def update_file(
 
     Raises:
         InvalidInput: the bytes aren't those sections, the model's isn't what `compression` makes of
-            one, or a header is far longer than the model's.
+            a model, or a header is far longer than the model's.
     """
     # Under compression a tensor may become two, with longer names.
     max_header_bytes = 3 * len(base.layout.header) + HEADER_SLACK_BYTES

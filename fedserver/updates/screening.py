@@ -23,10 +23,10 @@ An update is excluded if its norm is beyond all of these:
 - one percent of the norm of the global model: what moves it by less harms nothing.
 
 The width grows where a median rests on few updates: times 2 with three of them, 1.3 with ten, 1.03
-with a hundred. Fewer than three other clients give no median, and one of 0 is no measure. So with
-three clients or fewer nobody is ever excluded, and with four or more an update that is too long is,
-as long as more than half of the others are honest. A client that registers more examples than it
-has gains MAX_GROWTH at most.
+with a hundred. Fewer than three other clients give no median, and a median of 0 is no measure. So
+with three clients or fewer nobody is ever excluded, and with four or more an update that is too
+long is, as long as more than half of the others are honest. A client that registers more examples
+than it has gains MAX_GROWTH at most.
 
 Everything here is a function of what is recorded, so that a server that is started again judges
 the same.
@@ -47,7 +47,7 @@ from fedserver.records import Attempt, Exclusion, Refusal, StoredUpdate
 from fedserver.settings import ServerSettings
 
 MIN_OTHERS = 3
-"""A median of fewer than three clients may be a bad one's own value."""
+"""A median of fewer than three clients may be a bad client's own value."""
 
 NUM_ROUNDS_COMPARED = 5
 """How many of the last rounds a round is compared with; more where an order was given earlier."""
@@ -144,19 +144,19 @@ def _exclusion(closed: Attempt, outlier: Outlier) -> Exclusion:
 
 
 def compared_rounds(round_number: int, updates: Sequence[StoredUpdate]) -> list[int]:
-    """Return the rounds before one that its updates are compared with."""
+    """Return the earlier rounds that a round's updates are compared with."""
     recent = recent_rounds(round_number, updates)
     return sorted({*recent, *landmark_rounds(round_number)})
 
 
 def recent_rounds(round_number: int, updates: Sequence[StoredUpdate]) -> range:
-    """Return the last rounds before one, back to that in which its oldest order was given."""
+    """Return the last rounds before a round, back to that in which its oldest order was given."""
     oldest = max((update.staleness for update in updates), default=0)
     return range(max(1, round_number - max(NUM_ROUNDS_COMPARED, oldest)), round_number)
 
 
 def landmark_rounds(round_number: int) -> list[int]:
-    """Return the rounds before one whose numbers are powers of two."""
+    """Return the rounds before a round whose numbers are powers of two."""
     return [2**power for power in range((round_number - 1).bit_length())]
 
 

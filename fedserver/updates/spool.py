@@ -135,8 +135,8 @@ class Spool:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._streams: dict[Path, UpdateStream] = {}
-        # The file that the newest stream of an order left unfinished; none once one of the order's
-        # files may be durable: what others leave behind from then on goes with them.
+        # The file that the newest stream of an order left unfinished. None once a file of the order
+        # may be durable: files that later streams leave unfinished are deleted with their stream.
         self._unfinished: dict[str, Path] = {}
         self._durable: dict[str, set[Path]] = {}
         self._lock = threading.Lock()
@@ -189,7 +189,7 @@ class Spool:
                     self._leave_unfinished(order_id, stream)
 
     def _leave_unfinished(self, order_id: str, stream: UpdateStream) -> None:
-        """Keep this file as the order's unfinished file, if it needs one; the lock is held."""
+        """Keep this file as the order's unfinished file if it needs that; the lock is held."""
         if stream.is_whole:
             return
         path = stream.path

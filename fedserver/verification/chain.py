@@ -1,8 +1,8 @@
 """Whether the ledger is a whole chain, and whether the tables still say what it says.
 
 Each finding is a sentence that names the round and the thing. A round's entry counts as whole if
-its bytes are those of its digest and it stands in its own place; only whole ones are compared with
-the tables.
+its bytes are those of its digest and it stands in its own place. Only whole entries are compared
+with the tables.
 """
 
 from collections.abc import Collection, Iterator, Mapping

@@ -178,7 +178,7 @@ def known_blobs(
         elif kind is BlobKind.STATE:
             paths = [state_path(state_dir / "models", digest)]
         else:
-            # In this order, since a server may be moving it from the one to the other.
+            # In this order, since a server may be moving it from the spool to the quarantine.
             paths = [
                 update_path(state_dir / folder, name, digest) for folder in ("spool", "quarantine")
             ]
