@@ -1,4 +1,4 @@
-"""Fail points, where a test can kill or halt this process; off unless the environment arms one.
+"""Fail points, where a test can kill or halt this process; off unless the environment arms a point.
 
 `FED_FAIL_POINT=round-closed:kill:2` ends the process, as kill -9 does, the second time it reaches
 that fail point; `halt` stops it (SIGSTOP) until a SIGCONT.

@@ -18,7 +18,7 @@ def median_and_deviation(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
     """Return the median and the robust standard deviation of magnitudes, float [n], as scalars.
 
     The deviation is 1.4826 times the median absolute deviation, and at least a tenth of the median:
-    magnitudes that are nearly all the same make no outlier of a slightly larger one.
+    magnitudes that are nearly all the same make no outlier of a slightly larger magnitude.
     """
     median = magnitudes.median()
     deviation = _NORMAL_PER_MAD * (magnitudes - median).abs().median()

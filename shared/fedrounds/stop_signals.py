@@ -176,7 +176,7 @@ def _hide_lost_signals() -> None:
 def _terminate_children() -> None:
     """Terminate the processes that multiprocessing has started here.
 
-    The interpreter's exit does so with daemonic ones only, and waits for all others.
+    The interpreter's exit does so with daemonic processes only, and waits for all others.
     """
     for child in multiprocessing.active_children():
         child.terminate()

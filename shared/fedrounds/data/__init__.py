@@ -1,4 +1,4 @@
-"""Data sets, and the ways to cut one into the private shares of many clients."""
+"""Data sets, and the ways to cut a data set into the private shares of many clients."""
 
 from pathlib import Path
 

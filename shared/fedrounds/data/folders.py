@@ -1,4 +1,4 @@
-"""The folders and files of the user's own data; a missing one is refused with a sentence."""
+"""The folders and files of the user's own data; what is missing is refused with a sentence."""
 
 import os
 import stat

@@ -44,7 +44,7 @@ class NumberedLoader(DataLoader[tuple[Tensor, ...]]):
             super().__init__(dataset, sampler=batches, batch_size=None, generator=generator)
         else:
             super().__init__(dataset, batch_sampler=batches, generator=generator)
-        # A private attribute: DataLoader forbids setting some of its public ones later.
+        # A private attribute: DataLoader forbids setting some of its public attributes later.
         self._numbered = batches
 
     @property

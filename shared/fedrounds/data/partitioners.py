@@ -4,8 +4,8 @@ Each client computes the whole partition and keeps its own share, so that client
 each other. A partition depends only on (labels, scheme, num_partitions, seed, parameters). Each
 index is in exactly one share, shares are sorted, and none is empty.
 
-A scheme is a function `(labels, num_partitions, rng, *, its own parameters) -> shares`; adding
-one is adding it to PARTITIONERS. A scheme needn't sort its shares or look for empty shares.
+A scheme is a function `(labels, num_partitions, rng, *, its own parameters) -> shares`; add
+it to PARTITIONERS. A scheme needn't sort its shares or look for empty shares.
 """
 
 import inspect
@@ -95,7 +95,7 @@ def split_shards(
     Raises:
         InvalidInput: more shards in all than there are examples.
     """
-    # The number may be a server's: each shard takes memory, an empty one too.
+    # The number may be a server's: each shard takes memory, an empty shard too.
     if num_partitions * shards_per_client > len(labels):
         raise InvalidInput(
             f"{num_partitions} partitions of shards_per_client={shards_per_client} are more shards "
@@ -167,7 +167,7 @@ def split_dirichlet(
     classes, counts = np.unique(labels, return_counts=True)
     stock = [rng.permutation(np.flatnonzero(labels == label)) for label in classes]
     left = counts.copy()
-    # The clients come in random order, or the last ones would always be those with leftovers.
+    # The clients come in random order, or the last clients would always be those with leftovers.
     shares: list[Indices] = [np.empty(0, np.int64)] * num_partitions
     sizes = _even_sizes(len(labels), num_partitions)
     for client in rng.permutation(num_partitions):

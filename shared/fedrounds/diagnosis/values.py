@@ -264,7 +264,7 @@ class Diagnosis:
 
     def without_samples(self) -> "Diagnosis":
         """Return the same without positions and indices of samples: these may be private."""
-        # The first index of a tensor that holds samples says which one, too.
+        # The first index of a tensor that holds samples names the sample, too.
         return replace(self, samples=(), origin=replace(self.origin, first_index=()))
 
 

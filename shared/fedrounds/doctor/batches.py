@@ -51,7 +51,7 @@ def batch_size(batch: Batch) -> int:
 def take(batch: Batch, positions: Sequence[int]) -> Batch:
     """Return the samples at these positions; what has no samples stays as it is.
 
-    A list of as many strings as there are samples has one for each.
+    A list of as many strings as there are samples holds a string for each.
     """
     num = batch_size(batch)
     if (lists := _lists_of_samples(batch)) is not None:
@@ -99,7 +99,7 @@ def _lists_of_samples(batch: Batch) -> list[Sequence[Any]] | None:
 
 
 IGNORED_LABEL = -100
-"""What torch's losses leave out unless told otherwise (ignore_index): not out of range."""
+"""The label that torch's losses leave out by default (ignore_index): not out of range."""
 
 
 def are_out_of_range(

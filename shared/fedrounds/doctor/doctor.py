@@ -73,7 +73,7 @@ class Doctor:
         compute_loss: (model, batch) to the loss, to (loss, outputs [n, classes, ...]), or to a
             dictionary or an object with `loss` and `logits`; it may be called again and again and
             depends on nothing but its arguments and torch's generators.
-        scheduler: stepped after every optimizer step; step one that needs a metric yourself.
+        scheduler: stepped after every optimizer step. If it needs a metric, step it yourself.
         settings: what may be done.
         clip_norm: the training's own largest global L2 norm of a gradient.
         scaler: of the loss, for float16; steps that it leaves out are no fault.
@@ -463,7 +463,7 @@ class Doctor:
         return (*sizes, *(parameter.requires_grad for parameter in self._parameters))
 
     def _begin_anew(self, *, after: int) -> None:
-        """Forget the steps until `after`: from here on the training is another one."""
+        """Forget the steps until `after`: from here on the training is a new one."""
         model = self._session.training.model
         self._parameters = list(model.parameters())
         self._structure = self._structure_now()

@@ -89,7 +89,7 @@ class Evidence:
             self.failed = self.bad
 
     def has_spoilt(self, trajectory: Trajectory) -> bool:
-        """Whether a gradient far beyond the usual ones has undone a part of what was learned."""
+        """Whether a gradient far beyond the usual norm has undone a part of what was learned."""
         usual, norm = self.case.usual_norm, trajectory.steps[-1].outcome.grad_norm
         if usual is None or norm is None or not norm > _SPIKE * usual:
             return False

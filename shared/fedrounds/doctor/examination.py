@@ -391,7 +391,7 @@ def _look_at_start(evidence: Evidence) -> Cause | None:
     is_initial = evidence.case.is_initial
     is_unusual = bool(unusual_entries(evidence.training.model, start, fresh, is_initial=is_initial))
     is_sane = has_odd_optimizer_state(start, largest_norm=1.0) or evidence.replay.is_sane()
-    # A trained model's weights may be large and good; a broken one shows at once.
+    # A trained model's weights may be large and good; a broken model shows at once.
     is_late = not is_initial and evidence.bad.step > _AT_ONCE
     if is_sane and (is_late or not is_unusual):
         return None
@@ -467,7 +467,7 @@ def _look_at_draw(evidence: Evidence) -> Cause | None:
 
 
 def _look_at_statistics(evidence: Evidence) -> Cause | None:
-    """Look whether a module isn't defined for this batch as a whole, and is for a larger one.
+    """Look whether a module isn't defined for this batch as a whole, and is for a larger batch.
 
     The deviation of a column that is constant by chance is 0. No part of the batch is to blame, and
     the model was well.

@@ -318,14 +318,14 @@ class StepHistory:
     def pace(self, *, copy_s: float, step_s: float) -> None:
         """Keep large states so seldom that copying them takes a small share of the time.
 
-        Small ones are kept every eight steps whatever the clock says, so that a run repeats.
+        Small states are kept every eight steps whatever the clock says, so that a run repeats.
         """
         if step_s > 0 and self.snapshots and self.snapshots[-1].num_bytes > _LARGE_STATE:
             steps = math.ceil(copy_s / (_COPY_SHARE * step_s))
             self._interval = min(max(steps, INTERVAL), _LONGEST_INTERVAL)
 
     def pin(self, snapshot: Snapshot | None) -> None:
-        """Keep this state, which is among the kept ones, whatever its age; None: no state."""
+        """Keep this state, one of `snapshots`, whatever its age; None: no state."""
         self._pinned = snapshot
 
     def has_pinned(self) -> bool:

@@ -14,7 +14,7 @@ class StepReport(NamedTuple):
 
     `grad_norm` is the global L2 norm before clipping, None where it wasn't measured; `lr` the rate
     in force, `outputs` what `compute_loss` gave beside the loss, `targets` the last tensor of what
-    was learned from, `labels` its tensor of labels, if it has one (see
+    was learned from, `labels` its tensor of labels, None without labels (see
     `fedrounds.doctor.batches.labels_among`). Where nothing of the batch was left to learn from,
     `batch_size` is 0 and the loss nan.
     """

@@ -142,7 +142,7 @@ def failing_samples(
     without them. Where only a combination fails, it is a set that was seen to fail and none of
     whose parts was. Where a single sample can't be judged (BatchNorm refuses it), each is judged
     beside samples that go well. A set that looks odd is asked first and costs two or three calls,
-    one hidden sample of 32 about ten.
+    a single hidden sample of 32 about ten.
 
     Args:
         batch: fails as a whole.
@@ -198,7 +198,7 @@ def _find(search: _Search, count: int, odd: Sequence[int]) -> set[int]:
 
 
 def _split(search: _Search, order: Sequence[int]) -> tuple[list[int], list[int]] | None:
-    """Return (samples among which bad ones are, samples that go well together).
+    """Return (samples that hold the bad samples, samples that go well together).
 
     The second is empty where only a combination can be at fault; None if everything fails.
     `order` has the oddest first.

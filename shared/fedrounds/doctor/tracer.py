@@ -1,6 +1,6 @@
 """Every torch operation of a step, and where the non-finite values among its results come from.
 
-Each non-finite tensor is traced to the operation that made such a value of finite ones. What dies
+Each non-finite tensor is traced to the operation that made it of finite values. What dies
 on the way (a mask of -inf under a softmax, a logarithm that `where` leaves out) leaves no trace in
 what is made of it, because every result is looked at anew.
 """
@@ -45,7 +45,7 @@ class Rank(IntEnum):
 
 @dataclass(frozen=True, order=True)
 class Production:
-    """An operation that made a non-finite value of finite ones; earlier operations come first."""
+    """An operation that made a non-finite value of finite values; earlier operations come first."""
 
     rank: Rank
     number: int

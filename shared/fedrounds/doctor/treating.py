@@ -105,7 +105,7 @@ class Treatments:
         return symptom in self._dismissed
 
     def begin_anew(self) -> None:
-        """Forget what was being watched or eased: from here on the training is another one."""
+        """Forget what was being watched or eased: from here on the training is a new one."""
         self.suspicion = None
         self.release.stop()
 

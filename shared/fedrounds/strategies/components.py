@@ -90,9 +90,9 @@ class WeightedAggregator:
 class RobustAggregator:
     """An aggregator that gives every update the same weight: `select` some, then `reduce` them.
 
-    If `select` is None, all updates stay as they are. If more than one is left, `reduce` makes one
-    of them. `reduce` always applies to the float buffers of all updates. It needs `min_updates`
-    updates.
+    If `select` is None, all updates stay as they are. If several are left, `reduce` makes a single
+    update of them. `reduce` always applies to the float buffers of all updates. It needs
+    `min_updates` updates.
     """
 
     reduce: Reduction

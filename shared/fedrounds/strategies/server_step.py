@@ -56,7 +56,7 @@ def next_blocks(
     Each entry becomes what its kind says (see fedrounds.tensors.entries). The strategy aggregates
     parameters and, once they are bounded, entries of kind MEAN (see fedrounds.strategies.buffers);
     the server optimizer then moves parameters only. Tied entries stay equal. Updates without
-    examples don't count; if none counts, the aggregate is the base. `server_state` is the one that
+    examples don't count; if none counts, the aggregate is the base. `server_state` is what
     the step before left, None at the beginning. `on_bounded` is called for each bounded entry of an
     update, before this function returns.
 

@@ -171,7 +171,7 @@ def train_model(
 
     Args:
         model: moved to `device` and left there, in training mode.
-        dataloader: iterated once an epoch; `fedrounds.data.make_loader` makes one. If it has
+        dataloader: iterated once an epoch; `fedrounds.data.make_loader` makes it. If it has
             `newest_indices`, diagnoses name examples by them.
         epochs: number of passes, at least 1.
         lr: step size, above 0, before the schedule.
