@@ -102,7 +102,7 @@ class FaultyWire:
         assert is_held, f"{self.passed_bytes(way)} of {self._faults[way][0]} bytes went {way.name}"
 
     def wait_until_struck(self, way: Way, timeout_s: float = GENEROUS_S) -> None:
-        """Return once the cut or the flip has happened."""
+        """Return once the cut or the flip has struck."""
         with self._changed:
             has_struck = self._changed.wait_for(lambda: way not in self._faults, timeout_s)
         assert has_struck, f"{self.passed_bytes(way)} of {self._faults[way][0]} bytes {way.name}"

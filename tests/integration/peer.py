@@ -124,7 +124,7 @@ class Peer:
         return SlowUpload(self, order, payload, self.header(order, payload, **changes))
 
     def stream_in_line(self, order: pb.WorkOrder, payload: bytes) -> "SlowUpload":
-        """Begin an upload that the server has seen by now, whether it has a place for it or not."""
+        """Begin an upload that the server has seen by now, whether it has a slot for it or not."""
         pair = [self.stream(order, payload) for _ in range(2)]
         # The newer one ends the older one, whichever of them came first.
         wait_until(lambda: any(upload.is_done for upload in pair), what="the older stream to end")

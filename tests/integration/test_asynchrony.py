@@ -105,7 +105,7 @@ def test_a_slow_clients_update_counts_later_and_once_through_a_kill(scene: Scene
 
 
 def expect_formula(first: State, base: State, made: Mapping[str, torch.Tensor]) -> None:
-    """Hold a model against algorithm 1 for 30 examples two rounds old and 10 fresh ones."""
+    """Hold a model against algorithm 1 for 30 examples two rounds old and 10 fresh examples."""
     weight = 1 / 3**0.5
     old, new = changed(first, 0.3), changed(base, -0.1)
     for name, kind in KINDS.items():

@@ -54,7 +54,7 @@ def test_what_is_no_digest_never_becomes_a_path(opened: OpenRound, digest: str) 
 
 
 def test_a_download_of_which_nothing_is_taken_ends_with_a_sentence(scene: Scene) -> None:
-    """Its place is given to others, with a status: it doesn't wait for the rest for ever."""
+    """Its slot is given to others, with a status: it doesn't wait for the rest for ever."""
     flags = ("--stall-after", 1, "--first-step", 1)
     server = scene.server("--task", BIG, "--rounds", 9, "--min-clients", 1, *flags)
     peer, idle = Peer(server.address, 0), Peer(server.address, 0, num_examples=0)

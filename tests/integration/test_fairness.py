@@ -25,10 +25,10 @@ HALF = 1000
 """Bytes; the tiny model has some 2,000."""
 
 NUM_UPLOADS = 16
-"""How many places the server has for uploads."""
+"""How many slots the server has for uploads."""
 
 NUM_DOWNLOADS = 32
-"""How many places it has for downloads."""
+"""How many slots it has for downloads."""
 
 
 def test_all_streams_of_one_order_hold_one_slot(opened: OpenRound) -> None:
@@ -136,7 +136,7 @@ def begin_downloads(peer: Peer, digest: str, *session_ids: str) -> Sequence[Down
         for session_id in session_ids
     ]
     for call in calls:
-        # It comes before the place is asked for.
+        # It comes before the slot is asked for.
         call.initial_metadata()
     return calls
 
@@ -152,7 +152,7 @@ def status_of(download: Download) -> grpc.StatusCode:
 
 
 def test_a_session_has_two_downloads_at_a_time(scene: Scene) -> None:
-    """A third ends the first; however many it begins, there are places for others."""
+    """A third ends the first; however many it begins, there are slots for others."""
     server = scene.server(
         *("--task", BIG, "--rounds", 9, "--min-clients", 2),
         *("--stall-after", 3600, "--lease", 3600),
@@ -171,7 +171,7 @@ def test_a_session_has_two_downloads_at_a_time(scene: Scene) -> None:
 
 
 def test_a_client_that_waits_for_its_download_to_begin_is_not_late(scene: Scene) -> None:
-    """Two times after each other all places are taken, each time for as long as patience lasts."""
+    """Two times after each other all slots are taken, each time for as long as patience lasts."""
     server = scene.server(
         *("--task", BIG, "--rounds", 9, "--min-clients", 2),
         *("--min-updates", 1, "--stall-after", 2, "--lease", 3600),

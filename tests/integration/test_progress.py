@@ -165,7 +165,7 @@ def test_an_order_nobody_pulled_yet_has_no_stall_clock(
 
 
 class Holding:
-    """Client 0's upload, which holds the only place: its file is a pipe, which doesn't open."""
+    """Client 0's upload, which holds the only slot: its file is a pipe, which doesn't open."""
 
     def __init__(self, opened: OpenRound, folder: Path) -> None:
         self._peer, self._order = peer, order = opened.peers[0], opened.orders[0]
@@ -177,7 +177,7 @@ class Holding:
         self._pipe = folder / f"server/spool/{order.order_id}.{digest_bytes(piped)}"
         os.mkfifo(self._pipe)
         self._stream = peer.stream(order, piped)
-        # The older one had the place, and the newer one, which ended it, was the next in line.
+        # The older stream had the slot, and the newer stream, which ended it, was the next in line.
         expect_status(grpc.StatusCode.ABORTED, before.result, match="a newer upload")
 
     def stay(self) -> None:
@@ -194,7 +194,7 @@ class Holding:
 
 @pytest.fixture
 def holding(hurried: OpenRound, module_scene: Scene) -> Iterator[Holding]:
-    """Give the upload that holds the only place; it has let go of it afterwards."""
+    """Give the upload that holds the only slot; it has freed it afterwards."""
     held = Holding(hurried, module_scene.folder)
     yield held
     held.let_go()
@@ -222,7 +222,7 @@ def queued(hurried: OpenRound, holding: Holding, impatient: Server) -> SlowUploa
 def test_a_client_that_waits_for_the_server_to_take_its_upload_is_not_late(
     hurried: OpenRound, queued: SlowUpload
 ) -> None:
-    """With every place taken, a stream that queues isn't blamed for what the server can't do."""
+    """With every slot taken, a stream that queues isn't blamed for what the server can't do."""
     assert not queued.is_done
     assert hurried.peers[1].report(hurried.orders[1]) == pb.DIRECTIVE_CONTINUE
 
@@ -230,7 +230,7 @@ def test_a_client_that_waits_for_the_server_to_take_its_upload_is_not_late(
 def test_an_upload_that_waits_for_its_slot_ends_with_its_order(
     hurried: OpenRound, queued: SlowUpload
 ) -> None:
-    """The place isn't free yet, but there is nothing left to wait for."""
+    """The slot isn't free yet, but there is nothing left to wait for."""
     assert hurried.peers[1].report(hurried.orders[1], gave_up=True) == pb.DIRECTIVE_ABANDON
     assert queued.result().receipt == pb.RECEIPT_LATE
 
@@ -339,7 +339,7 @@ def test_a_client_that_vanishes_before_it_pulls_is_lost_and_its_id_is_free(
 
 
 def test_an_incident_reported_twice_is_kept_once(opened: OpenRound, history: History) -> None:
-    """A repeated report is told from a new incident by its number; NaN survives as a word."""
+    """A repeated report differs from a new incident by its number; NaN stays a word."""
     peer, order = opened.peers[0], opened.orders[0]
     seen = pb.Incident(
         sequence=1,

@@ -90,7 +90,7 @@ def test_bytes_that_are_no_message_are_an_invalid_argument(
 def test_garbage_in_the_middle_of_an_upload_is_an_invalid_argument(
     opened: OpenRound, channel: grpc.Channel, garbage: bytes
 ) -> None:
-    """Chunks are read by hand, not by protobuf; malformed ones are still told from good ones."""
+    """Chunks are read by hand, not by protobuf; malformed chunks are still refused."""
     peer, order = opened.peers[0], opened.orders[0]
     header = peer.header(order, b"x" * 500).SerializeToString()
     expect_status(

@@ -50,14 +50,14 @@ def count_twice(history: History, *, is_asynchronous: bool = False) -> int:
     In an asynchronous run a fast client may fill a buffer by itself, each time with another order.
     """
     orders: Counter[str] = Counter()
-    places: Counter[tuple[int, int]] = Counter()
+    clients: Counter[tuple[int, int]] = Counter()
     for entry in history:
         for order in entry["orders"]:
             # What was counted in a model that was taken back may count in its replacement.
             if order["state"] == "COUNTED" and entry["phase"] != "ROLLED_BACK":
                 orders[order["order_id"]] += 1
-                places[entry["round"], order["client"]] += 1
-    judged = (orders,) if is_asynchronous else (orders, places)
+                clients[entry["round"], order["client"]] += 1
+    judged = (orders,) if is_asynchronous else (orders, clients)
     return max(sum(count - 1 for count in counts.values()) for counts in judged)
 
 

@@ -18,7 +18,7 @@ from tests.tiers import FULL
 NUM_ROUNDS = 6
 BUFFER_SIZE = 2
 VICTIM = 1
-SERVER_PLACES = {
+SERVER_FAIL_POINTS = {
     FailPoint.UPDATE_DURABLE: 3,
     FailPoint.UPDATE_RECORDED: 3,
     FailPoint.ROUND_CLOSING: 2,
@@ -27,7 +27,7 @@ SERVER_PLACES = {
     FailPoint.ROUND_DONE: 2,
 }
 """How often the server comes by until it is struck: in the second buffer."""
-CLIENT_PLACES = (
+CLIENT_FAIL_POINTS = (
     FailPoint.ORDER_PULLED,
     FailPoint.TRAINED,
     FailPoint.UPDATE_KEPT,
@@ -66,14 +66,14 @@ def expect_whole_run(scene: Scene) -> None:
             id=str(fail_point),
             marks=() if fail_point is FailPoint.UPDATE_RECORDED else FULL,
         )
-        for fail_point in SERVER_PLACES
+        for fail_point in SERVER_FAIL_POINTS
     ],
 )
 def test_an_asynchronous_server_killed_at(scene: Scene, fail_point: FailPoint) -> None:
     """Started again with the same command it goes on with the buffer it had."""
     flags = run_flags(fixed_port())
     server = start_server(
-        scene, *flags, **{VARIABLE: f"{fail_point}:kill:{SERVER_PLACES[fail_point]}"}
+        scene, *flags, **{VARIABLE: f"{fail_point}:kill:{SERVER_FAIL_POINTS[fail_point]}"}
     )
     clients = [start_client(scene, client_id, server.address) for client_id in CLIENTS]
     assert server.wait() == -signal.SIGKILL
@@ -92,7 +92,7 @@ def test_an_asynchronous_server_killed_at(scene: Scene, fail_point: FailPoint) -
 
 
 @FULL
-@pytest.mark.parametrize("fail_point", CLIENT_PLACES)
+@pytest.mark.parametrize("fail_point", CLIENT_FAIL_POINTS)
 def test_a_client_of_an_asynchronous_run_killed_at(scene: Scene, fail_point: FailPoint) -> None:
     """Nobody waits for it; back again, it delivers the order it had, once."""
     server = start_server(scene, *run_flags(0))

@@ -19,7 +19,7 @@ from tests.integration.peer import OpenRound, Peer, State, changed, open_round, 
 from tests.processes import Scene, Server, fixed_port, wait_until
 from tests.tiers import FULL
 
-BAD_MODEL_PLACES = {
+BAD_MODEL_FAIL_POINTS = {
     FailPoint.EVALUATED: 2,
     FailPoint.ALARM_RECORDED: 1,
     FailPoint.ROLLED_BACK: 1,
@@ -45,7 +45,7 @@ class Striking:
             *("--port", fixed_port(), "--rounds", 3, "--min-clients", len(CLIENTS)),
             *("--require-all", "--lr", LR, "--keep-updates", "all"),
         )
-        armed = {VARIABLE: f"{fail_point}:{action}:{BAD_MODEL_PLACES[fail_point]}"}
+        armed = {VARIABLE: f"{fail_point}:{action}:{BAD_MODEL_FAIL_POINTS[fail_point]}"}
         self.server: Server = start_server(scene, *self._flags, **armed)
         self.peers = self._connect()
 
@@ -94,7 +94,7 @@ def poisoned(base: State) -> State:
 
 
 def cases(action: str) -> list[object]:
-    """Return the places, those that plain `pytest` leaves out marked so."""
+    """Return the fail points, those that plain `pytest` leaves out marked so."""
     return [
         pytest.param(
             action,
@@ -102,7 +102,7 @@ def cases(action: str) -> list[object]:
             id=f"{fail_point}-{action}",
             marks=() if (action, fail_point) in QUICK else FULL,
         )
-        for fail_point in BAD_MODEL_PLACES
+        for fail_point in BAD_MODEL_FAIL_POINTS
     ]
 
 

@@ -14,7 +14,7 @@ import pytest
 from fedrounds.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS, Undisturbed, run_flags
 from tests.acceptance.faults.aftermath import conclude, expect_same_models, now
-from tests.acceptance.faults.test_fail_points import SERVER_PLACES
+from tests.acceptance.faults.test_fail_points import SERVER_FAIL_POINTS
 from tests.acceptance.federation import BIG, expect_clean_exits, start_client, start_server
 from tests.processes import Process, Scene, fixed_port, wait_until
 from tests.tiers import FULL
@@ -23,7 +23,7 @@ DISK_BYTES = 300 << 20
 MIB = 1 << 20
 NO_ROOM = "no room to write in|out of disk space|disk-full"
 
-CLIENT_PLACES = [FailPoint.ORDER_PULLED, FailPoint.MODEL_FETCHED, FailPoint.TRAINED]
+CLIENT_FAIL_POINTS = [FailPoint.ORDER_PULLED, FailPoint.MODEL_FETCHED, FailPoint.TRAINED]
 """After these a client writes."""
 
 pytestmark = FULL
@@ -65,7 +65,7 @@ def small_disk(scene: Scene, request: pytest.FixtureRequest) -> Iterator[SmallDi
 
 
 def fill_at(fail_point: FailPoint, process: Process, disk: SmallDisk) -> None:
-    """Fill the disk of a process that is armed to halt at a place; returns when it says so."""
+    """Fill the disk of a process that is armed to halt at a fail point; returns when it says so."""
     wait_until(lambda: process.is_halted, what=f"{process.name} to be halted at {fail_point}")
     disk.fill()
     process.signal(signal.SIGCONT)
@@ -73,7 +73,7 @@ def fill_at(fail_point: FailPoint, process: Process, disk: SmallDisk) -> None:
 
 
 @pytest.mark.parametrize("small_disk", ["server"], indirect=True)
-@pytest.mark.parametrize("fail_point", SERVER_PLACES)
+@pytest.mark.parametrize("fail_point", SERVER_FAIL_POINTS)
 def test_the_servers_disk_is_full_from(
     scene: Scene, small_disk: SmallDisk, fail_point: FailPoint, undisturbed: Undisturbed
 ) -> None:
@@ -98,7 +98,7 @@ def test_the_servers_disk_is_full_from(
 
 
 @pytest.mark.parametrize("small_disk", ["client-0"], indirect=True)
-@pytest.mark.parametrize("fail_point", CLIENT_PLACES)
+@pytest.mark.parametrize("fail_point", CLIENT_FAIL_POINTS)
 def test_a_clients_disk_is_full_from(
     scene: Scene, small_disk: SmallDisk, fail_point: FailPoint, undisturbed: Undisturbed
 ) -> None:

@@ -1,8 +1,8 @@
 """Kill -9 and SIGSTOP of either side at every fail point of the data's path.
 
-The environment arms the place in one process; nothing else knows that a fault is coming. Each test
-shows from outside that the fault struck where it was meant to, then starts the same command again
-(or sends SIGCONT), and compares every model with those of the run nobody disturbed.
+The environment arms the fail point in one process; nothing else knows that a fault is coming. Each
+test shows from outside that the fault struck where it was meant to, then starts the same command
+again (or sends SIGCONT), and compares every model with those of the undisturbed run.
 """
 
 import signal
@@ -15,8 +15,8 @@ import pytest
 from fedrounds.failpoints import VARIABLE, FailPoint
 from tests.acceptance.conftest import CLIENTS, NUM_ROUNDS, Undisturbed, run_flags
 from tests.acceptance.faults.aftermath import conclude, expect_same_models, now
-from tests.acceptance.faults.test_bad_models import BAD_MODEL_PLACES
-from tests.acceptance.faults.test_other_ends import OTHER_PLACES
+from tests.acceptance.faults.test_bad_models import BAD_MODEL_FAIL_POINTS
+from tests.acceptance.faults.test_other_ends import OTHER_FAIL_POINTS
 from tests.acceptance.federation import (
     TINY,
     expect_clean_exits,
@@ -30,7 +30,7 @@ from tests.tiers import FULL
 
 VICTIM = 1
 
-SERVER_PLACES = {
+SERVER_FAIL_POINTS = {
     FailPoint.ROUND_OPENED: (1, 1, "COLLECTING"),
     FailPoint.UPDATE_DURABLE: (5, 2, "COLLECTING"),
     FailPoint.UPDATE_RECORDED: (5, 2, "COLLECTING"),
@@ -43,9 +43,9 @@ SERVER_PLACES = {
 }
 """How often the server comes by until the fault strikes, and where the run then stands: the round
 that began last and its phase. Three clients deliver in each round; the first round alone is opened
-by itself, the others in the transaction that ends the one before."""
+by itself, the others in the transaction that ends the round before."""
 
-CLIENT_PLACES = {
+CLIENT_FAIL_POINTS = {
     FailPoint.ORDER_PULLED: ("OPEN",),
     FailPoint.MODEL_FETCHED: ("OPEN",),
     FailPoint.TRAINED: ("OPEN",),
@@ -58,7 +58,7 @@ QUICK = {("kill", FailPoint.ROUND_CLOSED), ("halt", FailPoint.TRAINED)}
 """What plain `pytest` runs."""
 
 
-def places(action: str, among: dict[FailPoint, Any]) -> list[Any]:
+def cases(action: str, among: dict[FailPoint, Any]) -> list[Any]:
     """Return the parameters of a test: quick cases, and the rest with the whole suite's mark."""
     return [
         pytest.param(
@@ -71,7 +71,13 @@ def places(action: str, among: dict[FailPoint, Any]) -> list[Any]:
 def test_every_fail_point_is_struck_on_one_side() -> None:
     """A new fail point comes with its row here."""
     in_test_upgrades = FailPoint.UPGRADE_MADE
-    struck = {in_test_upgrades, *SERVER_PLACES, *CLIENT_PLACES, *OTHER_PLACES, *BAD_MODEL_PLACES}
+    struck = {
+        in_test_upgrades,
+        *SERVER_FAIL_POINTS,
+        *CLIENT_FAIL_POINTS,
+        *OTHER_FAIL_POINTS,
+        *BAD_MODEL_FAIL_POINTS,
+    }
     assert struck == set(FailPoint)
 
 
@@ -95,8 +101,8 @@ def go_on(process: Process) -> datetime:
 
 
 def expect_server_struck(scene: Scene, fail_point: FailPoint) -> str:
-    """Examine that the server stands where the place is; returns that in words."""
-    _, number, phase = SERVER_PLACES[fail_point]
+    """Check that the server stands at the fail point; returns that in words."""
+    _, number, phase = SERVER_FAIL_POINTS[fail_point]
     last = scene.history()[-1]
     assert (last["round"], last["phase"]) == (number, phase)
     stored = [order["client"] for order in last["orders"] if order["state"] == "STORED"]
@@ -107,7 +113,7 @@ def expect_server_struck(scene: Scene, fail_point: FailPoint) -> str:
         FailPoint.MODEL_WRITTEN: lambda: len(whole) == number + 1,
         FailPoint.ROUND_CLOSED: lambda: len(whole) == number,
         FailPoint.ROUND_CLOSING: lambda: len(stored) == len(CLIENTS),
-        # The store's thread may have recorded the third one before the second's place was passed.
+        # The store's thread may have recorded the third before the second passed the fail point.
         FailPoint.UPDATE_RECORDED: lambda: len(stored) in (2, 3),
         FailPoint.EVALUATED: lambda: scene.history()[number - 2]["evaluation"] is None,
         FailPoint.RUN_EXPORTED: lambda: exported,
@@ -116,10 +122,10 @@ def expect_server_struck(scene: Scene, fail_point: FailPoint) -> str:
     return f"round {number} {phase}, {len(stored)} updates recorded"
 
 
-@pytest.mark.parametrize("fail_point", places("kill", SERVER_PLACES))
+@pytest.mark.parametrize("fail_point", cases("kill", SERVER_FAIL_POINTS))
 def test_a_server_killed_at(scene: Scene, fail_point: FailPoint, undisturbed: Undisturbed) -> None:
     """Started again with the same command it ends in the same models."""
-    times, _, _ = SERVER_PLACES[fail_point]
+    times, _, _ = SERVER_FAIL_POINTS[fail_point]
     port = fixed_port()
     armed = {VARIABLE: f"{fail_point}:kill:{times}"}
     server = start_server(scene, *run_flags(TINY, port), **armed)
@@ -135,10 +141,10 @@ def test_a_server_killed_at(scene: Scene, fail_point: FailPoint, undisturbed: Un
     )
 
 
-@pytest.mark.parametrize("fail_point", places("halt", SERVER_PLACES))
+@pytest.mark.parametrize("fail_point", cases("halt", SERVER_FAIL_POINTS))
 def test_a_server_halted_at(scene: Scene, fail_point: FailPoint, undisturbed: Undisturbed) -> None:
     """Silent until its clients say that nobody answers, it goes on as if nothing was."""
-    times, _, _ = SERVER_PLACES[fail_point]
+    times, _, _ = SERVER_FAIL_POINTS[fail_point]
     server = start_server(
         scene, *run_flags(TINY, fixed_port()), **{VARIABLE: f"{fail_point}:halt:{times}"}
     )
@@ -156,10 +162,10 @@ def test_a_server_halted_at(scene: Scene, fail_point: FailPoint, undisturbed: Un
 
 
 def expect_client_struck(scene: Scene, fail_point: FailPoint) -> str:
-    """Examine that the client stands where the place is; returns that in words."""
+    """Check that the client stands at the fail point; returns that in words."""
     entry = scene.history()[1]
     (order,) = (order for order in entry["orders"] if order["client"] == VICTIM)
-    assert order["state"] in CLIENT_PLACES[fail_point], f"the fault struck elsewhere: {order}"
+    assert order["state"] in CLIENT_FAIL_POINTS[fail_point], f"the fault struck elsewhere: {order}"
     folder = scene.folder / f"client-{VICTIM}"
     has_model = (folder / "blobs" / entry["base_digest"]).exists()
     is_kept = (folder / "outbox" / f"{order['order_id']}.json").exists()
@@ -168,7 +174,7 @@ def expect_client_struck(scene: Scene, fail_point: FailPoint) -> str:
     return f"its order of round 2 {order['state']}"
 
 
-@pytest.mark.parametrize("fail_point", places("kill", CLIENT_PLACES))
+@pytest.mark.parametrize("fail_point", cases("kill", CLIENT_FAIL_POINTS))
 def test_a_client_killed_at(scene: Scene, fail_point: FailPoint, undisturbed: Undisturbed) -> None:
     """Started again with the same command it delivers the same order, once."""
     server = start_server(scene, *run_flags(TINY, 0))
@@ -193,7 +199,7 @@ def test_a_client_killed_at(scene: Scene, fail_point: FailPoint, undisturbed: Un
     )
 
 
-@pytest.mark.parametrize("fail_point", places("halt", CLIENT_PLACES))
+@pytest.mark.parametrize("fail_point", cases("halt", CLIENT_FAIL_POINTS))
 def test_a_client_halted_at(scene: Scene, fail_point: FailPoint, undisturbed: Undisturbed) -> None:
     """Silent until everybody else waits for it, it goes on as if nothing was."""
     server = start_server(scene, *run_flags(TINY, 0))

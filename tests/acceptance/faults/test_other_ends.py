@@ -23,7 +23,7 @@ from tests.integration.peer import OpenRound, Peer, changed, open_round, payload
 from tests.processes import Scene, Server, fixed_port, wait_until
 from tests.tiers import FULL
 
-OTHER_PLACES = (FailPoint.ORDER_ABANDONED, FailPoint.ROUND_FAILED)
+OTHER_FAIL_POINTS = (FailPoint.ORDER_ABANDONED, FailPoint.ROUND_FAILED)
 """Where an undisturbed run never comes by."""
 
 OF_THE_FAULT = ("server-restarted", "server-away")

@@ -76,7 +76,7 @@ def blobs_of(scene: Scene) -> Path:
 
 @contextmanager
 def watching(scene: Scene, way: Way) -> Iterator[list[int]]:
-    """Note how much is committed, again and again, each value that differs from the one before."""
+    """Note how much is committed, again and again, each value that differs from the last value."""
     seen = [0]
     is_over = threading.Event()
 

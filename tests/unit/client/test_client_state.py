@@ -12,7 +12,7 @@ from fedrounds.doctor.remedy_decay import RemedyDecay
 
 
 def state(rate_factor: float) -> ClientState:
-    """Return a state that can be told from others."""
+    """Return a state with this rate factor."""
     treatment = RemedyDecay().treatment
     return ClientState(
         remedy_decay=RemedyDecay(treatment=replace(treatment, rate_factor=rate_factor))

@@ -160,7 +160,7 @@ def frozen() -> Setup:
 
 
 def unfreeze(setup: Setup, step: int, loss: float) -> None:
-    """Train the first layer, too, from the seventh step on, and no longer the last one's bias."""
+    """Train the first layer, too, from the seventh step on, and no longer the last layer's bias."""
     if step == 6:
         added = list(setup.model[0].parameters())  # type: ignore[index]
         for parameter in added:

@@ -259,7 +259,7 @@ def test_a_picture_that_cant_be_written_gets_a_sentence(
 
 
 def test_the_picture_of_the_clients_and_the_curve_are_pngs(state_dir: Path) -> None:
-    """Drawn from the history alone; a model that was taken back has told of nobody."""
+    """Drawn from the history alone; a model that was taken back has no measurements."""
     store = Store(state_dir / "federation.sqlite", read_only=True)
     run = store.runs.latest_run()
     assert run is not None

@@ -64,7 +64,7 @@ def test_everything_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
 
 
 def test_what_is_written_survives_a_loss_of_power(tmp_path: Path) -> None:
-    """SQLite is told so: write-ahead log, and every commit synced (synchronous = FULL, 2)."""
+    """SQLite's settings: write-ahead log, and every commit synced (synchronous = FULL, 2)."""
     store = Store(tmp_path / "federation.sqlite")
     with store.database.reading() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"

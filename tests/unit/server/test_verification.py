@@ -347,7 +347,7 @@ def test_a_damaged_database_is_found(state_dir: StateDir) -> None:
     page_bytes = int(state_dir.ask("PRAGMA page_size"))
     path = state_dir.folder / "federation.sqlite"
     content = bytearray(path.read_bytes())
-    # An index's entries fill its page from the end: this is in the text of the first one's run.
+    # An index's entries fill its page from the end: this is in the text of the first entry's run.
     content[page * page_bytes - 10] ^= 1
     path.write_bytes(content)
     findings, _ = state_dir.verify()

@@ -107,7 +107,7 @@ BUFFER = (
 @pytest.mark.parametrize("by_examples", [False, True])
 @pytest.mark.parametrize("exponent", [0.5, 0.0, 2.0])
 def test_a_step_is_the_papers_formula(tmp_path: Path, exponent: float, by_examples: bool) -> None:
-    """Deltas from each one's own base, weighted by its staleness, divided by the buffer's size."""
+    """Deltas from each own base, weighted by its staleness, divided by the buffer's size."""
     base = drawn(1)
     made = step(
         *(tmp_path, base, BUFFER),
