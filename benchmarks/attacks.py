@@ -172,7 +172,7 @@ def _run(
 def _train(
     state: Mapping[str, Tensor], share: TensorDataset, round_number: int, client_id: int
 ) -> Vectors:
-    """Return what one client changes, float32 [num_parameters]."""
+    """Return a client's delta, float32 [num_parameters]."""
     model = two_nn.build_model()
     model.load_state_dict(state)
     seed = derive_seed(0, "batches", round_number=round_number, client_id=client_id)

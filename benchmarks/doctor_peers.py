@@ -291,7 +291,7 @@ def compare(name: str, *, seed: int) -> Comparison:
 
 
 def summary_table(comparisons: Sequence[Comparison]) -> str:
-    """Return how often each tool did what is wanted of it."""
+    """Return how often each tool gave the right result."""
     planted = [case for case in comparisons if case.is_planted]
     healthy = [case for case in comparisons if not case.is_planted]
     broken = [case for case in planted if case.begins is not None]
@@ -335,7 +335,7 @@ def score_table(comparisons: Sequence[Comparison]) -> str:
 
 
 def words_table(comparisons: Sequence[Comparison]) -> str:
-    """Return what each tool said."""
+    """Return the messages of each tool."""
     return table(
         ("case", "tool", "what it says"),
         [

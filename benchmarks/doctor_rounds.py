@@ -176,7 +176,7 @@ def table(faults: Mapping[int, str], healthy: Run, treated: Run, *, num_rounds: 
 
 
 def judge(faults: Mapping[int, str], healthy: Run, treated: Run) -> list[str]:
-    """Return what isn't as it has to be, in words; empty if all is."""
+    """Return a sentence for each requirement that the runs miss; empty if they meet all."""
     wrong = []
     if healthy.accuracy - treated.accuracy > TOLERANCE:
         wrong.append(f"accuracy {treated.accuracy:.4f} is below {healthy.accuracy:.4f} by too much")

@@ -94,7 +94,7 @@ def median_interval(values: list[float], *, confidence: float = 0.95) -> tuple[f
 
 
 def _time_epoch(images: Tensor, labels: Tensor, batch_size: int) -> tuple[Seconds, Seconds]:
-    """Return what one epoch cost train_model, and what it cost the bare loop."""
+    """Return the seconds of an epoch under train_model, and in the bare loop."""
     torch.manual_seed(_SEED)
     model = SimpleCNN()
     loader = make_loader(TensorDataset(images, labels), batch_size=batch_size, seed=_SEED)

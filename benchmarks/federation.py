@@ -49,7 +49,7 @@ class Federation:
             raise RuntimeError(f"{name} ended with {code}\n{log[-3000:]}")
 
     def history(self) -> list[dict[str, Any]]:
-        """Return what `python -m fedserver history --json` says."""
+        """Return the output of `python -m fedserver history --json`."""
         command = [sys.executable, "-m", "fedserver", "history", "--json"]
         command += ["--state-dir", str(self.folder / "server")]
         history: list[dict[str, Any]] = json.loads(
@@ -157,7 +157,7 @@ def machine_line() -> str:
 
 
 def read_section(name: str, *, page: str = "performance.md") -> str:
-    """Return what stands between a benchmark's marks in a page of docs."""
+    """Return the text between a benchmark's marks in a page of docs."""
     rest = (ROOT / "docs" / page).read_text().partition(f"<!-- {name}: begin -->")[2]
     return rest.partition(f"<!-- {name}: end -->")[0]
 

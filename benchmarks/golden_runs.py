@@ -212,7 +212,7 @@ def _task_of(run: Run) -> str:
 
 
 def _record_attempt(attempt: Record) -> Record:
-    """Return what of an attempt in `history --json` repeats exactly: no time, no random id."""
+    """Return an attempt's values in `history --json` that repeat exactly: no time, no random id."""
     record = {name: attempt[name] for name in ("round", "attempt", "phase", "base_digest")}
     if attempt["phase"] not in _SETTLED_PHASES:
         return record
@@ -409,7 +409,7 @@ def find_differences(golden: object, made: object, path: str) -> list[str]:
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what decides about the bits: CPU, how torch uses it, versions."""
+    """Return the facts that the bits depend on: CPU, how torch uses it, versions."""
     cpu = platform.processor() or platform.machine()
     path = Path("/proc/cpuinfo")
     if path.exists():

@@ -285,7 +285,7 @@ def _honest_row(federation: Federation, *, seed: int, num_rounds: int) -> str:
 
 
 def _attacked_row(federation: Federation, name: str, *, seed: int, num_rounds: int) -> str:
-    """Return what was excluded under an attack, and the accuracy reached, as a row of a table."""
+    """Return the exclusions under an attack, and the accuracy reached, as a row of a table."""
     cells = []
     counts = ""
     for defence, settings in DEFENCES.items():

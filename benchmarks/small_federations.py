@@ -126,7 +126,7 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
 
 
 def task_of(federation: Federation) -> Task:
-    """Return what a federation learns."""
+    """Return the task that a federation learns."""
 
     def load(_: object) -> None:
         return None
@@ -351,7 +351,7 @@ class Simulation:
         return sorted(arrived, key=lambda given: given.order.client_id)
 
     def _train(self, given: Given) -> ClientUpdate | None:
-        """Return what a client sends for an order; None where it gave up, as a client would."""
+        """Return a client's update for an order; None where it gave up, as a client would."""
         order = given.order
         _, state = self.states.get(order.client_id, ("", ClientState()))
         share = self.shares[order.client_id]
@@ -415,7 +415,7 @@ class Simulation:
         ]
 
     def _delta(self, given: Given) -> Tensor:
-        """Return what an update changes of the parameters, float32 [parameters]."""
+        """Return an update's delta of the parameters, float32 [parameters]."""
         sent, base = decode_state(self._payload(given).read_bytes()), self._base(given)
         return torch.cat([(sent[name] - base[name]).flatten() for name in self._parameters()])
 

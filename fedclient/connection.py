@@ -293,7 +293,7 @@ def _errors_translated(proxy: Proxy | None) -> Iterator[None]:
 
 
 def _proxy_error(status: int) -> FederationError:
-    """Return what an HTTP status means that a proxy answered in the server's place."""
+    """Return the meaning of an HTTP status that a proxy answered in the server's place."""
     if status in _PASSING_HTTP_STATUSES:
         return ServerUnreachable(
             f"an HTTP proxy on the way answers {status}: it doesn't reach the server for now"
@@ -316,7 +316,7 @@ def _examined(answer: Answer) -> Answer:
 
 
 def _with_cause(details: str, proxy: Proxy | None) -> str:
-    """Return what gRPC says; where the cause can be named, that instead."""
+    """Return the cause of an error in words; gRPC's own words where it isn't known."""
     if proxy is not None:
         for pattern, failure in _PROXY_CAUSES.items():
             if re.search(pattern, details):

@@ -115,7 +115,7 @@ def log_uniform(draw: random.Random, low: float, high: float) -> float:
 
 
 def one_value(*values: float) -> Callable[[Tensor, random.Random], None]:
-    """Return what puts each value somewhere into a sample."""
+    """Return a function that puts each value somewhere into a sample."""
 
     def change(sample: Tensor, draw: random.Random) -> None:
         flat = sample.view(-1)
@@ -126,7 +126,7 @@ def one_value(*values: float) -> Callable[[Tensor, random.Random], None]:
 
 
 def every_value(value: float) -> Callable[[Tensor, random.Random], None]:
-    """Return what fills a sample with one value."""
+    """Return a function that fills a sample with a value."""
 
     def change(sample: Tensor, _: random.Random) -> None:
         sample.fill_(value)

@@ -21,7 +21,7 @@ _HARM = 0.02
 
 
 def objections(case: Case) -> tuple[list[str], str]:
-    """Return what is wrong with a planted case, and a line of what was measured."""
+    """Return the objections to a planted case in words, and a line of measurements."""
     twin = train_plainly(case.begin_twin(), is_watched=True)
     spoiled = train_plainly(case.begin(), is_watched=True)
     wrong = []
@@ -97,7 +97,7 @@ def _slower(case: Case, part: int) -> Callable[[nn.Module], Optimizer]:
 
 
 def complaints(run: Healthy) -> tuple[list[str], str]:
-    """Return what is wrong with a healthy run, and a line of what was measured."""
+    """Return the objections to a healthy run in words, and a line of measurements."""
     result = train_plainly(run.begin(), is_watched=True)
     wrong = []
     if result.first is not None:

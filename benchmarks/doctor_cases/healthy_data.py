@@ -16,7 +16,7 @@ def _chosen(part: Data, indices: torch.Tensor) -> Data:
 
 
 def labels_only(load: Load, label: int) -> Load:
-    """Return what loads the samples of one class."""
+    """Return a function that loads the samples of a class."""
 
     def loaded() -> tuple[Data, Data]:
         train, test = load()
@@ -26,7 +26,7 @@ def labels_only(load: Load, label: int) -> Load:
 
 
 def mostly_one_class(load: Load, label: int, share: float) -> Load:
-    """Return what loads one class and a little of the others."""
+    """Return a function that loads a class and a little of the others."""
 
     def loaded() -> tuple[Data, Data]:
         train, test = load()
@@ -43,7 +43,7 @@ def mostly_one_class(load: Load, label: int, share: float) -> Load:
 
 
 def sorted_by_class(load: Load) -> Load:
-    """Return what loads the first 2000 samples, those of one class behind those of another."""
+    """Return a function that loads the first 2000 samples in the order of their classes."""
 
     def loaded() -> tuple[Data, Data]:
         train, test = load()
@@ -53,7 +53,7 @@ def sorted_by_class(load: Load) -> Load:
 
 
 def tiny(load: Load, num_samples: int) -> Load:
-    """Return what loads the first few samples."""
+    """Return a function that loads the first few samples."""
 
     def loaded() -> tuple[Data, Data]:
         train, test = load()
@@ -63,7 +63,7 @@ def tiny(load: Load, num_samples: int) -> Load:
 
 
 def labels_shuffled(load: Load, share: float) -> Load:
-    """Return what loads all samples, a share of them with another sample's label."""
+    """Return a function that loads all samples, a share of them with another sample's label."""
 
     def loaded() -> tuple[Data, Data]:
         train, test = load()

@@ -167,7 +167,7 @@ def schedules() -> list[HealthyRow]:
 
 
 def _frozen(build: Callable[[], nn.Module], *learning: str) -> Callable[[], nn.Module]:
-    """Return what builds the same with all but some parameters frozen."""
+    """Return a function that builds the same model with all but some parameters frozen."""
 
     def freeze() -> nn.Module:
         model = build()
@@ -229,7 +229,7 @@ def partly_frozen() -> list[HealthyRow]:
 
 
 def _before(num_steps: int, *, keeps_state: bool) -> Callable[[nn.Module, Optimizer], None]:
-    """Return what trains a model on the last samples before the training that is watched."""
+    """Return a function that trains a model on the last samples before the watched training."""
 
     def train(model: nn.Module, optimizer: Optimizer) -> None:
         train_data, _ = data.blobs()

@@ -257,7 +257,7 @@ def _rmsprop(model: nn.Module) -> Optimizer:
 def _broken_state(
     key: str, value: float, tensor: str | None
 ) -> Callable[[nn.Module, Optimizer], None]:
-    """Return what loads a state of 20 steps in which one entry (of one tensor, or all) is bad."""
+    """Return a function that loads a state of 20 steps with a bad entry, in a tensor or in all."""
 
     def load(model: nn.Module, optimizer: Optimizer) -> None:
         for name, parameter in model.named_parameters():

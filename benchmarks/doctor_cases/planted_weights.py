@@ -144,7 +144,7 @@ def _scaled(factor: float) -> Spoil:
 
 
 def _constant(value: float, *modules: str) -> Spoil:
-    """Return what fills the weights and biases of some modules (of all, if none is named)."""
+    """Return a function that fills the weights and biases of the named modules (none: of all)."""
 
     def spoil(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
@@ -170,7 +170,7 @@ def _entry(key: str, value: float) -> Spoil:
 
 
 def _unwritten(key: str) -> Spoil:
-    """Return what leaves random bytes in a weight: numbers of every size, here and there a NaN."""
+    """Return a function that leaves random bytes in a weight: numbers of every size, some NaNs."""
 
     def spoil(model: nn.Module) -> None:
         entry = model.state_dict()[key]

@@ -90,12 +90,12 @@ def pairs_right(model: nn.Module, test: Data) -> float:
 
 
 def sgd(lr: float, momentum: float = 0.9) -> Callable[[nn.Module], Optimizer]:
-    """Return what makes an SGD over a model's parameters."""
+    """Return a function that makes an SGD over a model's parameters."""
     return lambda model: SGD(model.parameters(), lr=lr, momentum=momentum)
 
 
 def adam(lr: float, *, eps: float = 1e-8) -> Callable[[nn.Module], Optimizer]:
-    """Return what makes an Adam over a model's parameters."""
+    """Return a function that makes an Adam over a model's parameters."""
     return lambda model: Adam(model.parameters(), lr=lr, eps=eps)
 
 

@@ -166,7 +166,7 @@ def work_of(order: WorkOrder, *, num_examples: float) -> Work:
 
 
 def most_credible_examples(sizes: Collection[int]) -> float:
-    """Return how many examples a client has at most, as far as an order's time is concerned.
+    """Return the largest number of examples that counts for the time an order may take.
 
     `sizes` are the numbers that the clients registered, one for each client. Fewer than four say
     nothing of each other.

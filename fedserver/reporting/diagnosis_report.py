@@ -33,7 +33,7 @@ def diagnosed_incidents(attempt: AttemptHistory) -> list[Event]:
 
 
 def diagnosis_report(incident: Event, *, max_width: int) -> Iterator[RenderableType]:
-    """Yield what to print of a diagnosis: the verdict, the facts, experiments and trend."""
+    """Yield a diagnosis for printing: the verdict, the facts, experiments and trend."""
     diagnosis = read_diagnosis(incident.fields)
     yield Text(f"\nclient {incident.client_id}: {verdict(diagnosis)}", style="bold")
     yield fact_table(facts(diagnosis))

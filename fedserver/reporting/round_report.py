@@ -105,7 +105,7 @@ def round_report(
     run_settings: ServerSettings,
     max_width: int,
 ) -> Iterator[RenderableType]:
-    """Yield what to print of a round, in order; `history` holds it and the round before it.
+    """Yield a round's report for printing, in order; `history` holds it and the round before it.
 
     `latest_round` is the run's, `entry_digest` is of its entry in the ledger, `suspensions` are
     those of this moment.

@@ -169,12 +169,12 @@ class Database:
             self._recorded += recorded
 
     def read(self, work: Callable[[Connection], R]) -> R:
-        """Return what `work` reads in one transaction; see `reading`."""
+        """Return the result of `work`, which reads in a transaction; see `reading`."""
         with self.reading() as connection:
             return work(connection)
 
     def write(self, work: Callable[[Connection], R]) -> R:
-        """Return what `work` returns once all that it wrote is durable; see `writing`."""
+        """Return the result of `work` once all that it wrote is durable; see `writing`."""
         with self.writing() as connection:
             return work(connection)
 
@@ -211,11 +211,11 @@ class AsyncDatabase:
         self._publish = publish
 
     async def read(self, work: Callable[[Connection], R]) -> R:
-        """Return what `work` reads; see `Database.read`."""
+        """Return the result of `work`, which reads; see `Database.read`."""
         return await self._threads.in_store(self._database.read, work)
 
     async def write(self, work: Callable[[Connection], R], *, publishes: bool = True) -> R:
-        """Return what `work` returns, its events published if so wanted; see `Database.write`."""
+        """Return the result of `work`, its events published if so wanted; see `Database.write`."""
 
         def write() -> tuple[R, list[Event]]:
             # On the database's thread: the next transaction's events aren't among them.
@@ -240,7 +240,7 @@ _FULL = {
 
 
 def _named(path: Path, error: sqlite3.Error) -> FederationError | None:
-    """Return what a database's error means for a person; None where it is the software's."""
+    """Return a database's error as this project's; None where the software is at fault."""
     extended = getattr(error, "sqlite_errorcode", 0)
     code = extended & 0xFF
     if code == sqlite3.SQLITE_FULL or extended in _FULL:

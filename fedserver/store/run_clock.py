@@ -25,7 +25,7 @@ def since_boot_s() -> float:
 
 @functools.cache
 def boot_id() -> str:
-    """Return what names this start of the machine, or of this process where nothing does."""
+    """Return a name for this start of the machine, or for this process where there is none."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:

@@ -80,7 +80,7 @@ def chain_findings(ledger: Ledger) -> Iterator[str]:
 
 
 def row_findings(ledger: Ledger) -> Iterator[str]:
-    """Say where the tables differ from the ledger's whole entries, or a round from the next."""
+    """Yield a sentence where tables and whole entries differ, or a round and the next."""
     entries = whole_entries(ledger)
     finished = {row.round_number: row for row in ledger.attempts if row.phase == Phase.DONE}
     yield from _settings_findings(ledger, entries)
@@ -227,7 +227,7 @@ def _settings_findings(ledger: Ledger, entries: Mapping[int, LedgerEntry]) -> It
 
 
 def _differences(entry: LedgerEntry, row: AttemptRow) -> Iterator[str]:
-    """Say in what the rows of a finished attempt differ from its entry."""
+    """Yield a sentence for each difference between a finished attempt's rows and its entry."""
     for what, stored_value, written in (
         ("the attempt that finished", row.attempt, entry.attempt),
         ("its base model", row.base_digest, entry.base_digest),

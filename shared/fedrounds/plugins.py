@@ -60,7 +60,7 @@ def import_own(what: str, module_name: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         raise InvalidInput(
             f"{what}: importing {module_name} raised {type(error).__name__}: "
-            f"{' '.join(str(error).split())}{_place(error)}"
+            f"{' '.join(str(error).split())}{_failed_line(error)}"
         ) from error
 
 
@@ -130,8 +130,8 @@ def _is_there_for_its_package(module_name: str) -> bool:
         return True
 
 
-def _place(error: BaseException) -> str:
-    """Return where the innermost module that was being imported went wrong."""
+def _failed_line(error: BaseException) -> str:
+    """Return the line at which the innermost imported module failed."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [
         frame for frame in frames if frame.name == "<module>" and not frame.filename.startswith("<")

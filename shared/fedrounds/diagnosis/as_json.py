@@ -14,7 +14,7 @@ _ADAPTER = TypeAdapter(Diagnosis)
 
 
 def diagnosis_fields(diagnosis: Diagnosis | None) -> dict[str, Any]:
-    """Return what an incident's fields hold of its diagnosis: the verdict in words, and all of it.
+    """Return a diagnosis as an incident's fields: the verdict in words, and the whole as JSON.
 
     Numbers that aren't finite are held by their names; JSON has none.
     """

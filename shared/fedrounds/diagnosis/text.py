@@ -78,7 +78,7 @@ def is_cured(diagnosis: Diagnosis) -> bool:
 
 
 def verdict(diagnosis: Diagnosis) -> str:
-    """Return what went wrong, why and what was done, in one sentence without its subject."""
+    """Return cause, evidence and remedy in a sentence without its subject."""
     return f"{diagnosis.cause} at step {diagnosis.step} ({_shown(diagnosis)}): {_done(diagnosis)}"
 
 

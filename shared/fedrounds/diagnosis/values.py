@@ -122,7 +122,7 @@ class RemedyPolicy(StrEnum):
     """What may be done about a cause."""
 
     REPORT = "report"
-    """Say what it is and stop: no result."""
+    """Report the cause and stop: no result."""
     SKIP = "skip"
     """Leave the batch out and go on."""
     CURE = "cure"
@@ -155,7 +155,7 @@ class DoctorSettings:
     max_diagnosis_s: float = 300.0
 
     def policy_for(self, cause: Cause) -> RemedyPolicy:
-        """Return what is done about a cause."""
+        """Return the policy for a cause."""
         return self.policies.get(cause, self.default_policy)
 
 

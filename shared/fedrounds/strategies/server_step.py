@@ -290,7 +290,7 @@ def _base_of(cohort: Cohort) -> Callable[[], BlockFunction]:
 
 
 def _control_of(strategy: Strategy, cohort: Cohort) -> Callable[[], BlockFunction] | None:
-    """Return what to add to the control variates' blocks, None if there are none."""
+    """Return what makes the sums for the control variates' blocks, None if there are none."""
     algorithm = strategy.client_algorithm
     if algorithm is None or algorithm.control_share is None or not cohort.updates:
         return None

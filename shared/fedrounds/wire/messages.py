@@ -221,7 +221,7 @@ def work_of(message: pb.PullWorkResponse) -> Work:
 
 
 def _run_end_of(message: pb.PullWorkResponse) -> RunEnd:
-    """Return how a run ended; an older server doesn't say, and means that it is done."""
+    """Return how a run ended; an older server leaves it out, which means that the run is done."""
     return RunEnd(
         has_failed=message.outcome == pb.RUN_OUTCOME_FAILED,
         failure=_MEMBERS_OF_FAILURES.get(message.failure),
