@@ -1,5 +1,6 @@
 """The history of a training, so that it can go back: states, and the batches between them."""
 
+import cmath
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,7 @@ def device_of(training: TrainingState) -> torch.device:
     return next((entry.device for entry in entries_of(training)), torch.device("cpu"))
 
 
+@torch.no_grad()
 def take_snapshot(training: TrainingState, *, step: int, spare: Snapshot | None = None) -> Snapshot:
     """Copy the state that a training has now, into the memory of a state that nobody needs."""
     optimizer = training.optimizer
@@ -231,13 +233,13 @@ def _is_real(tensor: Tensor) -> bool:
 @torch.no_grad()
 def are_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether floating-point tensors have no NaN and no infinity; one wait for the device."""
-    norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel() > 0])
-    # The norm screens; where it isn't finite a number is bad or the norm itself overflows.
-    if len({norm.device for norm in norms}) == 1:
-        total = float(torch.stack(norms).sum())
-    else:
-        total = sum(float(norm) for norm in norms)
-    return math.isfinite(total) or all(bool(tensor.isfinite().all()) for tensor in tensors)
+    # Sums screen in half the time of norms; where one isn't finite a number is bad or it overflows.
+    sums = [tensor.sum() for tensor in tensors]
+    if len({total.device for total in sums}) == 1:
+        sums = [torch.stack(sums).sum()]
+    if all(cmath.isfinite(total.item()) for total in sums):
+        return True
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def first_bad_entry(training: TrainingState) -> str | None:
@@ -415,7 +417,7 @@ def _copy(value: Any, room: Any = None) -> Any:  # noqa: ANN401  # optimizers ke
     if not isinstance(value, Tensor):
         return value
     if isinstance(room, Tensor) and _is_alike(value, room):
-        return room.copy_(value.detach())
+        return room.copy_(value)
     return value.detach().clone()
 
 

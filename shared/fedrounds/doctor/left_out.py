@@ -59,8 +59,8 @@ class LeftOut:
                 # What the loss passes over is no class that could be missed.
                 is_class = (label for label in labels.tolist() if label not in training.ignored)
                 self._labels_given.update(is_class)
-                if num_used and outcome.labels is not None:
-                    self._labels_used.update(outcome.labels.tolist())
+                if num_used and (used := outcome.labels) is not None:
+                    self._labels_used.update(used.tolist())
 
     def excess(self) -> str | None:
         """Return which samples are left out too often, in words; None if none are."""

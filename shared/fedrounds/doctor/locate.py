@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fedrounds.diagnosis.values import Origin, StepPhase
 from fedrounds.doctor.batches import Batch, tensors_of
-from fedrounds.doctor.stepping import ComputeLoss, loss_and_outputs
+from fedrounds.doctor.outputs import loss_and_outputs
+from fedrounds.doctor.stepping import ComputeLoss
 from fedrounds.doctor.tensors import describe, is_finite
 from fedrounds.doctor.tracer import Rank, Tracer
 

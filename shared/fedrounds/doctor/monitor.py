@@ -62,7 +62,7 @@ class Monitor:
         self.ignored: Collection[int] = (IGNORED_LABEL,)
         self._first: list[_Seen] = []
         self._seen: deque[_Seen] = deque(maxlen=_NUM_KEPT)
-        self._answers: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=_COLLAPSE_STEPS)
+        self._answered: deque[tuple[int, StepOutcome]] = deque(maxlen=_COLLAPSE_STEPS)
         self._accuracies: deque[float] = deque(maxlen=_COLLAPSE_STEPS)
         self._ceiling = math.inf
 
@@ -147,20 +147,20 @@ class Monitor:
             self._first.append(seen)
         if len(self._first) < _NUM_FIRST or step % INTERVAL == 0:
             self._ceiling = self._find_ceiling()
-        if outcome.outputs is not None and outcome.labels is not None:
-            self._answers.append((step, outcome.outputs, outcome.labels))
+        if outcome.outputs is not None:
+            self._answered.append((step, outcome._replace(returned=None)))
         if has_exploded:
             return Symptom.LOSS_EXPLOSION
         return Symptom.DEAD_NETWORK if self._is_dead() else None
 
     def examine_answers(self) -> Symptom | None:
         """Look at the answers of the last steps together; called now and then."""
-        if not self._answers:
+        if not self._answered or (pair := _answered_labels(self._answered[-1][1])) is None:
             return None
-        _, newest, labels = self._answers[-1]
-        if labels.numel() == 0 or not _fit(newest, labels):
+        outputs, labels = pair
+        if labels.numel() == 0:
             return None
-        answers = newest.argmax(dim=1)
+        answers = outputs.argmax(dim=1)
         self._accuracies.append((answers == labels).sum().item() / labels.numel())
         if not bool((answers == answers.flatten()[0]).all()):
             return None
@@ -168,7 +168,8 @@ class Monitor:
 
     def _examine_one_answer(self) -> Symptom | None:
         """Look whether one class is the answer to everything, as it is in the newest batch."""
-        pairs = [(outputs, labels) for _, outputs, labels in self._answers if _fit(outputs, labels)]
+        answered = [_answered_labels(outcome) for _, outcome in self._answered]
+        pairs = [pair for pair in answered if pair is not None]
         labels = torch.cat([batch_labels.flatten() for _, batch_labels in pairs])
         known = labels[labels >= 0].long()
         if len(pairs) < _COLLAPSE_STEPS or len(known) < _COLLAPSE_SAMPLES:
@@ -187,8 +188,8 @@ class Monitor:
         """Forget what was seen after `step`."""
         self._first = [seen for seen in self._first if seen.step <= step]
         self._seen = deque((seen for seen in self._seen if seen.step <= step), maxlen=_NUM_KEPT)
-        self._answers = deque(
-            (record for record in self._answers if record[0] <= step), maxlen=_COLLAPSE_STEPS
+        self._answered = deque(
+            (record for record in self._answered if record[0] <= step), maxlen=_COLLAPSE_STEPS
         )
 
     def _has_exploded(self, outcome: StepOutcome) -> bool:
@@ -221,6 +222,14 @@ class Monitor:
         last = list(self._seen)[-_NUM_DEAD:]
         floor = _NOT_FITTED * abs(self.first_level)
         return len(last) == _NUM_DEAD and all(seen.is_dead and seen.loss > floor for seen in last)
+
+
+def _answered_labels(outcome: StepOutcome) -> tuple[Tensor, Tensor] | None:
+    """Return a step's outputs and the labels that they answer, None where they answer none."""
+    outputs, labels = outcome.outputs, outcome.labels
+    if outputs is None or labels is None or not _fit(outputs, labels):
+        return None
+    return outputs, labels
 
 
 def _fit(outputs: Tensor, labels: Tensor) -> bool:

@@ -14,13 +14,13 @@ from torch import Tensor
 from fedrounds.diagnosis.values import Cause, Diagnosis, Origin, StepPhase, Symptom
 from fedrounds.doctor.batches import Batch, labels_of, map_tensors, tensors_of
 from fedrounds.doctor.history import RandomState, gradients_of, restore_extras
+from fedrounds.doctor.outputs import loss_and_outputs
 from fedrounds.doctor.reports import StepReport
 from fedrounds.doctor.stepping import (
     Attempt,
     TrainingState,
     backward,
     end_step,
-    loss_and_outputs,
     optimizer_step,
 )
 from fedrounds.nested import map_leaves

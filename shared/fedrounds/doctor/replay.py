@@ -27,6 +27,7 @@ from fedrounds.doctor.history import (
     take_snapshot,
 )
 from fedrounds.doctor.monitor import EXPLOSION, are_constant, is_beyond_chance
+from fedrounds.doctor.outputs import answers_of
 from fedrounds.doctor.samples import oddities
 from fedrounds.doctor.stepping import (
     STEP_ERRORS,
@@ -34,7 +35,6 @@ from fedrounds.doctor.stepping import (
     Overrides,
     StepOutcome,
     TrainingState,
-    answers_of,
     prepared,
     take_step,
 )

@@ -28,8 +28,7 @@ from fedrounds.doctor.batches import (
 )
 from fedrounds.doctor.constants import make_stable
 from fedrounds.doctor.guarded import guarding
-from fedrounds.errors import InvalidInput
-from fedrounds.nested import items_of, leaves_of
+from fedrounds.doctor.outputs import answers_of, loss_and_outputs
 
 ComputeLoss = Callable[[nn.Module, Batch], Any]
 """(model, batch) to the loss, to (loss, outputs), to a mapping with "loss" or an object with it."""
@@ -154,59 +153,14 @@ def backward(training: TrainingState, loss: Tensor) -> None:
     scaled.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
 
-def loss_and_outputs(computed: Any) -> tuple[Tensor, Any]:  # noqa: ANN401  # the user's
-    """Return the loss and the outputs (None: not known) that a `compute_loss` returned.
-
-    Raises:
-        InvalidInput: the result holds no loss that is a single number.
-    """
-    loss, outputs = computed, None
-    if isinstance(computed, tuple) and len(computed) == 2:
-        loss, outputs = computed
-    elif isinstance(computed, Mapping):
-        loss, outputs = computed.get("loss"), computed
-    elif not isinstance(computed, Tensor):
-        loss, outputs = getattr(computed, "loss", None), computed
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        kind = (
-            f"a tensor of {loss.numel()} numbers" if isinstance(loss, Tensor) else str(type(loss))
-        )
-        raise InvalidInput(
-            f"compute_loss gives {kind} as the loss; it must return a tensor of one number, or "
-            "(loss, outputs), or a dictionary or an object with `loss`"
-        )
-    return loss, outputs
-
-
-def answers_of(outputs: object, num_samples: int) -> Tensor | None:
-    """Return the outputs that answer the labels: `logits`, else the first floats with so many rows.
-
-    None where there are none. A loss among the outputs is none.
-    """
-    if outputs is None or isinstance(outputs, Tensor):
-        return outputs
-    logits = dict(items_of(outputs) or ()).get("logits")
-    leaves = [logits] if isinstance(logits, Tensor) else leaves_of(outputs)
-    return next(
-        (
-            leaf
-            for leaf in leaves
-            if isinstance(leaf, Tensor)
-            and leaf.is_floating_point()
-            and leaf.ndim > 0
-            and len(leaf) == num_samples
-        ),
-        None,
-    )
-
-
 class StepOutcome(NamedTuple):
     """How a step went; `is_taken` is False where nothing was left of the batch to learn from.
 
     `grad_norm` is the global L2 norm before clipping, None where it wasn't measured;
     `has_dead_weights` whether it was, there are gradients of weights (parameters of two or more
     dimensions) and all of them are exactly zero. `outputs` are the answers among what was
-    `returned` beside the loss. `error` is what forward, loss or backward raised.
+    `returned` beside the loss, `batch` what they answer, of `num_classes` classes where that is
+    known. `error` is what forward, loss or backward raised.
     Where the loss isn't finite, or the gradient is known not to be, the optimizer's step was not
     made.
     """
@@ -218,11 +172,21 @@ class StepOutcome(NamedTuple):
     batch_size: int = 0
     outputs: Tensor | None = None
     returned: Any = None
-    labels: Tensor | None = None
-    targets: Tensor | None = None
+    batch: Batch = None
+    num_classes: int | None = None
     has_dead_weights: bool = False
     is_taken: bool = True
     error: Exception | None = None
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The batch's labels, None if it has none; hardly any step needs them."""
+        return labels_of(self.batch, num_classes=self.num_classes)
+
+    @property
+    def targets(self) -> Tensor | None:
+        """The last tensor of the batch, None if it has none."""
+        return next(reversed(tensors_of(self.batch)), None)
 
     @property
     def is_finite(self) -> bool:
@@ -240,7 +204,7 @@ class StepOutcome(NamedTuple):
 
     def without_tensors(self) -> "StepOutcome":
         """Return the numbers alone, which take no memory to speak of."""
-        return self._replace(outputs=None, returned=None, labels=None, targets=None)
+        return self._replace(outputs=None, returned=None, batch=None)
 
 
 @dataclass(kw_only=True)
@@ -305,7 +269,6 @@ def take_step(
             )
     else:
         loss_value = loss.item()
-    tensors = tensors_of(kept)
     answers = answers_of(outputs, size)
     outcome = StepOutcome(
         loss=loss_value,
@@ -314,8 +277,8 @@ def take_step(
         batch_size=size,
         outputs=None if answers is None else answers.detach(),
         returned=_detached(outputs),
-        labels=labels_of(kept, num_classes=_num_classes(training, answers)),
-        targets=tensors[-1] if tensors else None,
+        batch=kept,
+        num_classes=_num_classes(training, answers),
         has_dead_weights=has_dead_weights,
     )
     if outcome.is_finite or (treatment.trusts_gradient and outcome.has_finite_gradient):

@@ -23,6 +23,6 @@ def test_a_class_may_not_be_missing_but_ignored_labels_may(label: int, is_excess
     given = torch.zeros(8, 1), torch.tensor([0, 0, 0, 0, 0, 0, label, label])
     left_out = LeftOut(max_share=0.5)
     for _ in range(NUM_STEPS):
-        outcome = StepOutcome(batch_size=6, labels=given[1][:6])
+        outcome = StepOutcome(batch_size=6, batch=given[1][:6])
         left_out.count(given, outcome, training)
     assert (left_out.excess() is not None) == is_excess
