@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrounds.doctor.batches import Batch, labels_of, tensors_of
-from fedrounds.doctor.stepping import loss_and_outputs
+from fedrounds.doctor.outputs import loss_and_outputs
 from fedrounds.errors import InvalidInput
 from fedrounds.nested import items_of
 
