@@ -74,7 +74,9 @@ def _load_train(request: DataRequest) -> Examples:
     assert request.partition is not None
     pairs = [pair.split("=") for pair in os.environ[FAULTS_VARIABLE].split(",") if pair]
     _planted[:] = [fault for client, fault in pairs if int(client) == request.partition.index]
-    images, labels = _digits.load_train(request)[:]
+    examples = _digits.load_train(request)
+    assert isinstance(examples, TensorDataset)
+    images, labels = examples.tensors
     match _planted:
         case ["nan-pixels"]:
             images[::200, 0, 14, 14] = torch.nan

@@ -22,8 +22,8 @@ def run_worker(index: int, num_partitions: int, data_root: Path) -> None:
     """Train one partition for each line on standard input."""
     import torch  # noqa: PLC0415
 
-    from fedrounds.data import make_loader  # noqa: PLC0415
     from fedrounds.tasks.builtin import find_task  # noqa: PLC0415
+    from fedrounds.tasks.loading import training_batches  # noqa: PLC0415
     from fedrounds.tasks.task import DataRequest, Partition  # noqa: PLC0415
     from fedrounds.training.loop import train_model  # noqa: PLC0415
     from fedrounds.types import TrainingConfig  # noqa: PLC0415
@@ -35,7 +35,7 @@ def run_worker(index: int, num_partitions: int, data_root: Path) -> None:
     examples = task.load_train(DataRequest(data_root=data_root, partition=partition))
     print("ready", flush=True)
     for number, _ in enumerate(sys.stdin):
-        loader = make_loader(examples, batch_size=config.batch_size, seed=number)
+        loader = training_batches(task, examples, batch_size=config.batch_size, seed=number)
         train_model(
             task.build_model(),
             loader,

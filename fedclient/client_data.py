@@ -8,11 +8,12 @@ share, and the last few are kept.
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fedclient.devices import find_device
 from fedclient.settings import ClientSettings
@@ -21,12 +22,14 @@ from fedrounds.errors import FederationError, InvalidInput, WrongSettings
 from fedrounds.plugins import naming_task_errors
 from fedrounds.stop_signals import interrupting
 from fedrounds.tasks.builtin import find_task
+from fedrounds.tasks.loading import load_examples
 from fedrounds.tasks.task import (
     DataRequest,
     Examples,
     Partition,
     Task,
     count_examples,
+    has_numbers,
     inspect_examples,
 )
 from fedrounds.training.determinism import repeatable
@@ -184,7 +187,7 @@ def _share_reader(
     """Return a function from client id to examples."""
     root, client_ids = settings.data_root, settings.client_ids
     if settings.source == "local":
-        return functools.cache(lambda _: task.load_train(DataRequest(data_root=root)))
+        return functools.cache(lambda _: load_examples(task, DataRequest(data_root=root)))
     if (beyond := max(client_ids)) >= dealt.num_partitions:
         raise InvalidInput(
             f"client {beyond}: partition {beyond} of {dealt.num_partitions} doesn't exist; "
@@ -193,13 +196,20 @@ def _share_reader(
         )
     if len(client_ids) > 1 and task.load_labels is not None:
         # One partition is the whole set in its own order, which load_labels goes by.
-        whole = task.load_train(
+        whole = load_examples(
+            task,
             DataRequest(
                 data_root=root, partition=Partition(num_partitions=1, index=0, seed=dealt.seed)
-            )
+            ),
         )
+        if isinstance(whole, DataLoader) or not has_numbers(whole):
+            raise InvalidInput(
+                f"task {task.name!r}: it has load_labels, so load_train must return a map-style "
+                f"data set, of which each client gets its share, but it returned a "
+                f"{type(whole).__name__}"
+            )
         labels = task.load_labels(root)
-        num_examples = len(whole)  # type: ignore[arg-type]  # Dataset itself declares no length
+        num_examples = count_examples(task, whole, loaded_by="load_train")
         if num_examples != len(labels):
             raise InvalidInput(
                 f"task {task.name!r}: load_labels gives {len(labels)} labels, but load_train "
@@ -223,12 +233,12 @@ def _share_reader(
             seed=dealt.seed,
             parameters=dealt.parameters,
         )
-        return task.load_train(DataRequest(data_root=root, partition=partition))
+        return load_examples(task, DataRequest(data_root=root, partition=partition))
 
     return load
 
 
-def _cut(whole: Examples, share: NDArray[np.int64]) -> Examples:
+def _cut(whole: Dataset[Any], share: NDArray[np.int64]) -> Examples:
     """Return the examples of a share; tensors are copied, so that batches are quick."""
     if isinstance(whole, TensorDataset):
         chosen = torch.from_numpy(share)

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from fedrounds.data import make_loader
-from fedrounds.data.loaders import NumberedLoader
 from fedrounds.diagnosis.values import Diagnosis, DoctorSettings, RemedyPolicy
 from fedrounds.doctor import TrainingHalted
 from fedrounds.doctor.anomalies import unusual_entries, usual_state
@@ -23,7 +23,8 @@ from fedrounds.doctor.history import Snapshot
 from fedrounds.errors import FederationError
 from fedrounds.outliers import OUTLIER_DEVIATIONS, OUTLIER_FACTOR, median_and_deviation
 from fedrounds.plugins import in_one_line
-from fedrounds.tasks.task import Examples, Task
+from fedrounds.tasks.loading import batches_in_order, training_batches
+from fedrounds.tasks.task import Examples, Task, count_examples
 from fedrounds.training.evaluation import evaluate
 from fedrounds.training.loop import Callbacks, DoctorContext, StepProgress, train_model
 from fedrounds.training.trial import try_training_step
@@ -72,7 +73,11 @@ class FirstSteps:
 
 def inspect_data(examples: Examples, task: Task) -> list[Check]:
     """Check every example for NaN, infinity, outliers, blank inputs and labels out of range."""
-    seen = _summarise(examples)
+    num_examples = count_examples(task, examples, loaded_by="load_train")
+    if num_examples and not _are_pairs(task, examples):
+        result = f"{num_examples}, not inspected: they aren't pairs of tensors"
+        return [Check(severity=Severity.OK, subject="examples", result=result)]
+    seen = _summarise(task, examples)
     if seen.num == 0:
         return [Check(severity=Severity.ERROR, subject="examples", result="none")]
     checks = [
@@ -134,7 +139,7 @@ def inspect_received_model(
     model: nn.Module, examples: Examples, task: Task, device: torch.device
 ) -> Check:
     """Evaluate a received model on a client's examples."""
-    loader = make_loader(examples, batch_size=_CHUNK, shuffle=False)
+    loader = batches_in_order(task, examples, batch_size=_CHUNK)
     evaluation = evaluate(
         model,
         loader,
@@ -197,7 +202,8 @@ def take_first_steps(
         train_model(
             model,
             _FirstBatches(
-                make_loader(examples, batch_size=training.batch_size, seed=seed), num_steps
+                training_batches(task, examples, batch_size=training.batch_size, seed=seed),
+                num_steps,
             ),
             epochs=1,
             lr=training.lr,
@@ -240,20 +246,20 @@ def inspect_first_steps(steps: FirstSteps) -> Check:
 class _FirstBatches:
     """Yields `num_batches` batches in one pass; begins the data again if it has fewer."""
 
-    def __init__(self, loader: NumberedLoader, num_batches: int) -> None:
+    def __init__(self, loader: DataLoader[Any], num_batches: int) -> None:
         self._loader = loader
         self._num_batches = num_batches
 
     def __len__(self) -> int:
         return self._num_batches
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[Any]:
         passes = itertools.chain.from_iterable(itertools.repeat(self._loader))
         return itertools.islice(passes, self._num_batches)
 
     @property
-    def newest_indices(self) -> list[int]:
-        return self._loader.newest_indices
+    def newest_indices(self) -> list[int] | None:
+        return getattr(self._loader, "newest_indices", None)
 
 
 @dataclass
@@ -271,13 +277,23 @@ class _Summary:
     targets: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
-def _summarise(examples: Examples) -> _Summary:
+def _are_pairs(task: Task, examples: Examples) -> bool:
+    """Return whether the first batch is (inputs, targets), a tensor each."""
+    first = next(iter(batches_in_order(task, examples, batch_size=1)), None)
+    return (
+        isinstance(first, tuple | list)
+        and len(first) == 2
+        and all(isinstance(part, Tensor) for part in first)
+    )
+
+
+def _summarise(task: Task, examples: Examples) -> _Summary:
     rows_of: list[tuple[Tensor, ...]] = []
     low, high = torch.inf, -torch.inf
     seen = _Summary()
-    if len(examples) == 0:  # type: ignore[arg-type]  # Dataset itself declares no length
+    if count_examples(task, examples, loaded_by="load_train") == 0:
         return seen
-    for inputs, targets in make_loader(examples, batch_size=_CHUNK, shuffle=False):
+    for inputs, targets in batches_in_order(task, examples, batch_size=_CHUNK):
         rows = inputs.reshape(len(inputs), -1).double()
         is_finite = rows.isfinite()
         largest = torch.where(is_finite, rows.abs(), 0.0)

@@ -7,23 +7,32 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from fedclient.client_algorithms import NOTHING, LocalTraining, TrainedModel, TrainingStart, begin
 from fedclient.progress import ProgressReporter
 from fedclient.state import ClientState, Tensors
 from fedclient.update_encoding import RESIDUAL, encode_update
-from fedrounds.data import AugmentedBatches, make_loader, set_aside
-from fedrounds.data.loaders import NumberedLoader
+from fedrounds.data import AugmentedBatches, set_aside
 from fedrounds.diagnosis.text import verdict
 from fedrounds.diagnosis.values import Diagnosis, DoctorSettings
 from fedrounds.doctor import TrainingHalted
 from fedrounds.doctor.batches import Batch
 from fedrounds.errors import FederationError, InvalidInput, WrongSettings
 from fedrounds.seeds import derive_seed
-from fedrounds.tasks.task import Examples, Task, build_model, kinds_of
+from fedrounds.tasks.loading import batches_in_order, training_batches
+from fedrounds.tasks.task import (
+    Examples,
+    Task,
+    build_model,
+    count_examples,
+    has_numbers,
+    kinds_of,
+)
 from fedrounds.tensors.codec import decode_state, digest_file, load_state_into
 from fedrounds.tensors.payloads import write_payload
 from fedrounds.training.corrections import Correction
@@ -115,7 +124,8 @@ def train_order(
     Raises:
         TrainingHalted: training went wrong, and may not or can't be cured.
         NothingLearned: there is nothing to send.
-        WrongSettings: the task's model isn't the server's, the server aggregates its entries
+        WrongSettings: the task's model isn't the server's, a share of examples without numbers is
+            to be held out, the server aggregates its entries
             otherwise than the task says, or this client doesn't know the order's client algorithm.
         OrderEnded: the server wants no update any more.
     """
@@ -133,11 +143,11 @@ def train_order(
             else decode_state(inputs.control.read_bytes()),
         ),
     )
-    for_training, held_out = _split_examples(order, inputs.examples)
+    for_training, held_out = _split_examples(order, task, inputs.examples)
     trainer = _Trainer(
         inputs, settings, model=model, algorithm=algorithm, numbers=for_training, progress=progress
     )
-    evaluated = _evaluation_batches(order, inputs.examples, held_out)
+    evaluated = _evaluation_batches(order, task, inputs.examples, held_out)
     num_evaluations = (order.evaluate + algorithm.has_personal_model) if evaluated else 0
     progress.expect_batches(
         steps=trainer.last_step * algorithm.num_trainings,
@@ -342,10 +352,11 @@ class _Trainer:
         self._progress.add(replays=1)
         self._progress.raise_if_over()
 
-    def _batches(self, prefix: str = "") -> NumberedLoader | AugmentedBatches:
+    def _batches(self, prefix: str = "") -> DataLoader[Any] | AugmentedBatches:
         """Return the batches of a training; each prefix orders the same examples differently."""
         training, seed = self._inputs.order.training, self._inputs.order.seed
-        loader = make_loader(
+        loader = training_batches(
+            self._inputs.task,
             self._inputs.examples,
             batch_size=training.batch_size,
             seed=derive_seed(seed, f"{prefix}batches"),
@@ -381,7 +392,7 @@ def _last_epoch(report: TrainingReport) -> EpochReport:
 
 
 def _split_examples(
-    order: WorkOrder, examples: Examples
+    order: WorkOrder, task: Task, examples: Examples
 ) -> tuple[list[int] | None, list[int] | None]:
     """Return the numbers of the examples to train on and of those to evaluate on; None: all.
 
@@ -389,8 +400,14 @@ def _split_examples(
     """
     if order.holdout == 0:
         return None, None
+    if not has_numbers(examples):
+        raise WrongSettings(
+            f"the server holds out {order.holdout:g} of each client's examples, but load_train of "
+            f"task {task.name!r} returned a {type(examples).__name__}, whose examples have no "
+            "numbers; return a map-style data set, or ask for a run without --holdout"
+        )
     return set_aside(
-        len(examples),  # type: ignore[arg-type]  # Dataset doesn't declare __len__
+        count_examples(task, examples, loaded_by="load_train"),
         share=order.holdout,
         seed=derive_seed(0, "holdout", client_id=order.client_id),
     )
@@ -474,17 +491,17 @@ def _begin_model(
 
 
 def _evaluation_batches(
-    order: WorkOrder, examples: Examples, held_out: list[int] | None
-) -> NumberedLoader | None:
+    order: WorkOrder, task: Task, examples: Examples, held_out: list[int] | None
+) -> DataLoader[Any] | None:
     """Return the batches to evaluate models on, None if too few examples are held out."""
     if order.holdout and not held_out:
         return None
-    return make_loader(examples, batch_size=EVALUATION_BATCH_SIZE, shuffle=False, numbers=held_out)
+    return batches_in_order(task, examples, batch_size=EVALUATION_BATCH_SIZE, numbers=held_out)
 
 
 def _evaluate(
     model: nn.Module,
-    loader: NumberedLoader,
+    loader: DataLoader[Any],
     task: Task,
     device: torch.device,
     progress: ProgressReporter,

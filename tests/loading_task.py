@@ -22,6 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -37,14 +38,14 @@ def _announce(pid: int) -> None:
     print(f"loading in process {pid}", file=sys.stderr, flush=True)
 
 
-def _read(examples: Examples, number: int) -> tuple[Tensor, ...]:
+def _read(examples: Dataset[tuple[Tensor, ...]], number: int) -> tuple[Tensor, ...]:
     _announce(os.getpid())
     time.sleep(_SECONDS)
     return examples[number]
 
 
 class _Slow(Dataset[tuple[Tensor, ...]]):
-    def __init__(self, examples: Examples) -> None:
+    def __init__(self, examples: Dataset[tuple[Tensor, ...]]) -> None:
         self._examples = examples
 
     def __len__(self) -> int:
@@ -54,12 +55,12 @@ class _Slow(Dataset[tuple[Tensor, ...]]):
         return _read(self._examples, number)
 
 
-def _by_pool(method: str, examples: Examples) -> None:
+def _by_pool(method: str, examples: Any) -> None:  # noqa: ANN401
     with multiprocessing.get_context(method).Pool(2) as pool:
         pool.map(functools.partial(_read, examples), range(4), chunksize=2)
 
 
-def _by_workers(examples: Examples) -> None:
+def _by_workers(examples: Any) -> None:  # noqa: ANN401
     for _ in DataLoader(_Slow(examples), batch_size=16, num_workers=2):
         pass
 

@@ -36,6 +36,7 @@ from fedrounds.errors import InvalidInput
 from fedrounds.plugins import naming_task_errors, show_error
 from fedrounds.seeds import derive_seed
 from fedrounds.tasks.builtin import find_task
+from fedrounds.tasks.loading import load_examples
 from fedrounds.tasks.task import (
     DataRequest,
     Examples,
@@ -79,7 +80,9 @@ def run(settings: DoctorCommandSettings) -> int:
         Text(f"client {settings.id}, task {task.name}, {source}", style="bold"), soft_wrap=True
     )
     with naming_task_errors(f"task {task.name!r}: load_train"):
-        examples = task.load_train(DataRequest(data_root=settings.data_root, partition=partition))
+        examples = load_examples(
+            task, DataRequest(data_root=settings.data_root, partition=partition)
+        )
         num_examples = count_examples(task, examples, loaded_by="load_train")
         checks = inspect_data(examples, task)
     diagnosis, failure = None, None

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from fedclient.settings import PartitionsSettings
 from fedrounds.data import partition_indices, validate_scheme
 from fedrounds.errors import InvalidInput
 from fedrounds.tasks.builtin import find_task
-from fedrounds.tasks.task import DataRequest, Examples, Partition, Task
+from fedrounds.tasks.task import DataRequest, Examples, Partition, Task, count_examples, has_numbers
 
 _FEW_LABELS = 10
 
@@ -74,11 +74,15 @@ def _labels_of_shares(
 
 
 def _targets_as_labels(task: Task, examples: Examples, index: int) -> NDArray[np.int64]:
-    if isinstance(examples, TensorDataset):
+    if task.loss is not None and isinstance(examples, TensorDataset):
         labels = examples.tensors[1].numpy()
     else:
-        # A map-style data set; Dataset itself declares no length.
-        num_examples = len(examples)  # type: ignore[arg-type]
+        if task.loss is None or isinstance(examples, DataLoader) or not has_numbers(examples):
+            raise InvalidInput(
+                f"task {task.name!r} doesn't say which part of an example is its label; give the "
+                "Task load_labels, which says what a partitioning goes by"
+            )
+        num_examples = count_examples(task, examples, loaded_by="load_train")
         labels = np.array([np.asarray(examples[number][1]) for number in range(num_examples)])
     if len(labels) and (labels.ndim != 1 or labels.dtype.kind not in "biu" or labels.min() < 0):
         raise InvalidInput(

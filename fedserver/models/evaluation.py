@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedrounds.data import make_loader
 from fedrounds.errors import InvalidInput
 from fedrounds.failpoints import FailPoint, failpoint
 from fedrounds.plugins import naming_task_errors
-from fedrounds.tasks.task import Task, count_examples, inspect_examples, validate_example
+from fedrounds.tasks.loading import batches_in_order, load_held_out
+from fedrounds.tasks.task import Task, count_examples, inspect_examples
 from fedrounds.tensors.codec import load_state_into
 from fedrounds.training.evaluation import Batches, Evaluation, evaluate
-from fedrounds.training.trial import keeping_random_streams
+from fedrounds.training.trial import keeping_random_streams, validate_first
 from fedrounds.types import IncidentKind
 from fedserver.events import event_of
 from fedserver.models.checkpoints import Checkpoints
@@ -41,7 +41,7 @@ class Evaluator:
 
     def __init__(self, task: Task, model: nn.Module, *, data_root: Path | None) -> None:
         with naming_task_errors(f"task {task.name!r}: load_test"):
-            examples = task.load_test(data_root)
+            examples = load_held_out(task, data_root)
         size = None if examples is None else count_examples(task, examples, loaded_by="load_test")
         if examples is not None and (bad := inspect_examples(task, examples)):
             raise InvalidInput(
@@ -56,7 +56,8 @@ class Evaluator:
         self._task = task
         self._loader = None
         if examples is not None:
-            self._loader = make_loader(examples, batch_size=_BATCH_SIZE, shuffle=False)
+            self._loader = batches_in_order(task, examples, batch_size=_BATCH_SIZE)
+            self._examples = examples
             self._model = model
         self._stop = threading.Event()
 
@@ -81,7 +82,7 @@ class Evaluator:
             return
         what = f"task {self._task.name!r}: evaluating the model on the first held-out examples"
         with keeping_random_streams(torch.device("cpu")), naming_task_errors(what):
-            validate_example(self._task, self._loader.dataset[0])
+            validate_first(self._task, self._examples)
             # Computed here, so that a metric that computes no number is refused at the start.
             _ = self._measure([next(iter(self._loader))]).metrics
 

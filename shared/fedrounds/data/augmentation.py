@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from fedrounds.data.loaders import NumberedLoader
 from fedrounds.errors import InvalidInput
 
 _MAX_SHIFT = 2
@@ -22,7 +23,7 @@ class AugmentedBatches:
         InvalidInput: no augmentation of this name, or (on the way) inputs it isn't made for.
     """
 
-    def __init__(self, loader: NumberedLoader, *, name: str, seed: int) -> None:
+    def __init__(self, loader: DataLoader[Any], *, name: str, seed: int) -> None:
         if name not in AUGMENTATIONS:
             raise InvalidInput(
                 f"there is no augmentation {name!r}; there are: none, {', '.join(AUGMENTATIONS)}"
@@ -35,12 +36,18 @@ class AugmentedBatches:
         return len(self._loader)
 
     @property
-    def newest_indices(self) -> list[int]:
-        """The numbers in the data set, from 0, of the newest batch's examples."""
-        return self._loader.newest_indices
+    def newest_indices(self) -> list[int] | None:
+        """The numbers in the data set, from 0, of the newest batch's examples, if known."""
+        return getattr(self._loader, "newest_indices", None)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for inputs, *rest in self._loader:
+        for batch in self._loader:
+            if not isinstance(batch, tuple | list) or not isinstance(batch[0], Tensor):
+                raise InvalidInput(
+                    "an augmentation is for batches of (inputs, targets) with one tensor of "
+                    "inputs; leave --augment out"
+                )
+            inputs, *rest = batch
             yield self._change(inputs, self._generator), *rest
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from numbers import Number
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fedrounds.data import partition_indices
+from fedrounds.data.loaders import Sampler
 from fedrounds.doctor.batches import are_out_of_range, labels_among
 from fedrounds.errors import InvalidInput
 from fedrounds.nested import leaves_of
@@ -35,7 +37,8 @@ from fedrounds.training.metrics import MetricFactory
 from fedrounds.training.objective import Loss, TrainingStep
 from fedrounds.types import EntryKind
 
-Examples = Dataset[tuple[Tensor, ...]]
+Examples = Dataset[Any] | DataLoader[Any]
+"""What load_train and load_test return: a map-style or an iterable data set, or a DataLoader."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ class Task:
 
     `build_model` draws initial weights from torch's global generator, which the caller seeds.
     `load_train` gives one client's private examples, `load_test` the server's held-out set or
-    None if there is none.
+    None if there is none. Each is a map-style or an iterable data set, or a DataLoader.
 
     What is minimised is said in exactly one of two ways. With `loss` an example is (input, target),
     and `loss` takes (outputs, targets) of a batch to its mean, a scalar tensor; the outputs are all
@@ -87,6 +90,11 @@ class Task:
     `training_step` takes (model, batch) to the mean loss, to (loss, outputs), or to a dictionary or
     an object with `loss`; the doctor may call it again for the same batch, so it depends on its
     arguments and torch's generators alone.
+
+    How batches are made, unless load_train returns a DataLoader: `collate` takes a list of examples
+    to a batch (default: torch's), `sampler` takes (examples, generator) to the numbers of an
+    epoch's examples, `num_workers` processes read them, and `batch_size` takes the place of the
+    server's. All but `collate` are for training alone.
 
     The rest has defaults. `metrics` are measured over a whole data set besides accuracy and loss,
     on the server's held-out set and on what clients hold out: by name, each a function that makes a
@@ -112,6 +120,10 @@ class Task:
     metrics: Mapping[str, MetricFactory] = field(default_factory=dict)
     num_classes: int | None = None
     finite_inputs: bool = True
+    collate: Callable[[list[Any]], Any] | None = None
+    sampler: Sampler | None = None
+    num_workers: int = 0
+    batch_size: int | None = None
     load_labels: Callable[[Path | None], NDArray[np.int64]] | None = None
     entries: Mapping[str, str] = field(default_factory=dict)
 
@@ -121,6 +133,11 @@ class Task:
             raise InvalidInput(
                 f"task {self.name!r}: give it loss(outputs, targets), for examples of (input, "
                 f"target), or training_step(model, batch); it has {given}"
+            )
+        if self.num_workers < 0 or (self.batch_size is not None and self.batch_size < 1):
+            raise InvalidInput(
+                f"task {self.name!r}: num_workers must be 0 or more and batch_size 1 or more, but "
+                f"they are {self.num_workers} and {self.batch_size}"
             )
         for pattern, kind in self.entries.items():
             if kind not in DECLARABLE:
@@ -174,18 +191,28 @@ def count_examples(task: Task, examples: object, *, loaded_by: str) -> int:
     """Return how many examples there are in what the function `loaded_by` of the task returned.
 
     Raises:
-        InvalidInput: it isn't a map-style data set.
+        InvalidInput: it is no data set, or has no length.
     """
-    if (
-        isinstance(examples, IterableDataset | DataLoader)
-        or not isinstance(examples, Sized)
-        or not hasattr(examples, "__getitem__")
+    counted = examples.dataset if isinstance(examples, DataLoader) else examples
+    if not isinstance(counted, Sized) or not (
+        isinstance(counted, IterableDataset) or has_numbers(counted)
     ):
+        what = type(examples).__name__
+        if counted is not examples:
+            what += f" of a {type(counted).__name__} without a length"
         raise InvalidInput(
-            f"task {task.name!r}: {loaded_by} returned a {type(examples).__name__}; it must return "
-            "a map-style data set of (input, target), such as a torch.utils.data.TensorDataset"
+            f"task {task.name!r}: {loaded_by} returned a {what}; it must return a data set, such "
+            "as a torch.utils.data.TensorDataset or an IterableDataset, or a DataLoader of a data "
+            "set with a length"
         )
-    return len(examples)
+    return len(counted)
+
+
+def has_numbers(examples: object) -> bool:
+    """Return whether it is a map-style data set: each example has its number."""
+    return hasattr(examples, "__getitem__") and not isinstance(
+        examples, IterableDataset | DataLoader
+    )
 
 
 def validate_example(task: Task, example: object) -> None:

@@ -3,20 +3,22 @@
 It leaves no trace: it trains a model of its own, and restores every random stream.
 """
 
+import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
-from fedrounds.data import make_loader
-from fedrounds.data.loaders import NumberedLoader
 from fedrounds.diagnosis.values import DoctorSettings
 from fedrounds.doctor import TrainingHalted
 from fedrounds.nested import to_device
 from fedrounds.plugins import naming_task_errors
-from fedrounds.tasks.task import Examples, Task, validate_example
+from fedrounds.tasks.loading import batches_in_order
+from fedrounds.tasks.task import Examples, Task, count_examples, has_numbers, validate_example
+from fedrounds.training.evaluation import Batches
 from fedrounds.training.loop import DoctorContext, train_model
 from fedrounds.training.objective import compute_loss_of
 
@@ -35,23 +37,36 @@ def try_training_step(task: Task, examples: Examples, *, device: torch.device) -
         OwnCodeFailed: the step raised an error, which is the cause.
         InvalidInput: an example isn't what the task's loss is for.
     """
-    num_examples = len(examples)  # type: ignore[arg-type]  # Dataset itself declares no length
-    few, more = (min(size, num_examples) for size in (_NUM_EXAMPLES, _NUM_FOR_THE_DOCTOR))
     what = f"task {task.name!r}: reading the first example"
     with keeping_random_streams(device):
         with naming_task_errors(what):
-            validate_example(task, examples[0])
-        if not _goes_well(task, _first(few, examples), device):
+            validate_first(task, examples)
+        if not _goes_well(task, _first(_NUM_EXAMPLES, task, examples), device):
             # The doctor's step raises the error again, unless the doctor can deal with it.
-            _step_with_doctor(task, _first(more, examples), device)
+            _step_with_doctor(task, _first(_NUM_FOR_THE_DOCTOR, task, examples), device)
 
 
-def _first(num: int, examples: Examples) -> NumberedLoader:
-    """Return the first examples as one batch."""
-    return make_loader(examples, batch_size=num, shuffle=False, numbers=list(range(num)))
+def validate_first(task: Task, examples: Examples) -> None:
+    """Refuse a data set whose first example can't be put into a batch that the task can train on.
+
+    Only map-style data sets are looked at, and only if torch itself makes the batches.
+
+    Raises:
+        InvalidInput: see `validate_example`.
+    """
+    if task.collate is None and not isinstance(examples, DataLoader) and has_numbers(examples):
+        validate_example(task, examples[0])
 
 
-def _goes_well(task: Task, batches: NumberedLoader, device: torch.device) -> bool:
+def _first(num: int, task: Task, examples: Examples) -> Batches:
+    """Return the first examples, as many as there are, as one batch; a DataLoader's first batch."""
+    if has_numbers(examples):
+        numbers = range(min(num, count_examples(task, examples, loaded_by="load_train")))
+        return batches_in_order(task, examples, batch_size=num, numbers=numbers)
+    return list(itertools.islice(batches_in_order(task, examples, batch_size=num), 1))
+
+
+def _goes_well(task: Task, batches: Batches, device: torch.device) -> bool:
     try:
         batch = to_device(next(iter(batches)), device)
         model = task.build_model().to(device).train()
@@ -64,7 +79,7 @@ def _goes_well(task: Task, batches: NumberedLoader, device: torch.device) -> boo
     return True
 
 
-def _step_with_doctor(task: Task, batches: NumberedLoader, device: torch.device) -> None:
+def _step_with_doctor(task: Task, batches: Batches, device: torch.device) -> None:
     what = f"task {task.name!r}: a trial step before the run"
     with suppress(TrainingHalted), naming_task_errors(what):
         train_model(

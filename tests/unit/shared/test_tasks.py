@@ -1,8 +1,10 @@
 """Data sets and tasks: what a client gets, and the error when it can't get it."""
 
 import gzip
+import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fedrounds.data import datasets, load_data, load_images, to_dataset
 from fedrounds.errors import DataUnavailable, InvalidInput, OwnCodeFailed
@@ -349,13 +351,21 @@ def test_an_error_of_build_model_names_the_task() -> None:
         build_model(replace(OWN_TASK, build_model=fail))
 
 
+class Endless(IterableDataset[int]):
+    """Examples whose number nobody knows."""
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield them."""
+        return itertools.count()
+
+
 @pytest.mark.parametrize(
     "examples",
-    [None, iter([1]), {1, 2}, DataLoader(TensorDataset(torch.zeros(2)))],
+    [None, iter([1]), {1, 2}, DataLoader(Endless())],
     ids=["none", "iterator", "set", "loader"],
 )
-def test_what_is_no_map_style_data_set_is_refused(examples: object) -> None:
-    with pytest.raises(InvalidInput, match=r"load_train returned a .* must return a map-style"):
+def test_what_is_no_data_set_is_refused(examples: object) -> None:
+    with pytest.raises(InvalidInput, match=r"load_train returned a .* must return a data set"):
         count_examples(OWN_TASK, examples, loaded_by="load_train")
 
 
