@@ -37,6 +37,7 @@ _SYMPTOMS: Mapping[Symptom, str] = {
     Symptom.LOSS_EXPLOSION: "the loss exploded",
     Symptom.DEAD_NETWORK: "every gradient is zero",
     Symptom.COLLAPSE: "one class is the answer to everything",
+    Symptom.LOST_UPDATES: "most of an update is rounded away in 16 bits",
 }
 _ODDITIES: Mapping[Oddity, str] = {
     Oddity.NAN: "NaN in the input",
@@ -176,6 +177,8 @@ def _shown(diagnosis: Diagnosis) -> str:
 def _done(diagnosis: Diagnosis) -> str:
     remedy = diagnosis.remedy
     if remedy.kind is RemedyKind.NONE:
+        if diagnosis.symptom is Symptom.LOST_UPDATES:
+            return "float32 heals it, training went on as it is"
         if remedy.is_working:
             return "nothing helped, training went on"
         return "training stopped, no update"

@@ -28,6 +28,8 @@ class Symptom(StrEnum):
     """Every weight's gradient is exactly zero though the loss isn't."""
     COLLAPSE = "collapse"
     """One class is the answer to everything though the labels hold others."""
+    LOST_UPDATES = "lost-updates"
+    """Weights of 16 bits stay as they are, because most of each update is rounded away."""
 
 
 class Cause(StrEnum):

@@ -33,6 +33,7 @@ from fedrounds.doctor.history import (
     take_snapshot,
 )
 from fedrounds.doctor.labels import ignored_labels
+from fedrounds.doctor.lost_updates import FIRST_LOOK, look_for_lost_updates
 from fedrounds.doctor.monitor import Monitor, classes_of
 from fedrounds.doctor.nan_guard import NanGuard
 from fedrounds.doctor.outside import OutsideWrites
@@ -144,6 +145,7 @@ class Doctor:
         self._parameters = list(model.parameters())
         self._structure: tuple[int, ...] = ()
         self._can_fail = True
+        self._has_looked_at_updates = False
         self._outside_writes = OutsideWrites()
         try:
             self._begin()
@@ -371,13 +373,18 @@ class Doctor:
         """Do what a symptom asks for, or what is due without a symptom."""
         if symptom is not None and self._treatments.release.is_on_trial:
             return self._treatments.take_back(symptom, outcome, progress, is_tried=is_tried)
-        treatments, step = self._treatments, self._session.step
+        treatments, session, step = self._treatments, self._session, self._session.step
         if symptom in SUSPICIONS:
             treatments.suspect(symptom, outcome)
         elif symptom is not None and not treatments.is_dismissed(symptom):
             return treatments.treat(symptom, outcome, progress, is_tried=is_tried)
         if treatments.suspicion is not None and treatments.suspicion.is_ripe(step):
             return treatments.look_into(outcome, progress)
+        if step > FIRST_LOOK and not self._has_looked_at_updates and not session.diagnoses:
+            self._has_looked_at_updates = True
+            diagnosis = look_for_lost_updates(session, progress)
+            if diagnosis is not None:
+                session.tell(diagnosis)
         return treatments.ease(outcome, progress) if treatments.release.is_due(step) else outcome
 
     def _take_unwatched(self, batch: Batch, nan_guard: NanGuard, *, updates: bool) -> StepReport:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fedrounds.diagnosis.values import Remedy, RemedyKind
@@ -85,6 +86,19 @@ class Retaking:
             if outcome.is_taken:
                 losses.append(outcome.loss)
         return last_level(losses) if is_finite(self.training) else math.inf
+
+    def update_from(
+        self, start: Snapshot, treatment: Overrides, *, prepare: Preparation = nothing
+    ) -> list[Tensor]:
+        """Return by how much the first step after a state moves each weight, in float64."""
+        restore_snapshot(self.training, start)
+        prepare()
+        learning = self.training.learning
+        before = [weight.detach().to(torch.float64, copy=True) for weight in learning]
+        self._take(self._since(start)[0], treatment)
+        return [
+            weight.detach().double() - old for weight, old in zip(learning, before, strict=True)
+        ]
 
     def level_under(self, remedy: Remedy, finding: Finding, treatment: Overrides) -> float:
         """Return the loss that the steps up to now lead to under one more remedy."""

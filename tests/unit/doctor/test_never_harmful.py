@@ -421,6 +421,33 @@ def test_an_outlier_is_left_out_only_where_the_loss_stays_higher_than_before(
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize(("lr", "is_lost"), [(3e-5, True), (0.1, False)])
+def test_updates_that_16_bits_round_away_are_reported_and_nothing_is_changed(
+    lr: float, is_lost: bool
+) -> None:
+    """At a small rate most weights stay the same bits; at a large rate the training is healthy."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 4)).to(torch.bfloat16)
+    plain = copy.deepcopy(model)
+    mine, theirs = (
+        torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9) for network in (model, plain)
+    )
+    doctor = Doctor(model, mine, compute_loss, num_classes=4)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(56):
+        inputs, labels = draw_classes([0, 1, 2, 3], generator)
+        batch = inputs.to(torch.bfloat16), labels
+        doctor.step(batch)
+        theirs.zero_grad()
+        compute_loss(plain, batch)[0].backward()  # type: ignore[no-untyped-call]
+        theirs.step()
+    doctor.finish()
+    found = [(one.symptom, one.cause, one.step) for one in doctor.diagnoses]
+    assert found == ([(Symptom.LOST_UPDATES, Cause.PRECISION, 49)] if is_lost else [])
+    for weight, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(weight, other)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_buffer_that_was_never_finite_is_no_fault(value: float) -> None:
     """A constant of the model's, such as a mask; the doctor speaks where it does harm."""

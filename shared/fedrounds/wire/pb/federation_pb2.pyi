@@ -373,6 +373,8 @@ class _SymptomEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Symptom.Value
     SYMPTOM_LOSS_EXPLOSION: _Symptom.ValueType  # 10
     SYMPTOM_DEAD_NETWORK: _Symptom.ValueType  # 11
     SYMPTOM_COLLAPSE: _Symptom.ValueType  # 12
+    SYMPTOM_LOST_UPDATES: _Symptom.ValueType  # 13
+    """Weights of 16 bits stay as they are: most of each update is rounded away."""
 
 class Symptom(_Symptom, metaclass=_SymptomEnumTypeWrapper): ...
 
@@ -389,6 +391,8 @@ SYMPTOM_NON_FINITE_BUFFER: Symptom.ValueType  # 9
 SYMPTOM_LOSS_EXPLOSION: Symptom.ValueType  # 10
 SYMPTOM_DEAD_NETWORK: Symptom.ValueType  # 11
 SYMPTOM_COLLAPSE: Symptom.ValueType  # 12
+SYMPTOM_LOST_UPDATES: Symptom.ValueType  # 13
+"""Weights of 16 bits stay as they are: most of each update is rounded away."""
 Global___Symptom: _TypeAlias = Symptom  # noqa: Y015
 
 class _Cause:
