@@ -411,14 +411,14 @@ def test_an_outlier_is_left_out_only_where_the_loss_stays_higher_than_before(
         optimizer.step()
     doctor.finish()
     if is_harmful:
-        (found,) = doctor.diagnoses
-        assert (found.step, found.cause, found.num_samples) == (71, Cause.BAD_DATA, 1)
-        assert found.remedy.kind is RemedyKind.DROP_SAMPLES
+        (diagnosis,) = doctor.diagnoses
+        assert (diagnosis.step, diagnosis.cause, diagnosis.num_samples) == (71, Cause.BAD_DATA, 1)
+        assert diagnosis.remedy.kind is RemedyKind.DROP_SAMPLES
         assert squared_error(model, (inputs[-1], targets[-1])) < 0.05
         return
     assert doctor.diagnoses == []
-    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    for mine, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, expected)
 
 
 @pytest.mark.parametrize(("lr", "is_lost"), [(3e-5, True), (0.1, False)])
