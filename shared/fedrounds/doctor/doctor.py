@@ -573,7 +573,7 @@ class Doctor:
             grad_norm=outcome.grad_norm,
             lr=outcome.lr,
             outputs=outcome.returned,
-            targets=outcome.targets,
+            batch=outcome.batch,
+            num_classes=outcome.num_classes,
             batch_size=outcome.batch_size if outcome.is_taken else 0,
-            labels=outcome.labels,
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedrounds.diagnosis.values import Cause, Diagnosis, Origin, StepPhase, Symptom
-from fedrounds.doctor.batches import Batch, labels_among, map_tensors, tensors_of
+from fedrounds.doctor.batches import Batch, map_tensors, tensors_of
 from fedrounds.doctor.history import RandomState, gradients_of, restore_extras
 from fedrounds.doctor.outputs import loss_and_outputs
 from fedrounds.doctor.reports import StepReport
@@ -209,17 +209,15 @@ def report(
 ) -> StepReport:
     """Return the report on a step that was taken plainly."""
     tensors = tensors_of(batch)
-    size = next((len(tensor) for tensor in tensors if tensor.ndim), 0)
     return StepReport(
         step=step,
         loss=loss,
         grad_norm=None,
         lr=float(training.optimizer.param_groups[0]["lr"]),
         outputs=map_tensors(outputs, Tensor.detach),
-        targets=tensors[-1] if tensors else None,
-        batch_size=size,
-        # Of the doctor's functions as few as can be: after a failure of its own this is the way on.
-        labels=labels_among(tensors, size, num_classes=training.num_classes),
+        batch=batch,
+        num_classes=training.num_classes,
+        batch_size=next((len(tensor) for tensor in tensors if tensor.ndim), 0),
     )
 
 

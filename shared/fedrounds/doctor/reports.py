@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fedrounds.diagnosis.values import Cause, Diagnosis, Symptom
+from fedrounds.doctor.batches import Batch, labels_of, tensors_of
 from fedrounds.errors import FederationError
 
 
@@ -13,9 +14,8 @@ class StepReport(NamedTuple):
     """A step that went well, perhaps after a cure; `step` counts from 1.
 
     `grad_norm` is the global L2 norm before clipping, None where it wasn't measured; `lr` the rate
-    in force, `outputs` what `compute_loss` gave beside the loss, `targets` the last tensor of what
-    was learned from, `labels` its tensor of labels, None without labels (see
-    `fedrounds.doctor.batches.labels_among`). Where nothing of the batch was left to learn from,
+    in force, `outputs` what `compute_loss` gave beside the loss, `batch` what was learned from, of
+    `num_classes` classes where that is known. Where nothing of the batch was left to learn from,
     `batch_size` is 0 and the loss nan.
     """
 
@@ -24,9 +24,19 @@ class StepReport(NamedTuple):
     grad_norm: float | None
     lr: float
     outputs: Any
-    targets: Tensor | None
+    batch: Batch
+    num_classes: int | None
     batch_size: int
-    labels: Tensor | None = None
+
+    @property
+    def targets(self) -> Tensor | None:
+        """The last tensor of the batch, None if it has none."""
+        return next(reversed(tensors_of(self.batch)), None)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The batch's labels (see `fedrounds.doctor.batches.labels_among`), None if it has none."""
+        return labels_of(self.batch, num_classes=self.num_classes)
 
 
 class TrainingHalted(FederationError):

@@ -24,7 +24,6 @@ from fedrounds.doctor.batches import (
     map_tensors,
     rows_of,
     take,
-    tensors_of,
 )
 from fedrounds.doctor.constants import make_stable
 from fedrounds.doctor.guarded import guarding
@@ -182,11 +181,6 @@ class StepOutcome(NamedTuple):
     def labels(self) -> Tensor | None:
         """The batch's labels, None if it has none; hardly any step needs them."""
         return labels_of(self.batch, num_classes=self.num_classes)
-
-    @property
-    def targets(self) -> Tensor | None:
-        """The last tensor of the batch, None if it has none."""
-        return next(reversed(tensors_of(self.batch)), None)
 
     @property
     def is_finite(self) -> bool:
