@@ -429,21 +429,23 @@ def test_updates_that_16_bits_round_away_are_reported_and_nothing_is_changed(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 4)).to(torch.bfloat16)
     plain = copy.deepcopy(model)
-    mine, theirs = (
+    optimizer, plain_optimizer = (
         torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9) for network in (model, plain)
     )
-    doctor = Doctor(model, mine, compute_loss, num_classes=4)
+    doctor = Doctor(model, optimizer, compute_loss, num_classes=4)
     generator = torch.Generator().manual_seed(1)
     for _ in range(56):
         inputs, labels = draw_classes([0, 1, 2, 3], generator)
         batch = inputs.to(torch.bfloat16), labels
         doctor.step(batch)
-        theirs.zero_grad()
+        plain_optimizer.zero_grad()
         compute_loss(plain, batch)[0].backward()  # type: ignore[no-untyped-call]
-        theirs.step()
+        plain_optimizer.step()
     doctor.finish()
-    found = [(one.symptom, one.cause, one.step) for one in doctor.diagnoses]
-    assert found == ([(Symptom.LOST_UPDATES, Cause.PRECISION, 49)] if is_lost else [])
+    diagnosed = [
+        (diagnosis.symptom, diagnosis.cause, diagnosis.step) for diagnosis in doctor.diagnoses
+    ]
+    assert diagnosed == ([(Symptom.LOST_UPDATES, Cause.PRECISION, 49)] if is_lost else [])
     for weight, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(weight, other)
 
