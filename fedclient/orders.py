@@ -57,7 +57,7 @@ from fedrounds.types import (
 logger = logging.getLogger(__name__)
 
 _GOOD_RECEIPTS = (Receipt.STORED, Receipt.DUPLICATE)
-_UNNEEDED = (OrderEnd.ATTEMPT_FAILED, OrderEnd.TAKEN_BACK)
+_UNNEEDED = (OrderEnd.ATTEMPT_FAILED, OrderEnd.TAKEN_BACK, OrderEnd.RUN_STOPPED)
 """After these ends the update was in time: nothing went wrong at this client."""
 _ORDER_ENDS = {
     OrderEnd.ROUND_CLOSED: "the round went on without it",
@@ -66,6 +66,7 @@ _ORDER_ENDS = {
     ),
     OrderEnd.GIVEN_UP: "the server no longer waits for it",
     OrderEnd.TAKEN_BACK: "the model that it began with was taken back",
+    OrderEnd.RUN_STOPPED: "the run has stopped with the model that it began with",
     OrderEnd.OTHER: "the order has ended",
 }
 

@@ -133,11 +133,11 @@ def compose(
     )
     evaluations = Evaluations(
         prepared.evaluator,
-        max_rollbacks=settings.max_rollbacks,
+        settings,
         detects_regressions=is_used,
         store=recording,
         checkpoints=checkpoints,
-        on_suspect=open_orders.round_changed.notify,
+        on_news=open_orders.round_changed.notify,
         threads=threads,
     )
     retention = Retention(

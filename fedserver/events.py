@@ -52,7 +52,7 @@ def event_of(
     )
 
 
-_NOT_NEEDED = (OrderEnd.ATTEMPT_FAILED, OrderEnd.TAKEN_BACK)
+_NOT_NEEDED = (OrderEnd.ATTEMPT_FAILED, OrderEnd.TAKEN_BACK, OrderEnd.RUN_STOPPED)
 
 
 def update_event(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from fedrounds.goals import Goal
 from fedrounds.types import Encoding
 from fedserver.phases import OrderState, Phase
 from fedserver.records import Adjustments, ClientEvaluation, Event, ModelEvaluation
@@ -160,13 +161,11 @@ def models_by_round(attempts: Sequence[AttemptResult]) -> dict[int, str]:
     }
 
 
-def best_round(attempts: Sequence[AttemptResult]) -> int | None:
-    """Return the number of the round with the highest accuracy, the earliest of equals."""
-    evaluated = [
-        (attempt.evaluation.accuracy, -attempt.round_number)
+def best_round(attempts: Sequence[AttemptResult], goal: Goal) -> int | None:
+    """Return the number of the round with the best model, the earliest of equals."""
+    values = {
+        attempt.round_number: attempt.evaluation.numbers.get(goal.name)
         for attempt in attempts
-        if attempt.is_done
-        and attempt.evaluation is not None
-        and attempt.evaluation.accuracy is not None
-    ]
-    return -max(evaluated)[1] if evaluated else None
+        if attempt.is_done and attempt.evaluation is not None
+    }
+    return goal.best_of({number: value for number, value in values.items() if value is not None})

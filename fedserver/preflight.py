@@ -8,7 +8,7 @@ Nothing here imports torch: most refusals come before that.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +138,34 @@ def validate_compression(
             f"--compression {settings.compression} makes {compressed_bytes} bytes of the "
             f"{model_bytes} of this model's parameters; choose another one, or none"
         )
+
+
+def validate_goals(settings: "ServerSettings", measured: Set[str] | None, *, task: str) -> None:
+    """Refuse a best model or an early stop by a number that isn't measured.
+
+    `measured` are the numbers that the held-out set gives, None if there is no such set.
+
+    Raises:
+        InvalidInput: a setting, or the task, names another number.
+    """
+    early = {
+        "--stop-when": settings.bound.name if settings.bound else None,
+        "--patience": settings.goal.name if settings.patience else None,
+    }
+    if measured is None:
+        for flag, name in early.items():
+            if name is not None:
+                raise InvalidInput(
+                    f"{flag} stops a run by its held-out set, but task {task!r} has none here; let "
+                    "its load_test return examples, or leave the flag out"
+                )
+        return
+    for flag, name in {"--best-by": settings.goal.name, **early}.items():
+        if name is not None and name not in measured:
+            raise InvalidInput(
+                f"{flag} names {name!r}, but on its held-out set task {task!r} measures "
+                f"{', '.join(sorted(measured))}; name one of these"
+            )
 
 
 def validate_going_on(state_dir: Path, differing: Mapping[str, tuple[Any, Any]]) -> None:

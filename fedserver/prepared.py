@@ -17,7 +17,7 @@ from fedrounds.tensors.entries import running_variances, tied_entries, validate_
 from fedrounds.training.metrics import measurement_sizes
 from fedrounds.types import Encoding, EntryKind
 from fedserver.models.evaluation import Evaluator
-from fedserver.preflight import validate_compression, validate_strategy
+from fedserver.preflight import validate_compression, validate_goals, validate_strategy
 from fedserver.run_context import strategy_of
 from fedserver.run_settings import run_compression
 from fedserver.settings import ServerSettings
@@ -56,6 +56,7 @@ def prepare(settings: ServerSettings) -> Prepared:
     validate_compression(settings, compressed_bytes=compressed_bytes, model_bytes=model_bytes)
     evaluator = Evaluator(task, model, data_root=settings.data_root)
     evaluator.try_batch()
+    validate_goals(settings.with_goal_of(task.best_by), evaluator.measured_names, task=task.name)
     return Prepared(
         task=task,
         strategy=strategy,

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ def _run(settings: ServerSettings, signals: StopSignals) -> None:
     # Settings are refused before a run begins with them.
     with interrupting():
         prepared = prepare(settings)
+    settings = settings.with_goal_of(prepared.task.best_by)
     with locked_folder(settings.state_dir) as state_dir:
         try:
             expect_database(state_dir)
@@ -124,7 +126,7 @@ async def _serve(
     parts = compose(settings, prepared, run=run, store=store, threads=threads, clock=clock)
     stop = _stop_event(stop_signals)
     last_done = store.rounds.last_done_round(run.run_id)
-    evaluated = store.rounds.good_evaluations(run.run_id)
+    evaluated = store.rounds.good_evaluations(run.run_id, metrics=[settings.goal.name])
     spent_s = store.rounds.time_spent_s(run.run_id)
     server, address = await start_server(parts.client_api, host=settings.host, port=settings.port)
     completing = asyncio.create_task(_complete(parts, threads))
@@ -141,10 +143,12 @@ async def _serve(
             num_done=0 if last_done is None else last_done.round_number,
             evaluated=evaluated,
             spent_s=spent_s,
+            goal=settings.goal,
         ):
             await asyncio.wait({completing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        end_lines: list[str] = []
         if is_complete := completing.done():
-            await completing
+            end_lines = await completing
         else:
             logger.info("stopping; the same command goes on with %s", run.run_id)
     finally:
@@ -157,7 +161,7 @@ async def _serve(
         await asyncio.wait(tasks)
     if is_complete:
         # Only now: while this takes its time no client is served, and no clock may notice that.
-        _show_end(settings)
+        _show_end(settings, end_lines)
 
 
 def _stop_event(signals: StopSignals) -> asyncio.Event:
@@ -172,8 +176,11 @@ def _stop_event(signals: StopSignals) -> asyncio.Event:
     return stop
 
 
-async def _complete(parts: Composition, threads: Threads) -> None:
-    """Run the run to its end, export its models, and tell the clients."""
+async def _complete(parts: Composition, threads: Threads) -> list[str]:
+    """Run the run to its end, export its models, and tell the clients.
+
+    Returns what to say of the end, in sentences.
+    """
     context, coordinator, client_api = parts.context, parts.coordinator, parts.client_api
     try:
         digest = await coordinator.complete()
@@ -182,7 +189,7 @@ async def _complete(parts: Composition, threads: Threads) -> None:
         await client_api.finish(RunEnd(has_failed=True, failure=failure))
         raise
     # Killed here, the run is still open: started again it exports and ends it.
-    await coordinator.with_room(
+    about_best = await coordinator.with_room(
         functools.partial(
             _export,
             context,
@@ -195,6 +202,13 @@ async def _complete(parts: Composition, threads: Threads) -> None:
     failpoint(FailPoint.RUN_EXPORTED)
     await coordinator.with_room(coordinator.end)
     await client_api.finish(RunEnd(has_failed=False))
+    if (stop := coordinator.stopped) is None:
+        return about_best
+    num_rounds = context.settings.rounds
+    return [
+        f"the run stopped after round {stop.round_number} of {num_rounds}: {stop.reason}",
+        *about_best,
+    ]
 
 
 async def _export(
@@ -204,13 +218,23 @@ async def _export(
     store: AsyncStore,
     checkpoints: Checkpoints,
     threads: Threads,
-) -> None:
-    """Write the last model, and beside it the best model if that is another."""
+) -> list[str]:
+    """Write the last model, and beside it the best model if that is another.
+
+    Returns a sentence on the best model, if models were evaluated.
+    """
     last = _exported(context.settings)
     await threads.on_disk(checkpoints.export, last_digest, last)
-    best_digest = await store.rounds.best_model(context.run_id)
-    if best_digest is not None and best_digest != last_digest:
-        await threads.on_disk(checkpoints.export, best_digest, best_beside(last))
+    goal = context.settings.goal
+    best = await store.rounds.best_model(context.run_id, goal)
+    if best is None:
+        return []
+    number, digest, value = best
+    sentence = f"the best model by {goal} is that of round {number} ({goal.name} {value:.4g})"
+    if digest == last_digest:
+        return [f"{sentence}, the last one"]
+    await threads.on_disk(checkpoints.export, digest, best_beside(last))
+    return [f"{sentence}, in {best_beside(last)}"]
 
 
 def _exported(settings: ServerSettings) -> Path:
@@ -218,10 +242,12 @@ def _exported(settings: ServerSettings) -> Path:
     return settings.export or settings.state_dir / "model.safetensors"
 
 
-def _show_end(settings: ServerSettings) -> None:
+def _show_end(settings: ServerSettings, lines: Sequence[str]) -> None:
     if settings.summary and not _run_command(settings, "history", output=sys.stderr.fileno()):
         logger.warning("the rounds weren't shown; the run is complete all the same")
     console = stderr_console()
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
     console.print(f"the final model is in {_exported(settings)}", soft_wrap=True)
     if not settings.summary:
         return

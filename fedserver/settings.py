@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from fedrounds.cli import Settings
+from fedrounds.goals import LOWEST_LOSS, Bound, Goal, parse_bound, parse_goal
 from fedrounds.types import (
     MAX_DURATION_S,
     MAX_INT32,
@@ -48,6 +49,9 @@ RUN_SETTINGS = (
     "require_all",
     "evaluate_on_clients",
     "holdout",
+    "best_by",
+    "stop_when",
+    "patience",
     "epochs",
     "batch_size",
     "optimizer",
@@ -77,7 +81,10 @@ RUN_SETTINGS = (
 CHANGEABLE_SETTINGS = ("keep_rounds",)
 """Recorded too, but a later start may give another value; without it the recorded value holds."""
 
-BEFORE_THEY_WERE_RECORDED: Mapping[str, Any] = {"keep_rounds": "all"}
+BEFORE_THEY_WERE_RECORDED: Mapping[str, Any] = {
+    "keep_rounds": "all",
+    "best_by": "accuracy:max",
+}
 """What a run of earlier software does, where that isn't what the setting's default says today."""
 
 _TRAINING = TrainingConfig()
@@ -323,6 +330,39 @@ class RepairSettings(Settings):
     )
 
 
+class GoalSettings(Settings):
+    """Which model is best, and when the run stops early, by the held-out set."""
+
+    best_by: str | None = Field(
+        default=None,
+        description="the number of the held-out set that tells the best model, and whether its "
+        "largest or smallest value is best, such as f1:max; none: as the task says, mostly "
+        "loss:min",
+    )
+    stop_when: str | None = Field(
+        default=None,
+        description="end the run after the first round whose model passes this, such as "
+        "accuracy>0.9 or loss<0.1; none: never",
+    )
+    patience: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_INT32,
+        description="end the run when no model was better by --best-by than the best for this many "
+        "rounds; 0: never",
+    )
+
+    @field_validator("best_by")
+    @classmethod
+    def _validate_goal(cls, text: str | None) -> str | None:
+        return None if text is None else str(parse_goal(text))
+
+    @field_validator("stop_when")
+    @classmethod
+    def _validate_bound(cls, text: str | None) -> str | None:
+        return None if text is None else str(parse_bound(text))
+
+
 class ClientEvaluationSettings(Settings):
     """How clients evaluate the global model."""
 
@@ -464,6 +504,7 @@ class ServerSettings(
     AdmissionSettings,
     CompressionSettings,
     ClientEvaluationSettings,
+    GoalSettings,
     TrainingSettings,
     RepairSettings,
     WaitingSettings,
@@ -491,6 +532,16 @@ class ServerSettings(
         """
         validate_together(self)
         return self
+
+    @property
+    def goal(self) -> Goal:
+        """What tells the best model of the run."""
+        return LOWEST_LOSS if self.best_by is None else parse_goal(self.best_by)
+
+    @property
+    def bound(self) -> Bound | None:
+        """What a model must pass for the run to stop early; None: nothing."""
+        return None if self.stop_when is None else parse_bound(self.stop_when)
 
     @property
     def schedule_epochs(self) -> int:
@@ -534,6 +585,15 @@ class ServerSettings(
             seed=self.seed,
             parameters={name: value for name, value in given.items() if value is not None},
         )
+
+    def with_goal_of(self, task_goal: str) -> Self:
+        """Return the settings with the task's own --best-by, if none is given."""
+        if self.best_by is not None:
+            return self
+        settings = self.model_copy(update={"best_by": task_goal})
+        # Nobody gave it: a run of earlier software goes on with what it was begun with.
+        settings.model_fields_set.discard("best_by")
+        return settings
 
     def run_settings(self) -> dict[str, Any]:
         """Return the settings that are recorded with a run, as JSON holds them."""

@@ -113,9 +113,10 @@ class ServerRun:
         return (await self.client_api.register(registration)).session_id
 
     async def go_on(self) -> tuple[Attempt, GlobalModel]:
-        """Go on as the round loop does: it looks for a bad model before the first step."""
+        """Go on as the round loop does: it looks at the models before the first step."""
         current, base = await self.resume()
         assert await self.evaluations.take_bad_round(self.run.run_id) is None
+        assert await self.evaluations.take_early_stop(self.run.run_id) is None
         return current, base
 
     async def begin(self, *client_ids: int) -> tuple[Attempt, GlobalModel]:

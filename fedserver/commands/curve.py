@@ -10,6 +10,7 @@ from fedrounds.errors import NotFound
 from fedserver.commands.inspection import InspectionSettings, drawing_into, opened_run
 from fedserver.history import attempts_that_asked
 from fedserver.reporting.tables import draw_curve
+from fedserver.run_settings import recorded_settings
 from fedserver.store import read_rounds
 
 
@@ -25,7 +26,8 @@ def run(argv: list[str]) -> None:
     """Draw the picture."""
     settings = parse(CurveSettings, argv)
     with opened_run(settings) as (store, run):
-        rounds = read_rounds(store, run)
+        goal = recorded_settings(run.settings).goal
+        rounds = read_rounds(store, run, metric=goal.name)
     if not attempts_that_asked(rounds) and not any(
         attempt.is_done and attempt.evaluation is not None for attempt in rounds
     ):
@@ -34,5 +36,5 @@ def run(argv: list[str]) -> None:
             "without a held-out set has none)"
         )
     with drawing_into(settings.out):
-        draw_curve(rounds, settings.out)
+        draw_curve(rounds, settings.out, goal=goal)
     print(f"the curve is in {settings.out}")

@@ -11,6 +11,7 @@ from fedrounds.files import replace_file
 from fedserver.commands.inspection import InspectionSettings, opened_run
 from fedserver.history import best_round, models_by_round
 from fedserver.numbers import numbers_text
+from fedserver.run_settings import recorded_settings
 from fedserver.store import read_rounds
 
 
@@ -19,7 +20,7 @@ class ExportSettings(InspectionSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m fedserver export")
 
-    best: bool = Field(default=False, description="export the model with the highest accuracy")
+    best: bool = Field(default=False, description="export the best model (--best-by)")
     round: int | None = Field(default=None, ge=1, description="number of the round; none: the last")
     out: Path = Field(description="the file to write, such as model.safetensors")
 
@@ -28,11 +29,12 @@ def run(argv: list[str]) -> None:
     """Copy the model's bytes; they are a safetensors file already."""
     settings = parse(ExportSettings, argv)
     with opened_run(settings) as (store, run):
-        rounds = read_rounds(store, run)
+        goal = recorded_settings(run.settings).goal
+        rounds = read_rounds(store, run, metric=goal.name)
     done = models_by_round(rounds)
     if settings.best and settings.round:
         raise InvalidInput("--best and --round name a round each; give one of them")
-    number = (best_round(rounds) if settings.best else settings.round) or max(done, default=0)
+    number = (best_round(rounds, goal) if settings.best else settings.round) or max(done, default=0)
     if number not in done:
         raise NotFound(
             f"round {number} of {run.run_id} isn't done; done are: {numbers_text(done)}"

@@ -74,6 +74,7 @@ class Retention:
             self._context.run_id,
             await self._threads.on_disk(self._checkpoints.digests),
             since_round=done_round - keep_rounds + 1,
+            goal=self._context.settings.goal,
         )
         # Looked at after the store was awaited: a download may have begun meanwhile.
         for digest in let_go - self._downloads.under_way():

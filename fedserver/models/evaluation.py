@@ -3,7 +3,7 @@
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from fedrounds.types import IncidentKind
 from fedserver.events import event_of
 from fedserver.models.checkpoints import Checkpoints
 from fedserver.models.regression import detect_regression
+from fedserver.models.stopping import EarlyStop, early_stop
 from fedserver.phases import Phase
 from fedserver.records import Attempt, ModelEvaluation
 from fedserver.runtime import Threads
+from fedserver.settings import ServerSettings
 from fedserver.store import AsyncStore
 
 _BATCH_SIZE = 256
@@ -60,6 +62,8 @@ class Evaluator:
             self._examples = examples
             self._model = model
         self._stop = threading.Event()
+        self.measured_names: Set[str] | None = None
+        """The numbers that an evaluation gives, once a batch was tried; None without examples."""
 
     @property
     def has_data(self) -> bool:
@@ -83,8 +87,11 @@ class Evaluator:
         what = f"task {self._task.name!r}: evaluating the model on the first held-out examples"
         with keeping_random_streams(torch.device("cpu")), naming_task_errors(what):
             validate_first(self._task, self._examples)
+            tried = self._measure([next(iter(self._loader))])
             # Computed here, so that a metric that computes no number is refused at the start.
-            _ = self._measure([next(iter(self._loader))]).metrics
+            _ = tried.metrics
+        names = {"loss", *self._task.metrics}
+        self.measured_names = names if tried.accuracy is None else {"accuracy", *names}
 
     def evaluate(self, path: Path) -> ModelEvaluation:
         """Measure the model in the safetensors file at `path`.
@@ -133,29 +140,34 @@ class Evaluations:
     def __init__(
         self,
         evaluator: Evaluator,
+        settings: ServerSettings,
         *,
-        max_rollbacks: int,
         detects_regressions: bool,
         store: AsyncStore,
         checkpoints: Checkpoints,
-        on_suspect: Callable[[], None],
+        on_news: Callable[[], None],
         threads: Threads,
     ) -> None:
-        """`on_suspect` is called when an evaluation has shown that a model may be bad."""
-        self._max_rollbacks = max_rollbacks
+        """`on_news` is called when a model may be bad, or is good enough to stop the run."""
+        self._settings = settings
+        self._max_rollbacks = settings.max_rollbacks
         self._detects_regressions = detects_regressions
         self._store = store
         self._checkpoints = checkpoints
-        self._on_suspect = on_suspect
+        self._on_news = on_news
         self._threads = threads
         self._evaluator = evaluator
         self._evaluating: asyncio.Task[None] | None = None
         self._is_model_suspect = False
+        self._may_stop = False
 
     @property
-    def is_model_suspect(self) -> bool:
-        """Whether the last model may be bad: `take_bad_round` says whether it is."""
-        return self._is_model_suspect
+    def has_news(self) -> bool:
+        """Whether the last model may be bad, or good enough to stop the run.
+
+        `take_bad_round` and `take_early_stop` say whether it is.
+        """
+        return self._is_model_suspect or self._may_stop
 
     def suspect_model(self) -> None:
         """Have the last model looked at: the store may hold that it is bad."""
@@ -176,6 +188,31 @@ class Evaluations:
             bad, store=self._store, max_rollbacks=self._max_rollbacks
         )
         return bad if may_repeat else None
+
+    def suspect_end(self) -> None:
+        """Have it looked at whether the run stops early: the store may hold that it does."""
+        self._may_stop = self._has_end
+
+    @property
+    def _has_end(self) -> bool:
+        return self._settings.bound is not None or self._settings.patience > 0
+
+    async def take_early_stop(self, run_id: str) -> EarlyStop | None:
+        """Return where the run stops early, None if it goes on or there is nothing new."""
+        if not self._may_stop:
+            return None
+        self._may_stop = False
+        return await self.early_stop(run_id)
+
+    async def early_stop(self, run_id: str) -> EarlyStop | None:
+        """Return where the run stops early by what the store holds, None if it goes on."""
+        goal, bound = self._settings.goal, self._settings.bound
+        if not self._has_end:
+            return None
+        names = {goal.name} if bound is None else {goal.name, bound.name}
+        return early_stop(
+            self._settings, await self._store.rounds.good_evaluations(run_id, metrics=names)
+        )
 
     async def start(self, evaluated: Attempt, digest: str) -> None:
         """Begin to evaluate a round's model, once the evaluation before is done."""
@@ -222,7 +259,10 @@ class Evaluations:
         if regression is not None:
             failpoint(FailPoint.ALARM_RECORDED)
             self.suspect_model()
-            self._on_suspect()
+            self._on_news()
+        elif await self.early_stop(evaluated.run_id) is not None:
+            self._may_stop = True
+            self._on_news()
 
 
 def _finite(value: float) -> float | None:

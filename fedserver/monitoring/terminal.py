@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedrounds.cli import stderr_console
+from fedrounds.goals import Goal
 from fedrounds.times import length_text
 from fedrounds.types import IncidentKind
 from fedserver.clients.open_orders import OpenOrder, OpenOrders
@@ -27,6 +28,7 @@ from fedserver.reporting.round_report import incident_text
 
 _NUM_CLIENTS_SHOWN = 20
 _NUM_INCIDENTS_SHOWN = 5
+_HIGHEST_ACCURACY = Goal("accuracy", is_highest=True)
 _NUM_ROUNDS_TIMED = 10
 """The time that is left is estimated from the mean of so many last rounds."""
 
@@ -40,11 +42,13 @@ def showing_progress(
     num_done: int,
     evaluated: Mapping[int, ModelEvaluation],
     spent_s: float,
+    goal: Goal,
 ) -> Iterator[None]:
     """Show the run on standard error until the block ends.
 
     `num_done` rounds were done before, `evaluated` are the evaluations of their models (see
-    `Store.good_evaluations`); they and failed attempts took `spent_s`.
+    `Store.good_evaluations`); they and failed attempts took `spent_s`. The best of them is
+    that by the `goal`.
     """
     console = stderr_console()
     if not console.is_terminal:
@@ -57,6 +61,7 @@ def showing_progress(
         num_done=num_done,
         evaluated=evaluated,
         spent_s=spent_s,
+        goal=goal,
     )
     bus.subscribe(view.hear)
     with Live(
@@ -76,6 +81,7 @@ class LiveView:
         num_done: int = 0,
         evaluated: Mapping[int, ModelEvaluation] | None = None,
         spent_s: float = 0.0,
+        goal: Goal = _HIGHEST_ACCURACY,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._open_orders = open_orders
@@ -90,11 +96,11 @@ class LiveView:
         self._last_done_at: float | None = None
         self._total_rounds = total_rounds
         self._num_done = num_done
-        self._accuracies: list[tuple[int, float]] = [
-            (round_number, evaluation.accuracy)
+        self._goal = goal
+        self._evaluated: dict[int, Mapping[str, Any]] = {
+            round_number: evaluation.numbers
             for round_number, evaluation in (evaluated or {}).items()
-            if evaluation.accuracy is not None
-        ]
+        }
         self._on_clients: Mapping[str, Any] = {}
         self._incidents: deque[str] = deque(maxlen=_NUM_INCIDENTS_SHOWN)
 
@@ -108,10 +114,7 @@ class LiveView:
         elif event.kind == "round-done" and event.round_number is not None:
             self._num_done = event.round_number
         elif event.kind == "evaluated" and event.round_number is not None:
-            accuracy = event.fields["accuracy"]
-            # None where it means nothing.
-            if isinstance(accuracy, float):
-                self._accuracies.append((event.round_number, accuracy))
+            self._evaluated[event.round_number] = event.fields
         elif event.kind == "evaluated-on-clients":
             self._on_clients = event.fields
 
@@ -120,7 +123,7 @@ class LiveView:
         lines: list[RenderableType] = [
             self._headline(),
             self._time_line(),
-            self._accuracy_line(),
+            self._evaluation_line(),
         ]
         if reported := self._on_clients:
             lines.append(
@@ -180,14 +183,27 @@ class LiveView:
             text += f", about {length_text(left_s)} left"
         return Text(text)
 
-    def _accuracy_line(self) -> Text:
-        if not self._accuracies:
-            return Text("no accuracy yet", style="dim")
-        best_round, best = max(self._accuracies, key=lambda pair: pair[1])
-        last_round, last = self._accuracies[-1]
+    def _evaluation_line(self) -> Text:
+        name = self._goal.name
+        values = {
+            number: float(numbers[name])
+            for number, numbers in self._evaluated.items()
+            if numbers.get(name) is not None
+        }
+        best = self._goal.best_of(values)
+        if best is None:
+            return Text(f"no {name} yet", style="dim")
+        last = max(values)
+        accuracy = self._evaluated[last].get("accuracy")
+        also = "" if name == "accuracy" or accuracy is None else f"accuracy {accuracy:.2%}, "
         return Text(
-            f"accuracy {last:.2%} after round {last_round}, best {best:.2%} after {best_round}"
+            f"{also}{name} {_value_text(name, values[last])} after round {last}, best "
+            f"{_value_text(name, values[best])} after {best}"
         )
+
+
+def _value_text(name: str, value: float) -> str:
+    return f"{value:.2%}" if name == "accuracy" else f"{value:.4g}"
 
 
 def _incident_line(event: Event) -> str:

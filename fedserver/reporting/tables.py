@@ -1,7 +1,7 @@
 """A run's history as a person reads it: tables and pictures."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +11,8 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from fedserver.history import AttemptHistory, AttemptResult, attempts_that_asked
+from fedrounds.goals import LOWEST_LOSS, Goal
+from fedserver.history import AttemptHistory, AttemptResult, attempts_that_asked, best_round
 from fedserver.phases import OrderState, Phase
 from fedserver.records import HeldUpdate, ModelEvaluation
 
@@ -20,6 +21,8 @@ V = TypeVar("V")
 _MAX_CLASSES_LABELLED = 20
 _DARK = 0.5
 _GAP = 2
+_STYLES = {"accuracy": ("o", "tab:blue"), "loss": (".", "tab:orange")}
+"""The marker and the colour of a curve; the task's own metrics have another one."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,10 @@ def held_table(held: Sequence[HeldUpdate], *, title: str) -> Table:
     return table
 
 
-def draw_curve(attempts: Sequence[AttemptResult], path: Path) -> None:
+def draw_curve(attempts: Sequence[AttemptResult], path: Path, *, goal: Goal = LOWEST_LOSS) -> None:
     """Draw accuracy and loss over the rounds into a PNG; on the clients too, if they were asked.
+
+    The number of the `goal` is drawn too, and its best round is marked.
 
     Raises:
         ImportError: the extra `plot` isn't installed.
@@ -177,7 +182,10 @@ def draw_curve(attempts: Sequence[AttemptResult], path: Path) -> None:
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     evaluated = [
-        (attempt.round_number, _drawn(attempt.evaluation.accuracy), _drawn(attempt.evaluation.loss))
+        (
+            attempt.round_number,
+            {name: _drawn(value) for name, value in attempt.evaluation.numbers.items()},
+        )
         for attempt in attempts
         if attempt.is_done and attempt.evaluation is not None
     ]
@@ -206,14 +214,29 @@ def draw_curve(attempts: Sequence[AttemptResult], path: Path) -> None:
         worst = [evaluation.worst_decile for _, evaluation in on_clients]
         axes.plot(numbers, worst, ls="--", color="tab:red", label="worst tenth of the clients")
     if evaluated:
-        rounds, accuracies, losses = zip(*evaluated, strict=True)
-        axes.plot(rounds, accuracies, marker="o", color="tab:blue", label="accuracy")
-        loss_axes.plot(rounds, losses, marker=".", color="tab:orange", label="loss")
-        axes.set_title(f"held-out set: {accuracies[-1]:.2%} after round {rounds[-1]}")
+        rounds = [round_number for round_number, _ in evaluated]
+        for name, values in _curves(evaluated).items():
+            on = loss_axes if name == "loss" else axes
+            marker, color = _STYLES.get(name, ("s", "tab:purple"))
+            on.plot(rounds, values, marker=marker, color=color, label=name)
+        best = best_round(attempts, goal)
+        if best is not None:
+            axes.axvline(best, ls=":", color="gray", label=f"best by {goal}: round {best}")
+        last = evaluated[-1][1].get(goal.name, math.nan)
+        axes.set_title(f"held-out set: {goal.name} {last:.4g} after round {rounds[-1]}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside lower center", ncols=2)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, format="png")
+
+
+def _curves(evaluated: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, list[float]]:
+    """Return each number over the evaluated rounds, without numbers that no round has."""
+    curves = {
+        name: [numbers.get(name, math.nan) for _, numbers in evaluated]
+        for name in dict.fromkeys(name for _, numbers in evaluated for name in numbers)
+    }
+    return {name: values for name, values in curves.items() if not all(map(math.isnan, values))}
 
 
 def _drawn(number: float | None) -> float:

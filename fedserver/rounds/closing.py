@@ -83,11 +83,11 @@ class Closer:
         """Make the next global model of a closed round, and open the round after it.
 
         Returns the round to go on with, and the model that it begins with: the round after; the
-        same round if its base may be bad; or the failed attempt.
+        same round if its base may be bad, or the run's last model; or the failed attempt.
         """
-        # The next round must not rest on a model that turns out to be bad.
+        # The next round must not rest on a model that turns out to be bad, or to be the last model.
         await self._evaluations.done()
-        if self._evaluations.is_model_suspect:
+        if self._evaluations.has_news:
             return closed, base
         stored = await self._store.orders.stored_updates(closed)
         exclusions = screen(

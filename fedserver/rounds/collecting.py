@@ -146,10 +146,10 @@ async def wait_until_due(
 ) -> Due | None:
     """Wait until a round has to close or to fail, and give up stalled orders meanwhile.
 
-    Returns None as soon as the model that the round began with may be bad.
+    Returns None as soon as the model that the round began with may be bad, or the last of the run.
     """
     looked_at = -math.inf
-    while not evaluations.is_model_suspect:
+    while not evaluations.has_news:
         # This looks at all orders: once a tick, not after each update that comes.
         if (now := time.monotonic()) - looked_at >= tick_s:
             looked_at = now

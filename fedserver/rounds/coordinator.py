@@ -22,6 +22,7 @@ from fedserver.housekeeping.recovery import note_restart
 from fedserver.housekeeping.retention import Retention
 from fedserver.models.checkpoints import Checkpoints, GlobalModel
 from fedserver.models.evaluation import Evaluations
+from fedserver.models.stopping import EarlyStop
 from fedserver.phases import Phase, RoundEvent
 from fedserver.quorum import updates_needed
 from fedserver.records import Attempt, RunState
@@ -81,9 +82,10 @@ class Coordinator:
         self._checkpoints = checkpoints
         self._disk = disk
         self._threads = threads
+        self._stopped: EarlyStop | None = None
 
     async def complete(self) -> str:
-        """Run every round that is left; returns the final model's digest.
+        """Run every round that is left, or until the run stops early; return the last digest.
 
         An error of the operating system that may pass, such as a full disk, stops it where a kill
         would; it goes on when that is over.
@@ -113,12 +115,21 @@ class Coordinator:
                 await self._disk.note_failure("the round loop", error)
                 await asyncio.sleep(self._tick_s)
 
+    @property
+    def stopped(self) -> EarlyStop | None:
+        """Where the run has stopped before its last round, and why; None if it didn't."""
+        return self._stopped
+
     async def end(self) -> None:
         """Record that the run is over."""
         await self._store.runs.end_run(
             self._context.run_id,
             RunState.FINISHED,
-            event_of("run-finished"),
+            event_of(
+                "run-finished",
+                stopped_after=self._stopped and self._stopped.round_number,
+                reason=self._stopped and self._stopped.reason,
+            ),
         )
         self._open_orders.close_round()
 
@@ -140,6 +151,9 @@ class Coordinator:
             elif is_last:
                 # Its evaluation may have made another model the best.
                 await self._retention.drop_models(done_round=current.round_number)
+                return base.digest
+            elif stop := await self._evaluations.take_early_stop(self._context.run_id):
+                await self._stop_early(stop, current)
                 return base.digest
             elif current.phase is Phase.COLLECTING:
                 current = await self._collect(current)
@@ -198,6 +212,21 @@ class Coordinator:
         # What counted in the round doesn't any more.
         await self._last_counted.read()
         return latest, base
+
+    async def _stop_early(self, stop: EarlyStop, current: Attempt) -> None:
+        """End the rounds with the last model; the attempt that goes on with it is abandoned.
+
+        The model is the base of that attempt: a round isn't finished before the model that it began
+        with was evaluated.
+        """
+        if current.phase in (Phase.COLLECTING, Phase.AGGREGATING):
+            event = event_of("round-unneeded", current, reason=stop.reason)
+            await self._store.rounds.abandon_round(current, event)
+            # After the transaction: until then the store has the orders open.
+            self._open_orders.abandon_round(current)
+        self._stopped = stop
+        await self._retention.drop_updates(done_round=stop.round_number)
+        await self._retention.drop_models(done_round=stop.round_number)
 
     async def _fail_run(self, failed: Attempt) -> None:
         event = event_of("run-failed", failed, is_incident=True)

@@ -50,6 +50,8 @@ async def resume(
     await retention.drop_updates(done_round=0 if latest is None else latest.round_number - 1)
     # A bad model that was recorded before the server ended may not have been taken back.
     evaluations.suspect_model()
+    # Nor may it be known that the run stops early.
+    evaluations.suspect_end()
     if latest is None:
         base = await first_model(
             task, context.settings, num_redraws=0, checkpoints=checkpoints, threads=threads

@@ -31,11 +31,11 @@ def read_history(
         return [_read_attempt(connection, row) for row in rows]
 
 
-def read_rounds(store: Store, run: Run) -> list[AttemptResult]:
+def read_rounds(store: Store, run: Run, *, metric: str = "loss") -> list[AttemptResult]:
     """Return the result of every attempt at a round, in order, without clients and incidents.
 
-    An evaluation holds accuracy and loss alone. It is one query, in a run of any length and with
-    any number of clients.
+    An evaluation holds accuracy, loss and the task's `metric` alone. It is one query, in a run of
+    any length and with any number of clients.
     """
     table = schema.rounds
     wanted = select(
@@ -47,6 +47,7 @@ def read_rounds(store: Store, run: Run) -> list[AttemptResult]:
         table.c.client_evaluation,
         measured("accuracy"),
         measured("loss"),
+        measured(metric).label("metric"),
         table.c.evaluation.is_not(None).label("is_evaluated"),
         table.c.evaluation["confusion"].as_string().is_not(None).label("has_confusion"),
     ).where(table.c.run_id == run.run_id)
@@ -60,7 +61,11 @@ def read_rounds(store: Store, run: Run) -> list[AttemptResult]:
                 base_digest=row.base_digest,
                 model_digest=row.model_digest,
                 evaluation=(
-                    ModelEvaluation(accuracy=row.accuracy, loss=row.loss)
+                    ModelEvaluation(
+                        accuracy=row.accuracy,
+                        loss=row.loss,
+                        metrics={} if metric in ("accuracy", "loss") else {metric: row.metric},
+                    )
                     if row.is_evaluated
                     else None
                 ),

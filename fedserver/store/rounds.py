@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, func, or_, select, update
 
 from fedrounds.diagnosis.values import Cause
+from fedrounds.goals import Goal
 from fedrounds.types import OrderEnd
 from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState, Phase, RoundEvent
 from fedserver.records import (
@@ -231,6 +232,18 @@ class Rounds(Tables[D_co]):
         add_events(connection, bad.run_id, events)
 
     @writes
+    def abandon_round(self, connection: Connection, abandoned: Attempt, event: Event) -> None:
+        """End an attempt as ABANDONED because the run stops before it."""
+        end_attempt(
+            connection,
+            abandoned,
+            RoundEvent.ABANDON,
+            order_end=OrderEnd.RUN_STOPPED,
+            at=event.occurred_at,
+        )
+        add_events(connection, abandoned.run_id, [event])
+
+    @writes
     def finish_round(
         self,
         connection: Connection,
@@ -341,11 +354,17 @@ class Rounds(Tables[D_co]):
         return [read_attempt(connection, row) for row in rows]
 
     @reads
-    def good_evaluations(self, connection: Connection, run_id: str) -> dict[int, ModelEvaluation]:
-        """Return loss and accuracy of the models of DONE rounds that aren't bad, by round."""
+    def good_evaluations(
+        self, connection: Connection, run_id: str, *, metrics: Collection[str] = ()
+    ) -> dict[int, ModelEvaluation]:
+        """Return the evaluations of the models of DONE rounds that aren't bad, by round.
+
+        Loss and accuracy, and of the task's own metrics those that are named.
+        """
         table = schema.rounds
+        names = sorted(set(metrics) - {"loss", "accuracy"})
         rows = connection.execute(
-            select(table.c.round, measured("loss"), measured("accuracy"))
+            select(table.c.round, *(measured(name) for name in ("loss", "accuracy", *names)))
             .where(
                 table.c.run_id == run_id,
                 table.c.phase == Phase.DONE,
@@ -354,7 +373,12 @@ class Rounds(Tables[D_co]):
             )
             .order_by(table.c.round)
         ).all()
-        return {row.round: ModelEvaluation(accuracy=row.accuracy, loss=row.loss) for row in rows}
+        return {
+            number: ModelEvaluation(
+                accuracy=accuracy, loss=loss, metrics=dict(zip(names, values, strict=True))
+            )
+            for number, loss, accuracy, *values in rows
+        }
 
     @reads
     def last_done_round(self, connection: Connection, run_id: str) -> Attempt | None:
@@ -380,22 +404,31 @@ class Rounds(Tables[D_co]):
         return read_attempt(connection, row)
 
     @reads
-    def best_model(self, connection: Connection, run_id: str) -> str | None:
-        """Return the digest of the run's model with the highest accuracy, the earliest of equals.
+    def best_model(
+        self, connection: Connection, run_id: str, goal: Goal
+    ) -> tuple[int, str, float] | None:
+        """Return round, digest and value of the run's best model, the earliest of equals.
 
         None while no model was evaluated.
         """
-        table, accuracy = schema.rounds, measured("accuracy")
-        return connection.execute(
-            select(table.c.model_digest)
-            .where(table.c.run_id == run_id, table.c.phase == Phase.DONE, accuracy.is_not(None))
-            .order_by(accuracy.desc(), table.c.round)
+        table, value = schema.rounds, measured(goal.name)
+        row = connection.execute(
+            select(table.c.round, table.c.model_digest, value)
+            .where(table.c.run_id == run_id, table.c.phase == Phase.DONE, value.is_not(None))
+            .order_by(value.desc() if goal.is_highest else value, table.c.round)
             .limit(1)
-        ).scalar()
+        ).first()
+        return None if row is None else (row[0], row[1], row[2])
 
     @reads
     def models_let_go(
-        self, connection: Connection, run_id: str, digests: Collection[str], *, since_round: int
+        self,
+        connection: Connection,
+        run_id: str,
+        digests: Collection[str],
+        *,
+        since_round: int,
+        goal: Goal,
     ) -> set[str]:
         """Return the digests that only rounds of this run before `since_round` name.
 
@@ -410,7 +443,7 @@ class Rounds(Tables[D_co]):
         rows = connection.execute(
             select(
                 *(table.c.run_id, table.c.round, table.c.attempt, table.c.phase, *named),
-                measured("accuracy"),
+                measured(goal.name).label("value"),
             ).where(or_(*(column.in_(digests) for column in named)))
         ).all()
         going_on = connection.execute(
@@ -425,14 +458,14 @@ class Rounds(Tables[D_co]):
         kept = _blobs_of(row for row in rows if row not in old)
         began_with = {(row.round, row.attempt) for row in going_on}
         kept |= {row.base_digest for row in old if (row.round, row.attempt) in began_with}
-        evaluated = [
-            row
+        done = {
+            row.round: row
             for row in rows
-            if row.run_id == run_id and row.phase == Phase.DONE and row.accuracy is not None
-        ]
-        if evaluated:
-            best = max(evaluated, key=lambda row: (row.accuracy, -row.round))
-            kept |= {best.model_digest, best.state_digest}
+            if row.run_id == run_id and row.phase == Phase.DONE and row.value is not None
+        }
+        best = goal.best_of({number: row.value for number, row in done.items()})
+        if best is not None:
+            kept |= {done[best].model_digest, done[best].state_digest}
         return (set(digests) & _blobs_of(old)) - kept
 
 

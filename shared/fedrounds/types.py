@@ -393,6 +393,8 @@ class OrderEnd(StrEnum):
     """The client gave the order up or left, or the server lost it."""
     TAKEN_BACK = "taken-back"
     """The model that the order began with was taken back."""
+    RUN_STOPPED = "run-stopped"
+    """The run stopped early, with the model that the order began with."""
     OTHER = "other"
     """The order had ended with an update, or the server doesn't say how."""
 

@@ -30,6 +30,7 @@ from fedrounds.data import partition_indices
 from fedrounds.data.loaders import Sampler
 from fedrounds.doctor.batches import are_out_of_range, labels_among
 from fedrounds.errors import InvalidInput
+from fedrounds.goals import parse_goal
 from fedrounds.nested import leaves_of
 from fedrounds.plugins import naming_task_errors
 from fedrounds.tensors.entries import DECLARABLE, entry_kinds, unfold_expanded, validate_entries
@@ -108,7 +109,8 @@ class Task:
     (without it the targets of each share), and a process that serves many clients cuts their shares
     by it, out of a data set read once. `entries` says how entries of the model's state_dict are
     aggregated that the usual table (see fedrounds.tensors.entries) would treat otherwise: a pattern
-    of names to "keep", "max", "mean" or "local".
+    of names to "keep", "max", "mean" or "local". `best_by` says which number of the held-out set
+    tells the best model of a run, such as "f1:max".
     """
 
     name: str
@@ -126,8 +128,10 @@ class Task:
     batch_size: int | None = None
     load_labels: Callable[[Path | None], NDArray[np.int64]] | None = None
     entries: Mapping[str, str] = field(default_factory=dict)
+    best_by: str = "loss:min"
 
     def __post_init__(self) -> None:
+        parse_goal(self.best_by)
         if (self.loss is None) == (self.training_step is None):
             given = "neither" if self.loss is None else "both"
             raise InvalidInput(

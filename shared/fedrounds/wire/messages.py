@@ -3,7 +3,7 @@
 Each message and enum is translated here for both directions, so that server and client can't come
 apart. `..._message` makes a message, `..._of` reads it. Diagnoses: fedrounds.wire.diagnosis.
 A reader raises InvalidInput for what a client may not send, WrongSettings for what a client can't
-use of a server's answer. Limits of fields: fedrounds.wire.limits.
+use of a server's answer. Limits: fedrounds.wire.limits.
 """
 
 import re

@@ -195,7 +195,7 @@ def test_a_failed_attempt_takes_its_orders_with_it(tmp_path: Path) -> None:
             "why",
             RunFailure.TOO_FEW_UPDATES,
         )
-        assert not server.evaluations.is_model_suspect
+        assert not server.evaluations.has_news
 
     with serving(tmp_path, min_clients=3, min_updates=1) as server:
         asyncio.run(fail(server))

@@ -79,7 +79,7 @@ def test_clients_that_agree_on_a_bad_base_take_it_back(tmp_path: Path) -> None:
         assert not (await decide(server, current, is_done=True)).is_base_blamed
         assert not (await decide(server, current, is_base_shared=False)).is_base_blamed
         # The closer hands it on: the loop takes the round back.
-        assert not server.evaluations.is_model_suspect
+        assert not server.evaluations.has_news
         await server.closer.fail(current, "why", failure=RunFailure.TOO_FEW_UPDATES)
         bad = await server.evaluations.take_bad_round(server.run.run_id)
         assert bad is not None

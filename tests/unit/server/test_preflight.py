@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 
 from fedrounds.errors import InvalidInput, StorageDamaged, WrongSettings
+from fedrounds.goals import LOWEST_LOSS, Goal
 from fedserver.preflight import (
     best_beside,
     expect_database,
     validate_compression,
     validate_export,
+    validate_goals,
     validate_going_on,
     validate_strategy,
 )
@@ -88,3 +90,30 @@ def test_files_of_a_run_without_its_database_are_refused(tmp_path: Path, folder:
         expect_database(tmp_path)
     (tmp_path / "federation.sqlite").touch()
     expect_database(tmp_path)
+
+
+def test_numbers_that_arent_measured_are_refused() -> None:
+    """By the flag that names them; without a held-out set there is nothing to stop by."""
+    for settings, flag in (
+        ({"best_by": "f2:max"}, "--best-by"),
+        ({"stop_when": "f2>0.5"}, "--stop-when"),
+    ):
+        given = ServerSettings(**settings).with_goal_of("loss:min")  # type: ignore[arg-type]
+        with pytest.raises(
+            InvalidInput, match=f"{flag} names 'f2', but .* measures f1, loss; name"
+        ):
+            validate_goals(given, {"f1", "loss"}, task="own")
+        validate_goals(given, {"f2", "loss"}, task="own")
+    for early in (ServerSettings(patience=2), ServerSettings(stop_when="loss<1")):
+        given = early.with_goal_of("f1:max")
+        with pytest.raises(InvalidInput, match="task 'own' has none here"):
+            validate_goals(given, None, task="own")
+    validate_goals(ServerSettings().with_goal_of("f1:max"), None, task="own")
+
+
+def test_the_tasks_best_model_holds_where_none_is_given() -> None:
+    """It isn't taken for given, so a run of earlier software goes on by its accuracy."""
+    settings = ServerSettings().with_goal_of("f1:max")
+    assert settings.run_settings()["best_by"] == "f1:max"
+    assert settings.going_on_with({}).goal == Goal("accuracy", is_highest=True)
+    assert ServerSettings(best_by="loss:min").with_goal_of("f1:max").goal == LOWEST_LOSS

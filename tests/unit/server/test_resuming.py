@@ -90,7 +90,7 @@ def test_a_round_that_was_opened_begins_with_the_model_that_was_made(tmp_path: P
         order_id = done.orders[0].order_id
         assert server.order_of(0).last_counted_order_id == order_id
         # A bad model may have been recorded and not taken back.
-        assert server.evaluations.is_model_suspect
+        assert server.evaluations.has_news
 
 
 def test_a_model_without_its_evaluation_is_evaluated(tmp_path: Path) -> None:

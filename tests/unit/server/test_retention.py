@@ -83,7 +83,9 @@ def test_models_of_the_last_rounds_and_the_best_model_are_kept(tmp_path: Path) -
             current, base = await server.closer.finish(await server.closer.close(current), base)
             await server.evaluations.done()
             digests.append(base.digest)
-        best = server.store.rounds.best_model(server.run.run_id)
+        found = server.store.rounds.best_model(server.run.run_id, server.settings.goal)
+        assert found is not None
+        best = found[1]
         assert server.checkpoints.digests() == {digests[0], digests[3], digests[2], best}
         reading.set()
         await download

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedrounds.goals import LOWEST_LOSS
 from fedserver.phases import ForbiddenTransition, OrderEvent, OrderState
 from fedserver.records import Arrival, Attempt, Order, Refusal, Run, RunState
 from fedserver.store import Store, read_history
@@ -117,7 +118,10 @@ def test_a_buffer_never_holds_more_than_its_size_and_the_rest_comes_into_the_nex
         order_2,
         again.order_id,
     }
-    assert store.rounds.models_let_go(run.run_id, [first.base_digest], since_round=9) == set()
+    let_go = store.rounds.models_let_go(
+        run.run_id, [first.base_digest], since_round=9, goal=LOWEST_LOSS
+    )
+    assert let_go == set()
     assert store.orders.last_counted_orders(run.run_id, stored_too=True)[0] == again.order_id
     assert store.orders.last_counted_orders(run.run_id)[0] == order_0
     asynchronous.close()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedrounds.goals import LOWEST_LOSS, Goal
 from fedserver.phases import ForbiddenTransition, OrderState, Phase
 from fedserver.records import Adjustments, Attempt, ModelEvaluation, Run
 from fedserver.store import Store
@@ -17,6 +18,7 @@ from fedserver.verification.chain import (
 )
 from tests.factories import begin_round, make_event, make_round, store_updates
 
+HIGHEST_ACCURACY = Goal("accuracy", is_highest=True)
 FIRST, BAD, GOOD, LAST = ("11" * 32, "22" * 32, "33" * 32, "44" * 32)
 LOWERED = Adjustments(lr_factor=0.5, num_lowered=1)
 
@@ -131,7 +133,7 @@ def test_a_rollback_ends_both_attempts_at_once(store: Store) -> None:
 def test_of_evaluations_no_more_is_read_than_is_compared(store: Store) -> None:
     """Loss and accuracy, without the confusion; the best model is the earliest of equals."""
     run, first, second, third = two_rounds(store)
-    assert store.rounds.best_model(run.run_id) is None
+    assert store.rounds.best_model(run.run_id, HIGHEST_ACCURACY) is None
     finish(store, run, third, LAST, None)
     for done, accuracy in ((first, 0.5), (second, 0.75), (third, 0.75)):
         measured = ModelEvaluation(
@@ -146,7 +148,9 @@ def test_of_evaluations_no_more_is_read_than_is_compared(store: Store) -> None:
         2: ModelEvaluation(accuracy=0.75, loss=0.3),
         3: ModelEvaluation(accuracy=0.75, loss=0.3),
     }
-    assert store.rounds.best_model(run.run_id) == BAD
+    assert store.rounds.best_model(run.run_id, HIGHEST_ACCURACY) == (2, BAD, 0.75)
+    assert store.rounds.best_model(run.run_id, LOWEST_LOSS) == (2, BAD, 0.3)
+    assert store.rounds.best_model(run.run_id, Goal("f1", is_highest=True)) is None
 
 
 def test_a_run_goes_on_from_the_repetition(store: Store) -> None:
@@ -271,6 +275,14 @@ def test_the_best_model_that_stays_was_not_taken_back(store: Store) -> None:
     for attempt, accuracy in ((again, 0.94), (newest, 0.90)):
         event = make_event("evaluated", round_number=attempt.round_number, attempt=attempt.attempt)
         store.rounds.record_evaluation(attempt, ModelEvaluation(accuracy=accuracy, loss=0.1), event)
-    assert GOOD not in store.rounds.models_let_go(
-        run.run_id, [FIRST, BAD, GOOD, LAST], since_round=4
+    everything = [FIRST, BAD, GOOD, LAST]
+    let_go = store.rounds.models_let_go(
+        run.run_id, everything, since_round=4, goal=HIGHEST_ACCURACY
     )
+    assert GOOD not in let_go
+    assert LAST in let_go
+    let_go = store.rounds.models_let_go(
+        run.run_id, everything, since_round=4, goal=Goal("accuracy", is_highest=False)
+    )
+    assert GOOD in let_go
+    assert LAST not in let_go

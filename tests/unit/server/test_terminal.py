@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from fedrounds.diagnosis.as_json import diagnosis_fields
+from fedrounds.goals import Goal
 from fedrounds.types import Counters, EntryKind
 from fedserver.clients.open_orders import OpenOrders
 from fedserver.history import AttemptResult
@@ -223,3 +224,14 @@ def test_the_curve_is_drawn_of_as_many_rounds_as_there_are(
     content = picture.read_bytes()
     assert content.startswith(b"\x89PNG")
     assert int.from_bytes(content[PIXELS_AT : PIXELS_AT + 4]) == 840  # 7 inches of 120 pixels
+
+
+def test_the_best_round_is_that_of_the_goal(open_orders: OpenOrders) -> None:
+    """Beside the number of the goal the last accuracy is shown, where there is one."""
+    view = LiveView(open_orders, total_rounds=3, goal=Goal("f1", is_highest=True))
+    assert shown(view)[2].rstrip() == "no f1 yet"
+    for number, (accuracy, f1) in enumerate(((0.5, 0.75), (0.625, 0.25), (None, None)), start=1):
+        fields = {"accuracy": accuracy, "loss": 1.0, "f1": f1}
+        view.hear(replace(make_event("evaluated", round_number=number), fields=fields))
+    line = "accuracy 62.50%, f1 0.25 after round 2, best 0.75 after 1"
+    assert shown(view)[2].rstrip() == line

@@ -269,6 +269,8 @@ class _OrderEndEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OrderEnd.Val
     """The client gave the order up or left, or the server lost it."""
     ORDER_END_TAKEN_BACK: _OrderEnd.ValueType  # 4
     """The order's base model was rolled back. The update wasn't late."""
+    ORDER_END_RUN_STOPPED: _OrderEnd.ValueType  # 5
+    """The run stopped early, with the order's base model as its last. The update wasn't late."""
 
 class OrderEnd(_OrderEnd, metaclass=_OrderEndEnumTypeWrapper):
     """How an order ended whose update doesn't count."""
@@ -286,6 +288,8 @@ ORDER_END_GIVEN_UP: OrderEnd.ValueType  # 3
 """The client gave the order up or left, or the server lost it."""
 ORDER_END_TAKEN_BACK: OrderEnd.ValueType  # 4
 """The order's base model was rolled back. The update wasn't late."""
+ORDER_END_RUN_STOPPED: OrderEnd.ValueType  # 5
+"""The run stopped early, with the order's base model as its last. The update wasn't late."""
 Global___OrderEnd: _TypeAlias = OrderEnd  # noqa: Y015
 
 class _Receipt:
