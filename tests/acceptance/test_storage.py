@@ -141,8 +141,8 @@ def test_only_so_many_models_and_updates_are_kept(scene: Scene) -> None:
         server, *(start_client(scene, client_id, server.address) for client_id in (0, 1))
     )
     history = done_rounds(scene)
-    accuracies = [entry["evaluation"]["accuracy"] for entry in history]
-    best = history[accuracies.index(max(accuracies))]["model_digest"]
+    losses = [entry["evaluation"]["loss"] for entry in history]
+    best = history[losses.index(min(losses))]["model_digest"]
     last_two = {entry[key] for entry in history[-2:] for key in ("base_digest", "model_digest")}
     assert models(scene).keys() == last_two | {best}
     spooled = (scene.folder / "server" / "spool").iterdir()
