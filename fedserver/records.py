@@ -180,17 +180,19 @@ class ModelEvaluation:
 class ClientEvaluation:
     """How good a global model is on its clients, as they report it.
 
-    `accuracy` and `loss` are means weighted by the examples measured on (loss is None unless every
-    client reports a loss). In the other numbers each client counts the same: `worst_decile` is the
-    mean of the worst tenth, at least one client; `std` is the standard deviation of exactly these
-    clients; the quartiles lie between two clients linearly. `num_clients` and `num_examples` count
+    `accuracy` and `loss` are means weighted by the examples measured on (accuracy is None where
+    targets aren't classes, loss unless every client reports a loss). The other numbers are of the
+    clients' accuracies, or of their losses where there is no accuracy (`spread_of`), and each
+    client counts the same: `worst_decile` is the mean of the worst tenth, at least one client;
+    `std` is the standard deviation of exactly these clients; the quartiles lie between two clients
+    linearly. `num_clients` and `num_examples` count
     those measured. `holdout` is the share of its examples that a client never trains on and was
     asked about; 0: it was asked about those it trains on. `metrics` are the task's own, None where
     they can't be computed: over the examples of all clients together, but those named in
     `means_over_clients` are the mean of the clients' values.
     """
 
-    accuracy: float
+    accuracy: float | None = None
     mean: float
     worst_decile: float
     std: float
@@ -205,6 +207,11 @@ class ClientEvaluation:
     loss: float | None = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     means_over_clients: tuple[str, ...] = ()
+
+    @property
+    def spread_of(self) -> str:
+        """The number of which mean, worst tenth, deviation and quartiles are given."""
+        return "loss" if self.accuracy is None else "accuracy"
 
     def as_json(self) -> dict[str, Any]:
         """Return the JSON object that the store keeps and the history shows."""

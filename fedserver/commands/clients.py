@@ -58,4 +58,4 @@ def run(argv: list[str]) -> None:
     if settings.out is not None:
         with drawing_into(settings.out):
             draw_clients(asked, settings.out, title=title)
-        print(f"the clients' accuracies are in {settings.out}")
+        print(f"the picture of the clients is in {settings.out}")

@@ -17,23 +17,27 @@ def summarise_clients(
 ) -> ClientEvaluation | None:
     """Return the clients' evaluation of a round's base model, None if no client evaluated it.
 
-    `metrics` are the task's own.
+    Clients are compared by accuracy, or by loss where none reports an accuracy. `metrics` are the
+    task's own.
     """
-    reported = [update for update in updates if "global_accuracy" in update.metrics]
+    has_accuracy = any("global_accuracy" in update.metrics for update in updates)
+    compared = "global_accuracy" if has_accuracy else "global_loss"
+    reported = [update for update in updates if compared in update.metrics]
     if not reported:
         return None
-    accuracies = [update.metrics["global_accuracy"] for update in reported]
+    values = [update.metrics[compared] for update in reported]
     losses = [update.metrics.get("global_loss") for update in reported]
     sizes = [
         update.metrics.get("global_examples", float(update.num_examples)) for update in reported
     ]
     finite_losses = [loss for loss in losses if loss is not None]
-    ascending = sorted(accuracies)
+    ascending = sorted(values)
+    worst_first = ascending if has_accuracy else ascending[::-1]
     pooled = pool(metrics, [update.measurements for update in reported])
     return ClientEvaluation(
-        accuracy=statistics.fmean(accuracies, sizes),
+        accuracy=statistics.fmean(values, sizes) if has_accuracy else None,
         mean=statistics.fmean(ascending),
-        worst_decile=statistics.fmean(ascending[: max(1, len(ascending) // 10)]),
+        worst_decile=statistics.fmean(worst_first[: max(1, len(ascending) // 10)]),
         std=statistics.pstdev(ascending),
         minimum=ascending[0],
         quartile_1=_quantile(ascending, 0.25),
@@ -60,6 +64,7 @@ def client_evaluation_events(asked: Attempt, evaluation: ClientEvaluation | None
             "evaluated-on-clients",
             asked,
             of_round=asked.round_number - 1,
+            spread_of=evaluation.spread_of,
             mean=evaluation.mean,
             worst_decile=evaluation.worst_decile,
             std=evaluation.std,

@@ -126,11 +126,16 @@ class LiveView:
             self._evaluation_line(),
         ]
         if reported := self._on_clients:
+            # An event of an earlier version doesn't name it.
+            spread_of = reported.get("spread_of", "accuracy")
+            form = ".2%" if spread_of == "accuracy" else ".4f"
+            mean, worst, std = (
+                format(reported[name], form) for name in ("mean", "worst_decile", "std")
+            )
             lines.append(
                 Text(
-                    f"on clients: mean {reported['mean']:.2%}, worst tenth "
-                    f"{reported['worst_decile']:.2%}, std {reported['std']:.2%} after round "
-                    f"{reported['of_round']}"
+                    f"{spread_of} on clients: mean {mean}, worst tenth {worst}, std {std} after "
+                    f"round {reported['of_round']}"
                 )
             )
         orders = self._open_orders.list_all()

@@ -18,10 +18,17 @@ class _Measured:
     """What one client reports of the base model; `num_measured` examples of its own."""
 
     client_id: int
-    accuracy: float
+    accuracy: float | None
     loss: float | None
     num_measured: int
     num_trained: int
+
+    @property
+    def compared_by(self) -> float:
+        """The accuracy, or the loss where there is none."""
+        number = self.loss if self.accuracy is None else self.accuracy
+        assert number is not None
+        return number
 
 
 def client_evaluation_text(evaluation: ClientEvaluation) -> str:
@@ -34,9 +41,9 @@ def client_evaluation_text(evaluation: ClientEvaluation) -> str:
     )
     measured = f"on {share:.0%} of each one's examples, held out" if share else "on what they train"
     return (
-        f"mean {evaluation.mean:.4f}, worst tenth {evaluation.worst_decile:.4f}, standard "
-        f"deviation {evaluation.std:.4f}, quartiles {evaluation.quartile_1:.4f} to "
-        f"{evaluation.quartile_3:.4f}{others} ({measured})"
+        f"{evaluation.spread_of}: mean {evaluation.mean:.4f}, worst tenth "
+        f"{evaluation.worst_decile:.4f}, standard deviation {evaluation.std:.4f}, quartiles "
+        f"{evaluation.quartile_1:.4f} to {evaluation.quartile_3:.4f}{others} ({measured})"
     )
 
 
@@ -46,10 +53,11 @@ def client_table(asked: AttemptHistory, *, title: str, max_width: int) -> Table:
     `asked` is the attempt at a round whose clients evaluated its base model.
     """
     measured = _measured_by_clients(asked)
+    accuracies = [number_text(client.accuracy) for client in measured]
     return fitting_table(
         [
             Column("client", [str(client.client_id) for client in measured]),
-            Column("accuracy", [number_text(client.accuracy) for client in measured]),
+            *([Column("accuracy", accuracies)] if any(accuracies) else []),
             Column("loss", [number_text(client.loss) for client in measured]),
             Column("measured", [str(client.num_measured) for client in measured]),
             Column("trained", [str(client.num_trained) for client in measured]),
@@ -60,7 +68,7 @@ def client_table(asked: AttemptHistory, *, title: str, max_width: int) -> Table:
 
 
 def draw_clients(asked: AttemptHistory, path: Path, *, title: str) -> None:
-    """Draw the clients' accuracies into a PNG, ascending, with mean, quartiles and worst tenth.
+    """Draw the clients' accuracies or losses into a PNG, with mean, quartiles and worst tenth.
 
     Raises:
         ImportError: the extra `plot` isn't installed.
@@ -73,12 +81,15 @@ def draw_clients(asked: AttemptHistory, path: Path, *, title: str) -> None:
     positions = range(len(measured))
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="clients, the worst first", ylabel="accuracy", title=title)
-    axes.set_ylim(0, 1)
+    axes = figure.add_subplot(
+        xlabel="clients, the worst first", ylabel=summary.spread_of, title=title
+    )
+    if summary.spread_of == "accuracy":
+        axes.set_ylim(0, 1)
     is_labelled = len(measured) <= _MAX_CLIENTS_LABELLED
     axes.bar(
         positions,
-        [client.accuracy for client in measured],
+        [client.compared_by for client in measured],
         width=0.9 if is_labelled else 1.0,
     )
     if is_labelled:
@@ -93,32 +104,36 @@ def draw_clients(asked: AttemptHistory, path: Path, *, title: str) -> None:
         alpha=0.2,
         label="middle half",
     )
-    axes.axhline(summary.mean, color="tab:green", label=f"mean {summary.mean:.2%}")
+    axes.axhline(summary.mean, color="tab:green", label=f"mean {summary.mean:.4g}")
     axes.axhline(
         summary.worst_decile,
         color="tab:red",
         ls="--",
-        label=f"worst tenth {summary.worst_decile:.2%}",
+        label=f"worst tenth {summary.worst_decile:.4g}",
     )
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120, format="png")
 
 
 def _measured_by_clients(asked: AttemptHistory) -> list[_Measured]:
-    """Return the reports of the clients whose updates counted, by accuracy, then client."""
+    """Return the reports of the clients whose updates counted, the worst first, then by client."""
     measured = []
     for update in asked.updates:
         accuracy = update.metrics.get("global_accuracy")
         loss = update.metrics.get("global_loss")
+        is_measured = accuracy is not None or loss is not None
         # In an asynchronous run a stale update began with an earlier model, and measured that.
-        if update.verdict is OrderState.COUNTED and not update.staleness and accuracy is not None:
+        if update.verdict is OrderState.COUNTED and not update.staleness and is_measured:
             measured.append(
                 _Measured(
                     client_id=update.client_id,
-                    accuracy=float(accuracy),
+                    accuracy=None if accuracy is None else float(accuracy),
                     loss=None if loss is None else float(loss),
                     num_measured=int(update.metrics.get("global_examples", update.num_examples)),
                     num_trained=update.num_examples,
                 )
             )
-    return sorted(measured, key=lambda client: (client.accuracy, client.client_id))
+    if has_accuracy := any(client.accuracy is not None for client in measured):
+        measured = [client for client in measured if client.accuracy is not None]
+    sign = 1 if has_accuracy else -1
+    return sorted(measured, key=lambda client: (sign * client.compared_by, client.client_id))

@@ -152,7 +152,7 @@ def _attempt_report(
         yield Text(f"changed for this attempt: {changed}")
     yield _heading(_turnout(attempt))
     yield _cohort_table(attempt, max_width=max_width)
-    if attempt.client_evaluation is not None:
+    if any("global_accuracy" in update.metrics for update in attempt.updates):
         yield Text(_LEGEND, style="dim")
     if any("personal_accuracy" in update.metrics for update in attempt.updates):
         yield Text(_PERSONAL_LEGEND, style="dim")
@@ -315,9 +315,10 @@ def _cohort_table(attempt: AttemptHistory, *, max_width: int) -> Table:
     if any("personal_accuracy" in reported for reported in metrics):
         columns.append(Column("personal", _metric_cells(metrics, "personal_accuracy")))
     answered = [None if update is None else update.answered_s for update in received]
-    columns += [
+    if any("accuracy" in reported for reported in metrics):
         # While it trained, of the examples it trained on: no measure of a model.
-        Column("training", _metric_cells(metrics, "accuracy")),
+        columns.append(Column("training", _metric_cells(metrics, "accuracy")))
+    columns += [
         Column("loss", _metric_cells(metrics, "loss")),
         Column("answered", ["" if s is None else f"{s:.2f} s" for s in answered]),
         Column("took", _metric_cells(metrics, "train_s", "{:.2f} s")),

@@ -88,7 +88,7 @@ def round_table(history: Sequence[AttemptHistory], *, title: str, max_width: int
     """Return a table with one row for each attempt at a round.
 
     Where clients were asked: mean, worst tenth and standard deviation of the model's accuracies on
-    them, as they reported when the next round began.
+    them (of its losses, if targets aren't classes), as they reported when the next round began.
     """
     asked = attempts_that_asked(history)
     on_clients = [
@@ -108,12 +108,14 @@ def round_table(history: Sequence[AttemptHistory], *, title: str, max_width: int
         Column("lost", _cells(compressions, lambda compression: compression.error, share_text)),
     ]
     evaluations = [attempt.evaluation for attempt in history]
+    accuracies = _cells(evaluations, lambda evaluation: evaluation.accuracy)
     return fitting_table(
         [
             Column("round", [_attempt_label(attempt) for attempt in history]),
             Column("phase", [phase_text(attempt.phase) for attempt in history], "left"),
             Column("counted", [_counted_text(attempt) for attempt in history]),
-            Column("accuracy", _cells(evaluations, lambda evaluation: evaluation.accuracy)),
+            # Where targets aren't classes there is none.
+            *([Column("accuracy", accuracies)] if any(accuracies) else ()),
             Column("loss", _cells(evaluations, lambda evaluation: evaluation.loss)),
             *(client_columns if asked else ()),
             Column("incidents", [str(len(attempt.incidents) or "") for attempt in history]),
@@ -201,7 +203,8 @@ def draw_curve(attempts: Sequence[AttemptResult], path: Path, *, goal: Goal = LO
     ]
     if on_clients:
         numbers = [round_number for round_number, _ in on_clients]
-        axes.fill_between(
+        spread_axes = loss_axes if on_clients[-1][1].spread_of == "loss" else axes
+        spread_axes.fill_between(
             numbers,
             [evaluation.quartile_1 for _, evaluation in on_clients],
             [evaluation.quartile_3 for _, evaluation in on_clients],
@@ -210,9 +213,11 @@ def draw_curve(attempts: Sequence[AttemptResult], path: Path, *, goal: Goal = LO
             label="middle half of the clients",
         )
         mean = [evaluation.mean for _, evaluation in on_clients]
-        axes.plot(numbers, mean, marker=".", color="tab:green", label="mean of the clients")
+        spread_axes.plot(numbers, mean, marker=".", color="tab:green", label="mean of the clients")
         worst = [evaluation.worst_decile for _, evaluation in on_clients]
-        axes.plot(numbers, worst, ls="--", color="tab:red", label="worst tenth of the clients")
+        spread_axes.plot(
+            numbers, worst, ls="--", color="tab:red", label="worst tenth of the clients"
+        )
     if evaluated:
         rounds = [round_number for round_number, _ in evaluated]
         for name, values in _curves(evaluated).items():
@@ -226,7 +231,11 @@ def draw_curve(attempts: Sequence[AttemptResult], path: Path, *, goal: Goal = LO
         axes.set_title(f"held-out set: {goal.name} {last:.4g} after round {rounds[-1]}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside lower center", ncols=2)
-    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.grid(alpha=0.3)
+    else:
+        axes.yaxis.set_visible(False)
+        loss_axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, format="png")
 
 

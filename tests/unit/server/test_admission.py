@@ -45,7 +45,9 @@ def base(tmp_path: Path) -> StateFile:
 def header(base: StateFile, **changed: object) -> ClientUpdate:
     """Return a good header for this model, but for what is changed."""
     values: dict[str, object] = {"size_bytes": base.layout.size_bytes}
-    return make_update(**values | changed)  # type: ignore[arg-type]
+    fields = {name: changed.pop(name) for name in ("measurements",) if name in changed}
+    update = make_update(**values | changed)  # type: ignore[arg-type]
+    return replace(update, **fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,14 @@ def test_a_possible_header_is_admitted(base: StateFile, changed: dict[str, objec
         (
             {"metrics": {"global_examples": 0.0}},
             "'global_examples' is 0; it must lie in 1 to 1000",
+        ),
+        (
+            {"measurements": {"f1/tp": (1.0, math.nan)}},
+            "the measurements 'f1/tp' hold a value that",
+        ),
+        (
+            {"measurements": {"f1/tp": (-1e31,)}},
+            r"isn't a number of at most 1e\+30 either side of 0",
         ),
         ({"size_bytes": 0}, "the payload has 0 bytes"),
         ({"size_bytes": 10**12}, r"the payload has 1000000000000 bytes; the model has \d+"),

@@ -85,6 +85,33 @@ def test_a_summary_by_hand() -> None:
     assert client_evaluation_events(make_round(), None) == []
 
 
+def test_clients_without_an_accuracy_are_compared_by_their_loss() -> None:
+    """A regression: losses 1, 2 and 9, the last of a client of 100 examples among 400 and 500."""
+    updates = [
+        replace(
+            make_update(),
+            metrics={"global_loss": loss, "global_examples": float(size)},
+            measurements={"mae": (0.5 + number,)},
+        )
+        for number, (loss, size) in enumerate(((1.0, 400), (9.0, 100), (2.0, 500)))
+    ]
+    metrics: dict[str, MetricFactory] = {"mae": lambda: AUROC("binary")}
+    summary = summarise_clients(updates, holdout=0.2, metrics=metrics)
+    assert summary is not None
+    assert summary.accuracy is None
+    assert summary.spread_of == "loss"
+    assert summary.loss == pytest.approx((400 + 900 + 1000) / 1000)
+    assert (summary.mean, summary.median, summary.worst_decile) == (4.0, 2.0, 9.0)
+    assert summary.metrics == {"mae": pytest.approx(1.5)}
+    stored = json.loads(json.dumps(summary.as_json()))
+    assert "accuracy" not in stored
+    assert read_client_evaluation(stored) == summary
+    text = client_evaluation_text(summary)
+    assert text.startswith("loss: mean 4.0000, worst tenth 9.0000, standard deviation")
+    (event,) = client_evaluation_events(make_round(), summary)
+    assert event.fields["spread_of"] == "loss"
+
+
 def test_metrics_of_the_tasks_own_are_pooled_or_means() -> None:
     """Clients with 3 of 4 and 0 of 1 right: 3/5. AUC 0.5 and 1: in the mean 0.75."""
     metrics: dict[str, MetricFactory] = {
@@ -126,7 +153,7 @@ def play(store: Store, run: Run, number: int) -> None:
             measured,
             order_id=order.order_id,
             digest=order.order_id,
-            metrics={**measured.metrics, "personal_accuracy": (1 + accuracy) / 2},
+            metrics={**measured.metrics, "accuracy": 0.5, "personal_accuracy": (1 + accuracy) / 2},
         )
         record_arrival(store, run, update)
         updates.append(update)
@@ -231,7 +258,7 @@ def test_show_has_each_client_before_and_while_it_trained(
         assert SPREAD in " ".join(chain.from_iterable(lines))
         (heading,) = [line for line in lines if line[:2] == ["client", "verdict"]]
         assert heading[2:6] == ["examples", "base", "personal", "training"]
-        assert ["1", "counted", "80", "0.2500", "0.6250"] in lines
+        assert ["1", "counted", "80", "0.2500", "0.6250", "0.5000"] in lines
         seed = cohort_seed(7, round_number=2, attempt=1)
         how = f"cohort 3 clients, power-of-choice, drawn with seed {seed}"
         assert how in " ".join(chain.from_iterable(lines))

@@ -86,7 +86,7 @@ def test_the_view_tells_round_clients_and_accuracy(open_orders: OpenOrders) -> N
     assert lines[0] == "round 1 of 10: 1 of 2 updates"
     assert re.fullmatch(r"elapsed \d+ s", lines[1])
     assert lines[2] == "accuracy 50.00% after round 3, best 75.00% after 2"
-    spread = "on clients: mean 50.00%, worst tenth 25.00%, std 25.00% after round 2"
+    spread = "accuracy on clients: mean 50.00%, worst tenth 25.00%, std 25.00% after round 2"
     assert lines[3].rstrip() == spread
     assert lines[4].startswith("client 0")
     assert lines[4].rstrip().endswith("step 5 of 16")
