@@ -67,8 +67,9 @@ def _by_workers(examples: Any) -> None:  # noqa: ANN401
 
 def _by_program(_: Examples) -> None:
     with subprocess.Popen([sys.executable, "-c", _SLEEP, str(_SECONDS)]) as program:
-        _announce(program.pid)
         try:
+            # The signal may come as soon as this is read.
+            _announce(program.pid)
             assert program.wait() == 0
         except KeyboardInterrupt:
             program.terminate()
